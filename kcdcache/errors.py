@@ -1,0 +1,84 @@
+"""The exceptions kcdcache raises on purpose, one leaf per exit code.
+
+KcdcacheError                    1   input/output error or a fault of ours
+├── SettingsError                2   a setting or option is unknown or out of range
+├── CorruptionError              3   bytes on disk are not what was written
+├── MismatchError                4   inputs that were not made for each other
+├── NonFiniteError               5   NaN or infinity where a number was needed
+├── LockedError                  6   another process holds or has taken it
+├── NoSpaceError                 7   the disk or quota is full
+├── UnsafeError                  8   input that could harm this machine
+├── UnfinishedError              9   written only in part so far; not usable yet
+├── NotFoundError               10   a path or name that is not there
+└── InterruptedRunError    130/143   stopped by a signal; run it again to resume
+"""
+
+
+class KcdcacheError(Exception):
+    """The root of every error kcdcache raises on purpose; `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class SettingsError(KcdcacheError, ValueError):
+    """A setting is unknown, of the wrong type, or out of range."""
+
+    exit_code = 2
+
+
+class CorruptionError(KcdcacheError, ValueError):
+    """What lies on disk is not what was written: damaged, missing, swapped or edited."""
+
+    exit_code = 3
+
+
+class MismatchError(KcdcacheError, ValueError):
+    """Two inputs were not made for each other; the message prints both sides and the first difference."""
+
+    exit_code = 4
+
+
+class NonFiniteError(KcdcacheError, ArithmeticError):
+    """A NaN or an infinity turned up where a finite number is required."""
+
+    exit_code = 5
+
+
+class LockedError(KcdcacheError, BlockingIOError):
+    """Another process writes here, or won the race to write it first."""
+
+    exit_code = 6
+
+
+class NoSpaceError(KcdcacheError, OSError):
+    """The disk or the quota is full; what was finished is kept."""
+
+    exit_code = 7
+
+
+class UnsafeError(KcdcacheError, ValueError):
+    """Input that could run code, escape its folder or exhaust the machine; refused."""
+
+    exit_code = 8
+
+
+class UnfinishedError(KcdcacheError, RuntimeError):
+    """Something was written only in part and is not usable yet."""
+
+    exit_code = 9
+
+
+class NotFoundError(KcdcacheError, FileNotFoundError):
+    """A path, name or record that does not exist."""
+
+    exit_code = 10
+
+
+class InterruptedRunError(KcdcacheError, RuntimeError):
+    """A signal stopped the work at a clean point; the same command resumes it."""
+
+    exit_code = 130
+
+    def __init__(self, message: str, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

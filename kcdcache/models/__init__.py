@@ -1,0 +1,1 @@
+"""The networks of the paper, other networks by name, their weights, input transforms and feature taps."""
