@@ -1,0 +1,239 @@
+"""Frozen settings per stage: one model each, readable from TOML and from flags, unknown keys refused.
+
+Defaults stand here and nowhere else. The command line and the recipes are made from these models,
+so a field's docstring is its help text.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kcdcache.errors import NotFoundError, SettingsError
+
+Augment = Literal["none", "crop", "crop-flip", "resized-crop-flip"]
+Fill = Literal["zero", "reflect"]
+ScheduleName = Literal["end_of_stage", "alg1_shift", "paper_stage", "reference_linear", "poster"]
+Precision = Literal["float32", "bfloat16"]
+
+
+class Settings(BaseModel):
+    """The root of all settings: frozen, keyword-only, unknown keys forbidden, documented by field docstrings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ViewSettings(Settings):
+    """Which augmented views of an image exist; part of the knowledge's identity."""
+
+    augment: Augment = "crop-flip"
+    """rule that makes views: none, crop, crop-flip or resized-crop-flip"""
+    padding: int = Field(default=4, ge=0, le=64)
+    """pixels of padding on each side before a crop"""
+    fill: Fill = "zero"
+    """what the padding holds: zero, or the reflected image"""
+    size: int | None = Field(default=None, ge=1, le=4096)
+    """side of the square output in pixels; the image's own size if unset (required for images of differing size)"""
+    view_seed: int = Field(default=0, ge=0, lt=2**64)
+    """seed of the views"""
+
+
+class PrecomputeSettings(ViewSettings):
+    """How the teacher's outputs become a store."""
+
+    views: int | Literal["all"] = 1
+    """views cached per sample, or 'all' for the rule's whole finite set"""
+    fields: tuple[str, ...] = ("logits",)
+    """teacher outputs to keep: logits, penultimate"""
+    encoding: str = "float16"
+    """how logits are stored: float16, float32 or top:K"""
+    compression: Literal["none", "zstd"] = "none"
+    """chunk compression; zstd saves about 15 % and halves the read rate"""
+    batch_size: int = Field(default=256, ge=1)
+    """teacher batch within a part; another size changes the last bits, so it is part of the store's plan"""
+    teacher_precision: Precision = "float32"
+    """arithmetic of the teacher's forward pass"""
+    min_accuracy: float | None = Field(default=None, ge=0, le=1)
+    """teacher accuracy below which precompute refuses; three times chance if unset, 0 switches it off"""
+
+
+class OptimizerSettings(Settings):
+    """SGD and its schedule; the defaults are the CIFAR recipe of CRD/RepDistiller, which the paper uses."""
+
+    epochs: int = Field(default=240, ge=1)
+    """epochs in all"""
+    batch_size: int = Field(default=64, ge=1)
+    """samples per step"""
+    learning_rate: float = Field(default=0.05, gt=0)
+    """initial learning rate (CRD uses 0.01 for MobileNetV2 and ShuffleNet students)"""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """SGD momentum"""
+    nesterov: bool = False
+    """Nesterov momentum"""
+    weight_decay: float = Field(default=5e-4, ge=0)
+    """L2 penalty on all parameters"""
+    decay: Literal["milestones", "cosine", "constant"] = "milestones"
+    """shape of the learning rate over epochs"""
+    milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
+    """where the learning rate drops, as shares of all epochs (150, 180, 210 of 240)"""
+    decay_factor: float = Field(default=0.1, gt=0, le=1)
+    """factor of each drop"""
+    warmup_epochs: float = Field(default=0, ge=0)
+    """epochs of linear learning rate warm-up"""
+    clock: Literal["epochs", "samples"] = "epochs"
+    """what the milestones count: epochs (as the paper's code), or the share of all samples consumed, so that a
+    shrinking set gets the same share of steps at each learning rate"""
+    precision: Precision = "float32"
+    """arithmetic of the forward pass: float32, or bfloat16 autocast"""
+    label_smoothing: float = Field(default=0, ge=0, lt=1)
+    """label smoothing of the hard-label cross-entropy"""
+    seed: int = Field(default=0, ge=0, lt=2**64)
+    """seed of initial weights and sample order"""
+    checkpoint_seconds: float = Field(default=60, ge=0)
+    """least time between checkpoints; 0 writes one after every epoch. Never changes results"""
+
+
+class FitSettings(OptimizerSettings, ViewSettings):
+    """How a teacher or a plain baseline is trained on hard labels."""
+
+    views: int | Literal["all"] = "all"
+    """augmented views to cycle through, or 'all' of them"""
+
+
+class MethodSettings(Settings):
+    """The distillation method and how mixed points are taught."""
+
+    method: str = "kd"
+    """distillation method: ce or kd"""
+    gamma: float | None = Field(default=None, ge=0)
+    """weight of the hard-label cross-entropy; the method's own default if unset (kd: 0.1)"""
+    alpha: float | None = Field(default=None, ge=0)
+    """weight of the soft-label term T^2 KL; the method's own default if unset (kd: 0.9)"""
+    temperature: float | None = Field(default=None, gt=0)
+    """distillation temperature; the method's own default if unset (kd: 4)"""
+    mix: Literal["convex", "additive_clip"] = "convex"
+    """how K_Aug images are mixed: (1-eps) x + eps x0, or x + eps x0 clipped to [0, 1]"""
+    mix_target: Literal["linear_prob", "linear_logit", "keep", "requery"] = "linear_prob"
+    """teacher target of a mixed point: mixed cached probabilities, mixed cached logits, the kept point's own, or
+    the teacher run on the mix"""
+    mix_label: Literal["keep", "mix"] = "keep"
+    """hard label of a mixed point: the kept point's own, or mixed in the same shares"""
+    record_mixed: bool = True
+    """record values measured on mixed points under the kept point's index"""
+    record: Literal["mean", "last", "ema"] = "mean"
+    """what a value is: the running mean over all visits (Eq. 12), the latest observation, or a moving average"""
+    record_decay: float = Field(default=0.9, ge=0, lt=1)
+    """weight of the past when record is 'ema'"""
+
+
+class ScheduleSettings(Settings):
+    """How much is kept when."""
+
+    keep: float = Field(default=0.7, gt=0, le=1)
+    """rho: share of all samples in the exported condensed set"""
+    stages: int = Field(default=6, ge=1)
+    """number of stages; epochs must be a multiple of it"""
+    schedule: ScheduleName = "end_of_stage"
+    """when and how fast the set shrinks: end_of_stage, alg1_shift, paper_stage, reference_linear or poster"""
+
+
+class CondenseSettings(Settings):
+    """How values become a manifest; every option is a named reading of the paper (facts.md 1.4)."""
+
+    k0: Literal["complement", "stage_slice"] = "complement"
+    """which dropped points are mixed in: all of them, or only those just under the cut"""
+    candidates: Literal["global", "current"] = "global"
+    """who competes: all samples (dropped ones can return), or only the current set"""
+    eps_grid: Literal["zero_based", "one_based", "inclusive", "constant"] = "zero_based"
+    """how the mixing share grows down the ranks: eps_max i/L, (i+1)/L, i/(L-1), or constant"""
+    eps_max: float = Field(default=0.3, ge=0, le=1)
+    """largest share of a dropped point in a mix"""
+    augment_kept: bool = True
+    """mix dropped points into the lowest kept ones (VAKS); off is direct selection"""
+    ranking: Literal["value", "random"] = "value"
+    """rank by value, or at random with the same sizes (the control)"""
+    cost_exponent: float = Field(default=0.03, ge=0)
+    """alpha of Eq. 13: score = value * visits^alpha; 0 switches cost-aware ranking off"""
+    unseen: Literal["first", "last"] = "first"
+    """rank of samples that were never visited"""
+    stratify: bool = False
+    """keep the same share of every class"""
+    condense_seed: int = Field(default=0, ge=0, lt=2**64)
+    """seed of random rankings"""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"schedule": "alg1_shift", "k0": "complement", "candidates": "global", "eps_grid": "zero_based",
+              "mix": "convex", "mix_label": "keep", "mix_target": "linear_prob"},
+    "release": {"schedule": "reference_linear", "k0": "stage_slice", "candidates": "global", "eps_grid": "zero_based",
+                "mix": "convex", "mix_label": "keep", "mix_target": "requery"},
+}  # fmt: skip
+
+
+class TrainSettings(OptimizerSettings, MethodSettings, ScheduleSettings, CondenseSettings):
+    """Everything that decides a student's run."""
+
+    student: str = ""
+    """network of the student"""
+    sampling: Literal["all"] = "all"
+    """which samples of the manifest an epoch visits"""
+    preset: Literal["paper", "release"] | None = None
+    """named set of readings: 'paper', or 'release' (the authors' code); flags given beside it win"""
+    memory_gb: float = Field(default=8, gt=0)
+    """memory for decoded knowledge; above it a memory-mapped file in the run's folder serves. Never changes results"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        name = values.get("preset") if isinstance(values, Mapping) else None
+        return {**PRESETS.get(name, {}), **values} if name else values
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def make(model: type[S], values: Mapping[str, Any], source: str = "the command line") -> S:
+    """Return validated settings from plain values.
+
+    Raises:
+        SettingsError: a key is unknown (names the nearest known one) or a value is out of range; says where and why.
+    """
+    try:
+        return model(**values)
+    except ValidationError as error:
+        raise SettingsError("\n".join(_explained(model, item, source) for item in error.errors())) from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return a TOML file's content.
+
+    Raises:
+        NotFoundError: there is no such file.
+        SettingsError: the file is not TOML; gives line and column.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NotFoundError(f"no recipe at {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not valid TOML: {error}") from None
+
+
+def nearest(name: str, known: Mapping[str, Any] | list[str] | tuple[str, ...]) -> str:
+    """Return a hint naming the known name closest to a wrong one, or all of them if none is close.
+
+    >>> nearest("tempreture", ["temperature", "keep"])
+    "did you mean 'temperature'?"
+    """
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def _explained(model: type[Settings], item: Any, source: str) -> str:
+    key = ".".join(str(part) for part in item["loc"]) or "settings"
+    if item["type"] == "extra_forbidden":
+        return f"unknown setting '{key}' in {source}; {nearest(key, list(model.model_fields))}"
+    return f"setting '{key}' in {source}: {item['msg']}; found {item['input']!r}"
