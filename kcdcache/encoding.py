@@ -1,0 +1,270 @@
+"""How the rows of a field are stored: each encoding with its arrays, both directions and its error bound."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int16
+from torch import Tensor
+
+from kcdcache.errors import NonFiniteError, SettingsError
+
+HALF_MAX = 65504.0
+NAMED_ROWS = 8
+
+Stored = tuple[Tensor, ...]
+
+
+class ArraySpec(NamedTuple):
+    """One array a field is stored in."""
+
+    name: str
+    row_shape: tuple[int, ...]
+    dtype: str
+    """numpy name of the element type"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What the log keeps about the values of one field in one part."""
+
+    count: int
+    """number of values"""
+    minimum: float
+    """smallest finite value"""
+    maximum: float
+    """largest finite value"""
+    non_finite: int
+    """number of NaNs and infinities"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """The stored form of one field: arrays, both directions, and the bound of what is lost between them."""
+
+    name: str
+    """as the user writes it, for example `top:16`"""
+    field: str
+    row_shape: tuple[int, ...]
+    """shape of one sample's values, (classes,) for logits"""
+    arrays: tuple[ArraySpec, ...]
+    bound: str
+    """the error bound, in words"""
+    to_stored: Callable[[Tensor], Stored] = dataclasses.field(repr=False, compare=False)
+    to_values: Callable[[Stored, float], Tensor] = dataclasses.field(repr=False, compare=False)
+
+    def encode(self, values: Float32[Tensor, "batch ..."], first: int = 0) -> dict[str, np.ndarray]:
+        """Return array name -> stored rows (batch, ...); `first` is the sample index of row 0, for messages.
+
+        Raises:
+            NonFiniteError: a value is NaN, infinite or too large for the stored form; names the samples.
+            SettingsError: the rows have another shape than planned.
+        """
+        if tuple(values.shape[1:]) != self.row_shape:
+            raise SettingsError(
+                f"rows of field '{self.field}' should have shape {self.row_shape}, found {tuple(values.shape[1:])}"
+            )
+        refuse_rows(~torch.isfinite(values), f"field '{self.field}' is not finite", first)
+        if self.name == "float16" and self.field != "logits":
+            refuse_rows(values.abs() > HALF_MAX, f"field '{self.field}' exceeds float16's {HALF_MAX:.0f}", first)
+        stored = self.to_stored(values)
+        return {
+            spec.name: tensor.cpu().numpy().view(spec.dtype) for spec, tensor in zip(self.arrays, stored, strict=True)
+        }
+
+    def decode(self, stored: Mapping[str, Tensor], temperature: float = 1.0) -> Float32[Tensor, "batch ..."]:
+        """Return the values of stored rows, as a new tensor on their device.
+
+        For logits, softmax(result / temperature) is the teacher's softened output within `bound`; only `top:K`
+        depends on the temperature. `stored` may hold other fields' arrays beside the needed ones.
+
+        Raises:
+            SettingsError: the temperature is not positive.
+        """
+        if not 0 < temperature < math.inf:
+            raise SettingsError(f"temperature should be a positive number, found {temperature}")
+        return self.to_values(tuple(stored[spec.name] for spec in self.arrays), temperature)
+
+
+def parse(text: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
+    """Return the encoding a user named, for one field.
+
+    Raises:
+        SettingsError: unknown name, or an encoding this field cannot have.
+
+    >>> parse("top:16", "logits", (1000,)).arrays[0].row_shape
+    (35,)
+    """
+    if not field.isidentifier() or not row_shape or min(row_shape) < 1:
+        raise SettingsError(f"field {field!r} with rows of shape {row_shape} cannot be stored")
+    name, _, argument = text.partition(":")
+    if name not in ENCODINGS:
+        raise SettingsError(f"unknown encoding {text!r} for '{field}'; known: float16, float32, top:K (logits only)")
+    return ENCODINGS[name](argument, field, tuple(row_shape))
+
+
+def statistics(values: Float32[Tensor, "batch ..."]) -> Statistics:
+    """Return count, finite minimum and maximum, and the number of non-finite values."""
+    finite = values[torch.isfinite(values)]
+    if not len(finite):
+        return Statistics(values.numel(), 0.0, 0.0, values.numel())
+    low, high = torch.aminmax(finite)
+    return Statistics(values.numel(), float(low), float(high), values.numel() - len(finite))
+
+
+def refuse_rows(wrong: Tensor, complaint: str, first: int = 0) -> None:
+    """Do nothing if no row of the mask (batch, ...) holds a True.
+
+    Raises:
+        NonFiniteError: names the first such rows, counted from `first`.
+    """
+    rows = wrong.flatten(1).any(1).nonzero().flatten()
+    if len(rows):
+        named = ", ".join(str(first + int(row)) for row in rows[:NAMED_ROWS])
+        more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
+        raise NonFiniteError(f"{complaint} for samples {named}{more} (rows counted from {first})")
+
+
+def _float32(argument: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
+    _no_argument("float32", argument)
+    return Encoding(
+        name="float32",
+        field=field,
+        row_shape=row_shape,
+        arrays=(ArraySpec(field, row_shape, "float32"),),
+        bound="exact",
+        to_stored=lambda values: (values,),
+        to_values=lambda stored, temperature: stored[0].clone(),
+    )
+
+
+def _float16(argument: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
+    _no_argument("float16", argument)
+    return _shifted_float16(row_shape) if field == "logits" else _plain_float16(field, row_shape)
+
+
+def _plain_float16(field: str, row_shape: tuple[int, ...]) -> Encoding:
+    return Encoding(
+        name="float16",
+        field=field,
+        row_shape=row_shape,
+        arrays=(ArraySpec(field, row_shape, "float16"),),
+        bound="|stored - x| <= 2^-11 |x| + 2^-25; |x| above 65,504 is refused",
+        to_stored=lambda values: (values.half(),),
+        to_values=lambda stored, temperature: stored[0].float(),
+    )
+
+
+def _shifted_float16(row_shape: tuple[int, ...]) -> Encoding:
+    _require_classes("float16", row_shape)
+    return Encoding(
+        name="float16",
+        field="logits",
+        row_shape=row_shape,
+        arrays=(ArraySpec("logits", row_shape, "float16"), ArraySpec("logits_rowmax", (), "float32")),
+        bound=(
+            "with gap = rowmax - z, clipped at 65,504: |stored gap - gap| <= 2^-11 gap + 2^-25, so that "
+            "KL(p||q) <= 2^-23 E_p[g^2 exp(g/2048)] with g = gap/T (from KL <= E_p[e^d - 1 - d]); typically below "
+            "1e-6. Adding rowmax back in float32 rounds z once more, by at most 2^-24 |z|"
+        ),
+        to_stored=_encode_gaps,
+        to_values=lambda stored, temperature: stored[0].float() + stored[1][:, None],
+    )
+
+
+def _encode_gaps(z: Float32[Tensor, "batch classes"]) -> Stored:
+    rowmax = z.amax(dim=1)
+    return (z - rowmax[:, None]).clamp(min=-HALF_MAX).half(), rowmax
+
+
+def _top(argument: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
+    if field != "logits":
+        raise SettingsError(f"encoding top:K is for logits only, not for '{field}'; use float16 or float32")
+    classes = _require_classes("top:K", row_shape)
+    kept = int(argument) if argument.isdecimal() else 0
+    if not 1 <= kept <= classes <= 2**16:
+        raise SettingsError(
+            f"encoding top:K needs 1 <= K <= classes <= 65536; found 'top:{argument}', {classes} classes"
+        )
+    return Encoding(
+        name=f"top:{kept}",
+        field="logits",
+        row_shape=row_shape,
+        arrays=(ArraySpec("logits", (2 * kept + 3,), "uint16"),),
+        bound=(
+            f"the {kept} largest logits keep their gap to the maximum within 2^-11 gap + 2^-25 (clipped at 65,504); "
+            "the row maximum itself is not kept; the other classes share their mass uniformly: its logarithm is kept "
+            "within 2^-11 of itself at T = 1, at other T it lies between bounds that also hold the true one"
+        ),
+        to_stored=lambda z: _encode_top(z, kept),
+        to_values=lambda stored, temperature: _decode_top(stored[0], kept, classes, temperature),
+    )
+
+
+def _encode_top(z: Float32[Tensor, "batch classes"], kept: int) -> Stored:
+    ordered = z.sort(dim=1, descending=True, stable=True)  # stable: equal logits stay in class order
+    gaps = (ordered.values - ordered.values[:, :1]).clamp(min=-HALF_MAX)
+    numbers = torch.cat([gaps[:, :kept], _tail_moments(gaps[:, kept:])], dim=1).half()
+    return (torch.cat([ordered.indices[:, :kept].to(torch.int16), numbers.view(torch.int16)], dim=1),)
+
+
+def _tail_moments(tail: Float32[Tensor, "batch tail"]) -> Float32[Tensor, "batch 3"]:
+    """Return log sum exp, mean and variance of the tail's gaps, each within float16's range; zeros for no tail."""
+    if not tail.shape[1]:
+        return tail.new_zeros(len(tail), 3)
+    moments = torch.stack([tail.logsumexp(dim=1), tail.mean(dim=1), tail.var(dim=1, correction=0)], dim=1)
+    return moments.clamp(-HALF_MAX, HALF_MAX)
+
+
+def _decode_top(packed: Tensor, kept: int, classes: int, temperature: float) -> Float32[Tensor, "batch classes"]:
+    bits: Int16[Tensor, "batch packed"] = packed.view(torch.int16)  # torch knows few operations on uint16
+    ids = bits[:, :kept].long() & 0xFFFF
+    numbers = bits[:, kept:].view(torch.float16).float()
+    tail = torch.zeros_like(numbers[:, 0])
+    if classes > kept:
+        log_mean = numbers[:, kept] - math.log(classes - kept)
+        tail = temperature * tail_log_mean(
+            1 / temperature, log_mean, numbers[:, kept + 1], numbers[:, kept + 2], numbers[:, kept - 1]
+        )
+    return tail[:, None].repeat(1, classes).scatter_(1, ids, numbers[:, :kept])
+
+
+def tail_log_mean(
+    t: float,
+    log_mean: Float32[Tensor, " batch"],
+    mean: Float32[Tensor, " batch"],
+    variance: Float32[Tensor, " batch"],
+    largest: Float32[Tensor, " batch"],
+) -> Float32[Tensor, " batch"]:
+    """Return K(t) = log mean exp(t x) over a row's tail of gaps x, all at most `largest` <= 0, for t = 1/T > 0.
+
+    K(t) is its cumulant expansion mean t + variance t^2 / 2 + c t^3 with c such that K(1) = `log_mean` exactly, held
+    within what convexity, K(0) = 0, K'(0) = mean and K' <= largest allow; the true K(t) lies there too.
+    """
+    cubic = log_mean - mean - variance / 2
+    expansion = mean * t + variance * t**2 / 2 + cubic * t**3
+    chord = t * log_mean
+    if t <= 1:
+        return expansion.maximum(mean * t).minimum(torch.minimum(largest * t, chord))
+    return expansion.maximum(chord).minimum((log_mean + (t - 1) * largest).maximum(chord))
+
+
+def _require_classes(name: str, row_shape: tuple[int, ...]) -> int:
+    if len(row_shape) != 1:
+        raise SettingsError(f"encoding {name} needs logits of shape (classes,), found {row_shape}")
+    return row_shape[0]
+
+
+def _no_argument(name: str, argument: str) -> None:
+    if argument:
+        raise SettingsError(f"encoding {name} takes no argument, found '{name}:{argument}'")
+
+
+ENCODINGS: dict[str, Callable[[str, str, tuple[int, ...]], Encoding]] = {
+    "float16": _float16,
+    "float32": _float32,
+    "top": _top,
+}

@@ -1,0 +1,241 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kcdcache import encoding
+from kcdcache.errors import NonFiniteError, SettingsError
+
+SCALES = st.sampled_from([1e-6, 1e-3, 1.0, 7.0, 50.0, 3000.0, 1e6])
+
+
+@st.composite
+def logits(draw, fewest=1):
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    shape = (draw(st.integers(1, 6)), draw(st.integers(fewest, 30)))
+    ties = draw(st.booleans())
+    z = rng.normal(0, draw(SCALES), shape) + draw(st.sampled_from([0.0, -30.0, 1e4]))
+    return torch.from_numpy((np.round(z) if ties else z).astype(np.float32))
+
+
+def peaked(rows=64, classes=1000, seed=0):
+    """Logits with a heavy tail and a maximum probability of about 0.8, as an ImageNet teacher gives."""
+    rng = np.random.default_rng(seed)
+    z = rng.normal(0, 1.6, (rows, classes))
+    z[np.arange(rows), rng.integers(0, classes, rows)] += rng.normal(13, 2, rows)
+    return torch.from_numpy(z.astype(np.float32))
+
+
+def round_trip(text, z, temperature=1.0, field="logits"):
+    form = encoding.parse(text, field, tuple(z.shape[1:]))
+    stored = {name: torch.from_numpy(rows) for name, rows in form.encode(z).items()}
+    return form.decode(stored, temperature)
+
+
+def soft(z, temperature=1.0):
+    scaled = np.asarray(z, np.float64) / temperature
+    scaled -= scaled.max(1, keepdims=True)
+    return np.exp(scaled) / np.exp(scaled).sum(1, keepdims=True)
+
+
+def divergence(p, q):
+    terms = np.where(p > 0, p * (np.log(np.maximum(p, 1e-300)) - np.log(np.maximum(q, 1e-300))), 0)
+    return terms.sum(1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(logits())
+def test_float32_is_exact(z):
+    assert torch.equal(round_trip("float32", z), z)
+
+
+@settings(deadline=None, max_examples=150)
+@given(logits())
+def test_float16_logits_keep_the_gap_bound(z):
+    stored = encoding.parse("float16", "logits", (z.shape[1],)).encode(z)
+    exact = z.double().numpy()
+    gap = np.minimum(exact.max(1, keepdims=True) - exact, 65504)
+    assert np.all(np.abs(-stored["logits"].astype(np.float64) - gap) <= 2**-11 * gap + 2**-25)
+    np.testing.assert_array_equal(stored["logits_rowmax"], z.numpy().max(1))
+
+
+@settings(deadline=None, max_examples=100)
+@given(logits(), st.sampled_from([0.5, 1.0, 4.0]))
+def test_float16_logits_keep_the_divergence_bound(z, temperature):
+    stored = encoding.parse("float16", "logits", (z.shape[1],)).encode(z)
+    p = soft(z.numpy(), temperature)
+    gap = (z.double().numpy().max(1, keepdims=True) - z.double().numpy()) / temperature
+    with np.errstate(over="ignore", invalid="ignore"):
+        bound = 2**-23 * np.nansum(p * gap**2 * np.exp(gap / 2048), 1)
+    assert np.all(divergence(p, soft(stored["logits"], temperature)) <= bound + 1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_float16_logits_of_a_usual_teacher_lose_less_than_a_millionth(temperature):
+    z = peaked()
+    lost = divergence(soft(z, temperature), soft(round_trip("float16", z), temperature))
+    assert -1e-12 < lost.mean() < 1e-6
+
+
+def test_float16_logits_far_apart_are_clipped_and_finite():
+    assert torch.isfinite(round_trip("float16", torch.tensor([[0.0, -1e30, 3e38], [-3.4e38, 3.4e38, 0.0]]))).all()
+    z = torch.tensor([[0.0, -1e30, 1e6], [-3e38, 70000.0, 0.0]])
+    np.testing.assert_array_equal(soft(round_trip("float16", z)), soft(z))
+
+
+@settings(deadline=None, max_examples=60)
+@given(logits())
+def test_float16_features_keep_the_relative_bound(z):
+    x = z.clamp(-65504, 65504)
+    error = (round_trip("float16", x, field="penultimate") - x).abs()
+    assert torch.all(error <= 2**-11 * x.abs() + 2**-25)
+
+
+def test_float16_features_beyond_its_range_name_the_sample():
+    form = encoding.parse("float16", "penultimate", (2,))
+    with pytest.raises(NonFiniteError, match=r"exceeds float16's 65504 for samples 101 \("):
+        form.encode(torch.tensor([[1.0, 2.0], [3.0, 65505.0]]), first=100)
+
+
+@pytest.mark.parametrize("text", ["float16", "float32", "top:2"])
+def test_rows_that_are_not_finite_are_named(text):
+    z = torch.zeros(12, 3)
+    z[[3, 11], 1] = torch.tensor([math.nan, -math.inf])
+    with pytest.raises(NonFiniteError, match="'logits' is not finite for samples 3, 11 "):
+        encoding.parse(text, "logits", (3,)).encode(z)
+
+
+def test_many_bad_rows_are_counted():
+    with pytest.raises(NonFiniteError, match="0, 1, 2, 3, 4, 5, 6, 7 and 12 more"):
+        encoding.parse("float32", "logits", (3,)).encode(torch.full((20, 3), math.inf))
+
+
+def test_top_sixteen_of_a_thousand_take_seventy_bytes():
+    stored = encoding.parse("top:16", "logits", (1000,)).encode(peaked(5))
+    assert stored["logits"].nbytes == 5 * 70
+
+
+@settings(deadline=None, max_examples=100)
+@given(logits(2), st.integers(1, 30))
+def test_top_keeps_the_largest_in_order_with_ties_by_class(z, kept):
+    kept = min(kept, z.shape[1])
+    packed = encoding.parse(f"top:{kept}", "logits", (z.shape[1],)).encode(z)["logits"]
+    for row, values in zip(packed, z.numpy(), strict=True):
+        expected = sorted(range(len(values)), key=lambda c: (-values[c], c))[:kept]
+        assert row[:kept].tolist() == expected
+
+
+@settings(deadline=None, max_examples=100)
+@given(logits(2), st.integers(1, 30), st.sampled_from([0.3, 1.0, 4.0, 20.0]))
+def test_top_keeps_the_gaps_of_kept_classes_at_any_temperature(z, kept, temperature):
+    kept = min(kept, z.shape[1])
+    decoded = round_trip(f"top:{kept}", z, temperature).double().numpy()
+    exact = z.double().numpy()
+    order = np.argsort(-exact, 1, kind="stable")[:, :kept]
+    gap = np.minimum(exact.max(1, keepdims=True) - exact, 65504)
+    error = np.abs(-decoded - gap)
+    assert np.all(np.take_along_axis(error - 2**-11 * gap - 2**-25, order, 1) <= 0)
+
+
+def true_log_mean(z, kept, t):
+    """log mean exp(t gap) of the tail in float64, the slow way."""
+    gaps = -np.sort(-(z.double().numpy()), 1)
+    gaps = (gaps - gaps[:, :1])[:, kept:]
+    return np.array([row.max() * t + math.log(np.mean(np.exp(t * (row - row.max())))) for row in gaps])
+
+
+@settings(deadline=None, max_examples=150)
+@given(logits(3), st.integers(1, 2), st.sampled_from([0.25, 1.0, 2.0, 4.0, 50.0]))
+def test_top_keeps_the_tail_within_bounds_that_hold_the_truth(z, kept, temperature):
+    z = z.clamp(z.max() - 30000, z.max())
+    tail = np.sort(z.double().numpy() - z.double().numpy().max(1, keepdims=True), 1)[:, : z.shape[1] - kept]
+    found = round_trip(f"top:{kept}", z, temperature).double().numpy().min(1) / temperature
+    t, at_one, mean = 1 / temperature, true_log_mean(z, kept, 1.0), tail.mean(1)
+    largest = np.sort(z.double().numpy() - z.double().numpy().max(1, keepdims=True), 1)[:, -kept]
+    low, high = (mean * t, t * at_one) if t <= 1 else (t * at_one, at_one + (t - 1) * largest)
+    low = np.minimum(low, largest * t)
+    slack = 2**-10 * t * (np.abs(mean) + np.abs(at_one) + np.log(30) + np.abs(largest)) + 1e-5
+    assert np.all((found >= low - slack) & (found <= high + slack))
+    truth = true_log_mean(z, kept, t)
+    assert np.all((truth >= low - 1e-6 - 1e-9 * np.abs(low)) & (truth <= high + 1e-6 + 1e-9 * np.abs(high)))
+
+
+@settings(deadline=None, max_examples=100)
+@given(logits(3), st.integers(1, 2))
+def test_top_keeps_the_tails_mass_at_temperature_one(z, kept):
+    z = z.clamp(z.max() - 30000, z.max())
+    found = round_trip(f"top:{kept}", z).double().numpy().min(1)
+    log_mass = true_log_mean(z, kept, 1.0) + math.log(z.shape[1] - kept)
+    assert np.all(np.abs(found + math.log(z.shape[1] - kept) - log_mass) <= 2**-10 * np.abs(log_mass) + 1e-4)
+
+
+@pytest.mark.parametrize(("temperature", "ratio"), [(1.0, 1.0), (2.0, 5.0), (4.0, 10.0), (8.0, 10.0)])
+def test_top_is_far_closer_than_renormalised_top(temperature, ratio):
+    z = peaked()
+    p = soft(z, temperature)
+    ours = divergence(p, soft(round_trip("top:16", z, temperature), temperature)).mean()
+    mass = np.sort(p, 1)[:, -16:].sum(1)
+    renormalised = -np.log(mass).mean()  # KL(q||p) of renormalised top-k; KL(p||q) is infinite
+    assert ours * ratio < renormalised
+    uniform_within = np.sort(p, 1)[:, :-16]
+    spread = uniform_within.mean(1, keepdims=True).repeat(uniform_within.shape[1], 1)
+    floor = (uniform_within * np.log(uniform_within / spread)).sum(1).mean()
+    assert ours < floor + 2e-3  # nothing but the tail's inner shape is lost
+
+
+def test_top_of_all_classes_has_no_tail():
+    z = peaked(8, 10)
+    decoded = round_trip("top:10", z, 4.0)
+    assert torch.allclose(decoded, z - z.amax(1, keepdim=True), rtol=2**-10)
+
+
+def test_top_ids_beyond_the_signed_range_survive():
+    z = torch.zeros(1, 2**16)
+    z[0, [65535, 40000]] = torch.tensor([9.0, 8.0])
+    decoded = round_trip("top:2", z)
+    assert decoded[0].topk(3).indices.tolist()[:2] == [65535, 40000]
+    assert decoded[0, 65535] == 0
+    assert decoded[0, 40000] == -1
+
+
+def test_decoding_gives_a_tensor_of_its_own():
+    stored = {"logits": torch.zeros(2, 3)}
+    encoding.parse("float32", "logits", (3,)).decode(stored).fill_(7)
+    assert stored["logits"].abs().sum() == 0
+
+
+def test_statistics_count_what_is_not_finite():
+    values = torch.tensor([[1.0, math.nan], [-2.0, math.inf]])
+    assert encoding.statistics(values) == encoding.Statistics(4, -2.0, 1.0, 2)
+    assert encoding.statistics(values[:, 1:]) == encoding.Statistics(2, 0.0, 0.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "shape", "message"),
+    [
+        ("float8", "logits", (10,), "unknown encoding 'float8' for 'logits'; known: float16, float32, top:K"),
+        ("float16:3", "logits", (10,), "float16 takes no argument"),
+        ("top:11", "logits", (10,), "needs 1 <= K <= classes <= 65536; found 'top:11', 10 classes"),
+        ("top:x", "logits", (10,), "needs 1 <= K"),
+        ("top:4", "penultimate", (10,), "top:K is for logits only, not for 'penultimate'"),
+        ("float16", "logits", (10, 2), r"needs logits of shape \(classes,\)"),
+        ("float16", "../x", (10,), "cannot be stored"),
+    ],
+)
+def test_impossible_encodings_are_refused(text, field, shape, message):
+    with pytest.raises(SettingsError, match=message):
+        encoding.parse(text, field, shape)
+
+
+def test_rows_of_another_shape_are_refused():
+    with pytest.raises(SettingsError, match=r"should have shape \(3,\), found \(4,\)"):
+        encoding.parse("float16", "logits", (3,)).encode(torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
+def test_temperatures_that_mean_nothing_are_refused(temperature):
+    with pytest.raises(SettingsError, match="temperature should be a positive number"):
+        encoding.parse("float32", "logits", (3,)).decode({"logits": torch.zeros(1, 3)}, temperature)
