@@ -92,8 +92,10 @@ class OptimizerSettings(Settings):
     """label smoothing of the hard-label cross-entropy"""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """seed of initial weights and sample order"""
+    evaluate_every: int = Field(default=1, ge=1)
+    """epochs between measurements on the test split; the last epoch is always measured"""
     checkpoint_seconds: float = Field(default=60, ge=0)
-    """least time between checkpoints; 0 writes one after every epoch. Never changes results"""
+    """least time between checkpoints inside an epoch, beside the one after every epoch; never changes results"""
 
 
 class FitSettings(OptimizerSettings, ViewSettings):
@@ -190,6 +192,92 @@ class TrainSettings(OptimizerSettings, MethodSettings, ScheduleSettings, Condens
     def _apply_preset(cls, values: Any) -> Any:
         name = values.get("preset") if isinstance(values, Mapping) else None
         return {**PRESETS.get(name, {}), **values} if name else values
+
+
+class MachineSettings(Settings):
+    """Where a stage runs."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to compute; auto takes a GPU where there is one"""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads; all cores if unset. Training results depend on it in their last bits"""
+    allow_env_change: bool = False
+    """continue a run although device, thread count or versions changed; recorded in run.json"""
+
+
+class TeacherSettings(Settings):
+    """Which network teaches."""
+
+    teacher: str | None = None
+    """a folder written by `fit` or `train`, or a network's name together with --weights"""
+    weights: Path | None = None
+    """safetensors or weights_only-safe torch file of a named teacher"""
+    teacher_mean: tuple[float, ...] | None = None
+    """mean per channel a named teacher expects; the data's own if unset"""
+    teacher_std: tuple[float, ...] | None = None
+    """standard deviation per channel a named teacher expects; the data's own if unset"""
+    teacher_size: int | None = Field(default=None, ge=1)
+    """side in pixels a named teacher's input is resized to"""
+
+
+class FitCommand(FitSettings, MachineSettings):
+    """Everything `kcdcache fit` takes."""
+
+    data: str
+    """data spec: digits, cifar10[:DIR], cifar100[:DIR], folder:DIR, parquet:DIR[#label], arrays:FILE.npz"""
+    model: str
+    """network to train"""
+    out: Path
+    """folder of the run"""
+
+
+class PrecomputeCommand(PrecomputeSettings, TeacherSettings, MachineSettings):
+    """Everything `kcdcache precompute` takes."""
+
+    data: str
+    """data spec, as for fit"""
+    store: Path
+    """folder of the store"""
+    manifest: Path | None = None
+    """add the teacher's outputs on this manifest's mixes, beside it, instead of making a store"""
+    mix: Literal["convex", "additive_clip"] = "convex"
+    """how the manifest's images are mixed"""
+    from_logits: Path | None = None
+    """import logits made elsewhere: an .npy file of shape (views, N, C) or (N, C)"""
+
+
+class TrainCommand(TrainSettings, TeacherSettings, MachineSettings):
+    """Everything `kcdcache train` takes."""
+
+    store: Path
+    """folder of the store"""
+    data: str
+    """data spec, as for precompute"""
+    out: Path
+    """folder of the run"""
+    manifest: Path | None = None
+    """condensed set to start from; for a run at the start of a stage, that stage's manifest"""
+    transfer: bool = False
+    """accept a condensed set made for another teacher's store of the same data"""
+    until: int | None = Field(default=None, ge=1)
+    """stop when that many epochs are finished; the same command continues"""
+
+
+class CondenseCommand(CondenseSettings):
+    """Everything `kcdcache condense` takes."""
+
+    values: Path
+    """values file: a run's values.parquet, or any parquet file with the columns index and value"""
+    store: Path
+    """folder of the store the values belong to"""
+    keep: float = Field(gt=0, le=1)
+    """share of all samples to keep"""
+    out: Path
+    """manifest to write"""
+    previous: Path | None = None
+    """manifest the values were last updated on; all samples if unset"""
+    stage: int | None = Field(default=None, ge=0)
+    """number of the stage the manifest is for; one more than the previous manifest's if unset"""
 
 
 S = TypeVar("S", bound=Settings)

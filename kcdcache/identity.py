@@ -58,8 +58,8 @@ class Knowledge:
     teacher: TeacherIdentity
     data: DataIdentity
     views: ViewIdentity
-    mixes: str | None = None
-    """digest of the manifest whose mixes were shown to the teacher, or None for plain views"""
+    mixes: dict[str, Any] | None = None
+    """for a requery store: the manifest's digest, the mixing rule and the view numbers; None for plain views"""
 
     @property
     def knowledge_id(self) -> str:

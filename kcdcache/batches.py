@@ -1,0 +1,327 @@
+"""Manifest + data + views + store -> device batches: order, views, mixing, teacher targets."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int64
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+
+from kcdcache import rng, views
+from kcdcache.data import Dataset
+from kcdcache.errors import MismatchError
+from kcdcache.identity import require_same
+from kcdcache.knowledge import Targets
+from kcdcache.manifest import Manifest
+from kcdcache.store import Store
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixing:
+    """How a point of K_Aug is made; see config.MethodSettings."""
+
+    mix: str = "convex"
+    target: str = "linear_prob"
+    temperature: float = 1.0
+    """T at which probabilities are made and mixed"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What an epoch's batches are made from."""
+
+    data: Dataset
+    rule: views.ViewRule
+    views: int | None
+    """number of cached views V; epoch e uses view e mod V; None for an endless rule"""
+    manifest: Manifest
+    targets: Targets | None = None
+    """teacher outputs of single points, or None when nothing is distilled"""
+    requeried: Targets | None = None
+    """teacher outputs of mixed points (mix_target = requery)"""
+    mixing: Mixing = Mixing()
+
+    def view_of(self, epoch: int) -> int:
+        """Return the number of the view that an epoch uses."""
+        return epoch if self.views is None else epoch % self.views
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One step's samples on the device, K_Aug points already mixed."""
+
+    index: Int64[Tensor, " batch"]
+    pixels: Float32[Tensor, "batch channels height width"]
+    """in [0, 1], channels_last; each network applies its own input transform"""
+    labels: Int64[Tensor, " batch"]
+    partner_labels: Int64[Tensor, " batch"]
+    """label of the point mixed in; the own label where nothing is"""
+    mixed: Bool[Tensor, " batch"]
+    epsilon: Float32[Tensor, " batch"]
+    """share of the partner, 0 for K_1H"""
+    weight: Float32[Tensor, " batch"]
+    probabilities: Float32[Tensor, "batch classes"] | None
+    """teacher probabilities at the distillation temperature, mixed as the target rule says"""
+    knowledge: Mapping[str, Tensor]
+    """the teacher's fields as float32, linearly mixed"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """One epoch's samples in order, with everything that integers decide, computed once on the host."""
+
+    view: int
+    index: Int64[np.ndarray, " n"]
+    partner: Int64[np.ndarray, " n"]
+    epsilon: Float32[np.ndarray, " n"]
+    weight: Float32[np.ndarray, " n"]
+    parameters: Int64[np.ndarray, "n k"]
+    partner_parameters: Int64[np.ndarray, "n k"]
+
+
+def all_samples(manifest: Manifest, seed: int, epoch: int) -> Int64[np.ndarray, " n"]:
+    """Return every sample of the manifest, in the epoch's order.
+
+    The order is the kept indices sorted by Philox(seed, epoch, index): a subset keeps the full set's relative order.
+    """
+    return rng.epoch_order(seed, epoch, manifest.index)
+
+
+SAMPLING: Mapping[str, Callable[[Manifest, int, int], np.ndarray]] = {"all": all_samples}
+
+
+def plan_epoch(source: Source, epoch: int, seed: int, sampling: str = "all") -> Epoch:
+    """Return the samples, partners and view parameters of one epoch; a pure function of its arguments."""
+    order = SAMPLING[sampling](source.manifest, seed, epoch)
+    row = np.searchsorted(source.manifest.index, order)
+    partner = source.manifest.partner[row]
+    view = source.view_of(epoch)
+    parameters = views.parameters(source.rule, order, view)
+    partner_parameters = np.zeros_like(parameters)
+    mixed = partner >= 0
+    partner_parameters[mixed] = views.parameters(source.rule, partner[mixed], view)
+    return Epoch(
+        view=view,
+        index=order,
+        partner=partner,
+        epsilon=source.manifest.epsilon[row],
+        weight=source.manifest.weight[row],
+        parameters=parameters,
+        partner_parameters=partner_parameters,
+    )
+
+
+def iterate(
+    source: Source,
+    epoch: int,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    device: torch.device = CPU,
+    start: int = 0,
+    sampling: str = "all",
+) -> Iterator[Batch]:
+    """Yield the batches of one epoch; the last may be smaller; the same arguments yield the same bytes.
+
+    Arguments:
+        start: number of the first batch, to continue inside an epoch.
+    """
+    plan = plan_epoch(source, epoch, seed, sampling)
+    for targets in (source.targets, source.requeried):
+        if targets is not None:
+            targets.prepare(plan.view, source.view_of(epoch + 1))
+    for low in range(start * batch_size, len(plan.index), batch_size):
+        yield make_batch(source, plan, slice(low, low + batch_size), device)
+
+
+def make_batch(source: Source, plan: Epoch, part: slice, device: torch.device) -> Batch:
+    """Return one slice of an epoch as a batch on the device."""
+    index, partner = plan.index[part], plan.partner[part]
+    where = np.flatnonzero(partner >= 0)
+    labels = source.data.train.labels
+    epsilon = torch.from_numpy(plan.epsilon[part]).to(device)
+    pixels = _view(source, index, plan.parameters[part], device)
+    if len(where):
+        other = _view(source, partner[where], plan.partner_parameters[part][where], device)
+        spot = torch.from_numpy(where).to(device)
+        pixels[spot] = mix_pixels(pixels[spot], other, epsilon[spot], source.mixing.mix)
+    probabilities, knowledge = _taught(source, index, partner, where, epsilon, device)
+    return Batch(
+        index=torch.from_numpy(index).to(device),
+        pixels=pixels,
+        labels=torch.from_numpy(labels[index]).to(device),
+        partner_labels=torch.from_numpy(labels[np.where(partner >= 0, partner, index)]).to(device),
+        mixed=torch.from_numpy(partner >= 0).to(device),
+        epsilon=epsilon,
+        weight=torch.from_numpy(plan.weight[part]).to(device),
+        probabilities=probabilities,
+        knowledge=knowledge,
+    )
+
+
+def mix_pixels(
+    kept: Float32[Tensor, "batch c h w"],
+    dropped: Float32[Tensor, "batch c h w"],
+    epsilon: Float32[Tensor, " batch"],
+    rule: str,
+) -> Float32[Tensor, "batch c h w"]:
+    """Return (1-eps) kept + eps dropped, or kept + eps dropped clipped to [0, 1], in pixels of view space.
+
+    Source: Eq. 14 and Fig. 2 of the paper (convex); its literal addition as `additive_clip`; facts.md A8, A11.
+    """
+    share = epsilon.view(-1, 1, 1, 1)
+    if rule == "convex":
+        return (1 - share) * kept + share * dropped
+    return (kept + share * dropped).clamp(0, 1)
+
+
+def mix_probabilities(
+    kept: Float[Tensor, "batch classes"],
+    dropped: Float[Tensor, "batch classes"],
+    epsilon: Float[Tensor, " batch"],
+    rule: str,
+    temperature: float,
+) -> Float[Tensor, "batch classes"]:
+    """Return the teacher's probabilities at T for mixed points, from the logits of both.
+
+    linear_prob: (1-eps) softmax(z/T) + eps softmax(z0/T); linear_logit: softmax of the mixed logits; keep: the own.
+
+    Source: Eq. 14 read offline; facts.md A10.
+    """
+    return TARGET_RULES[rule](kept / temperature, dropped / temperature, epsilon.view(-1, 1))
+
+
+TARGET_RULES: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "linear_prob": lambda z, z0, eps: (1 - eps) * z.softmax(1) + eps * z0.softmax(1),
+    "linear_logit": lambda z, z0, eps: ((1 - eps) * z + eps * z0).softmax(1),
+    "keep": lambda z, z0, eps: z.softmax(1),
+}
+
+
+def mixed_views(
+    source: Source, rows: Int64[np.ndarray, " batch"], view: int, device: torch.device
+) -> Float32[Tensor, "batch c h w"]:
+    """Return the mixed images of the manifest's given K_Aug rows in one view, as the student will see them."""
+    index, partner = source.manifest.index[rows], source.manifest.partner[rows]
+    kept = _view(source, index, views.parameters(source.rule, index, view), device)
+    dropped = _view(source, partner, views.parameters(source.rule, partner, view), device)
+    epsilon = torch.from_numpy(source.manifest.epsilon[rows]).to(device)
+    return mix_pixels(kept, dropped, epsilon, source.mixing.mix)
+
+
+def needed_rows(manifest: Manifest) -> Int64[np.ndarray, " rows"]:
+    """Return the samples whose knowledge a stage reads: kept and partners, ascending, each once."""
+    return np.union1d(manifest.index, manifest.partner[manifest.partner >= 0])
+
+
+def check_data(store: Store, data: Dataset) -> None:
+    """Do nothing if the store was made for this data.
+
+    Raises:
+        MismatchError: count, classes, size or any sample differs; names the first differing sample.
+    """
+    ours, theirs = data.identity(), store.knowledge.data
+    if ours == theirs:
+        return
+    if ours.count == theirs.count and ours.classes == theirs.classes:
+        first = int(np.flatnonzero(data.train.digests() != store.sample_digest)[0])
+        raise MismatchError(
+            f"the data is not what the teacher saw: sample {first} differs (image, label or order) between the store "
+            f"at {store.path} and {data.name}; use the data the store was made from, or precompute a new store"
+        )
+    names = (f"the store at {store.path}", f"the data {data.name}")
+    require_same(
+        {"count": theirs.count, "classes": theirs.classes, "image_size": theirs.image_size},
+        {"count": ours.count, "classes": ours.classes, "image_size": ours.image_size},
+        names,
+        "use the data the store was made from, or precompute a new store",
+    )
+
+
+class KnowledgePoints(TorchDataset[dict[str, Any]]):
+    """A map-style data set of a manifest's points for one epoch, for use with torch's DataLoader.
+
+    Item i is the i-th point in the epoch's order as a dict of `Batch`'s fields without the batch axis; leave shuffling
+    to it. Call `set_epoch` before each epoch: it selects the order and the view.
+    """
+
+    def __init__(self, source: Source, *, seed: int = 0, sampling: str = "all") -> None:
+        self._source, self._seed, self._sampling = source, seed, sampling
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Select the epoch whose order and view the items have."""
+        self._plan = plan_epoch(self._source, epoch, self._seed, self._sampling)
+        for targets in (self._source.targets, self._source.requeried):
+            if targets is not None:
+                targets.prepare(self._plan.view, self._source.view_of(epoch + 1))
+
+    def __len__(self) -> int:
+        return len(self._plan.index)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.__getitems__([number])[0]
+
+    def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
+        """Return several items with one gather; torch's DataLoader calls this when it exists."""
+        plan, chosen = self._plan, np.asarray(numbers)
+        picked = Epoch(
+            view=plan.view,
+            **{name: value[chosen] for name, value in vars(plan).items() if name != "view"},
+        )
+        batch = make_batch(self._source, picked, slice(None), CPU)
+        return [_item(batch, row) for row in range(len(numbers))]
+
+
+def _item(batch: Batch, row: int) -> dict[str, Any]:
+    item = {name: value[row] for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return item | {f"teacher_{name}": value[row] for name, value in batch.knowledge.items()}
+
+
+def _view(source: Source, index: np.ndarray, parameters: np.ndarray, device: torch.device) -> Tensor:
+    images = source.data.train.images(index)
+    if isinstance(images, np.ndarray):
+        return views.apply(source.rule, torch.from_numpy(images).to(device), torch.from_numpy(parameters))
+    return views.apply(source.rule, [torch.from_numpy(i).to(device) for i in images], torch.from_numpy(parameters))
+
+
+def _taught(
+    source: Source, index: np.ndarray, partner: np.ndarray, where: np.ndarray, epsilon: Tensor, device: torch.device
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Return the target probabilities and all fields of a batch, mixed where a point has a partner."""
+    if source.targets is None:
+        return None, {}
+    temperature = source.mixing.temperature
+    own = source.targets.gather(index, temperature, device)
+    probabilities = (own["logits"] / temperature).softmax(1) if "logits" in own else None
+    if not len(where):
+        return probabilities, own
+    spot = torch.from_numpy(where).to(device)
+    if source.requeried is not None:
+        seen = source.requeried.gather(index[where], temperature, device)
+        if probabilities is not None:
+            probabilities[spot] = (seen["logits"] / temperature).softmax(1)
+        return probabilities, {name: _put(own[name], spot, seen[name]) for name in own}
+    other = source.targets.gather(partner[where], temperature, device)
+    share = epsilon[spot]
+    if probabilities is not None:
+        rule = source.mixing.target
+        probabilities[spot] = mix_probabilities(own["logits"][spot], other["logits"], share, rule, temperature)
+    if source.mixing.target == "keep":
+        return probabilities, own
+    return probabilities, {name: _put(own[name], spot, _blend(own[name][spot], other[name], share)) for name in own}
+
+
+def _blend(kept: Tensor, dropped: Tensor, epsilon: Tensor) -> Tensor:
+    share = epsilon.view(-1, *([1] * (kept.ndim - 1)))
+    return (1 - share) * kept + share * dropped
+
+
+def _put(target: Tensor, spot: Tensor, value: Tensor) -> Tensor:
+    target[spot] = value
+    return target

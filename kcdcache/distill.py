@@ -1,0 +1,323 @@
+"""Algorithm 1: train a stage, condense, next stage; the only place where training and condensation meet."""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kcdcache import batches, condense, loop, manifest, methods, precompute, schedule, store, train, values
+from kcdcache.config import TrainSettings
+from kcdcache.data import Dataset
+from kcdcache.errors import SettingsError
+from kcdcache.files import read_json, readable_json, write_atomic
+from kcdcache.manifest import Manifest
+from kcdcache.models.device import resolve_device
+from kcdcache.runs import RunFolder, load_checkpoint, outcome, read_summary, seconds_spent, session, start
+from kcdcache.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+NEUTRAL = {"checkpoint_seconds", "memory_gb"}
+"""settings that never change a result and so may differ when a run continues"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What a student learns from: open store, its data, and perhaps a given condensed set and the teacher itself."""
+
+    data: Dataset
+    knowledge: store.Store
+    given: Manifest | None = None
+    """condensed set of an earlier run, or None for everything"""
+    teacher: Teacher | None = None
+    """needed for mix_target = requery only"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """One run while it goes on."""
+
+    settings: TrainSettings
+    material: Material
+    folder: RunFolder
+    device: torch.device
+    stages: tuple[schedule.Stage, ...]
+    progress: loop.Progress
+
+
+def run(
+    settings: TrainSettings,
+    material: Material,
+    *,
+    out: Path,
+    until: int | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    allow_env_change: bool = False,
+    progress: loop.Progress = loop.silent,
+) -> dict[str, Any]:
+    """Train a student through all stages into the folder `out`, or continue; return the summary.
+
+    With `until`, stops once that many epochs are finished and returns a summary with `finished` false; the same call
+    without it continues. `material.given` is the condensed set a new run starts from (reuse); for a run that stands at
+    the start of a stage it is that stage's manifest, instead of one condensed here.
+
+    Raises:
+        SettingsError: the settings contradict each other or the run already in the folder.
+        MismatchError: store, data and condensed set were not made for each other.
+        NonFiniteError: the loss diverged.
+    """
+    batches.check_data(material.knowledge, material.data)
+    methods.method_named(settings.method)
+    folder = RunFolder(path=out)
+    material, following = _sorted_out(material, folder)
+    document, inputs = _record(settings, material)
+    if folder.summary.exists():
+        start(folder, document, inputs)
+        logger.info("train: %s is finished already", out)
+        return read_summary(out)
+    going = _Run(
+        settings=_as_reuse(settings, material),
+        material=material,
+        folder=folder,
+        device=resolve_device(device),
+        stages=_stages(settings, material),
+        progress=progress,
+    )
+    held = session(folder, document, inputs, device=going.device, threads=threads, allow_env_change=allow_env_change)
+    with held:
+        if following is not None:
+            _place(going, following)
+        return _advance(going, settings.epochs if until is None else min(until, settings.epochs))
+
+
+def accept(given: Manifest, knowledge: store.Store, transfer: bool) -> Manifest:
+    """Return a condensed set bound to a store's knowledge: as it is, or with `transfer` rebound to another teacher's.
+
+    Raises:
+        MismatchError: the set was made for other knowledge and transfer is off, or for other data.
+    """
+    identity = knowledge.knowledge.data
+    wanted = knowledge.knowledge_id
+    manifest.require_knowledge(given, wanted, count=identity.count, data_digest=identity.digest, transfer=transfer)
+    if given.knowledge_id == wanted:
+        return given
+    logger.info("transfer: a set condensed for knowledge %s is used with %s", given.knowledge_id[:12], wanted[:12])
+    return replace(given, knowledge_id=wanted, parent=given.digest)
+
+
+def _sorted_out(material: Material, folder: RunFolder) -> tuple[Material, Manifest | None]:
+    """Return the material the run began with, and the manifest of its next stage if that is what was given."""
+    if material.given is None or not folder.settings.exists():
+        return material, None
+    began_with = read_json(folder.settings)["inputs"]["given"]
+    if began_with == material.given.digest:
+        return material, None
+    first = manifest.read(folder.manifest(0)) if began_with else None
+    return replace(material, given=first), material.given
+
+
+def _advance(going: _Run, until: int) -> dict[str, Any]:
+    """Train stage after stage up to epoch `until`; what is finished already is passed over."""
+    done = _finished_epochs(going.folder)
+    for stage in going.stages:
+        if stage.start >= until:
+            break
+        if stage.stop > done:
+            done = _teach(going, stage, until)
+    if done < going.settings.epochs:
+        logger.info("train: stopped at epoch %d of %d; the same command continues", done, going.settings.epochs)
+        return {"finished": False, "epochs_done": done, "epochs": going.settings.epochs, "run": str(going.folder.path)}
+    return _finish(going)
+
+
+def _teach(going: _Run, stage: schedule.Stage, until: int) -> int:
+    current = _manifest_for(going, stage)
+    logger.info("stage %d: epochs %d to %d on %d samples", stage.number, stage.start, stage.stop - 1, len(current))
+    settings = going.settings
+    clock = schedule.stretched(going.stages, settings.epochs).tolist() if settings.clock == "samples" else None
+    pupil = train.run_stage(
+        settings,
+        train.Lessons(
+            number=stage.number,
+            start=stage.start,
+            stop=stage.stop,
+            manifest=current,
+            requeried=_requery(going, stage, current),
+        ),
+        data=going.material.data,
+        knowledge=going.material.knowledge,
+        folder=going.folder,
+        device=going.device,
+        until=until,
+        clock=clock,
+        progress=going.progress,
+    )
+    return pupil.epoch
+
+
+def _manifest_for(going: _Run, stage: schedule.Stage) -> Manifest:
+    """Return the stage's manifest: from disk if it was made before, else given, random, full or condensed."""
+    path = going.folder.manifest(stage.number)
+    if path.exists():
+        found = manifest.read(path)
+        manifest.require_knowledge(found, going.material.knowledge.knowledge_id)
+        return found
+    made = MAKERS[stage.source](going, stage)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    manifest.write(path, made)
+    return made
+
+
+def _full(going: _Run, stage: schedule.Stage) -> Manifest:
+    data, identity = going.material.data, going.material.knowledge.knowledge.data
+    knowledge_id = going.material.knowledge.knowledge_id
+    return manifest.full(
+        knowledge_id, identity.count, data.train.labels, len(data.classes), data_digest=identity.digest
+    )
+
+
+def _given(going: _Run, stage: schedule.Stage) -> Manifest:
+    assert going.material.given is not None
+    return going.material.given
+
+
+def _random(going: _Run, stage: schedule.Stage) -> Manifest:
+    data, identity = going.material.data, going.material.knowledge.knowledge.data
+    return condense.random_stage(
+        knowledge_id=going.material.knowledge.knowledge_id,
+        count=identity.count,
+        keep=stage.keep,
+        seed=going.settings.condense_seed,
+        labels=data.train.labels,
+        classes=len(data.classes),
+        previous=going.material.given,
+        data_digest=identity.digest,
+    )
+
+
+def _condensed(going: _Run, stage: schedule.Stage) -> Manifest:
+    """Condense the values at the end of the stage before (the E-step)."""
+    identity = going.material.knowledge.knowledge.data
+    path = going.folder.stage(stage.number - 1) / "values.parquet"
+    return condense.condense(
+        values.read(path, identity.count).values,
+        going.settings,
+        knowledge_id=going.material.knowledge.knowledge_id,
+        count=identity.count,
+        stage=stage.number,
+        keep=stage.keep,
+        labels=going.material.data.train.labels,
+        classes=len(identity.classes),
+        previous=manifest.read(going.folder.manifest(stage.number - 1)),
+        data_digest=identity.digest,
+    )
+
+
+MAKERS = {"full": _full, "given": _given, "random": _random, "condensed": _condensed}
+"""source of a stage's manifest -> how it is made"""
+
+
+def _finish(going: _Run) -> dict[str, Any]:
+    """Condense once more for export (facts.md A3), then write the summary, which marks the run finished."""
+    settings, last = going.settings, going.stages[-1]
+    keep = schedule.export_keep(settings.stages, settings.keep, _base(going.material))
+    exported = going.folder.manifest(last.number)
+    if keep is not None:
+        closing = schedule.Stage(last.number + 1, settings.epochs, settings.epochs, keep, "condensed")
+        exported = going.folder.manifest(closing.number)
+        _manifest_for(going, closing)
+    summary = _summary(going, exported)
+    write_atomic(going.folder.summary, readable_json(summary))
+    return summary
+
+
+def _summary(going: _Run, exported: Path) -> dict[str, Any]:
+    rows = (load_checkpoint(going.folder) or ({}, {"rows": []}))[1]["rows"]
+    knowledge = going.material.knowledge
+    requeries = sum(
+        store.open(path).points for path in sorted(going.folder.path.glob("stages/*/requery")) if path.is_dir()
+    )
+    return outcome(rows, knowledge.knowledge.data.count, going.settings.epochs) | {
+        "kind": "train",
+        "finished": True,
+        "model": going.settings.student,
+        "method": going.settings.method,
+        "knowledge_id": knowledge.knowledge_id,
+        "teacher_forwards": requeries,
+        "store_teacher_forwards": knowledge.points,
+        "rows_read": sum(row["rows_read"] for row in rows),
+        "bytes_read": sum(row["bytes_read"] for row in rows),
+        "kept": len(manifest.read(exported)),
+        "condensed_set": str(exported.relative_to(going.folder.path)),
+        "seconds": seconds_spent(going.folder),
+    }
+
+
+def _requery(going: _Run, stage: schedule.Stage, current: Manifest) -> Path | None:
+    """Run the teacher on the stage's mixes in the views it will use, unless that is done or not asked for."""
+    needs = methods.method_named(going.settings.method).fields
+    if going.settings.mix_target != "requery" or not needs or not current.mixed.any():
+        return None
+    knowledge, teacher = going.material.knowledge, going.material.teacher
+    if teacher is None:
+        raise SettingsError("mix_target 'requery' runs the teacher on mixed images: give --teacher (and --weights)")
+    path = going.folder.stage(stage.number) / "requery"
+    mixing = batches.Mixing(mix=going.settings.mix)
+    source = train.source_for(going.material.data, knowledge, current, mixing)
+    used = train.views_used(stage.start, stage.stop, knowledge.views)
+    precompute.requery(source, teacher, knowledge, path, fields=needs, view_numbers=used, progress=going.progress)
+    return path
+
+
+def _place(going: _Run, chosen: Manifest) -> None:
+    """Make a manifest condensed by hand the one of the stage that begins now.
+
+    Raises:
+        SettingsError: the run is inside a stage, or has another manifest for this one.
+        MismatchError: the manifest is of other knowledge.
+    """
+    done = _finished_epochs(going.folder)
+    starting = [stage for stage in going.stages if stage.start == done]
+    if not starting:
+        raise SettingsError(
+            f"the run stands at epoch {done}, inside a stage; a manifest can be given only where a stage begins: "
+            f"{', '.join(str(stage.start) for stage in going.stages)}"
+        )
+    path = going.folder.manifest(starting[0].number)
+    manifest.require_knowledge(chosen, going.material.knowledge.knowledge_id)
+    if path.exists():
+        if manifest.read(path).digest != chosen.digest:
+            raise SettingsError(f"stage {starting[0].number} of this run has another manifest already: {path}")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    manifest.write(path, chosen)
+
+
+def _finished_epochs(folder: RunFolder) -> int:
+    found = load_checkpoint(folder)
+    return int(found[1]["epoch"]) if found else 0
+
+
+def _base(material: Material) -> float:
+    return 1.0 if material.given is None else len(material.given) / material.knowledge.knowledge.data.count
+
+
+def _stages(settings: TrainSettings, material: Material) -> tuple[schedule.Stage, ...]:
+    return schedule.plan(settings.schedule, settings.epochs, settings.stages, settings.keep, _base(material))
+
+
+def _as_reuse(settings: TrainSettings, material: Material) -> TrainSettings:
+    """Return the settings a reused set is condensed with: its own samples compete, nobody returns from outside it."""
+    if material.given is None or settings.stages == 1:
+        return settings
+    logger.info("reuse: the candidates are the %d samples of the given set", len(material.given))
+    return settings.model_copy(update={"candidates": "current"})
+
+
+def _record(settings: TrainSettings, material: Material) -> tuple[dict[str, Any], dict[str, Any]]:
+    document = settings.model_dump(mode="json", exclude=NEUTRAL)
+    given = material.given.digest if material.given is not None else None
+    return document, {"knowledge_id": material.knowledge.knowledge_id, "given": given}

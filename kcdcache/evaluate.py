@@ -1,0 +1,76 @@
+"""Accuracy, agreement with the teacher, and calibration."""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from kcdcache import views
+from kcdcache.data import Split
+from kcdcache.losses.softmax import cross_entropy
+from kcdcache.models.transform import InputTransform
+
+BATCH = 512
+
+
+def predict(
+    network: nn.Module, transform: InputTransform, split: Split, rule: views.ViewRule, device: torch.device
+) -> Float[Tensor, "n classes"]:
+    """Return the logits of every sample of a split, in eval mode, in float32, on the device.
+
+    `rule` should be `views.plain` of the training rule: no augmentation.
+    """
+    was_training = network.training
+    network.eval()
+    try:
+        with torch.inference_mode():
+            return torch.cat([network(transform(pixels)).float() for pixels in _plain(split, rule, device)])
+    finally:
+        network.train(was_training)
+
+
+def accuracy(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"]) -> float:
+    """Return the share of samples whose largest logit is at their label, in [0, 1]."""
+    return float((logits.argmax(1) == labels).double().mean())
+
+
+def agreement(logits: Float[Tensor, "n classes"], others: Float[Tensor, "n classes"]) -> float:
+    """Return the share of samples on which two networks name the same class, in [0, 1]."""
+    return float((logits.argmax(1) == others.argmax(1)).double().mean())
+
+
+def calibration_error(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"], bins: int = 15) -> float:
+    """Return the expected calibration error: mean over samples of |confidence - accuracy| per confidence bin.
+
+    Source: Guo et al. 2017, Eq. 3, with equal-width bins.
+    """
+    confidence, guess = logits.double().softmax(1).max(1)
+    right = (guess == labels).double()
+    which = (confidence * bins).long().clamp_max(bins - 1)
+    gaps = torch.zeros(bins, dtype=torch.float64, device=logits.device).index_add_(0, which, confidence - right)
+    return float(gaps.abs().sum() / len(labels))
+
+
+def measure(
+    network: nn.Module, transform: InputTransform, split: Split, rule: views.ViewRule, device: torch.device
+) -> dict[str, float]:
+    """Return test accuracy in [0, 1], mean cross-entropy in nats, and expected calibration error in [0, 1]."""
+    logits = predict(network, transform, split, rule, device)
+    labels = torch.from_numpy(split.labels).to(device)
+    return {
+        "test_accuracy": accuracy(logits, labels),
+        "test_loss": float(cross_entropy(logits, labels).double().mean()),
+        "test_calibration_error": calibration_error(logits, labels),
+    }
+
+
+def _plain(split: Split, rule: views.ViewRule, device: torch.device) -> Iterator[Tensor]:
+    for low in range(0, len(split), BATCH):
+        index = torch.arange(low, min(low + BATCH, len(split))).numpy()
+        images = split.images(index)
+        parameters = torch.from_numpy(views.parameters(rule, index, 0))
+        if isinstance(images, list):
+            yield views.apply(rule, [torch.from_numpy(image).to(device) for image in images], parameters)
+        else:
+            yield views.apply(rule, torch.from_numpy(images).to(device), parameters)

@@ -1,0 +1,74 @@
+"""Train a teacher or a plain baseline on hard labels."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from kcdcache import batches, evaluate, learner, loop, manifest, methods, views
+from kcdcache.config import FitSettings, MethodSettings
+from kcdcache.data import Dataset
+from kcdcache.files import readable_json, write_atomic
+from kcdcache.models.device import resolve_device
+from kcdcache.runs import RunFolder, outcome, read_summary, seconds_spent, session, start
+
+logger = logging.getLogger(__name__)
+
+NEUTRAL = {"checkpoint_seconds"}
+"""settings that never change a result and so may differ when a run continues"""
+
+
+def run(
+    settings: FitSettings,
+    *,
+    data: Dataset,
+    model: str,
+    out: Path,
+    device: str = "auto",
+    threads: int | None = None,
+    allow_env_change: bool = False,
+    progress: loop.Progress = loop.silent,
+) -> dict[str, Any]:
+    """Train `model` on the data into the folder `out`, or continue; return the run's summary.
+
+    The folder gets model.safetensors and model.json (usable as `--teacher`), metrics.jsonl and summary.json.
+
+    Raises:
+        SettingsError: the folder holds a run with other settings.
+        NonFiniteError: the loss diverged.
+    """
+    folder = RunFolder(path=out)
+    document = settings.model_dump(mode="json", exclude=NEUTRAL) | {"model": model}
+    inputs = {"data": data.identity().digest}
+    if folder.summary.exists():
+        start(folder, document, inputs)
+        logger.info("fit: %s is finished already", out)
+        return read_summary(out)
+    where = resolve_device(device)
+    with session(folder, document, inputs, device=where, threads=threads, allow_env_change=allow_env_change):
+        pupil = learner.new_learner(model, data, settings, where)
+        loop.run(pupil, _task(pupil, data, settings), settings, folder, settings.epochs, progress)
+        summary = outcome(pupil.rows, len(data.train), settings.epochs) | {
+            "kind": "fit",
+            "model": model,
+            "teacher_forwards": 0,
+            "seconds": seconds_spent(folder),
+        }
+        learner.save(pupil, folder, "model", model, data, {"accuracy": summary["accuracy_last"]})
+        write_atomic(folder.summary, readable_json(summary))
+    return summary
+
+
+def _task(pupil: learner.Learner, data: Dataset, settings: FitSettings) -> loop.Task:
+    rule = views.rule_from(settings, data.train.image_size)
+    whole = manifest.full(data.identity().digest, len(data.train), data.train.labels, data.classes)
+    source = batches.Source(data=data, rule=rule, views=views.cycle(rule, settings.views), manifest=whole)
+    weights = methods.weights_for(MethodSettings(method="ce"), settings.label_smoothing)
+    plain = views.plain(rule)
+    return loop.Task(
+        batches=lambda epoch, start: batches.iterate(
+            source, epoch, batch_size=settings.batch_size, seed=settings.seed, device=pupil.device, start=start
+        ),
+        loss=lambda logits, batch: methods.ce(logits, batch, weights),
+        evaluate=lambda: evaluate.measure(pupil.network, pupil.transform, data.test, plain, pupil.device),
+        details=lambda epoch: {"view": source.view_of(epoch)},
+    )

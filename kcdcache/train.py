@@ -1,0 +1,207 @@
+"""Train a student on one manifest: the M-step. Checkpoints and metrics in, values out; knows nothing of condensation."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kcdcache import batches, evaluate, learner, loop, methods, store, values, views
+from kcdcache.config import TrainSettings
+from kcdcache.data import Dataset
+from kcdcache.knowledge import StoredTargets
+from kcdcache.manifest import Manifest
+from kcdcache.runs import RunFolder
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lessons:
+    """What one stage learns from."""
+
+    number: int
+    """the stage's number"""
+    start: int
+    """first epoch of the stage"""
+    stop: int
+    """first epoch after the stage"""
+    manifest: Manifest
+    requeried: Path | None = None
+    """store of the teacher's outputs on this manifest's mixes, if it was asked for them"""
+
+
+def run_stage(
+    settings: TrainSettings,
+    lessons: Lessons,
+    *,
+    data: Dataset,
+    knowledge: store.Store,
+    folder: RunFolder,
+    device: torch.device,
+    until: int,
+    clock: Sequence[float] | None = None,
+    progress: loop.Progress = loop.silent,
+) -> learner.Learner:
+    """Train the run's student on one manifest until epoch `until` of its stage; return the learner.
+
+    Continues from the run's checkpoint. At the stop it writes the student's weights and the values, in the run's
+    folder and, at the end of the stage, in the stage's.
+
+    Raises:
+        MismatchError: the store lacks a field the method needs.
+        NonFiniteError: the loss diverged.
+    """
+    count = knowledge.knowledge.data.count
+    record = learner.new_record(count, device, settings.record, settings.record_decay, settings.record_mixed)
+    pupil = learner.new_learner(settings.student, data, settings, device, record)
+    with ExitStack() as held:
+        source = _source(settings, lessons, data, knowledge, folder, held)
+        task = _task(settings, lessons, source, pupil, knowledge, clock)
+        loop.run(pupil, task, settings, folder, min(until, lessons.stop), progress)
+    learner.save(pupil, folder, "student", settings.student, data, {"epoch": pupil.epoch})
+    _write_values(settings, lessons, pupil, data, knowledge, folder)
+    return pupil
+
+
+def source_for(
+    data: Dataset, knowledge: store.Store, manifest: Manifest, mixing: batches.Mixing = batches.Mixing()
+) -> batches.Source:
+    """Return the images, views and order of a manifest, still without teacher targets."""
+    rule = views.rule_of(knowledge.knowledge.views)
+    return batches.Source(data=data, rule=rule, views=knowledge.views, manifest=manifest, mixing=mixing)
+
+
+def views_used(start: int, stop: int, count: int) -> tuple[int, ...]:
+    """Return the numbers of the views that epochs [start, stop) use, ascending.
+
+    >>> views_used(3, 6, 4)
+    (0, 1, 3)
+    """
+    return tuple(sorted({epoch % count for epoch in range(start, min(stop, start + count))}))
+
+
+def _source(
+    settings: TrainSettings,
+    lessons: Lessons,
+    data: Dataset,
+    knowledge: store.Store,
+    folder: RunFolder,
+    held: ExitStack,
+) -> batches.Source:
+    weights = methods.weights_for(settings, settings.label_smoothing)
+    mixing = batches.Mixing(mix=settings.mix, target=settings.mix_target, temperature=weights.temperature)
+    plain = source_for(data, knowledge, lessons.manifest, mixing)
+    fields = methods.method_named(settings.method).fields
+    if not fields:
+        return plain
+    rows = batches.needed_rows(lessons.manifest)
+    if lessons.requeried is not None:
+        rows = lessons.manifest.index
+    budget = settings.memory_gb * GIB
+    targets = StoredTargets(knowledge, rows, fields, memory_bytes=budget, folder=folder.scratch)
+    requeried = None
+    if lessons.requeried is not None:
+        requeried = held.enter_context(_requeried(lessons, fields, budget, folder, knowledge))
+    return batches.Source(
+        data=data,
+        rule=plain.rule,
+        views=plain.views,
+        manifest=lessons.manifest,
+        targets=held.enter_context(targets),
+        requeried=requeried,
+        mixing=mixing,
+    )
+
+
+def _requeried(
+    lessons: Lessons, fields: Sequence[str], budget: float, folder: RunFolder, knowledge: store.Store
+) -> StoredTargets:
+    assert lessons.requeried is not None
+    mixes = store.open(lessons.requeried)
+    numbers = (mixes.knowledge.mixes or {})["views"]
+    index = lessons.manifest.index[lessons.manifest.mixed]
+    return StoredTargets(
+        mixes,
+        index,
+        fields,
+        memory_bytes=budget,
+        folder=folder.scratch,
+        rows=np.arange(len(index)),
+        slots={view: slot for slot, view in enumerate(numbers)},
+        count=knowledge.knowledge.data.count,
+    )
+
+
+def _task(
+    settings: TrainSettings,
+    lessons: Lessons,
+    source: batches.Source,
+    pupil: learner.Learner,
+    knowledge: store.Store,
+    clock: Sequence[float] | None,
+) -> loop.Task:
+    method = methods.method_named(settings.method)
+    weights = methods.weights_for(settings, settings.label_smoothing)
+    plain = views.plain(source.rule)
+    read = _rows_read(lessons, source, knowledge, method.fields)
+    return loop.Task(
+        batches=lambda epoch, start: batches.iterate(
+            source,
+            epoch,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            device=pupil.device,
+            start=start,
+            sampling=settings.sampling,
+        ),
+        loss=lambda logits, batch: method.loss(logits, batch, weights),
+        evaluate=lambda: evaluate.measure(pupil.network, pupil.transform, source.data.test, plain, pupil.device),
+        details=lambda epoch: {
+            "stage": lessons.number,
+            "view": source.view_of(epoch),
+            "kept": len(lessons.manifest.index),
+            "mixed": int(lessons.manifest.mixed.sum()),
+            **(read if _loads(epoch, lessons, knowledge.views) else {"rows_read": 0, "bytes_read": 0}),
+        },
+        clock=clock,
+    )
+
+
+def _rows_read(
+    lessons: Lessons, source: batches.Source, knowledge: store.Store, fields: Sequence[str]
+) -> dict[str, int]:
+    """Return the store rows, and the bytes of their chunks, that loading one view of the stage takes."""
+    if source.targets is None:
+        return {"rows_read": 0, "bytes_read": 0}
+    requeried = lessons.requeried is not None
+    rows = lessons.manifest.index if requeried else batches.needed_rows(lessons.manifest)
+    extra = int(lessons.manifest.mixed.sum()) if requeried else 0
+    size = knowledge.chunk_bytes(rows, fields)
+    if lessons.requeried is not None:
+        size += store.open(lessons.requeried).chunk_bytes(np.arange(extra), fields)
+    return {"rows_read": len(rows) + extra, "bytes_read": size}
+
+
+def _loads(epoch: int, lessons: Lessons, count: int) -> bool:
+    """Return whether an epoch needs another view than the one before it in its stage."""
+    return epoch == lessons.start or count > 1
+
+
+def _write_values(
+    settings: TrainSettings,
+    lessons: Lessons,
+    pupil: learner.Learner,
+    data: Dataset,
+    knowledge: store.Store,
+    folder: RunFolder,
+) -> None:
+    assert pupil.record is not None
+    found = values.Values(visits=pupil.record.visits.cpu().numpy(), value=pupil.record.value.cpu().numpy())
+    document = {"knowledge_id": knowledge.knowledge_id, "student": settings.student, "epoch": pupil.epoch}
+    values.write(folder.values, found, data.train.labels, document)
+    if pupil.epoch == lessons.stop:
+        values.write(folder.stage(lessons.number) / "values.parquet", found, data.train.labels, document)
