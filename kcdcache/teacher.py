@@ -1,0 +1,208 @@
+"""The teacher: a frozen network that owns its input transform, and the fields it gives."""
+
+import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor, nn
+
+from kcdcache.config import Precision, nearest
+from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, UnsafeError
+from kcdcache.identity import TeacherIdentity, first_difference
+from kcdcache.models import spec as networks
+from kcdcache.models import taps
+from kcdcache.models.transform import InputTransform, transform_from
+from kcdcache.models.weights import digest_weights, load_into, load_network, load_weights
+
+FIELDS: dict[str, str] = {"logits": "logits", "penultimate": "penultimate"}
+"""field -> the tap it is read from"""
+
+SAVED_NAMES = ("model", "student")
+"""names under which `fit` and `train` save their network in a run's folder"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A frozen network with everything that decides its outputs; made by `load` or `freeze`."""
+
+    module: nn.Module
+    """the network: in eval mode, without gradients, channels_last, on `device`"""
+    transform: InputTransform
+    """what it does to pixels in [0, 1]"""
+    architecture: str
+    """model spec"""
+    classes: tuple[str, ...]
+    """class names, in the order of its logits"""
+    identity: TeacherIdentity
+    """digest of all the above; binds its knowledge to it"""
+    device: torch.device
+    """where it runs"""
+    precision: Precision
+    """arithmetic of its forward pass"""
+
+
+def load(
+    spec: str,
+    *,
+    weights: Path | None,
+    classes: tuple[str, ...],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    size: int | None,
+    device: torch.device | str,
+    precision: Precision,
+    channels: int = 3,
+) -> Teacher:
+    """Return a frozen teacher for data with these classes and channels.
+
+    Without `weights`, `spec` is the folder of a finished `fit` or `train` (or the JSON file of a saved network); it
+    brings its own architecture and input transform; `mean`, `std` and `size` are then not used. With `weights`,
+    `spec` is a model spec, and `weights` a safetensors or torch file, or such a folder of the same architecture.
+
+    Raises:
+        NotFoundError: there is nothing at a path.
+        SettingsError: the model spec is unknown, or needs weights.
+        MismatchError: the weights, classes or channels are others than expected; names the first difference.
+        UnsafeError: the weights, or a saved network's spec, could run code the user did not name.
+        CorruptionError: a file is damaged.
+    """
+    if weights is None or weights.is_dir():
+        record = _saved(str(weights or spec))
+        document, state = load_network(record)
+        _check_saved(document, record, classes, channels, None if weights is None else spec)
+        spec, transform, where = document["architecture"], transform_from(document["transform"]), str(record)
+    else:
+        state, where = load_weights(weights), str(weights)
+        transform = InputTransform(mean, std, size)
+    module = networks.build(spec, len(classes), channels=channels)
+    load_into(module, state, where)
+    return _frozen(module, transform, spec, classes, torch.device(device), precision)
+
+
+def freeze(
+    module: nn.Module,
+    transform: InputTransform,
+    architecture: str,
+    classes: tuple[str, ...],
+    device: torch.device | str,
+    precision: Precision = "float32",
+) -> Teacher:
+    """Return a teacher made from a copy of a network; the network itself stays as it is."""
+    return _frozen(copy.deepcopy(module), transform, architecture, classes, torch.device(device), precision)
+
+
+def outputs(
+    teacher: Teacher, pixels: Float32[Tensor, "batch channels h w"], fields: Sequence[str]
+) -> dict[str, Float32[Tensor, "batch ..."]]:
+    """Return the named fields for a batch of pixels in [0, 1], in float32 on the teacher's device.
+
+    Each row depends on its own image alone, up to rounding. The tensors may be used in training.
+
+    Raises:
+        SettingsError: a field is unknown, or this network cannot give it.
+        MismatchError: the network gives another number of logits than the data has classes.
+    """
+    wanted = {"logits": FIELDS["logits"], **{field: _tap(field) for field in fields}}
+    teacher.module.eval()
+    with torch.inference_mode(), _deterministic(), _autocast(teacher):
+        inputs = teacher.transform(pixels.to(teacher.device))
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        values = taps.run(teacher.module, inputs, list(wanted.values()))
+    if values["logits"].shape[1] != len(teacher.classes):
+        found = values["logits"].shape[1]
+        raise MismatchError(f"{teacher.architecture} gives {found} logits, the data has {len(teacher.classes)} classes")
+    # copied outside inference mode, whose tensors autograd refuses
+    return {field: values[wanted[field]].to(torch.float32, copy=True) for field in fields}
+
+
+def field_shapes(
+    teacher: Teacher, height: int, width: int, fields: Sequence[str], channels: int = 3
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of one row of each field for images of this size, found by a forward pass on a black image.
+
+    Raises:
+        SettingsError: a field is unknown, or this network cannot give it.
+    """
+    rows = outputs(teacher, torch.zeros(1, channels, height, width), fields)
+    return {field: tuple(row.shape[1:]) for field, row in rows.items()}
+
+
+def _frozen(
+    module: nn.Module,
+    transform: InputTransform,
+    architecture: str,
+    classes: tuple[str, ...],
+    device: torch.device,
+    precision: Precision,
+) -> Teacher:
+    digest = digest_weights(module.state_dict())
+    module = module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Teacher(
+        module=module.eval().requires_grad_(False),
+        transform=transform,
+        architecture=architecture,
+        classes=classes,
+        identity=TeacherIdentity(
+            architecture=architecture, weights=digest, transform=transform.document(), precision=precision
+        ),
+        device=device,
+        precision=precision,
+    )
+
+
+def _saved(spec: str) -> Path:
+    path = Path(spec)
+    if path.suffix == ".json" and path.is_file():
+        return path
+    records = [path / f"{name}.json" for name in SAVED_NAMES]
+    for record in records:
+        if record.exists() or record.with_suffix(".safetensors").exists():
+            return record
+    if path.is_dir():
+        raise NotFoundError(f"no saved network in {path} (neither {records[0].name} nor {records[1].name})")
+    if spec in networks.NETWORKS or ":" in spec:
+        raise SettingsError(f"the teacher '{spec}' needs its weights: a safetensors or torch file, or a `fit` folder")
+    hint = nearest(spec, networks.NETWORKS)
+    raise NotFoundError(
+        f"no saved network at {path}; give the folder of a finished `fit`, or a network's name ({hint})"
+    )
+
+
+def _check_saved(
+    document: dict[str, Any], record: Path, classes: tuple[str, ...], channels: int, spec: str | None
+) -> None:
+    architecture, names = document["architecture"], document["classes"]
+    if not isinstance(architecture, str) or not isinstance(names, list):
+        raise CorruptionError(f"{record} should give the architecture as text and the classes as a list")
+    if spec is None and networks.runs_foreign_code(architecture):
+        raise UnsafeError(
+            f"{record} asks to import '{architecture}', which could run any code, so only you may name it: give "
+            f"'{architecture}' as the network and {record.parent} as its weights"
+        )
+    if spec is not None and spec != architecture:
+        raise MismatchError(f"{record} holds a network '{architecture}', not '{spec}'")
+    if document["channels"] != channels:
+        raise MismatchError(f"the network in {record} sees {document['channels']} channels, the images have {channels}")
+    if difference := first_difference(list(classes), names, "classes"):
+        place, data, network = difference
+        raise MismatchError(f"the data and the network in {record} differ in {place}: {data!r} against {network!r}")
+
+
+def _tap(field: str) -> str:
+    if field not in FIELDS:
+        raise SettingsError(f"unknown field '{field}'; {nearest(field, FIELDS)}")
+    return FIELDS[field]
+
+
+def _autocast(teacher: Teacher) -> AbstractContextManager[Any]:
+    return torch.autocast(teacher.device.type, dtype=torch.bfloat16, enabled=teacher.precision == "bfloat16")
+
+
+def _deterministic() -> AbstractContextManager[Any]:
+    # cuDNN would use TF32 for float32, and pick algorithms by racing them: neither float32 nor repeatable
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
