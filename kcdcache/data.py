@@ -1,0 +1,404 @@
+"""Image data sets by index, named by a spec, with a digest per sample."""
+
+import json
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torchvision
+from jaxtyping import Int64, UInt8
+
+from kcdcache import rng
+from kcdcache.config import nearest
+from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, UnsafeError
+from kcdcache.files import canonical_json, sha256_bytes
+from kcdcache.identity import DataIdentity
+from kcdcache.images import (
+    IMAGENET,
+    DecodedImages,
+    EncodedImages,
+    Origins,
+    Split,
+    Statistics,
+    decode_once,
+    pixel_statistics,
+)
+
+logger = logging.getLogger(__name__)
+
+CACHE = Path("~/.cache/kcdcache")
+"""Where downloads go unless the spec names a folder."""
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+"""File names that `folder:` takes for images, in lower case."""
+
+
+_CIFAR = {
+    "cifar10": Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": Statistics((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Labelled images in a training and a test split."""
+
+    name: str
+    """the spec it was loaded from"""
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    """class names, in label order"""
+    known_statistics: Statistics | None = None
+    """published mean and std; None to compute them from the training images"""
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean per channel of the training pixels in [0, 1] (ImageNet's where images are decoded on demand)."""
+        return self._statistics.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation per channel of the training pixels in [0, 1] (ImageNet's, as for the mean)."""
+        return self._statistics.std
+
+    @cached_property
+    def _statistics(self) -> Statistics:
+        if self.known_statistics is not None:
+            return self.known_statistics
+        source = self.train.source
+        return pixel_statistics(source.pixels) if isinstance(source, DecodedImages) else IMAGENET
+
+    def identity(self) -> DataIdentity:
+        """Return what identifies the training split: count, classes, size and a digest over images, labels, order."""
+        content = self.train.digests().astype("<u8").tobytes() + canonical_json(list(self.classes))
+        size = self.train.image_size
+        return DataIdentity(count=len(self.train), classes=self.classes, image_size=size, digest=sha256_bytes(content))
+
+
+class DataSpec(NamedTuple):
+    """A parsed data spec."""
+
+    kind: str
+    location: str | None = None
+    """folder or file"""
+    column: str | None = None
+    """label column of a parquet set"""
+    train: int | None = None
+    """how many of the first training images to use; all if None"""
+    test: int | None = None
+    """how many of the first test images to use; all if None"""
+
+    @property
+    def path(self) -> Path:
+        """The location as a path.
+
+        Raises:
+            SettingsError: the spec has none.
+        """
+        if not self.location:
+            raise SettingsError(f"data spec '{self.kind}' needs a path: write {_USAGE[self.kind]}")
+        return Path(self.location).expanduser()
+
+
+def parse(spec: str) -> DataSpec:
+    """Return the parts of a spec KIND[:LOCATION[#COLUMN]][?train=N&test=N].
+
+    Raises:
+        SettingsError: the kind or a limit is unknown, or a limit is not a positive number.
+
+    >>> parse("parquet:/d#fine_label?train=500")
+    DataSpec(kind='parquet', location='/d', column='fine_label', train=500, test=None)
+    """
+    body, _, query = spec.partition("?")
+    kind, _, location = body.partition(":")
+    if kind not in LOADERS:
+        raise SettingsError(f"unknown data '{kind}' in '{spec}'; {nearest(kind, list(LOADERS))}")
+    column = None
+    if kind == "parquet":
+        location, _, column = location.partition("#")
+    return DataSpec(kind, location or None, column or None, **_limits(query, spec))
+
+
+def load(spec: str) -> Dataset:
+    """Return the data set a spec names (README lists them): the same spec gives the same samples in the same order.
+
+    Raises:
+        SettingsError: the spec is wrong, or a column is unknown or ambiguous; lists the known ones.
+        NotFoundError: a folder, file or split is missing or empty.
+        MismatchError: labels are not 0..C-1, or images and labels do not belong together.
+        CorruptionError: an image cannot be decoded; names file and row.
+    """
+    parsed = parse(spec)
+    loaded = LOADERS[parsed.kind](parsed)
+    train = _first(loaded.train, parsed.train, f"training split of '{spec}'")
+    test = _first(loaded.test, parsed.test, f"test split of '{spec}'")
+    classes = loaded.classes or tuple(str(label) for label in range(int(train.labels.max()) + 1))
+    _require_in_range(train, len(classes))
+    _require_in_range(test, len(classes))
+    if parsed.train is None or loaded.classes is None:
+        _require_all_classes(train, classes, spec)
+    return Dataset(spec, _settled(train), _settled(test), classes, loaded.statistics)
+
+
+class _Loaded(NamedTuple):
+    train: Split
+    test: Split
+    classes: tuple[str, ...] | None = None
+    statistics: Statistics | None = None
+
+
+def _limits(query: str, spec: str) -> dict[str, int]:
+    limits = {}
+    for part in query.split("&") if query else ():
+        name, _, value = part.partition("=")
+        if name not in ("train", "test") or not re.fullmatch("[1-9][0-9]*", value):
+            raise SettingsError(f"'{part}' in data spec '{spec}' should be train=N or test=N with N >= 1")
+        limits[name] = int(value)
+    return limits
+
+
+def _first(split: Split, limit: int | None, what: str) -> Split:
+    if len(split) == 0:
+        raise NotFoundError(f"the {what} holds no images")
+    if limit is None:
+        return split
+    if limit > len(split):
+        raise SettingsError(f"the {what} has {len(split)} images; {limit} were asked for")
+    return Split(split.labels[:limit], split.source.first(limit))
+
+
+def _settled(split: Split) -> Split:
+    source = split.source
+    return Split(split.labels, decode_once(source)) if isinstance(source, EncodedImages) else split
+
+
+def _require_in_range(split: Split, count: int) -> None:
+    for row in np.flatnonzero((split.labels < 0) | (split.labels >= count))[:1]:
+        found = f"label {split.labels[row]} (a null counts as -1)"
+        raise MismatchError(f"{split.source.place(int(row))} has {found}; labels must be 0..{count - 1}")
+
+
+def _require_all_classes(split: Split, classes: Sequence[str], spec: str) -> None:
+    counts = np.bincount(split.labels, minlength=len(classes))
+    missing = [f"{label} ('{classes[label]}')" for label in np.flatnonzero(counts == 0).tolist()]
+    if missing:
+        listed = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+        first = f"labels of '{spec}' must be 0..{len(classes) - 1} without gaps"
+        raise MismatchError(f"{first}; {len(missing)} have no training image: {listed}")
+
+
+def _digits(spec: DataSpec) -> _Loaded:
+    if spec.location:
+        raise SettingsError(f"data 'digits' is embedded and takes no path; found '{spec.location}'")
+    # scikit-learn's own file, read without importing scikit-learn, which would cost every command a second
+    file = str(distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz"))
+    table = np.loadtxt(file, delimiter=",", dtype=np.int64)
+    pixels, labels = _enlarged(table[:, :-1].reshape(-1, 8, 8)), table[:, -1]
+    order = rng.epoch_order(0, 0, np.arange(len(table)))
+    held_out = np.arange(len(order)) % 5 == 0
+    train, test = (
+        Split(labels[rows], DecodedImages(pixels[rows], Origins((f"digits {name}",))))
+        for name, rows in (("train", order[~held_out]), ("test", order[held_out]))
+    )
+    return _Loaded(train, test, tuple("0123456789"))
+
+
+def _enlarged(images: Int64[np.ndarray, "n 8 8"]) -> UInt8[np.ndarray, "n 16 16 3"]:
+    """Return images of levels 0..16 twice as large (bilinear, half-pixel centres, exact integers) in uint8 RGB."""
+    doubled = _doubled(_doubled(images, 1), 2)  # levels 0..256: each axis weighs neighbours 3 to 1
+    return np.repeat(((doubled * 255 + 128) // 256).astype(np.uint8)[..., None], 3, axis=3)
+
+
+def _doubled(images: Int64[np.ndarray, "n h w"], axis: int) -> Int64[np.ndarray, "n h2 w2"]:
+    last = images.shape[axis] - 1
+    places = np.arange(images.shape[axis])
+    before = np.take(images, np.maximum(places - 1, 0), axis)
+    after = np.take(images, np.minimum(places + 1, last), axis)
+    pairs = np.stack([before + 3 * images, 3 * images + after], axis + 1)
+    shape = list(images.shape)
+    shape[axis] *= 2
+    return pairs.reshape(shape)
+
+
+def _cifar(spec: DataSpec) -> _Loaded:
+    folder = Path(spec.location or CACHE).expanduser()
+    dataset = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[spec.kind]
+    try:
+        parts = [dataset(str(folder), train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise NotFoundError(
+            f"{spec.kind} is not in {folder} and could not be downloaded ({error}); put {dataset.filename} from "
+            f"{dataset.url} there, or use parquet:DIR with the files of the Hugging Face hub"
+        ) from None
+    train, test = (
+        Split(np.array(part.targets), DecodedImages(part.data, Origins((f"{spec.kind} {name}",))))
+        for part, name in zip(parts, ("train", "test"), strict=True)
+    )
+    return _Loaded(train, test, tuple(parts[0].classes), _CIFAR[spec.kind])
+
+
+def _folder(spec: DataSpec) -> _Loaded:
+    train, test = _split_folder(spec.path, ("train",)), _split_folder(spec.path, ("val", "test"))
+    classes = _class_folders(train)
+    if unknown := sorted(set(_class_folders(test)) - set(classes)):
+        raise MismatchError(f"{test} has class folders that {train} lacks: {', '.join(unknown[:10])}")
+    return _Loaded(_folder_split(train, classes), _folder_split(test, classes), classes)
+
+
+def _split_folder(root: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise NotFoundError(f"no folder {' or '.join(str(root / name) for name in names)}; folder:DIR needs class folders")
+
+
+def _class_folders(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
+
+
+def _folder_split(folder: Path, classes: tuple[str, ...]) -> Split:
+    per_class = [_image_files(folder / name) for name in classes]
+    labels = np.repeat(np.arange(len(classes)), [len(files) for files in per_class])
+    return Split(labels, EncodedImages([file for files in per_class for file in files]))
+
+
+def _image_files(folder: Path) -> list[str]:
+    found = sorted(os.path.join(place, file) for place, _, files in os.walk(folder) for file in files)
+    images = [file for file in found if file.lower().endswith(IMAGE_ENDINGS)]
+    if len(images) < len(found):
+        logger.warning("%d files in %s are not images and are left out", len(found) - len(images), folder)
+    return images
+
+
+def _parquet(spec: DataSpec) -> _Loaded:
+    train, test = _parquet_files(spec.path, ("train",)), _parquet_files(spec.path, ("test", "validation"))
+    schema = _opened(train[0]).schema_arrow
+    image, label = _image_column(schema, train[0]), _label_column(schema, spec)
+    names = _class_names(schema, label)
+    return _Loaded(_read_rows(train, image, label, spec.train), _read_rows(test, image, label, spec.test), names)
+
+
+def _parquet_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
+    for name in names:
+        if files := sorted(folder.glob(f"{name}-*.parquet")):
+            return files
+    found = ", ".join(sorted(path.name for path in folder.glob("*"))[:10]) or "nothing"
+    raise NotFoundError(f"no {' or '.join(f'{name}-*.parquet' for name in names)} in {folder}; it holds {found}")
+
+
+def _opened(file: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptionError(f"{file} is not a readable parquet file: {error}") from None
+
+
+def _image_column(schema: pa.Schema, file: Path) -> str:
+    found = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
+    if len(found) != 1:
+        listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise SettingsError(f"{file} should have one struct column with image `bytes`; found {len(found)} in: {listed}")
+    return found[0]
+
+
+def _label_column(schema: pa.Schema, spec: DataSpec) -> str:
+    known = [field.name for field in schema if pa.types.is_integer(field.type)]
+    if spec.column is None and len(known) == 1:
+        return known[0]
+    if spec.column in known:
+        return str(spec.column)
+    listed = ", ".join(known) or "none"
+    found = f"'{spec.column}' is none of them" if spec.column else "choose one"
+    raise SettingsError(f"integer columns of {spec.path}: {listed}; {found}: write parquet:{spec.location}#COLUMN")
+
+
+def _class_names(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
+    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    names = metadata.get("info", {}).get("features", {}).get(label, {}).get("names")
+    return tuple(names) if names else None
+
+
+def _read_rows(files: list[Path], image: str, label: str, limit: int | None) -> Split:
+    payloads: list[bytes | None] = []
+    labels: list[Any] = [np.empty(0, np.int64)]
+    starts = []
+    for file in files:
+        if limit is not None and len(payloads) >= limit:
+            break
+        starts.append(len(payloads))
+        _append_rows(file, (image, label), limit, payloads, labels)
+    origins = Origins(tuple(str(file) for file in files[: len(starts)]), tuple(starts))
+    return Split(np.concatenate(labels), EncodedImages(payloads, origins))
+
+
+def _append_rows(
+    file: Path, columns: tuple[str, str], limit: int | None, payloads: list[bytes | None], labels: list[Any]
+) -> None:
+    image, label = columns
+    opened = _opened(file)
+    if missing := {image, label} - set(opened.schema_arrow.names):
+        raise MismatchError(f"{file} lacks the column {', '.join(sorted(missing))} that the first file has")
+    for group in range(opened.num_row_groups):
+        if limit is not None and len(payloads) >= limit:
+            return
+        try:
+            table = opened.read_row_group(group, columns=[f"{image}.bytes", label])
+        except (pa.ArrowException, OSError) as error:
+            raise CorruptionError(f"row group {group} of {file} cannot be read: {error}") from None
+        payloads.extend(row["bytes"] if row else None for row in table[image].to_pylist())
+        labels.append(table[label].cast(pa.int64()).fill_null(-1).to_numpy())
+
+
+def _arrays(spec: DataSpec) -> _Loaded:
+    arrays = _npz(spec.path)
+    classes = tuple(str(name) for name in arrays["classes"]) if "classes" in arrays else None
+    train, test = (_array_split(arrays, part, spec.path) for part in ("train", "test"))
+    if arrays["train_images"].shape[1:] != arrays["test_images"].shape[1:]:
+        raise MismatchError(f"training and test images in {spec.path} differ in size or channels")
+    return _Loaded(train, test, classes)
+
+
+def _npz(file: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except FileNotFoundError:
+        raise NotFoundError(f"no file at {file}") from None
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        raise CorruptionError(f"{file} is not a readable .npz file: {error}") from None
+    except ValueError as error:  # numpy refuses pickles so
+        raise UnsafeError(f"{file} is refused: {error}") from None
+
+
+def _array_split(arrays: dict[str, np.ndarray], part: str, file: Path) -> Split:
+    for name in (f"{part}_images", f"{part}_labels"):
+        if name not in arrays:
+            raise NotFoundError(f"no array {name} in {file}; it holds {', '.join(sorted(arrays))}")
+    images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise MismatchError(f"{part}_images in {file} should be uint8 (N,H,W,C); found {images.dtype} {images.shape}")
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        found = f"{labels.dtype} {labels.shape}"
+        raise MismatchError(f"{part}_labels in {file} should be {len(images)} integers; found {found}")
+    return Split(labels.astype(np.int64), DecodedImages(images, Origins((f"{file} {part}_images",))))
+
+
+LOADERS: dict[str, Callable[[DataSpec], _Loaded]] = {
+    "digits": _digits,
+    "cifar10": _cifar,
+    "cifar100": _cifar,
+    "folder": _folder,
+    "parquet": _parquet,
+    "arrays": _arrays,
+}
+_USAGE = {"folder": "folder:DIR", "parquet": "parquet:DIR[#label_column]", "arrays": "arrays:FILE.npz"}
