@@ -49,7 +49,7 @@ class Teacher:
 def load(
     spec: str,
     *,
-    weights: Path | None,
+    weights_path: Path | None,
     classes: tuple[str, ...],
     mean: tuple[float, ...],
     std: tuple[float, ...],
@@ -60,9 +60,9 @@ def load(
 ) -> Teacher:
     """Return a frozen teacher for data with these classes and channels.
 
-    Without `weights`, `spec` is the folder of a finished `fit` or `train` (or the JSON file of a saved network); it
-    brings its own architecture and input transform; `mean`, `std` and `size` are then not used. With `weights`,
-    `spec` is a model spec, and `weights` a safetensors or torch file, or such a folder of the same architecture.
+    Without `weights_path`, `spec` is the folder of a finished `fit` or `train` (or the JSON file of a saved network); it
+    brings its own architecture and input transform; `mean`, `std` and `size` are then not used. With `weights_path`,
+    `spec` is a model spec, and `weights_path` a safetensors or torch file, or such a folder of the same architecture.
 
     Raises:
         NotFoundError: there is nothing at a path.
@@ -71,13 +71,13 @@ def load(
         UnsafeError: the weights, or a saved network's spec, could run code the user did not name.
         CorruptionError: a file is damaged.
     """
-    if weights is None or weights.is_dir():
-        record = _saved(str(weights or spec))
+    if weights_path is None or weights_path.is_dir():
+        record = _saved(str(weights_path or spec))
         document, state = load_network(record)
-        _check_saved(document, record, classes, channels, None if weights is None else spec)
+        _check_saved(document, record, classes, channels, None if weights_path is None else spec)
         spec, transform, where = document["architecture"], transform_from(document["transform"]), str(record)
     else:
-        state, where = load_weights(weights), str(weights)
+        state, where = load_weights(weights_path), str(weights_path)
         transform = InputTransform(mean, std, size)
     module = networks.build(spec, len(classes), channels=channels)
     load_into(module, state, where)
