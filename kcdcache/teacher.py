@@ -60,8 +60,8 @@ def load(
 ) -> Teacher:
     """Return a frozen teacher for data with these classes and channels.
 
-    Without `weights_path`, `spec` is the folder of a finished `fit` or `train` (or the JSON file of a saved network); it
-    brings its own architecture and input transform; `mean`, `std` and `size` are then not used. With `weights_path`,
+    Without `weights_path`, `spec` is the folder of a finished `fit` or `train`, or the JSON file of a saved network; it
+    brings its own architecture and input transform, and `mean`, `std` and `size` are not used. With `weights_path`,
     `spec` is a model spec, and `weights_path` a safetensors or torch file, or such a folder of the same architecture.
 
     Raises:

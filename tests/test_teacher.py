@@ -41,8 +41,8 @@ def saved(folder, name="model", architecture="resnet8", classes=CLASSES, channel
 def load(source, file=None, classes=CLASSES, channels=3, precision="float32"):
     mean, std = (0.0,) * channels, (1.0,) * channels
     return teachers.load(
-        str(source), weights_path=file, classes=classes, mean=mean, std=std, size=None, device="cpu", precision=precision,
-        channels=channels,
+        str(source), weights_path=file, classes=classes, mean=mean, std=std, size=None, device="cpu",
+        precision=precision, channels=channels,
     )  # fmt: skip
 
 
