@@ -29,6 +29,7 @@ _SCHEMA = pa.schema([
     ("index", pa.int64()), ("part", pa.string()), ("partner", pa.int64()), ("epsilon", pa.float32()),
     ("rank", pa.int64()), ("value", pa.float32()), ("visits", pa.int32()), ("weight", pa.float32()),
 ])  # fmt: skip
+_TYPE_NAMES: dict[type, str] = {NoneType: "None", tuple: "tuple of int"}
 _FACTS: dict[str, tuple[type, ...]] = {
     "knowledge_id": (str,), "count": (int,), "stage": (int,), "keep": (float,), "dropped": (int,), "rule": (dict,),
     "parent": (str, NoneType), "values": (str, NoneType), "class_counts": (tuple,), "data_digest": (str, NoneType),
@@ -83,7 +84,8 @@ class Manifest:
     def __post_init__(self) -> None:
         for name, kind in _ARRAYS.items():
             object.__setattr__(self, name, _read_only(name, getattr(self, name), kind, len(self.index)))
-        object.__setattr__(self, "keep", float(self.keep))  # 1 and 1.0 must give one digest
+        if isinstance(self.keep, int):
+            object.__setattr__(self, "keep", float(self.keep))  # 1 and 1.0 must give one digest
         _require_types(self)
         _require_facts(self)
         for column, expected, bad in _row_rules(self):
@@ -236,9 +238,9 @@ def _read_only(name: str, array: Any, kind: type, rows: int) -> np.ndarray:
 def _require_types(manifest: Manifest) -> None:
     for name, kinds in _FACTS.items():
         found = getattr(manifest, name)
-        whole = all(isinstance(item, int) for item in found) if name == "class_counts" else True
-        if not isinstance(found, kinds) or not whole:
-            wanted = " or ".join(kind.__name__ for kind in kinds)
+        parts = found if isinstance(found, tuple) else ()
+        if not isinstance(found, kinds) or not all(isinstance(part, int) for part in parts):
+            wanted = " or ".join(_TYPE_NAMES.get(kind, kind.__name__) for kind in kinds)
             raise MismatchError(f"manifest field '{name}': expected {wanted}, found {found!r}")
 
 

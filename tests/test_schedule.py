@@ -1,0 +1,150 @@
+from fractions import Fraction
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kcdcache import schedule
+from kcdcache.errors import SettingsError
+from kcdcache.schedule import kept_count, plan
+
+ROOT = 0.7 ** (1 / 6)
+SPLITS = st.tuples(st.sampled_from(sorted(schedule.SCHEDULES)), st.integers(1, 8), st.integers(1, 8))
+
+
+def fractions(name: str, keep: float = 0.7, stages: int = 6, base: float = 1.0) -> list[float]:
+    return [stage.keep for stage in plan(name, 240, stages, keep, base)]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("end_of_stage", [ROOT**s for s in range(6)]),
+        ("alg1_shift", [ROOT**s for s in range(7)]),
+        ("paper_stage", [ROOT ** (s + 1) for s in range(6)]),
+        ("reference_linear", [1 - 0.05 * s for s in range(6)]),
+        ("poster", [0.7 ** (s / 5) for s in range(6)]),
+    ],
+)
+def test_fractions_are_those_of_the_paper_and_its_readings(name: str, expected: list[float]) -> None:
+    assert fractions(name) == pytest.approx(expected, rel=1e-12)
+
+
+def test_algorithm_1_condenses_first_after_epoch_0_and_then_every_stage() -> None:
+    stages = plan("alg1_shift", 240, 6, 0.7)
+    assert [(s.start, s.stop) for s in stages] == [
+        (0, 1),
+        (1, 41),
+        (41, 81),
+        (81, 121),
+        (121, 161),
+        (161, 201),
+        (201, 240),
+    ]
+    assert [s.source for s in stages] == ["full"] + ["condensed"] * 6
+
+
+def test_stages_of_one_epoch_shift_without_an_empty_last_stage() -> None:
+    stages = plan("alg1_shift", 3, 3, 0.5)
+    assert [(s.start, s.stop) for s in stages] == [(0, 1), (1, 2), (2, 3)]
+
+
+def test_paper_stage_starts_on_a_random_set() -> None:
+    assert [s.source for s in plan("paper_stage", 6, 3, 0.5)] == ["random", "condensed", "condensed"]
+
+
+def test_poster_with_one_stage_keeps_everything() -> None:
+    assert fractions("poster", stages=1) == [1.0]
+
+
+@given(SPLITS, st.floats(0.05, 1), st.floats(0.05, 1))
+@settings(max_examples=80, deadline=None)
+def test_stages_cover_all_epochs_and_never_grow(split: tuple[str, int, int], first: float, second: float) -> None:
+    name, count, length = split
+    base, keep = max(first, second), min(first, second)
+    stages = plan(name, count * length, count, keep, base)
+    assert [s.number for s in stages] == list(range(len(stages)))
+    assert [epoch for s in stages for epoch in range(s.start, s.stop)] == list(range(count * length))
+    kept = [base] + [s.keep for s in stages] + [schedule.export_keep(count, keep, base) or base]
+    assert all(kept_count(b, 10**6) <= kept_count(a, 10**6) for a, b in pairwise(kept))
+
+
+def test_given_set_with_one_stage_stays_as_it_is() -> None:
+    stages = plan("alg1_shift", 240, 1, 0.9, base=0.7)
+    assert [(s.start, s.stop, s.keep, s.source) for s in stages] == [(0, 240, 0.7, "given")]
+    assert schedule.export_keep(1, 0.9, 0.7) is None
+    assert schedule.export_keep(1, 0.9) == 0.9
+
+
+def test_given_set_shrinks_from_its_own_size() -> None:
+    assert fractions("end_of_stage", keep=0.35, stages=2, base=0.7) == pytest.approx([0.7, 0.7 * 0.5**0.5])
+    assert fractions("reference_linear", keep=0.5, stages=2, base=0.7) == pytest.approx([0.7, 0.6])
+    assert plan("end_of_stage", 6, 2, 0.35, base=0.7)[0].source == "given"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("linear", 240, 6, 0.7), "unknown schedule 'linear'; known: end_of_stage, alg1_shift"),
+        (("poster", 240, 7, 0.7), "epochs must be a multiple of stages; found 240 epochs in 7 stages"),
+        (("poster", 240, 0, 0.7), "found 240 epochs in 0 stages"),
+        (("poster", 240, 6, 0.7, 0.5), "keep 0.7 exceeds the given set's share 0.5"),
+        (("poster", 240, 6, 0.0), r"shares in \(0, 1\]; found keep 0.0"),
+    ],
+)
+def test_impossible_plans_are_refused(arguments: tuple, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        plan(*arguments)
+
+
+def test_kept_counts_are_those_of_the_paper() -> None:
+    assert [kept_count(0.7 ** (s / 6), 50000) for s in range(7)] == [50000, 47114, 44395, 41833, 39418, 37143, 35000]
+
+
+@given(st.integers(1, 100), st.integers(0, 2_000_000))
+@settings(deadline=None)
+def test_kept_count_is_the_floor_of_the_decimal(percent: int, count: int) -> None:
+    assert kept_count(percent / 100, count) == percent * count // 100
+
+
+@given(st.floats(1e-6, 1), st.integers(1, 2_000_000))
+@settings(deadline=None)
+def test_kept_count_rounds_up_only_within_rounding_error(keep: float, count: int) -> None:
+    exact = Fraction(keep) * count
+    assert exact - 1 < kept_count(keep, count) <= min(count, exact * (1 + Fraction(1, 2**47)) + Fraction(1, 2**47))
+
+
+@given(st.integers(1, 1000), st.integers(1000, 100000))
+@settings(deadline=None)
+def test_the_share_of_a_set_gives_its_size_back(size: int, count: int) -> None:
+    assert kept_count(size / count, count) == size
+
+
+COSTS = {
+    0.3: (0.525, 0.528, 0.642, 0.708), 0.4: (0.606, 0.609, 0.706, 0.750), 0.5: (0.681, 0.683, 0.764, 0.792),
+    0.6: (0.750, 0.752, 0.817, 0.833), 0.7: (0.816, 0.818, 0.866, 0.875), 0.8: (0.880, 0.881, 0.913, 0.917),
+    0.9: (0.941, 0.941, 0.958, 0.958),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("keep", sorted(COSTS))
+def test_expected_costs_are_those_of_the_facts(keep: float) -> None:
+    names = ("paper_stage", "alg1_shift", "end_of_stage", "reference_linear")
+    costs = [schedule.expected_cost(plan(name, 240, 6, keep), 50000, 240) for name in names]
+    assert costs == pytest.approx(COSTS[keep], abs=0.0006)
+
+
+@given(SPLITS, st.floats(0.05, 1))
+@settings(max_examples=50, deadline=None)
+def test_stretched_clock_counts_the_samples_consumed_before(split: tuple[str, int, int], keep: float) -> None:
+    name, count, length = split
+    stages, epochs = plan(name, count * length, count, keep), count * length
+    per_epoch = [next(s.keep for s in stages if s.start <= epoch < s.stop) for epoch in range(epochs)]
+    expected = [sum(per_epoch[:epoch]) / sum(per_epoch) * epochs for epoch in range(epochs)]
+    np.testing.assert_allclose(schedule.stretched(stages, epochs), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_stretched_clock_of_a_full_run_is_the_epoch() -> None:
+    assert schedule.stretched(plan("poster", 6, 3, 1.0), 6).tolist() == [0, 1, 2, 3, 4, 5]

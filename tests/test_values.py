@@ -1,0 +1,307 @@
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kcdcache import tables, values
+from kcdcache.errors import (
+    CorruptionError,
+    KcdcacheError,
+    MismatchError,
+    NonFiniteError,
+    NotFoundError,
+    SettingsError,
+)
+from kcdcache.values import Values
+
+DOCUMENT = {"knowledge_id": "k" * 64, "student": "resnet8", "epoch": 4}
+NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32)
+
+
+def make(visits: list[int], value: list[float]) -> Values:
+    return Values(np.array(visits, np.int32), np.array(value, np.float32))
+
+
+def observed(history: list[float], record: str, decay: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
+    visits, mean = np.zeros(1, np.int32), np.zeros(1, np.float32)
+    for value in history:
+        visits, mean = values.observe(visits, mean, np.array([value], np.float32), record, decay)
+    return visits, mean
+
+
+def equal(left: Values, right: Values) -> bool:
+    return np.array_equal(left.visits, right.visits) and np.array_equal(left.value, right.value)
+
+
+def foreign(path: Path, **columns: object) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+HISTORY = st.lists(st.floats(0, 5, width=32), min_size=1, max_size=60)
+
+
+@given(HISTORY)
+@settings(max_examples=60, deadline=None)
+def test_value_is_the_mean_of_all_observations(history: list[float]) -> None:
+    visits, mean = observed(history, "mean")
+    assert visits[0] == len(history)
+    assert mean[0] == pytest.approx(math.fsum(history) / len(history), rel=1e-5, abs=1e-6)
+
+
+def test_value_can_be_the_last_observation() -> None:
+    assert observed([3.0, 1.0, 2.0], "last")[1][0] == 2.0
+
+
+def test_moving_average_starts_at_the_first_observation() -> None:
+    assert observed([3.0], "ema")[1][0] == 3.0
+    assert observed([3.0, 1.0, 2.0], "ema", 0.75)[1][0] == pytest.approx(0.75 * (0.75 * 3 + 0.25 * 1) + 0.25 * 2)
+
+
+@pytest.mark.parametrize("record", ["mean", "last", "ema"])
+def test_arrays_and_tensors_give_the_same_bits(record: str) -> None:
+    random = np.random.default_rng(0)
+    visits = random.integers(0, 50, 200).astype(np.int32)
+    mean, value = random.random((2, 200), dtype=np.float32)
+    numpy_result = values.observe(visits, mean, value, record)
+    torch_result = values.observe(torch.from_numpy(visits), torch.from_numpy(mean), torch.from_numpy(value), record)
+    assert [array.dtype for array in numpy_result] == [np.int32, np.float32]
+    for left, right in zip(numpy_result, torch_result, strict=True):
+        assert np.array_equal(left, right.numpy())
+
+
+@pytest.mark.parametrize("record", ["mean", "last", "ema"])
+def test_observing_changes_no_input(record: str) -> None:
+    arrays = [np.array([1, 0], np.int32), np.array([2, 0], np.float32), np.array([5, 7], np.float32)]
+    before = [array.copy() for array in arrays]
+    values.observe(*arrays, record)
+    assert all(np.array_equal(left, right) for left, right in zip(arrays, before, strict=True))
+
+
+def test_unknown_record_is_refused() -> None:
+    with pytest.raises(SettingsError, match="unknown record 'median'; known: mean, last, ema"):
+        observed([1.0], "median")
+
+
+@given(st.lists(st.tuples(HISTORY, HISTORY), min_size=1, max_size=5))
+@settings(max_examples=40, deadline=None)
+def test_merging_equals_one_history(pairs: list[tuple[list[float], list[float]]]) -> None:
+    left, right, whole = (
+        [observed(history, "mean") for history in histories]
+        for histories in ([a for a, _ in pairs], [b for _, b in pairs], [a + b for a, b in pairs])
+    )
+    merged, expected = values.merge(joined(left), joined(right)), joined(whole)
+    assert np.array_equal(merged.visits, expected.visits)
+    np.testing.assert_allclose(merged.value, expected.value, rtol=1e-5, atol=1e-6)
+    assert equal(merged, values.merge(joined(right), joined(left)))
+
+
+def joined(rows: list[tuple[np.ndarray, np.ndarray]]) -> Values:
+    return Values(np.concatenate([visits for visits, _ in rows]), np.concatenate([mean for _, mean in rows]))
+
+
+def test_merging_with_nothing_changes_nothing() -> None:
+    known = make([3, 0, 7], [0.1, 0.0, 2.7])
+    assert equal(values.merge(known, values.start(3)), known)
+
+
+def test_merging_refuses_other_lengths_and_overflow() -> None:
+    with pytest.raises(MismatchError, match="values of 2 and of 3 samples"):
+        values.merge(values.start(2), values.start(3))
+    with pytest.raises(MismatchError, match="index 1: more than 2147483647 visits"):
+        values.merge(make([1, 2**31 - 1], [1, 1]), make([1, 1], [1, 1]))
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**6), NUMBERS), min_size=1), st.floats(0, 1), st.sampled_from(["first"]))
+@settings(max_examples=60, deadline=None)
+def test_score_is_value_times_visits_to_alpha(rows: list[tuple[int, float]], alpha: float, unseen: str) -> None:
+    found = values.score(make([f for f, _ in rows], [v for _, v in rows]), alpha, unseen)
+    for (visits, value), score in zip(rows, found, strict=True):
+        expected = np.float32(float(np.float32(value)) * visits**alpha) if visits else np.inf
+        assert score == pytest.approx(expected, rel=3e-7)
+        assert not np.signbit(score) or score < 0
+
+
+def test_unseen_samples_come_first_or_last() -> None:
+    known = make([0, 2], [0, 3])
+    assert values.score(known, 0.0, "first").tolist() == [np.inf, 3.0]
+    assert values.score(known, 0.0, "last").tolist() == [-np.inf, 3.0]
+    with pytest.raises(SettingsError, match="unknown policy 'middle' for unseen samples; known: first, last"):
+        values.score(known, 0.0, "middle")
+
+
+def test_score_names_the_first_value_that_is_not_finite() -> None:
+    with pytest.raises(NonFiniteError, match="the value of index 1 is nan"):
+        values.score(make([0, 1, 1], [np.nan, np.nan, np.inf]), 0.03, "first")
+    with pytest.raises(NonFiniteError, match=r"the value of index 0 is 3.*e\+38"):
+        values.score(make([9], [3e38]), 1.0, "first")
+
+
+@given(st.lists(st.tuples(st.integers(1, 2**31 - 1), NUMBERS, st.integers(0, 999)), min_size=1), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_reading_gives_back_what_was_written(tmp_path_factory, rows: list[tuple[int, float, int]], labelled) -> None:
+    path = tmp_path_factory.mktemp("values") / "values.parquet"
+    known = make([f for f, _, _ in rows], [v for _, v, _ in rows])
+    labels = np.array([label for _, _, label in rows]) if labelled else None
+    values.write(path, known, labels, DOCUMENT)
+    found = values.read(path, len(rows))
+    assert equal(found.values, known)
+    assert (found.labels is None) != labelled
+    assert labels is None or np.array_equal(found.labels, labels)
+    assert {key: found.document[key] for key in DOCUMENT} == DOCUMENT
+    assert not found.foreign
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    known = make([1, 2, 0, 4], [0.5, 0.25, 0.0, 1.5])
+    values.write(tmp_path / "values.parquet", known, np.array([0, 1, 0, 1]), DOCUMENT)
+    return tmp_path / "values.parquet"
+
+
+def test_same_content_gives_same_bytes(written: Path, tmp_path: Path) -> None:
+    found = values.read(written, 4)
+    other = tmp_path / "other.parquet"
+    values.write(other, found.values, found.labels, {key: DOCUMENT[key] for key in reversed(DOCUMENT)})
+    assert other.read_bytes() == written.read_bytes()
+
+
+def test_no_damaged_byte_gives_wrong_values(written: Path) -> None:
+    data, good = written.read_bytes(), values.read(written, 4)
+    for position in range(0, len(data), 3):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << position % 8
+        written.write_bytes(damaged)
+        try:
+            found = values.read(written, 4)
+        except KcdcacheError:
+            continue
+        assert found.foreign or (equal(found.values, good.values) and found.document == good.document)
+        assert equal(found.values, good.values)
+
+
+def test_truncated_file_is_corrupt(written: Path) -> None:
+    written.write_bytes(written.read_bytes()[:-20])
+    with pytest.raises(CorruptionError, match=r"values\.parquet is not an undamaged parquet file"):
+        values.read(written, 4)
+
+
+def test_edited_values_are_refused(written: Path) -> None:
+    table = pq.read_table(written)
+    edited = table.set_column(2, "value", pa.array([9.0, 9.0, 9.0, 9.0], pa.float32()))
+    pq.write_table(edited.replace_schema_metadata(table.schema.metadata), written)
+    with pytest.raises(CorruptionError, match="does not match its digest"):
+        values.read(written, 4)
+
+
+def test_reordered_rows_of_our_file_are_refused(written: Path) -> None:
+    pq.write_table(pq.read_table(written).take([1, 0, 2, 3]), written)
+    with pytest.raises(CorruptionError, match="does not match its digest"):
+        values.read(written, 4)
+
+
+def test_added_column_in_our_file_is_refused(written: Path) -> None:
+    pq.write_table(pq.read_table(written).append_column("extra", pa.array([1, 2, 3, 4])), written)
+    with pytest.raises(CorruptionError, match="look at 'extra'"):
+        values.read(written, 4)
+
+
+def test_values_of_another_count_are_refused(written: Path) -> None:
+    with pytest.raises(MismatchError, match="holds values of 4 samples, expected 5"):
+        values.read(written, 5)
+    with pytest.raises(MismatchError, match="holds 4 rows, expected at most 3"):
+        values.read(written, 3)
+
+
+def test_newer_format_is_refused(written: Path) -> None:
+    table = pq.read_table(written)
+    document = {**json.loads(table.schema.metadata[b"kcdcache.values"]), "format_version": 9}
+    pq.write_table(table.replace_schema_metadata({"kcdcache.values": json.dumps(document)}), written)
+    with pytest.raises(MismatchError, match="has format 9, this kcdcache reads 0"):
+        values.read(written, 4)
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]"])
+def test_damaged_metadata_is_refused(written: Path, text: bytes) -> None:
+    pq.write_table(pq.read_table(written).replace_schema_metadata({"kcdcache.values": text}), written)
+    with pytest.raises(CorruptionError, match=r"metadata 'kcdcache\.values'"):
+        values.read(written, 4)
+
+
+def test_missing_file_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"no file at .*nothing\.parquet"):
+        values.read(tmp_path / "nothing.parquet", 4)
+
+
+def test_document_names_what_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="need 'student' in their document"):
+        values.write(tmp_path / "v", values.start(1), None, {"knowledge_id": "k", "epoch": 1})
+
+
+def test_only_finite_values_and_matching_labels_are_written(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match="the value of index 1 is inf"):
+        values.write(tmp_path / "v", make([1, 1], [0, np.inf]), None, DOCUMENT)
+    with pytest.raises(MismatchError, match="3 labels for 2 values"):
+        values.write(tmp_path / "v", values.start(2), np.arange(3), DOCUMENT)
+    assert not (tmp_path / "v").exists()
+
+
+@pytest.mark.parametrize("kind", [pa.uint8(), pa.int16(), pa.int64(), pa.uint64(), pa.float64()])
+def test_file_of_another_tool_is_accepted_in_any_order_and_type(tmp_path: Path, kind: pa.DataType) -> None:
+    index, visits = pa.array([3, 0, 2], kind), pa.array([7, 1, 0], kind)
+    path = foreign(tmp_path / "f", index=index, value=pa.array([0.5, 2.0, 8.0]), visits=visits, name=["a", "b", "c"])
+    found = values.read(path, 5)
+    assert equal(found.values, make([1, 0, 0, 7, 0], [2.0, 0, 0, 0.5, 0]))
+    assert (found.foreign, found.document, found.labels) == (True, None, None)
+
+
+def test_another_tool_may_leave_out_visits_and_give_labels(tmp_path: Path) -> None:
+    found = values.read(foreign(tmp_path / "f", index=[1, 0], value=[3, 4], label=[7, 8]), 2)
+    assert equal(found.values, make([1, 1], [4, 3]))
+    assert found.labels.tolist() == [8, 7]
+
+
+@pytest.mark.parametrize(
+    ("columns", "error", "message"),
+    [
+        ({"index": [0, 1, 0, 1], "value": [1.0] * 4}, MismatchError, "row 2: index 0 stands there again"),
+        ({"index": [0, 5], "value": [1.0] * 2}, MismatchError, r"row 1: 'index' is 5, .*\[0, 5\)"),
+        ({"index": [0, -1], "value": [1.0] * 2}, MismatchError, "row 1: 'index' is -1"),
+        ({"index": [0.0, 0.5], "value": [1.0] * 2}, MismatchError, "row 1: 'index' is 0.5"),
+        ({"index": [0.0, math.nan], "value": [1.0] * 2}, MismatchError, "row 1: 'index' is nan"),
+        ({"index": [0, None], "value": [1.0] * 2}, MismatchError, "row 1: 'index' is empty"),
+        ({"index": [0, 1], "value": [1.0, None]}, MismatchError, "row 1: 'value' is empty"),
+        ({"index": ["a"], "value": [1.0]}, MismatchError, "column 'index' should hold numbers, found string"),
+        ({"index": [0, 1], "value": [1.0, math.nan]}, NonFiniteError, "row 1: 'value' is nan"),
+        ({"index": [0, 1], "value": [1.0, 1e300]}, NonFiniteError, r"row 1: 'value' is 1e\+300"),
+        ({"index": [0], "value": [1.0], "visits": [-1]}, MismatchError, "row 0: 'visits' is -1"),
+        ({"index": [0], "score": [1.0]}, MismatchError, "has no column 'value', .*found: index, score"),
+    ],
+)
+def test_unusable_rows_of_another_tool_are_named(tmp_path: Path, columns: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        values.read(foreign(tmp_path / "f", **columns), 5)
+
+
+def test_fingerprint_is_the_same_from_memory_our_file_and_another_tools(written: Path, tmp_path: Path) -> None:
+    ours = values.read(written, 4).values
+    other = foreign(tmp_path / "f", index=[3, 1, 0], value=[1.5, 0.25, 0.5], visits=[4, 2, 1])
+    expected = values.fingerprint(make([1, 2, 0, 4], [0.5, 0.25, 0.0, 1.5]))
+    assert values.fingerprint(ours) == values.fingerprint(values.read(other, 4).values) == expected
+
+
+def test_digest_separates_header_names_and_columns() -> None:
+    one, two = np.array([1, 2]), np.array([3])
+    digests = {
+        tables.digest(b"", {"a": one, "b": two}), tables.digest(b"", {"b": one, "a": two}),
+        tables.digest(b"x", {"a": one, "b": two}), tables.digest(b"", {"a": one}),
+        tables.digest(b"", {"a": one.astype(np.int32), "b": two}),
+    }  # fmt: skip
+    assert len(digests) == 5
