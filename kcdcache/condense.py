@@ -182,7 +182,9 @@ def _require_lengths(
         ("the previous manifest", count if previous is None else previous.count),
     ):
         if found != count:
-            raise MismatchError(f"{name} cover {found} samples, the knowledge has {count}; give those of this store")
+            raise MismatchError(
+                f"expected {name} of the knowledge's {count} samples, found {found}; give those of this store"
+            )
 
 
 def _size(keep: float, count: int, candidates: int) -> int:

@@ -1,0 +1,323 @@
+import logging
+import math
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kcdcache import condense as condense_module
+from kcdcache import manifest, rng, schedule, values
+from kcdcache.condense import condense, epsilons, order_of, pair, partition, random_stage
+from kcdcache.config import CondenseSettings
+from kcdcache.errors import MismatchError, NonFiniteError, SettingsError
+from kcdcache.manifest import Manifest
+from kcdcache.values import Values
+
+KNOWLEDGE = "k" * 64
+
+
+def make(visits: list[int], value: list[float]) -> Values:
+    return Values(np.array(visits, np.int32), np.array(value, np.float32))
+
+
+def distinct(count: int) -> Values:
+    """Values whose ranking is count - 1, ..., 0."""
+    return Values(np.ones(count, np.int32), np.arange(count, dtype=np.float32))
+
+
+def run(known: Values, keep: float, previous: Manifest | None = None, labels: Any = None, **options: Any) -> Manifest:
+    return condense(
+        known, CondenseSettings(**options), knowledge_id=KNOWLEDGE, count=len(known.visits), stage=2, keep=keep,
+        labels=labels, previous=previous,
+    )  # fmt: skip
+
+
+def rows_of(made: Manifest) -> list[tuple]:
+    columns = (made.index, made.mixed, made.partner, made.epsilon, made.rank, made.value, made.visits)
+    return list(zip(*[column.tolist() for column in columns], strict=True))
+
+
+def slow_order(case: dict[str, Any], option: CondenseSettings) -> list[int]:
+    """Candidates, best first, by sorting Python tuples."""
+    everyone = range(case["count"])
+    members = case["members"] if option.candidates == "current" and case["members"] is not None else everyone
+
+    def key(index: int) -> tuple:
+        if option.ranking == "random":
+            return (*(int(word) for word in rng.words(option.condense_seed, index, rng.RANKING, view=2)[:2]), index)
+        visits, value = case["visits"][index], case["value"][index]
+        if visits == 0:
+            return (-math.inf if option.unseen == "first" else math.inf, index)
+        return (-float(np.float32(value * float(visits) ** option.cost_exponent)), index)
+
+    return sorted(members, key=key)
+
+
+def slow_kept(case: dict[str, Any], option: CondenseSettings, order: list[int], size: int) -> list[int]:
+    if not option.stratify:
+        return order[:size]
+    classes = {label: [index for index in order if case["labels"][index] == label] for label in sorted(case["labels"])}
+    quota = {label: size * len(group) // len(order) for label, group in classes.items()}
+    by_remainder = sorted(classes, key=lambda label: (-(size * len(classes[label]) % len(order)), label))
+    for label in by_remainder[: size - sum(quota.values())]:
+        quota[label] += 1
+    chosen = {index for label, group in classes.items() for index in group[: quota[label]]}
+    return [index for index in order if index in chosen]
+
+
+def slow_epsilon(option: CondenseSettings, i: int, pairs: int) -> float:
+    if option.eps_grid == "zero_based":
+        return option.eps_max * i / pairs
+    if option.eps_grid == "one_based":
+        return option.eps_max * (i + 1) / pairs
+    if option.eps_grid == "inclusive":
+        return option.eps_max * i / (pairs - 1) if pairs > 1 else 0.0
+    return option.eps_max
+
+
+def slow_condense(case: dict[str, Any], option: CondenseSettings) -> tuple[list[tuple], int]:
+    """Rows (index, mixed, partner, epsilon, rank, value, visits) by index, and the size of K_0."""
+    order, size = slow_order(case, option), case["size"]
+    kept = slow_kept(case, option, order, size)
+    dropped = [index for index in order if index not in kept]
+    if option.k0 == "stage_slice":
+        before = case["count"] if case["members"] is None else len(case["members"])
+        dropped = dropped[: max(0, before - size)]
+    pairs = min(len(kept), len(dropped)) if option.augment_kept else 0
+    partner = {kept[len(kept) - pairs + i]: (dropped[i], slow_epsilon(option, i, pairs)) for i in range(pairs)}
+    rows = []
+    for index in sorted(kept):
+        other, epsilon = partner.get(index, (-1, 0.0))
+        value = case["value"][index] if case["visits"][index] else 0.0
+        rows.append((index, index in partner, other, epsilon, order.index(index), value, case["visits"][index]))
+    return rows, len(dropped)
+
+
+@st.composite
+def cases(draw: Any) -> dict[str, Any]:
+    count = draw(st.integers(1, 40))
+    column = lambda items: draw(st.lists(items, min_size=count, max_size=count))  # noqa: E731
+    few = st.sampled_from([0.0, -0.0, 0.5, 1.0, 2.0])
+    members = draw(st.none() | st.sets(st.integers(0, count - 1), min_size=1).map(sorted))
+    case: dict[str, Any] = {"count": count, "members": members}
+    case["visits"] = column(st.sampled_from([0, 0, 1, 2, 7]))
+    case["value"] = column(few | st.floats(-1e9, 1e9, width=32))
+    case["labels"] = column(st.integers(0, 4))
+    case["size"] = draw(st.integers(1, count) | st.just(count) | st.just(1))
+    return case
+
+
+OPTIONS: dict[str, Any] = {
+    name: st.sampled_from(get_args(field.annotation))
+    for name, field in CondenseSettings.model_fields.items()
+    if get_args(field.annotation)
+}
+OPTIONS |= {name: st.booleans() for name in ("augment_kept", "stratify")}
+OPTIONS |= {"eps_max": st.floats(0, 1), "cost_exponent": st.just(0.0) | st.floats(0, 1)}
+OPTIONS |= {"condense_seed": st.integers(0, 2**64 - 1)}
+
+
+def test_every_option_is_drawn() -> None:
+    assert set(OPTIONS) == set(CondenseSettings.model_fields)
+
+
+@given(cases(), st.fixed_dictionaries(OPTIONS))
+@settings(max_examples=400, deadline=None)
+def test_condense_equals_the_slow_reference(case: dict[str, Any], options: dict[str, Any]) -> None:
+    option = CondenseSettings(**options)
+    competing = case["count"] if option.candidates == "global" or not case["members"] else len(case["members"])
+    case["size"] = min(case["size"], competing)
+    made = run(
+        make(case["visits"], case["value"]), case["size"] / case["count"], parent_of(case),
+        np.array(case["labels"]), **options,
+    )  # fmt: skip
+    expected, dropped = slow_condense(case, option)
+    assert [row[:3] + row[4:] for row in rows_of(made)] == [row[:3] + row[4:] for row in expected]
+    assert made.epsilon.tolist() == pytest.approx([row[3] for row in expected], rel=1e-6)
+    kept_labels = [case["labels"][row[0]] for row in expected]
+    assert made.dropped == dropped
+    assert made.class_counts == tuple(kept_labels.count(label) for label in range(len(made.class_counts)))
+
+
+def parent_of(case: dict[str, Any]) -> Manifest | None:
+    if case["members"] is None:
+        return None
+    size = len(case["members"])
+    return Manifest(
+        **manifest.plain(np.array(case["members"])), rank=np.arange(size), value=np.zeros(size, np.float32),
+        visits=np.zeros(size, np.int32), knowledge_id=KNOWLEDGE, count=case["count"], stage=1,
+        keep=size / case["count"],
+    )  # fmt: skip
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, math.inf, -math.inf])))
+@settings(max_examples=100, deadline=None)
+def test_order_is_descending_with_ties_by_position(scores: list[float]) -> None:
+    expected = sorted(range(len(scores)), key=lambda position: (-scores[position], position))
+    assert order_of(np.array(scores, np.float32)).tolist() == expected
+
+
+def test_order_refuses_nan() -> None:
+    with pytest.raises(NonFiniteError, match="score at position 1 is NaN"):
+        order_of(np.array([0, np.nan], np.float32))
+
+
+def test_pairs_meet_in_rank_order() -> None:
+    low, partner = pair(np.array([9, 8, 7, 6]), np.array([5, 4]))
+    assert (low.tolist(), partner.tolist()) == ([7, 6], [5, 4])
+
+
+def test_nothing_dropped_means_nothing_paired() -> None:
+    low, partner = pair(np.array([1, 0]), np.array([], np.int64))
+    assert (len(low), len(partner)) == (0, 0)
+
+
+def test_stratified_partition_meets_the_size_by_largest_remainder() -> None:
+    labels = np.array([0] * 5 + [1] * 3 + [2] * 2)
+    split = partition(np.arange(10), 5, labels)
+    assert split.kept.tolist() == [0, 1, 2, 5, 8]  # shares 2.5, 1.5, 1.0; the tie of halves goes to class 0
+    assert split.dropped.tolist() == [3, 4, 6, 7, 9]
+    assert split.rank.tolist() == [0, 1, 2, 5, 8]
+
+
+@pytest.mark.parametrize(
+    ("grid", "expected"),
+    [
+        ("zero_based", [0, 0.1, 0.2]), ("one_based", [0.1, 0.2, 0.3]), ("inclusive", [0, 0.15, 0.3]),
+        ("constant", [0.3, 0.3, 0.3]),
+    ],
+)  # fmt: skip
+def test_mixing_shares_follow_the_grid(grid: str, expected: list[float]) -> None:
+    assert epsilons(grid, 0.3, 3).tolist() == pytest.approx(expected)
+    assert epsilons(grid, 0.3, 0).tolist() == []
+
+
+def test_inclusive_grid_of_one_mix_is_zero() -> None:
+    assert epsilons("inclusive", 0.3, 1).tolist() == [0.0]
+
+
+def test_unknown_grid_names_the_nearest() -> None:
+    with pytest.raises(SettingsError, match="unknown eps_grid 'zero_base'; did you mean 'zero_based'"):
+        epsilons("zero_base", 0.3, 3)
+
+
+@pytest.mark.parametrize(("epochs", "length"), [(240, 40), (90, 15)])
+@pytest.mark.parametrize(
+    ("name", "cost_240", "cost_90"),
+    [
+        ("paper_stage", 0.81635, 0.81635), ("alg1_shift", 0.81760, 0.81968), ("end_of_stage", 0.86635, 0.86635),
+        ("reference_linear", 0.87500, 0.87500), ("poster", 0.84288, 0.84288),
+    ],
+)  # fmt: skip
+def test_counted_cost_is_the_table_of_the_facts(epochs: int, length: int, name: str, cost_240, cost_90) -> None:
+    stages = schedule.plan(name, epochs, epochs // length, 0.7)
+    forwarded = sum(len(made) * (stage.stop - stage.start) for stage, made in zip(stages, chain(stages), strict=True))
+    counted = forwarded / (50000 * epochs)
+    assert counted == pytest.approx(cost_240 if epochs == 240 else cost_90, abs=1e-4)
+    assert counted == pytest.approx(schedule.expected_cost(stages, 50000, epochs), rel=1e-12)
+
+
+def chain(stages: tuple[schedule.Stage, ...]) -> list[Manifest]:
+    """The manifests of a run over 50,000 samples with random values."""
+    random, made = np.random.default_rng(0), []
+    for stage in stages:
+        known = Values(np.full(50000, stage.start, np.int32), random.random(50000, dtype=np.float32))
+        common = {"knowledge_id": KNOWLEDGE, "count": 50000, "keep": stage.keep}
+        makers = {
+            "full": lambda: manifest.full(KNOWLEDGE, 50000),
+            "random": lambda common=common: random_stage(**common, seed=0),
+            "condensed": lambda stage=stage, known=known, common=common: condense(
+                known, CondenseSettings(), **common, stage=stage.number, previous=made[-1]
+            ),
+        }
+        made.append(makers[stage.source]())
+    return made
+
+
+def test_sizes_are_those_of_the_paper() -> None:
+    sizes = [len(made) for made in chain(schedule.plan("alg1_shift", 240, 6, 0.7))]
+    assert sizes == [50000, 47114, 44395, 41833, 39418, 37143, 35000]
+
+
+def test_keeping_everything_mixes_nothing() -> None:
+    made = run(distinct(10), 1.0)
+    assert made.index.tolist() == list(range(10))
+    assert not made.mixed.any()
+    assert made.dropped == 0
+
+
+def test_manifest_records_where_it_comes_from() -> None:
+    first = run(distinct(10), 0.8)
+    second = run(distinct(10), 0.6, previous=first, eps_max=0.2)
+    assert (second.parent, second.values, second.stage) == (first.digest, values.fingerprint(distinct(10)), 2)
+    assert second.rule == CondenseSettings(eps_max=0.2).model_dump()
+
+
+def test_more_dropped_than_kept_points_are_logged_and_only_the_best_serve(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, condense_module.__name__):
+        made = run(distinct(10), 0.3)
+    assert "K_0 has 7 points, K_1 only 3: the best 3 of K_0 serve" in caplog.text
+    assert (made.mixed.all(), sorted(made.partner.tolist()), made.dropped) == (True, [4, 5, 6], 7)
+
+
+def test_random_ranking_differs_by_seed_and_stage_and_not_by_values() -> None:
+    options = {"ranking": "random", "condense_seed": 1}
+    one = run(distinct(200), 0.5, **options)
+    assert run(values.start(200), 0.5, **options).index.tolist() == one.index.tolist()
+    assert run(distinct(200), 0.5, **{**options, "condense_seed": 2}).index.tolist() != one.index.tolist()
+    settings_, common = CondenseSettings(**options), {"knowledge_id": KNOWLEDGE, "count": 200, "keep": 0.5}
+    assert condense(distinct(200), settings_, **common, stage=3).index.tolist() != one.index.tolist()
+
+
+def test_same_input_gives_the_same_file(tmp_path: Path) -> None:
+    for name in "ab":
+        manifest.write(tmp_path / name, run(distinct(50), 0.7))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_random_stage_keeps_a_seeded_sample_without_mixes() -> None:
+    common = {"knowledge_id": KNOWLEDGE, "count": 1000, "keep": 0.5, "labels": np.arange(1000) % 2, "classes": 2}
+    one, again, other = (random_stage(**common, seed=seed) for seed in (0, 0, 1))
+    assert one.digest == again.digest
+    assert one.index.tolist() != other.index.tolist()
+    assert (len(one), one.mixed.any(), one.dropped, sum(one.class_counts)) == (500, False, 500, 500)
+    assert 200 < one.class_counts[0] < 300
+
+
+def test_random_stage_of_a_given_set_stays_inside_it() -> None:
+    given_set = run(distinct(100), 0.6)
+    made = random_stage(knowledge_id=KNOWLEDGE, count=100, keep=0.3, seed=0, previous=given_set)
+    assert set(made.index.tolist()) < set(given_set.index.tolist())
+    assert made.parent == given_set.digest
+
+
+def test_keeping_too_few_or_too_many_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"keep 0.05 of 10 samples keeps none; raise keep to at least 0.1"):
+        run(distinct(10), 0.05)
+    with pytest.raises(SettingsError, match=r"keep 0.9 of 10 samples asks for 9, but only 5 compete"):
+        run(distinct(10), 0.9, previous=run(distinct(10), 0.5), candidates="current")
+
+
+def test_stratify_needs_every_label() -> None:
+    with pytest.raises(SettingsError, match="stratify needs the label of every sample"):
+        run(distinct(4), 0.5, stratify=True)
+    with pytest.raises(SettingsError, match="found a negative one"):
+        partition(np.arange(2), 1, np.array([0, -1]))
+
+
+def test_inputs_of_another_count_are_refused() -> None:
+    common = {"settings": CondenseSettings(), "knowledge_id": KNOWLEDGE, "stage": 1, "keep": 0.5}
+    with pytest.raises(MismatchError, match="expected values of the knowledge's 4 samples, found 3"):
+        condense(distinct(3), count=4, **common)
+    with pytest.raises(MismatchError, match="expected labels of the knowledge's 4 samples, found 3"):
+        condense(distinct(4), count=4, labels=np.arange(3), **common)
+    with pytest.raises(MismatchError, match="expected the previous manifest of the knowledge's 4 samples, found 5"):
+        condense(distinct(4), count=4, previous=manifest.full(KNOWLEDGE, 5), **common)
+
+
+def test_values_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(NonFiniteError, match="the value of index 2 is inf"):
+        run(make([1, 0, 1], [1, 0, math.inf]), 0.5)
