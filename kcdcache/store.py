@@ -1,0 +1,366 @@
+"""A sealed store opened for reading, and the chunk writing below it; the only importer of zarr."""
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import google_crc32c
+import numpy as np
+import torch
+import zarr
+from jaxtyping import Float32, Int64, UInt64
+from zarr.core.buffer import Buffer
+from zarr.storage import LocalStore
+
+from kcdcache import layout, ledger
+from kcdcache.encoding import Encoding
+from kcdcache.errors import CorruptionError, SettingsError
+from kcdcache.files import read_json, sha256_bytes, write_atomic
+from kcdcache.identity import Knowledge, read_store_identity
+from kcdcache.layout import ArrayPlan, Chunk, StorePlan
+from kcdcache.ledger import Commit, FileRecord, Report, refuse
+
+CHECKSUM_BYTES = 4
+
+Task = tuple[Chunk, int, int]
+"""a chunk, and the range of wanted rows it holds"""
+
+
+class Field(NamedTuple):
+    """A field as a store holds it."""
+
+    encoding: Encoding
+    row_shape: tuple[int, ...]
+    """shape of one sample's decoded values"""
+
+
+class DurableStore(LocalStore):
+    """zarr's local store whose files survive a power loss, and which remembers what it wrote for the log."""
+
+    def __init__(self, root: Path | str, *, read_only: bool = False) -> None:
+        super().__init__(root, read_only=read_only)
+        self.written: dict[str, FileRecord] = {}
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Write one key whole and durably."""
+        await asyncio.to_thread(self._write, key, value)
+
+    def _write(self, key: str, value: Buffer) -> None:
+        data = memoryview(value.as_buffer_like()).cast("B")
+        write_atomic(self.root / key, data)
+        checksum = int.from_bytes(data[-CHECKSUM_BYTES:], "little")
+        self.written[key] = FileRecord(key, len(data), sha256_bytes(data), checksum)
+
+
+class ChunkWriter:
+    """Writes whole chunks of planned arrays and tells what each file became."""
+
+    def __init__(self, root: Path) -> None:
+        self._store = DurableStore(root)
+
+    def write(self, array: ArrayPlan, view: int | None, start: int, rows: np.ndarray) -> None:
+        """Write rows start.. of one array; chunks there are replaced, so `start` and the end are chunk boundaries.
+
+        Raises:
+            SettingsError: the rows have another type or shape than planned.
+            NoSpaceError: the disk or quota is full.
+        """
+        if rows.dtype != np.dtype(array.dtype) or rows.shape[1:] != array.row_shape:
+            raise SettingsError(
+                f"rows of '{array.name}' should be {array.dtype} {array.row_shape}, found {rows.dtype} {rows.shape[1:]}"
+            )
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            target: Any = zarr.open_array(store=self._store, path=array.name, mode="r+", zarr_format=3)
+        if view is None:
+            target[start : start + len(rows)] = rows
+        else:
+            target[view : view + 1, start : start + len(rows)] = rows[None]
+
+    def take(self, chunks: Iterable[Chunk]) -> tuple[FileRecord, ...]:
+        """Return, once, the records of chunks just written."""
+        return tuple(self._store.written.pop(chunk.key) for chunk in chunks)
+
+
+class Store:
+    """A sealed store: knowledge points of one teacher on one data set, read chunk by chunk and checked.
+
+    Methods may be called from several threads. Made by `open`.
+    """
+
+    def __init__(self, path: Path, knowledge: Knowledge, commits: Sequence[Commit]) -> None:
+        self.path = path
+        self.knowledge = knowledge
+        self.plan = layout.plan_from(commits[-1].plan)
+        self.commits = tuple(commit.sha256 for commit in commits)
+        """SHA-256 of each commit record, the store's creation first"""
+        self.bytes_read = 0
+        """bytes of chunk files read so far"""
+        self.rows_read = 0
+        """store rows (one view of one sample) asked for so far"""
+        self._records = [record for commit in commits for record in commit.records]
+        self._files = file_table(commits)
+        self._lock = threading.Lock()
+
+    @property
+    def knowledge_id(self) -> str:
+        """What values, manifests and runs bind to."""
+        return self.knowledge.knowledge_id
+
+    @property
+    def layout_id(self) -> str:
+        """SHA-256 over fields, encodings, parts and view count."""
+        return self.plan.layout_id
+
+    @property
+    def count(self) -> int:
+        """Number of samples N."""
+        return self.plan.count
+
+    @property
+    def views(self) -> int:
+        """Number of cached views per sample."""
+        return self.plan.views
+
+    @property
+    def fields(self) -> dict[str, Field]:
+        """The stored fields by name."""
+        return {name: Field(form, form.row_shape) for name, form in self.plan.fields.items()}
+
+    @cached_property
+    def labels(self) -> Int64[np.ndarray, " n"]:
+        """The class of every sample, read at first use."""
+        return self._sample_array("labels")
+
+    @cached_property
+    def sample_digest(self) -> UInt64[np.ndarray, " n"]:
+        """A digest of every sample's bytes and label, read at first use."""
+        return self._sample_array("sample_digest")
+
+    def row_bytes(self, fields: Sequence[str]) -> int:
+        """Return the bytes one row takes in the arrays `load` returns for these fields."""
+        return sum(array.row_bytes for array in self.plan.arrays_of(fields))
+
+    def measurements(self, view: int) -> dict[str, float]:
+        """Return what precompute counted on a view (such as `correct`), summed over its parts, with `samples`."""
+        return sum_measurements(self.plan, self._records, view)
+
+    def load(
+        self,
+        view: int,
+        rows: Int64[np.ndarray, " rows"],
+        fields: Sequence[str],
+        threads: int = 2,
+        allocate: Callable[..., np.ndarray] = np.empty,
+    ) -> dict[str, np.ndarray]:
+        """Return array name -> still encoded rows (rows, ...) of a view, for strictly increasing sample indices.
+
+        `allocate(shape, dtype)` makes each result array. Every chunk that holds a wanted row is read once and checked.
+
+        Raises:
+            SettingsError: the view, a row or a field is not in the store, or the rows are not strictly increasing.
+            CorruptionError: a chunk is missing, damaged or swapped; names file and samples.
+        """
+        self._require_rows(view, rows, fields)
+        with self._lock:
+            self.rows_read += len(rows)
+        return self._gather(self.plan.arrays_of(fields), view, rows, threads, allocate)
+
+    def read(
+        self, field: str, view: int, index: Int64[np.ndarray, " batch"], temperature: float = 1.0
+    ) -> Float32[np.ndarray, "batch ..."]:
+        """Return decoded values (batch, ...) of samples in any order, duplicates allowed; convenient, not fast.
+
+        Raises:
+            SettingsError: the view, a sample or the field is not in the store.
+            CorruptionError: a chunk is missing, damaged or swapped; names file and samples.
+        """
+        rows, place = np.unique(index, return_inverse=True)
+        stored = {name: torch.from_numpy(values) for name, values in self.load(view, rows, (field,)).items()}
+        return self.plan.fields[field].decode(stored, temperature).numpy()[place]
+
+    def _sample_array(self, name: str) -> np.ndarray:
+        array = next(array for array in self.plan.arrays if array.name == name)
+        return self._gather([array], None, np.arange(self.count), 1, np.empty)[name]
+
+    def _require_rows(self, view: int, rows: np.ndarray, fields: Sequence[str]) -> None:
+        if missing := [field for field in fields if field not in self.plan.fields]:
+            raise SettingsError(f"no field '{missing[0]}' in {self.path}; it holds {', '.join(self.plan.fields)}")
+        if not 0 <= view < self.views:
+            raise SettingsError(f"no view {view} in {self.path}; it holds views 0..{self.views - 1}")
+        if len(rows) and (rows[0] < 0 or rows[-1] >= self.count or np.any(np.diff(rows) <= 0)):
+            raise SettingsError(f"rows should increase strictly within 0..{self.count - 1}, found {rows}")
+
+    def _gather(
+        self,
+        arrays: Sequence[ArrayPlan],
+        view: int | None,
+        rows: np.ndarray,
+        threads: int,
+        allocate: Callable[..., np.ndarray],
+    ) -> dict[str, np.ndarray]:
+        out = {array.name: allocate((len(rows), *array.row_shape), np.dtype(array.dtype)) for array in arrays}
+        tasks = self._tasks(arrays, view, rows)
+        shares = [tasks[start::threads] for start in range(threads) if tasks[start::threads]]
+        if len(shares) <= 1:
+            for share in shares:
+                self._fill(share, rows, out)
+            return out
+        with ThreadPoolExecutor(len(shares), thread_name_prefix="kcdcache-load") as pool:
+            for done in [pool.submit(self._fill, share, rows, out) for share in shares]:
+                done.result()
+        return out
+
+    def _tasks(self, arrays: Sequence[ArrayPlan], view: int | None, rows: np.ndarray) -> list[Task]:
+        tasks: list[Task] = []
+        for chunk in layout.chunks(self.plan, arrays, view, 0, self.count):
+            low, high = np.searchsorted(rows, (chunk.start, chunk.stop)).tolist()
+            if low < high:
+                tasks.append((chunk, low, high))
+        return tasks
+
+    def _fill(self, tasks: Sequence[Task], rows: np.ndarray, out: Mapping[str, np.ndarray]) -> None:
+        """Copy wanted rows out of some chunks, all read into one buffer: fresh memory costs more than the copy."""
+        buffer = np.empty(max(self._files[chunk.key].bytes for chunk, _, _ in tasks), np.uint8)
+        for chunk, low, high in tasks:
+            target = out[chunk.array.name][low:high]
+            np.take(self._chunk_rows(chunk, buffer), rows[low:high] - chunk.start, axis=0, out=target, mode="clip")
+
+    def _chunk_rows(self, chunk: Chunk, buffer: np.ndarray) -> np.ndarray:
+        payload = self._checked_bytes(chunk, buffer)
+        if self.plan.compression == "none":
+            return payload.view(chunk.array.dtype).reshape(chunk.array.chunk_rows, *chunk.array.row_shape)
+        return self._zarr_rows(chunk)
+
+    def _checked_bytes(self, chunk: Chunk, buffer: np.ndarray) -> np.ndarray:
+        """Return a chunk file's bytes, read into `buffer`, without the checksum they were compared with."""
+        record = self._files[chunk.key]
+        data = buffer[: record.bytes]
+        try:
+            with (self.path / chunk.key).open("rb", buffering=0) as stream:
+                whole = os.fstat(stream.fileno()).st_size == record.bytes == stream.readinto(data.data)
+        except FileNotFoundError:
+            raise CorruptionError(f"{self.path}/{chunk} is missing; `kcdcache verify` lists all damage") from None
+        with self._lock:
+            self.bytes_read += record.bytes
+        payload, stored = data[:-CHECKSUM_BYTES], int.from_bytes(data[-CHECKSUM_BYTES:], "little")
+        if not whole or stored != record.crc32c or google_crc32c.value(payload) != stored:
+            raise CorruptionError(f"{self.path}/{chunk} is not what was written; `kcdcache verify` lists all damage")
+        return payload
+
+    def _zarr_rows(self, chunk: Chunk) -> np.ndarray:
+        array = self._zarr_arrays[chunk.array.name]
+        place: Any = slice(chunk.start, chunk.stop)
+        try:
+            return np.asarray(array[place] if chunk.view is None else array[chunk.view, place])
+        except (ValueError, RuntimeError) as error:
+            raise CorruptionError(f"{self.path}/{chunk} cannot be decoded: {error}") from None
+
+    @cached_property
+    def _zarr_arrays(self) -> dict[str, Any]:
+        files = LocalStore(self.path, read_only=True)
+        return {array.name: zarr.open_array(store=files, path=array.name, mode="r") for array in self.plan.arrays}
+
+
+def open(path: Path | str) -> Store:
+    """Return a sealed store after checking its records, array documents and the presence and size of every file.
+
+    A growth in progress is ignored: the last sealed state is opened. No chunk is read.
+
+    Raises:
+        NotFoundError: there is no store.
+        UnfinishedError: it was never sealed.
+        MismatchError: it was written by a newer format.
+        CorruptionError: a record was changed, or a file is missing, empty, cut or extended.
+    """
+    root = Path(path)
+    knowledge = read_store_identity(root)
+    store = Store(root, knowledge, ledger.read_commits(root))
+    check_documents(root, store.plan, len(store.commits))
+    check_listing(root, store.plan, store._files)
+    return store
+
+
+def file_table(commits: Iterable[Commit]) -> dict[str, FileRecord]:
+    """Return chunk key -> log entry over all sealed growths."""
+    return {file.path: file for commit in commits for record in commit.records for file in record.files}
+
+
+def sum_measurements(plan: StorePlan, records: Iterable[ledger.Record], view: int) -> dict[str, float]:
+    """Return a view's measurements summed over its parts; of a part logged twice (for a new field) the first counts."""
+    first: dict[int, ledger.Record] = {}
+    for record in records:
+        if record.view == view and record.part is not None:
+            first.setdefault(record.part, record)
+    names = sorted({name for record in first.values() for name in record.measurements})
+    sums = {name: sum(record.measurements.get(name, 0) for record in first.values()) for name in names}
+    samples = sum(min(plan.part_rows, plan.count - part * plan.part_rows) for part in first)
+    return {"samples": samples, **sums}
+
+
+def check_documents(root: Path, plan: StorePlan, sealed: int, report: Report = refuse) -> None:
+    """Compare each `zarr.json` with the one the plan implies; while growth `sealed` is under way also with its own.
+
+    Raises:
+        CorruptionError: one differs, unless `report` collects it.
+    """
+    expected = {"": layout.GROUP_DOCUMENT, **{a.name: layout.array_document(plan, a) for a in plan.arrays}}
+    for name, document in expected.items():
+        file = root / name / "zarr.json"
+        try:
+            if (found := read_json(file)) != document and found != _growing_document(root, name, sealed):
+                report(f"{file} is not what this store's plan implies: it was changed or belongs to another store")
+        except (CorruptionError, FileNotFoundError) as error:
+            report(str(error))
+
+
+def _growing_document(root: Path, name: str, sealed: int) -> dict[str, Any] | None:
+    path = ledger.plan_path(root, sealed)
+    if not name or not path.exists():
+        return None
+    plan = layout.plan_from(read_json(path))
+    return next((layout.array_document(plan, array) for array in plan.arrays if array.name == name), None)
+
+
+def check_listing(root: Path, plan: StorePlan, files: Mapping[str, FileRecord], report: Report = refuse) -> None:
+    """Compare presence and size of every chunk file with the log, by one listing per array.
+
+    Raises:
+        CorruptionError: a file is missing, empty, cut or extended, unless `report` collects it.
+    """
+    sizes = listed_sizes(root, plan)
+    for chunk in layout.all_chunks(plan):
+        if problem := size_problem(plan, chunk, files.get(chunk.key), sizes.get(chunk.key)):
+            report(f"{root}/{chunk} {problem}")
+
+
+def size_problem(plan: StorePlan, chunk: Chunk, logged: FileRecord | None, found: int | None) -> str | None:
+    """Return what is wrong with a chunk file of `found` bytes (None: no plain file there), or None."""
+    if logged is None:
+        return "is not in the log"
+    most = chunk.array.chunk_bytes + CHECKSUM_BYTES
+    if plan.compression == "none" and logged.bytes != most:
+        return f"is logged with {logged.bytes} bytes, its plan implies {most}"
+    if logged.bytes > most + most // 128 + 1024:  # what zstd adds to incompressible input at most
+        return f"is logged with {logged.bytes} bytes, more than its {most} could compress to"
+    if found is None:
+        return "is missing"
+    return None if found == logged.bytes else f"has {found} bytes, {logged.bytes} were written"
+
+
+def listed_sizes(root: Path, plan: StorePlan) -> dict[str, int]:
+    """Return key -> bytes of the plain files in every array's folder (symbolic links are not followed)."""
+    sizes: dict[str, int] = {}
+    for array in plan.arrays:
+        folder = root / array.name
+        if not folder.is_dir() or folder.is_symlink():
+            continue
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_file(follow_symlinks=False):
+                    sizes[f"{array.name}/{entry.name}"] = entry.stat(follow_symlinks=False).st_size
+    return sizes

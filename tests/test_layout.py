@@ -1,0 +1,145 @@
+import json
+
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+
+from kcdcache import encoding, layout
+from kcdcache.errors import CorruptionError, SettingsError
+
+COUNTS = st.one_of(st.integers(1, 1100), st.integers(1024, 70_000), st.integers(70_000, 2_000_000))
+TEXTS = st.sampled_from(["float16", "float32", "top:1"])
+
+
+def planned(count=50_000, views=2, classes=100, text="float16", **settings):
+    return layout.plan_store(count, views, [encoding.parse(text, "logits", (classes,))], **settings)
+
+
+@settings(deadline=None, max_examples=300)
+@given(COUNTS, TEXTS, st.integers(1, 50_000), st.integers(1, 400_000), st.integers(1, 40))
+def test_every_plan_keeps_its_promises(count, text, classes, width, views):
+    features = encoding.parse("float16", "penultimate", (width,))
+    plan = layout.plan_store(count, views, [encoding.parse(text, "logits", (classes,)), features])
+    assert plan.part_rows <= 16384
+    assert plan.part_rows >= 4096 or plan.parts_per_view == 1
+    assert count > 16384 or plan.parts_per_view == 1
+    for array in plan.arrays:
+        assert plan.part_rows % array.chunk_rows == 0
+        assert array.chunk_bytes <= 32 * 2**20
+        padding = -(-count // array.chunk_rows) * array.chunk_rows - count
+        assert padding <= 0.02 * count
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 70_000), st.integers(1, 3), TEXTS, st.integers(1, 200_000))
+def test_parts_and_their_chunks_cover_everything_once(count, views, text, width):
+    plan = layout.plan_store(count, views, [encoding.parse("float16", "penultimate", (width,))])
+    parts = layout.parts(plan)
+    assert [(part.view, part.start) for part in parts] == sorted((part.view, part.start) for part in parts)
+    covered = [chunk for part in parts for chunk in layout.part_chunks(plan, part)] + layout.sample_chunks(plan)
+    assert sorted(covered) == sorted(layout.all_chunks(plan))
+    assert len({chunk.key for chunk in covered}) == len(covered)
+    assert sum(chunk.stop - chunk.start for chunk in covered) == count * (views * len(plan.arrays_of(plan.fields)) + 2)
+
+
+@settings(deadline=None, max_examples=60)
+@given(COUNTS, st.integers(1, 5), TEXTS, st.sampled_from(["none", "zstd"]), st.integers(1, 999))
+def test_reading_back_a_plans_document_gives_the_plan(count, views, text, compression, batch):
+    plan = planned(count, views, 10, text, compression=compression, batch_size=batch)
+    again = layout.plan_from(json.loads(json.dumps(plan.document())))
+    assert again == plan
+    assert again.layout_id == plan.layout_id
+
+
+def test_imagenet_takes_seventy_nine_chunk_files_a_view():
+    plan = planned(1_281_167, 1, 1000)
+    assert plan.parts_per_view == 79
+    assert plan.arrays[0].chunk_bytes > 31 * 2**20
+    assert plan.bytes_per_view == pytest.approx(1_281_167 * 2004, rel=0.003)
+
+
+def test_plans_print_what_they_will_cost():
+    text = str(planned(1000, 3, 10))
+    assert "1000 samples x 3 views; logits (10,) as float16; 1 parts of 1008 rows" in text
+    assert f"{1008 * 24} bytes a view, {1008 * 24 * 3 + 1008 * 16} in all" in text
+
+
+def test_batches_split_a_part_where_it_starts():
+    plan = planned(20_000, 1, 10, batch_size=6000)
+    last = layout.parts(plan)[-1]
+    assert plan.batches(last) == [(10048, 16048), (16048, 20000)]
+
+
+@pytest.mark.parametrize("change", [{"views": 3}, {"text": "float32"}, {"batch_size": 64}, {"compression": "zstd"}])
+def test_layout_id_changes_with_every_setting(change):
+    assert planned(**change).layout_id != planned().layout_id
+
+
+def test_growing_writes_only_what_is_new():
+    before = planned(100, 2, 10)
+    plan = layout.grow_plan(before, 3, [encoding.parse("float32", "penultimate", (4,))])
+    fields = [(part.view, part.fields) for part in layout.parts(plan, before)]
+    assert fields == [(0, ("penultimate",)), (1, ("penultimate",)), (2, ("logits", "penultimate"))]
+    assert layout.parts(before, before) == []
+
+
+def test_stores_do_not_shrink_or_change_encodings():
+    with pytest.raises(SettingsError, match="holds 2 views, 1 were asked for"):
+        layout.grow_plan(planned(), 1)
+    with pytest.raises(SettingsError, match=r"'logits' is stored as float16 \(100,\), not float32"):
+        layout.grow_plan(planned(), 2, [encoding.parse("float32", "logits", (100,))])
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("position", [0, 1, 2, 3])
+def test_array_documents_are_those_zarr_writes(tmp_path, compression, position):
+    plan = planned(50, 2, 10, compression=compression)
+    array = plan.arrays[position]
+    document = layout.array_document(plan, array)
+    zstd = [ZstdCodec(level=1)] if compression == "zstd" else []
+    zarr.create_array(
+        tmp_path / "a",
+        shape=tuple(document["shape"]),
+        chunks=tuple(document["chunk_grid"]["configuration"]["chunk_shape"]),
+        dtype=array.dtype,
+        fill_value=float("nan") if array.dtype.startswith("float") else 0,
+        serializer=BytesCodec(endian="little"),
+        compressors=[*zstd, Crc32cCodec()],
+        filters=None,
+        chunk_key_encoding={"name": "default", "separator": "."},
+    )
+    assert json.loads((tmp_path / "a/zarr.json").read_text()) == document
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"count": 0}, "found 0 samples"),
+        ({"views": 0}, "0 views"),
+        ({"compression": "lz4"}, "unknown compression 'lz4'; known: none, zstd"),
+        ({"classes": 2**24 + 1}, r"one row of 'logits' \(16777217,\) takes 33554434 bytes"),
+    ],
+)
+def test_impossible_plans_are_refused(change, message):
+    with pytest.raises(SettingsError, match=message):
+        planned(**change)
+
+
+def test_arrays_of_one_name_are_refused():
+    forms = [encoding.parse("float32", field, (3,)) for field in ("logits", "labels")]
+    with pytest.raises(SettingsError, match="two arrays of a store would be called 'labels'"):
+        layout.plan_store(10, 1, forms)
+
+
+@pytest.mark.parametrize("key", ["count", "views", "part_rows", "fields", "compression", "batch_size"])
+@pytest.mark.parametrize("value", [None, -1, "x", [{}]])
+def test_damaged_plans_are_refused(key, value):
+    with pytest.raises(CorruptionError, match="a store's plan is damaged"):
+        layout.plan_from({**planned().document(), key: value})
+
+
+def test_plans_with_unknown_entries_are_refused():
+    with pytest.raises(CorruptionError, match="entries this kcdcache does not know"):
+        layout.plan_from({**planned().document(), "sharding": True})
