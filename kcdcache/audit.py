@@ -138,7 +138,7 @@ def _planned_parts(root: Path, growths: int) -> int:
     return sum(len(layout.parts(plan, before)) for plan, before in zip(plans, [None, *plans], strict=False))
 
 
-def _measured(plan: StorePlan, records: list[Record], view: int) -> dict[str, float]:
+def _measured(plan: StorePlan, records: list[Record], view: int) -> dict[str, int | float]:
     sums = sum_measurements(plan, records, view)
     if sums.get("samples") and "correct" in sums:
         sums["accuracy"] = sums["correct"] / sums["samples"]

@@ -13,6 +13,7 @@ FOLDER = Path("_kcd")
 SAMPLES = "samples"
 
 Report = Callable[[str], None]
+Numbers = Mapping[str, int | float]
 
 
 class FileRecord(NamedTuple):
@@ -33,9 +34,9 @@ class Record:
     view: int | None
     part: int | None
     files: tuple[FileRecord, ...]
-    statistics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    statistics: Mapping[str, Numbers] = field(default_factory=dict)
     """field -> count, minimum, maximum, non_finite of its values before encoding"""
-    measurements: Mapping[str, float] = field(default_factory=dict)
+    measurements: Numbers = field(default_factory=dict)
     """what was counted while the part was made, such as the teacher's correct answers; may be summed over parts"""
 
     @property

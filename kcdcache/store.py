@@ -145,7 +145,7 @@ class Store:
         """Return the bytes one row takes in the arrays `load` returns for these fields."""
         return sum(array.row_bytes for array in self.plan.arrays_of(fields))
 
-    def measurements(self, view: int) -> dict[str, float]:
+    def measurements(self, view: int) -> dict[str, int | float]:
         """Return what precompute counted on a view (such as `correct`), summed over its parts, with `samples`."""
         return sum_measurements(self.plan, self._records, view)
 
@@ -290,7 +290,7 @@ def file_table(commits: Iterable[Commit]) -> dict[str, FileRecord]:
     return {file.path: file for commit in commits for record in commit.records for file in record.files}
 
 
-def sum_measurements(plan: StorePlan, records: Iterable[ledger.Record], view: int) -> dict[str, float]:
+def sum_measurements(plan: StorePlan, records: Iterable[ledger.Record], view: int) -> dict[str, int | float]:
     """Return a view's measurements summed over its parts; of a part logged twice (for a new field) the first counts."""
     first: dict[int, ledger.Record] = {}
     for record in records:
@@ -360,7 +360,13 @@ def listed_sizes(root: Path, plan: StorePlan) -> dict[str, int]:
         if not folder.is_dir() or folder.is_symlink():
             continue
         with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_file(follow_symlinks=False):
-                    sizes[f"{array.name}/{entry.name}"] = entry.stat(follow_symlinks=False).st_size
+            found = {f"{array.name}/{entry.name}": _plain_size(entry) for entry in entries}
+        sizes |= {key: size for key, size in found.items() if size is not None}
     return sizes
+
+
+def _plain_size(entry: os.DirEntry[str]) -> int | None:
+    try:
+        return entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else None
+    except FileNotFoundError:  # a writer's temporary file was renamed since the listing
+        return None

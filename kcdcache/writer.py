@@ -15,7 +15,7 @@ from kcdcache.errors import CorruptionError, NotFoundError, SettingsError, Unfin
 from kcdcache.files import canonical_json, locked, read_json, remove_leftovers, sync_directory, write_atomic
 from kcdcache.identity import FORMAT_VERSION, IDENTITY_FILE, Knowledge, read_store_identity, require_same
 from kcdcache.layout import Chunk, Part, StorePlan
-from kcdcache.ledger import FileRecord, Record
+from kcdcache.ledger import FileRecord, Numbers, Record
 from kcdcache.store import ChunkWriter, listed_sizes, size_problem
 
 REMEDY = "continue with the settings it was begun with, or write to another path"
@@ -50,7 +50,7 @@ class Writer:
         part: Part,
         rows: Mapping[str, np.ndarray],
         statistics: Mapping[str, Statistics],
-        measurements: Mapping[str, float] | None = None,
+        measurements: Numbers | None = None,
     ) -> None:
         """Write all rows of a part (array name -> encoded rows), then log it; what was there of it is replaced.
 
@@ -61,7 +61,7 @@ class Writer:
         self._require_planned(part, rows)
         if self.sealed:
             raise SettingsError(f"the store at {self.path} is sealed; grow it to add views or fields")
-        logged = {name: _logged(values) for name, values in statistics.items()}
+        logged = {name: asdict(values) for name, values in statistics.items()}
         self._write(part.view, part.number, part.start, self._part_chunks(part), rows, logged, measurements or {})
 
     def write_samples(self, labels: np.ndarray, sample_digest: np.ndarray) -> None:
@@ -90,8 +90,8 @@ class Writer:
         start: int,
         chunks: Sequence[Chunk],
         rows: Mapping[str, np.ndarray],
-        statistics: Mapping[str, Mapping[str, float]],
-        measurements: Mapping[str, float],
+        statistics: Mapping[str, Numbers],
+        measurements: Numbers,
     ) -> None:
         name = Record(view, number, ()).name
         ledger.record_path(self.path, self.growth, name).unlink(missing_ok=True)
@@ -142,9 +142,10 @@ def create(
     """
     root = Path(path)
     _require_place(root)
-    if not len(labels) == len(sample_digest) == plan.count == knowledge.data.count:
+    count = plan.count if knowledge.mixes else knowledge.data.count
+    if not len(labels) == len(sample_digest) == plan.count == count:
         raise SettingsError(
-            f"a store of {knowledge.data.count} samples needs a plan, labels and digests for as many; found "
+            f"a store of {count} samples needs a plan, labels and digests for as many; found "
             f"{plan.count}, {len(labels)} and {len(sample_digest)}"
         )
     with _held(root):
@@ -239,7 +240,3 @@ def _prepare(root: Path, plan: StorePlan, growth: int) -> None:
 
 def _name(part: Part) -> str:
     return Record(part.view, part.number, ()).name
-
-
-def _logged(values: Statistics) -> dict[str, float]:
-    return asdict(values)
