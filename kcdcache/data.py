@@ -23,16 +23,7 @@ from kcdcache.config import nearest
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, UnsafeError
 from kcdcache.files import canonical_json, sha256_bytes
 from kcdcache.identity import DataIdentity
-from kcdcache.images import (
-    IMAGENET,
-    DecodedImages,
-    EncodedImages,
-    Origins,
-    Split,
-    Statistics,
-    decode_once,
-    pixel_statistics,
-)
+from kcdcache.images import DecodedImages, EncodedImages, Origins, Split, Statistics, decode_once, statistics
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +64,7 @@ class Dataset:
 
     @cached_property
     def _statistics(self) -> Statistics:
-        if self.known_statistics is not None:
-            return self.known_statistics
-        source = self.train.source
-        return pixel_statistics(source.pixels) if isinstance(source, DecodedImages) else IMAGENET
+        return self.known_statistics or statistics(self.train.source)
 
     def identity(self) -> DataIdentity:
         """Return what identifies the training split: count, classes, size and a digest over images, labels, order."""
@@ -370,7 +358,10 @@ def _arrays(spec: DataSpec) -> _Loaded:
 
 def _npz(file: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with open(file, "rb") as stream:
+            zipfile.ZipFile(stream).close()  # numpy would take anything else for a pickle
+            stream.seek(0)
+            archive = np.load(stream, allow_pickle=False)
             return {name: archive[name] for name in archive.files}
     except FileNotFoundError:
         raise NotFoundError(f"no file at {file}") from None

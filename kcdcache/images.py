@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt8, UInt64
@@ -149,7 +149,7 @@ class EncodedImages:
         with _reading(self.place(position)), self._stream(position) as stream, Image.open(stream) as image:
             return image.height, image.width
 
-    def _stream(self, position: int) -> BinaryIO:
+    def _stream(self, position: int) -> io.BytesIO | io.BufferedReader:
         payload = self.payloads[position]
         if payload is None:
             raise CorruptionError(f"{self.place(position)} holds no image bytes")
@@ -220,6 +220,11 @@ def digests(source: DecodedImages | EncodedImages, labels: Int64[np.ndarray, " n
 
     in_blocks(len(source), write, threads=1 if isinstance(source, DecodedImages) else None)
     return out.astype(np.uint64, copy=False)
+
+
+def statistics(source: DecodedImages | EncodedImages) -> Statistics:
+    """Return the statistics of decoded images, or ImageNet's where decoding them all would be needed."""
+    return pixel_statistics(source.pixels) if isinstance(source, DecodedImages) else IMAGENET
 
 
 def pixel_statistics(pixels: UInt8[np.ndarray, "n height width channels"]) -> Statistics:

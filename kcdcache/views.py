@@ -95,7 +95,14 @@ def identity_of(rule: ViewRule) -> ViewIdentity:
 def rule_of(identity: ViewIdentity) -> ViewRule:
     """Return the rule that a store recorded."""
     height, width = identity.size
-    return ViewRule(identity.rule, identity.padding, identity.fill, height, width, identity.seed)
+    return ViewRule(
+        name=identity.rule,
+        padding=identity.padding,
+        fill=identity.fill,
+        height=height,
+        width=width,
+        seed=identity.seed,
+    )
 
 
 def cycle(rule: ViewRule, asked: int | str) -> int | None:

@@ -212,6 +212,12 @@ def test_a_rule_takes_the_size_of_the_images():
     assert views.plain(rule) == ViewRule(name="none", padding=0, fill="zero", height=32, width=24, seed=0)
 
 
+@given(rule_names, st.integers(0, 9), st.integers(0, 2**64 - 1))
+def test_a_recorded_rule_is_the_rule(name, padding, seed):
+    rule = ViewRule(name=name, padding=padding, fill="reflect", height=20, width=30, seed=seed)
+    assert views.rule_of(views.identity_of(rule)) == rule
+
+
 def test_settings_a_rule_does_not_use_leave_its_identity_alone():
     rules = [
         views.rule_from(ViewSettings(augment="none", padding=p, fill=f, view_seed=s), (8, 8))
