@@ -126,7 +126,7 @@ class Store:
         """Number of cached views per sample."""
         return self.plan.views
 
-    @property
+    @cached_property
     def fields(self) -> dict[str, Field]:
         """The stored fields by name."""
         return {name: Field(form, form.row_shape) for name, form in self.plan.fields.items()}

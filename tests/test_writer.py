@@ -1,0 +1,264 @@
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from stores import (
+    CLASSES,
+    WIDTH,
+    content,
+    creating,
+    finish,
+    form,
+    grown,
+    knowledge,
+    make,
+    many_chunks,
+    plan_of,
+    small_parts,
+    values,
+    write_part,
+)
+
+from kcdcache import audit, ledger, store, writer
+from kcdcache.errors import (
+    LockedError,
+    MismatchError,
+    SettingsError,
+    UnfinishedError,
+)
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory):
+    return many_chunks(tmp_path_factory.mktemp("sealed") / "store")
+
+
+@pytest.fixture
+def damaged(sealed, tmp_path):
+    return Path(shutil.copytree(sealed, tmp_path / "store"))
+
+
+def test_padding_holds_the_fill_value(sealed):
+    rows = np.frombuffer((sealed / "logits/c.0.4.0").read_bytes()[:-4], np.float16).reshape(32, CLASSES)
+    assert np.isfinite(rows[:22]).all()
+    assert np.isnan(rows[22:]).all()
+
+
+def test_constant_values_are_written_too(tmp_path):
+    plan = plan_of(10, 1, "float32")
+    with creating(tmp_path / "s", plan) as writing:
+        writing.write_part(writing.pending()[0], {"logits": np.zeros((10, CLASSES), np.float32)}, {})
+        writing.seal()
+    assert store.open(tmp_path / "s").read("logits", 0, np.arange(10)).sum() == 0
+
+
+def test_writing_twice_gives_the_same_bytes(sealed, tmp_path):
+    assert content(make(tmp_path / "again", small_parts(150, 2, 64, 32))) == content(sealed)
+
+
+def test_parts_written_in_any_order_give_the_same_bytes(sealed, tmp_path):
+    with creating(tmp_path / "s", small_parts(150, 2, 64, 32)) as writing:
+        for part in reversed(writing.pending()):
+            write_part(writing, part)
+        writing.seal()
+    assert content(tmp_path / "s") == content(sealed)
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_a_half_written_part_is_written_again_to_the_same_bytes(tmp_path, compression):
+    plan = small_parts(150, 2, 64, 32, compression=compression)
+    expected = content(make(tmp_path / "whole", plan))
+    path = tmp_path / "resumed"
+    with creating(path, plan) as writing:
+        write_part(writing, writing.pending()[0])
+        write_part(writing, writing.pending()[1])
+    (path / "_kcd/log/0/v00000-p00002.json").unlink()
+    (path / "logits/c.0.4.0").write_bytes(b"torn by an older tool")
+    (path / "logits/c.0.5.0.tmp-123").write_bytes(b"left by a killed writer")
+    with creating(path, plan) as writing:
+        assert [(part.view, part.number) for part in writing.pending()] == [(0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+        finish(writing)
+    assert content(path) == expected
+
+
+@pytest.mark.parametrize("fault", ["missing file", "short file", "damaged record"])
+def test_a_log_record_alone_is_not_trusted(tmp_path, sealed, fault):
+    path = tmp_path / "s"
+    with creating(path, small_parts(150, 2, 64, 32)) as writing:
+        for part in writing.pending():
+            write_part(writing, part)
+    {
+        "missing file": lambda: (path / "logits/c.0.2.0").unlink(),
+        "short file": lambda: (path / "logits/c.0.2.0").write_bytes(b"short"),
+        "damaged record": lambda: (path / "_kcd/log/0/v00000-p00001.json").write_text("{"),
+    }[fault]()
+    with creating(path, small_parts(150, 2, 64, 32)) as writing:
+        assert [(part.view, part.number) for part in writing.pending()] == [(0, 1)]
+        with pytest.raises(UnfinishedError, match=r"1 of 6 parts of .* are not written yet"):
+            writing.seal()
+        finish(writing)
+    assert content(path) == content(sealed)
+
+
+def test_finished_work_is_not_done_again(damaged):
+    before = content(damaged)
+    with creating(damaged, small_parts(150, 2, 64, 32)) as writing:
+        assert writing.sealed
+        assert writing.pending() == []
+        writing.seal()
+        with pytest.raises(SettingsError, match="is sealed; grow it"):
+            write_part(writing, writing.parts[0])
+    assert content(damaged) == before
+
+
+@pytest.mark.parametrize(
+    ("plan", "who", "message"),
+    [
+        (plan_of(), knowledge(weights="bb"), "differ in teacher.weights: 'aa' against 'bb'; continue with"),
+        (plan_of(views=3), knowledge(), "differ in views: 2 against 3"),
+        (plan_of(text="float32"), knowledge(), r"differ in fields\[0\].chunk_rows.logits_rowmax"),
+        (plan_of(batch_size=8), knowledge(), "differ in batch_size: 256 against 8"),
+    ],
+)
+def test_a_store_is_not_continued_with_other_settings(tmp_path, plan, who, message):
+    with creating(tmp_path / "s", plan_of()):
+        pass
+    with pytest.raises(MismatchError, match=message), creating(tmp_path / "s", plan, who):
+        pass
+
+
+def test_other_peoples_folders_are_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with (
+        pytest.raises(SettingsError, match="is there already and is not a knowledge store"),
+        creating(tmp_path, plan_of()),
+    ):
+        pass
+    assert content(tmp_path) == {"thesis.tex": b"precious"}
+
+
+def test_a_second_writer_is_turned_away(tmp_path):
+    with (
+        creating(tmp_path / "s", plan_of()),
+        pytest.raises(LockedError, match="is being written by process"),
+        creating(tmp_path / "s", plan_of()),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({}, r"needs the arrays \['logits'\], found \[\]"),
+        ({"logits": np.zeros((9, CLASSES), np.float32)}, "needs 10 rows of 'logits', found 9"),
+        ({"logits": np.zeros((10, CLASSES))}, r"should be float32 \(7,\), found float64 \(7,\)"),
+        ({"logits": np.zeros((10, 3), np.float32)}, r"found float32 \(3,\)"),
+    ],
+)
+def test_rows_that_do_not_fit_the_plan_are_refused(tmp_path, rows, message):
+    with creating(tmp_path / "s", plan_of(10, 1, "float32")) as writing:
+        with pytest.raises(SettingsError, match=message):
+            writing.write_part(writing.pending()[0], rows, {})
+        assert len(writing.pending()) == 1
+
+
+def test_growing_by_views_keeps_the_old_ones(damaged):
+    before = content(damaged)
+    opened = grown(damaged, views=4)
+    assert (opened.views, len(opened.commits)) == (4, 2)
+    for view in range(4):
+        np.testing.assert_allclose(
+            opened.read("logits", view, np.arange(150)), values("logits", view).numpy(), atol=0.02
+        )
+    changed = {name for name, data in before.items() if content(damaged)[name] != data}
+    assert changed == {"logits/zarr.json", "logits_rowmax/zarr.json"}
+    assert audit.verify(damaged).problems == ()
+    assert opened.measurements(3) == {"samples": 150, "correct": 12}
+
+
+def test_growing_by_a_field_keeps_the_old_ones(damaged):
+    opened = grown(damaged, fields=[form("penultimate", "float32")])
+    assert list(opened.fields) == ["logits", "penultimate"]
+    for view in range(2):
+        np.testing.assert_array_equal(
+            opened.read("penultimate", view, np.arange(150)), values("penultimate", view).numpy()
+        )
+    assert audit.verify(damaged).problems == ()
+    assert opened.measurements(0) == {"samples": 150, "correct": 3}
+
+
+def test_growing_twice_and_in_both_ways(damaged):
+    grown(damaged, views=3)
+    opened = grown(damaged, views=4, fields=[form(), form("penultimate")])
+    assert (opened.views, list(opened.fields), len(opened.commits)) == (4, ["logits", "penultimate"], 3)
+    loaded = opened.load(3, np.arange(150), ["penultimate", "logits"])
+    assert set(loaded) == {"logits", "logits_rowmax", "penultimate"}
+    assert zarr.open_group(damaged, mode="r")["penultimate"].shape == (4, 150, WIDTH)
+
+
+def test_the_sealed_state_stays_readable_while_growing(damaged):
+    old = store.open(damaged).read("logits", 1, np.arange(150))
+    with writer.grow(damaged, knowledge(), views=3) as growing:
+        write_part(growing, growing.pending()[0])
+    opened = store.open(damaged)
+    assert opened.views == 2
+    np.testing.assert_array_equal(opened.read("logits", 1, np.arange(150)), old)
+    assert audit.verify(damaged).problems == ()
+    assert audit.describe(damaged)["growing"]
+    with pytest.raises(MismatchError, match=r"the growth under way at .* differ in views: 3 against 4"):
+        grown(damaged, views=4)
+    assert grown(damaged, views=3).views == 3
+
+
+def test_a_growth_asked_for_again_is_done(damaged):
+    grown(damaged, views=3)
+    before = content(damaged)
+    with writer.grow(damaged, knowledge(), views=3, fields=[form()]) as growing:
+        assert growing.sealed
+        assert growing.pending() == []
+    assert content(damaged) == before
+
+
+def test_only_the_same_knowledge_grows_a_store(damaged, tmp_path):
+    with pytest.raises(MismatchError, match=r"teacher.weights"), writer.grow(damaged, knowledge(weights="x"), views=3):
+        pass
+    with creating(tmp_path / "s", plan_of()):
+        pass
+    with pytest.raises(UnfinishedError, match="not finished"), writer.grow(tmp_path / "s", knowledge(), views=3):
+        pass
+
+
+def test_readers_beside_a_growing_writer_see_whole_states(damaged):
+    expected = {view: values("logits", view).numpy() for view in range(3)}
+    seen, done = [], threading.Event()
+
+    def watch():
+        while not done.is_set():
+            opened = store.open(damaged)
+            last = opened.views - 1
+            seen.append(np.abs(opened.read("logits", last, np.arange(150)) - expected[last]).max())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    grown(damaged, views=3)
+    done.set()
+    watcher.join()
+    assert seen
+    assert max(seen) < 0.02
+
+
+def test_log_records_keep_statistics_and_no_clock_or_host(sealed):
+    record = ledger.read_record(ledger.record_path(sealed, 0, "v00001-p00002"))
+    mine = values("logits", 1)[128:]
+    assert record.statistics["logits"] == {
+        "count": 22 * CLASSES,
+        "minimum": float(mine.min()),
+        "maximum": float(mine.max()),
+        "non_finite": 0,
+    }
+    assert os.uname().nodename.encode() not in b"".join(content(sealed).values())
+    assert [file.path for file in record.files] == ["logits/c.1.4.0", "logits_rowmax/c.1.4"]
