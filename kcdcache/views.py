@@ -198,7 +198,7 @@ def _scaled(pixels: UInt8[Tensor, "batch height width c"]) -> Pixels:
 def _apply_none(rule: ViewRule, images: Images, parameters: Parameters) -> Pixels:
     if isinstance(images, Tensor) and images.shape[1:3] == (rule.height, rule.width):
         return _scaled(images)
-    return _batched([_centre_crop(rule, image) for image in images])
+    return _batched(rule, [_centre_crop(rule, image) for image in images])
 
 
 def _apply_crop(rule: ViewRule, images: Images, parameters: Parameters) -> Pixels:
@@ -209,7 +209,7 @@ def _apply_crop(rule: ViewRule, images: Images, parameters: Parameters) -> Pixel
     places = _places(rule, torch.as_tensor(parameters, device=images.device), padded.shape[1:3])
     # one gather of whole pixels: four times as fast as indexing with three broadcast tensors
     chosen = padded.reshape(-1, padded.shape[3]).index_select(0, places.reshape(-1))
-    return _scaled(chosen.reshape(len(images), rule.height, rule.width, -1))
+    return _scaled(chosen.reshape(len(images), rule.height, rule.width, padded.shape[3]))
 
 
 def _places(rule: ViewRule, chosen: Int64[Tensor, "batch k"], padded: torch.Size) -> Int64[Tensor, "batch h w"]:
@@ -241,7 +241,7 @@ def _apply_resized_crop(rule: ViewRule, images: Images, parameters: Parameters) 
     heights, widths = (np.array([image.shape[axis] for image in images], np.float64) for axis in (0, 1))
     drawn = parameters.cpu().numpy() if isinstance(parameters, Tensor) else parameters
     boxes, flips = _boxes(drawn, heights, widths)
-    return _batched([_resized(rule, *task) for task in zip(images, boxes.tolist(), flips.tolist(), strict=True)])
+    return _batched(rule, [_resized(rule, *task) for task in zip(images, boxes.tolist(), flips.tolist(), strict=True)])
 
 
 def _boxes(
@@ -298,7 +298,9 @@ def _interpolated(image: UInt8[Tensor, "h w c"], size: tuple[int, int]) -> Float
     return resized[0].clamp(0, 1)
 
 
-def _batched(views: list[Tensor]) -> Pixels:
+def _batched(rule: ViewRule, views: list[Tensor]) -> Pixels:
+    if not views:
+        return torch.zeros((0, 3, rule.height, rule.width))
     return torch.stack(views).contiguous(memory_format=torch.channels_last)
 
 

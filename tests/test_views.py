@@ -186,6 +186,13 @@ def test_images_of_differing_size_become_one_batch():
         assert views.apply(rule, images, views.parameters(rule, np.arange(2), 0)).shape == (2, 3, 6, 6)
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_an_empty_batch_has_empty_views(name):
+    rule, images = make_rule(name), make_images(0)
+    chosen = views.parameters(rule, np.arange(0), 0)
+    assert views.apply(rule, images, chosen).shape == (0, 3, 6, 6)
+
+
 def test_different_seeds_give_different_views():
     first, second = (views.parameters(make_rule(seed=seed), np.arange(500), 0) for seed in (1, 2))
     assert (first == second).all(axis=1).mean() < 0.08
