@@ -1,6 +1,4 @@
-import shutil
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,11 +16,6 @@ from kcdcache.errors import (
 @pytest.fixture(scope="module")
 def sealed(tmp_path_factory):
     return many_chunks(tmp_path_factory.mktemp("sealed") / "store")
-
-
-@pytest.fixture
-def damaged(sealed, tmp_path):
-    return Path(shutil.copytree(sealed, tmp_path / "store"))
 
 
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
