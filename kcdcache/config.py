@@ -283,6 +283,11 @@ class CondenseCommand(CondenseSettings):
 S = TypeVar("S", bound=Settings)
 
 
+def part(model: type[S], settings: Settings) -> S:
+    """Return the part of some settings that `model` describes, from settings of a model derived from it."""
+    return model.model_construct(**{name: getattr(settings, name) for name in model.model_fields})
+
+
 def make(model: type[S], values: Mapping[str, Any], source: str = "the command line") -> S:
     """Return validated settings from plain values.
 

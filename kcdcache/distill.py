@@ -83,7 +83,7 @@ def run(
         material=material,
         folder=folder,
         device=resolve_device(device),
-        stages=_stages(settings, material),
+        stages=planned(settings, material),
         progress=progress,
     )
     held = session(folder, document, inputs, device=going.device, threads=threads, allow_env_change=allow_env_change)
@@ -238,7 +238,7 @@ def _summary(going: _Run, exported: Path) -> dict[str, Any]:
     rows = (load_checkpoint(going.folder) or ({}, {"rows": []}))[1]["rows"]
     knowledge = going.material.knowledge
     requeries = sum(
-        store.open(path).points for path in sorted(going.folder.path.glob("stages/*/requery")) if path.is_dir()
+        _points(store.open(path)) for path in sorted(going.folder.path.glob("stages/*/*.requery")) if path.is_dir()
     )
     return outcome(rows, knowledge.knowledge.data.count, going.settings.epochs) | {
         "kind": "train",
@@ -247,13 +247,17 @@ def _summary(going: _Run, exported: Path) -> dict[str, Any]:
         "method": going.settings.method,
         "knowledge_id": knowledge.knowledge_id,
         "teacher_forwards": requeries,
-        "store_teacher_forwards": knowledge.points,
+        "store_teacher_forwards": _points(knowledge),
         "rows_read": sum(row["rows_read"] for row in rows),
         "bytes_read": sum(row["bytes_read"] for row in rows),
         "kept": len(manifest.read(exported)),
         "condensed_set": str(exported.relative_to(going.folder.path)),
         "seconds": seconds_spent(going.folder),
     }
+
+
+def _points(knowledge: store.Store) -> int:
+    return knowledge.count * knowledge.views
 
 
 def _requery(going: _Run, stage: schedule.Stage, current: Manifest) -> Path | None:
@@ -264,7 +268,7 @@ def _requery(going: _Run, stage: schedule.Stage, current: Manifest) -> Path | No
     knowledge, teacher = going.material.knowledge, going.material.teacher
     if teacher is None:
         raise SettingsError("mix_target 'requery' runs the teacher on mixed images: give --teacher (and --weights)")
-    path = going.folder.stage(stage.number) / "requery"
+    path = precompute.requery_path(going.folder.manifest(stage.number))
     mixing = batches.Mixing(mix=going.settings.mix)
     source = train.source_for(going.material.data, knowledge, current, mixing)
     used = train.views_used(stage.start, stage.stop, knowledge.views)
@@ -305,7 +309,12 @@ def _base(material: Material) -> float:
     return 1.0 if material.given is None else len(material.given) / material.knowledge.knowledge.data.count
 
 
-def _stages(settings: TrainSettings, material: Material) -> tuple[schedule.Stage, ...]:
+def planned(settings: TrainSettings, material: Material) -> tuple[schedule.Stage, ...]:
+    """Return the stages that a run with these settings goes through.
+
+    Raises:
+        SettingsError: epochs is no multiple of stages, or more would be kept than is given.
+    """
     return schedule.plan(settings.schedule, settings.epochs, settings.stages, settings.keep, _base(material))
 
 

@@ -60,7 +60,7 @@ def run(
 
 def _task(pupil: learner.Learner, data: Dataset, settings: FitSettings) -> loop.Task:
     rule = views.rule_from(settings, data.train.image_size)
-    whole = manifest.full(data.identity().digest, len(data.train), data.train.labels, data.classes)
+    whole = manifest.full(data.identity().digest, len(data.train), data.train.labels, len(data.classes))
     source = batches.Source(data=data, rule=rule, views=views.cycle(rule, settings.views), manifest=whole)
     weights = methods.weights_for(MethodSettings(method="ce"), settings.label_smoothing)
     plain = views.plain(rule)

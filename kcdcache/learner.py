@@ -131,13 +131,7 @@ def new_record(count: int, device: torch.device, rule: str, decay: float, mixed_
 
 def save(learner: Learner, folder: RunFolder, name: str, model: str, data: Dataset, extra: dict[str, Any]) -> None:
     """Write the network as NAME.safetensors and NAME.json into the run's folder, loadable as a teacher or student."""
-    document = {
-        "architecture": model,
-        "classes": list(data.classes),
-        "channels": len(data.mean),
-        "transform": learner.transform.document(),
-        **extra,
-    }
+    document = weights.describe_network(model, data.classes, len(data.mean), learner.transform, **extra)
     weights.save_network(folder.path, name, learner.network, document)
 
 

@@ -161,8 +161,8 @@ def check_environment(record: Mapping[str, Any], now: Mapping[str, Any], allow_c
 def outcome(rows: Sequence[Mapping[str, Any]], count: int, epochs: int) -> dict[str, Any]:
     """Return what every summary holds, from a finished run's metrics.
 
-    relative_cost is C of Eq. 16, counted: student samples forwarded / (N * epochs). The last accuracy is the result; the
-    best one was chosen on the test split and is for comparison with papers that report it.
+    relative_cost is C of Eq. 16, counted: student samples forwarded / (N * epochs). The last accuracy is the result;
+    the best one was chosen on the test split and is for comparison with papers that report it.
     """
     measured = [row for row in rows if "test_accuracy" in row]
     best = max(measured, key=lambda row: row["test_accuracy"])

@@ -1,10 +1,9 @@
-"""Train a student on one manifest: the M-step. Checkpoints and metrics in, values out; knows nothing of condensation."""
+"""Train a student on one manifest (the M-step): checkpoints, metrics, values out; knows nothing of condensation."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -67,9 +66,7 @@ def run_stage(
     return pupil
 
 
-def source_for(
-    data: Dataset, knowledge: store.Store, manifest: Manifest, mixing: batches.Mixing = batches.Mixing()
-) -> batches.Source:
+def source_for(data: Dataset, knowledge: store.Store, manifest: Manifest, mixing: batches.Mixing) -> batches.Source:
     """Return the images, views and order of a manifest, still without teacher targets."""
     rule = views.rule_of(knowledge.knowledge.views)
     return batches.Source(data=data, rule=rule, views=knowledge.views, manifest=manifest, mixing=mixing)

@@ -1,0 +1,5 @@
+"""`python -m kcdcache` is the command `kcdcache`."""
+
+from kcdcache.cli import main
+
+main()

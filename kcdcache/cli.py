@@ -1,0 +1,305 @@
+"""The command line: parse, call, print. The only module that prints or exits, and that imports inside functions."""
+
+import errno
+import importlib
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import click
+
+from kcdcache import __version__
+from kcdcache.errors import KcdcacheError
+
+SCHEMA_VERSION = 0
+SUMMARIES = {
+    "run": "Do a whole chain of steps from a recipe; without one, the embedded example.",
+    "fit": "Train a teacher or a plain baseline on hard labels.",
+    "precompute": "Run the teacher once and keep its outputs in a store.",
+    "train": "Train a student from a store, condensing between stages (Algorithm 1).",
+    "condense": "Turn values into the next condensed set (a manifest).",
+    "inspect": "Tell what a store, manifest, values file, run or network holds.",
+    "verify": "Check every byte of a store; with a teacher, compute some points again.",
+}
+"""command -> its line in `kcdcache --help`, which must not import what the commands need"""
+EXAMPLES = {
+    "run": ("kcdcache run", "kcdcache run pipelines/cifar100_small.toml --data cifar100"),
+    "fit": ("kcdcache fit --data cifar100 --model wrn_40_2 --out runs/teacher",),
+    "precompute": (
+        "kcdcache precompute --data cifar100 --teacher runs/teacher --store runs/store --views 40",
+        "kcdcache precompute --data cifar100 --teacher runs/teacher --store runs/store --fields penultimate",
+    ),
+    "train": (
+        "kcdcache train --store runs/store --data cifar100 --student wrn_16_2 --out runs/kcd",
+        "kcdcache train --store runs/store --data cifar100 --student resnet8x4 --out runs/reuse \\\n"
+        "      --manifest runs/kcd/stages/6/manifest.parquet --stages 1",
+    ),
+    "condense": (
+        "kcdcache condense --values runs/kcd/values.parquet --store runs/store --keep 0.5 --out half.parquet",
+    ),
+    "inspect": ("kcdcache inspect runs/store",),
+    "verify": ("kcdcache verify runs/store --teacher runs/teacher --data cifar100",),
+}
+ARTICLES = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
+
+
+class Commands(click.Group):
+    """Commands built when they are called, so that `--help` stays fast."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of a first session."""
+        return list(SUMMARIES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the command of that name."""
+        return BUILDERS[cmd_name]() if cmd_name in BUILDERS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands without building them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(SUMMARIES.items()))
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
+@click.version_option(__version__, prog_name="kcdcache")
+def program() -> None:
+    """Run the teacher once. Keep what matters. Teach any student.
+
+    \b
+    kcdcache run                       the whole job on embedded digits, on CPU
+    kcdcache COMMAND --help            options, with their defaults, and examples
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and end the process with its exit code."""
+    sys.exit(_outcome(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _outcome(arguments: list[str]) -> int:
+    try:
+        program.main(arguments, prog_name="kcdcache", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; the same command resumes", err=True)
+        return 130
+    except KcdcacheError as error:
+        return _failed(str(error), error.exit_code, arguments)
+    except OSError as error:
+        return _failed(str(error), 7 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 1, arguments)
+    except Exception as error:
+        return _failed(f"internal error: {type(error).__name__}: {error} (--debug shows where)", 1, arguments)
+    return 0
+
+
+def _failed(message: str, exit_code: int, arguments: Sequence[str]) -> int:
+    if "--debug" in arguments:
+        traceback.print_exc()
+    click.echo(f"error: {_printable(message)}", err=True)
+    return exit_code
+
+
+def _printable(text: str) -> str:
+    """Return text without control characters: names from files must not steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def _command(name: str, options: list[click.Parameter], work: Callable[..., dict[str, Any]]) -> click.Command:
+    """Return a command with the common options, which logs, calls `work` and prints its result."""
+
+    def callback(as_json: bool, debug: bool, quiet: bool, **values: Any) -> None:
+        _log_to_stderr(quiet)
+        result = work(**values)
+        click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **result}) if as_json else _readable(result))
+
+    common: list[click.Parameter] = [
+        click.Option(["--json", "as_json"], is_flag=True, help="print the result as one JSON object"),
+        click.Option(["--debug"], is_flag=True, help="show where an error came from"),
+        click.Option(["-q", "--quiet"], is_flag=True, help="no progress on stderr"),
+    ]
+    text = SUMMARIES[name] + "\n\n\b\nExamples:\n" + "\n".join(f"  {line}" for line in EXAMPLES[name])
+    return click.Command(name, params=options + common, callback=callback, help=text)
+
+
+def _settings_command(name: str) -> click.Command:
+    """Return a command whose options are the fields of its settings model."""
+    from kcdcache import config
+
+    model = {
+        "fit": config.FitCommand,
+        "precompute": config.PrecomputeCommand,
+        "train": config.TrainCommand,
+        "condense": config.CondenseCommand,
+    }[name]
+    own = sorted(model.model_fields, key=lambda key: key not in model.__annotations__)  # inputs before what modifies
+    options: list[click.Parameter] = [_option(key, model.model_fields[key]) for key in own]
+    options.append(click.Option(["--dry-run"], is_flag=True, help="print what would be done, and do nothing"))
+
+    def work(dry_run: bool, **values: Any) -> dict[str, Any]:
+        given = {key: value for key, value in values.items() if value is not None}
+        settings = config.make(model, given)
+        if name == "condense":  # stays free of torch and zarr
+            return importlib.import_module("kcdcache.condenser").run(settings, dry_run=dry_run)
+        return importlib.import_module("kcdcache.steps").STEPS[name][1](settings, _Reporter(), dry_run=dry_run)
+
+    return _command(name, options, work)
+
+
+def _option(name: str, field: Any) -> click.Option:
+    """Return the option for one settings field: help and default come from the model, values go to it unparsed."""
+    flag = f"--{name.replace('_', '-')}"
+    default = "" if field.is_required() or field.default is None else f"  [default: {_shown(field.default)}]"
+    text = " ".join((field.description or "").split()) + default
+    if field.annotation is bool:
+        return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
+    kind: Any = click.Choice(choices) if choices else click.STRING
+    metavar = None if choices else _metavar(field.annotation)
+    split = _split if get_origin(field.annotation) is tuple or "tuple" in str(field.annotation) else None
+    return click.Option([flag], type=kind, help=text, metavar=metavar, required=field.is_required(), callback=split)
+
+
+def _split(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    return None if value is None else tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return ",".join(str(part) for part in default) if isinstance(default, tuple) else str(default)
+
+
+def _metavar(annotation: Any) -> str:
+    kinds = [annotation, *get_args(annotation)]
+    if any(get_origin(kind) is tuple for kind in kinds):
+        return "A,B,..."
+    return next((word for kind in kinds for plain, word in ARTICLES.items() if kind is plain), "TEXT")
+
+
+def _run_command() -> click.Command:
+    from kcdcache import config
+
+    def work(
+        recipe: str | None, data: str | None, out: str | None, device: str | None, threads: int | None, dry_run: bool
+    ) -> dict[str, Any]:
+        recipes = importlib.import_module("kcdcache.recipe")
+        path = Path(recipe) if recipe else recipes.EMBEDDED
+        chain, folder = recipes.load(path), Path(out) if out else Path("runs") / path.stem
+        if dry_run:
+            return {"would": "run", "recipe": str(path), "steps": recipes.planned(chain, folder, data)}
+        machine = {key: value for key, value in (("device", device), ("threads", threads)) if value is not None}
+        command = "kcdcache " + " ".join(sys.argv[1:])
+        results = recipes.run(chain, folder, data=data, machine=machine, command=command, progress=_Reporter())
+        return {"table": recipes.table(results), "files": str(folder), **results}
+
+    machine = config.MachineSettings.model_fields
+    options: list[click.Parameter] = [
+        click.Argument(["recipe"], required=False),
+        click.Option(["--data"], help="data spec to use instead of the recipe's"),
+        click.Option(["--out"], help="folder of the results  [default: runs/<recipe's name>]"),
+        _option("device", machine["device"]),
+        click.Option(["--threads"], type=int, help=machine["threads"].description),
+        click.Option(["--dry-run"], is_flag=True, help="print every step's settings, and do nothing"),
+    ]
+    return _command("run", options, work)
+
+
+def _inspect_command() -> click.Command:
+    def work(path: str) -> dict[str, Any]:
+        found: dict[str, Any] = importlib.import_module("kcdcache.inspection").inspect(Path(path))
+        return found
+
+    return _command("inspect", [click.Argument(["path"])], work)
+
+
+def _verify_command() -> click.Command:
+    from kcdcache import config
+
+    fields = config.TeacherSettings.model_fields
+    options: list[click.Parameter] = [
+        click.Argument(["path"]),
+        click.Option(["--data"], help="data spec of the store; with --teacher, points are computed again"),
+        click.Option(["--points"], type=int, default=512, show_default=True, help="points to compute again, at least"),
+        click.Option(["--sample-seed"], type=int, default=0, show_default=True, help="seed of their choice"),
+        *(_option(name, field) for name, field in fields.items()),
+        _option("device", config.MachineSettings.model_fields["device"]),
+    ]
+
+    def work(path: str, **values: Any) -> dict[str, Any]:
+        result: dict[str, Any] = importlib.import_module("kcdcache.checks").verify(Path(path), **values)
+        return result
+
+    return _command("verify", options, work)
+
+
+BUILDERS: Mapping[str, Callable[[], click.Command]] = {
+    "run": _run_command,
+    "fit": lambda: _settings_command("fit"),
+    "precompute": lambda: _settings_command("precompute"),
+    "train": lambda: _settings_command("train"),
+    "condense": lambda: _settings_command("condense"),
+    "inspect": _inspect_command,
+    "verify": _verify_command,
+}
+
+
+def _readable(result: Mapping[str, Any], indent: str = "") -> str:
+    """Return a result for people: a table as it is, otherwise one line per entry, nested ones indented."""
+    if "table" in result:
+        return f"{result['table']}\n\nfiles: {result['files']}"
+    lines = []
+    for key, value in result.items():
+        if isinstance(value, Mapping) and value:
+            lines += [f"{indent}{key}:", _readable(value, indent + "  ")]
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            lines += [f"{indent}{key}:", *(f"{indent}  {_entry(item)}" for item in value)]
+        else:
+            lines.append(f"{indent}{key}: {_printable(str(value))}")
+    return "\n".join(lines)
+
+
+def _entry(item: Mapping[str, Any]) -> str:
+    return _printable("  ".join(f"{key}={value}" for key, value in item.items()))
+
+
+def _log_to_stderr(quiet: bool) -> None:
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
+
+
+class _Reporter:
+    """Shows progress on stderr: one rewritten line on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self._began: dict[str, tuple[float, int]] = {}
+        self._last = 0.0
+        self._live = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+
+    def __call__(self, what: str, done: int, total: int, remark: str) -> None:
+        if not logging.getLogger("kcdcache").isEnabledFor(logging.INFO):
+            return
+        now = time.monotonic()
+        began, first = self._began.setdefault(what, (now, done))
+        if now - self._last < (0.2 if self._live else 10) and done < total:
+            return
+        self._last = now
+        rate = (done - first) / (now - began) if now > began else 0
+        eta = f", {(total - done) / rate:,.0f} s left" if rate > 0 and done < total else ""
+        text = f"{what}: {done:,} of {total:,} ({remark}{eta})"
+        click.echo(
+            f"\r\033[K{text}" + ("\n" if done >= total else "") if self._live else text, err=True, nl=not self._live
+        )
+        if done >= total:
+            self._began.pop(what)

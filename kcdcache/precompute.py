@@ -1,0 +1,444 @@
+"""Data + teacher -> store, part by part, resumable; also imports logits and adds outputs on a manifest's mixes."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kcdcache import batches, encoding, layout, ledger, manifest, store, teacher, views, writer
+from kcdcache.config import PrecomputeSettings
+from kcdcache.data import Dataset
+from kcdcache.errors import MismatchError, SettingsError
+from kcdcache.files import sha256_file
+from kcdcache.identity import Knowledge, TeacherIdentity, require_same
+from kcdcache.layout import Part, StorePlan
+from kcdcache.loop import Progress, silent
+
+logger = logging.getLogger(__name__)
+
+Outputs = Callable[[int, int, int], dict[str, Tensor]]
+"""(view, first row, last row + 1) -> field -> float32 outputs of those rows"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What fills a store: rows, what they should be, and who says it is plausible."""
+
+    outputs: Outputs
+    labels: np.ndarray
+    digests: np.ndarray
+    least_accuracy: float
+    """accuracy on a view below which the outputs cannot be right; 0 where none is demanded"""
+
+
+def run(
+    settings: PrecomputeSettings,
+    data: Dataset,
+    network: teacher.Teacher,
+    path: Path,
+    progress: Progress = silent,
+    *,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Write the teacher's outputs on every view of every sample, or what of them is missing; return what is there.
+
+    On a sealed store of the same knowledge, more views or further fields are added. Teacher batches are a fixed
+    partition of each part, and writing overlaps the forward pass; a killed run resumes to the same bytes.
+
+    Raises:
+        MismatchError: the store at `path` is of other knowledge, or the teacher is barely better than chance.
+        SettingsError: the rule has fewer views than asked for.
+        NonFiniteError: the teacher gave NaN or infinity; names the samples.
+    """
+    rule = views.rule_from(settings, data.train.image_size)
+    knowledge = Knowledge(teacher=network.identity, data=data.identity(), views=views.identity_of(rule))
+    shapes = teacher.field_shapes(network, rule.height, rule.width, settings.fields, len(data.mean))
+    forms = [encoding.parse(_encoding_of(field, settings), field, shapes[field]) for field in settings.fields]
+    plan = _plan(settings, len(data.train), views_wanted(rule, settings.views), forms, path)
+    if dry_run:
+        return _planned(plan, knowledge, path)
+
+    def outputs(view: int, start: int, stop: int) -> dict[str, Tensor]:
+        index = np.arange(start, stop)
+        return teacher.outputs(network, _pixels(data, rule, index, view, network.device), settings.fields)
+
+    job = _Job(
+        outputs=outputs,
+        labels=data.train.labels,
+        digests=data.train.digests(),
+        least_accuracy=least_accuracy(settings.min_accuracy, len(data.classes)),
+    )
+    _fill(path, knowledge, plan, job, progress)
+    return describe(path)
+
+
+def import_logits(
+    settings: PrecomputeSettings,
+    data: Dataset,
+    file: Path,
+    path: Path,
+    progress: Progress = silent,
+    *,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Make a store of logits computed elsewhere: an .npy file of shape (views, N, C), or (N, C) for one view.
+
+    The caller vouches that view v of the file was made by view v of the rule the settings name.
+
+    Raises:
+        MismatchError: the array's shape does not fit the data, or its accuracy is barely better than chance.
+    """
+    logits = _read_npy(file, len(data.train), len(data.classes))
+    rule = views.rule_from(settings, data.train.image_size)
+    views_wanted(rule, len(logits))
+    source = TeacherIdentity(
+        architecture="imported", weights=sha256_file(file), transform={}, precision=str(logits.dtype)
+    )
+    knowledge = Knowledge(teacher=source, data=data.identity(), views=views.identity_of(rule))
+    forms = [encoding.parse(settings.encoding, "logits", (len(data.classes),))]
+    plan = _plan(settings, len(data.train), len(logits), forms, path)
+    if dry_run:
+        return _planned(plan, knowledge, path)
+    job = _Job(
+        outputs=lambda view, a, b: {"logits": torch.from_numpy(np.array(logits[view, a:b], np.float32))},
+        labels=data.train.labels,
+        digests=data.train.digests(),
+        least_accuracy=least_accuracy(settings.min_accuracy, len(data.classes)),
+    )
+    _fill(path, knowledge, plan, job, progress)
+    return describe(path)
+
+
+def requery(
+    source: batches.Source,
+    network: teacher.Teacher,
+    knowledge: store.Store,
+    path: Path,
+    *,
+    fields: Sequence[str],
+    view_numbers: Sequence[int],
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write the teacher's outputs on the mixed images of a manifest's K_Aug, in the given views, into a small store.
+
+    Row j is the j-th K_Aug point by index; place s on the view axis is view_numbers[s].
+
+    Raises:
+        MismatchError: the teacher is not the one of the store, or another store lies at `path`.
+    """
+    require_same(
+        knowledge.knowledge.document()["teacher"],
+        replace(knowledge.knowledge, teacher=network.identity).document()["teacher"],
+        (f"the teacher of {knowledge.path}", "the teacher given for requery"),
+        "requery needs the store's own teacher",
+    )
+    rows = np.flatnonzero(source.manifest.mixed)
+    mixes = {"manifest": source.manifest.digest, "mix": source.mixing.mix, "views": list(view_numbers)}
+    if _serves(path, mixes, fields):
+        return describe(path)
+    forms = [replace_field(knowledge, field) for field in fields]
+    plan = layout.plan_store(len(rows), len(view_numbers), forms, batch_size=knowledge.plan.batch_size)
+
+    def outputs(slot: int, start: int, stop: int) -> dict[str, Tensor]:
+        pixels = batches.mixed_views(source, rows[start:stop], view_numbers[slot], network.device)
+        return teacher.outputs(network, pixels, fields)
+
+    index = source.manifest.index[rows]
+    job = _Job(
+        outputs=outputs,
+        labels=source.data.train.labels[index],
+        digests=source.data.train.digests()[index],
+        least_accuracy=0.0,
+    )
+    _fill(path, replace(knowledge.knowledge, mixes=mixes), plan, job, progress)
+    return describe(path)
+
+
+def requery_path(file: Path) -> Path:
+    """Return where the teacher's outputs on a manifest's mixes lie: beside the manifest."""
+    return file.with_suffix(".requery")
+
+
+def requery_manifest(
+    file: Path,
+    knowledge: store.Store,
+    data: Dataset,
+    network: teacher.Teacher,
+    *,
+    fields: Sequence[str],
+    mix: str,
+    progress: Progress = silent,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Write the teacher's outputs on a manifest's mixes, in all cached views, beside the manifest.
+
+    Raises:
+        MismatchError: the manifest was made for other knowledge, or has no mixes.
+    """
+    chosen = manifest.read(file)
+    manifest.require_knowledge(chosen, knowledge.knowledge_id)
+    if not chosen.mixed.any():
+        raise MismatchError(f"{file} has no mixed points (K_Aug is empty): there is nothing to ask the teacher again")
+    path = requery_path(file)
+    points = int(chosen.mixed.sum()) * knowledge.views
+    if dry_run:
+        return {"would": "requery", "points": points, "store": str(path)}
+    source = batches.Source(
+        data=data,
+        rule=views.rule_of(knowledge.knowledge.views),
+        views=knowledge.views,
+        manifest=chosen,
+        mixing=batches.Mixing(mix=mix),
+    )
+    numbers = range(knowledge.views)
+    return requery(source, network, knowledge, path, fields=fields, view_numbers=numbers, progress=progress)
+
+
+def recheck(
+    knowledge: store.Store, data: Dataset, network: teacher.Teacher, *, points: int, seed: int = 0
+) -> dict[str, Any]:
+    """Run the teacher again on randomly chosen teacher batches and compare with the store, field by field.
+
+    On the same kind of machine and versions the result is exact; `largest` is the largest difference of decoded values.
+
+    Raises:
+        MismatchError: teacher or data are not the store's.
+    """
+    batches.check_data(knowledge, data)
+    identity = replace(knowledge.knowledge, teacher=network.identity)
+    require_same(
+        knowledge.knowledge.document()["teacher"],
+        identity.document()["teacher"],
+        (f"the teacher of {knowledge.path}", "the given teacher"),
+        "give the teacher the store was made with",
+    )
+    rule = views.rule_of(knowledge.knowledge.views)
+    parts = layout.parts(knowledge.plan)
+    chosen = [(part, bounds) for part in parts for bounds in knowledge.plan.batches(part)]
+    order = np.random.Generator(np.random.Philox(seed)).permutation(len(chosen))
+    checked, wrong, largest = 0, 0, 0.0
+    for number in order:
+        if checked >= points:
+            break
+        part, (start, stop) = chosen[number]
+        pixels = _pixels(data, rule, np.arange(start, stop), part.view, network.device)
+        differing, difference = _compare(knowledge, network, pixels, part.view, start, stop)
+        checked, wrong, largest = checked + stop - start, wrong + differing, max(largest, difference)
+    return {"points": checked, "differing": wrong, "largest": largest}
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Return what a sealed store holds and what it cost, as JSON values."""
+    found = store.open(path)
+    right = [found.measurements(view).get("correct", 0.0) / found.count for view in range(found.views)]
+    return {
+        "kind": "store",
+        "store": str(path),
+        "count": found.count,
+        "views": found.views,
+        "fields": {name: field.encoding.name for name, field in found.fields.items()},
+        "bounds": {name: field.encoding.bound for name, field in found.fields.items()},
+        "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        "knowledge_id": found.knowledge_id,
+        "layout_id": found.layout_id,
+        "teacher_accuracy": right,
+        "teacher_forwards": found.count * found.views if found.knowledge.teacher.architecture != "imported" else 0,
+        "seconds": _seconds_spent(path),
+    }
+
+
+def views_wanted(rule: views.ViewRule, asked: int | str) -> int:
+    """Return the number of views to cache.
+
+    Raises:
+        SettingsError: 'all' of an endless rule, or more views than the rule has.
+    """
+    wanted = views.cycle(rule, asked)
+    if wanted is None:
+        raise SettingsError(f"--views all: the rule {rule.name} has no end; give a number of views")
+    return wanted
+
+
+def least_accuracy(asked: float | None, classes: int) -> float:
+    """Return the accuracy a teacher must reach: three times chance, but at most half way from chance to perfect.
+
+    >>> least_accuracy(None, 100), least_accuracy(None, 2), least_accuracy(0.5, 100)
+    (0.03, 0.75, 0.5)
+    """
+    return min(3 / classes, (1 + 1 / classes) / 2) if asked is None else asked
+
+
+def _encoding_of(field: str, settings: PrecomputeSettings) -> str:
+    """Vectors take float16 where the logits are cut to their top: only logits have a top."""
+    return "float16" if field != "logits" and settings.encoding.startswith("top") else settings.encoding
+
+
+def _plan(
+    settings: PrecomputeSettings, count: int, wanted: int, forms: Sequence[encoding.Encoding], path: Path
+) -> StorePlan:
+    if ledger.commit_path(path, 0).exists():
+        held = store.open(path).plan
+        return layout.grow_plan(held, max(held.views, wanted), forms)
+    return layout.plan_store(count, wanted, forms, settings.compression, settings.batch_size)
+
+
+def replace_field(knowledge: store.Store, field: str) -> encoding.Encoding:
+    """Return how a store keeps one of its fields.
+
+    Raises:
+        MismatchError: it has no such field.
+    """
+    if field not in knowledge.fields:
+        raise MismatchError(f"the store at {knowledge.path} has no field '{field}', only {', '.join(knowledge.fields)}")
+    return knowledge.fields[field].encoding
+
+
+def _planned(plan: StorePlan, knowledge: Knowledge, path: Path) -> dict[str, Any]:
+    return {
+        "would": "precompute",
+        "store": str(path),
+        "plan": str(plan),
+        "points": plan.count * plan.views,
+        "bytes": plan.bytes,
+        "knowledge_id": knowledge.knowledge_id,
+        "layout_id": plan.layout_id,
+    }
+
+
+def _opened(path: Path, knowledge: Knowledge, plan: StorePlan, job: _Job) -> AbstractContextManager[writer.Writer]:
+    if not ledger.commit_path(path, 0).exists():
+        return writer.create(path, knowledge, plan, job.labels, job.digests)
+    return writer.grow(path, knowledge, views=plan.views, fields=list(plan.fields.values()))
+
+
+def _fill(path: Path, knowledge: Knowledge, plan: StorePlan, job: _Job, progress: Progress) -> None:
+    """Write all pending parts, one being written while the next is computed, then seal."""
+    path.mkdir(parents=True, exist_ok=True)
+    with _opened(path, knowledge, plan, job) as open_writer, ThreadPoolExecutor(1) as pool:
+        pending = open_writer.pending()
+        rows = sum(part.stop - part.start for part in open_writer.parts)
+        done = rows - sum(part.stop - part.start for part in pending)
+        if done and pending:
+            logger.info("precompute: resuming at %d of %d points", done, rows)
+        written: Future[None] | None = None
+        right: dict[int, tuple[float, int]] = {}
+        for part in pending:
+            began = time.perf_counter()
+            stored, statistics, correct = _compute(part, plan, job)
+            if written is not None:
+                written.result()
+            _check_accuracy(part, correct, right, job.least_accuracy)
+            written = pool.submit(open_writer.write_part, part, stored, statistics, {"correct": correct})
+            done += part.stop - part.start
+            seconds = time.perf_counter() - began
+            rate = (part.stop - part.start) / seconds
+            _add_timing(path, seconds, part.stop - part.start)
+            progress("precompute", done, rows, f"view {part.view}, {rate:,.0f} points/s")
+        if written is not None:
+            written.result()
+        open_writer.seal()
+
+
+def _compute(
+    part: Part, plan: StorePlan, job: _Job
+) -> tuple[dict[str, np.ndarray], dict[str, encoding.Statistics], float]:
+    """Return a part's encoded arrays, the statistics of its fields, and how often the teacher was right."""
+    pieces: dict[str, list[Tensor]] = {field: [] for field in part.fields}
+    for start, stop in plan.batches(part):
+        for field, values in job.outputs(part.view, start, stop).items():
+            if field in pieces:
+                pieces[field].append(values)
+    whole = {field: torch.cat(values) for field, values in pieces.items()}
+    stored: dict[str, np.ndarray] = {}
+    for field, values in whole.items():
+        stored |= plan.fields[field].encode(values, part.start)
+    correct = 0.0
+    if "logits" in whole:
+        labels = torch.from_numpy(job.labels[part.start : part.stop]).to(whole["logits"].device)
+        correct = float((whole["logits"].argmax(1) == labels).sum())
+    return stored, {field: encoding.statistics(values) for field, values in whole.items()}, correct
+
+
+def _check_accuracy(part: Part, correct: float, right: dict[int, tuple[float, int]], least: float) -> None:
+    """Refuse early: a wrong normalisation or class order shows in the first part."""
+    if "logits" not in part.fields:
+        return
+    before, seen = right.get(part.view, (0.0, 0))
+    before, seen = before + correct, seen + part.stop - part.start
+    right[part.view] = before, seen
+    if before < least * seen:
+        raise MismatchError(
+            f"the teacher is right on {before / seen:.2%} of the first {seen} samples of view {part.view}, expected at "
+            f"least {least:.2%}: its normalisation, input size or class order does not fit this data; check "
+            "--teacher-mean/--teacher-std/--teacher-size, or lower --min-accuracy if the teacher really is that weak"
+        )
+
+
+def _pixels(data: Dataset, rule: views.ViewRule, index: np.ndarray, view: int, device: torch.device) -> Tensor:
+    images, parameters = data.train.images(index), torch.from_numpy(views.parameters(rule, index, view))
+    if isinstance(images, np.ndarray):
+        return views.apply(rule, torch.from_numpy(images).to(device), parameters)
+    return views.apply(rule, [torch.from_numpy(image).to(device) for image in images], parameters)
+
+
+def _compare(
+    knowledge: store.Store, network: teacher.Teacher, pixels: Tensor, view: int, start: int, stop: int
+) -> tuple[int, float]:
+    """Return how many rows differ in any stored bit, and the largest difference of decoded values."""
+    index = np.arange(start, stop)
+    differing, largest = np.zeros(stop - start, bool), 0.0
+    for field, values in teacher.outputs(network, pixels, list(knowledge.fields)).items():
+        form = knowledge.fields[field].encoding
+        held = knowledge.load(view, index, (field,))
+        for name, rows in form.encode(values, start).items():
+            differing |= (rows.view(np.uint8) != held[name].view(np.uint8)).reshape(stop - start, -1).any(1)
+        decoded = [form.decode({name: torch.from_numpy(rows) for name, rows in held.items()})]
+        decoded.append(form.decode({n: torch.from_numpy(r) for n, r in form.encode(values, start).items()}))
+        largest = max(largest, float((decoded[0] - decoded[1]).abs().max()))
+    return int(differing.sum()), largest
+
+
+def _serves(path: Path, mixes: dict[str, Any], fields: Sequence[str]) -> bool:
+    """Return whether a sealed store at `path` has the outputs on these mixes, perhaps in more views."""
+    if not ledger.commit_path(path, 0).exists():
+        return False
+    held = store.open(path)
+    there = held.knowledge.mixes or {}
+    same = all(there.get(key) == mixes[key] for key in ("manifest", "mix"))
+    return same and set(mixes["views"]) <= set(there["views"]) and set(fields) <= set(held.fields)
+
+
+def _read_npy(file: Path, count: int, classes: int) -> np.ndarray:
+    try:
+        logits = np.load(file, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise SettingsError(f"--from-logits: no file at {file}") from None
+    except ValueError as error:
+        raise SettingsError(f"--from-logits: {file} is not a plain .npy array: {error}") from None
+    if logits.ndim == 2:
+        logits = logits[None]
+    if logits.ndim != 3 or logits.shape[1:] != (count, classes) or logits.dtype.kind != "f":
+        raise MismatchError(
+            f"{file} holds {logits.dtype} {logits.shape}, expected floats of shape (views, {count}, {classes})"
+        )
+    return logits
+
+
+def _add_timing(path: Path, seconds: float, points: int) -> None:
+    with open(path / ledger.FOLDER / "timing.jsonl", "a") as stream:
+        stream.write(json.dumps({"seconds": round(seconds, 4), "points": points}) + "\n")
+
+
+def _seconds_spent(path: Path) -> float:
+    file = path / ledger.FOLDER / "timing.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return float(sum(json.loads(line)["seconds"] for line in lines if line.endswith("}")))

@@ -1,0 +1,242 @@
+"""A TOML recipe (a chain of steps, some repeated per seed) executed idempotently, ending in one table."""
+
+import logging
+import re
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from kcdcache import config, steps
+from kcdcache.config import Settings, nearest
+from kcdcache.errors import SettingsError
+from kcdcache.files import readable_json, write_atomic
+from kcdcache.loop import Progress
+from kcdcache.models.device import resolve_device
+from kcdcache.runs import environment
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = Path(__file__).with_name("digits.toml")
+REFERENCE = re.compile(r"@([a-z0-9_-]+)(:condensed|:values)?")
+PLACES = {"fit": "out", "precompute": "store", "train": "out", "condense": "out"}
+"""command -> the setting that says where its result goes"""
+AVERAGED = ("accuracy_last", "accuracy_best", "relative_cost", "teacher_forwards", "seconds")
+
+
+class Step(Settings):
+    """One step of a recipe."""
+
+    name: str = Field(pattern=r"^[a-z0-9_-]+$")
+    """name of the step and of its folder; other steps refer to it as @name"""
+    run: str
+    """command: fit, precompute, train or condense"""
+    title: str = ""
+    """how the table calls it; the name if empty"""
+    per_seed: bool = False
+    """run once for every seed of the recipe, in its own folder"""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """the command's settings; @name stands for a step's result, @name:condensed for a run's condensed set"""
+
+
+class Recipe(Settings):
+    """A chain of steps."""
+
+    title: str
+    """what the recipe shows"""
+    data: str
+    """data spec given to every step that takes one"""
+    train_images: int | None = Field(default=None, ge=1)
+    """use only the first so many training images"""
+    seeds: tuple[int, ...] = (0,)
+    """seeds of the steps that run per seed"""
+    machine: dict[str, Any] = Field(default_factory=dict)
+    """device and threads for every step that takes them"""
+    step: tuple[Step, ...]
+    """the steps in order"""
+
+
+def load(path: Path) -> Recipe:
+    """Return a recipe read from TOML; unknown keys are refused, those of the steps' settings included.
+
+    Raises:
+        NotFoundError: there is no such file.
+        SettingsError: it is not TOML, a key is unknown, or a reference names no earlier step.
+    """
+    content = config.read_toml(path)
+    content["step"] = tuple(
+        config.make(Step, _nested(entry), f"{path}, step {number + 1}")
+        for number, entry in enumerate(content.get("step", []))
+    )
+    recipe = config.make(Recipe, content, str(path))
+    _require_order(recipe, path)
+    return recipe
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    data: str | None = None,
+    machine: Mapping[str, Any] | None = None,
+    command: str = "",
+    progress: Progress,
+) -> dict[str, Any]:
+    """Execute the steps into `out`, passing over finished ones; return the table, also written to out/results.json."""
+    spec = _limited(data or recipe.data, recipe.train_images)
+    extra = {**recipe.machine, **(machine or {})}
+    found: dict[tuple[str, int | None], dict[str, Any]] = {}
+    for step in recipe.step:
+        for seed in recipe.seeds if step.per_seed else (None,):
+            values = resolved(step, recipe, out, spec, seed) | _accepted(step.run, extra)
+            model, work = steps.STEPS[step.run]
+            logger.info("%s%s", step.title or step.name, "" if seed is None else f" (seed {seed})")
+            found[step.name, seed] = work(config.make(model, values, f"step '{step.name}'"), progress)
+    results = {
+        "title": recipe.title,
+        "command": command,
+        "data": spec,
+        "seeds": list(recipe.seeds),
+        "environment": environment(resolve_device(extra.get("device", "auto")), torch.get_num_threads()),
+        "rows": [_row(step, recipe, found) for step in recipe.step if step.run != "condense"],
+        "runs": [{"step": name, "seed": seed, **summary} for (name, seed), summary in found.items()],
+    }
+    write_atomic(out / "results.json", readable_json(results))
+    return results
+
+
+def planned(recipe: Recipe, out: Path, data: str | None = None) -> list[dict[str, Any]]:
+    """Return every step's resolved settings, in order, without doing anything."""
+    spec = _limited(data or recipe.data, recipe.train_images)
+    return [
+        {"step": step.name, "run": step.run, **resolved(step, recipe, out, spec, seed)}
+        for step in recipe.step
+        for seed in (recipe.seeds if step.per_seed else (None,))
+    ]
+
+
+def resolved(step: Step, recipe: Recipe, out: Path, data: str, seed: int | None) -> dict[str, Any]:
+    """Return a step's settings with data, seed, folder and references filled in."""
+    values = {key: _resolved(value, recipe, out, seed) for key, value in step.settings.items()}
+    filled = {PLACES[step.run]: str(place(step, out, seed))}
+    if "data" in steps.STEPS[step.run][0].model_fields:
+        filled["data"] = data
+    if seed is not None and "seed" in steps.STEPS[step.run][0].model_fields:
+        filled["seed"] = seed
+    return filled | values
+
+
+def place(step: Step, out: Path, seed: int | None) -> Path:
+    """Return where a step's result lies."""
+    folder = out / step.name if seed is None else out / f"{step.name}-seed{seed}"
+    return folder.with_suffix(".parquet") if step.run == "condense" else folder
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Return the recipe's rows as aligned text: accuracy in percent, cost relative to full training."""
+    head = ["", "network", "n", "accuracy %", "best %", "relative cost", "teacher forwards", "seconds"]
+    lines = [head] + [_cells(row) for row in results["rows"]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    aligned = [
+        "  ".join(
+            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join([results["title"], "", aligned[0], "-" * len(aligned[0]), *aligned[1:]])
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    return [
+        row["title"],
+        row.get("model", ""),
+        str(row["n"]),
+        _percent(row, "accuracy_last"),
+        _percent(row, "accuracy_best"),
+        f"{row['relative_cost']:.3f}" if "relative_cost" in row else "",
+        f"{row['teacher_forwards']:,.0f}",
+        f"{row['seconds']:.1f}",
+    ]
+
+
+def _percent(row: Mapping[str, Any], name: str) -> str:
+    if name not in row:
+        return ""
+    spread = row.get(f"{name}_std")
+    return f"{100 * row[name]:.2f}" + (f" ± {100 * spread:.2f}" if spread is not None else "")
+
+
+def _row(step: Step, recipe: Recipe, found: Mapping[tuple[str, int | None], Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the mean over seeds of what the table shows, with the sample standard deviation where n > 1."""
+    summaries = [found[step.name, seed] for seed in (recipe.seeds if step.per_seed else (None,))]
+    row: dict[str, Any] = {"step": step.name, "title": step.title or step.name, "n": len(summaries)}
+    row |= {key: summaries[0][key] for key in ("model", "method", "kept") if key in summaries[0]}
+    for name in AVERAGED:
+        numbers = [summary[name] for summary in summaries if name in summary]
+        if numbers:
+            row[name] = statistics.fmean(numbers)
+            row |= {f"{name}_std": statistics.stdev(numbers)} if len(numbers) > 1 else {}
+    return row
+
+
+def _nested(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a step's TOML table with the command's settings gathered under `settings`."""
+    own = set(Step.model_fields) - {"settings"}
+    return {key: entry[key] for key in entry if key in own} | {
+        "settings": {key: entry[key] for key in entry if key not in own}
+    }
+
+
+def _require_order(recipe: Recipe, path: Path) -> None:
+    known: dict[str, Step] = {}
+    for step in recipe.step:
+        if step.run not in steps.STEPS:
+            raise SettingsError(
+                f"{path}, step '{step.name}': unknown command '{step.run}'; {nearest(step.run, steps.STEPS)}"
+            )
+        if step.name in known:
+            raise SettingsError(f"{path}: two steps are called '{step.name}'")
+        _require_settings(step, path)
+        for name in _references(step):
+            if name not in known:
+                raise SettingsError(
+                    f"{path}, step '{step.name}': @{name} names no earlier step; {nearest(name, known)}"
+                )
+            if known[name].per_seed and not step.per_seed:
+                raise SettingsError(f"{path}, step '{step.name}': @{name} runs per seed, so this step must too")
+        known[step.name] = step
+
+
+def _require_settings(step: Step, path: Path) -> None:
+    fields = steps.STEPS[step.run][0].model_fields
+    for key in step.settings:
+        if key not in fields:
+            raise SettingsError(f"unknown setting '{key}' in {path}, step '{step.name}'; {nearest(key, list(fields))}")
+
+
+def _references(step: Step) -> list[str]:
+    texts = [value for value in step.settings.values() if isinstance(value, str)]
+    return [match[1] for text in texts if (match := REFERENCE.fullmatch(text))]
+
+
+def _resolved(value: Any, recipe: Recipe, out: Path, seed: int | None) -> Any:
+    match = REFERENCE.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        return value
+    step = next(step for step in recipe.step if step.name == match[1])
+    path = place(step, out, seed if step.per_seed else None)
+    if match[2] == ":condensed":
+        return str(steps.condensed_set(path))
+    return str(path / "values.parquet" if match[2] == ":values" else path)
+
+
+def _accepted(command: str, machine: Mapping[str, Any]) -> dict[str, Any]:
+    fields = steps.STEPS[command][0].model_fields
+    return {key: value for key, value in machine.items() if key in fields}
+
+
+def _limited(spec: str, train_images: int | None) -> str:
+    return spec if train_images is None or "?" in spec else f"{spec}?train={train_images}"

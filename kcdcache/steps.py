@@ -1,0 +1,168 @@
+"""One function per command that writes: its settings in, its result out; shared by recipes and the command line."""
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from kcdcache import condenser, config, distill, manifest, precompute, schedule, store, teacher
+from kcdcache import data as datasets
+from kcdcache import fit as fitting
+from kcdcache.errors import SettingsError
+from kcdcache.loop import Progress
+from kcdcache.models.device import resolve_device, use_threads
+from kcdcache.runs import read_summary
+
+Result = dict[str, Any]
+
+
+def fit(command: config.FitCommand, progress: Progress, dry_run: bool = False) -> Result:
+    """Train a teacher or a baseline; return its summary, or with `dry_run` what would be trained."""
+    data = _data(command.data)
+    settings = config.part(config.FitSettings, command)
+    if dry_run:
+        steps = -(-len(data.train) // settings.batch_size) * settings.epochs
+        return {
+            "would": "fit",
+            "model": command.model,
+            "samples": len(data.train),
+            "steps": steps,
+            "out": str(command.out),
+        }
+    return fitting.run(
+        settings,
+        data=data,
+        model=command.model,
+        out=command.out,
+        device=command.device,
+        threads=command.threads,
+        allow_env_change=command.allow_env_change,
+        progress=progress,
+    )
+
+
+def precompute_store(command: config.PrecomputeCommand, progress: Progress, dry_run: bool = False) -> Result:
+    """Run the teacher over the data into a store; return what the store holds, or with `dry_run` its plan."""
+    data = _data(command.data)
+    settings = config.part(config.PrecomputeSettings, command)
+    if command.from_logits is not None:
+        return precompute.import_logits(settings, data, command.from_logits, command.store, progress, dry_run=dry_run)
+    network = load_teacher(command, data, settings.teacher_precision, command.device, command.threads)
+    if command.manifest is not None:
+        return _requery(command, data, network, progress, dry_run)
+    return precompute.run(settings, data, network, command.store, progress, dry_run=dry_run)
+
+
+def train(command: config.TrainCommand, progress: Progress, dry_run: bool = False) -> Result:
+    """Run Algorithm 1, or a part of it; return the summary, or with `dry_run` the stages and their expected cost."""
+    data, knowledge = _data(command.data), store.open(command.store)
+    settings = config.part(config.TrainSettings, command)
+    if not settings.student:
+        raise SettingsError("--student is missing: name the network to train, for example --student resnet8")
+    given = None
+    if command.manifest is not None:
+        given = distill.accept(manifest.read(command.manifest), knowledge, command.transfer)
+    network = None
+    if command.teacher is not None and settings.mix_target == "requery":
+        precision = knowledge.knowledge.teacher.precision
+        network = load_teacher(command, data, precision, command.device, command.threads)
+    material = distill.Material(data=data, knowledge=knowledge, given=given, teacher=network)
+    if dry_run:
+        return _planned_stages(settings, material, command.out)
+    return distill.run(
+        settings,
+        material,
+        out=command.out,
+        until=command.until,
+        device=command.device,
+        threads=command.threads,
+        allow_env_change=command.allow_env_change,
+        progress=progress,
+    )
+
+
+def condense(command: config.CondenseCommand, progress: Progress, dry_run: bool = False) -> Result:
+    """Turn values into the next manifest; see `condenser.run`."""
+    return condenser.run(command, dry_run=dry_run)
+
+
+STEPS: Mapping[str, tuple[type[config.Settings], Callable[..., Result]]] = {
+    "fit": (config.FitCommand, fit),
+    "precompute": (config.PrecomputeCommand, precompute_store),
+    "train": (config.TrainCommand, train),
+    "condense": (config.CondenseCommand, condense),
+}
+"""command -> the settings it takes and the function that does it"""
+
+
+def condensed_set(run: Path) -> Path:
+    """Return the manifest that a finished run exported; in a plan of a run not yet made, where its folder will be."""
+    return run / read_summary(run)["condensed_set"] if (run / "summary.json").exists() else run / "condensed set"
+
+
+def load_teacher(
+    settings: config.TeacherSettings,
+    data: datasets.Dataset,
+    precision: config.Precision,
+    device: str,
+    threads: int | None,
+) -> teacher.Teacher:
+    """Return the teacher that settings name, for this data.
+
+    Raises:
+        SettingsError: no teacher is named.
+    """
+    if settings.teacher is None:
+        raise SettingsError("--teacher is missing: a folder written by `kcdcache fit`, or a network with --weights")
+    use_threads(threads)
+    return teacher.load(
+        settings.teacher,
+        weights_path=settings.weights,
+        classes=data.classes,
+        mean=settings.teacher_mean or data.mean,
+        std=settings.teacher_std or data.std,
+        size=settings.teacher_size,
+        device=resolve_device(device),
+        precision=precision,
+        channels=len(data.mean),
+    )
+
+
+def _requery(
+    command: config.PrecomputeCommand,
+    data: datasets.Dataset,
+    network: teacher.Teacher,
+    progress: Progress,
+    dry_run: bool,
+) -> Result:
+    knowledge = store.open(command.store)
+    assert command.manifest is not None
+    return precompute.requery_manifest(
+        command.manifest, knowledge, data, network, fields=command.fields, mix=command.mix, progress=progress,
+        dry_run=dry_run,
+    )  # fmt: skip
+
+
+def _planned_stages(settings: config.TrainSettings, material: distill.Material, out: Path) -> Result:
+    count = material.knowledge.knowledge.data.count
+    stages = distill.planned(settings, material)
+    return {
+        "would": "train",
+        "out": str(out),
+        "relative_cost": schedule.expected_cost(stages, count, settings.epochs),
+        "stages": [
+            {
+                "stage": stage.number,
+                "epochs": f"{stage.start}-{stage.stop - 1}",
+                "keep": round(stage.keep, 6),
+                "samples": schedule.kept_count(stage.keep, count),
+                "source": stage.source,
+            }
+            for stage in stages
+        ],
+    }
+
+
+@lru_cache(maxsize=4)
+def _data(spec: str) -> datasets.Dataset:
+    return datasets.load(spec)
