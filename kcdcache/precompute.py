@@ -208,7 +208,7 @@ def recheck(
 ) -> dict[str, Any]:
     """Run the teacher again on randomly chosen teacher batches and compare with the store, field by field.
 
-    On the same kind of machine and versions the result is exact; `largest` is the largest difference of decoded values.
+    On the same kind of machine and versions the result is exact; `largest` is the largest |difference| / (1 + |stored|).
 
     Raises:
         MismatchError: teacher or data are not the store's.
@@ -393,7 +393,7 @@ def _pixels(data: Dataset, rule: views.ViewRule, index: np.ndarray, view: int, d
 def _compare(
     knowledge: store.Store, network: teacher.Teacher, pixels: Tensor, view: int, start: int, stop: int
 ) -> tuple[int, float]:
-    """Return how many rows differ in any stored bit, and the largest difference of decoded values."""
+    """Return how many rows differ in any stored bit, and the largest |difference| / (1 + |stored value|)."""
     index = np.arange(start, stop)
     differing, largest = np.zeros(stop - start, bool), 0.0
     for field, values in teacher.outputs(network, pixels, list(knowledge.fields)).items():
@@ -403,7 +403,7 @@ def _compare(
             differing |= (rows.view(np.uint8) != held[name].view(np.uint8)).reshape(stop - start, -1).any(1)
         decoded = [form.decode({name: torch.from_numpy(rows) for name, rows in held.items()})]
         decoded.append(form.decode({n: torch.from_numpy(r) for n, r in form.encode(values, start).items()}))
-        largest = max(largest, float((decoded[0] - decoded[1]).abs().max()))
+        largest = max(largest, float(((decoded[0] - decoded[1]).abs() / (1 + decoded[0].abs())).max()))
     return int(differing.sum()), largest
 
 

@@ -18,7 +18,7 @@ Result = dict[str, Any]
 
 def fit(command: config.FitCommand, progress: Progress, dry_run: bool = False) -> Result:
     """Train a teacher or a baseline; return its summary, or with `dry_run` what would be trained."""
-    data = _data(command.data)
+    data = load_data(command.data)
     settings = config.part(config.FitSettings, command)
     if dry_run:
         steps = -(-len(data.train) // settings.batch_size) * settings.epochs
@@ -43,7 +43,7 @@ def fit(command: config.FitCommand, progress: Progress, dry_run: bool = False) -
 
 def precompute_store(command: config.PrecomputeCommand, progress: Progress, dry_run: bool = False) -> Result:
     """Run the teacher over the data into a store; return what the store holds, or with `dry_run` its plan."""
-    data = _data(command.data)
+    data = load_data(command.data)
     settings = config.part(config.PrecomputeSettings, command)
     if command.from_logits is not None:
         return precompute.import_logits(settings, data, command.from_logits, command.store, progress, dry_run=dry_run)
@@ -55,7 +55,7 @@ def precompute_store(command: config.PrecomputeCommand, progress: Progress, dry_
 
 def train(command: config.TrainCommand, progress: Progress, dry_run: bool = False) -> Result:
     """Run Algorithm 1, or a part of it; return the summary, or with `dry_run` the stages and their expected cost."""
-    data, knowledge = _data(command.data), store.open(command.store)
+    data, knowledge = load_data(command.data), store.open(command.store)
     settings = config.part(config.TrainSettings, command)
     if not settings.student:
         raise SettingsError("--student is missing: name the network to train, for example --student resnet8")
@@ -164,5 +164,6 @@ def _planned_stages(settings: config.TrainSettings, material: distill.Material, 
 
 
 @lru_cache(maxsize=4)
-def _data(spec: str) -> datasets.Dataset:
+def load_data(spec: str) -> datasets.Dataset:
+    """Return a data set; asked for again in this process, the one loaded before."""
     return datasets.load(spec)

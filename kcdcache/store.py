@@ -145,6 +145,11 @@ class Store:
         """Return the bytes one row takes in the arrays `load` returns for these fields."""
         return sum(array.row_bytes for array in self.plan.arrays_of(fields))
 
+    def chunk_bytes(self, rows: Int64[np.ndarray, " rows"], fields: Sequence[str]) -> int:
+        """Return the bytes of the chunk files that `load` reads for these rows of one view (of view 0, to be exact)."""
+        tasks = self._tasks(self.plan.arrays_of(fields), 0, rows)
+        return sum(self._files[chunk.key].bytes for chunk, _, _ in tasks)
+
     def measurements(self, view: int) -> dict[str, int | float]:
         """Return what precompute counted on a view (such as `correct`), summed over its parts, with `samples`."""
         return sum_measurements(self.plan, self._records, view)
