@@ -1,7 +1,10 @@
 """Manifest + data + views + store -> device batches: order, views, mixing, teacher targets."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +17,12 @@ from kcdcache import rng, views
 from kcdcache.data import Dataset
 from kcdcache.errors import MismatchError
 from kcdcache.identity import require_same
-from kcdcache.knowledge import Targets
-from kcdcache.manifest import Manifest
+from kcdcache.knowledge import StoredTargets, Targets
+from kcdcache.manifest import Manifest, require_knowledge
 from kcdcache.store import Store
 
 CPU = torch.device("cpu")
+MEMORY_BYTES = 8 * 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,9 @@ class Mixing:
     target: str = "linear_prob"
     temperature: float = 1.0
     """T at which probabilities are made and mixed"""
+
+
+DEFAULT_MIXING = Mixing()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +51,7 @@ class Source:
     """teacher outputs of single points, or None when nothing is distilled"""
     requeried: Targets | None = None
     """teacher outputs of mixed points (mix_target = requery)"""
-    mixing: Mixing = Mixing()
+    mixing: Mixing = DEFAULT_MIXING
 
     def view_of(self, epoch: int) -> int:
         """Return the number of the view that an epoch uses."""
@@ -82,6 +89,45 @@ class Epoch:
     weight: Float32[np.ndarray, " n"]
     parameters: Int64[np.ndarray, "n k"]
     partner_parameters: Int64[np.ndarray, "n k"]
+
+
+@contextmanager
+def connect(
+    data: Dataset,
+    knowledge: Store,
+    manifest: Manifest,
+    *,
+    fields: Sequence[str] = ("logits",),
+    mixing: Mixing = DEFAULT_MIXING,
+    requeried: Store | None = None,
+    memory_bytes: float = MEMORY_BYTES,
+    folder: Path | None = None,
+) -> Iterator[Source]:
+    """Yield what batches are made from: a manifest's images and views with the teacher's fields for them.
+
+    Only the rows the manifest needs are read, one view at a time. `requeried` is a store of the teacher's outputs on
+    the manifest's mixes. Above `memory_bytes` the rows lie in unlinked memory-mapped files in `folder` (the system's
+    temporary folder unless given).
+
+    Raises:
+        MismatchError: data, manifest and store were not made for each other, or a field is missing.
+    """
+    check_data(knowledge, data)
+    require_knowledge(manifest, knowledge.knowledge_id)
+    rule = views.rule_of(knowledge.knowledge.views)
+    plain = Source(data=data, rule=rule, views=knowledge.views, manifest=manifest, mixing=mixing)
+    if not fields:
+        yield plain
+        return
+    place = Path(tempfile.gettempdir()) if folder is None else folder
+    rows = needed_rows(manifest, requeried is not None)
+    with ExitStack() as held:
+        targets = held.enter_context(StoredTargets(knowledge, rows, fields, memory_bytes=memory_bytes, folder=place))
+        again = None
+        if requeried is not None:
+            stored = _requeried(requeried, manifest, fields, memory_bytes, place)
+            again = held.enter_context(stored)
+        yield replace(plain, targets=targets, requeried=again)
 
 
 def all_samples(manifest: Manifest, seed: int, epoch: int) -> Int64[np.ndarray, " n"]:
@@ -214,8 +260,13 @@ def mixed_views(
     return mix_pixels(kept, dropped, epsilon, source.mixing.mix)
 
 
-def needed_rows(manifest: Manifest) -> Int64[np.ndarray, " rows"]:
-    """Return the samples whose knowledge a stage reads: kept and partners, ascending, each once."""
+def needed_rows(manifest: Manifest, requeried: bool = False) -> Int64[np.ndarray, " rows"]:
+    """Return the samples whose knowledge a stage reads: kept and partners, ascending, each once.
+
+    Where the teacher was asked again about the mixes, no partner's own knowledge is needed.
+    """
+    if requeried:
+        return manifest.index
     return np.union1d(manifest.index, manifest.partner[manifest.partner >= 0])
 
 
@@ -240,6 +291,24 @@ def check_data(store: Store, data: Dataset) -> None:
         {"count": ours.count, "classes": ours.classes, "image_size": ours.image_size},
         names,
         "use the data the store was made from, or precompute a new store",
+    )
+
+
+def _requeried(
+    mixes: Store, manifest: Manifest, fields: Sequence[str], memory_bytes: float, folder: Path
+) -> StoredTargets:
+    """Return the targets of the mixed points: row j of their store is the j-th K_Aug point by index."""
+    numbers = (mixes.knowledge.mixes or {})["views"]
+    index = manifest.index[manifest.mixed]
+    return StoredTargets(
+        mixes,
+        index,
+        fields,
+        memory_bytes=memory_bytes,
+        folder=folder,
+        rows=np.arange(len(index)),
+        slots={view: slot for slot, view in enumerate(numbers)},
+        count=manifest.count,
     )
 
 

@@ -1,11 +1,32 @@
 """`verify`: is what lies at a path what was written, and does the teacher still say the same?"""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kcdcache import audit, config, inspection, manifest, precompute, runs, steps, store, values
+import numpy as np
+import torch
+from torch import Tensor
+
+from kcdcache import (
+    audit,
+    batches,
+    config,
+    inspection,
+    layout,
+    manifest,
+    precompute,
+    runs,
+    steps,
+    store,
+    teacher,
+    values,
+    views,
+)
+from kcdcache.data import Dataset
 from kcdcache.errors import CorruptionError, SettingsError
+from kcdcache.identity import require_same
 from kcdcache.models import weights
 
 TOLERANCE = 2e-3
@@ -27,13 +48,13 @@ def verify(
     """
     kind = inspection.inspect(path)["kind"]
     result = {"kind": kind, "path": str(path), **CHECKS[kind](path)}
-    device = teacher.pop("device", None) or "auto"
-    named = config.make(config.TeacherSettings, {key: value for key, value in teacher.items() if value is not None})
-    if named.teacher is None and data is None:
+    device = named.pop("device", None) or "auto"
+    given = config.make(config.TeacherSettings, {key: value for key, value in named.items() if value is not None})
+    if given.teacher is None and data is None:
         return result
-    if kind != "store" or named.teacher is None or data is None:
+    if kind != "store" or given.teacher is None or data is None:
         raise SettingsError("to compute points again give a store, its --teacher and its --data")
-    return result | {"recomputed": _recompute(path, named, data, device, points, sample_seed)}
+    return result | {"recomputed": _recompute(path, given, data, device, points, sample_seed)}
 
 
 def _recompute(
@@ -41,13 +62,63 @@ def _recompute(
 ) -> dict[str, Any]:
     knowledge, data = store.open(path), steps.load_data(spec)
     network = steps.load_teacher(named, data, knowledge.knowledge.teacher.precision, device, None)
-    found = precompute.recheck(knowledge, data, network, points=points, seed=seed)
+    found = recheck(knowledge, data, network, points=points, seed=seed)
     if found["largest"] > TOLERANCE:
         raise CorruptionError(
-            f"the teacher no longer gives what {path} holds: {found['differing']} of {found['points']} points differ, by "
+            f"the teacher no longer gives what {path} holds: {found['differing']} of {found['points']} points differ, "
             f"up to {found['largest']:.3g} (relative; at most {TOLERANCE} is explained by other hardware or versions)"
         )
     return found
+
+
+def recheck(
+    knowledge: store.Store, data: Dataset, network: teacher.Teacher, *, points: int, seed: int = 0
+) -> dict[str, Any]:
+    """Run the teacher again on randomly chosen teacher batches and compare with the store, field by field.
+
+    On the same kind of machine and versions the result is exact; `largest` is the largest |difference| over 1 + |stored|.
+
+    Raises:
+        MismatchError: teacher or data are not the store's.
+    """
+    batches.check_data(knowledge, data)
+    identity = replace(knowledge.knowledge, teacher=network.identity)
+    require_same(
+        knowledge.knowledge.document()["teacher"],
+        identity.document()["teacher"],
+        (f"the teacher of {knowledge.path}", "the given teacher"),
+        "give the teacher the store was made with",
+    )
+    rule = views.rule_of(knowledge.knowledge.views)
+    parts = layout.parts(knowledge.plan)
+    chosen = [(part, bounds) for part in parts for bounds in knowledge.plan.batches(part)]
+    order = np.random.Generator(np.random.Philox(seed)).permutation(len(chosen))
+    checked, wrong, largest = 0, 0, 0.0
+    for number in order:
+        if checked >= points:
+            break
+        part, (start, stop) = chosen[number]
+        pixels = precompute.view_pixels(data, rule, np.arange(start, stop), part.view, network.device)
+        differing, difference = _compare(knowledge, network, pixels, part.view, start, stop)
+        checked, wrong, largest = checked + stop - start, wrong + differing, max(largest, difference)
+    return {"points": checked, "differing": wrong, "largest": largest}
+
+
+def _compare(
+    knowledge: store.Store, network: teacher.Teacher, pixels: Tensor, view: int, start: int, stop: int
+) -> tuple[int, float]:
+    """Return how many rows differ in any stored bit, and the largest |difference| / (1 + |stored value|)."""
+    index = np.arange(start, stop)
+    differing, largest = np.zeros(stop - start, bool), 0.0
+    for field, values in teacher.outputs(network, pixels, list(knowledge.fields)).items():
+        form = knowledge.fields[field].encoding
+        held = knowledge.load(view, index, (field,))
+        for name, rows in form.encode(values, start).items():
+            differing |= (rows.view(np.uint8) != held[name].view(np.uint8)).reshape(stop - start, -1).any(1)
+        decoded = [form.decode({name: torch.from_numpy(rows) for name, rows in held.items()})]
+        decoded.append(form.decode({n: torch.from_numpy(r) for n, r in form.encode(values, start).items()}))
+        largest = max(largest, float(((decoded[0] - decoded[1]).abs() / (1 + decoded[0].abs())).max()))
+    return int(differing.sum()), largest
 
 
 def _store(path: Path) -> dict[str, Any]:

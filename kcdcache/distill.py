@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kcdcache import batches, condense, loop, manifest, methods, precompute, schedule, store, train, values
+from kcdcache import batches, condense, loop, manifest, methods, requery, schedule, store, train, values
 from kcdcache.config import TrainSettings
 from kcdcache.data import Dataset
 from kcdcache.errors import SettingsError
@@ -268,11 +268,11 @@ def _requery(going: _Run, stage: schedule.Stage, current: Manifest) -> Path | No
     knowledge, teacher = going.material.knowledge, going.material.teacher
     if teacher is None:
         raise SettingsError("mix_target 'requery' runs the teacher on mixed images: give --teacher (and --weights)")
-    path = precompute.requery_path(going.folder.manifest(stage.number))
+    path = requery.path_for(going.folder.manifest(stage.number))
     mixing = batches.Mixing(mix=going.settings.mix)
-    source = train.source_for(going.material.data, knowledge, current, mixing)
     used = train.views_used(stage.start, stage.stop, knowledge.views)
-    precompute.requery(source, teacher, knowledge, path, fields=needs, view_numbers=used, progress=going.progress)
+    with batches.connect(going.material.data, knowledge, current, fields=(), mixing=mixing) as source:
+        requery.write(source, teacher, knowledge, path, fields=needs, view_numbers=used, progress=going.progress)
     return path
 
 

@@ -1,4 +1,4 @@
-"""Data + teacher -> store, part by part, resumable; also imports logits and adds outputs on a manifest's mixes."""
+"""Data + teacher -> store, part by part, resumable; also imports logits made elsewhere."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kcdcache import batches, encoding, layout, ledger, manifest, store, teacher, views, writer
+from kcdcache import encoding, layout, ledger, store, teacher, views, writer
 from kcdcache.config import PrecomputeSettings
 from kcdcache.data import Dataset
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.files import sha256_file
-from kcdcache.identity import Knowledge, TeacherIdentity, require_same
+from kcdcache.identity import Knowledge, TeacherIdentity
 from kcdcache.layout import Part, StorePlan
 from kcdcache.loop import Progress, silent
 
@@ -30,7 +30,7 @@ Outputs = Callable[[int, int, int], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
+class Job:
     """What fills a store: rows, what they should be, and who says it is plausible."""
 
     outputs: Outputs
@@ -69,15 +69,15 @@ def run(
 
     def outputs(view: int, start: int, stop: int) -> dict[str, Tensor]:
         index = np.arange(start, stop)
-        return teacher.outputs(network, _pixels(data, rule, index, view, network.device), settings.fields)
+        return teacher.outputs(network, view_pixels(data, rule, index, view, network.device), settings.fields)
 
-    job = _Job(
+    job = Job(
         outputs=outputs,
         labels=data.train.labels,
         digests=data.train.digests(),
         least_accuracy=least_accuracy(settings.min_accuracy, len(data.classes)),
     )
-    _fill(path, knowledge, plan, job, progress)
+    fill(path, knowledge, plan, job, progress)
     return describe(path)
 
 
@@ -108,132 +108,14 @@ def import_logits(
     plan = _plan(settings, len(data.train), len(logits), forms, path)
     if dry_run:
         return _planned(plan, knowledge, path)
-    job = _Job(
+    job = Job(
         outputs=lambda view, a, b: {"logits": torch.from_numpy(np.array(logits[view, a:b], np.float32))},
         labels=data.train.labels,
         digests=data.train.digests(),
         least_accuracy=least_accuracy(settings.min_accuracy, len(data.classes)),
     )
-    _fill(path, knowledge, plan, job, progress)
+    fill(path, knowledge, plan, job, progress)
     return describe(path)
-
-
-def requery(
-    source: batches.Source,
-    network: teacher.Teacher,
-    knowledge: store.Store,
-    path: Path,
-    *,
-    fields: Sequence[str],
-    view_numbers: Sequence[int],
-    progress: Progress = silent,
-) -> dict[str, Any]:
-    """Write the teacher's outputs on the mixed images of a manifest's K_Aug, in the given views, into a small store.
-
-    Row j is the j-th K_Aug point by index; place s on the view axis is view_numbers[s].
-
-    Raises:
-        MismatchError: the teacher is not the one of the store, or another store lies at `path`.
-    """
-    require_same(
-        knowledge.knowledge.document()["teacher"],
-        replace(knowledge.knowledge, teacher=network.identity).document()["teacher"],
-        (f"the teacher of {knowledge.path}", "the teacher given for requery"),
-        "requery needs the store's own teacher",
-    )
-    rows = np.flatnonzero(source.manifest.mixed)
-    mixes = {"manifest": source.manifest.digest, "mix": source.mixing.mix, "views": list(view_numbers)}
-    if _serves(path, mixes, fields):
-        return describe(path)
-    forms = [replace_field(knowledge, field) for field in fields]
-    plan = layout.plan_store(len(rows), len(view_numbers), forms, batch_size=knowledge.plan.batch_size)
-
-    def outputs(slot: int, start: int, stop: int) -> dict[str, Tensor]:
-        pixels = batches.mixed_views(source, rows[start:stop], view_numbers[slot], network.device)
-        return teacher.outputs(network, pixels, fields)
-
-    index = source.manifest.index[rows]
-    job = _Job(
-        outputs=outputs,
-        labels=source.data.train.labels[index],
-        digests=source.data.train.digests()[index],
-        least_accuracy=0.0,
-    )
-    _fill(path, replace(knowledge.knowledge, mixes=mixes), plan, job, progress)
-    return describe(path)
-
-
-def requery_path(file: Path) -> Path:
-    """Return where the teacher's outputs on a manifest's mixes lie: beside the manifest."""
-    return file.with_suffix(".requery")
-
-
-def requery_manifest(
-    file: Path,
-    knowledge: store.Store,
-    data: Dataset,
-    network: teacher.Teacher,
-    *,
-    fields: Sequence[str],
-    mix: str,
-    progress: Progress = silent,
-    dry_run: bool = False,
-) -> dict[str, Any]:
-    """Write the teacher's outputs on a manifest's mixes, in all cached views, beside the manifest.
-
-    Raises:
-        MismatchError: the manifest was made for other knowledge, or has no mixes.
-    """
-    chosen = manifest.read(file)
-    manifest.require_knowledge(chosen, knowledge.knowledge_id)
-    if not chosen.mixed.any():
-        raise MismatchError(f"{file} has no mixed points (K_Aug is empty): there is nothing to ask the teacher again")
-    path = requery_path(file)
-    points = int(chosen.mixed.sum()) * knowledge.views
-    if dry_run:
-        return {"would": "requery", "points": points, "store": str(path)}
-    source = batches.Source(
-        data=data,
-        rule=views.rule_of(knowledge.knowledge.views),
-        views=knowledge.views,
-        manifest=chosen,
-        mixing=batches.Mixing(mix=mix),
-    )
-    numbers = range(knowledge.views)
-    return requery(source, network, knowledge, path, fields=fields, view_numbers=numbers, progress=progress)
-
-
-def recheck(
-    knowledge: store.Store, data: Dataset, network: teacher.Teacher, *, points: int, seed: int = 0
-) -> dict[str, Any]:
-    """Run the teacher again on randomly chosen teacher batches and compare with the store, field by field.
-
-    On the same kind of machine and versions the result is exact; `largest` is the largest |difference| / (1 + |stored|).
-
-    Raises:
-        MismatchError: teacher or data are not the store's.
-    """
-    batches.check_data(knowledge, data)
-    identity = replace(knowledge.knowledge, teacher=network.identity)
-    require_same(
-        knowledge.knowledge.document()["teacher"],
-        identity.document()["teacher"],
-        (f"the teacher of {knowledge.path}", "the given teacher"),
-        "give the teacher the store was made with",
-    )
-    rule = views.rule_of(knowledge.knowledge.views)
-    parts = layout.parts(knowledge.plan)
-    chosen = [(part, bounds) for part in parts for bounds in knowledge.plan.batches(part)]
-    order = np.random.Generator(np.random.Philox(seed)).permutation(len(chosen))
-    checked, wrong, largest = 0, 0, 0.0
-    for number in order:
-        if checked >= points:
-            break
-        part, (start, stop) = chosen[number]
-        pixels = _pixels(data, rule, np.arange(start, stop), part.view, network.device)
-        differing, difference = _compare(knowledge, network, pixels, part.view, start, stop)
-        checked, wrong, largest = checked + stop - start, wrong + differing, max(largest, difference)
-    return {"points": checked, "differing": wrong, "largest": largest}
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -291,17 +173,6 @@ def _plan(
     return layout.plan_store(count, wanted, forms, settings.compression, settings.batch_size)
 
 
-def replace_field(knowledge: store.Store, field: str) -> encoding.Encoding:
-    """Return how a store keeps one of its fields.
-
-    Raises:
-        MismatchError: it has no such field.
-    """
-    if field not in knowledge.fields:
-        raise MismatchError(f"the store at {knowledge.path} has no field '{field}', only {', '.join(knowledge.fields)}")
-    return knowledge.fields[field].encoding
-
-
 def _planned(plan: StorePlan, knowledge: Knowledge, path: Path) -> dict[str, Any]:
     return {
         "would": "precompute",
@@ -314,14 +185,14 @@ def _planned(plan: StorePlan, knowledge: Knowledge, path: Path) -> dict[str, Any
     }
 
 
-def _opened(path: Path, knowledge: Knowledge, plan: StorePlan, job: _Job) -> AbstractContextManager[writer.Writer]:
+def _opened(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job) -> AbstractContextManager[writer.Writer]:
     if not ledger.commit_path(path, 0).exists():
         return writer.create(path, knowledge, plan, job.labels, job.digests)
     return writer.grow(path, knowledge, views=plan.views, fields=list(plan.fields.values()))
 
 
-def _fill(path: Path, knowledge: Knowledge, plan: StorePlan, job: _Job, progress: Progress) -> None:
-    """Write all pending parts, one being written while the next is computed, then seal."""
+def fill(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job, progress: Progress) -> None:
+    """Make or continue a store: write all pending parts, one being written while the next is computed, then seal."""
     path.mkdir(parents=True, exist_ok=True)
     with _opened(path, knowledge, plan, job) as open_writer, ThreadPoolExecutor(1) as pool:
         pending = open_writer.pending()
@@ -349,7 +220,7 @@ def _fill(path: Path, knowledge: Knowledge, plan: StorePlan, job: _Job, progress
 
 
 def _compute(
-    part: Part, plan: StorePlan, job: _Job
+    part: Part, plan: StorePlan, job: Job
 ) -> tuple[dict[str, np.ndarray], dict[str, encoding.Statistics], float]:
     """Return a part's encoded arrays, the statistics of its fields, and how often the teacher was right."""
     pieces: dict[str, list[Tensor]] = {field: [] for field in part.fields}
@@ -383,38 +254,11 @@ def _check_accuracy(part: Part, correct: float, right: dict[int, tuple[float, in
         )
 
 
-def _pixels(data: Dataset, rule: views.ViewRule, index: np.ndarray, view: int, device: torch.device) -> Tensor:
+def viewview_pixels(data: Dataset, rule: views.ViewRule, index: np.ndarray, view: int, device: torch.device) -> Tensor:
     images, parameters = data.train.images(index), torch.from_numpy(views.parameters(rule, index, view))
     if isinstance(images, np.ndarray):
         return views.apply(rule, torch.from_numpy(images).to(device), parameters)
     return views.apply(rule, [torch.from_numpy(image).to(device) for image in images], parameters)
-
-
-def _compare(
-    knowledge: store.Store, network: teacher.Teacher, pixels: Tensor, view: int, start: int, stop: int
-) -> tuple[int, float]:
-    """Return how many rows differ in any stored bit, and the largest |difference| / (1 + |stored value|)."""
-    index = np.arange(start, stop)
-    differing, largest = np.zeros(stop - start, bool), 0.0
-    for field, values in teacher.outputs(network, pixels, list(knowledge.fields)).items():
-        form = knowledge.fields[field].encoding
-        held = knowledge.load(view, index, (field,))
-        for name, rows in form.encode(values, start).items():
-            differing |= (rows.view(np.uint8) != held[name].view(np.uint8)).reshape(stop - start, -1).any(1)
-        decoded = [form.decode({name: torch.from_numpy(rows) for name, rows in held.items()})]
-        decoded.append(form.decode({n: torch.from_numpy(r) for n, r in form.encode(values, start).items()}))
-        largest = max(largest, float(((decoded[0] - decoded[1]).abs() / (1 + decoded[0].abs())).max()))
-    return int(differing.sum()), largest
-
-
-def _serves(path: Path, mixes: dict[str, Any], fields: Sequence[str]) -> bool:
-    """Return whether a sealed store at `path` has the outputs on these mixes, perhaps in more views."""
-    if not ledger.commit_path(path, 0).exists():
-        return False
-    held = store.open(path)
-    there = held.knowledge.mixes or {}
-    same = all(there.get(key) == mixes[key] for key in ("manifest", "mix"))
-    return same and set(mixes["views"]) <= set(there["views"]) and set(fields) <= set(held.fields)
 
 
 def _read_npy(file: Path, count: int, classes: int) -> np.ndarray:

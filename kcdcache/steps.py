@@ -5,7 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from kcdcache import condenser, config, distill, manifest, precompute, schedule, store, teacher
+from kcdcache import condenser, config, distill, manifest, precompute, requery, schedule, store, teacher
 from kcdcache import data as datasets
 from kcdcache import fit as fitting
 from kcdcache.errors import SettingsError
@@ -137,7 +137,7 @@ def _requery(
 ) -> Result:
     knowledge = store.open(command.store)
     assert command.manifest is not None
-    return precompute.requery_manifest(
+    return requery.write_for(
         command.manifest, knowledge, data, network, fields=command.fields, mix=command.mix, progress=progress,
         dry_run=dry_run,
     )  # fmt: skip

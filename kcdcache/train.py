@@ -1,7 +1,6 @@
 """Train a student on one manifest (the M-step): checkpoints, metrics, values out; knows nothing of condensation."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 from kcdcache import batches, evaluate, learner, loop, methods, store, values, views
 from kcdcache.config import TrainSettings
 from kcdcache.data import Dataset
-from kcdcache.knowledge import StoredTargets
 from kcdcache.manifest import Manifest
 from kcdcache.runs import RunFolder
 
@@ -57,19 +55,23 @@ def run_stage(
     count = knowledge.knowledge.data.count
     record = learner.new_record(count, device, settings.record, settings.record_decay, settings.record_mixed)
     pupil = learner.new_learner(settings.student, data, settings, device, record)
-    with ExitStack() as held:
-        source = _source(settings, lessons, data, knowledge, folder, held)
+    weights = methods.weights_for(settings, settings.label_smoothing)
+    connected = batches.connect(
+        data,
+        knowledge,
+        lessons.manifest,
+        fields=methods.method_named(settings.method).fields,
+        mixing=batches.Mixing(mix=settings.mix, target=settings.mix_target, temperature=weights.temperature),
+        requeried=None if lessons.requeried is None else store.open(lessons.requeried),
+        memory_bytes=settings.memory_gb * GIB,
+        folder=folder.scratch,
+    )
+    with connected as source:
         task = _task(settings, lessons, source, pupil, knowledge, clock)
         loop.run(pupil, task, settings, folder, min(until, lessons.stop), progress)
     learner.save(pupil, folder, "student", settings.student, data, {"epoch": pupil.epoch})
     _write_values(settings, lessons, pupil, data, knowledge, folder)
     return pupil
-
-
-def source_for(data: Dataset, knowledge: store.Store, manifest: Manifest, mixing: batches.Mixing) -> batches.Source:
-    """Return the images, views and order of a manifest, still without teacher targets."""
-    rule = views.rule_of(knowledge.knowledge.views)
-    return batches.Source(data=data, rule=rule, views=knowledge.views, manifest=manifest, mixing=mixing)
 
 
 def views_used(start: int, stop: int, count: int) -> tuple[int, ...]:
@@ -79,58 +81,6 @@ def views_used(start: int, stop: int, count: int) -> tuple[int, ...]:
     (0, 1, 3)
     """
     return tuple(sorted({epoch % count for epoch in range(start, min(stop, start + count))}))
-
-
-def _source(
-    settings: TrainSettings,
-    lessons: Lessons,
-    data: Dataset,
-    knowledge: store.Store,
-    folder: RunFolder,
-    held: ExitStack,
-) -> batches.Source:
-    weights = methods.weights_for(settings, settings.label_smoothing)
-    mixing = batches.Mixing(mix=settings.mix, target=settings.mix_target, temperature=weights.temperature)
-    plain = source_for(data, knowledge, lessons.manifest, mixing)
-    fields = methods.method_named(settings.method).fields
-    if not fields:
-        return plain
-    rows = batches.needed_rows(lessons.manifest)
-    if lessons.requeried is not None:
-        rows = lessons.manifest.index
-    budget = settings.memory_gb * GIB
-    targets = StoredTargets(knowledge, rows, fields, memory_bytes=budget, folder=folder.scratch)
-    requeried = None
-    if lessons.requeried is not None:
-        requeried = held.enter_context(_requeried(lessons, fields, budget, folder, knowledge))
-    return batches.Source(
-        data=data,
-        rule=plain.rule,
-        views=plain.views,
-        manifest=lessons.manifest,
-        targets=held.enter_context(targets),
-        requeried=requeried,
-        mixing=mixing,
-    )
-
-
-def _requeried(
-    lessons: Lessons, fields: Sequence[str], budget: float, folder: RunFolder, knowledge: store.Store
-) -> StoredTargets:
-    assert lessons.requeried is not None
-    mixes = store.open(lessons.requeried)
-    numbers = (mixes.knowledge.mixes or {})["views"]
-    index = lessons.manifest.index[lessons.manifest.mixed]
-    return StoredTargets(
-        mixes,
-        index,
-        fields,
-        memory_bytes=budget,
-        folder=folder.scratch,
-        rows=np.arange(len(index)),
-        slots={view: slot for slot, view in enumerate(numbers)},
-        count=knowledge.knowledge.data.count,
-    )
 
 
 def _task(
@@ -174,13 +124,13 @@ def _rows_read(
     """Return the store rows, and the bytes of their chunks, that loading one view of the stage takes."""
     if source.targets is None:
         return {"rows_read": 0, "bytes_read": 0}
-    requeried = lessons.requeried is not None
-    rows = lessons.manifest.index if requeried else batches.needed_rows(lessons.manifest)
-    extra = int(lessons.manifest.mixed.sum()) if requeried else 0
-    size = knowledge.chunk_bytes(rows, fields)
+    rows = batches.needed_rows(lessons.manifest, lessons.requeried is not None)
+    found = {"rows_read": len(rows), "bytes_read": knowledge.chunk_bytes(rows, fields)}
     if lessons.requeried is not None:
-        size += store.open(lessons.requeried).chunk_bytes(np.arange(extra), fields)
-    return {"rows_read": len(rows) + extra, "bytes_read": size}
+        mixes = np.arange(int(lessons.manifest.mixed.sum()))
+        found["rows_read"] += len(mixes)
+        found["bytes_read"] += store.open(lessons.requeried).chunk_bytes(mixes, fields)
+    return found
 
 
 def _loads(epoch: int, lessons: Lessons, count: int) -> bool:
