@@ -35,7 +35,7 @@ the last place of float16 where the gap to the row's maximum is largest"""
 
 
 def verify(
-    path: Path, *, data: str | None = None, points: int = 512, sample_seed: int = 0, **teacher: Any
+    path: Path, *, data: str | None = None, points: int = 512, sample_seed: int = 0, **named: Any
 ) -> dict[str, Any]:
     """Return what was checked and found in order.
 
@@ -76,7 +76,7 @@ def recheck(
 ) -> dict[str, Any]:
     """Run the teacher again on randomly chosen teacher batches and compare with the store, field by field.
 
-    On the same kind of machine and versions the result is exact; `largest` is the largest |difference| over 1 + |stored|.
+    On the same kind of machine and versions the result is exact; `largest` is the largest |difference| / (1 + |value|).
 
     Raises:
         MismatchError: teacher or data are not the store's.
@@ -110,13 +110,13 @@ def _compare(
     """Return how many rows differ in any stored bit, and the largest |difference| / (1 + |stored value|)."""
     index = np.arange(start, stop)
     differing, largest = np.zeros(stop - start, bool), 0.0
-    for field, values in teacher.outputs(network, pixels, list(knowledge.fields)).items():
+    for field, fresh in teacher.outputs(network, pixels, list(knowledge.fields)).items():
         form = knowledge.fields[field].encoding
         held = knowledge.load(view, index, (field,))
-        for name, rows in form.encode(values, start).items():
+        for name, rows in form.encode(fresh, start).items():
             differing |= (rows.view(np.uint8) != held[name].view(np.uint8)).reshape(stop - start, -1).any(1)
         decoded = [form.decode({name: torch.from_numpy(rows) for name, rows in held.items()})]
-        decoded.append(form.decode({n: torch.from_numpy(r) for n, r in form.encode(values, start).items()}))
+        decoded.append(form.decode({n: torch.from_numpy(r) for n, r in form.encode(fresh, start).items()}))
         largest = max(largest, float(((decoded[0] - decoded[1]).abs() / (1 + decoded[0].abs())).max()))
     return int(differing.sum()), largest
 
