@@ -79,7 +79,7 @@ def run(
         write_metrics(folder, learner.rows)
         seconds = round(time.perf_counter() - began, 4)
         add_timing(folder, {"epoch": row["epoch"], "seconds": seconds, "samples": row["samples"]})
-        progress("train", learner.epoch, settings.epochs, f"accuracy {row.get('test_accuracy', math.nan):.4f}")
+        progress("train", learner.epoch, settings.epochs, _told(row))
         guard.reset()
 
 
@@ -169,13 +169,15 @@ def _finish_epoch(learner: Learner, task: Task, settings: OptimizerSettings) -> 
         **measured,
         **task.details(learner.epoch),
     }
-    logger.info(
-        "epoch %d of %d: loss %.4f, test accuracy %.4f, %d samples",
-        learner.epoch + 1, settings.epochs, means["loss"], measured.get("test_accuracy", math.nan), count,
-    )  # fmt: skip
+    logger.info("epoch %d of %d: %s", learner.epoch + 1, settings.epochs, _told(row))
     learner.rows.append(row)
     learner.epoch, learner.step, learner.sums = learner.epoch + 1, 0, {}
     return row
+
+
+def _told(row: dict[str, Any]) -> str:
+    measured = f", test accuracy {row['test_accuracy']:.4f}" if "test_accuracy" in row else ""
+    return f"loss {row['loss']:.4f}{measured}, {row['samples']:,} samples"
 
 
 def _seed_torch(seed: int, epoch: int) -> None:
