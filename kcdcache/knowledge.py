@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from kcdcache.store import Store
 Rows = dict[str, np.ndarray]
 
 
+@runtime_checkable
 class Targets(Protocol):
     """Where a batch's teacher outputs come from: a store, or a live teacher in tests."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +13,7 @@ from kcdcache.errors import SettingsError
 from kcdcache.losses import softmax
 
 
+@runtime_checkable
 class Lesson(Protocol):
     """What a loss needs of a batch: labels, mixing shares and the teacher's targets."""
 

@@ -1,5 +1,7 @@
 """Losses on class probabilities: entropy, hard cross-entropy, soft divergence; one value per sample."""
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -7,15 +9,16 @@ from torch.nn import functional
 
 
 def entropy(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, " batch"]:
-    """Return the entropy of softmax(logits) in nats, in [0, ln C].
+    """Return the entropy of softmax(logits) in nats, in [0, ln C] for all finite logits.
 
     H = logsumexp(z) - sum_c softmax(z)_c z_c, which stays finite where p log p would not.
 
     Source: Knowledge Condensation Distillation, Eq. 7; facts.md 1.5.
     """
     z = logits.float()
-    z = z - z.amax(dim=1, keepdim=True)
-    return (torch.logsumexp(z, dim=1) - (torch.softmax(z, dim=1) * z).sum(dim=1)).clamp_min(0)
+    z = (z - z.amax(dim=1, keepdim=True)).clamp_min(torch.finfo(torch.float32).min)  # 0 * -inf would be NaN
+    found = torch.logsumexp(z, dim=1) - (torch.softmax(z, dim=1) * z).sum(dim=1)
+    return found.clamp(0, math.log(z.shape[1]))  # rounding passes either end by an ulp
 
 
 def cross_entropy(

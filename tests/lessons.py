@@ -1,0 +1,60 @@
+"""Real digits, a small teacher, its stores and condensed sets: what the tests of the student's side learn from."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from kcdcache import condense, data, precompute, store, teacher
+from kcdcache.config import CondenseSettings, PrecomputeSettings
+from kcdcache.models import spec
+from kcdcache.models.transform import InputTransform
+from kcdcache.values import Values
+
+CPU = torch.device("cpu")
+TRAIN, TEST, CLASSES = 150, 40, 10
+
+
+def digits(train=TRAIN, test=TEST):
+    return data.load(f"digits?train={train}&test={test}")
+
+
+def opinionated(network):
+    """The same network with logits spread as a trained one's are."""
+    with torch.no_grad():
+        network.fc.weight.mul_(25)
+    return network
+
+
+def teacher_of(dataset, seed=1):
+    network = opinionated(spec.build("resnet8", CLASSES, seed))
+    return teacher.freeze(network, InputTransform(dataset.mean, dataset.std), "resnet8", dataset.classes, CPU)
+
+
+def precomputed(path, dataset, network, **changes):
+    given = {"augment": "crop", "padding": 2, "views": 3, "batch_size": 64, "encoding": "float32", "min_accuracy": 0}
+    precompute.run(PrecomputeSettings(**(given | changes)), dataset, network, path)
+    return store.open(path)
+
+
+def condensed(knowledge, keep=0.6, seed=0, **changes):
+    """A condensed set of random values: its lowest kept points are mixed with dropped ones, the first with epsilon 0."""
+    count = knowledge.count
+    random = np.random.default_rng(seed).random(count, np.float32)
+    settings = CondenseSettings(**changes)
+    made = Values(visits=np.ones(count, np.int32), value=random)
+    return condense.condense(
+        made, settings, knowledge_id=knowledge.knowledge_id, count=count, stage=1, keep=keep, labels=knowledge.labels
+    )
+
+
+class TinyNet(nn.Module):
+    """A small network with batch normalisation: its outputs depend on the whole batch, as a student's do."""
+
+    def __init__(self, classes=CLASSES):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=2, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4 * 49, classes)
+
+    def forward(self, pixels):
+        return self.fc(torch.relu(self.norm(self.conv(pixels))).flatten(1))
