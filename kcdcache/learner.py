@@ -73,6 +73,8 @@ class Learner:
         if self.record is not None:
             found |= {"record.visits": self.record.visits, "record.value": self.record.value}
         found["rng"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            found["rng_device"] = torch.cuda.get_rng_state(self.device)
         return found
 
     def state(self) -> dict[str, Any]:
@@ -92,6 +94,8 @@ class Learner:
             self.record.visits = tensors["record.visits"].to(self.device)
             self.record.value = tensors["record.value"].to(self.device)
         torch.set_rng_state(tensors["rng"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng_device"], self.device)
         self.epoch, self.step, self.samples = state["epoch"], state["step"], state["samples"]
         self.rows = list(state["rows"])
 

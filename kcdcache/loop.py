@@ -117,6 +117,7 @@ def _run_epoch(learner: Learner, task: Task, settings: OptimizerSettings, folder
         learner.step += 1
         learner.samples += len(batch.index)
         if guard.due():
+            _require_finite(learner)
             save_checkpoint(folder, learner.tensors(), learner.state())
             guard.reset()
 
@@ -152,12 +153,8 @@ def _add_up(sums: dict[str, Tensor], logits: Tensor, loss: Tensor, batch: Batch)
 def _finish_epoch(learner: Learner, task: Task, settings: OptimizerSettings) -> dict[str, Any]:
     before = learner.rows[-1]["samples_so_far"] if learner.rows else 0
     count = learner.samples - before
+    _require_finite(learner)
     means = {name: float(value) / count for name, value in learner.sums.items()}
-    if not math.isfinite(means["loss"]):
-        raise NonFiniteError(
-            f"the training loss is {means['loss']} after epoch {learner.epoch}; lower --learning-rate, "
-            "or look for bad images; the checkpoint of the epoch before is kept"
-        )
     last = learner.epoch + 1 == settings.epochs
     measured = task.evaluate() if last or (learner.epoch + 1) % settings.evaluate_every == 0 else {}
     row = {
@@ -173,6 +170,16 @@ def _finish_epoch(learner: Learner, task: Task, settings: OptimizerSettings) -> 
     learner.rows.append(row)
     learner.epoch, learner.step, learner.sums = learner.epoch + 1, 0, {}
     return row
+
+
+def _require_finite(learner: Learner) -> None:
+    """Refuse to checkpoint a diverged network: resuming from it could not mend it."""
+    loss = float(learner.sums["loss"])
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            f"the training loss is {loss} in epoch {learner.epoch}, step {learner.step}; lower --learning-rate, "
+            "or look for bad images; the last checkpoint is from before that"
+        )
 
 
 def _told(row: dict[str, Any]) -> str:
