@@ -125,7 +125,8 @@ def _advance(going: _Run, until: int) -> dict[str, Any]:
     for stage in going.stages:
         if stage.start >= until:
             break
-        if stage.stop > done:
+        # a kill may fall between a stage's last checkpoint and its values, which are its last file
+        if stage.stop > done or not (going.folder.stage(stage.number) / "values.parquet").exists():
             done = _teach(going, stage, until)
     if done < going.settings.epochs:
         logger.info("train: stopped at epoch %d of %d; the same command continues", done, going.settings.epochs)
