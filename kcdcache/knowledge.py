@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ class StoredTargets:
         self._buffers: Rows = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="kcdcache-prefetch")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StoredTargets":
         return self
 
     def __exit__(

@@ -37,7 +37,7 @@ def precomputed(path, dataset, network, **changes):
 
 
 def condensed(knowledge, keep=0.6, seed=0, **changes):
-    """A condensed set of random values: its lowest kept points are mixed with dropped ones, the first with epsilon 0."""
+    """A condensed set of random values: dropped points are mixed into its lowest kept ones, the first by epsilon 0."""
     count = knowledge.count
     random = np.random.default_rng(seed).random(count, np.float32)
     settings = CondenseSettings(**changes)

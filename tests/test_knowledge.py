@@ -1,0 +1,186 @@
+import gc
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lessons import CPU
+from stores import form, make, plan_of, small_parts
+
+from kcdcache import layout, store
+from kcdcache.errors import CorruptionError, MismatchError
+from kcdcache.knowledge import StoredTargets
+
+COUNT, PLENTY = 150, 1e9
+ENCODINGS = ("float16", "float32", "top:3")
+EVERY_THIRD = np.arange(0, COUNT, 3)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """Encoding -> folder of a store of two views, in parts and chunks of a few rows."""
+    root = tmp_path_factory.mktemp("stores")
+    return {text: make(root / text, small_parts(COUNT, 2, 64, 32, text)) for text in ENCODINGS}
+
+
+def two_fields(path):
+    return store.open(make(path, layout.plan_store(COUNT, 2, [form("logits"), form("penultimate")])))
+
+
+def holding(knowledge, folder, index=EVERY_THIRD, memory_bytes=PLENTY, fields=("logits",), **more):
+    return StoredTargets(knowledge, index, fields, memory_bytes=memory_bytes, folder=folder, **more)
+
+
+def gathered(targets, view, index, temperature=4.0):
+    targets.prepare(view, None)
+    return targets.gather(np.asarray(index), temperature, CPU)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("memory_bytes", [0, PLENTY])
+def test_gathered_rows_are_the_stores(stores, tmp_path, encoding, memory_bytes):
+    knowledge, index = store.open(stores[encoding]), np.array([147, 0, 63, 66, 0, 9])
+    with holding(knowledge, tmp_path, memory_bytes=memory_bytes) as targets:
+        for view in (0, 1, 0):
+            found = gathered(targets, view, index)
+            assert np.array_equal(found["logits"].numpy(), knowledge.read("logits", view, index, 4.0))
+
+
+@given(
+    st.lists(st.sampled_from(EVERY_THIRD.tolist()), max_size=20), st.lists(st.integers(0, 1), min_size=1, max_size=4)
+)
+def test_any_batch_of_any_size_is_the_stores(stores, index, views):
+    knowledge, wanted = store.open(stores["float16"]), np.array(index, np.int64)
+    with holding(knowledge, Path("unused")) as targets:
+        for view, size in zip(views, (len(wanted), 3, 1, len(wanted)), strict=False):
+            found = gathered(targets, view, wanted[:size])["logits"].numpy()
+            assert np.array_equal(found, knowledge.read("logits", view, wanted[:size]))
+
+
+def test_all_fields_of_a_batch_come_together(tmp_path):
+    knowledge, index = two_fields(tmp_path / "store"), np.array([6, 3])
+    with holding(knowledge, tmp_path, fields=("logits", "penultimate")) as targets:
+        found = gathered(targets, 1, index)
+    assert set(found) == {"logits", "penultimate"}
+    for name, rows in found.items():
+        assert rows.dtype == torch.float32
+        assert np.array_equal(rows.numpy(), knowledge.read(name, 1, index))
+
+
+def test_only_the_needed_rows_are_read_and_held(stores, tmp_path):
+    knowledge = store.open(stores["float32"])
+    with holding(knowledge, tmp_path) as targets:
+        targets.prepare(0, None)
+        targets.prepare(0, None)
+        assert knowledge.rows_read == len(EVERY_THIRD)
+        with pytest.raises(AssertionError, match="only the samples asked for"):
+            targets.gather(np.array([3, 4]), 1.0, CPU)
+
+
+def test_gathering_before_a_view_is_prepared_is_refused(stores, tmp_path):
+    with (
+        holding(store.open(stores["float32"]), tmp_path) as targets,
+        pytest.raises(AssertionError, match="prepare comes first"),
+    ):
+        targets.gather(np.array([3]), 1.0, CPU)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_second_batch_leaves_the_first_as_it_was(stores, tmp_path, encoding):
+    with holding(store.open(stores[encoding]), tmp_path) as targets:
+        first = gathered(targets, 0, [0, 3, 6])["logits"]
+        before = first.clone()
+        second = gathered(targets, 0, [30, 33, 36])["logits"]
+        second.zero_()
+        assert torch.equal(first, before)
+        assert torch.equal(gathered(targets, 0, [0, 3, 6])["logits"], before)
+
+
+@pytest.mark.parametrize("memory_bytes", [0, PLENTY])
+def test_the_next_view_is_fetched_ahead_and_then_used(stores, tmp_path, memory_bytes):
+    knowledge = store.open(shutil.copytree(stores["float16"], tmp_path / "store"))
+    expected = knowledge.read("logits", 1, EVERY_THIRD)
+    with holding(knowledge, tmp_path, memory_bytes=memory_bytes) as targets:
+        read, limit = knowledge.rows_read, time.monotonic() + 60
+        targets.prepare(0, 1)
+        while knowledge.rows_read < read + 2 * len(EVERY_THIRD):
+            assert time.monotonic() < limit, "view 1 was not fetched in the background"
+        targets.gather(EVERY_THIRD, 1.0, CPU)
+        targets.prepare(1, 1)
+        assert np.array_equal(targets.gather(EVERY_THIRD, 1.0, CPU)["logits"].numpy(), expected)
+        assert knowledge.rows_read == read + 2 * len(EVERY_THIRD)
+
+
+def test_fetching_ahead_leaves_the_current_view_alone(stores, tmp_path):
+    knowledge = store.open(stores["float32"])
+    with holding(knowledge, tmp_path) as targets:
+        for view, following in ((0, 1), (1, 0), (0, 1)):
+            targets.prepare(view, following)
+            found = targets.gather(EVERY_THIRD, 1.0, CPU)["logits"].numpy()
+            assert np.array_equal(found, knowledge.read("logits", view, EVERY_THIRD))
+
+
+def test_a_failure_while_fetching_ahead_shows_when_the_view_is_wanted(stores, tmp_path):
+    knowledge = store.open(shutil.copytree(stores["float16"], tmp_path / "store"))
+    (knowledge.path / "logits/c.1.0.0").unlink()
+    with holding(knowledge, tmp_path) as targets:
+        targets.prepare(0, 1)
+        with pytest.raises(CorruptionError, match=r"c\.1\.0\.0.* is missing"):
+            targets.prepare(1, None)
+
+
+def mapped_from(folder):
+    """Lines of this process's memory map that lie in a folder."""
+    gc.collect()
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if f"{folder}/" in line]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
+def test_above_the_memory_budget_unlinked_files_serve_and_vanish(stores, tmp_path):
+    knowledge = store.open(stores["float16"])
+    with holding(knowledge, tmp_path, memory_bytes=0) as targets:
+        targets.prepare(0, 1)
+        assert list(tmp_path.iterdir()) == []
+        assert mapped_from(tmp_path)
+    del targets
+    assert list(tmp_path.iterdir()) == []
+    assert not mapped_from(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
+@pytest.mark.parametrize(("share", "mapped"), [(0.99, True), (1.0, False)])
+def test_the_budget_counts_the_current_and_the_next_view(stores, tmp_path, share, mapped):
+    knowledge = store.open(stores["float16"])
+    needed = 2 * len(EVERY_THIRD) * (7 * 2 + 4)  # seven classes in float16 beside the row's maximum in float32
+    with holding(knowledge, tmp_path, memory_bytes=share * needed) as targets:
+        targets.prepare(0, 1)
+        assert bool(mapped_from(tmp_path)) == mapped
+
+
+@pytest.mark.parametrize("memory_bytes", [0, PLENTY])
+def test_no_rows_at_all_are_no_error(stores, tmp_path, memory_bytes):
+    with holding(store.open(stores["float16"]), tmp_path, np.arange(0), memory_bytes) as targets:
+        assert gathered(targets, 0, np.arange(0))["logits"].shape == (0, 7)
+
+
+def test_a_field_the_store_lacks_is_refused_with_the_remedy(stores, tmp_path):
+    message = (
+        r"needs the field 'penultimate', the store at .*float16 holds logits; "
+        r"add it with `kcdcache precompute --fields penultimate`"
+    )
+    with pytest.raises(MismatchError, match=message):
+        holding(store.open(stores["float16"]), tmp_path, fields=("logits", "penultimate"))
+
+
+def test_samples_and_views_can_lie_elsewhere_in_the_store(tmp_path):
+    knowledge = store.open(make(tmp_path / "store", plan_of(5, 2)))
+    index, slots = np.array([10, 20, 30, 40, 900]), {7: 0, 3: 1}
+    with holding(knowledge, tmp_path, index, rows=np.arange(5), slots=slots, count=1000) as targets:
+        found = gathered(targets, 3, [900, 10])["logits"].numpy()
+        assert np.array_equal(found, knowledge.read("logits", 1, np.array([4, 0])))
+        found = gathered(targets, 7, [20])["logits"].numpy()
+        assert np.array_equal(found, knowledge.read("logits", 0, np.array([1])))
