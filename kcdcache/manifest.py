@@ -155,7 +155,7 @@ def write(path: Path, manifest: Manifest) -> None:
     create_exclusive(path, tables.encode(table))
 
 
-def read(path: Path) -> Manifest:
+def read(path: Path | str) -> Manifest:
     """Return the manifest in a file, after checking its page checksums and its digest.
 
     Raises:
@@ -163,6 +163,7 @@ def read(path: Path) -> Manifest:
         CorruptionError: it is damaged or was changed after it was written.
         MismatchError: it is no manifest, of a newer format, or not a valid one; names the first invalid row.
     """
+    path = Path(path)
     table = tables.read(path)
     document = tables.document(table, METADATA_KEY, path)
     if document is None:

@@ -139,7 +139,7 @@ def write(path: Path, values: Values, labels: Int64[np.ndarray, " n"] | None, do
     write_atomic(path, tables.encode(table))
 
 
-def read(path: Path, count: int) -> ValuesFile:
+def read(path: Path | str, count: int) -> ValuesFile:
     """Return the values of `count` samples from our file or, where our metadata is absent, from another tool's.
 
     Another tool's file needs `index` and `value`; `visits` (1 if absent) and `label` are used where present. Its rows
@@ -151,6 +151,7 @@ def read(path: Path, count: int) -> ValuesFile:
         MismatchError: it is for another number of samples, or a row is unusable; names the first such row.
         NonFiniteError: a visited sample's value is NaN or infinite; names the row.
     """
+    path = Path(path)
     table = tables.read(path, most_rows=count)
     document = tables.document(table, METADATA_KEY, path)
     if document is None:

@@ -1,0 +1,72 @@
+"""The README's promises: its loop, its commands and its list of files are true."""
+
+import ast
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from kcdcache import cli, config, data, distill, precompute, store, teacher
+from kcdcache.models import spec
+from kcdcache.models.transform import InputTransform
+from kcdcache.runs import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+SHELL = "\n".join(text for kind, text in BLOCKS if kind == "sh").replace("\\\n", " ")
+COMMANDS = [line for line in SHELL.splitlines() if line.startswith("kcdcache ")]
+MODULES = sorted(path for path in (ROOT / "kcdcache").rglob("*.py") if path.name not in ("__init__.py", "__main__.py"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Three epochs of KD from a store, as `kcdcache train` does them."""
+    folder, digits = tmp_path_factory.mktemp("readme"), data.load("digits")
+    transform = InputTransform(digits.mean, digits.std)
+    network = teacher.freeze(spec.build("resnet8", 10, seed=7), transform, "resnet8", digits.classes, "cpu")
+    rules = {"augment": "crop", "padding": 2, "views": 3, "min_accuracy": 0.0}
+    precompute.run(config.make(config.PrecomputeSettings, rules), digits, network, folder / "store")
+    settings = {"student": "resnet8", "epochs": 3, "stages": 1, "keep": 1.0, "milestones": ()}
+    material = distill.Material(data=digits, knowledge=store.open(folder / "store"))
+    distill.run(config.make(config.TrainSettings, settings), material, out=folder / "run")
+    return folder
+
+
+def test_own_training_loop_gives_the_losses_of_train(trained):
+    code = next(text for kind, text in BLOCKS if kind == "python")
+    code = code.replace("runs/digits/store", str(trained / "store")).replace(
+        "runs/digits/kd-seed0", str(trained / "run")
+    )
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, "README.md", "exec"), {})
+    losses = [float(line.split()[1]) for line in printed.getvalue().splitlines()]
+    assert losses == pytest.approx([row["loss"] for row in read_metrics(trained / "run")], rel=1e-6)
+
+
+def test_own_training_loop_is_about_25_lines():
+    code = next(text for kind, text in BLOCKS if kind == "python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 30
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_parse(line):
+    words = shlex.split(line, comments=True)[1:]
+    command = cli.BUILDERS[words[0]]()
+    with click.Context(command, info_name=words[0]) as context:
+        command.parse_args(context, words[1:])
+
+
+def test_readme_names_every_command():
+    assert {line.split()[1] for line in COMMANDS} == set(cli.SUMMARIES)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_file_list_gives_each_modules_own_line(path):
+    line = ast.get_docstring(ast.parse(path.read_text())).splitlines()[0].rstrip(".")
+    name = path.relative_to(ROOT / "kcdcache").as_posix()
+    assert re.search(rf"^{re.escape(name)} +{re.escape(line)}$", README, re.M), f"{name:<22} {line}"
