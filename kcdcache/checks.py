@@ -61,7 +61,7 @@ def _recompute(
     path: Path, named: config.TeacherSettings, spec: str, device: str, points: int, seed: int
 ) -> dict[str, Any]:
     knowledge, data = store.open(path), steps.load_data(spec)
-    network = steps.load_teacher(named, data, knowledge.knowledge.teacher.precision, device, None)
+    network = steps.load_teacher(named, data, steps.precision_of(knowledge), device, None)
     found = recheck(knowledge, data, network, points=points, seed=seed)
     if found["largest"] > TOLERANCE:
         raise CorruptionError(

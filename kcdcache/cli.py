@@ -138,12 +138,13 @@ def _settings_command(name: str) -> click.Command:
     """Return a command whose options are the fields of its settings model."""
     from kcdcache import config
 
-    model = {
+    models: dict[str, type[config.Settings]] = {
         "fit": config.FitCommand,
         "precompute": config.PrecomputeCommand,
         "train": config.TrainCommand,
         "condense": config.CondenseCommand,
-    }[name]
+    }
+    model = models[name]
     own = sorted(model.model_fields, key=lambda key: key not in model.__annotations__)  # inputs before what modifies
     options: list[click.Parameter] = [_option(key, model.model_fields[key]) for key in own]
     options.append(click.Option(["--dry-run"], is_flag=True, help="print what would be done, and do nothing"))

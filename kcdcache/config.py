@@ -285,7 +285,7 @@ S = TypeVar("S", bound=Settings)
 
 def part(model: type[S], settings: Settings) -> S:
     """Return the part of some settings that `model` describes, from settings of a model derived from it."""
-    return model.model_construct(**{name: getattr(settings, name) for name in model.model_fields})
+    return model.model_validate({name: getattr(settings, name) for name in model.model_fields})
 
 
 def make(model: type[S], values: Mapping[str, Any], source: str = "the command line") -> S:
@@ -295,7 +295,7 @@ def make(model: type[S], values: Mapping[str, Any], source: str = "the command l
         SettingsError: a key is unknown (names the nearest known one) or a value is out of range; says where and why.
     """
     try:
-        return model(**values)
+        return model.model_validate(dict(values))
     except ValidationError as error:
         raise SettingsError("\n".join(_explained(model, item, source) for item in error.errors())) from None
 

@@ -120,7 +120,7 @@ def new_learner(
         SettingsError: there is no such network.
     """
     network = spec.build(model, len(data.classes), settings.seed, channels=len(data.mean))
-    network = network.to(device=device, memory_format=torch.channels_last)  # 1.4-4.5 times faster on CPU
+    network = network.to(device).to(memory_format=torch.channels_last)  # 1.4-4.5 times faster on CPU
     transform = InputTransform(mean=data.mean, std=data.std)
     optimizer = make_optimizer(network, settings)
     return Learner(network=network, transform=transform, optimizer=optimizer, device=device, record=record)

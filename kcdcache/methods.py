@@ -17,11 +17,25 @@ from kcdcache.losses import softmax
 class Lesson(Protocol):
     """What a loss needs of a batch: labels, mixing shares and the teacher's targets."""
 
-    labels: Int[Tensor, " batch"]
-    partner_labels: Int[Tensor, " batch"]
-    epsilon: Float[Tensor, " batch"]
-    mixed: Bool[Tensor, " batch"]
-    probabilities: Float[Tensor, "batch classes"] | None
+    @property
+    def labels(self) -> Int[Tensor, " batch"]:
+        """Hard label of each point."""
+
+    @property
+    def partner_labels(self) -> Int[Tensor, " batch"]:
+        """Hard label of what is mixed in; the own label where nothing is."""
+
+    @property
+    def epsilon(self) -> Float[Tensor, " batch"]:
+        """Share of the partner in [0, 1]."""
+
+    @property
+    def mixed(self) -> Bool[Tensor, " batch"]:
+        """Whether the point is of K_Aug."""
+
+    @property
+    def probabilities(self) -> Float[Tensor, "batch classes"] | None:
+        """The teacher's softened output, or None where the method needs none."""
 
 
 @dataclass(frozen=True, kw_only=True)

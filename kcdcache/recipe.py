@@ -121,7 +121,7 @@ def planned(recipe: Recipe, out: Path, data: str | None = None) -> list[dict[str
 def resolved(step: Step, recipe: Recipe, out: Path, data: str, seed: int | None) -> dict[str, Any]:
     """Return a step's settings with data, seed, folder and references filled in."""
     values = {key: _resolved(value, recipe, out, seed) for key, value in step.settings.items()}
-    filled = {PLACES[step.run]: str(place(step, out, seed))}
+    filled: dict[str, Any] = {PLACES[step.run]: str(place(step, out, seed))}
     if "data" in steps.STEPS[step.run][0].model_fields:
         filled["data"] = data
     if seed is not None and "seed" in steps.STEPS[step.run][0].model_fields:

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from kcdcache import condenser, config, distill, manifest, precompute, requery, schedule, store, teacher
 from kcdcache import data as datasets
 from kcdcache import fit as fitting
-from kcdcache.errors import SettingsError
+from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.loop import Progress
 from kcdcache.models.device import resolve_device, use_threads
 from kcdcache.runs import read_summary
@@ -64,8 +64,7 @@ def train(command: config.TrainCommand, progress: Progress, dry_run: bool = Fals
         given = distill.accept(manifest.read(command.manifest), knowledge, command.transfer)
     network = None
     if command.teacher is not None and settings.mix_target == "requery":
-        precision = knowledge.knowledge.teacher.precision
-        network = load_teacher(command, data, precision, command.device, command.threads)
+        network = load_teacher(command, data, precision_of(knowledge), command.device, command.threads)
     material = distill.Material(data=data, knowledge=knowledge, given=given, teacher=network)
     if dry_run:
         return _planned_stages(settings, material, command.out)
@@ -126,6 +125,21 @@ def load_teacher(
         precision=precision,
         channels=len(data.mean),
     )
+
+
+def precision_of(knowledge: store.Store) -> config.Precision:
+    """Return the arithmetic of the teacher a store was made with.
+
+    Raises:
+        MismatchError: its logits were imported, so that no teacher here can give them again.
+    """
+    made_by = knowledge.knowledge.teacher
+    if made_by.architecture == "imported" or made_by.precision not in get_args(config.Precision):
+        raise MismatchError(
+            f"the logits in {knowledge.path} were imported from elsewhere ({made_by.precision}): no teacher here can "
+            "give them again; use a store that `kcdcache precompute --teacher` made"
+        )
+    return cast(config.Precision, made_by.precision)
 
 
 def _requery(
