@@ -125,6 +125,7 @@ def connect(
         targets = held.enter_context(StoredTargets(knowledge, rows, fields, memory_bytes=memory_bytes, folder=place))
         again = None
         if requeried is not None:
+            _require_mixes(requeried, manifest, mixing)
             stored = _requeried(requeried, manifest, fields, memory_bytes, place)
             again = held.enter_context(stored)
         yield replace(plain, targets=targets, requeried=again)
@@ -292,6 +293,14 @@ def check_data(store: Store, data: Dataset) -> None:
         names,
         "use the data the store was made from, or precompute a new store",
     )
+
+
+def _require_mixes(mixes: Store, manifest: Manifest, mixing: Mixing) -> None:
+    """Do nothing if a store holds the teacher's outputs on this manifest's mixes."""
+    held = {key: (mixes.knowledge.mixes or {}).get(key) for key in ("manifest", "mix")}
+    asked = {"manifest": manifest.digest, "mix": mixing.mix}
+    names = (f"the mixes of the store at {mixes.path}", "those asked for")
+    require_same(held, asked, names, "make them with `kcdcache precompute --manifest` for this manifest and mix")
 
 
 def _requeried(

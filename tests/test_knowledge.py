@@ -50,6 +50,7 @@ def test_gathered_rows_are_the_stores(stores, tmp_path, encoding, memory_bytes):
             assert np.array_equal(found["logits"].numpy(), knowledge.read("logits", view, index, 4.0))
 
 
+@settings(max_examples=30)
 @given(
     st.lists(st.sampled_from(EVERY_THIRD.tolist()), max_size=20), st.lists(st.integers(0, 1), min_size=1, max_size=4)
 )
