@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from kcdcache import __version__
+from kcdcache import __version__, signals
 from kcdcache.errors import KcdcacheError
 
 SCHEMA_VERSION = 0
@@ -122,7 +122,8 @@ def _command(name: str, options: list[click.Parameter], work: Callable[..., dict
 
     def callback(as_json: bool, debug: bool, quiet: bool, **values: Any) -> None:
         _log_to_stderr(quiet)
-        result = work(**values)
+        with signals.listening():
+            result = work(**values)
         click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **result}) if as_json else _readable(result))
 
     common: list[click.Parameter] = [

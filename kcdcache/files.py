@@ -3,8 +3,10 @@
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +16,10 @@ from typing import Any
 from kcdcache.errors import CorruptionError, LockedError, NoSpaceError, NotFoundError
 
 TEMPORARY_MARK = ".tmp-"
+CRASH_POINT = "KCDCACHE_CRASHPOINT"
+"""environment variable: kill this process (SIGKILL) at the n-th step of the write protocol; for tests"""
+
+_steps = itertools.count(1)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -87,10 +93,15 @@ def write_atomic_with(path: Path, write: Callable[[Path], None]) -> None:
     """
     temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}")
     try:
+        _step()
         write(temporary)
+        _step()
         _sync_file(temporary)
+        _step()
         os.replace(temporary, path)
+        _step()
         sync_directory(path.parent)
+        _step()
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise _explained(error, path) from error
@@ -108,10 +119,15 @@ def create_exclusive(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}")
     try:
+        _step()
         temporary.write_bytes(data)
+        _step()
         _sync_file(temporary)
+        _step()
         os.link(temporary, path)  # unlike rename, link fails when the name is taken
+        _step()
         sync_directory(path.parent)
+        _step()
     except FileExistsError:
         raise LockedError(f"{path} exists already: another process wrote it first") from None
     except OSError as error:
@@ -162,6 +178,12 @@ def locked(path: Path) -> Iterator[None]:
         stream.write(f"process {os.getpid()} on {socket.gethostname()}")
         stream.flush()
         yield
+
+
+def _step() -> None:
+    """Pass one point of the write protocol; die here if a test asked for it."""
+    if CRASH_POINT in os.environ and next(_steps) == int(os.environ[CRASH_POINT]):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _sync_file(path: Path) -> None:

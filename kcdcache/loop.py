@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kcdcache import rng
+from kcdcache import rng, signals
 from kcdcache.batches import Batch
 from kcdcache.config import OptimizerSettings
 from kcdcache.errors import NonFiniteError
@@ -116,10 +116,12 @@ def _run_epoch(learner: Learner, task: Task, settings: OptimizerSettings, folder
         _take_step(learner, task, batch, settings.precision)
         learner.step += 1
         learner.samples += len(batch.index)
-        if guard.due():
+        if guard.due() or signals.requested():
             _require_finite(learner)
             save_checkpoint(folder, learner.tensors(), learner.state())
             guard.reset()
+        if signals.requested():
+            signals.stop(f"epoch {learner.epoch}, step {learner.step} is in the checkpoint of {folder.path}")
 
 
 def _take_step(learner: Learner, task: Task, batch: Batch, precision: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kcdcache import encoding, layout, ledger, store, teacher, views, writer
+from kcdcache import encoding, layout, ledger, signals, store, teacher, views, writer
 from kcdcache.config import PrecomputeSettings
 from kcdcache.data import Dataset
 from kcdcache.errors import MismatchError, SettingsError
@@ -213,6 +213,9 @@ def fill(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job, progress: 
             seconds = time.perf_counter() - began
             rate = (part.stop - part.start) / seconds
             _add_timing(path, seconds, part.stop - part.start)
+            if signals.requested():
+                written.result()
+                signals.stop(f"{done:,} of {rows:,} points are in the store")
             progress("precompute", done, rows, f"view {part.view}, {rate:,.0f} points/s")
         if written is not None:
             written.result()
