@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
@@ -19,6 +19,7 @@ from kcdcache.errors import MismatchError
 from kcdcache.identity import require_same
 from kcdcache.knowledge import StoredTargets, Targets
 from kcdcache.manifest import Manifest, require_knowledge
+from kcdcache.mixing import mix_pixels, mix_probabilities, mix_values
 from kcdcache.store import Store
 
 CPU = torch.device("cpu")
@@ -211,45 +212,6 @@ def make_batch(source: Source, plan: Epoch, part: slice, device: torch.device) -
     )
 
 
-def mix_pixels(
-    kept: Float32[Tensor, "batch c h w"],
-    dropped: Float32[Tensor, "batch c h w"],
-    epsilon: Float32[Tensor, " batch"],
-    rule: str,
-) -> Float32[Tensor, "batch c h w"]:
-    """Return (1-eps) kept + eps dropped, or kept + eps dropped clipped to [0, 1], in pixels of view space.
-
-    Source: Eq. 14 and Fig. 2 of the paper (convex); its literal addition as `additive_clip`; facts.md A8, A11.
-    """
-    share = epsilon.view(-1, 1, 1, 1)
-    if rule == "convex":
-        return (1 - share) * kept + share * dropped
-    return (kept + share * dropped).clamp(0, 1)
-
-
-def mix_probabilities(
-    kept: Float[Tensor, "batch classes"],
-    dropped: Float[Tensor, "batch classes"],
-    epsilon: Float[Tensor, " batch"],
-    rule: str,
-    temperature: float,
-) -> Float[Tensor, "batch classes"]:
-    """Return the teacher's probabilities at T for mixed points, from the logits of both.
-
-    linear_prob: (1-eps) softmax(z/T) + eps softmax(z0/T); linear_logit: softmax of the mixed logits; keep: the own.
-
-    Source: Eq. 14 read offline; facts.md A10.
-    """
-    return TARGET_RULES[rule](kept / temperature, dropped / temperature, epsilon.view(-1, 1))
-
-
-TARGET_RULES: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "linear_prob": lambda z, z0, eps: (1 - eps) * z.softmax(1) + eps * z0.softmax(1),
-    "linear_logit": lambda z, z0, eps: ((1 - eps) * z + eps * z0).softmax(1),
-    "keep": lambda z, z0, eps: z.softmax(1),
-}
-
-
 def mixed_views(
     source: Source, rows: Int64[np.ndarray, " batch"], view: int, device: torch.device
 ) -> Float32[Tensor, "batch c h w"]:
@@ -392,12 +354,7 @@ def _taught(
         probabilities[spot] = mix_probabilities(own["logits"][spot], other["logits"], share, rule, temperature)
     if source.mixing.target == "keep":
         return probabilities, own
-    return probabilities, {name: _put(own[name], spot, _blend(own[name][spot], other[name], share)) for name in own}
-
-
-def _blend(kept: Tensor, dropped: Tensor, epsilon: Tensor) -> Tensor:
-    share = epsilon.view(-1, *([1] * (kept.ndim - 1)))
-    return (1 - share) * kept + share * dropped
+    return probabilities, {name: _put(own[name], spot, mix_values(own[name][spot], other[name], share)) for name in own}
 
 
 def _put(target: Tensor, spot: Tensor, value: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from lessons import CPU, TRAIN, condensed, digits, precomputed, teacher_of
 from torch.utils.data import DataLoader
 
 from kcdcache import batches, manifest, requery, store, teacher, views
-from kcdcache.batches import KnowledgePoints, Mixing, Source, connect, iterate, mix_pixels, plan_epoch
+from kcdcache.batches import KnowledgePoints, Mixing, Source, connect, iterate, plan_epoch
 from kcdcache.errors import MismatchError
+from kcdcache.mixing import mix_pixels
 
 FIELDS = ("logits", "penultimate")
 TARGETS = ("linear_prob", "linear_logit", "keep")
@@ -335,7 +336,7 @@ def test_a_set_made_for_other_knowledge_is_refused(world):
 def test_mixes_of_another_set_or_rule_are_refused(world):
     other = condensed(world.knowledge, seed=9)
     with (
-        pytest.raises(MismatchError, match="differ in manifest: .*precompute --manifest"),
+        pytest.raises(MismatchError, match=r"differ in manifest: .*precompute --manifest"),
         connect(world.data, world.knowledge, other, requeried=world.mixes["convex"]),
     ):
         pass

@@ -1,0 +1,52 @@
+"""How a dropped point is mixed into a kept one: pixels, teacher probabilities and values."""
+
+from collections.abc import Callable, Mapping
+
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+
+def mix_pixels(
+    kept: Float32[Tensor, "batch c h w"],
+    dropped: Float32[Tensor, "batch c h w"],
+    epsilon: Float32[Tensor, " batch"],
+    rule: str,
+) -> Float32[Tensor, "batch c h w"]:
+    """Return (1-eps) kept + eps dropped, or kept + eps dropped clipped to [0, 1], in pixels of view space.
+
+    Source: Eq. 14 and Fig. 2 of the paper (convex); its literal addition as `additive_clip`; facts.md A8, A11.
+    """
+    if rule == "convex":
+        return mix_values(kept, dropped, epsilon)
+    return (kept + epsilon.view(-1, 1, 1, 1) * dropped).clamp(0, 1)
+
+
+def mix_probabilities(
+    kept: Float[Tensor, "batch classes"],
+    dropped: Float[Tensor, "batch classes"],
+    epsilon: Float[Tensor, " batch"],
+    rule: str,
+    temperature: float,
+) -> Float[Tensor, "batch classes"]:
+    """Return the teacher's probabilities at T for mixed points, from the logits of both.
+
+    linear_prob: (1-eps) softmax(z/T) + eps softmax(z0/T); linear_logit: softmax of the mixed logits; keep: the own.
+
+    Source: Eq. 14 read offline; facts.md A10.
+    """
+    return TARGET_RULES[rule](kept / temperature, dropped / temperature, epsilon.view(-1, 1))
+
+
+TARGET_RULES: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "linear_prob": lambda z, z0, eps: (1 - eps) * z.softmax(1) + eps * z0.softmax(1),
+    "linear_logit": lambda z, z0, eps: ((1 - eps) * z + eps * z0).softmax(1),
+    "keep": lambda z, z0, eps: z.softmax(1),
+}
+
+
+def mix_values(
+    kept: Float[Tensor, "batch ..."], dropped: Float[Tensor, "batch ..."], epsilon: Float[Tensor, " batch"]
+) -> Float[Tensor, "batch ..."]:
+    """Return (1-eps) kept + eps dropped, row by row."""
+    share = epsilon.view(-1, *([1] * (kept.ndim - 1)))
+    return (1 - share) * kept + share * dropped
