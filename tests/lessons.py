@@ -48,13 +48,14 @@ def condensed(knowledge, keep=0.6, seed=0, **changes):
 
 
 class TinyNet(nn.Module):
-    """A small network with batch normalisation: its outputs depend on the whole batch, as a student's do."""
+    """A small student, `lessons:TinyNet`, with all that can go wrong on resume: batch statistics and dropout."""
 
-    def __init__(self, classes=CLASSES):
+    def __init__(self, num_classes=CLASSES):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3, stride=2, bias=False)
         self.norm = nn.BatchNorm2d(4)
-        self.fc = nn.Linear(4 * 49, classes)
+        self.dropout = nn.Dropout(0.2)
+        self.fc = nn.Linear(4 * 49, num_classes)
 
     def forward(self, pixels):
-        return self.fc(torch.relu(self.norm(self.conv(pixels))).flatten(1))
+        return self.fc(self.dropout(torch.relu(self.norm(self.conv(pixels))).flatten(1)))
