@@ -151,6 +151,21 @@ def read_json(path: Path) -> Any:
         raise CorruptionError(f"{path} should hold JSON: {error}") from None
 
 
+def read_object(path: Path, *keys: str) -> dict[str, Any]:
+    """Return the JSON object in a file, which has at least these keys.
+
+    Raises:
+        NotFoundError: there is no such file.
+        CorruptionError: the file is not JSON, not an object, or lacks a key.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise CorruptionError(f"{path} should hold a JSON object, found {type(found).__name__}")
+    if missing := [key for key in keys if key not in found]:
+        raise CorruptionError(f"{path} should have the key '{missing[0]}', found {', '.join(sorted(found)) or 'none'}")
+    return found
+
+
 def remove_leftovers(folder: Path) -> list[Path]:
     """Delete temporary files that killed writers left anywhere under `folder`; return their paths."""
     found = sorted(folder.rglob(f"*{TEMPORARY_MARK}*"))

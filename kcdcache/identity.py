@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError
-from kcdcache.files import digest_of, read_json
+from kcdcache.files import digest_of, read_object
 
 IDENTITY_FILE = Path("_kcd/identity.json")
 FORMAT_VERSION = 0
@@ -140,7 +140,7 @@ def read_store_identity(store: Path) -> Knowledge:
     path = store / IDENTITY_FILE
     if not path.exists():
         raise NotFoundError(f"no knowledge store at {store} (no {IDENTITY_FILE} in it); make one with `precompute`")
-    record = read_json(path)
+    record = read_object(path, "format_version", "knowledge", "knowledge_id")
     if record.get("format_version") != FORMAT_VERSION:
         found = record.get("format_version")
         raise MismatchError(f"{store} has format {found}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache")

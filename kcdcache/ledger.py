@@ -107,6 +107,29 @@ def read_record(path: Path) -> Record:
     return record
 
 
+def read_log(root: Path, growth: int) -> list[Record]:
+    """Return all log records of a growth, sealed or not, by name.
+
+    Raises:
+        CorruptionError: one is damaged.
+    """
+    return [read_record(path) for path in sorted(record_path(root, growth, "").parent.glob("*.json"))]
+
+
+def sum_measurements(records: Iterable[Record], view: int, count: int, part_rows: int) -> dict[str, int | float]:
+    """Return a view's measurements summed over its logged parts, and how many of the `count` samples those hold.
+
+    Of a part logged twice (for a new field) the first record that has a measurement counts.
+    """
+    parts: dict[int, dict[str, int | float]] = {}
+    for record in records:
+        if record.view == view and record.part is not None:
+            parts[record.part] = {**record.measurements, **parts.get(record.part, {})}
+    names = sorted({name for measured in parts.values() for name in measured})
+    sums = {name: sum(measured.get(name, 0) for measured in parts.values()) for name in names}
+    return {"samples": sum(min(part_rows, count - part * part_rows) for part in parts), **sums}
+
+
 def write_commit(root: Path, growth: int, names: Iterable[str]) -> None:
     """Seal a growth: write the record that everything before it leads to, last of all.
 

@@ -121,7 +121,7 @@ def import_logits(
 def describe(path: Path) -> dict[str, Any]:
     """Return what a sealed store holds and what it cost, as JSON values."""
     found = store.open(path)
-    right = [found.measurements(view).get("correct", 0.0) / found.count for view in range(found.views)]
+    measured = [found.measurements(view) for view in range(found.views)]
     return {
         "kind": "store",
         "store": str(path),
@@ -132,7 +132,7 @@ def describe(path: Path) -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         "knowledge_id": found.knowledge_id,
         "layout_id": found.layout_id,
-        "teacher_accuracy": right,
+        "teacher_accuracy": [sums["correct"] / found.count for sums in measured if "correct" in sums],
         "teacher_forwards": found.count * found.views if found.knowledge.teacher.architecture != "imported" else 0,
         "seconds": _seconds_spent(path),
     }
@@ -208,7 +208,8 @@ def fill(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job, progress: 
             if written is not None:
                 written.result()
             _check_accuracy(part, correct, right, job.least_accuracy)
-            written = pool.submit(open_writer.write_part, part, stored, statistics, {"correct": correct})
+            measured = {"correct": correct} if "logits" in part.fields else {}
+            written = pool.submit(open_writer.write_part, part, stored, statistics, measured)
             done += part.stop - part.start
             seconds = time.perf_counter() - began
             rate = (part.stop - part.start) / seconds

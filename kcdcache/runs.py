@@ -20,6 +20,7 @@ from kcdcache.files import (
     canonical_json,
     locked,
     read_json,
+    read_object,
     readable_json,
     remove_leftovers,
     sha256_bytes,
@@ -134,7 +135,7 @@ def start(folder: RunFolder, settings: Mapping[str, Any], inputs: Mapping[str, A
     if not folder.settings.exists():
         require_folder_free(folder)
         return None
-    record = read_json(folder.settings)
+    record = read_object(folder.settings, "settings", "inputs", "environment", "changes")
     if difference := first_difference(record["settings"], json.loads(canonical_json(settings))):
         name, was, now = difference
         raise SettingsError(

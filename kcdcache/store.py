@@ -152,7 +152,7 @@ class Store:
 
     def measurements(self, view: int) -> dict[str, int | float]:
         """Return what precompute counted on a view (such as `correct`), summed over its parts, with `samples`."""
-        return sum_measurements(self.plan, self._records, view)
+        return ledger.sum_measurements(self._records, view, self.plan.count, self.plan.part_rows)
 
     def load(
         self,
@@ -293,18 +293,6 @@ def open(path: Path | str) -> Store:
 def file_table(commits: Iterable[Commit]) -> dict[str, FileRecord]:
     """Return chunk key -> log entry over all sealed growths."""
     return {file.path: file for commit in commits for record in commit.records for file in record.files}
-
-
-def sum_measurements(plan: StorePlan, records: Iterable[ledger.Record], view: int) -> dict[str, int | float]:
-    """Return a view's measurements summed over its parts; of a part logged twice (for a new field) the first counts."""
-    first: dict[int, ledger.Record] = {}
-    for record in records:
-        if record.view == view and record.part is not None:
-            first.setdefault(record.part, record)
-    names = sorted({name for record in first.values() for name in record.measurements})
-    sums = {name: sum(record.measurements.get(name, 0) for record in first.values()) for name in names}
-    samples = sum(min(plan.part_rows, plan.count - part * plan.part_rows) for part in first)
-    return {"samples": samples, **sums}
 
 
 def check_documents(root: Path, plan: StorePlan, sealed: int, report: Report = refuse) -> None:

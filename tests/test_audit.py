@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import content, creating, form, grown, make, many_chunks, plan_of, small_parts, write_part
+from stores import content, creating, grown, make, many_chunks, plan_of, small_parts
 
 from kcdcache import audit, store
 from kcdcache.errors import (
@@ -38,7 +38,7 @@ def test_unfinished_stores_are_refused_with_the_remedy(tmp_path):
 
 
 def test_missing_stores_are_refused(tmp_path):
-    for look in (store.open, audit.verify, audit.describe):
+    for look in (store.open, audit.verify):
         with pytest.raises(NotFoundError, match="no knowledge store at"):
             look(tmp_path / "nowhere")
 
@@ -199,16 +199,3 @@ def test_a_lost_commit_between_others_is_damage(damaged):
     (damaged / "_kcd/commit.0.json").unlink()
     with pytest.raises(CorruptionError, match=r"holds commit.1.json but not commit.0.json"):
         store.open(damaged)
-
-
-def test_descriptions_tell_what_is_done_and_measured(damaged, tmp_path):
-    found = audit.describe(damaged)
-    assert (found["sealed"], found["growing"], found["parts"]) == (True, False, {"done": 6, "pending": 0})
-    assert found["fields"]["logits"]["bound"] == form().bound
-    assert found["measurements"][1]["accuracy"] == 6 / 150
-    with creating(tmp_path / "s", small_parts(150, 2, 64, 32)) as writing:
-        write_part(writing, writing.pending()[0])
-    found = audit.describe(tmp_path / "s")
-    assert (found["sealed"], found["parts"]) == (False, {"done": 1, "pending": 5})
-    assert found["measurements"][0] == {"samples": 64, "correct": 1, "accuracy": 1 / 64}
-    json.dumps(found, allow_nan=False)

@@ -23,7 +23,7 @@ from stores import (
     write_part,
 )
 
-from kcdcache import audit, ledger, store, writer
+from kcdcache import audit, inspection, ledger, store, writer
 from kcdcache.errors import (
     LockedError,
     MismatchError,
@@ -208,7 +208,7 @@ def test_the_sealed_state_stays_readable_while_growing(damaged):
     assert opened.views == 2
     np.testing.assert_array_equal(opened.read("logits", 1, np.arange(150)), old)
     assert audit.verify(damaged).problems == ()
-    assert audit.describe(damaged)["growing"]
+    assert inspection.inspect(damaged)["growing_to"]["views"] == 3
     with pytest.raises(MismatchError, match=r"the growth under way at .* differ in views: 3 against 4"):
         grown(damaged, views=4)
     assert grown(damaged, views=3).views == 3
