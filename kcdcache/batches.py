@@ -53,10 +53,19 @@ class Source:
     requeried: Targets | None = None
     """teacher outputs of mixed points (mix_target = requery)"""
     mixing: Mixing = DEFAULT_MIXING
+    stop: int | None = None
+    """first epoch that will not use this source, for which nothing is fetched ahead; None if that is not known"""
 
     def view_of(self, epoch: int) -> int:
         """Return the number of the view that an epoch uses."""
         return epoch if self.views is None else epoch % self.views
+
+    def prepare(self, epoch: int) -> None:
+        """Load the teacher outputs an epoch needs, and start loading the next epoch's in the background."""
+        following = None if epoch + 1 == self.stop else self.view_of(epoch + 1)
+        for targets in (self.targets, self.requeried):
+            if targets is not None:
+                targets.prepare(self.view_of(epoch), following)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,9 +189,7 @@ def iterate(
         start: number of the first batch, to continue inside an epoch.
     """
     plan = plan_epoch(source, epoch, seed, sampling)
-    for targets in (source.targets, source.requeried):
-        if targets is not None:
-            targets.prepare(plan.view, source.view_of(epoch + 1))
+    source.prepare(epoch)
     for low in range(start * batch_size, len(plan.index), batch_size):
         yield make_batch(source, plan, slice(low, low + batch_size), device)
 
@@ -297,9 +304,7 @@ class KnowledgePoints(TorchDataset[dict[str, Any]]):
     def set_epoch(self, epoch: int) -> None:
         """Select the epoch whose order and view the items have."""
         self._plan = plan_epoch(self._source, epoch, self._seed, self._sampling)
-        for targets in (self._source.targets, self._source.requeried):
-            if targets is not None:
-                targets.prepare(self._plan.view, self._source.view_of(epoch + 1))
+        self._source.prepare(epoch)
 
     def __len__(self) -> int:
         return len(self._plan.index)

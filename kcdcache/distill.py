@@ -278,12 +278,15 @@ def _requery(going: _Run, stage: schedule.Stage, current: Manifest) -> Path | No
 
 
 def _place(going: _Run, chosen: Manifest) -> None:
-    """Make a manifest condensed by hand the one of the stage that begins now.
+    """Make a manifest condensed by hand the one of the stage that begins now; one placed before stays where it is.
 
     Raises:
         SettingsError: the run is inside a stage, or has another manifest for this one.
         MismatchError: the manifest is of other knowledge.
     """
+    manifest.require_knowledge(chosen, going.material.knowledge.knowledge_id)
+    if _has_placed(going, chosen):  # the command that placed it is run again, to resume
+        return
     done = _finished_epochs(going.folder)
     starting = [stage for stage in going.stages if stage.start == done]
     if not starting:
@@ -292,13 +295,19 @@ def _place(going: _Run, chosen: Manifest) -> None:
             f"{', '.join(str(stage.start) for stage in going.stages)}"
         )
     path = going.folder.manifest(starting[0].number)
-    manifest.require_knowledge(chosen, going.material.knowledge.knowledge_id)
     if path.exists():
-        if manifest.read(path).digest != chosen.digest:
-            raise SettingsError(f"stage {starting[0].number} of this run has another manifest already: {path}")
-        return
+        raise SettingsError(f"stage {starting[0].number} of this run has another manifest already: {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     manifest.write(path, chosen)
+
+
+def _has_placed(going: _Run, chosen: Manifest) -> bool:
+    for stage in going.stages:
+        path = going.folder.manifest(stage.number)
+        if path.exists() and manifest.read(path).digest == chosen.digest:
+            logger.info("train: the given set is that of stage %d already", stage.number)
+            return True
+    return False
 
 
 def _finished_epochs(folder: RunFolder) -> int:

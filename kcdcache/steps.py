@@ -168,7 +168,7 @@ def _planned_stages(settings: config.TrainSettings, material: distill.Material, 
             {
                 "stage": stage.number,
                 "epochs": f"{stage.start}-{stage.stop - 1}",
-                "keep": round(stage.keep, 6),
+                "keep": stage.keep,  # unrounded: `condense --keep` with it gives the run's own bytes
                 "samples": schedule.kept_count(stage.keep, count),
                 "source": stage.source,
             }

@@ -1,7 +1,7 @@
 """Train a student on one manifest (the M-step): checkpoints, metrics, values out; knows nothing of condensation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,8 +67,9 @@ def run_stage(
         folder=folder.scratch,
     )
     with connected as source:
-        task = _task(settings, lessons, source, pupil, knowledge, clock)
-        loop.run(pupil, task, settings, folder, min(until, lessons.stop), progress)
+        stop = min(until, lessons.stop)
+        task = _task(settings, lessons, replace(source, stop=stop), pupil, knowledge, clock)
+        loop.run(pupil, task, settings, folder, stop, progress)
     learner.save(pupil, folder, "student", settings.student, data, {"epoch": pupil.epoch})
     _write_values(settings, lessons, pupil, data, knowledge, folder)
     return pupil

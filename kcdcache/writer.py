@@ -190,6 +190,7 @@ def grow(
 def _held(root: Path) -> Iterator[None]:
     lock = root / ledger.FOLDER / "lock"
     with locked(lock):
+        remove_leftovers(root)  # also where nothing is left to do: a kill may fall just after the commit
         try:
             yield
         finally:
@@ -223,8 +224,7 @@ def _write_or_compare(path: Path, document: Mapping[str, Any], name: str) -> Non
 
 
 def _prepare(root: Path, plan: StorePlan, growth: int) -> None:
-    """Make folders and array documents, and remove what a killed writer left."""
-    remove_leftovers(root)
+    """Make folders and array documents."""
     log = ledger.record_path(root, growth, "").parent
     log.mkdir(parents=True, exist_ok=True)
     documents = {"": layout.GROUP_DOCUMENT, **{a.name: layout.array_document(plan, a) for a in plan.arrays}}

@@ -1,0 +1,182 @@
+"""Commands as processes of their own that are killed: real ones, and ones forked from a process that imported all."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+POLL = 0.002
+"""seconds between looks at a folder"""
+
+
+def environment(**more):
+    """One thread, and nothing of ours."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("KCDCACHE")}
+    return plain | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
+
+
+class Cold:
+    """A command as users start it: `python -m kcdcache ...`."""
+
+    def __init__(self, words, log, **variables):
+        with open(log, "ab") as stream:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "kcdcache", *words], stdout=stream, stderr=stream, env=environment(**variables)
+            )
+
+    def ended(self, seconds):
+        """Wait at most so long; return whether the process has ended."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def kill(self):
+        self._process.kill()
+        self._process.wait()
+
+    @property
+    def code(self):
+        return self._process.returncode
+
+
+class Warm:
+    """The same command in a fork of a `Nursery`: it starts in milliseconds instead of seconds."""
+
+    def __init__(self, nursery, words, log, **variables):
+        self._lines = nursery.lines
+        self.code = None
+        nursery.ask({"words": words, "log": str(log), "variables": variables})
+        self._pid = int(self._lines.readline())
+
+    def ended(self, seconds):
+        if self.code is None and select.select([self._lines], [], [], seconds)[0]:
+            self.code = int(self._lines.readline())
+        return self.code is not None
+
+    def kill(self):
+        # the nursery reaps a child only when it is asked for the next, so the number is still this child's
+        os.kill(self._pid, signal.SIGKILL)
+        self.ended(60)
+
+
+class Nursery:
+    """A process that has imported everything and computed nothing, and forks itself to run commands."""
+
+    def __init__(self):
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment()
+        )
+        self.lines = self._process.stdout
+
+    def ask(self, request):
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
+        self.lines.close()
+
+
+@contextmanager
+def nursery():
+    """Yield a function that starts a command: (words, log, **environment variables) -> its process."""
+    held = Nursery()
+    try:
+        yield lambda words, log, **variables: Warm(held, words, log, **variables)
+    finally:
+        held.close()
+
+
+def finished(start, words, log, **variables):
+    """Run a command to its end; return its exit code."""
+    process = start(words, log, **variables)
+    assert process.ended(300), f"still running: {words}"
+    return process.code
+
+
+def succeeds(start, words, log):
+    code = finished(start, words, log)
+    assert code == 0, Path(log).read_text()
+
+
+def traces(folder, pattern):
+    """What work leaves behind: equal until a file that matches is written or replaced."""
+    found = {}
+    for path in folder.rglob(pattern):
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue  # replaced between the listing and the look
+        found[path] = status.st_ino, status.st_mtime_ns, status.st_size
+    return found
+
+
+def killed(start, words, log, folder, pattern, seconds):
+    """Run a command, wait until it writes what matches, kill it `seconds` later; return whether that hit it alive."""
+    before = traces(folder, pattern)
+    process = start(words, log)
+    while not process.ended(POLL) and traces(folder, pattern) == before:
+        pass
+    if process.ended(seconds):
+        assert process.code == 0, Path(log).read_text()
+        return False
+    process.kill()
+    return process.code == -signal.SIGKILL
+
+
+def survived(start, words, log, folder, random, kills, longest, patterns=("*",)):
+    """Kill a command up to `kills` times at moments drawn by `random`, then let it finish; return how often it died."""
+    hits = 0
+    for _ in range(kills):
+        pattern, seconds = random.choice(patterns), random.uniform(0, longest)
+        if not killed(start, words, log, folder, pattern, seconds):
+            break
+        hits += 1
+    succeeds(start, words, log)
+    return hits
+
+
+def _serve():
+    """Fork a child per request on stdin; print its number, and its exit code when it ends."""
+    import sklearn.datasets  # noqa: F401 -- slow to import, and loaded by every command
+
+    from kcdcache import checks, cli, steps  # noqa: F401
+
+    child = None
+    for line in sys.stdin.buffer:
+        if child is not None:
+            os.waitpid(child, 0)
+        child = os.fork()
+        if child == 0:
+            _obey(json.loads(line), cli.main)
+        print(child, flush=True)
+        ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        print(ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status, flush=True)
+
+
+def _obey(request, main):
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(request["variables"])
+    sys.argv[1:] = request["words"]
+    code = 1
+    try:
+        main(request["words"])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # not through the nursery's own way out
+
+
+if __name__ == "__main__":
+    _serve()
