@@ -1,6 +1,5 @@
 """The command line: parse, call, print. The only module that prints or exits, and that imports inside functions."""
 
-import errno
 import importlib
 import json
 import logging
@@ -15,7 +14,8 @@ from typing import Any, Literal, get_args, get_origin
 import click
 
 from kcdcache import __version__, signals
-from kcdcache.errors import KcdcacheError
+from kcdcache.errors import KcdcacheError, NoSpaceError
+from kcdcache.files import FULL
 
 SCHEMA_VERSION = 0
 SUMMARIES = {
@@ -99,7 +99,7 @@ def _outcome(arguments: list[str]) -> int:
     except KcdcacheError as error:
         return _failed(str(error), error.exit_code, arguments)
     except OSError as error:
-        return _failed(str(error), 7 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 1, arguments)
+        return _failed(str(error), NoSpaceError.exit_code if error.errno in FULL else 1, arguments)
     except Exception as error:
         return _failed(f"internal error: {type(error).__name__}: {error} (--debug shows where)", 1, arguments)
     return 0

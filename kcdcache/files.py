@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 from kcdcache.errors import CorruptionError, LockedError, NoSpaceError, NotFoundError
 
 TEMPORARY_MARK = ".tmp-"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""what the system calls a full disk, an exhausted quota, and a file larger than allowed"""
 CRASH_POINT = "KCDCACHE_CRASHPOINT"
 """environment variable: kill this process (SIGKILL) at the n-th step of the write protocol; for tests"""
 
@@ -91,7 +94,7 @@ def write_atomic_with(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         NoSpaceError: the disk or quota is full; the old file is untouched.
     """
-    temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}")
+    temporary = _temporary(path)
     try:
         _step()
         write(temporary)
@@ -117,7 +120,7 @@ def create_exclusive(path: Path, data: bytes) -> None:
         LockedError: the file exists already.
         NoSpaceError: the disk or quota is full.
     """
-    temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}")
+    temporary = _temporary(path)
     try:
         _step()
         temporary.write_bytes(data)
@@ -170,7 +173,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
     """Delete temporary files that killed writers left anywhere under `folder`; return their paths."""
     found = sorted(folder.rglob(f"*{TEMPORARY_MARK}*"))
     for path in found:
-        path.unlink()
+        path.unlink(missing_ok=True)
     return found
 
 
@@ -195,6 +198,11 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def _temporary(path: Path) -> Path:
+    """Return a name beside `path` that no other thread or process uses now."""
+    return path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}-{threading.get_ident()}")
+
+
 def _step() -> None:
     """Pass one point of the write protocol; die here if a test asked for it."""
     if CRASH_POINT in os.environ and next(_steps) == int(os.environ[CRASH_POINT]):
@@ -210,6 +218,6 @@ def _sync_file(path: Path) -> None:
 
 
 def _explained(error: OSError, path: Path) -> OSError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in FULL:
         return NoSpaceError(f"no space left to write {path}: free some and run the same command again to resume")
     return error

@@ -1,0 +1,262 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kcdcache import files
+from kcdcache.errors import CorruptionError, LockedError, NoSpaceError, NotFoundError
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@given(JSON)
+def test_canonical_json_reads_back(value):
+    assert json.loads(files.canonical_json(value)) == value
+
+
+@given(st.dictionaries(st.text(), JSON, min_size=2))
+def test_canonical_json_does_not_depend_on_the_order_of_keys(value):
+    assert files.canonical_json(dict(reversed(value.items()))) == files.canonical_json(value)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("write", [files.canonical_json, files.readable_json, files.digest_of])
+def test_json_refuses_what_is_no_number(write, number):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write({"a": [number]})
+
+
+def test_digests_are_sha256(tmp_path):
+    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of "abc", FIPS 180-2
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert files.sha256_bytes(b"abc") == files.sha256_file(tmp_path / "abc") == known
+    assert files.digest_of({"b": 1, "a": None}) == files.sha256_bytes(b'{"a":null,"b":1}')
+
+
+def test_a_missing_file_has_no_digest(tmp_path):
+    with pytest.raises(NotFoundError, match=r"no file at .*nothing"):
+        files.sha256_file(tmp_path / "nothing")
+
+
+def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
+    for data in (b"old and longer", b"new"):
+        files.write_atomic(tmp_path / "a", data)
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt("broken"), OSError("broken")])
+def test_a_failed_write_keeps_the_old_file(tmp_path, error):
+    (tmp_path / "a").write_bytes(b"old")
+
+    def write(temporary):
+        temporary.write_bytes(b"half")
+        raise error
+
+    with pytest.raises(type(error), match="broken"):
+        files.write_atomic_with(tmp_path / "a", write)
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path):
+    path, contents = tmp_path / "a", [bytes([letter]) * 100_000 for letter in range(20)]
+    files.write_atomic(path, contents[0])
+    writer = threading.Thread(target=lambda: [files.write_atomic(path, data) for data in contents])
+    writer.start()
+    seen = []
+    while writer.is_alive():
+        seen.append(path.read_bytes())
+    writer.join()
+    assert all(data in contents for data in seen)
+    assert path.read_bytes() == contents[-1]
+
+
+@pytest.mark.parametrize("point", range(1, 6))
+@pytest.mark.parametrize("function", ["write_atomic", "create_exclusive"])
+def test_a_killed_writer_leaves_the_old_file_or_the_whole_new_one(tmp_path, function, point):
+    path = tmp_path / "a"
+    if function == "write_atomic":
+        path.write_bytes(b"old")
+    code = (
+        f"import sys; from pathlib import Path; from kcdcache import files; files.{function}(Path(sys.argv[1]), b'new')"
+    )
+    environment = {**os.environ, files.CRASH_POINT: str(point)}
+    done = subprocess.run([sys.executable, "-c", code, str(path)], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    found = path.read_bytes() if path.exists() else None
+    assert found == ((b"old" if function == "write_atomic" else None) if point < 4 else b"new")
+    files.remove_leftovers(tmp_path)
+    assert names(tmp_path) == ([] if found is None else ["a"])
+
+
+def test_leftovers_are_removed_at_any_depth_and_nothing_else(tmp_path):
+    (tmp_path / "x/y").mkdir(parents=True)
+    kept = [tmp_path / "a", tmp_path / "x/tmp-1"]
+    left = [tmp_path / "a.tmp-12-3", tmp_path / "x/y/b.json.tmp-9-9"]
+    for path in kept + left:
+        path.write_bytes(b"")
+    assert files.remove_leftovers(tmp_path) == left
+    assert all(path.exists() for path in kept)
+    assert not any(path.exists() for path in left)
+
+
+def create(path, number, outcomes):
+    try:
+        files.create_exclusive(path, str(number).encode() * 1000)
+    except LockedError as error:
+        outcomes.append(str(error))
+    else:
+        outcomes.append(number)
+
+
+def test_of_racing_threads_exactly_one_creates_the_file(tmp_path):
+    for attempt in range(20):
+        path, outcomes = tmp_path / f"a{attempt}", []
+        threads = [threading.Thread(target=create, args=(path, number, outcomes)) for number in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        winners = [outcome for outcome in outcomes if isinstance(outcome, int)]
+        assert len(winners) == 1
+        assert len(outcomes) == 16
+        assert path.read_bytes() == str(winners[0]).encode() * 1000
+    assert len(names(tmp_path)) == 20
+
+
+RACE = (
+    "import sys; from pathlib import Path; from kcdcache import errors, files\n"
+    "sys.stdin.read()\n"
+    "try: files.create_exclusive(Path(sys.argv[1]), sys.argv[2].encode() * 1000)\n"
+    "except errors.LockedError: sys.exit(6)"
+)
+
+
+def test_of_racing_processes_exactly_one_creates_the_file(tmp_path):
+    path = tmp_path / "a"
+    racing = [
+        subprocess.Popen([sys.executable, "-c", RACE, str(path), str(number)], stdin=subprocess.PIPE)
+        for number in range(16)
+    ]
+    for process in racing:  # all wait for this
+        process.stdin.close()
+    codes = [process.wait() for process in racing]
+    assert sorted(codes) == [0] + [6] * 15
+    assert path.read_bytes() == str(codes.index(0)).encode() * 1000
+    assert names(tmp_path) == ["a"]
+
+
+def test_an_existing_file_is_never_overwritten(tmp_path):
+    files.create_exclusive(tmp_path / "a", b"first")
+    with pytest.raises(LockedError, match=r"a exists already: another process wrote it first"):
+        files.create_exclusive(tmp_path / "a", b"second")
+    assert (tmp_path / "a").read_bytes() == b"first"
+    assert names(tmp_path) == ["a"]
+
+
+def limited(tmp_path, function):
+    """Return what a process that may write files of at most 1,000 bytes says when it writes 5,000."""
+    code = (
+        "import resource, sys; from pathlib import Path; from kcdcache import errors, files\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        f"try: files.{function}(Path(sys.argv[1]), b'x' * 5000)\n"
+        "except errors.NoSpaceError as error: sys.stdout.write(str(error))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize("function", ["write_atomic", "create_exclusive"])
+def test_a_full_disk_says_so_and_leaves_no_half_file(tmp_path, function):
+    text = limited(tmp_path, function)
+    assert text == f"no space left to write {tmp_path}/a: free some and run the same command again to resume"
+    assert names(tmp_path) == []
+
+
+def test_other_system_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No such file") as caught:
+        files.write_atomic(tmp_path / "nowhere/a", b"")
+    assert not isinstance(caught.value, NoSpaceError)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe\x00", b"nothing"])
+def test_damaged_json_names_the_file(tmp_path, data):
+    (tmp_path / "a.json").write_bytes(data)
+    with pytest.raises(CorruptionError, match=r"a.json should hold JSON: "):
+        files.read_json(tmp_path / "a.json")
+
+
+def test_missing_json_is_not_found(tmp_path):
+    with pytest.raises(NotFoundError, match=r"no file at .*a.json"):
+        files.read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"), [("[1]", "found list"), ("3", "found int"), ('{"b": 1}', "the key 'a', found b")]
+)
+def test_an_object_has_the_keys_it_should_have(tmp_path, data, message):
+    (tmp_path / "a.json").write_text(data)
+    with pytest.raises(CorruptionError, match=rf"a.json should .*{message}"):
+        files.read_object(tmp_path / "a.json", "a")
+
+
+def test_an_object_reads_back_as_written(tmp_path):
+    value = {"a": [1, 2.5, None, "ü"], "b": {"c": True}}
+    files.write_atomic(tmp_path / "a.json", files.readable_json(value))
+    assert files.read_object(tmp_path / "a.json", "a", "b") == value
+
+
+HOLD = (
+    "import sys; from pathlib import Path; from kcdcache import files\n"
+    "with files.locked(Path(sys.argv[1])): sys.stdout.write('held'); sys.stdout.flush(); sys.stdin.read()"
+)
+
+
+def holding(path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.read(4) == "held"
+    return process
+
+
+def test_a_lock_names_its_holder_and_ends_with_it_however_it_ends(tmp_path):
+    with holding(tmp_path / "run/.lock") as process:
+        with (
+            pytest.raises(
+                LockedError, match=rf"run is being written by process {process.pid} on .*wait for it or stop"
+            ),
+            files.locked(tmp_path / "run/.lock"),
+        ):
+            pass
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with files.locked(tmp_path / "run/.lock"):
+        assert (tmp_path / "run/.lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_lock_is_free_after_an_error(tmp_path):
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="inside"), files.locked(Path(tmp_path / ".lock")):
+            raise RuntimeError("inside")
