@@ -86,18 +86,18 @@ def plainly(place):
 
 @pytest.mark.parametrize("schedule", ["end_of_stage", "alg1_shift"])
 def test_keeping_everything_is_plain_distillation_bit_for_bit(plainly, runs, schedule):
-    run = runs(keep=1.0, schedule=schedule)
+    run = runs(student="resnet8", keep=1.0, schedule=schedule)
     assert same_tensors(load_file(run / "student.safetensors"), plainly[0].state_dict())
     assert read_summary(run)["relative_cost"] == 1
     assert len(manifest.read(run / "stages" / "2" / "manifest.parquet")) == TRAIN
 
 
 def test_condensing_changes_the_student(plainly, runs):
-    assert not same_tensors(load_file(runs() / "student.safetensors"), plainly[0].state_dict())
+    assert not same_tensors(load_file(runs(student="resnet8") / "student.safetensors"), plainly[0].state_dict())
 
 
 def test_a_value_is_the_mean_of_all_entropies_seen(plainly, runs):
-    found = values.read(runs(keep=1.0, schedule="end_of_stage") / "values.parquet", TRAIN).values
+    found = values.read(runs(student="resnet8", keep=1.0, schedule="end_of_stage") / "values.parquet", TRAIN).values
     assert found.visits.tolist() == [6] * TRAIN
     np.testing.assert_allclose(found.value, [np.mean(seen) for seen in plainly[1]], rtol=1e-4, atol=1e-6)
 
