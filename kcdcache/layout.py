@@ -16,6 +16,8 @@ MOST_PART_ROWS = 16384
 MOST_CHUNK_BYTES = 32 * 2**20
 MOST_PADDING = 0.02
 ROW_UNIT = 64
+ZSTD_MAGIC = bytes.fromhex("28b52ffd")
+FRAME_HEADER_BYTES = 18
 
 GROUP_DOCUMENT: dict[str, Any] = {"attributes": {}, "node_type": "group", "zarr_format": 3}
 COMPRESSIONS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -97,6 +99,13 @@ class StorePlan:
     def parts_per_view(self) -> int:
         """Number of parts of one view."""
         return -(-self.count // self.part_rows)
+
+    @property
+    def chunk_count(self) -> int:
+        """Number of chunk files."""
+        return sum(
+            -(-self.count // array.chunk_rows) * (1 if array.field is None else self.views) for array in self.arrays
+        )
 
     @property
     def bytes_per_view(self) -> int:
@@ -264,6 +273,22 @@ def array_document(plan: StorePlan, array: ArrayPlan) -> dict[str, Any]:
         "storage_transformers": [],
         "zarr_format": 3,
     }
+
+
+def frame_content_bytes(header: bytes) -> int | None:
+    """Return the decoded size that the first bytes of a zstd frame claim, or None if they do not tell.
+
+    Decoders allocate what a frame claims before they look further, so a few bytes could ask for any memory.
+
+    Source: RFC 8878, section 3.1.1.1.
+    """
+    if len(header) < FRAME_HEADER_BYTES or header[:4] != ZSTD_MAGIC:
+        return None
+    descriptor = header[4]
+    size_flag, single_segment, dictionary_flag = descriptor >> 6, descriptor >> 5 & 1, descriptor & 3
+    at = 5 + (0 if single_segment else 1) + (0, 1, 2, 4)[dictionary_flag]
+    width = (1 if single_segment else 0, 2, 4, 8)[size_flag]
+    return int.from_bytes(header[at : at + width], "little") + (256 if width == 2 else 0) if width else None
 
 
 def row_bytes(row_shape: tuple[int, ...], dtype: str) -> int:

@@ -1,6 +1,8 @@
 """A sealed store opened for reading, and the chunk writing below it; the only importer of zarr."""
 
 import asyncio
+import builtins
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,13 +21,15 @@ from zarr.storage import LocalStore
 
 from kcdcache import layout, ledger
 from kcdcache.encoding import Encoding
-from kcdcache.errors import CorruptionError, SettingsError
+from kcdcache.errors import CorruptionError, SettingsError, UnsafeError
 from kcdcache.files import read_json, sha256_bytes, write_atomic
 from kcdcache.identity import Knowledge, read_store_identity
 from kcdcache.layout import ArrayPlan, Chunk, StorePlan
 from kcdcache.ledger import Commit, FileRecord, Report, refuse
 
 CHECKSUM_BYTES = 4
+SPARE_CHUNKS = 100_000
+"""chunks listed even where damage took their log records"""
 
 Task = tuple[Chunk, int, int]
 """a chunk, and the range of wanted rows it holds"""
@@ -239,6 +243,11 @@ class Store:
         payload = self._checked_bytes(chunk, buffer)
         if self.plan.compression == "none":
             return payload.view(chunk.array.dtype).reshape(chunk.array.chunk_rows, *chunk.array.row_shape)
+        if (
+            claimed := layout.frame_content_bytes(payload[: layout.FRAME_HEADER_BYTES].tobytes())
+        ) != chunk.array.chunk_bytes:
+            found = f"a zstd frame of {claimed} bytes, its plan implies {chunk.array.chunk_bytes}"
+            raise UnsafeError(f"{self.path}/{chunk} holds {found}; it was not written by kcdcache and is not decoded")
         return self._zarr_rows(chunk)
 
     def _checked_bytes(self, chunk: Chunk, buffer: np.ndarray) -> np.ndarray:
@@ -246,7 +255,7 @@ class Store:
         record = self._files[chunk.key]
         data = buffer[: record.bytes]
         try:
-            with (self.path / chunk.key).open("rb", buffering=0) as stream:
+            with builtins.open(self.path / chunk.key, "rb", buffering=0, opener=_open_plain) as stream:
                 whole = os.fstat(stream.fileno()).st_size == record.bytes == stream.readinto(data.data)
         except FileNotFoundError:
             raise CorruptionError(f"{self.path}/{chunk} is missing; `kcdcache verify` lists all damage") from None
@@ -325,10 +334,18 @@ def check_listing(root: Path, plan: StorePlan, files: Mapping[str, FileRecord], 
     Raises:
         CorruptionError: a file is missing, empty, cut or extended, unless `report` collects it.
     """
+    if not plausible(plan, files):
+        report(f"the plan of {root} implies {plan.chunk_count} chunk files, its log names {len(files)}")
+        return
     sizes = listed_sizes(root, plan)
     for chunk in layout.all_chunks(plan):
         if problem := size_problem(plan, chunk, files.get(chunk.key), sizes.get(chunk.key)):
             report(f"{root}/{chunk} {problem}")
+
+
+def plausible(plan: StorePlan, files: Mapping[str, FileRecord]) -> bool:
+    """Return whether a plan's chunks may be listed: a hostile plan could claim any number of them."""
+    return plan.chunk_count <= SPARE_CHUNKS + 2 * len(files)
 
 
 def size_problem(plan: StorePlan, chunk: Chunk, logged: FileRecord | None, found: int | None) -> str | None:
@@ -356,6 +373,15 @@ def listed_sizes(root: Path, plan: StorePlan) -> dict[str, int]:
             found = {f"{array.name}/{entry.name}": _plain_size(entry) for entry in entries}
         sizes |= {key: size for key, size in found.items() if size is not None}
     return sizes
+
+
+def _open_plain(path: str, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UnsafeError(f"{path} is a symbolic link; a store's files are plain files") from None
+        raise
 
 
 def _plain_size(entry: os.DirEntry[str]) -> int | None:

@@ -1,0 +1,76 @@
+"""A downloaded store or set is untrusted: what it claims must not run code, escape its folder or eat memory."""
+
+import google_crc32c
+import numpy as np
+import pytest
+from numcodecs import Zstd
+from stores import make, plan_of
+
+from kcdcache import layout, ledger, store
+from kcdcache.errors import CorruptionError, UnsafeError
+from kcdcache.files import canonical_json, digest_of, read_json, sha256_bytes, sha256_file
+
+
+def resealed(root, key, data):
+    """Replace a chunk file and everything that vouches for it, as an attacker who knows the format would."""
+    (root / key).write_bytes(data)
+    commit = read_json(ledger.commit_path(root, 0))
+    for entry in commit["log"]:
+        path = ledger.record_path(root, 0, entry[0])
+        record = read_json(path)
+        for file in record["files"]:
+            if file["path"] == key:
+                crc = int.from_bytes(data[-4:], "little")
+                file.update(bytes=len(data), sha256=sha256_bytes(data), crc32c=crc)
+        path.write_bytes(canonical_json(record))
+        entry[1] = sha256_file(path)
+    content = {name: value for name, value in commit.items() if name != "digest"}
+    ledger.commit_path(root, 0).write_bytes(canonical_json(content | {"digest": digest_of(content)}))
+
+
+def first_chunk(root):
+    return sorted(path.relative_to(root).as_posix() for path in (root / "logits").glob("c.*"))[0]
+
+
+@pytest.mark.parametrize("size", [1, 200, 255, 256, 300, 65791, 65792, 70000, 2**20])
+def test_claimed_size_of_a_zstd_frame_is_read_from_its_header(size):
+    frame = bytes(Zstd(level=1).encode(bytes(size)))
+    assert layout.frame_content_bytes((frame + bytes(18))[:18]) == size
+
+
+def test_a_chunk_that_claims_another_size_is_never_decoded(tmp_path):
+    root = make(tmp_path / "s", plan_of(compression="zstd"))
+    bomb = bytes(Zstd(level=1).encode(bytes(2**26)))
+    resealed(root, first_chunk(root), bomb + google_crc32c.value(bomb).to_bytes(4, "little"))
+    opened = store.open(root)
+    with pytest.raises(UnsafeError, match="holds a zstd frame of 67108864 bytes, its plan implies"):
+        opened.load(0, np.arange(opened.count), ("logits",))
+
+
+def test_a_resealed_harmless_chunk_is_read(tmp_path):
+    root = make(tmp_path / "s", plan_of(compression="zstd"))
+    key = first_chunk(root)
+    resealed(root, key, (root / key).read_bytes())
+    opened = store.open(root)
+    assert len(opened.load(0, np.arange(opened.count), ("logits",))["logits"]) == opened.count
+
+
+def test_a_chunk_turned_into_a_link_after_opening_is_refused(tmp_path):
+    root = make(tmp_path / "s")
+    opened = store.open(root)
+    chunk = root / first_chunk(root)
+    chunk.rename(tmp_path / "elsewhere")
+    chunk.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UnsafeError, match="is a symbolic link"):
+        opened.load(0, np.arange(opened.count), ("logits",))
+
+
+def test_a_plan_of_endless_chunks_is_refused_before_they_are_listed(tmp_path):
+    root = make(tmp_path / "s")
+    plan = read_json(ledger.plan_path(root, 0)) | {"count": 10**15}
+    ledger.plan_path(root, 0).write_bytes(canonical_json(plan))
+    commit = read_json(ledger.commit_path(root, 0)) | {"plan": sha256_file(ledger.plan_path(root, 0))}
+    content = {name: value for name, value in commit.items() if name != "digest"}
+    ledger.commit_path(root, 0).write_bytes(canonical_json(content | {"digest": digest_of(content)}))
+    with pytest.raises(CorruptionError, match=r"was changed or belongs to another store|chunk files, its log names"):
+        store.open(root)
