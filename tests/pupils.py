@@ -73,6 +73,22 @@ def once(school):
     return run
 
 
+class BrokenOffError(Exception):
+    """Raised where a test breaks work off."""
+
+
+def stop_after(steps):
+    """A progress report that breaks the work off when it is called for the `steps`-th time."""
+    seen = []
+
+    def progress(what, done, total, remark):
+        seen.append(done)
+        if len(seen) == steps:
+            raise BrokenOffError
+
+    return progress
+
+
 def command(school, name, **given):
     """Call a command's function as the command line does."""
     places = {"store": school.knowledge.path, "data": SPEC, "teacher": str(school.teacher)}
