@@ -55,7 +55,8 @@ def read(path: Path, most_rows: int | None = None) -> pa.Table:
         if most_rows is None or rows <= most_rows:
             return parquet.read()
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise CorruptionError(f"{path} is not an undamaged parquet file: {error}; write it again") from error
+        reason = str(error).strip()
+        raise CorruptionError(f"{path} is not an undamaged parquet file: {reason}; write it again") from error
     raise MismatchError(f"{path} holds {rows} rows, expected at most {most_rows} (one per sample); give the right file")
 
 

@@ -1,0 +1,154 @@
+import inspect
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from kcdcache import config
+from kcdcache.errors import NotFoundError, SettingsError
+
+MODELS = [
+    model
+    for model in vars(config).values()
+    if inspect.isclass(model) and issubclass(model, config.Settings) and model is not config.Settings
+]
+FIELDS = [(model, name) for model in MODELS for name in model.model_fields]
+COMMANDS = {
+    config.FitCommand: {"data": "digits", "model": "resnet8", "out": "run"},
+    config.PrecomputeCommand: {"data": "digits", "store": "store"},
+    config.TrainCommand: {"data": "digits", "store": "store", "out": "run"},
+    config.CondenseCommand: {"values": "v", "store": "store", "keep": 0.5, "out": "m"},
+}
+
+
+@pytest.mark.parametrize(("model", "name"), FIELDS, ids=lambda part: getattr(part, "__name__", part))
+def test_every_field_is_described(model, name):
+    assert (model.model_fields[name].description or "").strip()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_default_is_allowed_by_its_own_model(model):
+    defaults = {name: field.default for name, field in model.model_fields.items() if not field.is_required()}
+    made = config.make(model, {**COMMANDS.get(model, {}), **defaults})
+    assert all(getattr(made, name) == value for name, value in defaults.items())
+
+
+def test_there_is_one_default_per_setting():
+    defaults = {}
+    for model, name in FIELDS:
+        # `fit` cycles through all views and `precompute` keeps one; a training and a teacher batch differ
+        if name not in ("views", "batch_size") and not model.model_fields[name].is_required():
+            defaults.setdefault(name, set()).add(repr(model.model_fields[name].default))
+    assert {name: found for name, found in defaults.items() if len(found) > 1} == {}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_settings_are_frozen(model):
+    made = config.make(model, COMMANDS.get(model, {}))
+    name = next(iter(model.model_fields))
+    with pytest.raises(ValidationError, match="Instance is frozen"):
+        setattr(made, name, getattr(made, name))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("tempreture", "temperature"), ("epoch", "epochs"), ("eps-max", "eps_max"), ("kept", "keep")]
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(wrong, right):
+    with pytest.raises(SettingsError, match=rf"unknown setting '{wrong}' in recipe.toml; did you mean '{right}'\?"):
+        config.make(config.TrainSettings, {wrong: 1}, "recipe.toml")
+
+
+def test_an_unknown_key_near_to_nothing_gets_the_whole_list():
+    with pytest.raises(SettingsError, match=r"unknown setting 'zzzzzz' in the command line; known: augment, fill"):
+        config.make(config.ViewSettings, {"zzzzzz": 1})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("keep", 0, "greater than 0"),
+        ("keep", 1.5, "less than or equal to 1"),
+        ("epochs", 0, "greater than or equal to 1"),
+        ("epochs", 2.5, "valid integer"),
+        ("learning_rate", -0.1, "greater than 0"),
+        ("momentum", 1, "less than 1"),
+        ("seed", 2**64, "less than 18446744073709551616"),
+        ("temperature", "hot", "valid number"),
+        ("schedule", "weekly", "'end_of_stage', 'alg1_shift', 'paper_stage', 'reference_linear' or 'poster'"),
+        ("milestones", "0.5", "valid tuple"),
+    ],
+)
+def test_a_value_out_of_range_is_told_with_its_rule_and_what_was_found(key, value, rule):
+    with pytest.raises(SettingsError, match=rf"setting '{key}' in x.toml: .*{rule}.*; found {value!r}"):
+        config.make(config.TrainSettings, {key: value}, "x.toml")
+
+
+@pytest.mark.parametrize("key", ["keep", "learning_rate", "temperature", "memory_gb", "eps_max"])
+@pytest.mark.parametrize("value", ["nan", "inf", float("nan"), float("inf")])
+def test_numbers_are_finite(key, value):
+    with pytest.raises(SettingsError, match=rf"setting '{key}' in the command line: .*; found "):
+        config.make(config.TrainSettings, {key: value})
+
+
+def test_all_mistakes_are_told_at_once():
+    with pytest.raises(SettingsError, match=r"(?s)'keep' .*\n.*'epocs' "):
+        config.make(config.TrainSettings, {"epocs": 1, "keep": 2})
+
+
+@pytest.mark.parametrize("name", config.PRESETS)
+def test_a_preset_sets_its_readings(name):
+    made = config.make(config.TrainSettings, {"preset": name})
+    assert {key: getattr(made, key) for key in config.PRESETS[name]} == config.PRESETS[name]
+
+
+@pytest.mark.parametrize("name", config.PRESETS)
+def test_a_flag_given_beside_a_preset_wins(name):
+    given = {"schedule": "poster", "mix_label": "mix"}
+    made = config.make(config.TrainSettings, {"preset": name, **given})
+    expected = config.PRESETS[name] | given
+    assert {key: getattr(made, key) for key in expected} == expected
+
+
+def test_the_presets_differ_and_both_differ_from_the_defaults():
+    made = [config.make(config.TrainSettings, {"preset": name} if name else {}) for name in (None, *config.PRESETS)]
+    schedules = [(one.schedule, one.k0, one.mix_target) for one in made]
+    assert len(set(schedules)) == 3
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(SettingsError, match=r"setting 'preset' .*'paper' or 'release'; found 'papr'"):
+        config.make(config.TrainSettings, {"preset": "papr"})
+
+
+def test_a_part_has_the_values_of_the_whole_and_no_more():
+    whole = config.make(
+        config.TrainCommand, {**COMMANDS[config.TrainCommand], "keep": 0.4, "preset": "paper", "schedule": "poster"}
+    )
+    inner = config.part(config.TrainSettings, whole)
+    assert type(inner) is config.TrainSettings
+    assert {name: getattr(whole, name) for name in config.TrainSettings.model_fields} == dict(inner)
+
+
+def test_toml_becomes_plain_values(tmp_path):
+    (tmp_path / "a.toml").write_text('keep = 0.5\nmilestones = [0.5, 0.75]\n[deep]\nname = "ü"\n')
+    found = config.read_toml(tmp_path / "a.toml")
+    assert found == {"keep": 0.5, "milestones": [0.5, 0.75], "deep": {"name": "ü"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [(b"keep = = 1", "line 1, column 8"), (b"a = 1\nb = ?\n", "line 2, column 5"), (b"a = '\xff'", "decode byte 0xff")],
+)
+def test_what_is_no_toml_is_refused_with_its_place(tmp_path, text, place):
+    (tmp_path / "a.toml").write_bytes(text)
+    with pytest.raises(SettingsError, match=rf"a.toml is not valid TOML: .*{place}"):
+        config.read_toml(tmp_path / "a.toml")
+
+
+def test_a_missing_recipe_is_not_found(tmp_path):
+    with pytest.raises(NotFoundError, match=r"no recipe at .*a.toml"):
+        config.read_toml(tmp_path / "a.toml")
+
+
+def test_paths_come_from_text():
+    assert config.make(config.FitCommand, COMMANDS[config.FitCommand]).out == Path("run")

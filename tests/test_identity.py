@@ -1,0 +1,126 @@
+import json
+from dataclasses import asdict, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from stores import knowledge, make
+
+from kcdcache import identity
+from kcdcache.errors import CorruptionError, MismatchError, NotFoundError
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.text(max_size=2),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3),
+    max_leaves=8,
+)
+CHANGES = {
+    "teacher": {"architecture": "other", "weights": "bb", "transform": {"mean": (0.4,)}, "precision": "bfloat16"},
+    "data": {"count": 151, "classes": ("b", "a"), "image_size": None, "digest": "de"},
+    "views": {"rule": "crop", "padding": 1, "fill": "reflect", "size": (4, 5), "seed": 1},
+}
+
+
+@pytest.mark.parametrize(("part", "name"), [(part, name) for part in CHANGES for name in CHANGES[part]])
+def test_every_field_decides_the_knowledge_id(part, name):
+    ours = knowledge()
+    changed = replace(ours, **{part: replace(getattr(ours, part), **{name: CHANGES[part][name]})})
+    assert changed.knowledge_id != ours.knowledge_id
+    difference = identity.first_difference(ours.document(), changed.document())
+    assert difference[0].startswith(f"{part}.{name}")
+
+
+def test_the_changes_above_cover_every_field():
+    assert {part: set(fields) for part, fields in CHANGES.items()} == {
+        part: set(fields) for part, fields in asdict(knowledge()).items() if part != "mixes"
+    }
+
+
+def test_mixes_decide_the_knowledge_id():
+    ours = knowledge()
+    assert replace(ours, mixes={"manifest": "m", "mix": "convex", "views": [0]}).knowledge_id != ours.knowledge_id
+
+
+def test_the_knowledge_id_is_stable():
+    assert knowledge().knowledge_id == "68eddf55283cf0376497e40d16110e0c47f73af2dcc7b2a2f1dc61280f6e47dd"
+
+
+@pytest.mark.parametrize("mixes", [None, {"manifest": "m", "mix": "convex", "views": [0, 3]}])
+@pytest.mark.parametrize("image_size", [None, (4, 7)])
+def test_an_identity_reads_back_from_json(mixes, image_size):
+    ours = replace(knowledge(), mixes=mixes)
+    ours = replace(ours, data=replace(ours.data, image_size=image_size))
+    ours = replace(ours, teacher=replace(ours.teacher, transform={"mean": [0.5]}))
+    assert identity.knowledge_from(json.loads(json.dumps(ours.document()))) == ours
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda document: document.pop("views"),
+        lambda document: document["data"].pop("digest"),
+        lambda document: document["teacher"].update(extra=1),
+        lambda document: document.update(data=3),
+    ],
+)
+def test_a_damaged_identity_is_refused(damage):
+    document = knowledge().document()
+    damage(document)
+    with pytest.raises(CorruptionError, match="a knowledge identity lacks or exceeds its keys"):
+        identity.knowledge_from(document)
+
+
+@given(VALUES, VALUES)
+def test_there_is_a_first_difference_exactly_where_values_differ(left, right):
+    assert identity.first_difference(left, left) is None
+    assert (identity.first_difference(left, right) is None) == (left == right)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "found"),
+    [
+        ({"a": 1, "b": 2}, {"a": 1, "b": 3}, ("b", 2, 3)),
+        ({"b": 1, "a": 1}, {"b": 2, "a": 2}, ("a", 1, 2)),
+        ({"a": 1}, {}, ("a", 1, "absent")),
+        ({}, {"a": None}, ("a", "absent", None)),
+        ({"a": {"b": [1, 2]}}, {"a": {"b": [1, 3]}}, ("a.b[1]", 2, 3)),
+        ({"a": [1, 2]}, {"a": [1]}, ("a length", 2, 1)),
+        ([1, (2,)], [1, [2]], None),
+    ],
+)
+def test_the_first_difference_is_named_by_its_place(left, right, found):
+    assert identity.first_difference(left, right) == found
+
+
+def test_a_mismatch_prints_both_sides_and_the_remedy():
+    with pytest.raises(MismatchError, match=r"the store and the run differ in a\.b: 1 against 'x'; start anew"):
+        identity.require_same({"a": {"b": 1}}, {"a": {"b": "x"}}, ("the store", "the run"), "start anew")
+
+
+def test_a_stores_identity_is_read_without_its_arrays(tmp_path):
+    path = make(tmp_path / "store")
+    for file in path.rglob("c.*"):
+        file.unlink()
+    found = identity.read_store_identity(path)
+    assert identity.first_difference(knowledge().document(), found.document()) is None
+    assert found.knowledge_id == knowledge().knowledge_id
+
+
+def test_a_missing_store_is_not_found(tmp_path):
+    with pytest.raises(NotFoundError, match=r"no knowledge store at .*identity.json.*make one with `precompute`"):
+        identity.read_store_identity(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error", "message"),
+    [
+        ("format_version", 7, MismatchError, "has format 7, this kcdcache reads 0; upgrade kcdcache"),
+        ("knowledge_id", "00", CorruptionError, "was changed: its content does not match its knowledge_id"),
+        ("knowledge", {}, CorruptionError, "lacks or exceeds its keys"),
+    ],
+)
+def test_a_changed_identity_is_refused(tmp_path, key, value, error, message):
+    file = make(tmp_path / "store") / identity.IDENTITY_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(error, match=message):
+        identity.read_store_identity(tmp_path / "store")

@@ -1,0 +1,157 @@
+import contextlib
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from kcdcache import tables
+from kcdcache.errors import CorruptionError, MismatchError, NotFoundError
+
+COLUMNS = st.dictionaries(
+    st.sampled_from("abc"),
+    arrays.arrays(
+        st.sampled_from([np.dtype(kind) for kind in ("int64", "int32", "float32", "uint64")]),
+        5,
+        elements={"allow_nan": False, "min_value": 0, "max_value": 100},
+    ),
+    min_size=1,
+)
+
+
+def written(path, **columns):
+    table = pa.table(columns or {"index": [0, 1, 2], "name": ["a", "b", "a"], "value": [0.5, 1.5, None]})
+    path.write_bytes(tables.encode(table))
+    return table
+
+
+def slow_digest(header, columns):
+    content = len(header).to_bytes(8, "little") + header
+    for name, column in columns.items():
+        letters = {"i": "i", "u": "u", "f": "f"}[column.dtype.kind]
+        content += f"{name}:<{letters}{column.dtype.itemsize};".replace(";", f":{len(column)};").encode()
+        content += b"".join(np.array(number, column.dtype.newbyteorder("<")).tobytes() for number in column)
+    return hashlib.sha256(content).hexdigest()
+
+
+@given(st.binary(max_size=9), COLUMNS)
+def test_the_digest_is_that_of_names_types_lengths_and_bytes(header, columns):
+    assert tables.digest(header, columns) == slow_digest(header, columns)
+
+
+def test_the_digest_does_not_depend_on_byte_order_or_stride():
+    column = np.arange(10, dtype=np.int64)
+    doubled = np.repeat(column, 2)[::2]
+    expected = tables.digest(b"", {"a": column})
+    assert tables.digest(b"", {"a": column.astype(">i8")}) == tables.digest(b"", {"a": doubled}) == expected
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (b"h", {"b": np.zeros(3, np.int32)}),
+        (b"h", {"a": np.zeros(4, np.int32)}),
+        (b"h", {"a": np.zeros(3, np.uint32)}),
+        (b"x", {"a": np.zeros(3, np.int32)}),
+        (b"h", {"a": np.zeros(3, np.int32), "b": np.zeros(0, np.int32)}),
+        (b"h", {"a": np.array([0, 0, 1], np.int32)}),
+    ],
+)
+def test_the_digest_depends_on_everything(other):
+    assert tables.digest(*other) != tables.digest(b"h", {"a": np.zeros(3, np.int32)})
+
+
+def test_a_table_reads_back(tmp_path):
+    table = written(tmp_path / "t.parquet")
+    assert tables.read(tmp_path / "t.parquet").equals(table)
+
+
+def test_equal_tables_have_equal_bytes():
+    columns = {"index": np.arange(1000), "value": np.arange(1000, dtype=np.float32)}
+    one, two = (
+        pa.table(columns),
+        pa.table({name: pa.array(list(column), pa.array(column).type) for name, column in columns.items()}),
+    )
+    assert tables.encode(one) == tables.encode(two)
+
+
+def test_any_flipped_byte_of_the_pages_is_found(tmp_path):
+    path = tmp_path / "t.parquet"
+    written(path, index=np.arange(300), value=np.random.default_rng(0).random(300, np.float32))
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[-8:-4], "little")
+    pages = np.random.default_rng(1).integers(40, len(whole) - 8 - length, 100)
+    right, found = tables.read(path), 0
+    for place in pages:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        with contextlib.suppress(CorruptionError):
+            assert tables.read(path).equals(right)  # a byte of a page's header that no reader looks at
+            found -= 1
+        found += 1
+    assert found > 90
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1" + bytes(100) + b"PAR1", b"hello" * 50])
+def test_what_is_no_parquet_is_corruption(tmp_path, data):
+    (tmp_path / "t.parquet").write_bytes(data)
+    with pytest.raises(CorruptionError, match=r"t.parquet is not an undamaged parquet file: .*; write it again"):
+        tables.read(tmp_path / "t.parquet")
+
+
+def test_a_missing_table_is_not_found(tmp_path):
+    with pytest.raises(NotFoundError, match=r"no file at .*t.parquet"):
+        tables.read(tmp_path / "t.parquet")
+
+
+def test_too_many_rows_are_refused(tmp_path):
+    written(tmp_path / "t.parquet", index=np.arange(5))
+    assert tables.read(tmp_path / "t.parquet", most_rows=5).num_rows == 5
+    with pytest.raises(MismatchError, match=r"t.parquet holds 5 rows, expected at most 4"):
+        tables.read(tmp_path / "t.parquet", most_rows=4)
+
+
+def with_metadata(path, text):
+    table = pa.table({"a": [1]}).replace_schema_metadata({"key": text})
+    pq.write_table(table, path)
+    return tables.read(path)
+
+
+def test_the_document_is_the_object_under_the_key(tmp_path):
+    table = with_metadata(tmp_path / "t", '{"a": 1}')
+    assert tables.document(table, "key", tmp_path) == {"a": 1}
+    assert tables.document(table, "other", tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is damaged"), ("[1]", "should be a JSON object"), (b"\xff", "is damaged")]
+)
+def test_a_damaged_document_is_refused(tmp_path, text, message):
+    table = with_metadata(tmp_path / "t", text)
+    with pytest.raises(CorruptionError, match=rf"its metadata 'key' {message}"):
+        tables.document(table, "key", tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    ("columns", "odd"),
+    [
+        ({"index": pa.array([1]), "value": pa.array([1.0])}, "value"),
+        ({"index": pa.array([1])}, "value"),
+        ({"index": pa.array([1]), "value": pa.array([1.0], pa.float32()), "x": pa.array([1])}, "x"),
+        ({"value": pa.array([1.0], pa.float32()), "index": pa.array([1])}, "value"),
+    ],
+)
+def test_other_columns_than_expected_are_refused_by_name(tmp_path, columns, odd):
+    expected = pa.schema([("index", pa.int64()), ("value", pa.float32())])
+    with pytest.raises(
+        CorruptionError, match=rf"expected the columns index int64, value float, found .*look at '{odd}'"
+    ):
+        tables.require_schema(pa.table(columns), expected, tmp_path)
+
+
+def test_the_expected_columns_pass(tmp_path):
+    schema = pa.schema([("index", pa.int64()), ("value", pa.float32())])
+    tables.require_schema(schema.empty_table(), schema, tmp_path)
