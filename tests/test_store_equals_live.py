@@ -12,7 +12,7 @@ import torch
 from lessons import CPU, TRAIN, condensed, digits, precomputed, teacher_of
 from torch.nn import functional
 
-from kcdcache import batches, learner, loop, manifest, methods, requery, runs, store, teacher, views
+from kcdcache import batches, learner, loop, manifest, methods, requery, rng, runs, store, teacher, views
 from kcdcache.batches import Mixing, connect
 from kcdcache.config import OptimizerSettings
 
@@ -125,7 +125,21 @@ def taught_by_the_package(world, source, path):
     return pupil.network.state_dict(), [row["loss"] for row in pupil.rows]
 
 
-def taught_by_a_plain_loop(world, source, stop=EPOCHS):
+def live_epoch_of(world, epoch):
+    """The whole set's epoch without `batches`: order, views, teacher in the loop, its softened output."""
+    rule, order = views.rule_of(world.knowledge.knowledge.views), rng.epoch_order(SEED, epoch, np.arange(TRAIN))
+    live = LiveInFixedBatches(world)
+    live.prepare(epoch % VIEWS, None)
+    for index in np.split(order, range(BATCH, TRAIN, BATCH)):
+        images = torch.from_numpy(world.data.train.images(index))
+        yield SimpleNamespace(
+            pixels=views.apply(rule, images, views.parameters(rule, index, epoch % VIEWS)),
+            labels=torch.from_numpy(world.data.train.labels[index]),
+            probabilities=torch.softmax(live.gather(index, TEMPERATURE, CPU)["logits"] / TEMPERATURE, dim=1),
+        )
+
+
+def taught_by_a_plain_loop(world, source, stop=EPOCHS, lessons=epoch_of):
     """The same student with Hinton's loss and SGD written out, and targets from wherever `source` has them."""
     pupil = new_pupil(world)
     network, optimizer, epochs = pupil.network.train(), pupil.optimizer, []
@@ -134,7 +148,7 @@ def taught_by_a_plain_loop(world, source, stop=EPOCHS):
         for group in optimizer.param_groups:
             group["lr"] = RECIPE.learning_rate * 0.1 ** sum(drops[3 * epoch : 3 * epoch + 3])
         losses = []
-        for batch in epoch_of(source, epoch):
+        for batch in lessons(source, epoch):
             logits = network(pupil.transform(batch.pixels))
             hard = functional.cross_entropy(logits, batch.labels, reduction="none")
             log_student = functional.log_softmax(logits / TEMPERATURE, dim=1)
@@ -172,9 +186,10 @@ def test_float32_from_the_store_equals_a_live_teacher_bit_for_bit(world, tmp_pat
 def test_the_whole_set_from_the_store_equals_a_live_teacher_bit_for_bit(world, tmp_path):
     whole = manifest.full(world.knowledge.knowledge_id, TRAIN)
     with connected(world, chosen=whole) as source:
-        weights, _ = taught_by_the_package(world, source, tmp_path / "run")
-        expected, _ = taught_by_a_plain_loop(world, replace(source, targets=LiveInFixedBatches(world)))
+        weights, losses = taught_by_the_package(world, source, tmp_path / "run")
+    expected, expected_losses = taught_by_a_plain_loop(world, world, lessons=live_epoch_of)
     assert differing(weights, expected) == []
+    assert losses == pytest.approx(expected_losses, rel=1e-12)
 
 
 def test_a_teacher_on_other_views_teaches_something_else(world, tmp_path):
