@@ -112,20 +112,24 @@ def connect(
     requeried: Store | None = None,
     memory_bytes: float = MEMORY_BYTES,
     folder: Path | None = None,
+    cached_views: int | None = None,
 ) -> Iterator[Source]:
     """Yield what batches are made from: a manifest's images and views with the teacher's fields for them.
 
     Only the rows the manifest needs are read, one view at a time. `requeried` is a store of the teacher's outputs on
     the manifest's mixes. Above `memory_bytes` the rows lie in unlinked memory-mapped files in `folder` (the system's
-    temporary folder unless given).
+    temporary folder unless given). `cached_views` uses only the first so many views.
 
     Raises:
         MismatchError: data, manifest and store were not made for each other, or a field is missing.
     """
     check_data(knowledge, data)
+    if knowledge.knowledge.mixes is not None:
+        raise MismatchError(f"{knowledge.path} holds outputs on a manifest's mixes, not on the data's own samples")
     require_knowledge(manifest, knowledge.knowledge_id)
     rule = views.rule_of(knowledge.knowledge.views)
-    plain = Source(data=data, rule=rule, views=knowledge.views, manifest=manifest, mixing=mixing)
+    held_views = knowledge.views if cached_views is None else min(cached_views, knowledge.views)
+    plain = Source(data=data, rule=rule, views=held_views, manifest=manifest, mixing=mixing)
     if not fields:
         yield plain
         return

@@ -46,7 +46,7 @@ def verify(
         CorruptionError: something is not what was written; lists all of it.
         MismatchError: teacher or data are not the store's.
     """
-    kind = inspection.inspect(path)["kind"]
+    kind = inspection.kind_of(path)
     result = {"kind": kind, "path": str(path), **CHECKS[kind](path)}
     device = named.pop("device", None) or "auto"
     given = config.make(config.TeacherSettings, {key: value for key, value in named.items() if value is not None})
@@ -82,6 +82,10 @@ def recheck(
         MismatchError: teacher or data are not the store's.
     """
     batches.check_data(knowledge, data)
+    if knowledge.knowledge.mixes is not None:
+        raise SettingsError(
+            f"{knowledge.path} holds outputs on a manifest's mixes; only plain views are computed again"
+        )
     identity = replace(knowledge.knowledge, teacher=network.identity)
     require_same(
         knowledge.knowledge.document()["teacher"],
@@ -134,11 +138,17 @@ def _run(path: Path) -> dict[str, Any]:
     files = sorted(path.glob("stages/*/manifest.parquet"))
     sets = [manifest.read(file) for file in files]
     runs.load_checkpoint(folder)
-    if (path / "student.json").exists():
-        weights.load_network(path, "student")
-    if folder.values.exists() and sets:
-        values.read(folder.values, sets[0].count)
-    return {"manifests": len(sets), "finished": folder.summary.exists(), "problems": 0}
+    networks = [name for name in teacher.SAVED_NAMES if (path / f"{name}.json").exists()]
+    for name in networks:
+        weights.load_network(path, name)
+    tables = [file for file in (folder.values, *sorted(path.glob("stages/*/values.parquet"))) if file.exists() and sets]
+    for file in tables:
+        values.read(file, sets[0].count)
+    requeried = sorted(path.glob("stages/*/*.requery"))
+    for made in requeried:
+        _store(made)
+    counted: dict[str, list[Any]] = {"manifests": sets, "values": tables, "networks": networks, "requeried": requeried}
+    return {name: len(found) for name, found in counted.items()} | {"finished": folder.summary.exists(), "problems": 0}
 
 
 def _network(path: Path) -> dict[str, Any]:

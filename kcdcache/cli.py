@@ -1,5 +1,6 @@
 """The command line: parse, call, print. The only module that prints or exits, and that imports inside functions."""
 
+import difflib
 import importlib
 import json
 import logging
@@ -8,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -46,6 +48,8 @@ EXAMPLES = {
     "inspect": ("kcdcache inspect runs/store",),
     "verify": ("kcdcache verify runs/store --teacher runs/teacher --data cifar100",),
 }
+LONG = {"run", "fit", "precompute", "train"}
+"""commands that stop at a safe point when asked to, and resume; the others are over at once"""
 ARTICLES = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
@@ -59,6 +63,16 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return the command of that name."""
         return BUILDERS[cmd_name]() if cmd_name in BUILDERS else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the named command; an unknown name is refused with the nearest known one."""
+        if args and args[0] not in SUMMARIES and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], SUMMARIES, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(SUMMARIES)}"
+            ctx.fail(f"no command '{args[0]}'; {hint}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands without building them."""
@@ -122,7 +136,7 @@ def _command(name: str, options: list[click.Parameter], work: Callable[..., dict
 
     def callback(as_json: bool, debug: bool, quiet: bool, **values: Any) -> None:
         _log_to_stderr(quiet)
-        with signals.listening():
+        with signals.listening() if name in LONG else nullcontext():
             result = work(**values)
         click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **result}) if as_json else _readable(result))
 
@@ -151,8 +165,7 @@ def _settings_command(name: str) -> click.Command:
     options.append(click.Option(["--dry-run"], is_flag=True, help="print what would be done, and do nothing"))
 
     def work(dry_run: bool, **values: Any) -> dict[str, Any]:
-        given = {key: value for key, value in values.items() if value is not None}
-        settings = config.make(model, given)
+        settings = config.make(model, {key: value for key, value in values.items() if value is not None})
         if name == "condense":  # stays free of torch and zarr
             return importlib.import_module("kcdcache.condenser").run(settings, dry_run=dry_run)
         return importlib.import_module("kcdcache.steps").STEPS[name][1](settings, _Reporter(), dry_run=dry_run)
@@ -261,15 +274,15 @@ BUILDERS: Mapping[str, Callable[[], click.Command]] = {
 def _readable(result: Mapping[str, Any], indent: str = "") -> str:
     """Return a result for people: a table as it is, otherwise one line per entry, nested ones indented."""
     if "table" in result:
-        return f"{result['table']}\n\nfiles: {result['files']}"
+        return _printable(f"{result['table']}\n\nfiles: {result['files']}")
     lines = []
     for key, value in result.items():
         if isinstance(value, Mapping) and value:
-            lines += [f"{indent}{key}:", _readable(value, indent + "  ")]
+            lines += [f"{indent}{_printable(str(key))}:", _readable(value, indent + "  ")]
         elif isinstance(value, list) and value and isinstance(value[0], Mapping):
             lines += [f"{indent}{key}:", *(f"{indent}  {_entry(item)}" for item in value)]
         else:
-            lines.append(f"{indent}{key}: {_printable(str(value))}")
+            lines.append(f"{indent}{_printable(f'{key}: {value}')}")
     return "\n".join(lines)
 
 
@@ -277,8 +290,17 @@ def _entry(item: Mapping[str, Any]) -> str:
     return _printable("  ".join(f"{key}={value}" for key, value in item.items()))
 
 
+class _Plain(logging.Formatter):
+    """A log line is its message, made printable."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _printable(super().format(record))
+
+
 def _log_to_stderr(quiet: bool) -> None:
-    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Plain("%(message)s"))
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[handler])
 
 
 class _Reporter:

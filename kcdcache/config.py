@@ -8,7 +8,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,9 +21,9 @@ Precision = Literal["float32", "bfloat16"]
 
 
 class Settings(BaseModel):
-    """The root of all settings: frozen, keyword-only, unknown keys forbidden, documented by field docstrings."""
+    """The root of all settings: frozen, keyword-only, finite, no unknown keys, documented by field docstrings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ViewSettings(Settings):
@@ -44,7 +44,7 @@ class ViewSettings(Settings):
 class PrecomputeSettings(ViewSettings):
     """How the teacher's outputs become a store."""
 
-    views: int | Literal["all"] = 1
+    views: Annotated[int, Field(ge=1)] | Literal["all"] = 1
     """views cached per sample, or 'all' for the rule's whole finite set"""
     fields: tuple[str, ...] = ("logits",)
     """teacher outputs to keep: logits, penultimate"""
@@ -77,8 +77,8 @@ class OptimizerSettings(Settings):
     """L2 penalty on all parameters"""
     decay: Literal["milestones", "cosine", "constant"] = "milestones"
     """shape of the learning rate over epochs"""
-    milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
-    """where the learning rate drops, as shares of all epochs (150, 180, 210 of 240)"""
+    milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.625, 0.75, 0.875)
+    """where the learning rate drops, as shares of all epochs in (0, 1): 0.625 of 240 epochs is epoch 150"""
     decay_factor: float = Field(default=0.1, gt=0, le=1)
     """factor of each drop"""
     warmup_epochs: float = Field(default=0, ge=0)
@@ -101,7 +101,7 @@ class OptimizerSettings(Settings):
 class FitSettings(OptimizerSettings, ViewSettings):
     """How a teacher or a plain baseline is trained on hard labels."""
 
-    views: int | Literal["all"] = "all"
+    views: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
     """augmented views to cycle through, or 'all' of them"""
 
 
@@ -118,6 +118,8 @@ class MethodSettings(Settings):
     """distillation temperature; the method's own default if unset (kd: 4)"""
     mix: Literal["convex", "additive_clip"] = "convex"
     """how K_Aug images are mixed: (1-eps) x + eps x0, or x + eps x0 clipped to [0, 1]"""
+    mix_base: Literal["fresh"] = "fresh"
+    """what is mixed: always the original images; the release's compounding mixes are not reproduced"""
     mix_target: Literal["linear_prob", "linear_logit", "keep", "requery"] = "linear_prob"
     """teacher target of a mixed point: mixed cached probabilities, mixed cached logits, the kept point's own, or
     the teacher run on the mix"""
@@ -175,6 +177,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def with_preset(model: type[BaseModel], values: Any) -> Any:
+    """Return a model's raw values over those of the preset they name, as far as the model has such settings."""
+    name = values.get("preset") if isinstance(values, Mapping) else None
+    chosen = PRESETS.get(name, {}) if isinstance(name, str) else {}
+    return (
+        {**{key: value for key, value in chosen.items() if key in model.model_fields}, **values} if chosen else values
+    )
+
+
 class TrainSettings(OptimizerSettings, MethodSettings, ScheduleSettings, CondenseSettings):
     """Everything that decides a student's run."""
 
@@ -190,8 +201,7 @@ class TrainSettings(OptimizerSettings, MethodSettings, ScheduleSettings, Condens
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, values: Any) -> Any:
-        name = values.get("preset") if isinstance(values, Mapping) else None
-        return {**PRESETS.get(name, {}), **values} if name else values
+        return with_preset(cls, values)
 
 
 class MachineSettings(Settings):
@@ -276,8 +286,15 @@ class CondenseCommand(CondenseSettings):
     """manifest to write"""
     previous: Path | None = None
     """manifest the values were last updated on; all samples if unset"""
+    preset: Literal["paper", "release"] | None = None
+    """named set of readings, as for train; flags given beside it win"""
     stage: int | None = Field(default=None, ge=0)
     """number of the stage the manifest is for; one more than the previous manifest's if unset"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        return with_preset(cls, values)
 
 
 S = TypeVar("S", bound=Settings)

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import distribution
@@ -53,6 +53,11 @@ class Dataset:
     """published mean and std; None to compute them from the training images"""
 
     @property
+    def usual_views(self) -> Mapping[str, str | int]:
+        """Settings of views that suit this data where the user names none: a mirrored digit is no digit."""
+        return {"augment": "crop", "padding": 2} if parse(self.name).kind == "digits" else {}
+
+    @property
     def mean(self) -> tuple[float, ...]:
         """Mean per channel of the training pixels in [0, 1] (ImageNet's where images are decoded on demand)."""
         return self._statistics.mean
@@ -65,6 +70,10 @@ class Dataset:
     @cached_property
     def _statistics(self) -> Statistics:
         return self.known_statistics or statistics(self.train.source)
+
+    def test_digest(self) -> str:
+        """SHA-256 over images, labels and order of the test split."""
+        return sha256_bytes(self.test.digests().astype("<u8").tobytes())
 
     def identity(self) -> DataIdentity:
         """Return what identifies the training split: count, classes, size and a digest over images, labels, order."""

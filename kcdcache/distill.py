@@ -33,6 +33,8 @@ class Material:
     """condensed set of an earlier run, or None for everything"""
     teacher: Teacher | None = None
     """needed for mix_target = requery only"""
+    requeried: tuple[Path, ...] = ()
+    """stores of the teacher's outputs on mixes, made before; used where they fit"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,8 @@ class _Run:
     folder: RunFolder
     device: torch.device
     stages: tuple[schedule.Stage, ...]
+    views: int
+    """cached views the run cycles through: those of its beginning, should the store have grown since"""
     progress: loop.Progress
 
 
@@ -73,7 +77,8 @@ def run(
     methods.method_named(settings.method)
     folder = RunFolder(path=out)
     material, following = _sorted_out(material, folder)
-    document, inputs = _record(settings, material)
+    views = _views(material, folder)
+    document, inputs = _record(settings, material, views)
     if folder.summary.exists():
         start(folder, document, inputs)
         logger.info("train: %s is finished already", out)
@@ -84,10 +89,12 @@ def run(
         folder=folder,
         device=resolve_device(device),
         stages=planned(settings, material),
+        views=views,
         progress=progress,
     )
     held = session(folder, document, inputs, device=going.device, threads=threads, allow_env_change=allow_env_change)
     with held:
+        _keep_given(going)
         if following is not None:
             _place(going, following)
         return _advance(going, settings.epochs if until is None else min(until, settings.epochs))
@@ -115,8 +122,28 @@ def _sorted_out(material: Material, folder: RunFolder) -> tuple[Material, Manife
     began_with = read_json(folder.settings)["inputs"]["given"]
     if began_with == material.given.digest:
         return material, None
-    first = manifest.read(folder.manifest(0)) if began_with else None
+    first = manifest.read(_given_path(folder)) if began_with else None
     return replace(material, given=first), material.given
+
+
+def _given_path(folder: RunFolder) -> Path:
+    return folder.path / "given.parquet"
+
+
+def _keep_given(going: _Run) -> None:
+    """Keep the set a run began with beside it: stage 0 may train on a part of it only."""
+    path = _given_path(going.folder)
+    if going.material.given is not None and not path.exists():
+        manifest.write(path, going.material.given)
+
+
+def _views(material: Material, folder: RunFolder) -> int:
+    """Return the number of views the run began with, or all there are for a new one."""
+    held = material.knowledge.views
+    if not folder.settings.exists():
+        return held
+    began_with = int(read_json(folder.settings)["inputs"].get("views", held))
+    return min(began_with, held)
 
 
 def _advance(going: _Run, until: int) -> dict[str, Any]:
@@ -145,6 +172,7 @@ def _teach(going: _Run, stage: schedule.Stage, until: int) -> int:
             number=stage.number,
             start=stage.start,
             stop=stage.stop,
+            views=going.views,
             manifest=current,
             requeried=_requery(going, stage, current),
         ),
@@ -224,7 +252,7 @@ MAKERS = {"full": _full, "given": _given, "random": _random, "condensed": _conde
 def _finish(going: _Run) -> dict[str, Any]:
     """Condense once more for export (facts.md A3), then write the summary, which marks the run finished."""
     settings, last = going.settings, going.stages[-1]
-    keep = schedule.export_keep(settings.stages, settings.keep, _base(going.material))
+    keep = schedule.export_keep(settings.stages, settings.keep, _base(settings, going.material))
     exported = going.folder.manifest(last.number)
     if keep is not None:
         closing = schedule.Stage(last.number + 1, settings.epochs, settings.epochs, keep, "condensed")
@@ -267,11 +295,17 @@ def _requery(going: _Run, stage: schedule.Stage, current: Manifest) -> Path | No
     if going.settings.mix_target != "requery" or not needs or not current.mixed.any():
         return None
     knowledge, teacher = going.material.knowledge, going.material.teacher
-    if teacher is None:
-        raise SettingsError("mix_target 'requery' runs the teacher on mixed images: give --teacher (and --weights)")
     path = requery.path_for(going.folder.manifest(stage.number))
     mixing = batches.Mixing(mix=going.settings.mix)
-    used = train.views_used(stage.start, stage.stop, knowledge.views)
+    used = train.views_used(stage.start, stage.stop, going.views)
+    for made in (path, *going.material.requeried):
+        if requery.serves(made, current, mixing.mix, used, needs):
+            return made
+    if teacher is None:
+        raise SettingsError(
+            "mix_target 'requery' runs the teacher on mixed images: give --teacher (and --weights), or make them "
+            "before with `kcdcache precompute --manifest`"
+        )
     with batches.connect(going.material.data, knowledge, current, fields=(), mixing=mixing) as source:
         requery.write(source, teacher, knowledge, path, fields=needs, view_numbers=used, progress=going.progress)
     return path
@@ -294,9 +328,15 @@ def _place(going: _Run, chosen: Manifest) -> None:
             f"the run stands at epoch {done}, inside a stage; a manifest can be given only where a stage begins: "
             f"{', '.join(str(stage.start) for stage in going.stages)}"
         )
-    path = going.folder.manifest(starting[0].number)
+    number = starting[0].number
+    if chosen.stage != number:
+        raise SettingsError(
+            f"the run stands at the start of stage {number}, the given manifest is for stage {chosen.stage}; condense "
+            f"with --stage {number}, or with the manifest of stage {number - 1} as --previous"
+        )
+    path = going.folder.manifest(number)
     if path.exists():
-        raise SettingsError(f"stage {starting[0].number} of this run has another manifest already: {path}")
+        raise SettingsError(f"stage {number} of this run has another manifest already: {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     manifest.write(path, chosen)
 
@@ -315,8 +355,13 @@ def _finished_epochs(folder: RunFolder) -> int:
     return int(found[1]["epoch"]) if found else 0
 
 
-def _base(material: Material) -> float:
-    return 1.0 if material.given is None else len(material.given) / material.knowledge.knowledge.data.count
+def _base(settings: TrainSettings, material: Material) -> float:
+    """Return the share of all samples a run starts from; a set condensed to `keep` counts as exactly that."""
+    count = material.knowledge.count
+    if material.given is None:
+        return 1.0
+    exact = schedule.kept_count(settings.keep, count) == len(material.given) < count
+    return settings.keep if exact else len(material.given) / count
 
 
 def planned(settings: TrainSettings, material: Material) -> tuple[schedule.Stage, ...]:
@@ -325,7 +370,7 @@ def planned(settings: TrainSettings, material: Material) -> tuple[schedule.Stage
     Raises:
         SettingsError: epochs is no multiple of stages, or more would be kept than is given.
     """
-    return schedule.plan(settings.schedule, settings.epochs, settings.stages, settings.keep, _base(material))
+    return schedule.plan(settings.schedule, settings.epochs, settings.stages, settings.keep, _base(settings, material))
 
 
 def _as_reuse(settings: TrainSettings, material: Material) -> TrainSettings:
@@ -336,7 +381,16 @@ def _as_reuse(settings: TrainSettings, material: Material) -> TrainSettings:
     return settings.model_copy(update={"candidates": "current"})
 
 
-def _record(settings: TrainSettings, material: Material) -> tuple[dict[str, Any], dict[str, Any]]:
-    document = settings.model_dump(mode="json", exclude=NEUTRAL)
-    given = material.given.digest if material.given is not None else None
-    return document, {"knowledge_id": material.knowledge.knowledge_id, "given": given}
+def _record(settings: TrainSettings, material: Material, views: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return settings and inputs as run.json holds them: all that decides the run's bytes besides the environment."""
+    knowledge = material.knowledge
+    fields = methods.method_named(settings.method).fields
+    inputs = {
+        "knowledge_id": knowledge.knowledge_id,
+        "views": views,
+        "encodings": {name: knowledge.fields[name].encoding.name for name in fields if name in knowledge.fields},
+        "teacher_batch": knowledge.plan.batch_size,
+        "test": material.data.test_digest(),
+        "given": material.given.digest if material.given is not None else None,
+    }
+    return settings.model_dump(mode="json", exclude=NEUTRAL), inputs

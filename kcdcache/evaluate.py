@@ -45,10 +45,10 @@ def calibration_error(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " 
 
     Source: Guo et al. 2017, Eq. 3, with equal-width bins.
     """
-    confidence, guess = logits.double().softmax(1).max(1)
-    right = (guess == labels).double()
+    confidence, guess = logits.double().cpu().softmax(1).max(1)  # on a GPU index_add_ would add in any order
+    right = (guess == labels.cpu()).double()
     which = (confidence * bins).long().clamp_max(bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64, device=logits.device).index_add_(0, which, confidence - right)
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, confidence - right)
     return float(gaps.abs().sum() / len(labels))
 
 

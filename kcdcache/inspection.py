@@ -23,11 +23,23 @@ def inspect(path: Path) -> dict[str, Any]:
         MismatchError: it is nothing of ours.
         CorruptionError: it is damaged.
     """
+    kind = kind_of(path)
+    return {"kind": kind, "path": str(path), **TELLERS[kind](path)}
+
+
+def kind_of(path: Path) -> str:
+    """Return what a path holds: store, run, manifest, values or network.
+
+    Raises:
+        NotFoundError: there is nothing.
+        MismatchError: it is nothing of ours.
+        CorruptionError: it is a damaged parquet file.
+    """
     if not path.exists():
         raise NotFoundError(f"nothing at {path}")
     for kind, fits in KINDS.items():
         if fits(path):
-            return {"kind": kind, "path": str(path), **TELLERS[kind](path)}
+            return kind
     raise MismatchError(f"{path} is no store, manifest, values file, run or network of kcdcache")
 
 

@@ -94,7 +94,7 @@ class Learner:
             self.record.visits = tensors["record.visits"].to(self.device)
             self.record.value = tensors["record.value"].to(self.device)
         torch.set_rng_state(tensors["rng"])
-        if self.device.type == "cuda":
+        if "rng_device" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng_device"], self.device)
         self.epoch, self.step, self.samples = state["epoch"], state["step"], state["samples"]
         self.rows = list(state["rows"])

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,25 @@ def run(
         NonFiniteError: the loss of an epoch is not a number; the last checkpoint is from before that epoch.
     """
     resume(learner, folder)
+    with exact_arithmetic():
+        _run_until(learner, task, settings, folder, stop, progress)
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Make float32 mean float32 on a GPU (no TF32) and its convolutions repeatable; changes nothing on a CPU."""
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+
+
+def _run_until(
+    learner: Learner, task: Task, settings: OptimizerSettings, folder: RunFolder, stop: int, progress: Progress
+) -> None:
     guard = _Guard(settings.checkpoint_seconds)
     while learner.epoch < stop:
         began = time.perf_counter()

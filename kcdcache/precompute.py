@@ -14,19 +14,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kcdcache import encoding, layout, ledger, signals, store, teacher, views, writer
+from kcdcache import encoding, layout, ledger, runs, signals, store, teacher, views, writer
 from kcdcache.config import PrecomputeSettings
 from kcdcache.data import Dataset
-from kcdcache.errors import MismatchError, SettingsError
-from kcdcache.files import sha256_file
+from kcdcache.errors import MismatchError, NotFoundError, SettingsError
+from kcdcache.files import read_json, readable_json, sha256_file, write_atomic
 from kcdcache.identity import Knowledge, TeacherIdentity
 from kcdcache.layout import Part, StorePlan
 from kcdcache.loop import Progress, silent
 
 logger = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
+
 Outputs = Callable[[int, int, int], dict[str, Tensor]]
 """(view, first row, last row + 1) -> field -> float32 outputs of those rows"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where outputs are computed: it decides their last bits, so a store is finished where it was begun."""
+
+    device: torch.device = CPU
+    threads: int | None = None
+    """CPU threads asked for; those the store was begun with if None"""
+    allow_change: bool = False
+    """continue although device, threads or versions changed; recorded"""
+
+
+ANYWHERE = Place(allow_change=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +54,8 @@ class Job:
     digests: np.ndarray
     least_accuracy: float
     """accuracy on a view below which the outputs cannot be right; 0 where none is demanded"""
+    place: Place
+    """where the outputs are computed"""
 
 
 def run(
@@ -47,6 +65,8 @@ def run(
     path: Path,
     progress: Progress = silent,
     *,
+    threads: int | None = None,
+    allow_env_change: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Write the teacher's outputs on every view of every sample, or what of them is missing; return what is there.
@@ -69,13 +89,16 @@ def run(
 
     def outputs(view: int, start: int, stop: int) -> dict[str, Tensor]:
         index = np.arange(start, stop)
-        return teacher.outputs(network, view_pixels(data, rule, index, view, network.device), settings.fields)
+        # the logits cost nothing more, and tell whether the other fields can be right
+        wanted = dict.fromkeys(("logits", *settings.fields))
+        return teacher.outputs(network, view_pixels(data, rule, index, view, network.device), list(wanted))
 
     job = Job(
         outputs=outputs,
         labels=data.train.labels,
         digests=data.train.digests(),
         least_accuracy=least_accuracy(settings.min_accuracy, len(data.classes)),
+        place=Place(device=network.device, threads=threads, allow_change=allow_env_change),
     )
     fill(path, knowledge, plan, job, progress)
     return describe(path)
@@ -113,6 +136,7 @@ def import_logits(
         labels=data.train.labels,
         digests=data.train.digests(),
         least_accuracy=least_accuracy(settings.min_accuracy, len(data.classes)),
+        place=ANYWHERE,
     )
     fill(path, knowledge, plan, job, progress)
     return describe(path)
@@ -133,7 +157,7 @@ def describe(path: Path) -> dict[str, Any]:
         "knowledge_id": found.knowledge_id,
         "layout_id": found.layout_id,
         "teacher_accuracy": [sums["correct"] / found.count for sums in measured if "correct" in sums],
-        "teacher_forwards": found.count * found.views if found.knowledge.teacher.architecture != "imported" else 0,
+        "teacher_forwards": 0 if found.knowledge.teacher.architecture == "imported" else found.forwards,
         "seconds": _seconds_spent(path),
     }
 
@@ -196,8 +220,14 @@ def fill(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job, progress: 
     path.mkdir(parents=True, exist_ok=True)
     with _opened(path, knowledge, plan, job) as open_writer, ThreadPoolExecutor(1) as pool:
         pending = open_writer.pending()
+        if not pending:
+            logger.info("precompute: %s is complete already", path)
+        else:
+            _settle(path, job.place)
         rows = sum(part.stop - part.start for part in open_writer.parts)
         done = rows - sum(part.stop - part.start for part in pending)
+        if open_writer.sealed:
+            logger.info("precompute: %s is finished already", path)
         if done and pending:
             logger.info("precompute: resuming at %d of %d points", done, rows)
         written: Future[None] | None = None
@@ -208,8 +238,7 @@ def fill(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job, progress: 
             if written is not None:
                 written.result()
             _check_accuracy(part, correct, right, job.least_accuracy)
-            measured = {"correct": correct} if "logits" in part.fields else {}
-            written = pool.submit(open_writer.write_part, part, stored, statistics, measured)
+            written = pool.submit(open_writer.write_part, part, stored, statistics, {"correct": correct})
             done += part.stop - part.start
             seconds = time.perf_counter() - began
             rate = (part.stop - part.start) / seconds
@@ -223,30 +252,44 @@ def fill(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job, progress: 
         open_writer.seal()
 
 
+def _settle(path: Path, place: Place) -> None:
+    """Compute where the store was begun: put its thread count in force, refuse another device or other versions.
+
+    Raises:
+        MismatchError: the environment changed and that was not allowed.
+    """
+    file = path / ledger.FOLDER / "environment.json"
+    known = read_json(file) if file.exists() else []
+    torch.set_num_threads(place.threads or (known[-1]["threads"] if known else torch.get_num_threads()))
+    now = runs.environment(place.device, torch.get_num_threads())
+    if not known or runs.changed(known[-1], now):
+        if known:
+            runs.check_environment(known[-1], now, place.allow_change)
+        write_atomic(file, readable_json([*known, now]))
+
+
 def _compute(
     part: Part, plan: StorePlan, job: Job
 ) -> tuple[dict[str, np.ndarray], dict[str, encoding.Statistics], float]:
     """Return a part's encoded arrays, the statistics of its fields, and how often the teacher was right."""
     pieces: dict[str, list[Tensor]] = {field: [] for field in part.fields}
+    correct = 0.0
     for start, stop in plan.batches(part):
-        for field, values in job.outputs(part.view, start, stop).items():
-            if field in pieces:
-                pieces[field].append(values)
+        outputs = job.outputs(part.view, start, stop)
+        for field in part.fields:
+            pieces[field].append(outputs[field])
+        if "logits" in outputs:
+            labels = torch.from_numpy(job.labels[start:stop]).to(outputs["logits"].device)
+            correct += float((outputs["logits"].argmax(1) == labels).sum())
     whole = {field: torch.cat(values) for field, values in pieces.items()}
     stored: dict[str, np.ndarray] = {}
     for field, values in whole.items():
         stored |= plan.fields[field].encode(values, part.start)
-    correct = 0.0
-    if "logits" in whole:
-        labels = torch.from_numpy(job.labels[part.start : part.stop]).to(whole["logits"].device)
-        correct = float((whole["logits"].argmax(1) == labels).sum())
     return stored, {field: encoding.statistics(values) for field, values in whole.items()}, correct
 
 
 def _check_accuracy(part: Part, correct: float, right: dict[int, tuple[float, int]], least: float) -> None:
     """Refuse early: a wrong normalisation or class order shows in the first part."""
-    if "logits" not in part.fields:
-        return
     before, seen = right.get(part.view, (0.0, 0))
     before, seen = before + correct, seen + part.stop - part.start
     right[part.view] = before, seen
@@ -270,7 +313,7 @@ def _read_npy(file: Path, count: int, classes: int) -> np.ndarray:
     try:
         logits = np.load(file, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        raise SettingsError(f"--from-logits: no file at {file}") from None
+        raise NotFoundError(f"--from-logits: no file at {file}") from None
     except ValueError as error:
         raise SettingsError(f"--from-logits: {file} is not a plain .npy array: {error}") from None
     if logits.ndim == 2:

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from kcdcache import config, steps
-from kcdcache.config import Settings, nearest
+from kcdcache.config import MachineSettings, Settings, nearest
 from kcdcache.errors import SettingsError
 from kcdcache.files import readable_json, write_atomic
 from kcdcache.loop import Progress
@@ -51,9 +51,9 @@ class Recipe(Settings):
     """data spec given to every step that takes one"""
     train_images: int | None = Field(default=None, ge=1)
     """use only the first so many training images"""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     """seeds of the steps that run per seed"""
-    machine: dict[str, Any] = Field(default_factory=dict)
+    machine: MachineSettings = Field(default_factory=MachineSettings)
     """device and threads for every step that takes them"""
     step: tuple[Step, ...]
     """the steps in order"""
@@ -87,7 +87,7 @@ def run(
 ) -> dict[str, Any]:
     """Execute the steps into `out`, passing over finished ones; return the table, also written to out/results.json."""
     spec = _limited(data or recipe.data, recipe.train_images)
-    extra = {**recipe.machine, **(machine or {})}
+    extra = {**recipe.machine.model_dump(exclude_unset=True), **(machine or {})}
     found: dict[tuple[str, int | None], dict[str, Any]] = {}
     for step in recipe.step:
         for seed in recipe.seeds if step.per_seed else (None,):
@@ -212,6 +212,8 @@ def _require_order(recipe: Recipe, path: Path) -> None:
 
 def _require_settings(step: Step, path: Path) -> None:
     fields = steps.STEPS[step.run][0].model_fields
+    if step.per_seed and "seed" in step.settings:
+        raise SettingsError(f"{path}, step '{step.name}': it runs once per seed of the recipe, so it cannot set 'seed'")
     for key in step.settings:
         if key not in fields:
             raise SettingsError(f"unknown setting '{key}' in {path}, step '{step.name}'; {nearest(key, list(fields))}")
@@ -239,4 +241,6 @@ def _accepted(command: str, machine: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _limited(spec: str, train_images: int | None) -> str:
-    return spec if train_images is None or "?" in spec else f"{spec}?train={train_images}"
+    if train_images is None or "?train=" in spec or "&train=" in spec:
+        return spec
+    return f"{spec}{'&' if '?' in spec else '?'}train={train_images}"

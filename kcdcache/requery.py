@@ -13,6 +13,7 @@ from kcdcache.data import Dataset
 from kcdcache.errors import MismatchError
 from kcdcache.identity import require_same
 from kcdcache.loop import Progress, silent
+from kcdcache.manifest import Manifest
 
 
 def write(
@@ -40,7 +41,7 @@ def write(
     )
     rows = np.flatnonzero(source.manifest.mixed)
     mixes = {"manifest": source.manifest.digest, "mix": source.mixing.mix, "views": list(view_numbers)}
-    if _serves(path, mixes, fields):
+    if serves(path, source.manifest, source.mixing.mix, view_numbers, fields):
         return precompute.describe(path)
     forms = [_stored_form(knowledge, field) for field in fields]
     plan = layout.plan_store(len(rows), len(view_numbers), forms, batch_size=knowledge.plan.batch_size)
@@ -55,6 +56,7 @@ def write(
         labels=source.data.train.labels[index],
         digests=source.data.train.digests()[index],
         least_accuracy=0.0,
+        place=precompute.Place(device=network.device, allow_change=True),
     )
     precompute.fill(path, replace(knowledge.knowledge, mixes=mixes), plan, job, progress)
     return precompute.describe(path)
@@ -105,11 +107,11 @@ def _stored_form(knowledge: store.Store, field: str) -> encoding.Encoding:
     return knowledge.fields[field].encoding
 
 
-def _serves(path: Path, mixes: dict[str, Any], fields: Sequence[str]) -> bool:
-    """Return whether a sealed store at `path` has the outputs on these mixes, perhaps in more views."""
+def serves(path: Path, chosen: Manifest, mix: str, view_numbers: Sequence[int], fields: Sequence[str]) -> bool:
+    """Return whether a sealed store at `path` has the outputs on a manifest's mixes, perhaps in more views."""
     if not ledger.commit_path(path, 0).exists():
         return False
     held = store.open(path)
     there = held.knowledge.mixes or {}
-    same = all(there.get(key) == mixes[key] for key in ("manifest", "mix"))
-    return same and set(mixes["views"]) <= set(there["views"]) and set(fields) <= set(held.fields)
+    same = there.get("manifest") == chosen.digest and there.get("mix") == mix
+    return same and set(view_numbers) <= set(there["views"]) and set(fields) <= set(held.fields)

@@ -110,15 +110,15 @@ def session(
     with locked(folder.lock):
         record = start(folder, settings, inputs)
         before = torch.get_num_threads()
-        wanted = threads or (record["environment"]["threads"] if record else before)
+        wanted = threads or (latest_environment(record)["threads"] if record else before)
         torch.set_num_threads(wanted)
         try:
             now = environment(device, wanted)
-            if record is None:
-                write_record(folder, settings, inputs, [now])
-            elif _changed(record["environment"], now):
-                check_environment(record, now, allow_env_change)
-                write_record(folder, settings, inputs, [record["environment"], *record["changes"], now])
+            known = [record["environment"], *record["changes"]] if record else []
+            if not known or changed(known[-1], now):
+                if known:
+                    check_environment(known[-1], now, allow_env_change)
+                write_record(folder, settings, inputs, [*known, now])
             yield
         finally:
             torch.set_num_threads(before)
@@ -147,15 +147,21 @@ def start(folder: RunFolder, settings: Mapping[str, Any], inputs: Mapping[str, A
     return record
 
 
-def check_environment(record: Mapping[str, Any], now: Mapping[str, Any], allow_change: bool) -> None:
-    """Do nothing if a resumed run continues where its bytes stay the same.
+def latest_environment(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where a run went on last: its first environment, or the last change that was allowed."""
+    latest: dict[str, Any] = [record["environment"], *record["changes"]][-1]
+    return latest
+
+
+def check_environment(known: Mapping[str, Any], now: Mapping[str, Any], allow_change: bool) -> None:
+    """Do nothing if interrupted work continues where its bytes stay the same, or a change is allowed.
 
     Raises:
         MismatchError: device, threads or a version differ and the change was not allowed.
     """
     if not allow_change:
-        was, is_now = ({key: side[key] for key in COMPARED} for side in (record["environment"], now))
-        names = ("the run's first environment", "this one")
+        was, is_now = ({key: side[key] for key in COMPARED} for side in (known, now))
+        names = ("the environment this was begun in", "this one")
         require_same(was, is_now, names, "results would differ in their last bits; --allow-env-change continues anyway")
 
 
@@ -292,7 +298,8 @@ def require_folder_free(folder: RunFolder) -> None:
         raise MismatchError(f"{folder.path} holds {others[0]} but no run.json; give an empty or new folder as --out")
 
 
-def _changed(first: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+def changed(first: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return whether two environments may give different last bits."""
     return any(first[key] != now[key] for key in COMPARED)
 
 

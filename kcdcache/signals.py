@@ -1,5 +1,6 @@
 """Stop requests: SIGINT and SIGTERM ask for a clean stop at the next safe point; a second one aborts at once."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -49,3 +50,4 @@ def _note(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)  # the second one is not asked to wait
         signal.raise_signal(number)
     _received.append(number)
+    os.write(2, b"stopping at the next safe point; once more aborts\n")  # print is not safe inside a handler

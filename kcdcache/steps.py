@@ -1,5 +1,6 @@
 """One function per command that writes: its settings in, its result out; shared by recipes and the command line."""
 
+import logging
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -13,13 +14,21 @@ from kcdcache.loop import Progress
 from kcdcache.models.device import resolve_device, use_threads
 from kcdcache.runs import read_summary
 
+logger = logging.getLogger(__name__)
+
 Result = dict[str, Any]
+
+FEW_VIEWS = (
+    "note: %d cached views for %d epochs; fewer than a third of the epochs is known to cost accuracy "
+    "(add some with `kcdcache precompute --views N` on the same store)"
+)
 
 
 def fit(command: config.FitCommand, progress: Progress, dry_run: bool = False) -> Result:
     """Train a teacher or a baseline; return its summary, or with `dry_run` what would be trained."""
     data = load_data(command.data)
     settings = config.part(config.FitSettings, command)
+    settings = settings.model_copy(update=_usual_views(command, data))
     if dry_run:
         steps = -(-len(data.train) // settings.batch_size) * settings.epochs
         return {
@@ -46,11 +55,22 @@ def precompute_store(command: config.PrecomputeCommand, progress: Progress, dry_
     data = load_data(command.data)
     settings = config.part(config.PrecomputeSettings, command)
     if command.from_logits is not None:
+        _require_import(command)
         return precompute.import_logits(settings, data, command.from_logits, command.store, progress, dry_run=dry_run)
+    settings = settings.model_copy(update=_usual_views(command, data))
     network = load_teacher(command, data, settings.teacher_precision, command.device, command.threads)
     if command.manifest is not None:
         return _requery(command, data, network, progress, dry_run)
-    return precompute.run(settings, data, network, command.store, progress, dry_run=dry_run)
+    return precompute.run(
+        settings,
+        data,
+        network,
+        command.store,
+        progress,
+        threads=command.threads,
+        allow_env_change=command.allow_env_change,
+        dry_run=dry_run,
+    )
 
 
 def train(command: config.TrainCommand, progress: Progress, dry_run: bool = False) -> Result:
@@ -65,7 +85,10 @@ def train(command: config.TrainCommand, progress: Progress, dry_run: bool = Fals
     network = None
     if command.teacher is not None and settings.mix_target == "requery":
         network = load_teacher(command, data, precision_of(knowledge), command.device, command.threads)
-    material = distill.Material(data=data, knowledge=knowledge, given=given, teacher=network)
+    made = (requery.path_for(command.manifest),) if command.manifest else ()
+    material = distill.Material(data=data, knowledge=knowledge, given=given, teacher=network, requeried=made)
+    if 3 * knowledge.views < settings.epochs and settings.method != "ce":
+        logger.warning(FEW_VIEWS, knowledge.views, settings.epochs)
     if dry_run:
         return _planned_stages(settings, material, command.out)
     return distill.run(
@@ -94,6 +117,24 @@ STEPS: Mapping[str, tuple[type[config.Settings], Callable[..., Result]]] = {
 """command -> the settings it takes and the function that does it"""
 
 
+def _usual_views(command: config.FitCommand | config.PrecomputeCommand, data: datasets.Dataset) -> dict[str, Any]:
+    """Return the views that suit the data, where the user named none."""
+    return {} if "augment" in command.model_fields_set else dict(data.usual_views)
+
+
+def _require_import(command: config.PrecomputeCommand) -> None:
+    """Refuse what an import cannot follow, and logits of which nobody says what view they are of."""
+    ignored = command.model_fields_set & {"teacher", "weights", "manifest", "views", "fields", "batch_size"}
+    if ignored:
+        flag = f"--{min(ignored).replace('_', '-')}"
+        raise SettingsError(f"{flag} does nothing beside --from-logits: the file decides it; leave it out")
+    if "augment" not in command.model_fields_set:
+        raise SettingsError(
+            "--from-logits needs --augment: say which views the logits belong to (--augment none for images as they "
+            "are); logits of other images than the student sees are the known failure of offline distillation"
+        )
+
+
 def condensed_set(run: Path) -> Path:
     """Return the manifest that a finished run exported; in a plan of a run not yet made, where its folder will be."""
     return run / read_summary(run)["condensed_set"] if (run / "summary.json").exists() else run / "condensed set"
@@ -114,6 +155,10 @@ def load_teacher(
     if settings.teacher is None:
         raise SettingsError("--teacher is missing: a folder written by `kcdcache fit`, or a network with --weights")
     use_threads(threads)
+    own = {"--teacher-mean": settings.teacher_mean, "--teacher-std": settings.teacher_std}
+    given = [flag for flag, value in (own | {"--teacher-size": settings.teacher_size}).items() if value is not None]
+    if given and settings.weights is None:
+        raise SettingsError(f"{given[0]} does nothing here: {settings.teacher} brings its own input transform")
     return teacher.load(
         settings.teacher,
         weights_path=settings.weights,

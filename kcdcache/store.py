@@ -145,6 +145,13 @@ class Store:
         """A digest of every sample's bytes and label, read at first use."""
         return self._sample_array("sample_digest")
 
+    @property
+    def forwards(self) -> int:
+        """Number of teacher forwards that made the store; a field added later cost its own."""
+        parts = [record.part for record in self._records if record.part is not None]
+        rows = self.plan.part_rows
+        return sum(min(rows, self.count - part * rows) for part in parts)
+
     def row_bytes(self, fields: Sequence[str]) -> int:
         """Return the bytes one row takes in the arrays `load` returns for these fields."""
         return sum(array.row_bytes for array in self.plan.arrays_of(fields))

@@ -26,6 +26,8 @@ class Lessons:
     """first epoch of the stage"""
     stop: int
     """first epoch after the stage"""
+    views: int
+    """cached views to cycle through"""
     manifest: Manifest
     requeried: Path | None = None
     """store of the teacher's outputs on this manifest's mixes, if it was asked for them"""
@@ -65,6 +67,7 @@ def run_stage(
         requeried=None if lessons.requeried is None else store.open(lessons.requeried),
         memory_bytes=settings.memory_gb * GIB,
         folder=folder.scratch,
+        cached_views=lessons.views,
     )
     with connected as source:
         stop = min(until, lessons.stop)
@@ -113,7 +116,7 @@ def _task(
             "view": source.view_of(epoch),
             "kept": len(lessons.manifest.index),
             "mixed": int(lessons.manifest.mixed.sum()),
-            **(read if _loads(epoch, lessons, knowledge.views) else {"rows_read": 0, "bytes_read": 0}),
+            **(read if _loads(epoch, lessons) else {"rows_read": 0, "bytes_read": 0}),
         },
         clock=clock,
     )
@@ -134,9 +137,9 @@ def _rows_read(
     return found
 
 
-def _loads(epoch: int, lessons: Lessons, count: int) -> bool:
+def _loads(epoch: int, lessons: Lessons) -> bool:
     """Return whether an epoch needs another view than the one before it in its stage."""
-    return epoch == lessons.start or count > 1
+    return epoch == lessons.start or lessons.views > 1
 
 
 def _write_values(

@@ -203,12 +203,19 @@ def _require_place(root: Path) -> None:
 
 
 def _begin(root: Path, knowledge: Knowledge, plan: StorePlan) -> None:
+    if not any((root / ledger.FOLDER / "log" / "0").glob("v*.json")):
+        _forget(root)  # nothing was computed yet, so whoever comes next decides what this store is
     if (root / IDENTITY_FILE).exists():
         _require_same_knowledge(root, knowledge)
     else:
         document = {"format_version": FORMAT_VERSION, "knowledge": knowledge.document()}
         write_atomic(root / IDENTITY_FILE, canonical_json(document | {"knowledge_id": knowledge.knowledge_id}))
     _write_or_compare(ledger.plan_path(root, 0), plan.document(), f"the plan of the store at {root}")
+
+
+def _forget(root: Path) -> None:
+    for path in (IDENTITY_FILE, ledger.plan_path(Path(), 0), ledger.record_path(Path(), 0, ledger.SAMPLES)):
+        (root / path).unlink(missing_ok=True)
 
 
 def _require_same_knowledge(root: Path, knowledge: Knowledge) -> None:
