@@ -1,0 +1,490 @@
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import click
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from stores import content
+
+import kcdcache
+from kcdcache import cli, config, manifest, recipe
+from kcdcache.files import locked
+
+DATA = "digits?train=200&test=100"
+MODELS = {
+    "fit": config.FitCommand,
+    "precompute": config.PrecomputeCommand,
+    "train": config.TrainCommand,
+    "condense": config.CondenseCommand,
+}
+FIELDS = [(name, field) for name, model in MODELS.items() for field in model.model_fields]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(kcdcache.__file__).parent.parent)}
+
+
+def fit(place, **more):
+    return arguments(
+        "fit", data=DATA, model="resnet8", out=place / "teacher", augment="crop", padding=2, epochs=1, **more
+    )
+
+
+def precompute(place, **more):
+    given = {"data": DATA, "teacher": place / "teacher", "store": place / "store", "augment": "crop", "padding": 2}
+    return arguments("precompute", **(given | {"views": 2, "min_accuracy": 0} | more))
+
+
+def train(place, **more):
+    given = {"data": DATA, "store": place / "store", "student": "resnet8", "out": place / "run"}
+    return arguments("train", **(given | {"epochs": 2, "stages": 2, "keep": 0.5} | more))
+
+
+def condense(place, **more):
+    given = {
+        "values": place / "run/values.parquet",
+        "store": place / "store",
+        "keep": 0.4,
+        "out": place / "set.parquet",
+    }
+    return arguments("condense", **(given | more))
+
+
+WRITING = {"fit": fit, "precompute": precompute, "train": train, "condense": condense}
+
+
+def arguments(command, **options):
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return [command, *words]
+
+
+def outcome(capsys, *words):
+    """Return (exit code, stdout, stderr) of a command run in this process."""
+    code = cli._outcome([str(word) for word in words])
+    return code, *capsys.readouterr()
+
+
+def failure(capsys, *words):
+    """Return (exit code, message) of a command that fails: nothing on stdout, no traceback."""
+    code, out, err = outcome(capsys, *words)
+    assert out == ""
+    assert "Traceback" not in err
+    return code, err
+
+
+def alone(*words, before=""):
+    """Run the command line in a process of its own, which afterwards names the heavy modules it has loaded."""
+    code = (
+        f"import sys; {before}\nfrom kcdcache import cli\ncode = cli._outcome(sys.argv[1:])\n"
+        "print('loaded:', *[m for m in ('torch', 'zarr', 'pydantic') if m in sys.modules], file=sys.stderr)\n"
+        "sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+
+
+def tree(folder):
+    return {path: None if path.is_dir() else path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder in which every writing command has been run once."""
+    place = tmp_path_factory.mktemp("chain")
+    for command in WRITING.values():
+        assert cli._outcome([*command(place), "--quiet"]) == 0
+    return place
+
+
+@pytest.fixture
+def chain(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "chain"))
+
+
+# help
+
+
+def test_help_answers_without_the_heavy_libraries():
+    done = alone("--help")
+    assert done.returncode == 0
+    assert done.stderr == "loaded:\n"
+    assert [name for name in cli.SUMMARIES if f"\n  {name} " in done.stdout] == list(cli.SUMMARIES)
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    assert outcome(capsys)[0] == 0
+    assert outcome(capsys)[1:] == outcome(capsys, "--help")[1:]
+
+
+def test_the_version_is_the_packages(capsys):
+    assert outcome(capsys, "--version") == (0, f"kcdcache, version {kcdcache.__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", cli.SUMMARIES)
+def test_help_of_a_command_ends_its_text_with_examples(capsys, command):
+    code, out, _ = outcome(capsys, command, "--help")
+    assert (code, cli.SUMMARIES[command].split()[0] in out) == (0, True)
+    assert f"Examples:\n    kcdcache {command}" in out
+
+
+@pytest.mark.parametrize(("command", "name"), FIELDS)
+def test_help_gives_every_settings_flag_text_and_default(command, name):
+    option = next(option for option in cli.BUILDERS[command]().params if option.name == name)
+    field = MODELS[command].model_fields[name]
+    assert option.help.startswith(" ".join(field.description.split()))
+    if field.is_required():
+        assert option.required
+    elif field.default is not None:
+        assert option.help.endswith(f"  [default: {cli._shown(field.default)}]")
+
+
+def test_every_option_of_every_command_has_help():
+    for name, build in cli.BUILDERS.items():
+        without = [option.name for option in build().params if isinstance(option, click.Option) and not option.help]
+        assert (name, without) == (name, [])
+
+
+def test_defaults_are_shown_as_they_are_typed():
+    assert [cli._shown(value) for value in (True, False, (0.5, 0.75), ("logits",), 4, "kd")] == [
+        "on", "off", "0.5,0.75", "logits", "4", "kd",
+    ]  # fmt: skip
+
+
+# usage
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "no command 'trian'; did you mean 'train'?"),
+        (["zzz"], "no command 'zzz'; known: run, fit, precompute"),
+        (["train", "--kep", "1"], r"No such option '--kep'. (Did you mean one of"),
+        (["train", "--data", "digits"], "Missing option '--store'"),
+        (["fit", "--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
+        (["inspect"], "Missing argument 'PATH'"),
+        (["inspect", "a", "b"], "Got unexpected extra argument (b)"),
+    ],
+)
+def test_wrong_usage_ends_with_2_and_what_was_meant(capsys, words, message):
+    code, err = failure(capsys, *words)
+    assert code == 2
+    assert message in err
+
+
+def sample_of(annotation):
+    """Return plain values a field of this type accepts."""
+    kinds = [annotation, *get_args(annotation)]
+    if annotation is bool:
+        return [True, False]
+    if any(get_origin(kind) is tuple for kind in kinds):
+        return [["a", "b"], ["a"], []] if "str" in str(annotation) else [[0.25, 0.5], [0.5], []]
+    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    return (
+        choices
+        or {int: [3], float: [0.25], str: ["resnet8"], Path: ["some/where"]}[
+            next(kind for kind in kinds if kind in (int, float, str, Path))
+        ]
+    )
+
+
+SAMPLES = [
+    (command, name, value)
+    for command, name in FIELDS
+    for value in sample_of(MODELS[command].model_fields[name].annotation)
+    if not (MODELS[command].model_fields[name].is_required() and value == [])
+]
+REQUIRED = {
+    "fit": {"data": "digits", "model": "resnet8", "out": "o"},
+    "precompute": {"data": "digits", "store": "s"},
+    "train": {"data": "digits", "store": "s", "out": "o"},
+    "condense": {"values": "v", "store": "s", "keep": 0.5, "out": "o"},
+}
+
+
+def from_flags(command, name, value):
+    flag = f"--{name.replace('_', '-')}"
+    words = [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    if isinstance(value, bool):
+        words = [flag if value else f"--no-{flag[2:]}"]
+    others = {key: given for key, given in REQUIRED[command].items() if key != name}
+    context = cli.BUILDERS[command]().make_context(command, [*arguments(command, **others)[1:], *words])
+    given = {key: found for key, found in context.params.items() if found is not None}
+    return config.make(MODELS[command], {key: given[key] for key in given if key in MODELS[command].model_fields})
+
+
+def from_toml(folder, command, name, value):
+    settings = REQUIRED[command] | {name: value}
+    lines = [f"{key} = {json.dumps(given)}" for key, given in settings.items()]
+    text = "\n".join(['title = "t"', 'data = "digits"', "[[step]]", 'name = "a"', f'run = "{command}"', *lines])
+    (folder / "recipe.toml").write_text(text)
+    return config.make(MODELS[command], recipe.load(folder / "recipe.toml").step[0].settings)
+
+
+@pytest.mark.parametrize(("command", "name", "value"), SAMPLES)
+def test_a_flag_and_a_toml_key_give_equal_settings(tmp_path, command, name, value):
+    flags, toml = from_flags(command, name, value), from_toml(tmp_path, command, name, value)
+    assert flags == toml
+    found = getattr(flags, name)
+    assert (list(found) if isinstance(found, tuple) else str(found) if isinstance(found, Path) else found) == value
+
+
+def test_options_of_a_command_are_the_fields_of_its_settings():
+    common = {"as_json", "debug", "quiet", "dry_run"}
+    for command, model in MODELS.items():
+        assert {option.name for option in cli.BUILDERS[command]().params} == set(model.model_fields) | common
+
+
+# results
+
+
+@pytest.mark.parametrize("command", WRITING)
+def test_json_is_one_object_and_nothing_else(capsys, chain, command):
+    code, out, _ = outcome(capsys, *WRITING[command](chain), "--json")
+    assert (code, out.count("\n")) == (0, 1)
+    assert json.loads(out)["schema_version"] == cli.SCHEMA_VERSION
+
+
+@pytest.mark.parametrize("path", ["store", "run", "teacher", "set.parquet", "run/values.parquet", "teacher/model.json"])
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_everything_that_is_written_can_be_inspected_and_verified(capsys, finished, command, path):
+    code, out, err = outcome(capsys, command, finished / path, "--json")
+    found = json.loads(out)
+    assert (code, err, found["schema_version"]) == (0, "", 0)
+    kinds = {"store": "store", "run": "run", "teacher": "run", "set.parquet": "manifest", "model.json": "network"}
+    assert found["kind"] == kinds.get(Path(path).name, "values")
+
+
+def test_the_readable_form_has_a_line_per_entry(capsys, finished):
+    _, out, _ = outcome(capsys, "inspect", finished / "store")
+    assert "\nsamples: 200\n" in out
+    assert "\nfields:\n  logits: float16\n" in out
+
+
+def test_verify_with_the_teacher_computes_points_again(capsys, finished):
+    words = arguments("verify", teacher=finished / "teacher", data=DATA, points=64)
+    code, out, _ = outcome(capsys, *words, finished / "store", "--json")
+    assert code == 0
+    assert json.loads(out)["recomputed"] == {"points": 200, "differing": 0, "largest": 0.0}
+
+
+@pytest.mark.parametrize("command", WRITING)
+def test_a_dry_run_changes_nothing(capsys, chain, tmp_path, command):
+    elsewhere = {"fit": "out", "precompute": "store", "train": "out", "condense": "out"}[command]
+    before = tree(tmp_path)
+    for options in ({}, {elsewhere: tmp_path / "new"}):
+        words = WRITING[command](chain)
+        where = words.index(f"--{elsewhere}") + 1
+        words[where] = str(options.get(elsewhere, words[where]))
+        code, out, _ = outcome(capsys, *words, "--dry-run", "--json")
+        assert (code, json.loads(out)["would"]) == (0, command)
+    assert tree(tmp_path) == before
+
+
+def test_a_dry_run_of_a_recipe_changes_nothing(capsys, tmp_path):
+    code, out, _ = outcome(capsys, "run", "--out", tmp_path / "new", "--dry-run", "--json")
+    assert (code, json.loads(out)["would"]) == (0, "run")
+    assert tree(tmp_path) == {}
+
+
+def test_a_dry_run_of_train_tells_stages_and_cost(capsys, finished, tmp_path):
+    words = train(finished, out=tmp_path / "new", epochs=8, stages=4, keep=0.5)
+    found = json.loads(outcome(capsys, *words, "--dry-run", "--json")[1])
+    samples = [stage["samples"] for stage in found["stages"]]
+    assert (samples[0], samples) == (200, sorted(samples, reverse=True))
+    assert found["relative_cost"] == pytest.approx(sum(samples) / 800)
+
+
+@pytest.mark.parametrize("command", WRITING)
+def test_a_finished_command_run_again_says_so_and_changes_nothing(capsys, caplog, chain, command):
+    caplog.set_level("INFO")
+    before = content(chain)
+    code, out, _ = outcome(capsys, *WRITING[command](chain))
+    assert code == 0
+    assert "finished already" in caplog.text or "already: True" in out
+    assert content(chain) == before
+
+
+def test_progress_goes_to_stderr_and_quiet_silences_it(tmp_path):
+    loud = alone(*fit(tmp_path), "--json")
+    assert json.loads(loud.stdout)["kind"] == "fit"
+    assert "epoch 1 of 1: loss " in loud.stderr
+    assert "train: 1 of 1 (" in loud.stderr
+    quiet = alone(*fit(tmp_path / "other"), "--json", "--quiet")
+    assert quiet.stderr == "loaded: torch pydantic\n" or quiet.stderr == "loaded: torch zarr pydantic\n"
+
+
+# condense stands alone
+
+
+def test_condense_needs_neither_torch_nor_zarr(chain):
+    done = alone(*condense(chain, out=chain / "alone.parquet"), "--json")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "loaded: pydantic")
+    assert json.loads(done.stdout)["values_from"] == "kcdcache"
+    assert (chain / "alone.parquet").read_bytes() == (chain / "set.parquet").read_bytes()
+
+
+def test_condense_takes_another_tools_values_and_says_so(chain):
+    order = np.random.default_rng(0).permutation(200)
+    pq.write_table(pa.table({"index": order, "value": order / 200}), chain / "theirs.parquet")
+    done = alone(*condense(chain, values=chain / "theirs.parquet", out=chain / "m.parquet", keep=0.25))
+    assert done.returncode == 0
+    assert "\nvalues_from: another tool\n" in done.stdout
+    made = manifest.read(chain / "m.parquet")
+    assert made.index.tolist() == list(range(150, 200))
+    assert (made.visits == 1).all()
+
+
+# exit codes, each with its message
+
+
+def test_2_settings_out_of_range(capsys, finished):
+    code, err = failure(capsys, *condense(finished, keep=1.5))
+    assert code == 2
+    assert re.search(r"error: setting 'keep' in the command line: .*less than or equal to 1; found '1.5'", err)
+
+
+def test_2_a_missing_student(capsys, finished, tmp_path):
+    words = arguments("train", data=DATA, store=finished / "store", out=tmp_path / "new")
+    code, err = failure(capsys, *words)
+    assert (code, "error: --student is missing" in err) == (2, True)
+
+
+def test_2_another_run_in_the_folder(capsys, chain):
+    code, err = failure(capsys, *train(chain, learning_rate=0.2))
+    assert code == 2
+    assert "holds a run with learning_rate = 0.05, asked for now: 0.2; give the same settings" in err
+
+
+def test_3_damage(capsys, chain):
+    chunk = next(path for path in (chain / "store/logits").glob("c.*"))
+    data = bytearray(chunk.read_bytes())
+    data[5] ^= 1
+    chunk.write_bytes(data)
+    code, err = failure(capsys, "verify", chain / "store")
+    assert (code, "1 problems" in err, f"logits/{chunk.name}" in err) == (3, True, True)
+
+
+def test_4_values_of_other_knowledge(capsys, chain):
+    outcome(capsys, *precompute(chain, store=chain / "other", view_seed=1))
+    code, err = failure(capsys, *condense(chain, store=chain / "other", out=chain / "m.parquet"))
+    assert code == 4
+    assert re.search(r"error: the values in .* were measured on knowledge \w{64}, the store at .* holds \w{64}", err)
+
+
+def test_4_other_data(capsys, chain):
+    code, err = failure(capsys, *train(chain, data="digits?train=100&test=100", out=chain / "new"))
+    assert (code, "differ in count: 200 against 100" in err) == (4, True)
+
+
+def test_5_values_that_are_no_numbers(capsys, chain):
+    pq.write_table(pa.table({"index": [0, 1], "value": [0.5, float("nan")]}), chain / "theirs.parquet")
+    code, err = failure(capsys, *condense(chain, values=chain / "theirs.parquet"))
+    assert (code, "row 1: 'value' is nan, expected a finite float32" in err) == (5, True)
+
+
+def test_6_a_manifest_is_never_overwritten(capsys, chain):
+    code, err = failure(capsys, *condense(chain, keep=0.3))
+    assert code == 6
+    assert "set.parquet holds another manifest; manifests are never overwritten: give another --out" in err
+
+
+def test_6_a_run_another_process_trains(capsys, chain):
+    (chain / "run/summary.json").unlink()
+    with locked(chain / "run/.lock"):
+        code, err = failure(capsys, *train(chain))
+    assert (code, f"is being written by process {os.getpid()} on " in err) == (6, True)
+
+
+def test_7_a_full_disk(chain):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))"
+    done = alone(*condense(chain, out=chain / "m.parquet"), before=limit)
+    assert done.returncode == 7
+    assert f"error: no space left to write {chain}/m.parquet: free some and run the same command again" in done.stderr
+    assert not (chain / "m.parquet").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("ran",)
+
+
+def test_8_weights_that_could_run_code(capsys, chain):
+    torch.save({"conv1.weight": Evil()}, chain / "evil.pth", pickle_module=pickle)
+    words = precompute(chain, teacher="resnet8", weights=chain / "evil.pth", store=chain / "new")
+    code, err = failure(capsys, *words)
+    assert (code, "holds Python objects besides tensors and plain values" in err) == (8, True)
+
+
+def test_9_an_unfinished_store(capsys, chain):
+    (chain / "store/_kcd/commit.0.json").unlink()
+    for words in (["verify", chain / "store"], train(chain, out=chain / "new")):
+        code, err = failure(capsys, *words)
+        assert code == 9
+        assert "is not finished: it has no commit record; run the same `kcdcache precompute` again" in err
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda place: ["inspect", place / "nowhere"], "nothing at"),
+        (lambda place: ["verify", place / "nowhere"], "nothing at"),
+        (lambda place: ["run", place / "nowhere.toml"], "no recipe at"),
+        (lambda place: condense(place, values=place / "nowhere"), "no file at"),
+        (lambda place: condense(place, previous=place / "nowhere"), "no file at"),
+        (lambda place: condense(place, store=place / "nowhere"), "no knowledge store at"),
+        (lambda place: train(place, store=place / "nowhere"), "no knowledge store at"),
+        (lambda place: train(place, manifest=place / "nowhere", out=place / "new"), "no file at"),
+        (lambda place: precompute(place, teacher=place / "nowhere"), "no saved network at"),
+    ],
+)
+def test_10_what_is_not_there(capsys, finished, make, message):
+    code, err = failure(capsys, *make(finished))
+    assert code == 10
+    assert re.search(rf"error: {message} .*nowhere", err)
+
+
+def test_1_a_fault_of_the_system(capsys, finished, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, err = failure(capsys, *condense(finished, out=tmp_path / "file/m.parquet"))
+    assert code == 1
+    assert "error: " in err
+
+
+def test_debug_shows_where_an_error_came_from(capsys, tmp_path):
+    code, _, err = outcome(capsys, "inspect", tmp_path / "nowhere", "--debug")
+    assert code == 10
+    assert "Traceback (most recent call last)" in err
+    assert "inspection.py" in err
+
+
+# names from files must not steer the terminal
+
+
+def test_control_characters_in_messages_are_shown_not_sent(capsys, tmp_path):
+    code, err = failure(capsys, "inspect", tmp_path / "a\x1b[31mred\x07")
+    assert code == 10
+    assert "a\\x1b[31mred\\x07" in err
+    assert "\x1b" not in err
+
+
+def test_control_characters_in_results_are_shown_not_sent(capsys, tmp_path):
+    document = json.dumps({"knowledge_id": "k", "a\x1b]0;b": {"c\x1b": "d\x1b"}})
+    record = tmp_path / "model.json"
+    record.write_text(document)
+    record.with_suffix(".safetensors").write_bytes(b"")
+    code, out, _ = outcome(capsys, "inspect", record)
+    assert code == 0
+    assert "\x1b" not in out
+    assert "a\\x1b]0;b:\n  c\\x1b: d\\x1b" in out
+
+
+def test_control_characters_in_a_recipe_are_shown_not_sent():
+    text = cli._readable({"table": "t\x1b[2J\nrow", "files": "f\x1b"})
+    assert text == "t\\x1b[2J\nrow\n\nfiles: f\\x1b"
