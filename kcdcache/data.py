@@ -54,8 +54,8 @@ class Dataset:
 
     @property
     def usual_views(self) -> Mapping[str, str | int]:
-        """Settings of views that suit this data where the user names none: a mirrored digit is no digit."""
-        return {"augment": "crop", "padding": 2} if parse(self.name).kind == "digits" else {}
+        """Views that suit this data where the user names none: a mirrored digit is no digit."""
+        return {"augment": "crop", "padding": 2} if self.name.startswith("digits") else {}
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -70,10 +70,6 @@ class Dataset:
     @cached_property
     def _statistics(self) -> Statistics:
         return self.known_statistics or statistics(self.train.source)
-
-    def test_digest(self) -> str:
-        """SHA-256 over images, labels and order of the test split."""
-        return sha256_bytes(self.test.digests().astype("<u8").tobytes())
 
     def identity(self) -> DataIdentity:
         """Return what identifies the training split: count, classes, size and a digest over images, labels, order."""
@@ -140,8 +136,8 @@ def load(spec: str) -> Dataset:
     train = _first(loaded.train, parsed.train, f"training split of '{spec}'")
     test = _first(loaded.test, parsed.test, f"test split of '{spec}'")
     classes = loaded.classes or tuple(str(label) for label in range(int(train.labels.max()) + 1))
-    _require_in_range(train, len(classes))
-    _require_in_range(test, len(classes))
+    for split in (train, test):
+        _require_in_range(split, len(classes))
     if parsed.train is None or loaded.classes is None:
         _require_all_classes(train, classes, spec)
     return Dataset(spec, _settled(train), _settled(test), classes, loaded.statistics)

@@ -390,7 +390,7 @@ def _record(settings: TrainSettings, material: Material, views: int) -> tuple[di
         "views": views,
         "encodings": {name: knowledge.fields[name].encoding.name for name in fields if name in knowledge.fields},
         "teacher_batch": knowledge.plan.batch_size,
-        "test": material.data.test_digest(),
+        "test": material.data.test.digest(),
         "given": material.given.digest if material.given is not None else None,
     }
     return settings.model_dump(mode="json", exclude=NEUTRAL), inputs

@@ -38,7 +38,7 @@ def run(
     """
     folder = RunFolder(path=out)
     document = settings.model_dump(mode="json", exclude=NEUTRAL) | {"model": model}
-    inputs = {"data": data.identity().digest, "test": data.test_digest()}
+    inputs = {"data": data.identity().digest, "test": data.test.digest()}
     if folder.summary.exists():
         start(folder, document, inputs)
         logger.info("fit: %s is finished already", out)

@@ -16,6 +16,7 @@ from jaxtyping import Int64, UInt8, UInt64
 from PIL import Image
 
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, UnsafeError
+from kcdcache.files import sha256_bytes
 
 DECODED_BYTES = 4 << 30
 """Images of one size that take up to this many bytes decoded are decoded once."""
@@ -186,6 +187,10 @@ class Split:
         if outside.size:
             raise MismatchError(f"index {outside[0]} is outside this split, which has {len(self)} samples")
         return self.source.images(index)
+
+    def digest(self) -> str:
+        """Return the SHA-256 over images, labels and order."""
+        return sha256_bytes(self.digests().astype("<u8").tobytes())
 
     def digests(self) -> UInt64[np.ndarray, " n"]:
         """Return per sample 64 bits of SHA-256 over image and label; computed once."""

@@ -125,10 +125,20 @@ def test_finished_work_is_not_done_again(damaged):
     ],
 )
 def test_a_store_is_not_continued_with_other_settings(tmp_path, plan, who, message):
-    with creating(tmp_path / "s", plan_of()):
-        pass
+    with creating(tmp_path / "s", plan_of()) as writing:
+        write_part(writing, writing.parts[0])
     with pytest.raises(MismatchError, match=message), creating(tmp_path / "s", plan, who):
         pass
+
+
+def test_a_store_in_which_nothing_was_computed_is_begun_anew(tmp_path):
+    with creating(tmp_path / "s", plan_of()):
+        pass
+    other = knowledge(weights="bb")
+    with creating(tmp_path / "s", plan_of(views=3), other) as writing:
+        finish(writing)
+    assert store.open(tmp_path / "s").knowledge_id == other.knowledge_id
+    assert store.open(tmp_path / "s").views == 3
 
 
 def test_other_peoples_folders_are_left_alone(tmp_path):
