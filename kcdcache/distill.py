@@ -13,6 +13,7 @@ from kcdcache.data import Dataset
 from kcdcache.errors import SettingsError
 from kcdcache.files import read_json, readable_json, write_atomic
 from kcdcache.manifest import Manifest
+from kcdcache.models import spec
 from kcdcache.models.device import resolve_device
 from kcdcache.runs import RunFolder, load_checkpoint, outcome, read_summary, seconds_spent, session, start
 from kcdcache.teacher import Teacher
@@ -75,6 +76,9 @@ def run(
     """
     batches.check_data(material.knowledge, material.data)
     methods.method_named(settings.method)
+    spec.require_known(
+        settings.student, len(material.data.classes), len(material.data.mean)
+    )  # before a folder is made for it
     folder = RunFolder(path=out)
     material, following = _sorted_out(material, folder)
     views = _views(material, folder)

@@ -8,6 +8,7 @@ from kcdcache import batches, evaluate, learner, loop, manifest, methods, views
 from kcdcache.config import FitSettings, MethodSettings
 from kcdcache.data import Dataset
 from kcdcache.files import readable_json, write_atomic
+from kcdcache.models import spec
 from kcdcache.models.device import resolve_device
 from kcdcache.runs import RunFolder, outcome, read_summary, seconds_spent, session, start
 
@@ -36,6 +37,7 @@ def run(
         SettingsError: the folder holds a run with other settings.
         NonFiniteError: the loss diverged.
     """
+    spec.require_known(model, len(data.classes), len(data.mean))  # before a folder is made for it
     folder = RunFolder(path=out)
     document = settings.model_dump(mode="json", exclude=NEUTRAL) | {"model": model}
     inputs = {"data": data.identity().digest, "test": data.test.digest()}

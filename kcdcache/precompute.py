@@ -158,7 +158,7 @@ def describe(path: Path) -> dict[str, Any]:
         "layout_id": found.layout_id,
         "teacher_accuracy": [sums["correct"] / found.count for sums in measured if "correct" in sums],
         "teacher_forwards": 0 if found.knowledge.teacher.architecture == "imported" else found.forwards,
-        "seconds": _seconds_spent(path),
+        "seconds": runs.logged_seconds(path / ledger.FOLDER / "timing.jsonl"),
     }
 
 
@@ -328,9 +328,3 @@ def _read_npy(file: Path, count: int, classes: int) -> np.ndarray:
 def _add_timing(path: Path, seconds: float, points: int) -> None:
     with open(path / ledger.FOLDER / "timing.jsonl", "a") as stream:
         stream.write(json.dumps({"seconds": round(seconds, 4), "points": points}) + "\n")
-
-
-def _seconds_spent(path: Path) -> float:
-    file = path / ledger.FOLDER / "timing.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return float(sum(json.loads(line)["seconds"] for line in lines if line.endswith("}")))

@@ -243,10 +243,12 @@ def add_timing(folder: RunFolder, row: Mapping[str, Any]) -> None:
 
 def seconds_spent(folder: RunFolder) -> float:
     """Return the training seconds logged so far, repeated work after a kill included."""
-    path = folder.path / "timing.jsonl"
-    if not path.exists():
-        return 0.0
-    return float(sum(json.loads(line)["seconds"] for line in path.read_bytes().splitlines() if line.endswith(b"}")))
+    return logged_seconds(folder.path / "timing.jsonl")
+
+
+def logged_seconds(file: Path) -> float:
+    """Return the sum of `seconds` over a file of clock times; a line torn by a power loss counts nothing."""
+    return sum(_seconds(line) for line in file.read_bytes().splitlines()) if file.exists() else 0.0
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -301,6 +303,13 @@ def require_folder_free(folder: RunFolder) -> None:
 def changed(first: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Return whether two environments may give different last bits."""
     return any(first[key] != now[key] for key in COMPARED)
+
+
+def _seconds(line: bytes) -> float:
+    try:
+        return float(json.loads(line)["seconds"])
+    except ValueError:
+        return 0.0
 
 
 def _git_commit() -> str | None:

@@ -119,7 +119,8 @@ STEPS: Mapping[str, tuple[type[config.Settings], Callable[..., Result]]] = {
 
 def _usual_views(command: config.FitCommand | config.PrecomputeCommand, data: datasets.Dataset) -> dict[str, Any]:
     """Return the views that suit the data, where the user named none."""
-    return {} if "augment" in command.model_fields_set else dict(data.usual_views)
+    given = command.model_fields_set
+    return {} if "augment" in given else {key: value for key, value in data.usual_views.items() if key not in given}
 
 
 def _require_import(command: config.PrecomputeCommand) -> None:

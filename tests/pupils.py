@@ -4,7 +4,7 @@ import sys
 from types import SimpleNamespace
 
 import torch
-from lessons import CPU, TinyNet, digits, precomputed, teacher_of
+from lessons import CPU, digits, precomputed, teacher_of
 
 from kcdcache import config, distill, loop, steps, store, teacher
 from kcdcache.models.weights import describe_network, save_network
@@ -13,12 +13,8 @@ TRAIN, TEST = 200, 60
 SPEC = f"digits?train={TRAIN}&test={TEST}"
 UNPROMISED = ("run.json", "timing.jsonl", "summary.json", ".lock", "lock")
 """files with clock times, host or process numbers; DESIGN.md section 4 leaves them out of the same bytes"""
-SCHOOL = {"student": "pupils:tiny", "epochs": 6, "stages": 3, "batch_size": 32, "keep": 0.6, "cost_exponent": 0.1}
+SCHOOL = {"student": "lessons:TinyNet", "epochs": 6, "stages": 3, "batch_size": 32, "keep": 0.6, "cost_exponent": 0.1}
 """settings of a small run: stages of two epochs"""
-
-
-def tiny(num_classes):
-    return TinyNet(num_classes)
 
 
 def saved_teacher(path, dataset, seed=1):
@@ -94,6 +90,8 @@ def command(school, name, **given):
     places = {"store": school.knowledge.path, "data": SPEC, "teacher": str(school.teacher)}
     model, work = steps.STEPS[name]
     mine = {key: value for key, value in places.items() if key in model.model_fields}
+    if "from_logits" in given:
+        mine.pop("teacher")
     dry_run = given.pop("dry_run", False)
     return work(config.make(model, mine | given), loop.silent, dry_run=dry_run)
 

@@ -24,12 +24,13 @@ from torch import nn
 
 from kcdcache import batches, checks, layout, loop, manifest, precompute, requery, store, teacher, views
 from kcdcache.config import PrecomputeSettings
-from kcdcache.errors import MismatchError, NonFiniteError, SettingsError, UnfinishedError
+from kcdcache.errors import MismatchError, NonFiniteError, NotFoundError, SettingsError, UnfinishedError
 from kcdcache.models import spec, weights
 from kcdcache.models.transform import InputTransform
 
 FIELDS = ("logits", "penultimate")
 CROPS = {"augment": "crop", "padding": 2, "batch_size": 64, "min_accuracy": 0}
+IMPORT = {"augment": "crop", "padding": 2, "encoding": "float32", "min_accuracy": 0}
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +224,7 @@ def test_a_field_only_a_growth_adds_keeps_the_counted_accuracy(place, tmp_path):
 def imported(place, path, logits, **changes):
     file = path.with_suffix(".npy")
     np.save(file, logits)
-    return command(place, "precompute", store=path, from_logits=file, **(CROPS | {"encoding": "float32"} | changes))
+    return command(place, "precompute", store=path, from_logits=file, **(IMPORT | changes))
 
 
 def test_imported_logits_are_the_computed_ones(place, tmp_path):
@@ -270,8 +271,8 @@ def test_imported_chance_is_refused(place, tmp_path):
 def test_what_is_no_array_is_refused(place, tmp_path):
     (tmp_path / "bad.npy").write_bytes(b"not an array")
     for name, said in (("bad.npy", "is not a plain .npy array"), ("none.npy", "no file at")):
-        with pytest.raises(SettingsError, match=said):
-            command(place, "precompute", store=tmp_path / "store", from_logits=tmp_path / name, **CROPS)
+        with pytest.raises((SettingsError, NotFoundError), match=said):
+            command(place, "precompute", store=tmp_path / "store", from_logits=tmp_path / name, **IMPORT)
 
 
 def test_imported_logits_cannot_be_asked_again(place, tmp_path):

@@ -64,6 +64,15 @@ def build(spec: str, classes: int, seed: int | None = None, channels: int = 3) -
         return make()
 
 
+def require_known(spec: str, classes: int, channels: int = 3) -> None:
+    """Do nothing if `build` can make this network.
+
+    Raises:
+        SettingsError: the name is unknown, its package is missing, or it does not take these channels.
+    """
+    _maker(spec, classes, channels)
+
+
 def runs_foreign_code(spec: str) -> bool:
     """Return whether building `spec` imports a module the spec names, so that it must come from the user.
 

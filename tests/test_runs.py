@@ -1,0 +1,223 @@
+"""A run's folder: continued only as itself, on the machine it began on, by one process; damage is found."""
+
+import json
+from importlib.metadata import version
+
+import pytest
+import torch
+from lessons import precomputed
+from pupils import distilled, everything, promised, same_files, school, settings
+
+from kcdcache import runs, store
+from kcdcache.errors import CorruptionError, LockedError, MismatchError, NotFoundError, SettingsError, UnfinishedError
+from kcdcache.files import locked
+from kcdcache.runs import RunFolder, load_checkpoint, read_metrics, read_summary, save_checkpoint
+
+CHANGES = {
+    "epochs": 9, "keep": 0.5, "stages": 2, "schedule": "poster", "student": "resnet8", "learning_rate": 0.01,
+    "seed": 1, "batch_size": 64, "temperature": 2.0, "mix_target": "keep", "k0": "stage_slice", "eps_max": 0.1,
+    "condense_seed": 4, "record": "last", "precision": "bfloat16", "evaluate_every": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return school(tmp_path_factory.mktemp("school"))
+
+
+@pytest.fixture(scope="module")
+def begun(place):
+    """A run stopped inside its second stage."""
+    distilled(place, place.root / "begun", run={"until": 3})
+    return place.root / "begun"
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_setting_is_refused_by_name(place, begun, name):
+    before = everything(begun)
+    was, now = getattr(settings(), name), CHANGES[name]
+    said = rf"holds a run with {name} = {was!r}, asked for now: {now!r}; give the same settings to continue it, or"
+    with pytest.raises(SettingsError, match=said):
+        distilled(place, begun, **{name: now})
+    assert unlocked(everything(begun)) == unlocked(before)
+
+
+def unlocked(files):
+    return {name: data for name, data in files.items() if name != ".lock"}
+
+
+def test_another_store_is_refused(place, begun, tmp_path):
+    other = school(tmp_path, view_seed=1)
+    with pytest.raises(MismatchError, match=r"knowledge_id.*use another --out"):
+        distilled(other, begun)
+
+
+def test_a_folder_of_something_else_is_refused(place, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(MismatchError, match=r"holds thesis.txt but no run.json; give an empty or new folder"):
+        distilled(place, tmp_path / "run")
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
+
+
+def test_another_thread_count_is_refused_unless_allowed(place, tmp_path):
+    distilled(place, tmp_path / "run", run={"until": 1, "threads": 1})
+    with pytest.raises(MismatchError, match=r"threads.*1.*2.*--allow-env-change continues anyway"):
+        distilled(place, tmp_path / "run", run={"threads": 2})
+    distilled(place, tmp_path / "run", run={"threads": 2, "allow_env_change": True})
+    record = json.loads((tmp_path / "run" / "run.json").read_bytes())
+    assert record["environment"]["threads"] == 1
+    assert [change["threads"] for change in record["changes"]] == [2]
+
+
+def test_another_version_is_refused_unless_allowed(place, tmp_path):
+    distilled(place, tmp_path / "run", run={"until": 1})
+    file = tmp_path / "run" / "run.json"
+    record = json.loads(file.read_bytes())
+    record["environment"]["versions"]["torch"] = "1.0"
+    file.write_text(json.dumps(record))
+    with pytest.raises(MismatchError, match=r"versions\.torch.*1\.0"):
+        distilled(place, tmp_path / "run")
+    distilled(place, tmp_path / "run", run={"until": 2, "allow_env_change": True})
+    changes = json.loads(file.read_bytes())["changes"]
+    assert [change["versions"]["torch"] for change in changes] == [version("torch")]
+
+
+def test_the_thread_count_of_the_start_is_put_in_force_again(place, tmp_path):
+    before = torch.get_num_threads()
+    seen = []
+
+    def progress(what, done, total, remark):
+        seen.append(torch.get_num_threads())
+
+    distilled(place, tmp_path / "run", run={"until": 1, "threads": before + 1, "progress": progress})
+    distilled(place, tmp_path / "run", run={"until": 2, "progress": progress})
+    assert set(seen) == {before + 1}
+    assert torch.get_num_threads() == before
+
+
+def test_a_run_has_one_writer(place, begun, tmp_path):
+    with locked(begun / ".lock"), pytest.raises(LockedError, match=r"is being written by process \d+ on"):
+        distilled(place, begun)
+
+
+def test_the_record_names_what_decided_the_run(place, begun):
+    record = json.loads((begun / "run.json").read_bytes())
+    assert record["inputs"]["knowledge_id"] == place.knowledge.knowledge_id
+    assert record["inputs"]["given"] is None
+    assert record["settings"]["keep"] == 0.6
+    assert {"checkpoint_seconds", "memory_gb"}.isdisjoint(record["settings"])
+    assert set(runs.COMPARED) <= set(record["environment"])
+
+
+def test_a_damaged_checkpoint_is_found(place, tmp_path):
+    distilled(place, tmp_path / "run", run={"until": 1})
+    file = next((tmp_path / "run" / "checkpoint").glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(CorruptionError, match="is damaged: its SHA-256 is not the one in"):
+        distilled(place, tmp_path / "run")
+    file.unlink()
+    with pytest.raises(CorruptionError, match="is damaged"):
+        distilled(place, tmp_path / "run")
+
+
+def test_a_damaged_manifest_is_found_when_the_run_continues(place, tmp_path):
+    distilled(place, tmp_path / "run", run={"until": 3})
+    file = tmp_path / "run" / "stages" / "1" / "manifest.parquet"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises((CorruptionError, MismatchError), match=r"manifest\.parquet"):
+        distilled(place, tmp_path / "run")
+
+
+def test_a_store_damaged_meanwhile_stops_the_run(place, tmp_path):
+    other = school(tmp_path)
+    distilled(other, tmp_path / "run", run={"until": 1})
+    file = other.knowledge.path / "logits" / "c.1.0.0"
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(CorruptionError, match=r"c\.1\.0\.0 \(samples 0\.\.199 of view 1\) is not what was written"):
+        distilled(other, tmp_path / "run")
+
+
+def test_what_killed_writers_left_is_removed(place, tmp_path):
+    distilled(place, tmp_path / "run", run={"until": 1})
+    left = [tmp_path / "run" / "values.parquet.tmp-77", tmp_path / "run" / "stages" / "0" / "manifest.parquet.tmp-77"]
+    for file in left:
+        file.write_bytes(b"half")
+    distilled(place, tmp_path / "run", run={"until": 2})
+    assert not any(file.exists() for file in left)
+
+
+def test_a_checkpoint_is_whole_and_alone(tmp_path):
+    folder = RunFolder(path=tmp_path)
+    assert load_checkpoint(folder) is None
+    for step in range(3):
+        save_checkpoint(folder, {"a": torch.full((2, 3), float(step)), "b": torch.arange(step)}, {"step": step})
+    tensors, record = load_checkpoint(folder)
+    assert record == {"step": 2}
+    assert torch.equal(tensors["a"], torch.full((2, 3), 2.0))
+    assert torch.equal(tensors["b"], torch.arange(2))
+    assert len(list((tmp_path / "checkpoint").glob("*.safetensors"))) == 1
+
+
+def test_equal_checkpoints_are_equal_bytes(tmp_path):
+    for name in ("left", "right"):
+        folder = RunFolder(path=tmp_path / name)
+        folder.path.mkdir()
+        save_checkpoint(folder, {"a": torch.ones(3), "b": torch.zeros(2)}, {"rows": [{"x": 0.1}]})
+    assert same_files(tmp_path / "left", tmp_path / "right")
+
+
+def test_metrics_and_summary_are_read_back(place, begun, tmp_path):
+    assert [row["epoch"] for row in read_metrics(begun)] == [0, 1, 2]
+    with pytest.raises(UnfinishedError, match="is not finished; run its command again"):
+        read_summary(begun)
+    with pytest.raises(NotFoundError, match="no run at"):
+        read_summary(tmp_path)
+    with pytest.raises(NotFoundError, match="no metrics at"):
+        read_metrics(tmp_path)
+
+
+def test_an_outcome_is_arithmetic_on_the_rows():
+    rows = [
+        {"epoch": 0, "samples_so_far": 10, "test_accuracy": 0.2, "test_calibration_error": 0.1},
+        {"epoch": 1, "samples_so_far": 16},
+        {"epoch": 2, "samples_so_far": 22, "test_accuracy": 0.7, "test_calibration_error": 0.1},
+        {"epoch": 3, "samples_so_far": 28, "test_accuracy": 0.5, "test_calibration_error": 0.3},
+    ]
+    found = runs.outcome(rows, 10, 4)
+    assert (found["accuracy_last"], found["accuracy_best"], found["best_epoch"]) == (0.5, 0.7, 2)
+    assert (found["relative_cost"], found["student_samples"], found["calibration_error"]) == (0.7, 28, 0.3)
+
+
+def test_clock_times_stand_apart(begun):
+    for name, data in promised(begun).items():
+        assert b"seconds" not in data, name
+    rows = [json.loads(line) for line in (begun / "timing.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert runs.seconds_spent(RunFolder(path=begun)) == pytest.approx(sum(row["seconds"] for row in rows))
+
+
+def test_a_torn_last_line_of_clock_times_is_forgiven(begun, tmp_path):
+    folder = RunFolder(path=tmp_path)
+    (tmp_path / "timing.jsonl").write_bytes(b'{"seconds":1.5}\n{"seco')
+    assert runs.seconds_spent(folder) == 1.5
+    for _ in range(2):
+        runs.add_timing(folder, {"seconds": 2.0})
+    assert runs.seconds_spent(folder) == 3.5  # the first went into the torn line
+
+
+def test_a_grown_store_continues_a_run_as_it_began(place, begun, tmp_path):
+    """More views are more knowledge of the same kind, but a run must not change its views half way."""
+    other = school(tmp_path)
+    distilled(other, tmp_path / "run", run={"until": 3})
+    precomputed(other.knowledge.path, other.data, other.network, views=4)
+    assert store.open(other.knowledge.path).views == 4
+    distilled(other, tmp_path / "run")
+    distilled(place, tmp_path / "whole")
+    assert same_files(tmp_path / "whole", tmp_path / "run")
