@@ -64,15 +64,20 @@ def load(path: Path) -> Recipe:
 
     Raises:
         NotFoundError: there is no such file.
-        SettingsError: it is not TOML, a key is unknown, or a reference names no earlier step.
+        SettingsError: it is not TOML, a key is unknown, a value out of range, or a reference names no earlier step.
     """
     content = config.read_toml(path)
+    entries = content.get("step", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise SettingsError(f"{path}: steps are tables headed [[step]], found step = {entries!r}")
     content["step"] = tuple(
-        config.make(Step, _nested(entry), f"{path}, step {number + 1}")
-        for number, entry in enumerate(content.get("step", []))
+        config.make(Step, _nested(entry), f"{path}, step {number + 1}") for number, entry in enumerate(entries)
     )
     recipe = config.make(Recipe, content, str(path))
     _require_order(recipe, path)
+    for step in recipe.step:  # a value out of range is found before hours are spent on the steps before it
+        values = resolved(step, recipe, path.with_suffix(""), recipe.data, recipe.seeds[0] if step.per_seed else None)
+        config.make(steps.STEPS[step.run][0], values, f"{path}, step '{step.name}'")
     return recipe
 
 
@@ -200,14 +205,22 @@ def _require_order(recipe: Recipe, path: Path) -> None:
         if step.name in known:
             raise SettingsError(f"{path}: two steps are called '{step.name}'")
         _require_settings(step, path)
-        for name in _references(step):
-            if name not in known:
-                raise SettingsError(
-                    f"{path}, step '{step.name}': @{name} names no earlier step; {nearest(name, known)}"
-                )
-            if known[name].per_seed and not step.per_seed:
-                raise SettingsError(f"{path}, step '{step.name}': @{name} runs per seed, so this step must too")
+        for text in _references(step):
+            _require_reference(text, step, known, f"{path}, step '{step.name}'")
         known[step.name] = step
+
+
+def _require_reference(text: str, step: Step, known: Mapping[str, Step], place: str) -> None:
+    match = REFERENCE.fullmatch(text)
+    if match is None:
+        raise SettingsError(f"{place}: '{text}' is no reference; write @name, @name:condensed or @name:values")
+    name, of_run = match[1], match[2]
+    if name not in known:
+        raise SettingsError(f"{place}: @{name} names no earlier step; {nearest(name, known)}")
+    if known[name].per_seed and not step.per_seed:
+        raise SettingsError(f"{place}: @{name} runs per seed, so this step must too")
+    if of_run and known[name].run != "train":
+        raise SettingsError(f"{place}: {text} asks for what only a 'train' step has; '{name}' runs {known[name].run}")
 
 
 def _require_settings(step: Step, path: Path) -> None:
@@ -220,8 +233,7 @@ def _require_settings(step: Step, path: Path) -> None:
 
 
 def _references(step: Step) -> list[str]:
-    texts = [value for value in step.settings.values() if isinstance(value, str)]
-    return [match[1] for text in texts if (match := REFERENCE.fullmatch(text))]
+    return [value for value in step.settings.values() if isinstance(value, str) and value.startswith("@")]
 
 
 def _resolved(value: Any, recipe: Recipe, out: Path, seed: int | None) -> Any:

@@ -1,0 +1,142 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pupils import SCHOOL, SPEC, command, everything, school
+
+from kcdcache import checks, manifest
+from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, SettingsError
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A teacher, its store, and a run that distils from it."""
+    place = school(tmp_path_factory.mktemp("checks"))
+    command(place, "train", out=place.root / "run", **SCHOOL)
+    return place.root
+
+
+@pytest.fixture
+def place(made, tmp_path):
+    return Path(shutil.copytree(made, tmp_path / "place"))
+
+
+def flip(path, position=None):
+    """Flip a bit: of the first page of a table (a flip between pages may change nothing), of the middle elsewhere."""
+    data = bytearray(path.read_bytes())
+    usual = 100 if path.suffix == ".parquet" else len(data) // 2
+    data[usual if position is None else position] ^= 4
+    path.write_bytes(data)
+
+
+WHOLE = {
+    "store": "store",
+    "run": "run",
+    "manifest": "run/stages/1/manifest.parquet",
+    "values": "run/values.parquet",
+    "network": "teacher/model.safetensors",
+}
+
+
+@pytest.mark.parametrize("kind", checks.CHECKS)
+def test_what_was_written_is_in_order_and_stays_as_it_is(made, kind):
+    before = everything(made)
+    found = checks.verify(made / WHOLE[kind])
+    assert (found["kind"], found["problems"]) == (kind, 0)
+    assert everything(made) == before
+
+
+def test_a_run_is_counted_whole(made):
+    found = checks.verify(made / "run")
+    assert found["finished"] is True
+    assert found["manifests"] == len(list((made / "run/stages").glob("*/manifest.parquet"))) == 4
+    assert found["values"] == 4
+    assert found["networks"] == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("store/logits/c.1.0.0", "c.1.0.0"),
+        ("store/labels/c.0", "labels/c.0"),
+        ("store/logits/zarr.json", "zarr.json"),
+        ("store/_kcd/commit.0.json", "commit.0.json"),
+        ("store/_kcd/log/0/samples.json", "samples.json"),
+    ],
+)
+def test_damage_of_a_store_is_found_by_name(place, file, name):
+    flip(place / file)
+    with pytest.raises(CorruptionError, match=rf"(?s)problems\n.*{name}"):
+        checks.verify(place / "store")
+
+
+@pytest.mark.parametrize(
+    "file", ["stages/2/manifest.parquet", "values.parquet", "stages/0/values.parquet", "student.safetensors"]
+)
+def test_damage_of_a_run_is_found_by_name(place, file):
+    flip(place / "run" / file)
+    with pytest.raises(CorruptionError, match=Path(file).stem):
+        checks.verify(place / "run")
+
+
+def test_damage_of_a_checkpoint_is_found(place):
+    flip(next((place / "run/checkpoint").glob("*.safetensors")))
+    with pytest.raises(CorruptionError, match=r"checkpoint .* is damaged: its SHA-256 is not the one in"):
+        checks.verify(place / "run")
+
+
+@pytest.mark.parametrize("kind", ["manifest", "values", "network"])
+def test_damage_of_a_single_file_is_found(place, kind):
+    flip(place / WHOLE[kind])
+    with pytest.raises(CorruptionError, match=Path(WHOLE[kind]).stem):
+        checks.verify(place / WHOLE[kind])
+
+
+def test_random_damage_of_any_file_of_a_run_is_an_error_of_ours_or_harmless(place):
+    """Damage of settings and metrics may leave a valid text, but nothing may end in a fault of ours."""
+    random, files = np.random.default_rng(0), sorted(path for path in (place / "run").rglob("*") if path.stat().st_size)
+    for path in [path for path in files if path.is_file()]:
+        whole = path.read_bytes()
+        flip(path, int(random.integers(len(whole))))
+        try:
+            checks.verify(place / "run")
+        except KcdcacheError:
+            assert path.name not in (".lock", "timing.jsonl")
+        path.write_bytes(whole)
+    assert checks.verify(place / "run")["problems"] == 0
+
+
+def test_points_are_computed_again_for_stores_only(made):
+    with pytest.raises(SettingsError, match="give a store, its --teacher and its --data"):
+        checks.verify(made / "run", teacher=str(made / "teacher"), data=SPEC)
+
+
+@pytest.mark.parametrize("given", [{"data": SPEC}, {"teacher": "resnet8"}])
+def test_computing_points_again_needs_teacher_and_data(made, given):
+    with pytest.raises(SettingsError, match="give a store, its --teacher and its --data"):
+        checks.verify(made / "store", **given)
+
+
+def test_another_teacher_than_the_stores_is_refused(place):
+    record = place / "teacher/model.json"
+    document = json.loads(record.read_text())
+    document["transform"]["mean"][0] += 0.1
+    record.write_text(json.dumps(document))
+    with pytest.raises(MismatchError, match=r"differ in transform.mean\[0\]"):
+        checks.verify(place / "store", teacher=str(place / "teacher"), data=SPEC)
+
+
+def test_a_set_changed_by_another_tool_is_corruption(place):
+    path = place / WHOLE["manifest"]
+    data = path.read_bytes()
+    assert manifest.read(path).knowledge_id.encode() in data
+    path.write_bytes(data.replace(manifest.read(path).knowledge_id.encode()[:8], b"00000000"))
+    with pytest.raises(CorruptionError, match=r"manifest.parquet was changed after it was written"):
+        checks.verify(path)
+
+
+def test_nothing_is_not_found(tmp_path):
+    with pytest.raises(NotFoundError, match=r"nothing at .*nowhere"):
+        checks.verify(tmp_path / "nowhere")

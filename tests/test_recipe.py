@@ -1,0 +1,272 @@
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from stores import content
+
+from kcdcache import config, loop, manifest, recipe
+from kcdcache.errors import NotFoundError, SettingsError
+
+HEAD = 'title = "Tiny"\ndata = "digits?train=200&test=100"\nseeds = [0, 1]\n'
+TEACHER = '[[step]]\nname = "teacher"\ntitle = "the teacher"\nrun = "fit"\nmodel = "resnet8"\nepochs = 2\n'
+STORE = '[[step]]\nname = "store"\nrun = "precompute"\nteacher = "@teacher"\nviews = 2\nmin_accuracy = 0\n'
+KCD = (
+    '[[step]]\nname = "kcd"\ntitle = "condensed"\nrun = "train"\nper_seed = true\nstore = "@store"\n'
+    'student = "resnet8"\nepochs = 2\nstages = 2\nkeep = 0.5\n'
+)
+SMALLER = (
+    '[[step]]\nname = "smaller"\nrun = "condense"\nper_seed = true\nstore = "@store"\nvalues = "@kcd:values"\n'
+    'previous = "@kcd:condensed"\nkeep = 0.25\n'
+)
+REUSE = (
+    '[[step]]\nname = "reuse"\ntitle = "second"\nrun = "train"\nper_seed = true\nstore = "@store"\n'
+    'manifest = "@smaller"\nstudent = "resnet8"\nepochs = 2\nstages = 1\n'
+)
+TINY = HEAD + TEACHER + STORE + KCD + SMALLER + REUSE
+
+
+def written(folder, text):
+    (folder / "tiny.toml").write_text(text)
+    return folder / "tiny.toml"
+
+
+def carried_out(folder, out, **more):
+    return recipe.run(recipe.load(written(folder, TINY)), out, progress=loop.silent, **more)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    place = tmp_path_factory.mktemp("recipe")
+    results = carried_out(place, place / "out", command="kcdcache run tiny.toml")
+    return place / "out", results
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return Path(shutil.copytree(finished[0], tmp_path / "out"))
+
+
+def settled(folder):
+    """The files of a recipe's folder but its results, which tell of this very execution."""
+    found = content(folder)
+    del found["results.json"]
+    return found
+
+
+def timeless(files):
+    """Leave out what tells of clock times and of the machine's state."""
+    names = ("run.json", "timing.jsonl", "summary.json", "environment.json", ".lock", "lock")
+    return {name: data for name, data in files.items() if Path(name).name not in names}
+
+
+# reading
+
+
+def test_a_recipe_is_read_with_its_steps_in_order(tmp_path):
+    found = recipe.load(written(tmp_path, TINY))
+    assert [step.name for step in found.step] == ["teacher", "store", "kcd", "smaller", "reuse"]
+    assert (found.seeds, found.step[2].per_seed, found.step[0].per_seed) == ((0, 1), True, False)
+    assert found.step[2].settings == {"store": "@store", "student": "resnet8", "epochs": 2, "stages": 2, "keep": 0.5}
+
+
+def test_the_embedded_recipe_loads_and_plans(tmp_path):
+    found = recipe.load(recipe.EMBEDDED)
+    plan = recipe.planned(found, tmp_path / "out")
+    assert len(plan) == sum(len(found.seeds) if step.per_seed else 1 for step in found.step)
+    assert {entry["data"] for entry in plan if "data" in entry} == {"digits"}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", sorted((Path(recipe.__file__).parent.parent / "pipelines").glob("*.toml")), ids=str)
+def test_every_recipe_of_the_project_loads(path):
+    assert recipe.load(path).step
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (HEAD + "sedes = [1]", r"unknown setting 'sedes' in .*tiny.toml; did you mean 'seeds'\?"),
+        (HEAD + TEACHER + "epocs = 3", r"unknown setting 'epocs' in .*, step 'teacher'; did you mean 'epochs'\?"),
+        (HEAD + TEACHER + "[step.settings]\nepochs = 1", r"unknown setting 'settings' in .*, step 'teacher'"),
+        (HEAD + TEACHER.replace('"fit"', '"fitt"'), r"step 'teacher': unknown command 'fitt'; did you mean 'fit'\?"),
+        (HEAD + TEACHER.replace('"teacher"', '"T!"'), r"setting 'name' in .*, step 1: .*pattern.*; found 'T!'"),
+        (HEAD + '[[step]]\nname = "a"', r"setting 'run' in .*tiny.toml, step 1: Field required"),
+        (HEAD + TEACHER + TEACHER, r"two steps are called 'teacher'"),
+        (HEAD + STORE, r"step 'store': @teacher names no earlier step"),
+        (HEAD + STORE + TEACHER, r"step 'store': @teacher names no earlier step"),
+        (HEAD + TEACHER + STORE.replace("@teacher", "@techer"), r"@techer names no .*; did you mean 'teacher'"),
+        (HEAD + TEACHER + STORE.replace("@teacher", "@Teacher"), r"'@Teacher' is no reference; write @name, "),
+        (HEAD + TEACHER + STORE.replace("@teacher", "@teacher:best"), r"'@teacher:best' is no reference"),
+        (
+            HEAD + TEACHER + STORE + KCD.replace('"@store"', '"@store:condensed"'),
+            r"@store:condensed asks for what only a 'train' step has; 'store' runs precompute",
+        ),
+        (HEAD + TEACHER + STORE + KCD + SMALLER.replace("per_seed = true\n", ""), r"@kcd runs per seed, so"),
+        (HEAD + TEACHER.replace("epochs = 2", "epochs = 0"), r"setting 'epochs' in .*, step 'teacher': .*; found 0"),
+        (TINY.replace("keep = 0.25\n", ""), r"setting 'keep' in .*, step 'smaller': Field required"),
+        (HEAD + TEACHER.replace('"resnet8"', "8"), r"setting 'model' in .*, step 'teacher': .*valid string; found 8"),
+        (HEAD + "step = 3", r"steps are tables headed \[\[step\]\], found step = 3"),
+        (HEAD + 'step = ["a"]', r"steps are tables headed \[\[step\]\], found step = \['a'\]"),
+        (HEAD.replace("[0, 1]", "[]") + TEACHER, r"setting 'seeds' in .*at least 1 item"),
+        (HEAD + KCD + "seed = 3", r"it runs once per seed of the recipe, so it cannot set 'seed'"),
+        (HEAD + "[machine]\ncores = 3", r"unknown setting 'machine.cores' in .*tiny.toml"),
+        ("data = 1", r"setting 'title' in .*Field required"),
+        ("data = ", r"tiny.toml is not valid TOML"),
+    ],
+)  # fmt: skip
+def test_a_wrong_recipe_is_refused_before_anything_runs(tmp_path, text, message):
+    with pytest.raises(SettingsError, match=message):
+        recipe.load(written(tmp_path, text))
+
+
+def test_a_missing_recipe_is_not_found(tmp_path):
+    with pytest.raises(NotFoundError, match=r"no recipe at .*tiny.toml"):
+        recipe.load(tmp_path / "tiny.toml")
+
+
+# planning
+
+
+def test_a_plan_resolves_references_data_and_seeds_and_writes_nothing(tmp_path):
+    out = tmp_path / "out"
+    plan = recipe.planned(recipe.load(written(tmp_path, TINY)), out)
+    assert [entry["step"] for entry in plan] == ["teacher", "store", *["kcd"] * 2, *["smaller"] * 2, *["reuse"] * 2]
+    by_step = {(entry["step"], entry.get("seed")): entry for entry in plan}
+    assert by_step["store", None]["teacher"] == str(out / "teacher")
+    assert by_step["kcd", 1]["out"] == str(out / "kcd-seed1")
+    assert by_step["kcd", 1]["data"] == "digits?train=200&test=100"
+    assert by_step["reuse", 0]["manifest"] == str(out / "smaller-seed0.parquet")
+    assert [entry["values"] for entry in plan if entry["step"] == "smaller"] == [
+        str(out / f"kcd-seed{seed}/values.parquet") for seed in (0, 1)
+    ]
+    assert not out.exists()
+
+
+def test_another_data_set_replaces_the_recipes(tmp_path):
+    plan = recipe.planned(recipe.load(written(tmp_path, TINY)), tmp_path, "digits")
+    assert {entry.get("data") for entry in plan} == {"digits", None}
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("digits", "digits?train=50"),
+        ("digits?test=9", "digits?test=9&train=50"),
+        ("digits?train=7", "digits?train=7"),
+        ("digits?test=9&train=7", "digits?test=9&train=7"),
+    ],
+)
+def test_train_images_limit_the_data_unless_it_limits_itself(tmp_path, spec, expected):
+    text = TINY.replace("seeds =", "train_images = 50\nseeds =")
+    plan = recipe.planned(recipe.load(written(tmp_path, text)), tmp_path, spec)
+    assert plan[0]["data"] == expected
+
+
+# running
+
+
+def test_every_step_leaves_its_result_where_the_plan_says(finished):
+    out, _ = finished
+    expected = ["kcd-seed0", "kcd-seed1", "results.json", "reuse-seed0", "reuse-seed1", "smaller-seed0.parquet"]
+    assert sorted(path.name for path in out.iterdir()) == [*expected, "smaller-seed1.parquet", "store", "teacher"]
+
+
+def test_steps_build_on_each_other(finished):
+    out, _ = finished
+    smaller = manifest.read(out / "smaller-seed1.parquet")
+    run = json.loads((out / "kcd-seed1/summary.json").read_text())
+    assert smaller.parent == manifest.read(out / "kcd-seed1" / run["condensed_set"]).digest
+    assert len(smaller) == 50
+    assert json.loads((out / "reuse-seed1/run.json").read_text())["inputs"]["given"] == smaller.digest
+
+
+def test_seeds_differ_and_are_recorded(finished):
+    out, results = finished
+    seeds = [json.loads((out / f"kcd-seed{seed}/run.json").read_text())["settings"]["seed"] for seed in (0, 1)]
+    assert seeds == results["seeds"] == [0, 1]
+    assert (out / "kcd-seed0/values.parquet").read_bytes() != (out / "kcd-seed1/values.parquet").read_bytes()
+
+
+def test_results_are_in_a_file_with_their_command_and_environment(finished):
+    out, results = finished
+    assert json.loads((out / "results.json").read_text()) == results
+    assert (results["command"], results["data"]) == ("kcdcache run tiny.toml", "digits?train=200&test=100")
+    assert results["environment"]["versions"]["torch"]
+
+
+def test_a_row_is_the_mean_over_seeds(finished):
+    out, results = finished
+    row = next(row for row in results["rows"] if row["step"] == "kcd")
+    accuracy = [json.loads((out / f"kcd-seed{seed}/summary.json").read_text())["accuracy_last"] for seed in (0, 1)]
+    assert (row["n"], row["title"]) == (2, "condensed")
+    assert row["accuracy_last"] == pytest.approx(sum(accuracy) / 2)
+    assert row["accuracy_last_std"] == pytest.approx(abs(accuracy[0] - accuracy[1]) / 2**0.5)
+
+
+def test_the_table_has_a_line_per_step_but_condensations(finished):
+    _, results = finished
+    lines = recipe.table(results).splitlines()
+    assert lines[0] == "Tiny"
+    assert [line.split("  ")[0] for line in lines[4:]] == ["the teacher", "store", "condensed", "second"]
+    assert len({len(line) for line in lines[2:]}) == 1
+    line = next(line for line in lines if line.startswith("condensed"))
+    row = next(row for row in results["rows"] if row["step"] == "kcd")
+    assert re.search(rf"{100 * row['accuracy_last']:.2f} ± {100 * row['accuracy_last_std']:.2f}", line)
+    assert f" {row['relative_cost']:.3f} " in line
+
+
+def test_a_finished_recipe_run_again_changes_nothing_but_its_results(copy, tmp_path, finished):
+    before = settled(copy)
+    again = carried_out(tmp_path, copy)
+    assert settled(copy) == before
+    assert again["rows"] == finished[1]["rows"]
+
+
+@pytest.mark.parametrize("lost", ["teacher", "store", "kcd-seed1", "smaller-seed0.parquet", "reuse-seed0"])
+def test_a_lost_step_is_made_again_to_the_same_bytes(copy, tmp_path, lost):
+    before = timeless(settled(copy))
+    path = copy / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    carried_out(tmp_path, copy)
+    assert timeless(settled(copy)) == before
+
+
+class BrokenOffError(Exception):
+    """Raised where the test breaks the recipe off."""
+
+
+@pytest.mark.parametrize("reports", [1, 3, 5, 7])
+def test_a_recipe_broken_off_anywhere_resumes_to_the_same_bytes(finished, tmp_path, reports):
+    told = []
+
+    def progress(what, done, total, remark):
+        told.append(what)
+        if len(told) == reports:
+            raise BrokenOffError
+
+    tiny = recipe.load(written(tmp_path, TINY))
+    with pytest.raises(BrokenOffError, match=r"^$"):
+        recipe.run(tiny, tmp_path / "out", progress=progress)
+    recipe.run(tiny, tmp_path / "out", progress=loop.silent)
+    assert timeless(settled(tmp_path / "out")) == timeless(settled(finished[0]))
+
+
+def test_machine_settings_reach_the_steps_that_take_them(tmp_path):
+    text = HEAD + "[machine]\nthreads = 1\n" + TEACHER.replace("epochs = 2", "epochs = 1")
+    recipe.run(recipe.load(written(tmp_path, text)), tmp_path / "out", progress=loop.silent)
+    assert json.loads((tmp_path / "out/teacher/run.json").read_text())["environment"]["threads"] == 1
+
+
+def test_a_settings_error_names_its_step(tmp_path):
+    tiny = recipe.load(written(tmp_path, TINY))
+    wrong = tiny.model_copy(update={"step": (tiny.step[0].model_copy(update={"settings": {"epochs": -1}}),)})
+    with pytest.raises(SettingsError, match=r"setting 'epochs' in step 'teacher'"):
+        recipe.run(wrong, tmp_path / "out", progress=loop.silent)
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_are_frozen():
+    assert config.Settings in recipe.Recipe.__mro__
+    assert recipe.Recipe.model_config["frozen"]

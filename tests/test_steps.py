@@ -1,0 +1,120 @@
+import numpy as np
+import pytest
+from pupils import SCHOOL, SPEC, command, school
+
+from kcdcache import config, loop, schedule, steps
+from kcdcache.errors import MismatchError, NotFoundError, SettingsError
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return school(tmp_path_factory.mktemp("steps"))
+
+
+@pytest.fixture(scope="module")
+def imported(place, tmp_path_factory):
+    """A store of logits made elsewhere."""
+    folder = tmp_path_factory.mktemp("imported")
+    np.save(folder / "logits.npy", np.eye(10, dtype=np.float32)[place.data.train.labels])
+    return import_from(folder / "logits.npy", folder / "store")
+
+
+def import_from(file, out, **more):
+    given = {"data": SPEC, "store": out, "from_logits": file, "augment": "none"}
+    return steps.precompute_store(config.PrecomputeCommand(**(given | more)), loop.silent)
+
+
+def test_steps_are_the_commands_that_write():
+    assert {name: model.__name__ for name, (model, _) in steps.STEPS.items()} == {
+        "fit": "FitCommand", "precompute": "PrecomputeCommand", "train": "TrainCommand", "condense": "CondenseCommand",
+    }  # fmt: skip
+
+
+def test_data_is_loaded_once():
+    assert steps.load_data(SPEC) is steps.load_data(SPEC)
+
+
+def test_a_dry_fit_counts_steps(tmp_path):
+    found = command_fit(tmp_path, epochs=3, batch_size=64)
+    assert found == {"would": "fit", "model": "resnet8", "samples": 200, "steps": 12, "out": str(tmp_path / "out")}
+    assert list(tmp_path.iterdir()) == []
+
+
+def command_fit(folder, **more):
+    return steps.fit(
+        config.FitCommand(data=SPEC, model="resnet8", out=folder / "out", **more), loop.silent, dry_run=True
+    )
+
+
+def test_a_dry_train_lists_the_stages_of_the_schedule(place, tmp_path):
+    found = command(place, "train", out=tmp_path / "out", dry_run=True, **SCHOOL)
+    stages = schedule.plan("end_of_stage", 6, 3, 0.6)
+    assert [(stage["epochs"], stage["keep"], stage["source"]) for stage in found["stages"]] == [
+        (f"{stage.start}-{stage.stop - 1}", stage.keep, stage.source) for stage in stages
+    ]
+    assert found["relative_cost"] == schedule.expected_cost(stages, 200, 6)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_must_be_named(place, tmp_path):
+    with pytest.raises(SettingsError, match=r"--teacher is missing: a folder written by `kcdcache fit`"):
+        command(place, "precompute", store=tmp_path / "new", teacher=None)
+
+
+def test_a_student_must_be_named(place, tmp_path):
+    with pytest.raises(SettingsError, match=r"--student is missing: .*--student resnet8"):
+        command(place, "train", out=tmp_path / "out")
+
+
+def test_few_views_for_many_epochs_are_noted(place, tmp_path, caplog):
+    settings = SCHOOL | {"epochs": 12, "stages": 3}
+    command(place, "train", out=tmp_path / "out", dry_run=True, **settings)
+    assert "note: 3 cached views for 12 epochs" in caplog.text
+    caplog.clear()
+    command(place, "train", out=tmp_path / "out", dry_run=True, **(settings | {"epochs": 9}))
+    assert caplog.text == ""
+
+
+def test_digits_are_cropped_where_no_views_are_named(tmp_path):
+    settings = config.FitCommand(data=SPEC, model="resnet8", out=tmp_path)
+    assert steps._usual_views(settings, steps.load_data(SPEC)) == {"augment": "crop", "padding": 2}
+    named = config.FitCommand(data=SPEC, model="resnet8", out=tmp_path, augment="none")
+    assert steps._usual_views(named, steps.load_data(SPEC)) == {}
+
+
+def test_the_precision_of_a_teacher_is_the_stores(place):
+    assert steps.precision_of(place.knowledge) == "float32"
+
+
+def test_imported_logits_have_no_teacher_to_ask(place, imported, tmp_path):
+    settings = SCHOOL | {"mix_target": "requery"}
+    with pytest.raises(MismatchError, match=r"the logits in .* were imported from elsewhere \(float32\)"):
+        command(place, "train", store=imported["store"], out=tmp_path / "out", **settings)
+
+
+@pytest.mark.parametrize("flag", [{"teacher": "resnet8"}, {"views": 2}, {"fields": ["penultimate"]}, {"batch_size": 9}])
+def test_an_import_refuses_flags_it_would_ignore(tmp_path, flag):
+    name = next(iter(flag)).replace("_", "-")
+    with pytest.raises(SettingsError, match=rf"--{name} does nothing beside --from-logits"):
+        import_from(tmp_path / "logits.npy", tmp_path / "store", **flag)
+
+
+def test_an_import_must_say_which_views_it_is_of(tmp_path):
+    given = config.PrecomputeCommand(data=SPEC, store=tmp_path / "s", from_logits=tmp_path / "logits.npy")
+    with pytest.raises(SettingsError, match=r"--from-logits needs --augment: say which views"):
+        steps.precompute_store(given, loop.silent)
+
+
+def test_a_missing_file_to_import_is_not_found(tmp_path):
+    with pytest.raises(NotFoundError, match=r"--from-logits: no file at .*logits.npy"):
+        import_from(tmp_path / "logits.npy", tmp_path / "store")
+
+
+def test_the_condensed_set_of_a_run_is_what_it_exported(place, tmp_path):
+    out = tmp_path / "out"
+    assert steps.condensed_set(out) == out / "condensed set"
+    command(place, "train", out=out, until=1, **SCHOOL)
+    assert steps.condensed_set(out) == out / "condensed set"
+    found = command(place, "train", out=out, **SCHOOL)
+    assert steps.condensed_set(out) == out / found["condensed_set"]
+    assert steps.condensed_set(out).is_file()
