@@ -11,7 +11,7 @@ from kcdcache.models.weights import describe_network, save_network
 
 TRAIN, TEST = 200, 60
 SPEC = f"digits?train={TRAIN}&test={TEST}"
-UNPROMISED = ("run.json", "timing.jsonl", "summary.json", ".lock", "lock")
+UNPROMISED = ("run.json", "environment.json", "timing.jsonl", "summary.json", ".lock", "lock")
 """files with clock times, host or process numbers; DESIGN.md section 4 leaves them out of the same bytes"""
 SCHOOL = {"student": "lessons:TinyNet", "epochs": 6, "stages": 3, "batch_size": 32, "keep": 0.6, "cost_exponent": 0.1}
 """settings of a small run: stages of two epochs"""
