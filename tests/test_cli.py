@@ -488,3 +488,14 @@ def test_control_characters_in_results_are_shown_not_sent(capsys, tmp_path):
 def test_control_characters_in_a_recipe_are_shown_not_sent():
     text = cli._readable({"table": "t\x1b[2J\nrow", "files": "f\x1b"})
     assert text == "t\\x1b[2J\nrow\n\nfiles: f\\x1b"
+
+
+def test_control_characters_in_log_lines_are_shown_not_sent(tmp_path):
+    text = (
+        'title = "t"\ndata = "nothing"\n[[step]]\nname = "a"\ntitle = "\\u001b[2Jfit"\nrun = "fit"\nmodel = "resnet8"\n'
+    )
+    (tmp_path / "recipe.toml").write_text(text)
+    done = alone("run", tmp_path / "recipe.toml", "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert done.stderr.startswith("\\x1b[2Jfit\n")
+    assert "\x1b" not in done.stderr
