@@ -241,6 +241,8 @@ def _mixed_columns(
         return columns
     if len(dropped) > len(kept):
         logger.info("K_0 has %d points, K_1 only %d: the best %d of K_0 serve", len(dropped), len(kept), len(kept))
+    if not len(dropped) and settings.k0 == "stage_slice":
+        logger.info("nothing was cut since the manifest before, so k0 = stage_slice has nothing to mix in")
     low, partner = pair(kept, dropped)
     first = len(kept) - len(low)
     columns["mixed"][first:] = True

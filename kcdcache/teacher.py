@@ -12,7 +12,14 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from kcdcache.config import Precision, nearest
-from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, UnsafeError
+from kcdcache.errors import (
+    CorruptionError,
+    MismatchError,
+    NotFoundError,
+    SettingsError,
+    UnfinishedError,
+    UnsafeError,
+)
 from kcdcache.identity import TeacherIdentity, first_difference
 from kcdcache.models import spec as networks
 from kcdcache.models import taps
@@ -162,6 +169,8 @@ def _saved(spec: str) -> Path:
     records = [path / f"{name}.json" for name in SAVED_NAMES]
     for record in records:
         if record.exists() or record.with_suffix(".safetensors").exists():
+            if (path / "run.json").exists() and not (path / "summary.json").exists():
+                raise UnfinishedError(f"the run in {path} is not finished; run its command again before it teaches")
             return record
     if path.is_dir():
         raise NotFoundError(f"no saved network in {path} (neither {records[0].name} nor {records[1].name})")

@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from kcdcache import teacher as teachers
-from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, UnsafeError
+from kcdcache.errors import (
+    CorruptionError,
+    MismatchError,
+    NotFoundError,
+    SettingsError,
+    UnfinishedError,
+    UnsafeError,
+)
 from kcdcache.models import spec, weights
 from kcdcache.models.transform import InputTransform
 
@@ -233,3 +240,13 @@ def test_gpu_gives_the_outputs_of_the_cpu():
     for field, expected in teachers.outputs(frozen(network), pixels(4), FIELDS).items():
         torch.testing.assert_close(found[field].cpu(), expected, rtol=1e-4, atol=1e-4)
     assert on_gpu.identity == frozen(network).identity
+
+
+def test_the_student_of_an_unfinished_run_does_not_teach(tmp_path):
+    (tmp_path / "student.safetensors").write_bytes(b"")
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UnfinishedError, match="is not finished; run its command again before it teaches"):
+        teachers.load(
+            str(tmp_path), weights_path=None, classes=("a", "b"), mean=(0.5,), std=(0.5,), size=None, device="cpu",
+            precision="float32", channels=1,
+        )  # fmt: skip
