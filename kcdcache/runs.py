@@ -109,6 +109,7 @@ def session(
     """
     with locked(folder.lock):
         record = start(folder, settings, inputs)
+        _remove_other_checkpoints(folder)  # a kill may fall between a new checkpoint and the old one's removal
         before = torch.get_num_threads()
         wanted = threads or (latest_environment(record)["threads"] if record else before)
         torch.set_num_threads(wanted)
@@ -204,9 +205,7 @@ def save_checkpoint(folder: RunFolder, tensors: Mapping[str, Tensor], record: Ma
     name = f"{digest[:16]}.safetensors"
     write_atomic(folder.checkpoints / name, data)
     write_atomic(folder.checkpoints / "latest.json", readable_json({"file": name, "sha256": digest}))
-    for path in folder.checkpoints.glob("*.safetensors"):
-        if path.name != name:
-            path.unlink()
+    _remove_other_checkpoints(folder)
 
 
 def load_checkpoint(folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -310,6 +309,14 @@ def _seconds(line: bytes) -> float:
         return float(json.loads(line)["seconds"])
     except ValueError:
         return 0.0
+
+
+def _remove_other_checkpoints(folder: RunFolder) -> None:
+    pointer = folder.checkpoints / "latest.json"
+    current = read_json(pointer)["file"] if pointer.exists() else None
+    for path in folder.checkpoints.glob("*.safetensors"):
+        if path.name != current:
+            path.unlink()
 
 
 def _git_commit() -> str | None:

@@ -153,6 +153,14 @@ def test_what_killed_writers_left_is_removed(place, tmp_path):
     assert not any(file.exists() for file in left)
 
 
+def test_an_old_checkpoint_that_a_kill_left_is_removed(place, tmp_path):
+    distilled(place, tmp_path / "run", run={"until": 1})
+    old = tmp_path / "run" / "checkpoint" / "0123456789abcdef.safetensors"
+    old.write_bytes(b"old")
+    distilled(place, tmp_path / "run", run={"until": 1})
+    assert not old.exists()
+
+
 def test_a_checkpoint_is_whole_and_alone(tmp_path):
     folder = RunFolder(path=tmp_path)
     assert load_checkpoint(folder) is None
