@@ -22,7 +22,7 @@ def run(command: CondenseCommand, dry_run: bool = False) -> dict[str, Any]:
             f"the values in {command.values} were measured on knowledge {found.document['knowledge_id']}, "
             f"the store at {command.store} holds {knowledge.knowledge_id}; give the values' own store"
         )
-    previous = None if command.previous is None else manifest.read(command.previous)
+    previous = None if command.previous is None else manifest.read(command.previous, knowledge.data.count)
     if previous is not None:
         manifest.require_knowledge(previous, knowledge.knowledge_id)
     stage = command.stage if command.stage is not None else (previous.stage + 1 if previous else 1)

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kcdcache.errors import CorruptionError, LockedError, NoSpaceError, NotFoundError
+from kcdcache.errors import CorruptionError, LockedError, NoSpaceError, NotFoundError, UnsafeError
 
 TEMPORARY_MARK = ".tmp-"
+MOST_JSON_BYTES = 64 * 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """what the system calls a full disk, an exhausted quota, and a file larger than allowed"""
 CRASH_POINT = "KCDCACHE_CRASHPOINT"
@@ -145,11 +146,18 @@ def read_json(path: Path) -> Any:
     Raises:
         NotFoundError: there is no such file.
         CorruptionError: the file is not JSON.
+        UnsafeError: it is larger than any record of ours; it is not read.
     """
     try:
+        if (size := path.stat().st_size) > MOST_JSON_BYTES:
+            raise UnsafeError(f"{path} has {size} bytes, a record at most {MOST_JSON_BYTES}; it is not read")
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise NotFoundError(f"no file at {path}") from None
+    except UnsafeError:
+        raise
+    except RecursionError:
+        raise CorruptionError(f"{path} should hold JSON: it is nested too deeply") from None
     except ValueError as error:
         raise CorruptionError(f"{path} should hold JSON: {error}") from None
 

@@ -18,6 +18,7 @@ from kcdcache.files import canonical_json, create_exclusive
 
 METADATA_KEY = "kcdcache.manifest"
 FORMAT_VERSION = 0
+MOST_ROWS = 10**8
 KEPT, MIXED = "K_1H", "K_Aug"
 """The parts: points kept as they are, and kept points with a dropped one mixed in."""
 
@@ -155,8 +156,10 @@ def write(path: Path, manifest: Manifest) -> None:
     create_exclusive(path, tables.encode(table))
 
 
-def read(path: Path | str) -> Manifest:
+def read(path: Path | str, most_rows: int = MOST_ROWS) -> Manifest:
     """Return the manifest in a file, after checking its page checksums and its digest.
+
+    More than `most_rows` rows are refused before any is decoded: a few bytes of parquet can claim hundreds of millions.
 
     Raises:
         NotFoundError: there is no such file.
@@ -164,7 +167,7 @@ def read(path: Path | str) -> Manifest:
         MismatchError: it is no manifest, of a newer format, or not a valid one; names the first invalid row.
     """
     path = Path(path)
-    table = tables.read(path)
+    table = tables.read(path, most_rows)
     document = tables.document(table, METADATA_KEY, path)
     if document is None:
         raise MismatchError(

@@ -83,7 +83,7 @@ def write_for(
     Raises:
         MismatchError: the manifest was made for other knowledge, or has no mixes.
     """
-    chosen = manifest.read(file)
+    chosen = manifest.read(file, knowledge.count)
     manifest.require_knowledge(chosen, knowledge.knowledge_id)
     if not chosen.mixed.any():
         raise MismatchError(f"{file} has no mixed points (K_Aug is empty): there is nothing to ask the teacher again")

@@ -81,7 +81,7 @@ def train(command: config.TrainCommand, progress: Progress, dry_run: bool = Fals
         raise SettingsError("--student is missing: name the network to train, for example --student resnet8")
     given = None
     if command.manifest is not None:
-        given = distill.accept(manifest.read(command.manifest), knowledge, command.transfer)
+        given = distill.accept(manifest.read(command.manifest, knowledge.count), knowledge, command.transfer)
     network = None
     if command.teacher is not None and settings.mix_target == "requery":
         network = load_teacher(command, data, precision_of(knowledge), command.device, command.threads)

@@ -1,13 +1,17 @@
 """A downloaded store or set is untrusted: what it claims must not run code, escape its folder or eat memory."""
 
+import resource
+
 import google_crc32c
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from numcodecs import Zstd
 from stores import make, plan_of
 
-from kcdcache import layout, ledger, store
-from kcdcache.errors import CorruptionError, UnsafeError
+from kcdcache import layout, ledger, manifest, store
+from kcdcache.errors import CorruptionError, MismatchError, UnsafeError
 from kcdcache.files import canonical_json, digest_of, read_json, sha256_bytes, sha256_file
 
 
@@ -74,3 +78,33 @@ def test_a_plan_of_endless_chunks_is_refused_before_they_are_listed(tmp_path):
     ledger.commit_path(root, 0).write_bytes(canonical_json(content | {"digest": digest_of(content)}))
     with pytest.raises(CorruptionError, match=r"was changed or belongs to another store|chunk files, its log names"):
         store.open(root)
+
+
+def test_a_parquet_file_of_endless_rows_is_refused_before_they_are_decoded(tmp_path):
+    rows = 200_000_001
+    batch = pa.table({"index": pa.array(np.zeros(2**20, np.int64))})
+    with pq.ParquetWriter(tmp_path / "bomb.parquet", batch.schema, compression="zstd") as writer:
+        for _ in range(-(-rows // 2**20)):
+            writer.write_table(batch)
+    assert (tmp_path / "bomb.parquet").stat().st_size < 2**20
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(MismatchError, match=r"holds \d+ rows, expected at most 100000000"):
+        manifest.read(tmp_path / "bomb.parquet")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB; decoded it takes 1.6 GB
+
+
+def test_a_manifest_longer_than_the_data_is_refused(tmp_path):
+    manifest.write(tmp_path / "m.parquet", manifest.full("k", 50))
+    with pytest.raises(MismatchError, match="holds 50 rows, expected at most 40"):
+        manifest.read(tmp_path / "m.parquet", 40)
+
+
+def test_a_record_too_large_or_too_deep_is_not_read(tmp_path):
+    deep, large = tmp_path / "deep.json", tmp_path / "large.json"
+    deep.write_bytes(b"[" * 200_000)
+    with pytest.raises(CorruptionError, match=r"deep\.json should hold JSON: it is nested too deeply"):
+        read_json(deep)
+    with open(large, "wb") as stream:
+        stream.truncate(2**40)  # a sparse file: it takes no room
+    with pytest.raises(UnsafeError, match=r"large\.json has 1099511627776 bytes, a record at most 67108864"):
+        read_json(large)

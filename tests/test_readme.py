@@ -70,3 +70,8 @@ def test_file_list_gives_each_modules_own_line(path):
     line = ast.get_docstring(ast.parse(path.read_text())).splitlines()[0].rstrip(".")
     name = path.relative_to(ROOT / "kcdcache").as_posix()
     assert re.search(rf"^{re.escape(name)} +{re.escape(line)}$", README, re.M), f"{name:<22} {line}"
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar100_small"])
+def test_quoted_results_are_those_of_the_result_files(name):
+    assert (ROOT / "pipelines" / "results" / name / "table.txt").read_text() in README
