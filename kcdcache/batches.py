@@ -333,10 +333,7 @@ def _item(batch: Batch, row: int) -> dict[str, Any]:
 
 
 def _view(source: Source, index: np.ndarray, parameters: np.ndarray, device: torch.device) -> Tensor:
-    images = source.data.train.images(index)
-    if isinstance(images, np.ndarray):
-        return views.apply(source.rule, torch.from_numpy(images).to(device), torch.from_numpy(parameters))
-    return views.apply(source.rule, [torch.from_numpy(i).to(device) for i in images], torch.from_numpy(parameters))
+    return views.show(source.rule, source.data.train.images(index), parameters, device)
 
 
 def _taught(

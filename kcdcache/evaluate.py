@@ -68,9 +68,4 @@ def measure(
 def _plain(split: Split, rule: views.ViewRule, device: torch.device) -> Iterator[Tensor]:
     for low in range(0, len(split), BATCH):
         index = torch.arange(low, min(low + BATCH, len(split))).numpy()
-        images = split.images(index)
-        parameters = torch.from_numpy(views.parameters(rule, index, 0))
-        if isinstance(images, list):
-            yield views.apply(rule, [torch.from_numpy(image).to(device) for image in images], parameters)
-        else:
-            yield views.apply(rule, torch.from_numpy(images).to(device), parameters)
+        yield views.show(rule, split.images(index), views.parameters(rule, index, 0), device)

@@ -303,10 +303,7 @@ def _check_accuracy(part: Part, correct: float, right: dict[int, tuple[float, in
 
 def view_pixels(data: Dataset, rule: views.ViewRule, index: np.ndarray, view: int, device: torch.device) -> Tensor:
     """Return one view of some training samples as the teacher sees them: pixels in [0, 1], (batch, c, h, w)."""
-    images, parameters = data.train.images(index), torch.from_numpy(views.parameters(rule, index, view))
-    if isinstance(images, np.ndarray):
-        return views.apply(rule, torch.from_numpy(images).to(device), parameters)
-    return views.apply(rule, [torch.from_numpy(image).to(device) for image in images], parameters)
+    return views.show(rule, data.train.images(index), views.parameters(rule, index, view), device)
 
 
 def _read_npy(file: Path, count: int, classes: int) -> np.ndarray:

@@ -4,7 +4,7 @@ A view is float32 pixels in [0, 1], channels first, in channels_last memory. Par
 host; applying them gives the same bits whatever the order and the split into batches, and for crops on every device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -154,6 +154,15 @@ def apply(rule: ViewRule, images: Images, parameters: Parameters) -> Pixels:
     if len(images) != len(parameters):
         raise MismatchError(f"{len(images)} images came with parameters for {len(parameters)}")
     return _kind(rule).apply(rule, images, parameters)
+
+
+def show(
+    rule: ViewRule, images: Sequence[np.ndarray] | np.ndarray, parameters: np.ndarray, device: torch.device
+) -> Pixels:
+    """Return `apply` on the device for images as a `Split` gives them: one array, or a list where sizes differ."""
+    if isinstance(images, np.ndarray):
+        return apply(rule, torch.from_numpy(images).to(device), torch.from_numpy(parameters))
+    return apply(rule, [torch.from_numpy(image).to(device) for image in images], torch.from_numpy(parameters))
 
 
 class _Kind(NamedTuple):
