@@ -1,7 +1,10 @@
-"""Whether every byte of a store is what was written."""
+"""Whether the files of a store are what was written."""
 
+import math
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from kcdcache import layout, ledger
 from kcdcache.errors import CorruptionError, KcdcacheError
@@ -16,17 +19,20 @@ class Verification(NamedTuple):
     """What a verification looked at, and all it found wrong."""
 
     files: int
-    """chunk files compared"""
+    """chunk files whose presence and size were compared"""
+    read: int
+    """chunk files that were read whole"""
     bytes: int
-    """bytes of chunk files read; 0 if only records and sizes were compared"""
+    """bytes of those"""
     problems: tuple[str, ...]
     """one line per damage, each naming file and samples; empty for a sound store"""
 
 
-def verify(path: Path | str, *, read_data: bool = True) -> Verification:
-    """Compare records with commits, array documents with the plan, and every chunk file with its size and SHA-256.
+def verify(path: Path | str, *, share: float = 1.0, seed: int = 0) -> Verification:
+    """Compare records with commits, array documents with the plan, and chunk files with their sizes and SHA-256.
 
-    All damage is collected. Without `read_data` only records, documents and sizes are compared.
+    All damage is collected. `share` in [0, 1] of the chunk files, chosen by `seed`, is read and hashed; with 0 only
+    records, documents and sizes are compared, above 0 at least one file is read.
 
     Raises:
         NotFoundError: there is no store.
@@ -34,20 +40,30 @@ def verify(path: Path | str, *, read_data: bool = True) -> Verification:
         MismatchError: it was written by a newer format.
     """
     root, problems = Path(path), list[str]()
-    _check_identity(root, problems)
+    knowledge = _check_identity(root, problems)
     commits = ledger.read_commits(root, problems.append)
     plan = _plan(commits, problems)
     if plan is None:
-        return Verification(0, 0, tuple(problems))
+        return Verification(0, 0, 0, tuple(problems))
+    if knowledge is not None:
+        ledger.check_count(root, plan.count, knowledge, problems.append)
     files = file_table(commits)
     check_documents(root, plan, len(commits), problems.append)
     check_listing(root, plan, files, problems.append)
     chunks = layout.all_chunks(plan) if plausible(plan, files) else []
-    sound = _sound_chunks(root, plan, chunks, files) if read_data else []
+    sound = _drawn(_sound_chunks(root, plan, chunks, files), share, seed) if share else []
     for chunk in sound:
         if sha256_file(root / chunk.key) != files[chunk.key].sha256:
             problems.append(f"{root}/{chunk} is not what was written: its SHA-256 differs from the log")
-    return Verification(len(chunks), sum(files[chunk.key].bytes for chunk in sound), tuple(problems))
+    read = sum(files[chunk.key].bytes for chunk in sound)
+    return Verification(len(chunks), len(sound), read, tuple(problems))
+
+
+def _drawn(chunks: list[Chunk], share: float, seed: int) -> list[Chunk]:
+    """Return a share of some chunks, in order."""
+    number = math.ceil(share * len(chunks))
+    order = np.random.Generator(np.random.Philox(seed)).permutation(len(chunks))
+    return [chunks[place] for place in sorted(order[:number].tolist())]
 
 
 def _check_identity(root: Path, problems: list[str]) -> Knowledge | None:

@@ -17,8 +17,9 @@ from kcdcache import rng, views
 from kcdcache.data import Dataset
 from kcdcache.errors import MismatchError
 from kcdcache.identity import require_same
-from kcdcache.knowledge import StoredTargets, Targets
+from kcdcache.knowledge import PlannedRows, StoredTargets, Targets
 from kcdcache.manifest import Manifest, require_knowledge
+from kcdcache.matching import check_data
 from kcdcache.mixing import mix_pixels, mix_probabilities, mix_values
 from kcdcache.store import Store
 
@@ -194,12 +195,15 @@ def iterate(
     """
     plan = plan_epoch(source, epoch, seed, sampling)
     source.prepare(epoch)
+    planned = source.targets.plan(plan.index) if isinstance(source.targets, StoredTargets) else None
     for low in range(start * batch_size, len(plan.index), batch_size):
-        yield make_batch(source, plan, slice(low, low + batch_size), device)
+        yield make_batch(source, plan, slice(low, low + batch_size), device, planned)
 
 
-def make_batch(source: Source, plan: Epoch, part: slice, device: torch.device) -> Batch:
-    """Return one slice of an epoch as a batch on the device."""
+def make_batch(
+    source: Source, plan: Epoch, part: slice, device: torch.device, planned: PlannedRows | None = None
+) -> Batch:
+    """Return one slice of an epoch as a batch on the device; `planned` are the teacher's rows of its samples."""
     index, partner = plan.index[part], plan.partner[part]
     where = np.flatnonzero(partner >= 0)
     labels = source.data.train.labels
@@ -209,7 +213,11 @@ def make_batch(source: Source, plan: Epoch, part: slice, device: torch.device) -
         other = _view(source, partner[where], plan.partner_parameters[part][where], device)
         spot = torch.from_numpy(where).to(device)
         pixels[spot] = mix_pixels(pixels[spot], other, epsilon[spot], source.mixing.mix)
-    probabilities, knowledge = _taught(source, index, partner, where, epsilon, device)
+    if planned is not None:
+        own = planned.gather(part, source.mixing.temperature, device)
+    else:
+        own = {} if source.targets is None else source.targets.gather(index, source.mixing.temperature, device)
+    probabilities, knowledge = _taught(source, own, index, partner, where, epsilon, device)
     return Batch(
         index=torch.from_numpy(index).to(device),
         pixels=pixels,
@@ -241,31 +249,10 @@ def needed_rows(manifest: Manifest, requeried: bool = False) -> Int64[np.ndarray
     """
     if requeried:
         return manifest.index
-    return np.union1d(manifest.index, manifest.partner[manifest.partner >= 0])
-
-
-def check_data(store: Store, data: Dataset) -> None:
-    """Do nothing if the store was made for this data.
-
-    Raises:
-        MismatchError: count, classes, size or any sample differs; names the first differing sample.
-    """
-    ours, theirs = data.identity(), store.knowledge.data
-    if ours == theirs:
-        return
-    if ours.count == theirs.count and ours.classes == theirs.classes:
-        first = int(np.flatnonzero(data.train.digests() != store.sample_digest)[0])
-        raise MismatchError(
-            f"the data is not what the teacher saw: sample {first} differs (image, label or order) between the store "
-            f"at {store.path} and {data.name}; use the data the store was made from, or precompute a new store"
-        )
-    names = (f"the store at {store.path}", f"the data {data.name}")
-    require_same(
-        {"count": theirs.count, "classes": theirs.classes, "image_size": theirs.image_size},
-        {"count": ours.count, "classes": ours.classes, "image_size": ours.image_size},
-        names,
-        "use the data the store was made from, or precompute a new store",
-    )
+    needed = np.zeros(manifest.count, bool)
+    needed[manifest.index] = True
+    needed[manifest.partner[manifest.mixed]] = True
+    return np.flatnonzero(needed)
 
 
 def _require_mixes(mixes: Store, manifest: Manifest, mixing: Mixing) -> None:
@@ -337,13 +324,21 @@ def _view(source: Source, index: np.ndarray, parameters: np.ndarray, device: tor
 
 
 def _taught(
-    source: Source, index: np.ndarray, partner: np.ndarray, where: np.ndarray, epsilon: Tensor, device: torch.device
+    source: Source,
+    own: dict[str, Tensor],
+    index: np.ndarray,
+    partner: np.ndarray,
+    where: np.ndarray,
+    epsilon: Tensor,
+    device: torch.device,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Return the target probabilities and all fields of a batch, mixed where a point has a partner."""
+    """Return the target probabilities and all fields of a batch, mixed where a point has a partner.
+
+    `own` are the fields of the points themselves, which this may change.
+    """
     if source.targets is None:
         return None, {}
     temperature = source.mixing.temperature
-    own = source.targets.gather(index, temperature, device)
     probabilities = (own["logits"] / temperature).softmax(1) if "logits" in own else None
     if not len(where):
         return probabilities, own

@@ -1,7 +1,7 @@
 """`verify`: is what lies at a path what was written, and does the teacher still say the same?"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,20 @@ from kcdcache import (
     config,
     inspection,
     layout,
+    ledger,
     manifest,
     precompute,
-    runs,
+    repair,
+    runcheck,
     steps,
     store,
     teacher,
-    values,
     views,
 )
 from kcdcache.data import Dataset
 from kcdcache.errors import CorruptionError, SettingsError
 from kcdcache.identity import require_same
+from kcdcache.loop import Progress, silent
 from kcdcache.models import weights
 
 TOLERANCE = 2e-3
@@ -34,39 +36,113 @@ TOLERANCE = 2e-3
 the last place of float16 where the gap to the row's maximum is largest"""
 
 
-def verify(
-    path: Path, *, data: str | None = None, points: int = 512, sample_seed: int = 0, **named: Any
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Depth:
+    """How closely `verify` looks."""
+
+    share: float = 0.0
+    """share of a store's chunk files that is read and hashed, in [0, 1]"""
+    points: int = 512
+    """points to compute again, at least, where a teacher is given"""
+    seed: int = 0
+    """of the choice of files and points"""
+
+
+FAST = Depth()
+
+
+def verify(path: Path, *, depth: Depth = FAST, data: str | None = None, **named: Any) -> dict[str, Any]:
     """Return what was checked and found in order.
 
-    A store is checked file by file against its log; with a teacher and its data, at least `points` random points are
-    computed again. Manifests and values are checked against their digests, runs and networks against theirs.
+    A store is checked against its records and listing, and as much of its chunk files as `depth` says; with its data,
+    whether they are those it was made from; with a teacher too, some points are computed again. Manifests, values,
+    networks and runs are read whole and checked against their digests.
 
     Raises:
         CorruptionError: something is not what was written; lists all of it.
         MismatchError: teacher or data are not the store's.
     """
     kind = inspection.kind_of(path)
-    result = {"kind": kind, "path": str(path), **CHECKS[kind](path)}
-    device = named.pop("device", None) or "auto"
-    given = config.make(config.TeacherSettings, {key: value for key, value in named.items() if value is not None})
+    result = {"kind": kind, "path": str(path), "id": inspection.id_of(path), **CHECKS[kind](path, depth)}
+    given, device = _given(named)
     if given.teacher is None and data is None:
         return result
-    if kind != "store" or given.teacher is None or data is None:
+    if kind != "store" or data is None:
         raise SettingsError("to compute points again give a store, its --teacher and its --data")
-    return result | {"recomputed": _recompute(path, given, data, device, points, sample_seed)}
+    knowledge = store.open(path)
+    dataset = steps.load_data(data)
+    batches.check_data(knowledge, dataset)
+    result["data"] = "the store's"
+    return (
+        result
+        if given.teacher is None
+        else result | {"recomputed": _recompute(knowledge, given, dataset, device, depth)}
+    )
+
+
+def mend(path: Path, *, data: str | None = None, progress: Progress = silent, **named: Any) -> dict[str, Any]:
+    """Make what is damaged in a store again, check all of it, and return what was replaced.
+
+    Raises:
+        SettingsError: the path is no store, or its teacher and data are needed and not given.
+        CorruptionError, MismatchError: it cannot be made again from what is given (see `repair`).
+    """
+    if (kind := inspection.kind_of(path)) != "store":
+        raise SettingsError(f"--repair makes stores again, {path} is a {kind}: {REMEDIES[kind]}")
+    given, device = _given(named)
+    means = None
+    if given.teacher is not None and data is not None:
+        dataset = steps.load_data(data)
+        precision = steps.precision_of(repair.knowledge_of(path), path)
+        means = repair.Means(data=dataset, network=steps.load_teacher(given, dataset, precision, device, None))
+    replaced = repair.repair(path, means, progress)
+    return {"kind": kind, "path": str(path), "repaired": replaced, **_store(path, Depth(share=1.0))}
+
+
+REMEDIES: Mapping[str, str] = {
+    "run": "run its command again, which resumes from the checkpoint; where that is damaged, into a new folder",
+    "manifest": "condense again from the values it was made from",
+    "values": "run the command of its run again",
+    "network": "run its `fit` or `train` again, or fetch the file again",
+}
+"""kind -> what to do with one that is damaged"""
+
+
+def _given(named: Mapping[str, Any]) -> tuple[config.TeacherSettings, str]:
+    device = named.get("device") or "auto"
+    plain = {key: value for key, value in named.items() if value is not None and key != "device"}
+    return config.make(config.TeacherSettings, plain), device
+
+
+def parse_share(text: str) -> float:
+    """Return a share in (0, 1] from a text such as `5%` or `0.05`.
+
+    Raises:
+        SettingsError: it is none.
+
+    >>> parse_share("5%")
+    0.05
+    """
+    try:
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise SettingsError(f"--sample takes a share above 0 and at most 100%, such as 5%; found {text!r}")
+    return share
 
 
 def _recompute(
-    path: Path, named: config.TeacherSettings, spec: str, device: str, points: int, seed: int
+    knowledge: store.Store, named: config.TeacherSettings, data: Dataset, device: str, depth: Depth
 ) -> dict[str, Any]:
-    knowledge, data = store.open(path), steps.load_data(spec)
-    network = steps.load_teacher(named, data, steps.precision_of(knowledge), device, None)
-    found = recheck(knowledge, data, network, points=points, seed=seed)
+    precision = steps.precision_of(knowledge.knowledge, knowledge.path)
+    network = steps.load_teacher(named, data, precision, device, None)
+    found = recheck(knowledge, data, network, points=depth.points, seed=depth.seed)
     if found["largest"] > TOLERANCE:
         raise CorruptionError(
-            f"the teacher no longer gives what {path} holds: {found['differing']} of {found['points']} points differ, "
-            f"up to {found['largest']:.3g} (relative; at most {TOLERANCE} is explained by other hardware or versions)"
+            f"the teacher no longer gives what {knowledge.path} holds: {found['differing']} of {found['points']} "
+            f"points differ, up to {found['largest']:.3g} (relative; other hardware or versions explain at most "
+            f"{TOLERANCE})"
         )
     return found
 
@@ -104,63 +180,66 @@ def recheck(
         part, (start, stop) = chosen[number]
         pixels = precompute.view_pixels(data, rule, np.arange(start, stop), part.view, network.device)
         differing, difference = _compare(knowledge, network, pixels, part.view, start, stop)
-        checked, wrong, largest = checked + stop - start, wrong + differing, max(largest, difference)
+        compared = len(_usable(knowledge, start, stop))
+        checked, wrong, largest = checked + compared, wrong + differing, max(largest, difference)
     return {"points": checked, "differing": wrong, "largest": largest}
 
 
 def _compare(
     knowledge: store.Store, network: teacher.Teacher, pixels: Tensor, view: int, start: int, stop: int
 ) -> tuple[int, float]:
-    """Return how many rows differ in any stored bit, and the largest |difference| / (1 + |stored value|)."""
-    index = np.arange(start, stop)
-    differing, largest = np.zeros(stop - start, bool), 0.0
-    for field, fresh in teacher.outputs(network, pixels, list(knowledge.fields)).items():
+    """Return how many rows differ in any stored bit, and the largest |difference| / (1 + |stored value|).
+
+    Skipped samples are left out: nothing is stored of them.
+    """
+    index = _usable(knowledge, start, stop)
+    differing, largest = np.zeros(len(index), bool), 0.0
+    for field, fresh in teacher.outputs(network, pixels, list(knowledge.fields)).items() if len(index) else ():
         form = knowledge.fields[field].encoding
         held = knowledge.load(view, index, (field,))
-        for name, rows in form.encode(fresh, start).items():
-            differing |= (rows.view(np.uint8) != held[name].view(np.uint8)).reshape(stop - start, -1).any(1)
-        decoded = [form.decode({name: torch.from_numpy(rows) for name, rows in held.items()})]
-        decoded.append(form.decode({n: torch.from_numpy(r) for n, r in form.encode(fresh, start).items()}))
+        skipped = torch.from_numpy(~np.isin(np.arange(start, stop), index)).to(fresh.device)
+        again = {name: rows[index - start] for name, rows in form.encode(fresh, start, skipped).items()}
+        for name, rows in again.items():
+            differing |= (rows.view(np.uint8) != held[name].view(np.uint8)).reshape(len(index), -1).any(1)
+        decoded = [form.decode({n: torch.from_numpy(r) for n, r in side.items()}) for side in (held, again)]
         largest = max(largest, float(((decoded[0] - decoded[1]).abs() / (1 + decoded[0].abs())).max()))
     return int(differing.sum()), largest
 
 
-def _store(path: Path) -> dict[str, Any]:
-    found = audit.verify(path)
+def _usable(knowledge: store.Store, start: int, stop: int) -> np.ndarray:
+    return np.setdiff1d(np.arange(start, stop), knowledge.skipped)
+
+
+def _store(path: Path, depth: Depth) -> dict[str, Any]:
+    found = audit.verify(path, share=depth.share, seed=depth.seed)
     if found.problems:
         shown = "\n  ".join(found.problems[:20])
         raise CorruptionError(f"{path}: {len(found.problems)} problems\n  {shown}")
-    return {"files": found.files, "bytes": found.bytes, "problems": 0}
+    told: dict[str, Any] = {"files": found.files, "files_read": found.read, "bytes_read": found.bytes, "problems": 0}
+    if ledger.growths(path, "plan") > ledger.growths(path, "commit"):
+        told["growth"] = "begun and not sealed; the `kcdcache precompute` that began it resumes it"
+    return told
 
 
-def _run(path: Path) -> dict[str, Any]:
-    folder = runs.RunFolder(path=path)
-    files = sorted(path.glob("stages/*/manifest.parquet"))
-    sets = [manifest.read(file) for file in files]
-    runs.load_checkpoint(folder)
-    networks = [name for name in teacher.SAVED_NAMES if (path / f"{name}.json").exists()]
-    for name in networks:
-        weights.load_network(path, name)
-    tables = [file for file in (folder.values, *sorted(path.glob("stages/*/values.parquet"))) if file.exists() and sets]
-    for file in tables:
-        values.read(file, sets[0].count)
-    requeried = sorted(path.glob("stages/*/*.requery"))
-    for made in requeried:
-        _store(made)
-    counted: dict[str, list[Any]] = {"manifests": sets, "values": tables, "networks": networks, "requeried": requeried}
-    return {name: len(found) for name, found in counted.items()} | {"finished": folder.summary.exists(), "problems": 0}
+def _run(path: Path, depth: Depth) -> dict[str, Any]:
+    found = runcheck.check(path)
+    if found.problems:
+        shown = "\n  ".join(found.problems[:20])
+        raise CorruptionError(f"{path}: {len(found.problems)} problems\n  {shown}")
+    cut = {"cut_short": list(found.unfinished)} if found.unfinished else {}
+    return found.counts | {"finished": found.finished, "problems": 0} | cut
 
 
-def _network(path: Path) -> dict[str, Any]:
+def _network(path: Path, depth: Depth) -> dict[str, Any]:
     weights.load_network(path.with_suffix(".json"))
     return {"problems": 0}
 
 
-CHECKS: Mapping[str, Callable[[Path], dict[str, Any]]] = {
+CHECKS: Mapping[str, Callable[[Path, Depth], dict[str, Any]]] = {
     "store": _store,
     "run": _run,
-    "manifest": lambda path: {"rows": len(manifest.read(path)), "problems": 0},
-    "values": lambda path: {"rows": inspection.inspect(path)["samples"], "problems": 0},
+    "manifest": lambda path, depth: {"rows": len(manifest.read(path)), "problems": 0},
+    "values": lambda path, depth: {"rows": inspection.inspect(path)["samples"], "problems": 0},
     "network": _network,
 }
 """kind -> how it is checked"""

@@ -20,6 +20,8 @@ from kcdcache.errors import KcdcacheError, NoSpaceError
 from kcdcache.files import FULL
 
 SCHEMA_VERSION = 0
+MOST_SHOWN = 4000
+"""characters of an error: names from files may have any length"""
 SUMMARIES = {
     "run": "Do a whole chain of steps from a recipe; without one, the embedded example.",
     "fit": "Train a teacher or a plain baseline on hard labels.",
@@ -27,7 +29,7 @@ SUMMARIES = {
     "train": "Train a student from a store, condensing between stages (Algorithm 1).",
     "condense": "Turn values into the next condensed set (a manifest).",
     "inspect": "Tell what a store, manifest, values file, run or network holds.",
-    "verify": "Check every byte of a store; with a teacher, compute some points again.",
+    "verify": "Check whether what lies there is what was written; with a teacher, compute points again.",
 }
 """command -> its line in `kcdcache --help`, which must not import what the commands need"""
 EXAMPLES = {
@@ -46,7 +48,11 @@ EXAMPLES = {
         "kcdcache condense --values runs/kcd/values.parquet --store runs/store --keep 0.5 --out half.parquet",
     ),
     "inspect": ("kcdcache inspect runs/store",),
-    "verify": ("kcdcache verify runs/store --teacher runs/teacher --data cifar100",),
+    "verify": (
+        "kcdcache verify runs/store --read-data",
+        "kcdcache verify runs/store --teacher runs/teacher --data cifar100",
+        "kcdcache verify runs/store --repair --teacher runs/teacher --data cifar100",
+    ),
 }
 LONG = {"run", "fit", "precompute", "train"}
 """commands that stop at a safe point when asked to, and resume; the others are over at once"""
@@ -103,7 +109,7 @@ def _outcome(arguments: list[str]) -> int:
         click.echo(error.format_message())
         return 0
     except click.ClickException as error:
-        error.show()
+        click.echo(_misused(error), err=True)
         return error.exit_code
     except click.exceptions.Exit as stop:
         return stop.exit_code
@@ -113,22 +119,39 @@ def _outcome(arguments: list[str]) -> int:
     except KcdcacheError as error:
         return _failed(str(error), error.exit_code, arguments)
     except OSError as error:
-        return _failed(str(error), NoSpaceError.exit_code if error.errno in FULL else 1, arguments)
+        if error.errno in FULL:
+            remedy = "free some space and run the same command again to resume"
+            return _failed(f"{error}; {remedy}", NoSpaceError.exit_code, arguments)
+        return _failed(str(error), 1, arguments)
+    except MemoryError as error:
+        return _failed(f"out of memory: {error}", 1, arguments)
     except Exception as error:
         return _failed(f"internal error: {type(error).__name__}: {error} (--debug shows where)", 1, arguments)
     return 0
 
 
+def _misused(error: click.ClickException) -> str:
+    """Return what click would show of a wrong command line, made printable: it may hold names of files."""
+    context = getattr(error, "ctx", None)
+    usage = [] if context is None else [context.get_usage(), f"Try '{context.command_path} --help' for help.", ""]
+    return "\n".join([*usage, f"Error: {_printable(error.format_message())}"])
+
+
 def _failed(message: str, exit_code: int, arguments: Sequence[str]) -> int:
     if "--debug" in arguments:
-        traceback.print_exc()
-    click.echo(f"error: {_printable(message)}", err=True)
+        click.echo("\n".join(f"| {_printable(line)}" for line in traceback.format_exc().splitlines()), err=True)
+    shown = message if len(message) <= MOST_SHOWN else f"{message[:MOST_SHOWN]}... ({len(message)} characters)"
+    first, *others = shown.split("\n")
+    # of several problems each has its line, marked as such: no line break in a name can forge one of ours
+    click.echo(
+        "\n".join([f"error: {_printable(first)}", *(f"  - {_printable(line.strip())}" for line in others)]), err=True
+    )
     return exit_code
 
 
 def _printable(text: str) -> str:
-    """Return text without control characters: names from files must not steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    """Return text in one line and without control characters: names from files must not steer the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _command(name: str, options: list[click.Parameter], work: Callable[..., dict[str, Any]]) -> click.Command:
@@ -246,15 +269,29 @@ def _verify_command() -> click.Command:
     fields = config.TeacherSettings.model_fields
     options: list[click.Parameter] = [
         click.Argument(["path"]),
-        click.Option(["--data"], help="data spec of the store; with --teacher, points are computed again"),
+        click.Option(["--read-data"], is_flag=True, help="read and hash every chunk file of a store"),
+        click.Option(["--sample"], metavar="SHARE", help="read and hash a share of the chunk files, such as 5%"),
+        click.Option(["--data"], help="data spec of the store: are they the ones it was made from?"),
         click.Option(["--points"], type=int, default=512, show_default=True, help="points to compute again, at least"),
         click.Option(["--sample-seed"], type=int, default=0, show_default=True, help="seed of their choice"),
+        click.Option(["--repair"], is_flag=True, help="make what is damaged again, with --teacher and --data"),
+        click.Option(["--expect-id"], help="refuse what has another id (inspect shows it)"),
         *(_option(name, field) for name, field in fields.items()),
         _option("device", config.MachineSettings.model_fields["device"]),
     ]
 
-    def work(path: str, **values: Any) -> dict[str, Any]:
-        result: dict[str, Any] = importlib.import_module("kcdcache.checks").verify(Path(path), **values)
+    def work(path: str, repair: bool, expect_id: str | None, **values: Any) -> dict[str, Any]:
+        checks = importlib.import_module("kcdcache.checks")
+        if repair:
+            unused = [values.pop(name) for name in ("read_data", "sample", "points", "sample_seed")]
+            del unused  # a repair reads everything
+            done: dict[str, Any] = checks.mend(Path(path), progress=_Reporter(), **values)
+            return done
+        read_data, sample = values.pop("read_data"), values.pop("sample")
+        share = 1.0 if read_data else checks.parse_share(sample) if sample else 0.0
+        depth = checks.Depth(share=share, points=values.pop("points"), seed=values.pop("sample_seed"))
+        importlib.import_module("kcdcache.inspection").require_ids([Path(path)], [expect_id] if expect_id else None)
+        result: dict[str, Any] = checks.verify(Path(path), depth=depth, **values)
         return result
 
     return _command("verify", options, work)
@@ -274,13 +311,13 @@ BUILDERS: Mapping[str, Callable[[], click.Command]] = {
 def _readable(result: Mapping[str, Any], indent: str = "") -> str:
     """Return a result for people: a table as it is, otherwise one line per entry, nested ones indented."""
     if "table" in result:
-        return _printable(f"{result['table']}\n\nfiles: {result['files']}")
+        return "\n".join(map(_printable, [*str(result["table"]).split("\n"), "", f"files: {result['files']}"]))
     lines = []
     for key, value in result.items():
         if isinstance(value, Mapping) and value:
             lines += [f"{indent}{_printable(str(key))}:", _readable(value, indent + "  ")]
         elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-            lines += [f"{indent}{key}:", *(f"{indent}  {_entry(item)}" for item in value)]
+            lines += [f"{indent}{_printable(str(key))}:", *(f"{indent}  {_entry(item)}" for item in value)]
         else:
             lines.append(f"{indent}{_printable(f'{key}: {value}')}")
     return "\n".join(lines)
@@ -321,7 +358,7 @@ class _Reporter:
         self._last = now
         rate = (done - first) / (now - began) if now > began else 0
         eta = f", {(total - done) / rate:,.0f} s left" if rate > 0 and done < total else ""
-        text = f"{what}: {done:,} of {total:,} ({remark}{eta})"
+        text = _printable(f"{what}: {done:,} of {total:,} ({remark}{eta})")
         click.echo(
             f"\r\033[K{text}" + ("\n" if done >= total else "") if self._live else text, err=True, nl=not self._live
         )

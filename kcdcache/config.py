@@ -58,6 +58,9 @@ class PrecomputeSettings(ViewSettings):
     """arithmetic of the teacher's forward pass"""
     min_accuracy: float | None = Field(default=None, ge=0, le=1)
     """teacher accuracy below which precompute refuses; three times chance if unset, 0 switches it off"""
+    on_nonfinite: Literal["refuse", "skip"] = "refuse"
+    """what to do with samples whose outputs are NaN, infinite or too large for the encoding: refuse, or skip them (at
+    most 1 % of all), which leaves them out of all training; keep fractions stay fractions of all samples"""
 
 
 class OptimizerSettings(Settings):
@@ -96,6 +99,13 @@ class OptimizerSettings(Settings):
     """epochs between measurements on the test split; the last epoch is always measured"""
     checkpoint_seconds: float = Field(default=60, ge=0)
     """least time between checkpoints inside an epoch, beside the one after every epoch; never changes results"""
+    resident: Literal["auto", "on", "off"] = "auto"
+    """keep images, view parameters and knowledge on the device and make batches there: auto does so on a GPU if they
+    take at most half of its free memory. Never changes results on a CPU"""
+    graphs: bool = True
+    """where batches are made on a GPU, replay each full step as one CUDA graph"""
+    compile: bool = False
+    """train through torch.compile, which needs a C++ compiler; changes the last bits"""
 
 
 class FitSettings(OptimizerSettings, ViewSettings):
@@ -254,6 +264,8 @@ class PrecomputeCommand(PrecomputeSettings, TeacherSettings, MachineSettings):
     """how the manifest's images are mixed"""
     from_logits: Path | None = None
     """import logits made elsewhere: an .npy file of shape (views, N, C) or (N, C)"""
+    shard: str | None = None
+    """write only every N-th part from the I-th on, as one of N processes: I/N, such as 0/4; the last one seals"""
 
 
 class TrainCommand(TrainSettings, TeacherSettings, MachineSettings):
@@ -271,6 +283,8 @@ class TrainCommand(TrainSettings, TeacherSettings, MachineSettings):
     """accept a condensed set made for another teacher's store of the same data"""
     until: int | None = Field(default=None, ge=1)
     """stop when that many epochs are finished; the same command continues"""
+    expect_id: tuple[str, ...] | None = None
+    """ids that store and condensed set must have (inspect shows them): refuse anything else"""
 
 
 class CondenseCommand(CondenseSettings):
@@ -290,6 +304,8 @@ class CondenseCommand(CondenseSettings):
     """named set of readings, as for train; flags given beside it win"""
     stage: int | None = Field(default=None, ge=0)
     """number of the stage the manifest is for; one more than the previous manifest's if unset"""
+    expect_id: tuple[str, ...] | None = None
+    """ids that store, values and previous manifest must have (inspect shows them): refuse anything else"""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,11 +1,9 @@
 """Image data sets by index, named by a spec, with a digest per sample."""
 
-import json
 import logging
 import os
 import re
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import distribution
@@ -19,11 +17,13 @@ import torchvision
 from jaxtyping import Int64, UInt8
 
 from kcdcache import rng
+from kcdcache.archives import read_npz
 from kcdcache.config import nearest
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, UnsafeError
 from kcdcache.files import canonical_json, sha256_bytes
 from kcdcache.identity import DataIdentity
 from kcdcache.images import DecodedImages, EncodedImages, Origins, Split, Statistics, decode_once, statistics
+from kcdcache.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Dataset:
         return self.known_statistics or statistics(self.train.source)
 
     def identity(self) -> DataIdentity:
-        """Return what identifies the training split: count, classes, size and a digest over images, labels, order."""
+        """Return what identifies the training split: count, classes, size and a digest over `Split.digests`."""
         content = self.train.digests().astype("<u8").tobytes() + canonical_json(list(self.classes))
         size = self.train.image_size
         return DataIdentity(count=len(self.train), classes=self.classes, image_size=size, digest=sha256_bytes(content))
@@ -266,11 +266,25 @@ def _folder_split(folder: Path, classes: tuple[str, ...]) -> Split:
 
 
 def _image_files(folder: Path) -> list[str]:
-    found = sorted(os.path.join(place, file) for place, _, files in os.walk(folder) for file in files)
+    found = sorted(_plain_files(folder))
     images = [file for file in found if file.lower().endswith(IMAGE_ENDINGS)]
     if len(images) < len(found):
         logger.warning("%d files in %s are not images and are left out", len(found) - len(images), folder)
     return images
+
+
+def _plain_files(folder: Path | str) -> Iterator[str]:
+    """Yield the files in a folder and its own folders, links to files included; links to folders are not followed."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _plain_files(entry.path)
+            elif entry.is_symlink():  # what it leads to is judged when it is opened
+                yield from () if os.path.isdir(entry.path) else (entry.path,)
+            elif entry.is_file():
+                yield entry.path
+            else:
+                raise UnsafeError(f"{entry.path} is a pipe or a device; images are plain files, remove it")
 
 
 def _parquet(spec: DataSpec) -> _Loaded:
@@ -316,9 +330,10 @@ def _label_column(schema: pa.Schema, spec: DataSpec) -> str:
 
 
 def _class_names(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
-    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = metadata.get("info", {}).get("features", {}).get(label, {}).get("names")
-    return tuple(names) if names else None
+    found = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"), "the parquet metadata 'huggingface'")
+    for key in ("info", "features", label, "names"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return tuple(map(str, found)) if isinstance(found, list) and found else None
 
 
 def _read_rows(files: list[Path], image: str, label: str, limit: int | None) -> Split:
@@ -353,27 +368,12 @@ def _append_rows(
 
 
 def _arrays(spec: DataSpec) -> _Loaded:
-    arrays = _npz(spec.path)
+    arrays = read_npz(spec.path)
     classes = tuple(str(name) for name in arrays["classes"]) if "classes" in arrays else None
     train, test = (_array_split(arrays, part, spec.path) for part in ("train", "test"))
     if arrays["train_images"].shape[1:] != arrays["test_images"].shape[1:]:
         raise MismatchError(f"training and test images in {spec.path} differ in size or channels")
     return _Loaded(train, test, classes)
-
-
-def _npz(file: Path) -> dict[str, np.ndarray]:
-    try:
-        with open(file, "rb") as stream:
-            zipfile.ZipFile(stream).close()  # numpy would take anything else for a pickle
-            stream.seek(0)
-            archive = np.load(stream, allow_pickle=False)
-            return {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        raise NotFoundError(f"no file at {file}") from None
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise CorruptionError(f"{file} is not a readable .npz file: {error}") from None
-    except ValueError as error:  # numpy refuses pickles so
-        raise UnsafeError(f"{file} is refused: {error}") from None
 
 
 def _array_split(arrays: dict[str, np.ndarray], part: str, file: Path) -> Split:

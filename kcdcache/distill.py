@@ -7,20 +7,19 @@ from typing import Any
 
 import torch
 
-from kcdcache import batches, condense, loop, manifest, methods, requery, schedule, store, train, values
+from kcdcache import batches, condense, loop, manifest, methods, requery, runs, schedule, store, train, values
 from kcdcache.config import TrainSettings
 from kcdcache.data import Dataset
-from kcdcache.errors import SettingsError
-from kcdcache.files import read_json, readable_json, write_atomic
+from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.manifest import Manifest
 from kcdcache.models import spec
 from kcdcache.models.device import resolve_device
-from kcdcache.runs import RunFolder, load_checkpoint, outcome, read_summary, seconds_spent, session, start
+from kcdcache.runs import RunFolder, load_checkpoint, read_record, read_summary, write_manifest
 from kcdcache.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-NEUTRAL = {"checkpoint_seconds", "memory_gb"}
+NEUTRAL = {"checkpoint_seconds", "memory_gb", "resident", "graphs"}
 """settings that never change a result and so may differ when a run continues"""
 
 
@@ -75,6 +74,8 @@ def run(
         NonFiniteError: the loss diverged.
     """
     batches.check_data(material.knowledge, material.data)
+    if material.given is not None:
+        manifest.require_usable(material.given, material.knowledge.skipped)
     methods.method_named(settings.method)
     spec.require_known(
         settings.student, len(material.data.classes), len(material.data.mean)
@@ -83,8 +84,8 @@ def run(
     material, following = _sorted_out(material, folder)
     views = _views(material, folder)
     document, inputs = _record(settings, material, views)
-    if folder.summary.exists():
-        start(folder, document, inputs)
+    if folder.stands(folder.summary):
+        runs.start(folder, document, inputs)
         logger.info("train: %s is finished already", out)
         return read_summary(out)
     going = _Run(
@@ -96,7 +97,9 @@ def run(
         views=views,
         progress=progress,
     )
-    held = session(folder, document, inputs, device=going.device, threads=threads, allow_env_change=allow_env_change)
+    held = runs.session(
+        folder, document, inputs, device=going.device, threads=threads, allow_env_change=allow_env_change
+    )
     with held:
         _keep_given(going)
         if following is not None:
@@ -123,22 +126,18 @@ def _sorted_out(material: Material, folder: RunFolder) -> tuple[Material, Manife
     """Return the material the run began with, and the manifest of its next stage if that is what was given."""
     if material.given is None or not folder.settings.exists():
         return material, None
-    began_with = read_json(folder.settings)["inputs"]["given"]
+    began_with = read_record(folder)["inputs"]["given"]
     if began_with == material.given.digest:
         return material, None
-    first = manifest.read(_given_path(folder)) if began_with else None
+    first = manifest.read(folder.given) if began_with else None
     return replace(material, given=first), material.given
-
-
-def _given_path(folder: RunFolder) -> Path:
-    return folder.path / "given.parquet"
 
 
 def _keep_given(going: _Run) -> None:
     """Keep the set a run began with beside it: stage 0 may train on a part of it only."""
-    path = _given_path(going.folder)
-    if going.material.given is not None and not path.exists():
-        manifest.write(path, going.material.given)
+    folder = going.folder
+    if going.material.given is not None and not folder.stands(folder.given):
+        write_manifest(folder, folder.given, going.material.given)
 
 
 def _views(material: Material, folder: RunFolder) -> int:
@@ -146,7 +145,7 @@ def _views(material: Material, folder: RunFolder) -> int:
     held = material.knowledge.views
     if not folder.settings.exists():
         return held
-    began_with = int(read_json(folder.settings)["inputs"].get("views", held))
+    began_with = int(read_record(folder)["inputs"].get("views", held))
     return min(began_with, held)
 
 
@@ -157,7 +156,7 @@ def _advance(going: _Run, until: int) -> dict[str, Any]:
         if stage.start >= until:
             break
         # a kill may fall between a stage's last checkpoint and its values, which are its last file
-        if stage.stop > done or not (going.folder.stage(stage.number) / "values.parquet").exists():
+        if stage.stop > done or not going.folder.stands(going.folder.stage_values(stage.number)):
             done = _teach(going, stage, until)
     if done < going.settings.epochs:
         logger.info("train: stopped at epoch %d of %d; the same command continues", done, going.settings.epochs)
@@ -194,22 +193,21 @@ def _teach(going: _Run, stage: schedule.Stage, until: int) -> int:
 def _manifest_for(going: _Run, stage: schedule.Stage) -> Manifest:
     """Return the stage's manifest: from disk if it was made before, else given, random, full or condensed."""
     path = going.folder.manifest(stage.number)
-    if path.exists():
+    if going.folder.stands(path):
         found = manifest.read(path)
         manifest.require_knowledge(found, going.material.knowledge.knowledge_id)
         return found
     made = MAKERS[stage.source](going, stage)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    manifest.write(path, made)
+    write_manifest(going.folder, path, made)
     return made
 
 
 def _full(going: _Run, stage: schedule.Stage) -> Manifest:
-    data, identity = going.material.data, going.material.knowledge.knowledge.data
-    knowledge_id = going.material.knowledge.knowledge_id
+    data, knowledge = going.material.data, going.material.knowledge
     return manifest.full(
-        knowledge_id, identity.count, data.train.labels, len(data.classes), data_digest=identity.digest
-    )
+        knowledge.knowledge_id, knowledge.count, data.train.labels, len(data.classes),
+        data_digest=knowledge.knowledge.data.digest, excluded=knowledge.skipped,
+    )  # fmt: skip
 
 
 def _given(going: _Run, stage: schedule.Stage) -> Manifest:
@@ -218,25 +216,19 @@ def _given(going: _Run, stage: schedule.Stage) -> Manifest:
 
 
 def _random(going: _Run, stage: schedule.Stage) -> Manifest:
-    data, identity = going.material.data, going.material.knowledge.knowledge.data
+    data, knowledge = going.material.data, going.material.knowledge
     return condense.random_stage(
-        knowledge_id=going.material.knowledge.knowledge_id,
-        count=identity.count,
-        keep=stage.keep,
-        seed=going.settings.condense_seed,
-        labels=data.train.labels,
-        classes=len(data.classes),
-        previous=going.material.given,
-        data_digest=identity.digest,
-    )
+        knowledge_id=knowledge.knowledge_id, count=knowledge.count, keep=stage.keep,
+        seed=going.settings.condense_seed, labels=data.train.labels, classes=len(data.classes),
+        previous=going.material.given, data_digest=knowledge.knowledge.data.digest, excluded=knowledge.skipped,
+    )  # fmt: skip
 
 
 def _condensed(going: _Run, stage: schedule.Stage) -> Manifest:
     """Condense the values at the end of the stage before (the E-step)."""
     identity = going.material.knowledge.knowledge.data
-    path = going.folder.stage(stage.number - 1) / "values.parquet"
     return condense.condense(
-        values.read(path, identity.count).values,
+        values.read(going.folder.stage_values(stage.number - 1), identity.count).values,
         going.settings,
         knowledge_id=going.material.knowledge.knowledge_id,
         count=identity.count,
@@ -246,6 +238,7 @@ def _condensed(going: _Run, stage: schedule.Stage) -> Manifest:
         classes=len(identity.classes),
         previous=manifest.read(going.folder.manifest(stage.number - 1)),
         data_digest=identity.digest,
+        excluded=going.material.knowledge.skipped,
     )
 
 
@@ -263,7 +256,7 @@ def _finish(going: _Run) -> dict[str, Any]:
         exported = going.folder.manifest(closing.number)
         _manifest_for(going, closing)
     summary = _summary(going, exported)
-    write_atomic(going.folder.summary, readable_json(summary))
+    runs.write_summary(going.folder, summary)
     return summary
 
 
@@ -273,7 +266,7 @@ def _summary(going: _Run, exported: Path) -> dict[str, Any]:
     requeries = sum(
         _points(store.open(path)) for path in sorted(going.folder.path.glob("stages/*/*.requery")) if path.is_dir()
     )
-    return outcome(rows, knowledge.knowledge.data.count, going.settings.epochs) | {
+    return runs.outcome(rows, knowledge.knowledge.data.count, going.settings.epochs) | {
         "kind": "train",
         "finished": True,
         "model": going.settings.student,
@@ -285,7 +278,7 @@ def _summary(going: _Run, exported: Path) -> dict[str, Any]:
         "bytes_read": sum(row["bytes_read"] for row in rows),
         "kept": len(manifest.read(exported)),
         "condensed_set": str(exported.relative_to(going.folder.path)),
-        "seconds": seconds_spent(going.folder),
+        "seconds": runs.seconds_spent(going.folder),
     }
 
 
@@ -320,7 +313,7 @@ def _place(going: _Run, chosen: Manifest) -> None:
 
     Raises:
         SettingsError: the run is inside a stage, or has another manifest for this one.
-        MismatchError: the manifest is of other knowledge.
+        MismatchError: the manifest is of other knowledge, or was made from another stage before; prints both ids.
     """
     manifest.require_knowledge(chosen, going.material.knowledge.knowledge_id)
     if _has_placed(going, chosen):  # the command that placed it is run again, to resume
@@ -339,16 +332,21 @@ def _place(going: _Run, chosen: Manifest) -> None:
             f"with --stage {number}, or with the manifest of stage {number - 1} as --previous"
         )
     path = going.folder.manifest(number)
-    if path.exists():
+    if going.folder.stands(path):
         raise SettingsError(f"stage {number} of this run has another manifest already: {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    manifest.write(path, chosen)
+    before = manifest.read(going.folder.manifest(number - 1)).digest if number else None
+    if chosen.parent not in (None, before):
+        raise MismatchError(
+            f"the given manifest was condensed from manifest {chosen.parent}, stage {number - 1} of this run trained "
+            f"on {before}; condense again with that one as --previous"
+        )
+    write_manifest(going.folder, path, chosen)
 
 
 def _has_placed(going: _Run, chosen: Manifest) -> bool:
     for stage in going.stages:
         path = going.folder.manifest(stage.number)
-        if path.exists() and manifest.read(path).digest == chosen.digest:
+        if going.folder.stands(path) and manifest.read(path).digest == chosen.digest:
             logger.info("train: the given set is that of stage %d already", stage.number)
             return True
     return False
@@ -396,5 +394,6 @@ def _record(settings: TrainSettings, material: Material, views: int) -> tuple[di
         "teacher_batch": knowledge.plan.batch_size,
         "test": material.data.test.digest(),
         "given": material.given.digest if material.given is not None else None,
+        **({"skipped": knowledge.skipped.tolist()} if len(knowledge.skipped) else {}),
     }
     return settings.model_dump(mode="json", exclude=NEUTRAL), inputs

@@ -2,18 +2,20 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int16
+from jaxtyping import Bool, Float32, Int16
 from torch import Tensor
 
 from kcdcache.errors import NonFiniteError, SettingsError
 
 HALF_MAX = 65504.0
 NAMED_ROWS = 8
+UNREADABLE = {"float32": np.nan, "float16": np.nan, "uint16": 0xFFFF}
+"""element type -> what the rows of skipped samples hold, so that nobody reads a plausible number there"""
 
 Stored = tuple[Tensor, ...]
 
@@ -25,6 +27,15 @@ class ArraySpec(NamedTuple):
     row_shape: tuple[int, ...]
     dtype: str
     """numpy name of the element type"""
+
+
+class Fault(NamedTuple):
+    """Why some rows of a field cannot be stored."""
+
+    complaint: str
+    rows: Tensor
+    """mask (batch,) of the rows it concerns"""
+    remedy: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +67,24 @@ class Encoding:
     to_stored: Callable[[Tensor], Stored] = dataclasses.field(repr=False, compare=False)
     to_values: Callable[[Stored, float], Tensor] = dataclasses.field(repr=False, compare=False)
 
-    def encode(self, values: Float32[Tensor, "batch ..."], first: int = 0) -> dict[str, np.ndarray]:
+    def faults(self, values: Float32[Tensor, "batch ..."]) -> list[Fault]:
+        """Return every reason why rows cannot be stored, with the rows it holds for (often none)."""
+        found = [Fault(f"field '{self.field}' is not finite", _any(~torch.isfinite(values)))]
+        if self.name == "float16" and self.field != "logits":
+            beyond = _any(torch.isfinite(values) & (values.abs() > HALF_MAX))
+            complaint = f"field '{self.field}' exceeds float16's {HALF_MAX:.0f}"
+            found.append(Fault(complaint, beyond, "; `--encoding float32` can hold it"))
+        return found
+
+    def encode(
+        self,
+        values: Float32[Tensor, "batch ..."],
+        first: int = 0,
+        skipped: Bool[Tensor, " batch"] | None = None,
+    ) -> dict[str, np.ndarray]:
         """Return array name -> stored rows (batch, ...); `first` is the sample index of row 0, for messages.
+
+        Rows in the mask `skipped` may hold anything; what is stored of them is NaN, or 0xFFFF in packed arrays.
 
         Raises:
             NonFiniteError: a value is NaN, infinite or too large for the stored form; names the samples.
@@ -67,13 +94,18 @@ class Encoding:
             raise SettingsError(
                 f"rows of field '{self.field}' should have shape {self.row_shape}, found {tuple(values.shape[1:])}"
             )
-        refuse_rows(~torch.isfinite(values), f"field '{self.field}' is not finite", first)
-        if self.name == "float16" and self.field != "logits":
-            refuse_rows(values.abs() > HALF_MAX, f"field '{self.field}' exceeds float16's {HALF_MAX:.0f}", first)
+        if skipped is not None:
+            values = values.masked_fill(skipped.view(-1, *[1] * len(self.row_shape)), 0.0)
+        for fault in self.faults(values):
+            refuse_rows(fault, first)
         stored = self.to_stored(values)
-        return {
+        rows = {
             spec.name: tensor.cpu().numpy().view(spec.dtype) for spec, tensor in zip(self.arrays, stored, strict=True)
         }
+        if skipped is not None:
+            for spec in self.arrays:
+                rows[spec.name][skipped.cpu().numpy()] = UNREADABLE[spec.dtype]
+        return rows
 
     def decode(self, stored: Mapping[str, Tensor], temperature: float = 1.0) -> Float32[Tensor, "batch ..."]:
         """Return the values of stored rows, as a new tensor on their device.
@@ -98,7 +130,7 @@ def parse(text: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
     >>> parse("top:16", "logits", (1000,)).arrays[0].row_shape
     (35,)
     """
-    if not field.isidentifier() or not row_shape or min(row_shape) < 1:
+    if not field.isidentifier() or not row_shape or not all(type(n) is int and n > 0 for n in row_shape):
         raise SettingsError(f"field {field!r} with rows of shape {row_shape} cannot be stored")
     name, _, argument = text.partition(":")
     if name not in ENCODINGS:
@@ -115,17 +147,29 @@ def statistics(values: Float32[Tensor, "batch ..."]) -> Statistics:
     return Statistics(values.numel(), float(low), float(high), values.numel() - len(finite))
 
 
-def refuse_rows(wrong: Tensor, complaint: str, first: int = 0) -> None:
-    """Do nothing if no row of the mask (batch, ...) holds a True.
+def refuse_rows(fault: Fault, first: int = 0) -> None:
+    """Do nothing if a fault concerns no row.
 
     Raises:
         NonFiniteError: names the first such rows, counted from `first`.
     """
-    rows = wrong.flatten(1).any(1).nonzero().flatten()
-    if len(rows):
-        named = ", ".join(str(first + int(row)) for row in rows[:NAMED_ROWS])
-        more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
-        raise NonFiniteError(f"{complaint} for samples {named}{more} (rows counted from {first})")
+    if rows := fault.rows.nonzero().flatten().tolist():
+        named = name_some([first + row for row in rows])
+        raise NonFiniteError(f"{fault.complaint} for samples {named} (rows counted from {first}){fault.remedy}")
+
+
+def name_some(samples: Sequence[int]) -> str:
+    """Return the first few of some sample indices, and how many more there are.
+
+    >>> name_some(range(3, 13))
+    '3, 4, 5, 6, 7, 8, 9, 10 and 2 more'
+    """
+    more = f" and {len(samples) - NAMED_ROWS} more" if len(samples) > NAMED_ROWS else ""
+    return ", ".join(map(str, samples[:NAMED_ROWS])) + more
+
+
+def _any(wrong: Tensor) -> Tensor:
+    return wrong.flatten(1).any(1)
 
 
 def _float32(argument: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
@@ -171,7 +215,7 @@ def _shifted_float16(row_shape: tuple[int, ...]) -> Encoding:
             "1e-6. Adding rowmax back in float32 rounds z once more, by at most 2^-24 |z|"
         ),
         to_stored=_encode_gaps,
-        to_values=lambda stored, temperature: stored[0].float() + stored[1][:, None],
+        to_values=lambda stored, temperature: stored[0].float().add_(stored[1][:, None]),
     )
 
 

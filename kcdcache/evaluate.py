@@ -15,17 +15,23 @@ BATCH = 512
 
 
 def predict(
-    network: nn.Module, transform: InputTransform, split: Split, rule: views.ViewRule, device: torch.device
+    network: nn.Module,
+    transform: InputTransform,
+    split: Split,
+    rule: views.ViewRule,
+    device: torch.device,
+    held: views.HeldImages | None = None,
 ) -> Float[Tensor, "n classes"]:
     """Return the logits of every sample of a split, in eval mode, in float32, on the device.
 
-    `rule` should be `views.plain` of the training rule: no augmentation.
+    `rule` should be `views.plain` of the training rule: no augmentation. `held` are the split's images by that rule if
+    they lie on the device already.
     """
     was_training = network.training
     network.eval()
     try:
         with torch.inference_mode():
-            return torch.cat([network(transform(pixels)).float() for pixels in _plain(split, rule, device)])
+            return torch.cat([network(transform(pixels)).float() for pixels in _plain(split, rule, device, held)])
     finally:
         network.train(was_training)
 
@@ -53,10 +59,15 @@ def calibration_error(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " 
 
 
 def measure(
-    network: nn.Module, transform: InputTransform, split: Split, rule: views.ViewRule, device: torch.device
+    network: nn.Module,
+    transform: InputTransform,
+    split: Split,
+    rule: views.ViewRule,
+    device: torch.device,
+    held: views.HeldImages | None = None,
 ) -> dict[str, float]:
     """Return test accuracy in [0, 1], mean cross-entropy in nats, and expected calibration error in [0, 1]."""
-    logits = predict(network, transform, split, rule, device)
+    logits = predict(network, transform, split, rule, device, held)
     labels = torch.from_numpy(split.labels).to(device)
     return {
         "test_accuracy": accuracy(logits, labels),
@@ -65,7 +76,11 @@ def measure(
     }
 
 
-def _plain(split: Split, rule: views.ViewRule, device: torch.device) -> Iterator[Tensor]:
+def _plain(split: Split, rule: views.ViewRule, device: torch.device, held: views.HeldImages | None) -> Iterator[Tensor]:
+    every = None if held is None else held.parameters(0)
     for low in range(0, len(split), BATCH):
+        if held is not None and every is not None:
+            yield held.views(torch.arange(low, min(low + BATCH, len(split)), device=device), every)
+            continue
         index = torch.arange(low, min(low + BATCH, len(split))).numpy()
         yield views.show(rule, split.images(index), views.parameters(rule, index, 0), device)

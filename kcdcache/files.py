@@ -6,22 +6,37 @@ import hashlib
 import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import socket
+import stat
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kcdcache.errors import CorruptionError, LockedError, NoSpaceError, NotFoundError, UnsafeError
+from kcdcache import untrusted
+from kcdcache.errors import (
+    CorruptionError,
+    KcdcacheError,
+    LockedError,
+    NoSpaceError,
+    NotFoundError,
+    SettingsError,
+    UnsafeError,
+)
 
 TEMPORARY_MARK = ".tmp-"
-MOST_JSON_BYTES = 64 * 2**20
+MOST_JSON_BYTES = untrusted.MOST_JSON_BYTES
+MOST_FILE_BYTES = 16 * 2**30
+"""of a file read whole, such as a checkpoint"""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """what the system calls a full disk, an exhausted quota, and a file larger than allowed"""
 CRASH_POINT = "KCDCACHE_CRASHPOINT"
-"""environment variable: kill this process (SIGKILL) at the n-th step of the write protocol; for tests"""
+"""environment variable, for tests: `n` kills this process (SIGKILL) at the n-th step of the write protocol, `n:NAME`
+fails that step with a system error (ENOSPC, EIO, ...)"""
 
 _steps = itertools.count(1)
 
@@ -48,17 +63,17 @@ def sha256_bytes(data: bytes | bytearray | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: Path, most: int | None = None) -> str:
     """Return the SHA-256 of a file's content as 64 hexadecimal digits.
 
     Raises:
         NotFoundError: there is no such file.
+        UnsafeError: it is no plain file, or has more than `most` bytes.
     """
-    try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise NotFoundError(f"no file at {path}") from None
+    with naming(path), untrusted.open_plain(path) as stream:
+        if most is not None and (size := os.fstat(stream.fileno()).st_size) > most:
+            raise UnsafeError(f"{path} has {size} bytes, expected at most {most}; it is not read")
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def digest_of(value: Any) -> str:
@@ -80,38 +95,9 @@ def write_atomic(path: Path, data: bytes | bytearray | memoryview) -> None:
 
     Raises:
         NoSpaceError: the disk or quota is full; the old file is untouched.
+        OSError: any other refusal of the system; names `path`.
     """
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as stream:
-            stream.write(data)
-
-    write_atomic_with(path, write)
-
-
-def write_atomic_with(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then make it durable and rename it to `path`.
-
-    Raises:
-        NoSpaceError: the disk or quota is full; the old file is untouched.
-    """
-    temporary = _temporary(path)
-    try:
-        _step()
-        write(temporary)
-        _step()
-        _sync_file(temporary)
-        _step()
-        os.replace(temporary, path)
-        _step()
-        sync_directory(path.parent)
-        _step()
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _explained(error, path) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    _place(path, data, os.replace)
 
 
 def create_exclusive(path: Path, data: bytes) -> None:
@@ -120,24 +106,93 @@ def create_exclusive(path: Path, data: bytes) -> None:
     Raises:
         LockedError: the file exists already.
         NoSpaceError: the disk or quota is full.
+        OSError: any other refusal of the system; names `path`.
     """
-    temporary = _temporary(path)
     try:
-        _step()
-        temporary.write_bytes(data)
-        _step()
-        _sync_file(temporary)
-        _step()
-        os.link(temporary, path)  # unlike rename, link fails when the name is taken
-        _step()
-        sync_directory(path.parent)
-        _step()
+        _place(path, data, os.link)  # unlike rename, link fails when the name is taken
     except FileExistsError:
         raise LockedError(f"{path} exists already: another process wrote it first") from None
+
+
+def create_filled(path: Path, fill: Callable[[Path], object]) -> None:
+    """Write `path` as `create_exclusive` does, with what `fill` writes into the temporary file that it is given.
+
+    Raises:
+        LockedError, NoSpaceError, OSError: as for `create_exclusive`.
+    """
+    try:
+        _place(path, fill, os.link)
+    except FileExistsError:
+        raise LockedError(f"{path} exists already: another process wrote it first") from None
+
+
+def append(path: Path, data: bytes) -> None:
+    """Add `data` to the end of a file, which is made if need be and after an error holds what it held; not durable.
+
+    Raises:
+        NoSpaceError: the disk or quota is full.
+        OSError: any other refusal of the system; names `path`.
+    """
+    with naming(path, len(data)):
+        descriptor = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        try:
+            _step()
+            before = os.fstat(descriptor).st_size
+            if os.write(descriptor, data) < len(data):  # only a full disk cuts so small a write
+                os.ftruncate(descriptor, before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
+
+
+def reserve(descriptor: int, count: int, folder: Path) -> None:
+    """Give an open file of `folder` `count` > 0 bytes of disk.
+
+    Mapped into memory without that, the file would end the process with a signal (SIGBUS) where the disk is full.
+
+    Raises:
+        NoSpaceError: the disk or quota is full.
+    """
+    with naming(folder / "(a temporary file)", count):
+        _step()
+        os.posix_fallocate(descriptor, 0, count)
+
+
+@contextmanager
+def naming(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Make system errors name the file they are about: those of reading, writing and syncing do not by themselves.
+
+    `needed` is the number of bytes about to be written.
+
+    Raises:
+        NoSpaceError: instead of a system error that says so.
+    """
+    try:
+        yield
+    except KcdcacheError:
+        raise
     except OSError as error:
-        raise _explained(error, path) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise _explained(error, path, needed) from error
+
+
+def read_bytes(path: Path, most: int = MOST_FILE_BYTES) -> bytes:
+    """Return a file's content.
+
+    Raises:
+        NotFoundError: there is no such file.
+        UnsafeError: it is no plain file, or has more than `most` bytes (by default: than any file of ours).
+        OSError: the system refuses or fails to read it; names `path`.
+    """
+    with naming(path):
+        return untrusted.read_bytes(path, most)
+
+
+def holds(path: Path, data: bytes) -> bool:
+    """Return whether a plain file has exactly this content; a larger one is not read."""
+    try:
+        return read_bytes(path, len(data)) == data
+    except (NotFoundError, UnsafeError):
+        return False
 
 
 def read_json(path: Path) -> Any:
@@ -146,20 +201,9 @@ def read_json(path: Path) -> Any:
     Raises:
         NotFoundError: there is no such file.
         CorruptionError: the file is not JSON.
-        UnsafeError: it is larger than any record of ours; it is not read.
+        UnsafeError: it is no plain file, or larger than any record of ours; it is not read.
     """
-    try:
-        if (size := path.stat().st_size) > MOST_JSON_BYTES:
-            raise UnsafeError(f"{path} has {size} bytes, a record at most {MOST_JSON_BYTES}; it is not read")
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise NotFoundError(f"no file at {path}") from None
-    except UnsafeError:
-        raise
-    except RecursionError:
-        raise CorruptionError(f"{path} should hold JSON: it is nested too deeply") from None
-    except ValueError as error:
-        raise CorruptionError(f"{path} should hold JSON: {error}") from None
+    return untrusted.parse_json(read_bytes(path, MOST_JSON_BYTES), path)
 
 
 def read_object(path: Path, *keys: str) -> dict[str, Any]:
@@ -168,13 +212,43 @@ def read_object(path: Path, *keys: str) -> dict[str, Any]:
     Raises:
         NotFoundError: there is no such file.
         CorruptionError: the file is not JSON, not an object, or lacks a key.
+        UnsafeError: it is no plain file, or larger than any record of ours; it is not read.
     """
-    found = read_json(path)
+    return read_written(path, *keys)[0]
+
+
+def read_written(path: Path, *keys: str) -> tuple[dict[str, Any], bytes]:
+    """Return the JSON object in a file and the bytes it stands for, from one read: the file may change meanwhile.
+
+    Raises:
+        NotFoundError, CorruptionError, UnsafeError: as for `read_object`.
+    """
+    data = read_bytes(path, MOST_JSON_BYTES)
+    found = untrusted.parse_json(data, path)
     if not isinstance(found, dict):
         raise CorruptionError(f"{path} should hold a JSON object, found {type(found).__name__}")
     if missing := [key for key in keys if key not in found]:
         raise CorruptionError(f"{path} should have the key '{missing[0]}', found {', '.join(sorted(found)) or 'none'}")
-    return found
+    return found, data
+
+
+def sealed_json(document: Mapping[str, Any]) -> bytes:
+    """Return a document as canonical JSON with its own SHA-256 under `digest`, so that damage shows."""
+    return canonical_json({**document, "digest": digest_of(document)})
+
+
+def read_sealed(path: Path, *keys: str) -> dict[str, Any]:
+    """Return the document that `sealed_json` wrote, without its digest; it has at least these keys.
+
+    Raises:
+        NotFoundError: there is no such file.
+        CorruptionError: it is not what was written.
+    """
+    found, data = read_written(path, *keys, "digest")
+    document = {key: value for key, value in found.items() if key != "digest"}
+    if found["digest"] != digest_of(document) or data != canonical_json(found):
+        raise CorruptionError(f"{path} was changed: its content does not match its digest")
+    return document
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
@@ -193,17 +267,38 @@ def locked(path: Path) -> Iterator[None]:
         LockedError: another process holds it; names that process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as stream:
+    with open(path, "a+", opener=open_own) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             stream.seek(0)
-            holder = stream.read().strip() or "another process"
+            holder = stream.read(200).strip() or "another process"
             raise LockedError(f"{path.parent} is being written by {holder}; wait for it or stop it") from None
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {socket.gethostname()}")
-        stream.flush()
+        me = f"process {os.getpid()} on {socket.gethostname()}".encode()
+        with naming(path, len(me)):
+            stream.truncate(0)
+            os.write(stream.fileno(), me)  # nothing may wait in a buffer: closing would fail on it again
         yield
+
+
+def open_own(path: str | Path, flags: int) -> int:
+    """Return a descriptor for writing a plain file in place, but never through a link: it could lead anywhere.
+
+    Raises:
+        UnsafeError: it is a link, a pipe or a device.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UnsafeError(f"{path} is a symbolic link; nothing is written through it, remove it") from None
+        if error.errno == errno.ENXIO:
+            raise UnsafeError(f"{path} is a pipe or a device; nothing is written to it, remove it") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UnsafeError(f"{path} is a pipe or a device; nothing is written to it, remove it")
+    return descriptor
 
 
 def _temporary(path: Path) -> Path:
@@ -211,10 +306,55 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}-{threading.get_ident()}")
 
 
+def _place(
+    path: Path,
+    content: bytes | bytearray | memoryview | Callable[[Path], object],
+    into: Callable[[Path, Path], None],
+) -> None:
+    """Write a temporary file beside `path`, make it durable, and put it `into` place."""
+    temporary = _temporary(path)
+    with naming(path, None if callable(content) else memoryview(content).nbytes):
+        try:
+            _step()
+            if callable(content):
+                content(temporary)
+            else:
+                temporary.write_bytes(content)
+            _step()
+            _sync_file(temporary)
+            _step()
+            into(temporary, path)
+            _step()
+            sync_directory(path.parent)
+            _step()
+        finally:
+            with suppress(OSError):  # a read-only disk refuses even this
+                temporary.unlink(missing_ok=True)
+
+
 def _step() -> None:
-    """Pass one point of the write protocol; die here if a test asked for it."""
-    if CRASH_POINT in os.environ and next(_steps) == int(os.environ[CRASH_POINT]):
+    """Pass one point of the write protocol; die or fail here if a test asked for it."""
+    if CRASH_POINT not in os.environ:
+        return
+    point, number = _crash_point(os.environ[CRASH_POINT])
+    if next(_steps) != point:
+        return
+    if number is None:
         os.kill(os.getpid(), signal.SIGKILL)
+    else:
+        raise OSError(number, os.strerror(number))
+
+
+def _crash_point(text: str) -> tuple[int, int | None]:
+    """Return the step of the write protocol to stop at, and the number of the system error to fail with (None: die)."""
+    match = re.fullmatch(r"([1-9][0-9]*)(?::(\w+))?", text)
+    number = getattr(errno, match[2], None) if match and match[2] else None
+    if match is None or (match[2] and not isinstance(number, int)):
+        raise SettingsError(
+            f"{CRASH_POINT} should be n or n:NAME (be killed at the n-th step of writing, or fail there with a system "
+            f"error such as ENOSPC or EIO), found {text!r}; it is for tests, unset it"
+        )
+    return int(match[1]), number
 
 
 def _sync_file(path: Path) -> None:
@@ -225,7 +365,16 @@ def _sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def _explained(error: OSError, path: Path) -> OSError:
+def _explained(error: OSError, path: Path, needed: int | None) -> OSError:
     if error.errno in FULL:
-        return NoSpaceError(f"no space left to write {path}: free some and run the same command again to resume")
-    return error
+        told = f"{'' if needed is None else f' this write needs {needed:,} bytes,'} {_free(path)} are free"
+        remedy = "free some and run the same command again to resume"
+        return NoSpaceError(f"no space left to write {path}: {remedy} ({error.strerror}:{told})")
+    return error if error.errno is None else OSError(error.errno, error.strerror, str(path))
+
+
+def _free(path: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(path.parent).free:,}"
+    except OSError:
+        return "an unknown number"

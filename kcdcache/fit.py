@@ -4,17 +4,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from kcdcache import batches, evaluate, learner, loop, manifest, methods, views
+from kcdcache import batches, learner, loop, manifest, methods, records, resident, views
 from kcdcache.config import FitSettings, MethodSettings
 from kcdcache.data import Dataset
-from kcdcache.files import readable_json, write_atomic
 from kcdcache.models import spec
 from kcdcache.models.device import resolve_device
-from kcdcache.runs import RunFolder, outcome, read_summary, seconds_spent, session, start
+from kcdcache.runs import RunFolder, outcome, read_summary, seconds_spent, session, start, write_summary
 
 logger = logging.getLogger(__name__)
 
-NEUTRAL = {"checkpoint_seconds"}
+NEUTRAL = {"checkpoint_seconds", "resident", "graphs"}
 """settings that never change a result and so may differ when a run continues"""
 
 
@@ -41,7 +40,7 @@ def run(
     folder = RunFolder(path=out)
     document = settings.model_dump(mode="json", exclude=NEUTRAL) | {"model": model}
     inputs = {"data": data.identity().digest, "test": data.test.digest()}
-    if folder.summary.exists():
+    if folder.stands(folder.summary):
         start(folder, document, inputs)
         logger.info("fit: %s is finished already", out)
         return read_summary(out)
@@ -55,8 +54,9 @@ def run(
             "teacher_forwards": 0,
             "seconds": seconds_spent(folder),
         }
-        learner.save(pupil, folder, "model", model, data, {"accuracy": summary["accuracy_last"]})
-        write_atomic(folder.summary, readable_json(summary))
+        with records.writing(out, dict.fromkeys(("model.safetensors", "model.json"), records.Facts())):
+            learner.save(pupil, folder, "model", model, data, {"accuracy": summary["accuracy_last"]})
+        write_summary(folder, summary)
     return summary
 
 
@@ -65,12 +65,8 @@ def _task(pupil: learner.Learner, data: Dataset, settings: FitSettings) -> loop.
     whole = manifest.full(data.identity().digest, len(data.train), data.train.labels, len(data.classes))
     source = batches.Source(data=data, rule=rule, views=views.cycle(rule, settings.views), manifest=whole)
     weights = methods.weights_for(MethodSettings(method="ce"), settings.label_smoothing)
-    plain = views.plain(rule)
     return loop.Task(
-        batches=lambda epoch, start: batches.iterate(
-            source, epoch, batch_size=settings.batch_size, seed=settings.seed, device=pupil.device, start=start
-        ),
+        **resident.supply(settings, source, pupil)._asdict(),
         loss=lambda logits, batch: methods.ce(logits, batch, weights),
-        evaluate=lambda: evaluate.measure(pupil.network, pupil.transform, data.test, plain, pupil.device),
         details=lambda epoch: {"view": source.view_of(epoch)},
     )

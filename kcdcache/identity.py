@@ -139,12 +139,17 @@ def read_store_identity(store: Path) -> Knowledge:
     """
     path = store / IDENTITY_FILE
     if not path.exists():
+        if any(path.parent.glob("commit.*.json")):
+            raise CorruptionError(f"{path} is missing; `kcdcache verify {store} --repair` makes it again")
         raise NotFoundError(f"no knowledge store at {store} (no {IDENTITY_FILE} in it); make one with `precompute`")
     record = read_object(path, "format_version", "knowledge", "knowledge_id")
     if record.get("format_version") != FORMAT_VERSION:
         found = record.get("format_version")
-        raise MismatchError(f"{store} has format {found}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache")
-    knowledge = knowledge_from(record["knowledge"])
+        raise MismatchError(f"{path} has format {found}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache")
+    try:
+        knowledge = knowledge_from(record["knowledge"])
+    except CorruptionError as error:
+        raise CorruptionError(f"{path} was changed: {error}") from None
     if record.get("knowledge_id") != knowledge.knowledge_id:
         raise CorruptionError(f"{path} was changed: its content does not match its knowledge_id")
     return knowledge

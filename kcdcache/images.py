@@ -4,19 +4,19 @@ import hashlib
 import io
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt8, UInt64
-from PIL import Image
 
-from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, UnsafeError
+from kcdcache import decoding
+from kcdcache.errors import CorruptionError, MismatchError
 from kcdcache.files import sha256_bytes
+from kcdcache.untrusted import open_plain
 
 DECODED_BYTES = 4 << 30
 """Images of one size that take up to this many bytes decoded are decoded once."""
@@ -25,6 +25,8 @@ Pixels = UInt8[np.ndarray, "_ _ _"]
 """One image: height, width, channels."""
 ImageList = list[UInt8[np.ndarray, "_ _ _"]]
 """Images of differing sizes."""
+Check = Callable[[int, bytes], None]
+"""(position, content of the image there): raises where they do not belong together"""
 
 _BLOCK = 64  # images per task: a future per image would cost more than decoding a small one
 _SMALL = 64 * 64  # below this many pixels threads only fight for the interpreter's lock: measured 1.5 times slower
@@ -104,19 +106,24 @@ class EncodedImages:
         """Return the first `count` images."""
         return replace(self, payloads=self.payloads[:count])
 
-    def images(self, index: Int64[np.ndarray, " batch"]) -> UInt8[np.ndarray, "batch height width 3"] | ImageList:
+    def images(
+        self, index: Int64[np.ndarray, " batch"], check: Check | None = None
+    ) -> UInt8[np.ndarray, "batch height width 3"] | ImageList:
         """Return the images at the given positions: one array if all share a size, else a list.
+
+        `check` sees every image's bytes before they are decoded.
 
         Raises:
             CorruptionError: an image cannot be decoded; names file and row.
+            MismatchError: an image has another size than all had when they were listed.
         """
         positions = index.tolist()
         if self.image_size is not None:
             pixels = np.empty((len(positions), *self.image_size, 3), np.uint8)
-            in_blocks(len(positions), lambda slot: np.copyto(pixels[slot], self.image(positions[slot])))
+            in_blocks(len(positions), lambda slot: np.copyto(pixels[slot], self._sized(positions[slot], check)))
             return pixels
         found: dict[int, Pixels] = {}
-        in_blocks(len(positions), lambda slot: found.update({slot: self.image(positions[slot])}))
+        in_blocks(len(positions), lambda slot: found.update({slot: self.image(positions[slot], check)}))
         return [found[slot] for slot in range(len(positions))]
 
     def place(self, position: int) -> str:
@@ -124,22 +131,34 @@ class EncodedImages:
         return self.origins.place(position) if self.origins else str(self.payloads[position])
 
     def content(self, position: int) -> bytes:
-        """Return what identifies an image: the bytes of its file."""
-        with _reading(self.place(position)), self._stream(position) as stream:
-            return stream.read()
-
-    def image(self, position: int) -> UInt8[np.ndarray, "_ _ 3"]:
-        """Return one image decoded to RGB.
+        """Return what identifies an image: the bytes of its file.
 
         Raises:
-            CorruptionError: it cannot be decoded; names file and row.
-            MismatchError: it has more than 8 bits per channel.
+            NotFoundError: the file has vanished.
+            CorruptionError: a parquet row holds no bytes.
+            KcdcacheError: the system cannot read the file.
         """
         place = self.place(position)
-        with _reading(place), self._stream(position) as stream, Image.open(stream) as image:
-            if image.mode.startswith(("I", "F")):
-                raise MismatchError(f"{place} has more than 8 bits per channel (mode {image.mode}); convert it to 8")
-            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        with decoding.reading(place), self._stream(position) as stream:
+            return decoding.whole(stream, place)
+
+    def image(self, position: int, check: Check | None = None) -> UInt8[np.ndarray, "_ _ 3"]:
+        """Return one image decoded to RGB; its bytes are read once, for `check` and for decoding."""
+        content = self.content(position)
+        if check is not None:
+            check(position, content)
+        return self.decoded(position, content)
+
+    def decoded(self, position: int, content: bytes) -> UInt8[np.ndarray, "_ _ 3"]:
+        """Return the RGB image that the bytes read at a position hold.
+
+        Raises:
+            CorruptionError: they cannot be decoded; names file and row.
+            MismatchError: the image has more than 8 bits per channel, or is animated.
+            UnsafeError: it has more pixels than any image of a training set.
+        """
+        place = self.place(position)
+        return decoding.rgb(content, place)
 
     def size(self, position: int) -> tuple[int, int]:
         """Return an image's height and width from its header alone.
@@ -147,24 +166,50 @@ class EncodedImages:
         Raises:
             CorruptionError: the header cannot be read; names file and row.
         """
-        with _reading(self.place(position)), self._stream(position) as stream, Image.open(stream) as image:
+        place = self.place(position)
+        with decoding.reading(place), self._stream(position) as stream, decoding.opened(stream, place) as image:
             return image.height, image.width
+
+    def _sized(self, position: int, check: Check | None) -> Pixels:
+        image = self.image(position, check)
+        if image.shape[:2] != self.image_size:  # numpy would spread a single pixel over the whole image
+            place, found = self.place(position), image.shape[:2]
+            raise MismatchError(f"{place} is {found} pixels high and wide, but {self.image_size} when it was listed")
+        return image
 
     def _stream(self, position: int) -> io.BytesIO | io.BufferedReader:
         payload = self.payloads[position]
         if payload is None:
             raise CorruptionError(f"{self.place(position)} holds no image bytes")
-        return io.BytesIO(payload) if isinstance(payload, bytes) else open(payload, "rb")
+        return io.BytesIO(payload) if isinstance(payload, bytes) else open_plain(Path(payload))
 
 
-@dataclass(frozen=True, eq=False)
+class Known(NamedTuple):
+    """The digest every sample should have, and who says so."""
+
+    digests: UInt64[np.ndarray, " n"]
+    where: str
+    """ends the sentence `it should be X ...`"""
+
+
+@dataclass(eq=False)
 class Split:
-    """One split of a data set: labelled images in a fixed order."""
+    """One split of a data set: labelled images in a fixed order.
+
+    Once the samples' digests are known, because `digests` computed them here or `expect` was told a store's, every
+    image that is decoded on demand is held to its digest each time it is decoded.
+    """
 
     labels: Int64[np.ndarray, " n"]
     """class per image, in [0, classes)"""
     source: DecodedImages | EncodedImages
     """where the images come from"""
+    _known: Known | None = field(default=None, init=False, repr=False)
+
+    @property
+    def on_demand(self) -> bool:
+        """Whether images are read and decoded when asked for, and so may change after they were listed."""
+        return isinstance(self.source, EncodedImages)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -181,24 +226,66 @@ class Split:
 
         Raises:
             CorruptionError: an image cannot be decoded; names file and row.
-            MismatchError: a position is outside the split.
+            MismatchError: a position is outside the split, or an image is not the one whose digest is known.
+            NotFoundError: the file of an image has vanished.
         """
         outside = index[(index < 0) | (index >= len(self))]
         if outside.size:
             raise MismatchError(f"index {outside[0]} is outside this split, which has {len(self)} samples")
+        if isinstance(self.source, EncodedImages):
+            return self.source.images(index, self._require_known)
         return self.source.images(index)
 
     def digest(self) -> str:
-        """Return the SHA-256 over images, labels and order."""
+        """Return the SHA-256 over images, labels and order, as `digests` gives them."""
         return sha256_bytes(self.digests().astype("<u8").tobytes())
 
     def digests(self) -> UInt64[np.ndarray, " n"]:
-        """Return per sample 64 bits of SHA-256 over image and label; computed once."""
-        return self._digests
+        """Return per sample 64 bits of SHA-256 over image and label.
 
-    @cached_property
-    def _digests(self) -> UInt64[np.ndarray, " n"]:
-        return digests(self.source, self.labels)
+        Computed once, which reads every image; or those that `expect` was told, which reads none.
+        """
+        if self._known is None:
+            self._known = Known(digests(self.source, self.labels), "as this process first read it")
+        return self._known.digests
+
+    def expect(self, digests: UInt64[np.ndarray, " n"], where: str) -> None:
+        """Hold every sample to a digest from now on, and keep these digests as the split's own.
+
+        Decoded images are compared at once. Images decoded on demand are not read for it, each is compared whenever it
+        is decoded; only where other digests are known already, the first sample that they differ in is read now.
+        `where` says in messages where the digests come from, as in "in the store at X".
+
+        Raises:
+            MismatchError: a sample has another digest; names the first, its file and row, and both digests.
+            CorruptionError: that sample's image cannot be decoded any more.
+        """
+        known = digests if self.on_demand and self._known is None else self.digests()
+        expected = Known(digests, where)
+        for position in np.flatnonzero(known != digests)[:1].tolist():
+            self._require(expected, position, self.source.content(position))
+        self._known = expected
+
+    def _require_known(self, position: int, content: bytes) -> None:
+        if self._known is not None:
+            self._require(self._known, position, content)
+
+    def _require(self, known: Known, position: int, content: bytes) -> None:
+        found, expected = sample_digest(content, self.labels[position]), int(known.digests[position])
+        if found == expected:
+            return
+        differs = (
+            f"sample {position} differs (image, label or order): {self.source.place(position)} with label "
+            f"{self.labels[position]} has digest {found:016x}, it should be {expected:016x} {known.where}"
+        )
+        if isinstance(self.source, EncodedImages):
+            try:
+                self.source.decoded(position, content)
+            except CorruptionError as error:
+                raise CorruptionError(f"{differs}; it is damaged: {error}") from None
+        raise MismatchError(
+            f"{differs}; put back the image that was there, or precompute a new store from the data as it is now"
+        )
 
 
 def decode_once(source: EncodedImages, limit_bytes: int = DECODED_BYTES) -> DecodedImages | EncodedImages:
@@ -214,14 +301,19 @@ def decode_once(source: EncodedImages, limit_bytes: int = DECODED_BYTES) -> Deco
     return replace(source, image_size=size) if alike else source
 
 
+def sample_digest(content: bytes, label: np.int64) -> int:
+    """Return the first 8 bytes, little endian, of SHA-256 over an image's content and its label (64-bit)."""
+    state = hashlib.sha256(content)
+    state.update(label.astype("<i8").tobytes())
+    return int.from_bytes(state.digest()[:8], "little")
+
+
 def digests(source: DecodedImages | EncodedImages, labels: Int64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
-    """Return per image the first 8 bytes, little endian, of SHA-256 over its content and its label (64-bit)."""
+    """Return the digest of every sample."""
     out = np.empty(len(source), "<u8")
 
     def write(position: int) -> None:
-        state = hashlib.sha256(source.content(position))
-        state.update(labels[position].astype("<i8").tobytes())
-        out[position] = int.from_bytes(state.digest()[:8], "little")
+        out[position] = sample_digest(source.content(position), labels[position])
 
     in_blocks(len(source), write, threads=1 if isinstance(source, DecodedImages) else None)
     return out.astype(np.uint64, copy=False)
@@ -280,17 +372,3 @@ def _decoded_alike(source: EncodedImages, size: tuple[int, int]) -> DecodedImage
         return None
     files = source.origins or Origins(tuple(map(str, source.payloads)), tuple(range(len(source))))
     return DecodedImages(pixels, files)
-
-
-@contextmanager
-def _reading(place: str) -> Iterator[None]:
-    try:
-        yield
-    except (CorruptionError, MismatchError):
-        raise
-    except FileNotFoundError:
-        raise NotFoundError(f"the image {place} has vanished since the data set was listed") from None
-    except Image.DecompressionBombError as error:
-        raise UnsafeError(f"{place} is refused: {error}") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise CorruptionError(f"{place} is not a readable image ({error}); replace or remove it") from None

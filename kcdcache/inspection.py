@@ -1,17 +1,14 @@
 """What a path holds: store, manifest, values, run or network, told without torch, zarr or images."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
 from kcdcache import identity, ledger, manifest, tables, values
-from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, UnfinishedError
-from kcdcache.files import digest_of, read_json, read_object
+from kcdcache.errors import MismatchError, NotFoundError, UnfinishedError
+from kcdcache.files import MOST_FILE_BYTES, MOST_JSON_BYTES, digest_of, read_bytes, read_object, sha256_file
 
-MOST_SAMPLES = 10**8
+MOST_SAMPLES = tables.UNKNOWN_ROWS
 """more than this no data set has: a higher index is a mistake, not a reason to take that much memory"""
 
 
@@ -24,7 +21,33 @@ def inspect(path: Path) -> dict[str, Any]:
         CorruptionError: it is damaged.
     """
     kind = kind_of(path)
-    return {"kind": kind, "path": str(path), **TELLERS[kind](path)}
+    return {"kind": kind, "path": str(path), "id": id_of(path), **TELLERS[kind](path)}
+
+
+def id_of(path: Path) -> str | None:
+    """Return what names this content and no other: who has it from a trusted place can expect it.
+
+    The SHA-256 of a store's last commit, the digest of a manifest or values file, the SHA-256 of a network's weights or
+    of a finished run's summary; None for what is not finished or made by another tool.
+
+    Raises:
+        NotFoundError, MismatchError, CorruptionError: as for `inspect`.
+    """
+    return IDS[kind_of(path)](path)
+
+
+def require_ids(paths: Iterable[Path], expected: Collection[str] | None) -> None:
+    """Do nothing if everything at some paths has one of the expected ids, or none are expected.
+
+    Raises:
+        MismatchError: something has another; prints both sides.
+    """
+    for path in paths if expected else ():
+        if (found := id_of(path)) not in (expected or ()):
+            raise MismatchError(
+                f"{path} has the id {found}, expected {' or '.join(expected or ())}: it is not what was promised; "
+                "get it again, or leave --expect-id out"
+            )
 
 
 def kind_of(path: Path) -> str:
@@ -46,15 +69,11 @@ def kind_of(path: Path) -> str:
 def _parquet_keys(path: Path) -> set[str]:
     if path.suffix != ".parquet" or not path.is_file():
         return set()
-    try:
-        metadata = pq.read_schema(path).metadata or {}
-    except Exception as error:
-        raise CorruptionError(f"{path} is not a readable parquet file: {error}") from None
-    return {key.decode(errors="replace") for key in metadata} | {"parquet"}
+    return tables.metadata_keys(path) | {"parquet"}
 
 
 KINDS: Mapping[str, Callable[[Path], bool]] = {
-    "store": lambda path: (path / identity.IDENTITY_FILE).exists(),
+    "store": lambda path: (path / ledger.FOLDER).is_dir(),
     "run": lambda path: (path / "run.json").exists(),
     "manifest": lambda path: manifest.METADATA_KEY in _parquet_keys(path),
     "values": lambda path: "parquet" in _parquet_keys(path),
@@ -68,7 +87,7 @@ def _store(path: Path) -> dict[str, Any]:
     commits = _commits(path)
     plans, records = [commit.plan for commit in commits], [record for commit in commits for record in commit.records]
     for growth in range(len(commits), ledger.growths(path, "plan")):
-        plans.append(read_json(ledger.plan_path(path, growth)))
+        plans.append(ledger.read_plan(path, growth))
         records += ledger.read_log(path, growth)
     if not plans:
         raise UnfinishedError(f"the store at {path} has no plan yet; run the same `kcdcache precompute` again")
@@ -82,6 +101,7 @@ def _store(path: Path) -> dict[str, Any]:
         "parts": {"done": done, "pending": sum(map(_planned_parts, plans, [None, *plans])) - done},
         "bytes": sum(file.bytes for record in records for file in record.files),
         "files": sum(len(record.files) for record in records),
+        "skipped": len(ledger.skipped_samples(records)),
         "teacher_accuracy": _teacher_accuracy(plans[-1], records),
         "knowledge_id": knowledge.knowledge_id,
         "knowledge": knowledge.document(),
@@ -117,9 +137,8 @@ def _planned_parts(plan: Mapping[str, Any], before: Mapping[str, Any] | None) ->
 
 def _teacher_accuracy(plan: Mapping[str, Any], records: list[ledger.Record]) -> dict[str, float]:
     """Return view -> share of the samples done so far that the teacher got right, in [0, 1]."""
-    sums = {
-        view: ledger.sum_measurements(records, view, plan["count"], plan["part_rows"]) for view in range(plan["views"])
-    }
+    views = sorted({record.view for record in records if record.view is not None})  # the plan may claim any number
+    sums = {view: ledger.sum_measurements(records, view, plan["count"], plan["part_rows"]) for view in views}
     return {str(view): found["correct"] / found["samples"] for view, found in sums.items() if "correct" in found}
 
 
@@ -130,7 +149,7 @@ def _run(path: Path) -> dict[str, Any]:
     stages = [file for file in path.glob("stages/*/manifest.parquet") if file.parent.name.isdecimal()]
     return {
         "finished": summary is not None,
-        "epochs_done": len(metrics.read_bytes().splitlines()) if metrics.exists() else 0,
+        "epochs_done": read_bytes(metrics, MOST_JSON_BYTES).count(b"\n") if metrics.exists() else 0,
         "settings": record["settings"],
         "inputs": record["inputs"],
         "environment": record["environment"],
@@ -159,13 +178,16 @@ def _values(path: Path) -> dict[str, Any]:
 
 def _count(path: Path) -> int:
     """Return the samples a values file speaks of: another tool's may leave some out, so its highest index decides."""
-    table = tables.read(path)
+    foreign = values.METADATA_KEY not in tables.metadata_keys(path)
+    table = tables.read(path, columns=values.COLUMNS if foreign else None)
     rows: int = table.num_rows
-    if values.METADATA_KEY in _parquet_keys(path) or table.column_names.count("index") != 1:
+    if not foreign or table.column_names.count("index") != 1:
         return rows
-    highest = pc.max(table["index"]).as_py()
-    plausible = isinstance(highest, int | float) and 0 <= highest < MOST_SAMPLES
-    return max(rows, int(highest) + 1) if plausible else rows  # `values.read` then names the row that is wrong
+    index = table["index"].to_numpy()
+    highest = index.max(initial=-1) if index.dtype.kind in "iuf" else -1
+    return (
+        max(rows, int(highest) + 1) if 0 <= highest < MOST_SAMPLES else rows
+    )  # `values.read` then names the row that is wrong
 
 
 def _network(path: Path) -> dict[str, Any]:
@@ -183,3 +205,25 @@ TELLERS: Mapping[str, Callable[[Path], dict[str, Any]]] = {
     "network": _network,
 }
 """kind -> what is told of it"""
+
+
+def _store_id(path: Path) -> str | None:
+    sealed = ledger.growths(path, "commit")
+    return sha256_file(ledger.commit_path(path, sealed - 1), MOST_JSON_BYTES) if sealed else None
+
+
+def _values_id(path: Path) -> str | None:
+    found = values.read(path, _count(path)).document
+    return None if found is None else str(found["digest"])
+
+
+IDS: Mapping[str, Callable[[Path], str | None]] = {
+    "store": _store_id,
+    "run": lambda path: (
+        sha256_file(path / "summary.json", MOST_JSON_BYTES) if (path / "summary.json").exists() else None
+    ),
+    "manifest": lambda path: manifest.read(path).digest,
+    "values": _values_id,
+    "network": lambda path: sha256_file(path.with_suffix(".safetensors"), MOST_FILE_BYTES),
+}
+"""kind -> what names its content"""

@@ -13,9 +13,14 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from kcdcache.errors import MismatchError
+from kcdcache.files import reserve
 from kcdcache.store import Store
 
 Rows = dict[str, np.ndarray]
+SMALL_BYTES = 16
+"""arrays with rows of at most so many bytes are looked up once for all samples of an epoch"""
+THREADS = 2
+"""threads that read a view somebody waits for; one fetched ahead is read by one, to leave the others to the student"""
 
 
 @runtime_checkable
@@ -31,6 +36,10 @@ class Targets(Protocol):
 
 class StoredTargets:
     """The needed rows of the current view of a store, in one contiguous array per stored array.
+
+    At most two views are in memory: the current one and, while it is fetched ahead, the next. The next but one is read
+    into the arrays of the current one, because fresh memory costs more than what is copied into it. What `gather`
+    returned stays as it is for as long as it is held; what `take` returned does so until the next call of either.
 
     Above the memory budget the arrays are memory-mapped files in `folder`, unlinked at once, so nothing is left
     behind however the process ends.
@@ -68,7 +77,8 @@ class StoredTargets:
         self._slots = slots
         self._position = np.full(store.count if count is None else count, -1, np.int64)
         self._position[index] = np.arange(len(index))
-        self._allocate = self._allocator(memory_bytes)
+        self._fresh = self._allocator(memory_bytes)
+        self._spare: list[np.ndarray] = []
         self._current: tuple[int, Rows] | None = None
         self._next: tuple[int, Future[Rows]] | None = None
         self._buffers: Rows = {}
@@ -85,38 +95,95 @@ class StoredTargets:
     def prepare(self, view: int, following: int | None) -> None:
         """Load `view` unless it is there, and start loading `following` in the background."""
         if self._current is None or self._current[0] != view:
-            self._current = (view, self._fetched(view))
-        wanted = following is not None and following != view and (self._next is None or self._next[0] != following)
-        if wanted and following is not None:
-            self._next = (following, self._pool.submit(self._load, following))
+            self._current = (view, self._turned(view))
+        if following is None or following == view:
+            self._spare.clear()
+        elif self._next is None or self._next[0] != following:
+            self._drop_next()
+            self._next = (following, self._pool.submit(self._load, following, 1))
 
     def gather(self, index: Int64[np.ndarray, " batch"], temperature: float, device: torch.device) -> dict[str, Tensor]:
-        """Return field -> decoded float32 targets of the current view."""
-        assert self._current is not None, "prepare comes first"
-        position = self._position[index]
-        assert position.min(initial=0) >= 0, "only the samples asked for at the start are held"
-        taken = {name: self._take(name, rows, position, device) for name, rows in self._current[1].items()}
+        """Return field -> decoded float32 targets of the current view, in memory of their own."""
+        return self.decoded(self.take(index), temperature, device)
+
+    def decoded(self, taken: Rows, temperature: float, device: torch.device) -> dict[str, Tensor]:
+        """Return field -> float32 targets on a device, in memory of their own, of what `take` returned."""
+        copy = device.type != "cpu"
+        moved = {name: torch.from_numpy(rows).to(device, copy=copy) for name, rows in taken.items()}
+        return self.decode(moved, temperature)
+
+    def decode(self, taken: Mapping[str, Tensor], temperature: float) -> dict[str, Tensor]:
+        """Return field -> float32 targets, on their device, of some of `rows` (stored array -> its rows)."""
         return {name: self._store.fields[name].encoding.decode(taken, temperature) for name in self._fields}
 
-    def _fetched(self, view: int) -> Rows:
+    @property
+    def rows(self) -> Rows:
+        """Stored array -> the current view's rows, to be copied before another view is prepared."""
+        assert self._current is not None, "prepare comes first"
+        return self._current[1]
+
+    @property
+    def positions(self) -> Int64[np.ndarray, " samples"]:
+        """Number of each sample's row among `rows`, -1 where a sample has none."""
+        return self._position
+
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of `rows`."""
+        return len(self._rows) * self._store.row_bytes(self._fields)
+
+    def take(self, index: Int64[np.ndarray, " batch"]) -> Rows:
+        """Return array name -> still encoded rows (batch, ...) of the current view, in buffers the next call reuses.
+
+        A fresh array per batch would cost three times the copy (page faults).
+        """
+        assert self._current is not None, "prepare comes first"
+        position = self.places(index)
+        return {name: self.copied(name, rows, position) for name, rows in self._current[1].items()}
+
+    def places(self, index: Int64[np.ndarray, " some"]) -> Int64[np.ndarray, " some"]:
+        """Return the numbers of some samples' rows among `rows`."""
+        position = self._position.take(index)
+        assert position.min(initial=0) >= 0, "only the samples asked for at the start are held"
+        return position
+
+    def plan(self, index: Int64[np.ndarray, " epoch"]) -> "PlannedRows":
+        """Return the current view's rows of samples in an epoch's order, with all done that can be done at once."""
+        return PlannedRows(self, self.places(index))
+
+    def _turned(self, view: int) -> Rows:
+        """Return the rows of another view than the current one, whose arrays become spare."""
+        if self._current is not None:
+            self._spare += self._current[1].values()
+            self._current = None
         if self._next is not None and self._next[0] == view:
             future, self._next = self._next[1], None
-            self._current = None  # frees the old view before the new one is counted twice
             return future.result()
-        return self._load(view)
+        self._drop_next()
+        return self._load(view, THREADS)
 
-    def _load(self, view: int) -> Rows:
+    def _drop_next(self) -> None:
+        """Forget a view that was fetched ahead and is not wanted after all; nor is the reason why that failed."""
+        if self._next is not None and self._next[1].exception() is None:
+            self._spare += self._next[1].result().values()
+        self._next = None
+
+    def _load(self, view: int, threads: int) -> Rows:
         slot = view if self._slots is None else self._slots[view]
-        return self._store.load(slot, self._rows, self._fields, allocate=self._allocate)
+        return self._store.load(slot, self._rows, self._fields, threads, self._allocate)
 
-    def _take(self, name: str, rows: np.ndarray, position: np.ndarray, device: torch.device) -> Tensor:
-        """Copy rows into a reused buffer: a fresh array per batch costs three times the copy (page faults)."""
+    def _allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        for place, array in enumerate(self._spare):
+            if array.shape == shape and array.dtype == dtype:
+                return self._spare.pop(place)
+        return self._fresh(shape, dtype)
+
+    def copied(self, name: str, rows: np.ndarray, position: Int64[np.ndarray, " batch"]) -> np.ndarray:
+        """Return some rows of an array of `rows` in the buffer that belongs to it."""
         buffer = self._buffers.get(name)
         if buffer is None or len(buffer) < len(position):
             buffer = self._buffers[name] = np.empty((len(position), *rows.shape[1:]), rows.dtype)
-        out = buffer[: len(position)]
-        np.take(rows, position, axis=0, out=out, mode="clip")
-        return torch.from_numpy(out).to(device, copy=device.type != "cpu")
+        return rows.take(position, 0, buffer[: len(position)], "clip")
 
     def _allocator(self, memory_bytes: float) -> Callable[..., Any]:
         held = 2 if self._store.views > 1 else 1
@@ -125,5 +192,37 @@ class StoredTargets:
 
     def _mapped(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         with tempfile.TemporaryFile(dir=self._folder) as stream:
-            stream.truncate(max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize))
-            return np.memmap(stream, dtype=dtype, mode="r+", shape=shape)
+            reserve(stream.fileno(), max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize), self._folder)
+            mapped = np.memmap(stream, dtype=dtype, mode="r+", shape=shape)
+        return np.asarray(mapped)  # a plain array costs less per batch
+
+
+class PlannedRows:
+    """The rows of an epoch's samples in order, in the view that was current: a batch is a slice, copied in one call.
+
+    Use it until another view is prepared.
+    """
+
+    def __init__(self, targets: StoredTargets, place: Int64[np.ndarray, " epoch"]) -> None:
+        """Look up what is small of the rows numbered `place`, such as each row's maximum."""
+        rows = targets.rows
+        small = {name for name, values in rows.items() if values[:1].nbytes <= SMALL_BYTES}
+        self._targets, self._place, self._view = targets, place, rows
+        self._small = {name: rows[name].take(place, 0, mode="clip") for name in small}
+        self._large = {name: values for name, values in rows.items() if name not in small}
+
+    def take(self, part: slice) -> Rows:
+        """Return array name -> still encoded rows (batch, ...) of a slice of the epoch, until the next call.
+
+        They are to be read only.
+        """
+        assert self._targets.rows is self._view, "another view was prepared since this epoch was planned"
+        place = self._place[part]
+        found = {name: rows[part] for name, rows in self._small.items()}
+        for name, rows in self._large.items():
+            found[name] = self._targets.copied(name, rows, place)
+        return found
+
+    def gather(self, part: slice, temperature: float, device: torch.device) -> dict[str, Tensor]:
+        """Return field -> decoded float32 targets of a slice of the epoch, in memory of their own."""
+        return self._targets.decoded(self.take(part), temperature, device)

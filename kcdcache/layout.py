@@ -1,5 +1,6 @@
 """The plan of a store as a plain value: parts, chunks, bytes, file names and array documents; touches no disk."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -16,8 +17,9 @@ MOST_PART_ROWS = 16384
 MOST_CHUNK_BYTES = 32 * 2**20
 MOST_PADDING = 0.02
 ROW_UNIT = 64
-ZSTD_MAGIC = bytes.fromhex("28b52ffd")
-FRAME_HEADER_BYTES = 18
+MOST_SAMPLES = 10**8
+"""more than this no data set has: a store that claims more is damaged or hostile"""
+MOST_PARTS = 10**6
 
 GROUP_DOCUMENT: dict[str, Any] = {"attributes": {}, "node_type": "group", "zarr_format": 3}
 COMPRESSIONS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -275,25 +277,9 @@ def array_document(plan: StorePlan, array: ArrayPlan) -> dict[str, Any]:
     }
 
 
-def frame_content_bytes(header: bytes) -> int | None:
-    """Return the decoded size that the first bytes of a zstd frame claim, or None if they do not tell.
-
-    Decoders allocate what a frame claims before they look further, so a few bytes could ask for any memory.
-
-    Source: RFC 8878, section 3.1.1.1.
-    """
-    if len(header) < FRAME_HEADER_BYTES or header[:4] != ZSTD_MAGIC:
-        return None
-    descriptor = header[4]
-    size_flag, single_segment, dictionary_flag = descriptor >> 6, descriptor >> 5 & 1, descriptor & 3
-    at = 5 + (0 if single_segment else 1) + (0, 1, 2, 4)[dictionary_flag]
-    width = (1 if single_segment else 0, 2, 4, 8)[size_flag]
-    return int.from_bytes(header[at : at + width], "little") + (256 if width == 2 else 0) if width else None
-
-
 def row_bytes(row_shape: tuple[int, ...], dtype: str) -> int:
     """Return the bytes of one row."""
-    return int(np.prod(row_shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    return math.prod(row_shape) * np.dtype(dtype).itemsize
 
 
 def _part_rows(count: int) -> int:
@@ -386,6 +372,8 @@ def _require_sound(plan: StorePlan) -> None:
     numbers = (plan.count, plan.views, plan.part_rows, plan.batch_size, *(array.chunk_rows for array in plan.arrays))
     if not all(isinstance(number, int) and number > 0 for number in numbers) or plan.compression not in COMPRESSIONS:
         raise ValueError(f"sizes {numbers}, compression {plan.compression!r}")
+    if plan.count > MOST_SAMPLES or plan.views * plan.parts_per_view > MOST_PARTS:
+        raise ValueError(f"{plan.count} samples, {plan.views} views; at most {MOST_SAMPLES}, in {MOST_PARTS} parts")
     for array in plan.arrays:
         if plan.part_rows % array.chunk_rows or array.chunk_bytes > MOST_CHUNK_BYTES:
             raise ValueError(f"chunks of {array.chunk_rows} rows of '{array.name}' in parts of {plan.part_rows} rows")

@@ -1,5 +1,6 @@
 """A network in training: weights, optimizer, value estimate, counters; all that a resumed run needs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +62,14 @@ class Learner:
     """one row of metrics per finished epoch"""
     sums: dict[str, Tensor] = field(default_factory=dict)
     """running sums of the current epoch, float64 on the device"""
+    compiled: Callable[[Tensor], Tensor] | None = None
+    """the network as torch compiled it, with the same weights"""
+
+    def forward(self, inputs: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch classes"]:
+        """Return the logits of transformed pixels."""
+        network = self.network if self.compiled is None else self.compiled
+        logits: Tensor = network(inputs)
+        return logits
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors that a resumed run needs."""
@@ -101,13 +110,14 @@ class Learner:
 
 
 def make_optimizer(network: nn.Module, settings: OptimizerSettings) -> torch.optim.SGD:
-    """Return SGD over all parameters, as CRD/RepDistiller and the paper use it."""
+    """Return SGD over all parameters, as CRD/RepDistiller and the paper use it; on a GPU in one kernel."""
     return torch.optim.SGD(
         network.parameters(),
         lr=settings.learning_rate,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
         nesterov=settings.nesterov,
+        fused=True if next(network.parameters()).is_cuda else None,
     )
 
 
@@ -123,7 +133,14 @@ def new_learner(
     network = network.to(device).to(memory_format=torch.channels_last)  # 1.4-4.5 times faster on CPU
     transform = InputTransform(mean=data.mean, std=data.std)
     optimizer = make_optimizer(network, settings)
-    return Learner(network=network, transform=transform, optimizer=optimizer, device=device, record=record)
+    return Learner(
+        network=network,
+        transform=transform,
+        optimizer=optimizer,
+        device=device,
+        record=record,
+        compiled=torch.compile(network, dynamic=False) if settings.compile else None,
+    )
 
 
 def new_record(count: int, device: torch.device, rule: str, decay: float, mixed_too: bool) -> ValueRecord:

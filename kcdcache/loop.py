@@ -13,12 +13,17 @@ from torch import Tensor
 
 from kcdcache import rng, signals
 from kcdcache.batches import Batch
+from kcdcache.capture import Replay
 from kcdcache.config import OptimizerSettings
-from kcdcache.errors import NonFiniteError
+from kcdcache.errors import KcdcacheError, NonFiniteError
 from kcdcache.learner import Learner
+from kcdcache.resident import Feed
 from kcdcache.runs import RunFolder, add_timing, load_checkpoint, save_checkpoint, write_metrics
 
 logger = logging.getLogger(__name__)
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")
+"""what torch's errors say when the device, its CPU allocator, the C++ library or cuBLAS got no memory"""
 
 Progress = Callable[[str, int, int, str], None]
 """Called with what is being done, how much is done, how much there is, and a remark."""
@@ -40,6 +45,8 @@ class Task:
     """measurements of the network on held-out data"""
     details: Callable[[int], dict[str, Any]]
     """epoch -> further entries of its metrics row"""
+    feed: Feed | None = None
+    """what makes the batches, where they are made on the device"""
     clock: Sequence[float] | None = None
     """position on the learning-rate axis at the start of each epoch, in epochs; the epoch's number if None"""
 
@@ -68,10 +75,28 @@ def run(
 
     Raises:
         NonFiniteError: the loss of an epoch is not a number; the last checkpoint is from before that epoch.
+        KcdcacheError: memory ran out; says what to lower.
     """
     resume(learner, folder)
-    with exact_arithmetic():
+    remedy = f"lower --batch-size ({settings.batch_size} now), with another --out: a run keeps the one it began with"
+    with exact_arithmetic(), enough_memory(remedy):
         _run_until(learner, task, settings, folder, stop, progress)
+
+
+@contextmanager
+def enough_memory(remedy: str) -> Iterator[None]:
+    """Turn running out of memory, the host's or the device's, into an error that says what to change.
+
+    Raises:
+        KcdcacheError: memory ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(phrase in str(error) for phrase in OUT_OF_MEMORY):
+            raise
+        first = next(iter(str(error).splitlines()), "MemoryError")
+        raise KcdcacheError(f"out of memory: {remedy} ({first})") from error
 
 
 @contextmanager
@@ -90,10 +115,11 @@ def _run_until(
     learner: Learner, task: Task, settings: OptimizerSettings, folder: RunFolder, stop: int, progress: Progress
 ) -> None:
     guard = _Guard(settings.checkpoint_seconds)
+    steps = _Steps(learner, task, settings)
     while learner.epoch < stop:
         began = time.perf_counter()
-        _run_epoch(learner, task, settings, folder, guard)
-        row = _finish_epoch(learner, task, settings)
+        _run_epoch(learner, task, settings, folder, guard, steps)
+        row = _finish_epoch(learner, task, settings, steps.totals)
         save_checkpoint(folder, learner.tensors(), learner.state())
         write_metrics(folder, learner.rows)
         seconds = round(time.perf_counter() - began, 4)
@@ -123,7 +149,75 @@ class _Guard:
         return time.monotonic() - self._last >= self._seconds
 
 
-def _run_epoch(learner: Learner, task: Task, settings: OptimizerSettings, folder: RunFolder, guard: _Guard) -> None:
+class _Totals:
+    """An epoch's sums on the device, at the same addresses in every epoch; reading a number a step would stall it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._finite = torch.zeros((), dtype=torch.int64, device=device)
+        self._first_step = 0
+
+    def begin(self, sums: dict[str, Tensor], first_step: int) -> dict[str, Tensor]:
+        """Continue from the sums behind, none at an epoch's start; return the tensors that will hold them."""
+        for name, held in self._sums.items():
+            held.copy_(sums[name]) if name in sums else held.zero_()
+        self._sums = sums | self._sums
+        self._finite.zero_()
+        self._first_step = first_step
+        return self._sums
+
+    def add(self, **parts: Tensor) -> None:
+        """Add a step's numbers, and note without asking the device whether the loss so far is one."""
+        for name, value in parts.items():
+            if name in self._sums:
+                self._sums[name] += value
+            else:
+                self._sums[name] = value.double()
+        self._finite += torch.isfinite(self._sums["loss"])
+
+    def finite_steps(self) -> int:
+        """Return the number of steps of the epoch before the first whose loss is no number."""
+        return self._first_step + int(self._finite)
+
+
+class _Steps:
+    """Takes training steps: one by one, or recorded and replayed where batches are made on the device."""
+
+    def __init__(self, learner: Learner, task: Task, settings: OptimizerSettings) -> None:
+        self._learner, self._task, self._settings = learner, task, settings
+        self.totals = _Totals(learner.device)
+        self._replay: Replay | None = None
+        if task.feed is not None and settings.graphs:
+            self._replay = Replay(lambda: self._fed(settings.batch_size), learner.device)
+
+    def take(self) -> Iterator[int]:
+        """Take the epoch's remaining steps; yield the number of samples of each."""
+        learner, feed = self._learner, self._task.feed
+        learner.sums = self.totals.begin(learner.sums, learner.step)
+        if feed is None or self._replay is None:
+            for batch in self._task.batches(learner.epoch, learner.step):
+                self._one(batch)
+                yield len(batch.index)
+            return
+        feed.begin(learner.epoch, learner.step)
+        for size in feed.sizes(learner.step):
+            if size == self._settings.batch_size:
+                self._replay(learner.optimizer.param_groups[0]["lr"])
+            else:
+                self._fed(size)
+            yield size
+
+    def _fed(self, size: int) -> None:
+        assert self._task.feed is not None
+        self._one(self._task.feed.batch(size))
+
+    def _one(self, batch: Batch) -> None:
+        _take_step(self._learner, self._task, batch, self._settings.precision, self.totals)
+
+
+def _run_epoch(
+    learner: Learner, task: Task, settings: OptimizerSettings, folder: RunFolder, guard: _Guard, steps: _Steps
+) -> None:
     position = learner.epoch if task.clock is None else task.clock[learner.epoch]
     for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate(settings, position)
@@ -131,21 +225,20 @@ def _run_epoch(learner: Learner, task: Task, settings: OptimizerSettings, folder
         learner.sums = {}
         _seed_torch(settings.seed, learner.epoch)  # networks with dropout draw from torch's own generator
     learner.network.train()
-    for batch in task.batches(learner.epoch, learner.step):
-        _take_step(learner, task, batch, settings.precision)
+    for count in steps.take():
         learner.step += 1
-        learner.samples += len(batch.index)
+        learner.samples += count
         if guard.due() or signals.requested():
-            _require_finite(learner)
+            _require_finite(learner, task, steps.totals)
             save_checkpoint(folder, learner.tensors(), learner.state())
             guard.reset()
         if signals.requested():
             signals.stop(f"epoch {learner.epoch}, step {learner.step} is in the checkpoint of {folder.path}")
 
 
-def _take_step(learner: Learner, task: Task, batch: Batch, precision: str) -> None:
+def _take_step(learner: Learner, task: Task, batch: Batch, precision: str, totals: _Totals) -> None:
     with forward_precision(learner.device, precision):
-        logits = learner.network(learner.transform(batch.pixels))
+        logits = learner.forward(learner.transform(batch.pixels))
     loss = task.loss(logits, batch)
     learner.optimizer.zero_grad(set_to_none=True)
     (loss * batch.weight).mean().backward()
@@ -153,7 +246,7 @@ def _take_step(learner: Learner, task: Task, batch: Batch, precision: str) -> No
     with torch.no_grad():
         if learner.record is not None:
             learner.record.observe(logits, batch.index, batch.mixed)
-        _add_up(learner.sums, logits, loss, batch)
+        totals.add(**_counted(logits, loss, batch))
 
 
 def forward_precision(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -161,20 +254,19 @@ def forward_precision(device: torch.device, precision: str) -> AbstractContextMa
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
-def _add_up(sums: dict[str, Tensor], logits: Tensor, loss: Tensor, batch: Batch) -> None:
-    """Accumulate on the device: reading a number per step would stall it."""
+def _counted(logits: Tensor, loss: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Return what is summed over an epoch's samples."""
     guess = logits.argmax(1)
-    parts = {"loss": loss.double().sum(), "train_accuracy": (guess == batch.labels).sum().double()}
+    parts = {"loss": loss.double().sum(), "train_accuracy": (guess == batch.labels).sum()}
     if batch.probabilities is not None:
-        parts["agreement"] = (guess == batch.probabilities.argmax(1)).sum().double()
-    for name, value in parts.items():
-        sums[name] = sums[name] + value if name in sums else value
+        parts["agreement"] = (guess == batch.probabilities.argmax(1)).sum()
+    return parts
 
 
-def _finish_epoch(learner: Learner, task: Task, settings: OptimizerSettings) -> dict[str, Any]:
+def _finish_epoch(learner: Learner, task: Task, settings: OptimizerSettings, totals: _Totals) -> dict[str, Any]:
     before = learner.rows[-1]["samples_so_far"] if learner.rows else 0
     count = learner.samples - before
-    _require_finite(learner)
+    _require_finite(learner, task, totals)
     means = {name: float(value) / count for name, value in learner.sums.items()}
     last = learner.epoch + 1 == settings.epochs
     measured = task.evaluate() if last or (learner.epoch + 1) % settings.evaluate_every == 0 else {}
@@ -193,14 +285,22 @@ def _finish_epoch(learner: Learner, task: Task, settings: OptimizerSettings) -> 
     return row
 
 
-def _require_finite(learner: Learner) -> None:
+def _require_finite(learner: Learner, task: Task, totals: _Totals) -> None:
     """Refuse to checkpoint a diverged network: resuming from it could not mend it."""
     loss = float(learner.sums["loss"])
     if not math.isfinite(loss):
         raise NonFiniteError(
             f"the training loss is {loss} in epoch {learner.epoch}, step {learner.step}; lower --learning-rate, "
-            "or look for bad images; the last checkpoint is from before that"
+            f"or look for bad images; the last checkpoint is from before that{_first_bad(learner, task, totals)}"
         )
+
+
+def _first_bad(learner: Learner, task: Task, totals: _Totals) -> str:
+    """Tell the batch whose loss was the first that is no number: drawn again, since its address is all that is kept."""
+    step = totals.finite_steps()
+    index = sorted(next(task.batches(learner.epoch, step)).index.tolist())
+    shown = ", ".join(map(str, index[:16])) + (", ..." if len(index) > 16 else "")
+    return f"; the first such loss was that of step {step} (the first is 0), of these {len(index)} samples: {shown}"
 
 
 def _told(row: dict[str, Any]) -> str:

@@ -1,44 +1,40 @@
 """The condensed set of one stage as an immutable value: valid by construction, written once, checked on every read."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from jaxtyping import Bool, Float32, Int32, Int64, Shaped
+from jaxtyping import Bool, Float32, Int32, Int64
 
-from kcdcache import tables
+from kcdcache import records, rules, tables
 from kcdcache.errors import CorruptionError, MismatchError
+from kcdcache.facts import FACTS, FORMAT_VERSION, Facts, Totals, told
 from kcdcache.files import canonical_json, create_exclusive
+from kcdcache.rules import KEPT, MIXED
 
 METADATA_KEY = "kcdcache.manifest"
-FORMAT_VERSION = 0
 MOST_ROWS = 10**8
-KEPT, MIXED = "K_1H", "K_Aug"
-"""The parts: points kept as they are, and kept points with a dropped one mixed in."""
 
-_ARRAYS: dict[str, type] = {
+ARRAYS: dict[str, type] = {
     "index": np.int64, "mixed": np.bool_, "partner": np.int64, "epsilon": np.float32,
     "rank": np.int64, "value": np.float32, "visits": np.int32, "weight": np.float32,
 }  # fmt: skip
-_SCHEMA = pa.schema([
+"""column -> its type, in the order of the digest"""
+SCHEMA = pa.schema([
     ("index", pa.int64()), ("part", pa.string()), ("partner", pa.int64()), ("epsilon", pa.float32()),
     ("rank", pa.int64()), ("value", pa.float32()), ("visits", pa.int32()), ("weight", pa.float32()),
 ])  # fmt: skip
-_TYPE_NAMES: dict[type, str] = {NoneType: "None", tuple: "tuple of int"}
-_FACTS: dict[str, tuple[type, ...]] = {
-    "knowledge_id": (str,), "count": (int,), "stage": (int,), "keep": (float,), "dropped": (int,), "rule": (dict,),
-    "parent": (str, NoneType), "values": (str, NoneType), "class_counts": (tuple,), "data_digest": (str, NoneType),
-}  # fmt: skip
+_NAMES = pa.dictionary(pa.int8(), pa.string())
+SCHEMA_WRITTEN = SCHEMA.set(1, pa.field("part", _NAMES))
+"""the same file comes of it: parts are written as numbers of names, and read as names"""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Manifest:
+class Manifest(Facts):
     """Which samples a stage trains on and what is mixed into them; arrays are read-only and sorted by index.
 
     Raises:
@@ -61,54 +57,29 @@ class Manifest:
     """visit count, 0 where unseen"""
     weight: Float32[np.ndarray, " rows"]
     """weight of the sample's loss, above 0"""
-    knowledge_id: str
-    """the knowledge it was made for"""
-    count: int
-    """number of samples N in the whole training split"""
-    stage: int
-    """stage that trains on it"""
-    keep: float
-    """share of N kept"""
-    dropped: int = 0
-    """size of K_0, the dropped points the rule names, used as partners or not"""
-    rule: dict[str, Any] = field(default_factory=dict)
-    """settings of the condensation"""
-    parent: str | None = None
-    """digest of the previous stage's manifest"""
-    values: str | None = None
-    """fingerprint of the values it was ranked by"""
-    class_counts: tuple[int, ...] = ()
-    """kept samples per class, empty where labels were not known"""
-    data_digest: str | None = None
-    """digest of the training split, which lets a transfer to another teacher check its data"""
 
     def __post_init__(self) -> None:
-        for name, kind in _ARRAYS.items():
+        for name, kind in ARRAYS.items():
             object.__setattr__(self, name, _read_only(name, getattr(self, name), kind, len(self.index)))
-        if isinstance(self.keep, int):
-            object.__setattr__(self, "keep", float(self.keep))  # 1 and 1.0 must give one digest
-        _require_types(self)
-        _require_facts(self)
-        for column, expected, bad in _row_rules(self):
-            _require_rows(self, column, expected, bad)
+        super().__post_init__()
+        self.require_fit(len(self), int(self.mixed.sum()))
+        rules.require(self.columns(), self.count)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def columns(self) -> dict[str, np.ndarray]:
         """Return the arrays by name, each of shape (rows,)."""
-        return {name: getattr(self, name) for name in _ARRAYS}
+        return {name: getattr(self, name) for name in ARRAYS}
 
     def document(self) -> dict[str, Any]:
         """Return everything but the arrays as JSON values, without the digest."""
-        facts = {name: getattr(self, name) for name in _FACTS}
-        changed = {"class_counts": list(self.class_counts), "rows": len(self)}
-        return {"format_version": FORMAT_VERSION, **facts, **changed}
+        return self.document_of(len(self))
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the document and all columns: equal exactly where the manifests are."""
-        return _digest(self.document(), self.columns())
+        return tables.digest(canonical_json(self.document()), self.columns())
 
 
 def full(
@@ -117,12 +88,18 @@ def full(
     labels: Int64[np.ndarray, " n"] | None = None,
     classes: int | None = None,
     data_digest: str | None = None,
+    excluded: Int64[np.ndarray, " excluded"] | None = None,
 ) -> Manifest:
-    """Return the manifest that keeps all `count` samples as they are: what stage 0 trains on."""
+    """Return the manifest that keeps all `count` samples as they are: what stage 0 trains on.
+
+    Samples in `excluded` (those the store skipped) are left out; `keep` still says 1, a share of what can be kept.
+    """
+    index = np.arange(count) if excluded is None else np.setdiff1d(np.arange(count), excluded)
+    rows = len(index)
     return Manifest(
-        **plain(np.arange(count)), rank=np.arange(count), value=np.zeros(count, np.float32),
-        visits=np.zeros(count, np.int32), knowledge_id=knowledge_id, count=count, stage=0, keep=1.0,
-        class_counts=class_counts(np.arange(count), labels, classes), data_digest=data_digest,
+        **plain(index), rank=np.arange(rows), value=np.zeros(rows, np.float32), visits=np.zeros(rows, np.int32),
+        knowledge_id=knowledge_id, count=count, stage=0, keep=1.0, class_counts=class_counts(index, labels, classes),
+        data_digest=data_digest,
     )  # fmt: skip
 
 
@@ -151,37 +128,48 @@ def write(path: Path, manifest: Manifest) -> None:
         LockedError: something is there already; manifests are never overwritten.
         NoSpaceError: the disk is full.
     """
-    content = {**manifest.document(), "digest": manifest.digest}
-    table = pa.table(_cells(manifest), schema=_SCHEMA.with_metadata({METADATA_KEY: canonical_json(content)}))
+    table = cells(manifest.columns()).replace_schema_metadata(metadata(manifest.document(), manifest.digest))
     create_exclusive(path, tables.encode(table))
 
 
 def read(path: Path | str, most_rows: int = MOST_ROWS) -> Manifest:
-    """Return the manifest in a file, after checking its page checksums and its digest.
+    """Return the manifest in a file, after checking its page checksums, its digest and, in a run, the run's record.
 
     More than `most_rows` rows are refused before any is decoded: a few bytes of parquet can claim hundreds of millions.
 
     Raises:
         NotFoundError: there is no such file.
-        CorruptionError: it is damaged or was changed after it was written.
-        MismatchError: it is no manifest, of a newer format, or not a valid one; names the first invalid row.
+        CorruptionError: it is damaged or was changed after it was written, or its run has no record of it.
+        MismatchError: it is no manifest, of a newer format, not a valid one (names the first invalid row), or not the
+            one that the run wrote there (prints both digests).
     """
     path = Path(path)
-    table = tables.read(path, most_rows)
-    document = tables.document(table, METADATA_KEY, path)
-    if document is None:
-        raise MismatchError(
-            f"{path} is a parquet file but no manifest (no '{METADATA_KEY}' in its metadata); "
-            "make a manifest of a values file with `kcdcache condense`"
-        )
-    if (version := document.get("format_version")) != FORMAT_VERSION:
-        raise MismatchError(f"{path} has format {version}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache")
-    tables.require_schema(table, _SCHEMA, path)
-    columns = _arrays(table, path)
-    _require_digest(document, columns, path)
-    facts = {name: document[name] for name in _FACTS}
+    with tables.opened(path, most_rows) as reader:
+        reader.check()  # before anything it says is taken up
+        document = _document(reader.schema, path)
+        blocks = list(_checked(reader, document, path))
+    columns: dict[str, Any] = {name: _joined([block[name] for block in blocks], kind) for name, kind in ARRAYS.items()}
+    facts = {name: document[name] for name in FACTS}
     counts = facts["class_counts"]
-    return Manifest(**columns, **{**facts, "class_counts": tuple(counts) if isinstance(counts, list) else counts})
+    found = Manifest(**columns, **{**facts, "class_counts": tuple(counts) if isinstance(counts, list) else counts})
+    records.require(path, records.Facts(len(found), found.digest))
+    return found
+
+
+def read_digest(path: Path, most_rows: int = MOST_ROWS) -> str:
+    """Return the digest of the manifest in a file, after checking that its content has it; one row group at a time.
+
+    Raises:
+        NotFoundError, CorruptionError, MismatchError: as for `read`, but the rules of a manifest are not checked: one
+            with the digest of a valid manifest is that manifest.
+    """
+    with tables.opened(path, most_rows) as reader:
+        reader.check()  # before anything it says is taken up
+        document = _document(reader.schema, path)
+        for _ in _checked(reader, document, path):
+            pass
+        records.require(path, records.Facts(reader.rows, document["digest"]))
+    return str(document["digest"])
 
 
 def require_knowledge(
@@ -215,19 +203,39 @@ def require_knowledge(
             )
 
 
+def require_usable(manifest: Manifest, skipped: Int64[np.ndarray, " skipped"]) -> None:
+    """Do nothing if a manifest uses no sample that its store skipped.
+
+    Raises:
+        MismatchError: it keeps or mixes in one; names the first such row.
+    """
+    for column, used in (("index", manifest.index), ("partner", manifest.partner)):
+        if (bad := np.isin(used, skipped)).any():
+            row = int(np.argmax(bad))
+            raise MismatchError(
+                f"manifest row {row}, index {manifest.index[row]}: expected {column} to be a sample the store has "
+                f"outputs of, found {used[row]}, one of {len(skipped)} skipped because the teacher's outputs were not "
+                "finite; condense again with this store"
+            )
+
+
 def summary(manifest: Manifest) -> dict[str, Any]:
     """Return what `inspect` and `condense` print of a manifest: JSON values, sizes in samples."""
-    mixed, counts = int(manifest.mixed.sum()), manifest.class_counts
-    epsilon = manifest.epsilon[manifest.mixed]
-    return {
-        "stage": manifest.stage, "samples": manifest.count, "kept": len(manifest), "keep": manifest.keep,
-        KEPT: len(manifest) - mixed, MIXED: mixed, "K_0": manifest.dropped,
-        "epsilon": [float(epsilon.min()), float(epsilon.max())] if mixed else None,
-        "unseen": int((manifest.visits == 0).sum()),
-        "classes": len(counts), "class_min": min(counts, default=None), "class_max": max(counts, default=None),
-        "rule": dict(manifest.rule), "knowledge_id": manifest.knowledge_id, "parent": manifest.parent,
-        "values": manifest.values, "digest": manifest.digest,
-    }  # fmt: skip
+    return told(manifest, Totals().plus(manifest.columns()), manifest.digest)
+
+
+def cells(columns: Mapping[str, np.ndarray]) -> pa.Table:
+    """Return rows as they stand in a file."""
+    parts = pa.DictionaryArray.from_arrays(columns["mixed"].astype(np.int8), [KEPT, MIXED])
+    found = {name: pa.array(column) for name, column in columns.items() if name != "mixed"}
+    found["partner"] = pa.array(columns["partner"], mask=~columns["mixed"])
+    found["value"] = pa.array(columns["value"], mask=columns["visits"] == 0)
+    return pa.table({field.name: found.get(field.name, parts) for field in SCHEMA})
+
+
+def metadata(document: Mapping[str, Any], digest: str) -> dict[str, bytes]:
+    """Return a file's metadata: document and digest."""
+    return {METADATA_KEY: canonical_json({**document, "digest": digest})}
 
 
 def _read_only(name: str, array: Any, kind: type, rows: int) -> np.ndarray:
@@ -239,89 +247,53 @@ def _read_only(name: str, array: Any, kind: type, rows: int) -> np.ndarray:
     return view
 
 
-def _require_types(manifest: Manifest) -> None:
-    for name, kinds in _FACTS.items():
-        found = getattr(manifest, name)
-        parts = found if isinstance(found, tuple) else ()
-        if not isinstance(found, kinds) or not all(isinstance(part, int) for part in parts):
-            wanted = " or ".join(_TYPE_NAMES.get(kind, kind.__name__) for kind in kinds)
-            raise MismatchError(f"manifest field '{name}': expected {wanted}, found {found!r}")
-
-
-def _require_facts(manifest: Manifest) -> None:
-    counts = manifest.class_counts
-    for name, expected, good in (
-        ("count", f"at least its {len(manifest)} rows", manifest.count >= len(manifest)),
-        ("stage", "0 or more", manifest.stage >= 0),
-        ("keep", "a share in (0, 1]", 0 < manifest.keep <= 1),
-        ("dropped", "at least the number of mixed rows", manifest.dropped >= manifest.mixed.sum()),
-        ("class_counts", f"{len(manifest)} in all, or nothing", not counts or sum(counts) == len(manifest)),
-    ):
-        if not good:
-            raise MismatchError(f"manifest field '{name}': expected {expected}, found {getattr(manifest, name)}")
-
-
-Rule = tuple[str, str, Bool[np.ndarray, " rows"]]
-"""(column, what is expected of it, which rows break that)."""
-
-
-def _row_rules(manifest: Manifest) -> Iterator[Rule]:
-    index, samples = manifest.index, f"a sample in [0, {manifest.count})"
-    yield "index", samples, (index < 0) | (index >= manifest.count)
-    yield "index", "ascending order, each sample once", np.diff(index, prepend=-1) <= 0
-    yield from _partner_rules(manifest, samples)
-    epsilon, weight = manifest.epsilon, manifest.weight
-    yield "epsilon", "a share in [0, 1]", ~((epsilon >= 0) & (epsilon <= 1))
-    yield "epsilon", f"0 in {KEPT}", ~manifest.mixed & (epsilon != 0)
-    yield "rank", f"a rank in [0, {manifest.count})", (manifest.rank < 0) | (manifest.rank >= manifest.count)
-    yield "rank", "each rank once", _repeated(manifest.rank)
-    yield "visits", "0 or more", manifest.visits < 0
-    yield "value", "a finite number", ~np.isfinite(manifest.value)
-    yield "value", "0 for an unseen sample", (manifest.visits == 0) & (manifest.value != 0)
-    yield "weight", "a finite number above 0", ~(np.isfinite(weight) & (weight > 0))
-
-
-def _partner_rules(manifest: Manifest, samples: str) -> Iterator[Rule]:
-    partner, mixed = manifest.partner, manifest.mixed
-    yield "partner", f"none (-1) in {KEPT}", ~mixed & (partner != -1)
-    yield "partner", f"{samples} in {MIXED}", mixed & ((partner < 0) | (partner >= manifest.count))
-    yield "partner", "a dropped sample, not a kept one", mixed & np.isin(partner, manifest.index)
-    yield "partner", "each partner once", mixed & _repeated(partner)
-
-
-def _repeated(array: Shaped[np.ndarray, " rows"]) -> Bool[np.ndarray, " rows"]:
-    order = np.argsort(array, kind="stable")
-    repeated = np.zeros(len(array), np.bool_)
-    repeated[order[1:]] = array[order][1:] == array[order][:-1]
-    return repeated
-
-
-def _require_rows(manifest: Manifest, column: str, expected: str, bad: Bool[np.ndarray, " rows"]) -> None:
-    if bad.any():
-        row = int(np.argmax(bad))
-        found = getattr(manifest, column)[row]
+def _document(schema: pa.Schema, path: Path) -> dict[str, Any]:
+    document = tables.document(schema, METADATA_KEY, path)
+    if document is None:
         raise MismatchError(
-            f"manifest row {row}, index {manifest.index[row]}: expected {column} to be {expected}, found {found}"
+            f"{path} is a parquet file but no manifest (no '{METADATA_KEY}' in its metadata); "
+            "make a manifest of a values file with `kcdcache condense`"
+        )
+    if (version := document.get("format_version")) != FORMAT_VERSION:
+        raise MismatchError(f"{path} has format {version}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache")
+    tables.require_schema(schema, SCHEMA, path)
+    return document
+
+
+def _checked(reader: tables.Reader, document: Mapping[str, Any], path: Path) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the columns of each row group, then hold all of them against the digest."""
+    rows, digest = 0, tables.Digest(ARRAYS)
+    for table in reader.groups():
+        columns = _arrays(table, path, rows)
+        digest.add(columns)
+        rows += table.num_rows
+        yield columns
+    content = {name: item for name, item in document.items() if name != "digest"}
+    known = {"format_version", "rows", *FACTS}
+    if set(content) != known or digest.over(canonical_json(content)) != document.get("digest"):
+        raise CorruptionError(
+            f"{path} was changed after it was written: its content does not match its digest "
+            f"{document.get('digest')}; make it again with `kcdcache condense`"
         )
 
 
-def _cells(manifest: Manifest) -> dict[str, pa.Array]:
-    parts = pa.DictionaryArray.from_arrays(manifest.mixed.astype(np.int8), [KEPT, MIXED])
-    cells = {name: pa.array(column) for name, column in manifest.columns().items() if name != "mixed"}
-    cells["partner"] = pa.array(manifest.partner, mask=~manifest.mixed)
-    cells["value"] = pa.array(manifest.value, mask=manifest.visits == 0)
-    return {**cells, "part": parts.cast(pa.string())}
+def _joined(blocks: list[np.ndarray], kind: type) -> np.ndarray:
+    return blocks[0] if len(blocks) == 1 else np.concatenate([np.empty(0, kind), *blocks])
 
 
-def _arrays(table: pa.Table, path: Path) -> dict[str, Any]:
-    part = table.column("part").combine_chunks()
-    mixed = np.asarray(pc.equal(part, MIXED).fill_null(False))
-    known = mixed | np.asarray(pc.equal(part, KEPT).fill_null(False))
+def _arrays(table: pa.Table, path: Path, first: int) -> dict[str, Any]:
+    part = table.column("part").combine_chunks().dictionary_encode()
+    names = part.dictionary.to_pylist()
+    codes = part.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    mixed = codes == (names.index(MIXED) if MIXED in names else -2)
+    known = mixed | (codes == (names.index(KEPT) if KEPT in names else -2))
     if not known.all():
         row = int(np.argmin(known))
-        raise CorruptionError(f"{path}, row {row}: expected part {KEPT} or {MIXED}, found {part[row]}; write it again")
+        raise CorruptionError(
+            f"{path}, row {first + row}: expected part {KEPT} or {MIXED}, found {part[row]}; write it again"
+        )
     filled = {"partner": -1, "value": 0}
-    columns = {name: _filled(table, name, filled.get(name), path) for name in _ARRAYS if name != "mixed"}
+    columns = {name: _filled(table, name, filled.get(name), path) for name in ARRAYS if name != "mixed"}
     return {**columns, "mixed": mixed}
 
 
@@ -332,17 +304,3 @@ def _filled(table: pa.Table, name: str, fill: int | None, path: Path) -> np.ndar
     if column.null_count:
         raise CorruptionError(f"{path} was changed after it was written: '{name}' has empty cells; write it again")
     return column.to_numpy()
-
-
-def _digest(document: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> str:
-    return tables.digest(canonical_json(document), {name: columns[name] for name in _ARRAYS})
-
-
-def _require_digest(document: Mapping[str, Any], columns: Mapping[str, np.ndarray], path: Path) -> None:
-    content = {name: item for name, item in document.items() if name != "digest"}
-    expected = {"format_version", "rows", *_FACTS}
-    if set(content) != expected or _digest(content, columns) != document.get("digest"):
-        raise CorruptionError(
-            f"{path} was changed after it was written: its content does not match its digest "
-            f"{document.get('digest')}; make it again with `kcdcache condense`"
-        )

@@ -1,12 +1,10 @@
 """Data + teacher -> store, part by part, resumable; also imports logits made elsewhere."""
 
-import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,48 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kcdcache import encoding, layout, ledger, runs, signals, store, teacher, views, writer
+from kcdcache import encoding, layout, ledger, resident, runs, signals, store, teacher, views, writer
 from kcdcache.config import PrecomputeSettings
 from kcdcache.data import Dataset
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError
-from kcdcache.files import read_json, readable_json, sha256_file, write_atomic
+from kcdcache.files import append, canonical_json, read_json, readable_json, sha256_file, write_atomic
+from kcdcache.holding import WHOLE, Shard
 from kcdcache.identity import Knowledge, TeacherIdentity
+from kcdcache.jobs import ANYWHERE, Job, Place, compute
 from kcdcache.layout import Part, StorePlan
-from kcdcache.loop import Progress, silent
+from kcdcache.loop import Progress, enough_memory, silent
 
 logger = logging.getLogger(__name__)
 
-CPU = torch.device("cpu")
-
-Outputs = Callable[[int, int, int], dict[str, Tensor]]
-"""(view, first row, last row + 1) -> field -> float32 outputs of those rows"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where outputs are computed: it decides their last bits, so a store is finished where it was begun."""
-
-    device: torch.device = CPU
-    threads: int | None = None
-    """CPU threads asked for; those the store was begun with if None"""
-    allow_change: bool = False
-    """continue although device, threads or versions changed; recorded"""
-
-
-ANYWHERE = Place(allow_change=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What fills a store: rows, what they should be, and who says it is plausible."""
-
-    outputs: Outputs
-    labels: np.ndarray
-    digests: np.ndarray
-    least_accuracy: float
-    """accuracy on a view below which the outputs cannot be right; 0 where none is demanded"""
-    place: Place
-    """where the outputs are computed"""
+AHEAD = 4096
+"""samples whose view parameters are made at a time"""
 
 
 def run(
@@ -67,17 +38,22 @@ def run(
     *,
     threads: int | None = None,
     allow_env_change: bool = False,
+    shard: Shard = WHOLE,
+    images: str = "auto",
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Write the teacher's outputs on every view of every sample, or what of them is missing; return what is there.
 
-    On a sealed store of the same knowledge, more views or further fields are added. Teacher batches are a fixed
-    partition of each part, and writing overlaps the forward pass; a killed run resumes to the same bytes.
+    With a `shard`, only its parts are written; whoever finds all parts written seals. On a sealed store of the same
+    knowledge, more views or further fields are added. Teacher batches are a fixed partition of each part, and writing
+    overlaps the forward pass; a killed run resumes to the same bytes. Views are made on the device from `images` that
+    lie there: 'on', 'off', or 'auto' for on a GPU where they fit.
 
     Raises:
         MismatchError: the store at `path` is of other knowledge, or the teacher is barely better than chance.
         SettingsError: the rule has fewer views than asked for.
-        NonFiniteError: the teacher gave NaN or infinity; names the samples.
+        NonFiniteError: the teacher gave NaN, infinity or more than the encoding holds; names the samples. With
+            on_nonfinite = skip only where more than `ledger.MOST_SKIPPED` of all would be skipped.
     """
     rule = views.rule_from(settings, data.train.image_size)
     knowledge = Knowledge(teacher=network.identity, data=data.identity(), views=views.identity_of(rule))
@@ -86,22 +62,55 @@ def run(
     plan = _plan(settings, len(data.train), views_wanted(rule, settings.views), forms, path)
     if dry_run:
         return _planned(plan, knowledge, path)
+    job = job_for(
+        data,
+        network,
+        knowledge,
+        settings.fields,
+        least_accuracy=least_accuracy(settings.min_accuracy, len(data.classes)),
+        place=Place(device=network.device, threads=threads, allow_change=allow_env_change, shard=shard),
+        may_skip=settings.on_nonfinite == "skip",
+        images=images,
+    )
+    if left := fill(path, knowledge, plan, job, progress):
+        logger.info("precompute: shard %s is written; %d parts are left to the other shards", shard, left)
+        return {"kind": "store", "store": str(path), "finished": False, "shard": str(shard), "parts_left": left}
+    return describe(path)
+
+
+def job_for(
+    data: Dataset,
+    network: teacher.Teacher,
+    knowledge: Knowledge,
+    fields: Sequence[str],
+    least_accuracy: float = 0.0,
+    place: Place = ANYWHERE,
+    may_skip: bool | None = None,
+    images: str = "auto",
+) -> Job:
+    """Return the job of a teacher's outputs on the views of a data set's training split; `images` is as for `run`."""
+    rule = views.rule_of(knowledge.views)
+    held = resident.held_views(images, data.train, rule, network.device)
+    ahead = _ParametersAhead(rule, len(data.train))
+    # the logits cost nothing more, and tell whether the other fields can be right
+    wanted = list(dict.fromkeys(("logits", *fields)))
 
     def outputs(view: int, start: int, stop: int) -> dict[str, Tensor]:
-        index = np.arange(start, stop)
-        # the logits cost nothing more, and tell whether the other fields can be right
-        wanted = dict.fromkeys(("logits", *settings.fields))
-        return teacher.outputs(network, view_pixels(data, rule, index, view, network.device), list(wanted))
+        if held is None:
+            shown = data.train.images(np.arange(start, stop))
+            pixels = views.show(rule, shown, ahead.rows(view, start, stop), network.device)
+        else:
+            pixels = held(view, start, stop)
+        return teacher.outputs(network, pixels, wanted)
 
-    job = Job(
+    return Job(
         outputs=outputs,
         labels=data.train.labels,
         digests=data.train.digests(),
-        least_accuracy=least_accuracy(settings.min_accuracy, len(data.classes)),
-        place=Place(device=network.device, threads=threads, allow_change=allow_env_change),
+        least_accuracy=least_accuracy,
+        place=place,
+        may_skip=may_skip,
     )
-    fill(path, knowledge, plan, job, progress)
-    return describe(path)
 
 
 def import_logits(
@@ -119,6 +128,7 @@ def import_logits(
 
     Raises:
         MismatchError: the array's shape does not fit the data, or its accuracy is barely better than chance.
+        NonFiniteError: as for `run`; a number beyond float32 counts as infinite.
     """
     logits = _read_npy(file, len(data.train), len(data.classes))
     rule = views.rule_from(settings, data.train.image_size)
@@ -132,11 +142,12 @@ def import_logits(
     if dry_run:
         return _planned(plan, knowledge, path)
     job = Job(
-        outputs=lambda view, a, b: {"logits": torch.from_numpy(np.array(logits[view, a:b], np.float32))},
+        outputs=lambda view, a, b: {"logits": _as_float32(logits[view, a:b])},
         labels=data.train.labels,
         digests=data.train.digests(),
         least_accuracy=least_accuracy(settings.min_accuracy, len(data.classes)),
         place=ANYWHERE,
+        may_skip=settings.on_nonfinite == "skip",
     )
     fill(path, knowledge, plan, job, progress)
     return describe(path)
@@ -156,6 +167,7 @@ def describe(path: Path) -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         "knowledge_id": found.knowledge_id,
         "layout_id": found.layout_id,
+        "skipped": len(found.skipped),
         "teacher_accuracy": [sums["correct"] / found.count for sums in measured if "correct" in sums],
         "teacher_forwards": 0 if found.knowledge.teacher.architecture == "imported" else found.forwards,
         "seconds": runs.logged_seconds(path / ledger.FOLDER / "timing.jsonl"),
@@ -211,20 +223,28 @@ def _planned(plan: StorePlan, knowledge: Knowledge, path: Path) -> dict[str, Any
 
 def _opened(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job) -> AbstractContextManager[writer.Writer]:
     if not ledger.commit_path(path, 0).exists():
-        return writer.create(path, knowledge, plan, job.labels, job.digests)
-    return writer.grow(path, knowledge, views=plan.views, fields=list(plan.fields.values()))
+        return writer.create(path, knowledge, plan, job.labels, job.digests, job.place.shard)
+    fields = list(plan.fields.values())
+    return writer.grow(path, knowledge, views=plan.views, fields=fields, shard=job.place.shard)
 
 
-def fill(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job, progress: Progress) -> None:
-    """Make or continue a store: write all pending parts, one being written while the next is computed, then seal."""
+def fill(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job, progress: Progress) -> int:
+    """Make or continue a store: write the shard's pending parts, one while the next is computed, then seal.
+
+    Return the number of parts that other shards have yet to write; 0 if the store is sealed.
+    """
     path.mkdir(parents=True, exist_ok=True)
-    with _opened(path, knowledge, plan, job) as open_writer, ThreadPoolExecutor(1) as pool:
+    with (
+        _opened(path, knowledge, plan, job) as open_writer,
+        ThreadPoolExecutor(1) as pool,
+        enough_memory(_remedy(plan, path)),
+    ):
         pending = open_writer.pending()
         if not pending:
             logger.info("precompute: %s is complete already", path)
         else:
             _settle(path, job.place)
-        rows = sum(part.stop - part.start for part in open_writer.parts)
+        rows = sum(part.stop - part.start for part in open_writer.mine)
         done = rows - sum(part.stop - part.start for part in pending)
         if open_writer.sealed:
             logger.info("precompute: %s is finished already", path)
@@ -232,13 +252,17 @@ def fill(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job, progress: 
             logger.info("precompute: resuming at %d of %d points", done, rows)
         written: Future[None] | None = None
         right: dict[int, tuple[float, int]] = {}
+        skipped = ledger.logged_skips(path) if pending else set()
         for part in pending:
             began = time.perf_counter()
-            stored, statistics, correct = _compute(part, plan, job)
+            made = compute(part, plan, job)
             if written is not None:
                 written.result()
-            _check_accuracy(part, correct, right, job.least_accuracy)
-            written = pool.submit(open_writer.write_part, part, stored, statistics, {"correct": correct})
+            _check_accuracy(part, made.correct, right, job.least_accuracy)
+            skipped |= set(made.skipped)
+            ledger.require_few_skipped(skipped, plan.count)
+            counted = {"correct": made.correct}
+            written = pool.submit(open_writer.write_part, part, made.stored, made.statistics, counted, made.skipped)
             done += part.stop - part.start
             seconds = time.perf_counter() - began
             rate = (part.stop - part.start) / seconds
@@ -249,7 +273,21 @@ def fill(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job, progress: 
             progress("precompute", done, rows, f"view {part.view}, {rate:,.0f} points/s")
         if written is not None:
             written.result()
-        open_writer.seal()
+        return open_writer.seal_last()
+
+
+def use_recorded_threads(path: Path) -> None:
+    """Put the thread count in force that a store was last computed with, if it is recorded."""
+    file = path / ledger.FOLDER / "environment.json"
+    if file.exists():
+        torch.set_num_threads(read_json(file)[-1]["threads"])
+
+
+def _remedy(plan: StorePlan, path: Path) -> str:
+    return (
+        f"lower --batch-size ({plan.batch_size} now); it is part of a store's plan, so if {path} holds points already, "
+        "give the smaller one with another --store, or continue here where there is more memory"
+    )
 
 
 def _settle(path: Path, place: Place) -> None:
@@ -266,26 +304,6 @@ def _settle(path: Path, place: Place) -> None:
         if known:
             runs.check_environment(known[-1], now, place.allow_change)
         write_atomic(file, readable_json([*known, now]))
-
-
-def _compute(
-    part: Part, plan: StorePlan, job: Job
-) -> tuple[dict[str, np.ndarray], dict[str, encoding.Statistics], float]:
-    """Return a part's encoded arrays, the statistics of its fields, and how often the teacher was right."""
-    pieces: dict[str, list[Tensor]] = {field: [] for field in part.fields}
-    correct = 0.0
-    for start, stop in plan.batches(part):
-        outputs = job.outputs(part.view, start, stop)
-        for field in part.fields:
-            pieces[field].append(outputs[field])
-        if "logits" in outputs:
-            labels = torch.from_numpy(job.labels[start:stop]).to(outputs["logits"].device)
-            correct += float((outputs["logits"].argmax(1) == labels).sum())
-    whole = {field: torch.cat(values) for field, values in pieces.items()}
-    stored: dict[str, np.ndarray] = {}
-    for field, values in whole.items():
-        stored |= plan.fields[field].encode(values, part.start)
-    return stored, {field: encoding.statistics(values) for field, values in whole.items()}, correct
 
 
 def _check_accuracy(part: Part, correct: float, right: dict[int, tuple[float, int]], least: float) -> None:
@@ -306,9 +324,30 @@ def view_pixels(data: Dataset, rule: views.ViewRule, index: np.ndarray, view: in
     return views.show(rule, data.train.images(index), views.parameters(rule, index, view), device)
 
 
+class _ParametersAhead:
+    """The parameters of views of consecutive samples, made for many batches at a time: few rows cost as many."""
+
+    def __init__(self, rule: views.ViewRule, count: int) -> None:
+        self._rule, self._count = rule, count
+        self._view, self._first = -1, 0
+        self._made = np.zeros((0, 0), np.int64)
+
+    def rows(self, view: int, start: int, stop: int) -> np.ndarray:
+        """Return the parameters of samples start to stop - 1 in one view."""
+        if view != self._view or start < self._first or stop > self._first + len(self._made):
+            index = np.arange(start, min(max(stop, start + AHEAD), self._count))
+            self._view, self._first, self._made = view, start, views.parameters(self._rule, index, view)
+        return self._made[start - self._first : stop - self._first]
+
+
+def _as_float32(rows: np.ndarray) -> Tensor:
+    with np.errstate(over="ignore"):  # an infinity is found and named later
+        return torch.from_numpy(np.array(rows, np.float32))
+
+
 def _read_npy(file: Path, count: int, classes: int) -> np.ndarray:
     try:
-        logits = np.load(file, mmap_mode="r", allow_pickle=False)
+        logits: np.ndarray = np.lib.format.open_memmap(file, mode="r")  # not np.load, which takes archives too
     except FileNotFoundError:
         raise NotFoundError(f"--from-logits: no file at {file}") from None
     except ValueError as error:
@@ -323,5 +362,5 @@ def _read_npy(file: Path, count: int, classes: int) -> np.ndarray:
 
 
 def _add_timing(path: Path, seconds: float, points: int) -> None:
-    with open(path / ledger.FOLDER / "timing.jsonl", "a") as stream:
-        stream.write(json.dumps({"seconds": round(seconds, 4), "points": points}) + "\n")
+    row = {"seconds": round(seconds, 4), "points": points}
+    append(path / ledger.FOLDER / "timing.jsonl", canonical_json(row) + b"\n")

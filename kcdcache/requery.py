@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from kcdcache import batches, encoding, layout, ledger, manifest, precompute, store, teacher
+from kcdcache import batches, encoding, jobs, layout, ledger, manifest, precompute, store, teacher
 from kcdcache.data import Dataset
 from kcdcache.errors import MismatchError
 from kcdcache.identity import require_same
@@ -51,12 +51,12 @@ def write(
         return teacher.outputs(network, pixels, fields)
 
     index = source.manifest.index[rows]
-    job = precompute.Job(
+    job = jobs.Job(
         outputs=outputs,
         labels=source.data.train.labels[index],
         digests=source.data.train.digests()[index],
         least_accuracy=0.0,
-        place=precompute.Place(device=network.device, allow_change=True),
+        place=jobs.Place(device=network.device, allow_change=True),
     )
     precompute.fill(path, replace(knowledge.knowledge, mixes=mixes), plan, job, progress)
     return precompute.describe(path)

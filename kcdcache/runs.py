@@ -1,81 +1,59 @@
-"""A run's folder: settings, environment, checkpoints, metrics and summary."""
+"""A run's folder: settings, environment, checkpoints, manifests, metrics and summary."""
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, UnfinishedError
+from kcdcache import manifest, records
+from kcdcache.errors import (
+    CorruptionError,
+    MismatchError,
+    NotFoundError,
+    SettingsError,
+    UnfinishedError,
+    UnsafeError,
+)
 from kcdcache.files import (
+    MOST_JSON_BYTES,
+    append,
     canonical_json,
+    digest_of,
     locked,
-    read_json,
-    read_object,
+    read_bytes,
+    read_sealed,
+    read_written,
     readable_json,
     remove_leftovers,
+    sealed_json,
     sha256_bytes,
     write_atomic,
 )
+from kcdcache.folder import RunFolder
 from kcdcache.identity import first_difference, require_same
+from kcdcache.manifest import Manifest
+from kcdcache.models.weights import MOST_HEADER_BYTES
+from kcdcache.untrusted import parse_json, parse_lines, require_no_links
 
 RECORD_KEY = "kcdcache"
+MOST_LINES = 10**6
+"""of a file of clock times"""
+CHECKPOINT_NAME = re.compile(r"[0-9a-f]{16}\.safetensors")
 COMPARED = ("python", "versions", "device", "device_name", "threads")
+VOLATILE = ("seconds", "store_teacher_forwards")
+"""entries of a summary that the clock, or a store that grew, changes"""
 LIBRARIES = ("kcdcache", "torch", "torchvision", "zarr", "numpy", "pyarrow")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunFolder:
-    """The folder of one run and the file names in it."""
-
-    path: Path
-
-    @property
-    def settings(self) -> Path:
-        """Settings, inputs and environment, written first."""
-        return self.path / "run.json"
-
-    @property
-    def summary(self) -> Path:
-        """What came out, written last: a run with a summary is finished."""
-        return self.path / "summary.json"
-
-    @property
-    def values(self) -> Path:
-        """The value estimate at the run's latest stop."""
-        return self.path / "values.parquet"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the one current checkpoint."""
-        return self.path / "checkpoint"
-
-    @property
-    def scratch(self) -> Path:
-        """Folder of memory-mapped knowledge."""
-        return self.path
-
-    @property
-    def lock(self) -> Path:
-        """Held by the process that trains here."""
-        return self.path / ".lock"
-
-    def stage(self, number: int) -> Path:
-        """Return the folder of one stage's manifest and values."""
-        return self.path / "stages" / str(number)
-
-    def manifest(self, number: int) -> Path:
-        """Return the path of the manifest that stage `number` trains on (or that a finished run exports)."""
-        return self.stage(number) / "manifest.parquet"
 
 
 def environment(device: torch.device, threads: int) -> dict[str, Any]:
@@ -107,6 +85,7 @@ def session(
         LockedError: another process trains here.
         SettingsError, MismatchError: the folder holds another run, or this machine is not the run's.
     """
+    require_no_links(folder.path)
     with locked(folder.lock):
         record = start(folder, settings, inputs)
         _remove_other_checkpoints(folder)  # a kill may fall between a new checkpoint and the old one's removal
@@ -136,7 +115,7 @@ def start(folder: RunFolder, settings: Mapping[str, Any], inputs: Mapping[str, A
     if not folder.settings.exists():
         require_folder_free(folder)
         return None
-    record = read_object(folder.settings, "settings", "inputs", "environment", "changes")
+    record = read_record(folder)
     if difference := first_difference(record["settings"], json.loads(canonical_json(settings))):
         name, was, now = difference
         raise SettingsError(
@@ -193,18 +172,42 @@ def write_record(
     """Write run.json; `environments` lists the first one and every change that was allowed."""
     changes = list(environments[1:])
     document = {"settings": dict(settings), "inputs": dict(inputs), "environment": environments[0], "changes": changes}
-    write_atomic(folder.settings, readable_json(document))
+    _write_signed(folder.settings, document)
+
+
+def read_record(folder: RunFolder) -> dict[str, Any]:
+    """Return what run.json holds: settings, inputs, environment and the changes to it that were allowed.
+
+    Raises:
+        CorruptionError: it is damaged, or of an older kcdcache that wrote no digest.
+    """
+    return _read_signed(folder.settings, "settings", "inputs", "environment", "changes")
+
+
+def write_manifest(folder: RunFolder, path: Path, made: Manifest) -> None:
+    """Write a manifest into the run and its rows, digest and SHA-256 into the run's record.
+
+    Raises:
+        LockedError: another one stands there.
+        NoSpaceError: the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not folder.stands(path):
+        path.unlink()  # a kill fell before its record: written again, from the start
+    with records.writing(folder.path, {folder.name_of(path): records.Facts(len(made), made.digest)}):
+        manifest.write(path, made)
 
 
 def save_checkpoint(folder: RunFolder, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
     """Replace the run's checkpoint; a kill at any moment leaves the old one or the new one."""
     folder.checkpoints.mkdir(exist_ok=True)
     owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    data = safetensors.torch.save(owned, metadata={RECORD_KEY: canonical_json(record).decode()})
+    content = canonical_json({**record, "run": records.run_id(folder.path)})
+    data = safetensors.torch.save(owned, metadata={RECORD_KEY: content.decode()})
     digest = sha256_bytes(data)
     name = f"{digest[:16]}.safetensors"
     write_atomic(folder.checkpoints / name, data)
-    write_atomic(folder.checkpoints / "latest.json", readable_json({"file": name, "sha256": digest}))
+    write_atomic(folder.checkpoints / "latest.json", sealed_json({"file": name, "sha256": digest}))
     _remove_other_checkpoints(folder)
 
 
@@ -213,41 +216,60 @@ def load_checkpoint(folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, Any
 
     Raises:
         CorruptionError: the file is missing or does not match its SHA-256.
+        MismatchError: it is another run's; prints both ids.
+        UnsafeError: it, or the list of its tensors, is larger than any of ours.
     """
     pointer = folder.checkpoints / "latest.json"
     if not pointer.exists():
         return None
-    entry = read_json(pointer)
-    path = folder.checkpoints / Path(str(entry["file"])).name
-    data = path.read_bytes() if path.exists() else b""
+    entry = read_sealed(pointer, "file", "sha256")
+    if not CHECKPOINT_NAME.fullmatch(str(entry["file"])):
+        raise CorruptionError(
+            f"{pointer} names the file {entry['file']!r:.80}, which no checkpoint is called; start anew"
+        )
+    path = folder.checkpoints / str(entry["file"])
+    data = read_bytes(path) if path.exists() else b""
     if sha256_bytes(data) != entry["sha256"]:
         raise CorruptionError(
             f"checkpoint {path} is damaged: its SHA-256 is not the one in {pointer}; start the run anew"
         )
-    length = int.from_bytes(data[:8], "little")
-    record = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][RECORD_KEY])
-    return safetensors.torch.load(data), record
+    tensors, record = _parse_checkpoint(data, path)
+    if (of := record.pop("run", None)) != (own := records.run_id(folder.path)):
+        raise MismatchError(f"checkpoint {path} is of run {of}, {folder.settings} of {own}; put the run's own back")
+    return tensors, record
 
 
 def write_metrics(folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> None:
     """Make metrics.jsonl hold exactly these rows, one epoch a line."""
-    write_atomic(folder.path / "metrics.jsonl", b"".join(canonical_json(row) + b"\n" for row in rows))
+    write_atomic(folder.metrics, metrics_lines(rows))
+
+
+def metrics_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return metrics.jsonl with these rows."""
+    return b"".join(canonical_json(row) + b"\n" for row in rows)
 
 
 def add_timing(folder: RunFolder, row: Mapping[str, Any]) -> None:
     """Append a line of clock times, which differ from run to run and so stand apart from the metrics."""
-    with open(folder.path / "timing.jsonl", "ab") as stream:
-        stream.write(canonical_json(row) + b"\n")
+    append(folder.timing, canonical_json(row) + b"\n")
 
 
 def seconds_spent(folder: RunFolder) -> float:
     """Return the training seconds logged so far, repeated work after a kill included."""
-    return logged_seconds(folder.path / "timing.jsonl")
+    return logged_seconds(folder.timing)
 
 
 def logged_seconds(file: Path) -> float:
     """Return the sum of `seconds` over a file of clock times; a line torn by a power loss counts nothing."""
-    return sum(_seconds(line) for line in file.read_bytes().splitlines()) if file.exists() else 0.0
+    if not file.exists():
+        return 0.0
+    return sum(_seconds(line, file) for line in read_bytes(file, MOST_JSON_BYTES).split(b"\n", MOST_LINES)[:MOST_LINES])
+
+
+def write_summary(folder: RunFolder, summary: Mapping[str, Any]) -> None:
+    """Write summary.json with a digest of its own, and that of its lasting part into the run's record."""
+    with records.writing(folder.path, {folder.summary.name: _lasting(summary)}):
+        _write_signed(folder.summary, summary)
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -256,10 +278,13 @@ def read_summary(path: Path) -> dict[str, Any]:
     Raises:
         NotFoundError: there is no run.
         UnfinishedError: the run has not ended.
+        CorruptionError: the summary is damaged, or of an older kcdcache that wrote no digest.
+        MismatchError: it is another run's.
     """
     folder = RunFolder(path=path)
     if folder.summary.exists():
-        summary: dict[str, Any] = read_json(folder.summary)
+        summary = _read_signed(folder.summary)
+        records.require(folder.summary, _lasting(summary))
         return summary
     if folder.settings.exists():
         raise UnfinishedError(f"the run in {path} is not finished; run its command again to continue it")
@@ -271,11 +296,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         NotFoundError: the run has none.
+        CorruptionError: a line holds something else; names it.
+        UnsafeError: it is no plain file, or larger than any of ours.
     """
-    file = path / "metrics.jsonl"
+    file = RunFolder(path=path).metrics
     if not file.exists():
         raise NotFoundError(f"no metrics at {file}")
-    return [json.loads(line) for line in file.read_bytes().splitlines()]
+    rows = parse_lines(read_bytes(file, MOST_JSON_BYTES), file)
+    if odd := [number for number, row in enumerate(rows, 1) if not isinstance(row, dict)]:
+        raise CorruptionError(f"{file}, line {odd[0]} should hold a JSON object, found {rows[odd[0] - 1]!r:.80}")
+    return rows
 
 
 def processor_name() -> str:
@@ -304,16 +334,53 @@ def changed(first: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return any(first[key] != now[key] for key in COMPARED)
 
 
-def _seconds(line: bytes) -> float:
+def _write_signed(file: Path, document: Mapping[str, Any]) -> None:
+    write_atomic(file, readable_json({**document, "digest": digest_of(dict(document))}))
+
+
+def _read_signed(file: Path, *keys: str) -> dict[str, Any]:
+    """Return a document that people read, without its digest, after comparing every byte with what was written."""
+    found, data = read_written(file, *keys)
+    document = {key: value for key, value in found.items() if key != "digest"}
+    if "digest" not in found:
+        raise CorruptionError(f"{file} has no 'digest': an older kcdcache wrote it, or it was edited; start anew")
+    if found["digest"] != digest_of(document) or data != readable_json(found):
+        raise CorruptionError(f"{file} was changed after it was written: its content does not match its digest")
+    return document
+
+
+def _lasting(summary: Mapping[str, Any]) -> records.Facts:
+    return records.Facts(digest=digest_of({key: value for key, value in summary.items() if key not in VOLATILE}))
+
+
+def _seconds(line: bytes, file: Path) -> float:
     try:
-        return float(json.loads(line)["seconds"])
-    except ValueError:
+        found = parse_json(line, file)
+    except (CorruptionError, UnsafeError):
         return 0.0
+    seconds = found.get("seconds") if isinstance(found, dict) else None
+    return float(seconds) if isinstance(seconds, int | float) else 0.0
+
+
+def _parse_checkpoint(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    length = int.from_bytes(data[:8], "little")
+    if length > MOST_HEADER_BYTES:
+        raise UnsafeError(
+            f"checkpoint {path} lists its tensors in {length} bytes, expected at most {MOST_HEADER_BYTES}"
+        )
+    try:
+        header = parse_json(data[8 : 8 + length], path)
+        record = parse_json(header["__metadata__"][RECORD_KEY].encode(), path)
+        if not isinstance(record, dict):
+            raise TypeError(f"its record is {record!r:.80}")
+        return safetensors.torch.load(data), record
+    except (KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise CorruptionError(f"checkpoint {path} is damaged: {error}; start the run anew") from None
 
 
 def _remove_other_checkpoints(folder: RunFolder) -> None:
     pointer = folder.checkpoints / "latest.json"
-    current = read_json(pointer)["file"] if pointer.exists() else None
+    current = read_sealed(pointer, "file")["file"] if pointer.exists() else None
     for path in folder.checkpoints.glob("*.safetensors"):
         if path.name != current:
             path.unlink()

@@ -1,15 +1,18 @@
 """One function per command that writes: its settings in, its result out; shared by recipes and the command line."""
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from kcdcache import condenser, config, distill, manifest, precompute, requery, schedule, store, teacher
+from kcdcache import condenser, config, distill, inspection, manifest, precompute, requery, schedule, store, teacher
 from kcdcache import data as datasets
 from kcdcache import fit as fitting
-from kcdcache.errors import MismatchError, SettingsError
+from kcdcache.errors import CorruptionError, MismatchError, SettingsError
+from kcdcache.holding import WHOLE, parse_shard
+from kcdcache.identity import Knowledge
 from kcdcache.loop import Progress
 from kcdcache.models.device import resolve_device, use_threads
 from kcdcache.runs import read_summary
@@ -69,12 +72,14 @@ def precompute_store(command: config.PrecomputeCommand, progress: Progress, dry_
         progress,
         threads=command.threads,
         allow_env_change=command.allow_env_change,
+        shard=WHOLE if command.shard is None else parse_shard(command.shard),
         dry_run=dry_run,
     )
 
 
 def train(command: config.TrainCommand, progress: Progress, dry_run: bool = False) -> Result:
     """Run Algorithm 1, or a part of it; return the summary, or with `dry_run` the stages and their expected cost."""
+    inspection.require_ids((path for path in (command.store, command.manifest) if path), command.expect_id)
     data, knowledge = load_data(command.data), store.open(command.store)
     settings = config.part(config.TrainSettings, command)
     if not settings.student:
@@ -84,7 +89,9 @@ def train(command: config.TrainCommand, progress: Progress, dry_run: bool = Fals
         given = distill.accept(manifest.read(command.manifest, knowledge.count), knowledge, command.transfer)
     network = None
     if command.teacher is not None and settings.mix_target == "requery":
-        network = load_teacher(command, data, precision_of(knowledge), command.device, command.threads)
+        network = load_teacher(
+            command, data, precision_of(knowledge.knowledge, knowledge.path), command.device, command.threads
+        )
     made = (requery.path_for(command.manifest),) if command.manifest else ()
     material = distill.Material(data=data, knowledge=knowledge, given=given, teacher=network, requeried=made)
     if 3 * knowledge.views < settings.epochs and settings.method != "ce":
@@ -125,7 +132,7 @@ def _usual_views(command: config.FitCommand | config.PrecomputeCommand, data: da
 
 def _require_import(command: config.PrecomputeCommand) -> None:
     """Refuse what an import cannot follow, and logits of which nobody says what view they are of."""
-    ignored = command.model_fields_set & {"teacher", "weights", "manifest", "views", "fields", "batch_size"}
+    ignored = command.model_fields_set & {"teacher", "weights", "manifest", "views", "fields", "batch_size", "shard"}
     if ignored:
         flag = f"--{min(ignored).replace('_', '-')}"
         raise SettingsError(f"{flag} does nothing beside --from-logits: the file decides it; leave it out")
@@ -138,7 +145,14 @@ def _require_import(command: config.PrecomputeCommand) -> None:
 
 def condensed_set(run: Path) -> Path:
     """Return the manifest that a finished run exported; in a plan of a run not yet made, where its folder will be."""
-    return run / read_summary(run)["condensed_set"] if (run / "summary.json").exists() else run / "condensed set"
+    if not (run / "summary.json").exists():
+        return run / "condensed set"
+    name = read_summary(run).get("condensed_set")
+    if not isinstance(name, str) or not re.fullmatch(r"stages/\d+/manifest\.parquet", name, re.ASCII):
+        raise CorruptionError(
+            f"{run / 'summary.json'} names the condensed set {name!r:.80}; a run has none of that name"
+        )
+    return run / name
 
 
 def load_teacher(
@@ -173,17 +187,17 @@ def load_teacher(
     )
 
 
-def precision_of(knowledge: store.Store) -> config.Precision:
-    """Return the arithmetic of the teacher a store was made with.
+def precision_of(knowledge: Knowledge, path: Path) -> config.Precision:
+    """Return the arithmetic of the teacher that the store at `path` was made with.
 
     Raises:
         MismatchError: its logits were imported, so that no teacher here can give them again.
     """
-    made_by = knowledge.knowledge.teacher
+    made_by = knowledge.teacher
     if made_by.architecture == "imported" or made_by.precision not in get_args(config.Precision):
         raise MismatchError(
-            f"the logits in {knowledge.path} were imported from elsewhere ({made_by.precision}): no teacher here can "
-            "give them again; use a store that `kcdcache precompute --teacher` made"
+            f"the logits in {path} were imported from elsewhere ({made_by.precision}): no teacher here can give them "
+            "again; use a store that `kcdcache precompute --teacher` made"
         )
     return cast(config.Precision, made_by.precision)
 
@@ -205,6 +219,7 @@ def _requery(
 
 def _planned_stages(settings: config.TrainSettings, material: distill.Material, out: Path) -> Result:
     count = material.knowledge.knowledge.data.count
+    usable = count - len(material.knowledge.skipped)
     stages = distill.planned(settings, material)
     return {
         "would": "train",
@@ -215,7 +230,7 @@ def _planned_stages(settings: config.TrainSettings, material: distill.Material, 
                 "stage": stage.number,
                 "epochs": f"{stage.start}-{stage.stop - 1}",
                 "keep": stage.keep,  # unrounded: `condense --keep` with it gives the run's own bytes
-                "samples": schedule.kept_count(stage.keep, count),
+                "samples": min(schedule.kept_count(stage.keep, count), usable),
                 "source": stage.source,
             }
             for stage in stages

@@ -1,8 +1,6 @@
 """A sealed store opened for reading, and the chunk writing below it; the only importer of zarr."""
 
 import asyncio
-import builtins
-import errno
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import google_crc32c
 import numpy as np
 import torch
 import zarr
@@ -19,7 +16,8 @@ from jaxtyping import Float32, Int64, UInt64
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-from kcdcache import layout, ledger
+from kcdcache import chunkfiles, frames, layout, ledger
+from kcdcache.chunkfiles import CHECKSUM_BYTES
 from kcdcache.encoding import Encoding
 from kcdcache.errors import CorruptionError, SettingsError, UnsafeError
 from kcdcache.files import read_json, sha256_bytes, write_atomic
@@ -27,7 +25,6 @@ from kcdcache.identity import Knowledge, read_store_identity
 from kcdcache.layout import ArrayPlan, Chunk, StorePlan
 from kcdcache.ledger import Commit, FileRecord, Report, refuse
 
-CHECKSUM_BYTES = 4
 SPARE_CHUNKS = 100_000
 """chunks listed even where damage took their log records"""
 
@@ -107,6 +104,8 @@ class Store:
         self.rows_read = 0
         """store rows (one view of one sample) asked for so far"""
         self._records = [record for commit in commits for record in commit.records]
+        self.skipped = ledger.skipped_samples(self._records)
+        """samples without usable outputs in some view or field, ascending: they are never read"""
         self._files = file_table(commits)
         self._lock = threading.Lock()
 
@@ -158,8 +157,7 @@ class Store:
 
     def chunk_bytes(self, rows: Int64[np.ndarray, " rows"], fields: Sequence[str]) -> int:
         """Return the bytes of the chunk files that `load` reads for these rows of one view (of view 0, to be exact)."""
-        tasks = self._tasks(self.plan.arrays_of(fields), 0, rows)
-        return sum(self._files[chunk.key].bytes for chunk, _, _ in tasks)
+        return sum(self._files[chunk.key].bytes for chunk, _, _ in self._tasks(self.plan.arrays_of(fields), 0, rows))
 
     def measurements(self, view: int) -> dict[str, int | float]:
         """Return what precompute counted on a view (such as `correct`), summed over its parts, with `samples`."""
@@ -179,6 +177,7 @@ class Store:
 
         Raises:
             SettingsError: the view, a row or a field is not in the store, or the rows are not strictly increasing.
+            NonFiniteError: a row was skipped when the store was made.
             CorruptionError: a chunk is missing, damaged or swapped; names file and samples.
         """
         self._require_rows(view, rows, fields)
@@ -192,8 +191,7 @@ class Store:
         """Return decoded values (batch, ...) of samples in any order, duplicates allowed; convenient, not fast.
 
         Raises:
-            SettingsError: the view, a sample or the field is not in the store.
-            CorruptionError: a chunk is missing, damaged or swapped; names file and samples.
+            SettingsError, NonFiniteError, CorruptionError: as for `load`.
         """
         rows, place = np.unique(index, return_inverse=True)
         stored = {name: torch.from_numpy(values) for name, values in self.load(view, rows, (field,)).items()}
@@ -210,6 +208,7 @@ class Store:
             raise SettingsError(f"no view {view} in {self.path}; it holds views 0..{self.views - 1}")
         if len(rows) and (rows[0] < 0 or rows[-1] >= self.count or np.any(np.diff(rows) <= 0)):
             raise SettingsError(f"rows should increase strictly within 0..{self.count - 1}, found {rows}")
+        ledger.refuse_skipped(self.skipped, rows, self.path)
 
     def _gather(
         self,
@@ -240,38 +239,37 @@ class Store:
         return tasks
 
     def _fill(self, tasks: Sequence[Task], rows: np.ndarray, out: Mapping[str, np.ndarray]) -> None:
-        """Copy wanted rows out of some chunks, all read into one buffer: fresh memory costs more than the copy."""
-        buffer = np.empty(max(self._files[chunk.key].bytes for chunk, _, _ in tasks), np.uint8)
+        """Copy wanted rows out of some chunks, all read through one buffer: fresh memory costs more than the copy."""
+        raw = self.plan.compression == "none"
+        most = max(chunk.array.row_bytes if raw else self._files[chunk.key].bytes for chunk, _, _ in tasks)
+        buffer = chunkfiles.new_block(most)
         for chunk, low, high in tasks:
-            target = out[chunk.array.name][low:high]
-            np.take(self._chunk_rows(chunk, buffer), rows[low:high] - chunk.start, axis=0, out=target, mode="clip")
+            target, wanted = out[chunk.array.name][low:high], rows[low:high] - chunk.start
+            if raw:
+                self._copy(chunk, wanted, target, buffer)
+            else:
+                np.take(self._decoded_rows(chunk, buffer), wanted, axis=0, out=target, mode="clip")
 
-    def _chunk_rows(self, chunk: Chunk, buffer: np.ndarray) -> np.ndarray:
-        payload = self._checked_bytes(chunk, buffer)
-        if self.plan.compression == "none":
-            return payload.view(chunk.array.dtype).reshape(chunk.array.chunk_rows, *chunk.array.row_shape)
-        if (
-            claimed := layout.frame_content_bytes(payload[: layout.FRAME_HEADER_BYTES].tobytes())
-        ) != chunk.array.chunk_bytes:
-            found = f"a zstd frame of {claimed} bytes, its plan implies {chunk.array.chunk_bytes}"
+    def _decoded_rows(self, chunk: Chunk, buffer: np.ndarray) -> np.ndarray:
+        payload = buffer[: self._files[chunk.key].bytes - CHECKSUM_BYTES]
+        self._copy(chunk, np.zeros(1, np.int64), payload[None], buffer)
+        if (claimed := frames.content_bytes(payload.tobytes())) != chunk.array.chunk_bytes:
+            found = "other data than one zstd frame" if claimed is None else f"a zstd frame of {claimed} bytes"
+            found += f", its plan implies {chunk.array.chunk_bytes} bytes"
             raise UnsafeError(f"{self.path}/{chunk} holds {found}; it was not written by kcdcache and is not decoded")
         return self._zarr_rows(chunk)
 
-    def _checked_bytes(self, chunk: Chunk, buffer: np.ndarray) -> np.ndarray:
-        """Return a chunk file's bytes, read into `buffer`, without the checksum they were compared with."""
+    def _copy(self, chunk: Chunk, wanted: np.ndarray, target: np.ndarray, block: np.ndarray) -> None:
+        """Copy rows out of a chunk file as it lies on disk, and compare all of it with its log entry."""
         record = self._files[chunk.key]
-        data = buffer[: record.bytes]
         try:
-            with builtins.open(self.path / chunk.key, "rb", buffering=0, opener=_open_plain) as stream:
-                whole = os.fstat(stream.fileno()).st_size == record.bytes == stream.readinto(data.data)
+            sound = chunkfiles.copy_rows(self.path / chunk.key, record.bytes, record.crc32c, wanted, target, block)
         except FileNotFoundError:
             raise CorruptionError(f"{self.path}/{chunk} is missing; `kcdcache verify` lists all damage") from None
         with self._lock:
             self.bytes_read += record.bytes
-        payload, stored = data[:-CHECKSUM_BYTES], int.from_bytes(data[-CHECKSUM_BYTES:], "little")
-        if not whole or stored != record.crc32c or google_crc32c.value(payload) != stored:
+        if not sound:
             raise CorruptionError(f"{self.path}/{chunk} is not what was written; `kcdcache verify` lists all damage")
-        return payload
 
     def _zarr_rows(self, chunk: Chunk) -> np.ndarray:
         array = self._zarr_arrays[chunk.array.name]
@@ -299,8 +297,8 @@ def open(path: Path | str) -> Store:
         CorruptionError: a record was changed, or a file is missing, empty, cut or extended.
     """
     root = Path(path)
-    knowledge = read_store_identity(root)
-    store = Store(root, knowledge, ledger.read_commits(root))
+    store = Store(root, read_store_identity(root), ledger.read_commits(root))
+    ledger.check_count(root, store.count, store.knowledge)
     check_documents(root, store.plan, len(store.commits))
     check_listing(root, store.plan, store._files)
     return store
@@ -321,17 +319,16 @@ def check_documents(root: Path, plan: StorePlan, sealed: int, report: Report = r
     for name, document in expected.items():
         file = root / name / "zarr.json"
         try:
-            if (found := read_json(file)) != document and found != _growing_document(root, name, sealed):
+            if (found := read_json(file)) is None or found not in (document, _growing_document(root, name, sealed)):
                 report(f"{file} is not what this store's plan implies: it was changed or belongs to another store")
-        except (CorruptionError, FileNotFoundError) as error:
+        except (CorruptionError, FileNotFoundError, UnsafeError) as error:
             report(str(error))
 
 
 def _growing_document(root: Path, name: str, sealed: int) -> dict[str, Any] | None:
-    path = ledger.plan_path(root, sealed)
-    if not name or not path.exists():
+    if not name or not ledger.plan_path(root, sealed).exists():
         return None
-    plan = layout.plan_from(read_json(path))
+    plan = layout.plan_from(ledger.read_plan(root, sealed))
     return next((layout.array_document(plan, array) for array in plan.arrays if array.name == name), None)
 
 
@@ -380,15 +377,6 @@ def listed_sizes(root: Path, plan: StorePlan) -> dict[str, int]:
             found = {f"{array.name}/{entry.name}": _plain_size(entry) for entry in entries}
         sizes |= {key: size for key, size in found.items() if size is not None}
     return sizes
-
-
-def _open_plain(path: str, flags: int) -> int:
-    try:
-        return os.open(path, flags | os.O_NOFOLLOW)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise UnsafeError(f"{path} is a symbolic link; a store's files are plain files") from None
-        raise
 
 
 def _plain_size(entry: os.DirEntry[str]) -> int | None:

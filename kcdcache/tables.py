@@ -1,90 +1,267 @@
 """Parquet tables as deterministic bytes: page checksums on, a digest over header and columns, damage refused."""
 
 import hashlib
-import json
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Shaped
 
-from kcdcache.errors import CorruptionError, MismatchError, NotFoundError
+from kcdcache import pages
+from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, UnsafeError
+from kcdcache.files import naming
+from kcdcache.untrusted import open_plain, parse_json
+
+ROWS = 2**20
+"""rows of each row group but the last"""
+UNKNOWN_ROWS = 2**24
+"""rows allowed where the number of samples is not known: more than ImageNet-21k has"""
+ROWS_PER_BYTE = 8
+"""and so many per byte of the file, which a condensed set stays far below"""
+MOST_NAMES = 64
+"""columns read at once"""
+PAGE_BYTES, VALUE_BYTES = 4096, 16
+"""a page of numbers takes at most so much, and so much more per value"""
+TEXT_BYTES = 64
+"""all different texts of a column together: the names of the parts"""
+LEAST_TEXTS = 2
+"""a dictionary may hold so many where there are fewer rows: the names of both parts"""
+PLAIN_ENCODINGS = (0, 2, 8)
+"""of texts, as parquet numbers them: plain, and the two names of dictionary indices; others can repeat a long text"""
+
+
+class Digest:
+    """SHA-256 of a header and columns that come in blocks of rows; how they are cut makes no difference."""
+
+    def __init__(self, kinds: Mapping[str, Any]) -> None:
+        """Begin; `kinds` holds every column's name and numpy type, in order."""
+        self._kinds = {name: np.dtype(kind).newbyteorder("<") for name, kind in kinds.items()}
+        self._states = {name: hashlib.sha256() for name in kinds}
+        self._rows = dict.fromkeys(kinds, 0)
+
+    def add(self, columns: Mapping[str, Shaped[np.ndarray, " rows"]]) -> None:
+        """Take the next rows of some of the columns; others in `columns` are passed over."""
+        for name in self._kinds.keys() & columns.keys():
+            little = np.ascontiguousarray(columns[name], dtype=self._kinds[name])
+            self._states[name].update(little.view(np.uint8).data)
+            self._rows[name] += little.size
+
+    def over(self, header: bytes, names: Sequence[str] | None = None) -> str:
+        """Return the digest of a header and of the rows so far, of all columns or of those named, in that order.
+
+        It is the SHA-256 of the header's length (8 bytes, little endian), the header, and for each column
+        `name:type:rows;` and the SHA-256 of its bytes (little endian).
+        """
+        state = hashlib.sha256(len(header).to_bytes(8, "little") + header)
+        for name in self._kinds if names is None else names:
+            state.update(f"{name}:{self._kinds[name].str}:{self._rows[name]};".encode())
+            state.update(self._states[name].digest())
+        return state.hexdigest()
+
+
+def regrouped(blocks: Iterable[Mapping[str, np.ndarray]], rows: int) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the rows of blocks of columns, in order, in blocks of exactly `rows` rows and a last one of the others."""
+    held: list[Mapping[str, np.ndarray]] = []
+    size = 0
+    for block in blocks:
+        held.append(block)
+        size += len(next(iter(block.values())))
+        while size >= rows:
+            whole = {name: np.concatenate([part[name] for part in held]) for name in block}
+            yield {name: column[:rows] for name, column in whole.items()}
+            held, size = [{name: column[rows:] for name, column in whole.items()}], size - rows
+    if size:
+        yield {name: np.concatenate([part[name] for part in held]) for name in held[0]}
 
 
 def digest(header: bytes, columns: Mapping[str, Shaped[np.ndarray, " rows"]]) -> str:
-    """Return the SHA-256 over a header and columns: their names, types, lengths and bytes (little endian), in order."""
-    state = hashlib.sha256(len(header).to_bytes(8, "little") + header)
-    for name, column in columns.items():
-        little = np.ascontiguousarray(column, dtype=column.dtype.newbyteorder("<"))
-        state.update(f"{name}:{little.dtype.str}:{little.size};".encode())
-        state.update(little.view(np.uint8).data)
-    return state.hexdigest()
+    """Return the digest of a header and whole columns, as `Digest` defines it."""
+    state = Digest({name: column.dtype for name, column in columns.items()})
+    state.add(columns)
+    return state.over(header)
+
+
+class Writer:
+    """Writes a parquet file by row groups of at most ROWS rows, with the same bytes however the rows come in.
+
+    Integers are DELTA_BINARY_PACKED, floats and 32-bit integers (counts) BYTE_STREAM_SPLIT, strings dictionary encoded;
+    zstd level 1; every page carries a checksum. The metadata stands there once: Arrow's own copy of it would be a
+    second truth.
+    """
+
+    def __init__(self, sink: Any, schema: pa.Schema) -> None:
+        """Begin a file in `sink`, a binary stream of Python or Arrow."""
+        plain = {field.name: field.type for field in schema if not _is_text(field.type)}
+        self._writer = pq.ParquetWriter(
+            sink, schema.remove_metadata(), compression="zstd", compression_level=1, write_page_checksum=True,
+            store_schema=False, use_dictionary=[name for name in schema.names if name not in plain],
+            column_encoding={name: _encoding(kind) for name, kind in plain.items()},
+        )  # fmt: skip
+
+    def write(self, table: pa.Table) -> None:
+        """Write the next rows; only the last call may give a number of rows that ROWS does not divide.
+
+        Raises:
+            OSError: the system refuses to write.
+        """
+        self._writer.write_table(table.replace_schema_metadata(), row_group_size=ROWS)
+
+    def close(self, metadata: Mapping[Any, Any]) -> None:
+        """Write the metadata and end the file."""
+        self._writer.add_key_value_metadata(dict(metadata))
+        self._writer.close()
 
 
 def encode(table: pa.Table) -> bytes:
-    """Return a table as parquet bytes, equal whenever the tables are (same pyarrow version).
-
-    Integers are DELTA_BINARY_PACKED, floats BYTE_STREAM_SPLIT, strings dictionary encoded; zstd level 1; every page
-    carries a checksum.
-    """
-    types = {field.name: field.type for field in table.schema}
+    """Return a table as parquet bytes, equal whenever the tables are (same pyarrow version)."""
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        table, sink, compression="zstd", compression_level=1, write_page_checksum=True,
-        use_dictionary=[name for name, kind in types.items() if pa.types.is_string(kind)],
-        column_encoding={name: _encoding(kind) for name, kind in types.items() if not pa.types.is_string(kind)},
-    )  # fmt: skip
+    writer = Writer(sink, table.schema)
+    writer.write(table)
+    writer.close(table.schema.metadata or {})
     return sink.getvalue().to_pybytes()
 
 
-def read(path: Path, most_rows: int | None = None) -> pa.Table:
+class Reader:
+    """A parquet file open for reading, one row group at a time; each is checked before it is decoded."""
+
+    def __init__(self, path: Path, stream: BinaryIO, groups: list[pages.Group], parquet: pq.ParquetFile) -> None:
+        """Take an open file whose footer was read."""
+        self._path, self._stream, self._groups, self._parquet = path, stream, groups, parquet
+        self._paths = [parquet.schema.column(position).path for position in range(len(parquet.schema))]
+        self._checked: dict[str, bool] = {}
+        self.rows = sum(group.rows for group in groups)
+        self.schema: pa.Schema = parquet.schema_arrow
+
+    def check(self, columns: Sequence[str] | None = None) -> list[str]:
+        """Return the columns to read, after holding all that the file claims of them against its rows.
+
+        Raises:
+            CorruptionError, MismatchError, UnsafeError: as for `read`.
+        """
+        with _explaining(self._path):
+            names = _require_plain_columns(self.schema, self._path, columns)
+            new = {name: text for name, text in names.items() if name not in self._checked}
+            for group in self._groups if new else ():
+                if group.rows:
+                    _require_honest_group(group, self._paths, new, self._stream)
+        self._checked.update(new)
+        return list(names)
+
+    def groups(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Yield the rows in order, as tables of one row group each; with `columns` only those that are there.
+
+        Raises:
+            CorruptionError, MismatchError, UnsafeError: as for `read`.
+        """
+        names = self.check(columns)
+        filled = [number for number, group in enumerate(self._groups) if group.rows]
+        with ThreadPoolExecutor(1) as pool:
+            coming = [pool.submit(self._read, [number], names) for number in filled[:1]]
+            for number in [*filled[1:], None]:
+                if not coming:
+                    return
+                table = coming.pop().result()
+                if number is not None:  # the next one is read while the caller works
+                    coming.append(pool.submit(self._read, [number], names))
+                yield table
+
+    def whole(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return all rows at once.
+
+        Raises:
+            CorruptionError, MismatchError, UnsafeError: as for `read`.
+        """
+        names = self.check(columns)
+        return self._read([number for number, group in enumerate(self._groups) if group.rows], names)
+
+    def _read(self, numbers: list[int], names: list[str]) -> pa.Table:
+        with _explaining(self._path):
+            return self._parquet.read_row_groups(numbers, columns=names)
+
+
+@contextmanager
+def opened(path: Path, most_rows: int | None = None) -> Iterator[Reader]:
+    """Open a parquet file to read it by row groups; what replaces it meanwhile at `path` is not seen.
+
+    Raises:
+        NotFoundError, CorruptionError, MismatchError, UnsafeError: as for `read`.
+    """
+    with naming(path):
+        stream = open_plain(path)
+    with stream:
+        with _explaining(path):
+            groups = pages.read_groups(stream)
+            reader = Reader(path, stream, groups, _parquet_file(stream))
+            _require_few_rows(reader.rows, stream, path, most_rows)
+        yield reader
+
+
+def read(path: Path, most_rows: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
     """Return a parquet file's table, every page checked against its checksum where it has one.
+
+    Columns hold integers, floats, booleans or short texts. With `columns` only those of them that are there are read.
+    Nothing is decoded before the file's own figures, down to every page's, were found within bounds: memory is limited
+    by the rows allowed, not by what the file claims. Without `most_rows` 16.8 million rows are allowed, or 8 per byte.
 
     Raises:
         NotFoundError: there is no such file.
         CorruptionError: the file is not parquet, or damaged.
-        MismatchError: it has more than `most_rows` rows (found before they are decoded).
+        MismatchError: it has more than `most_rows` rows, or a column holds something else.
+        UnsafeError: it is no plain file, or claims more than its rows can hold.
     """
-    data = _bytes_of(path)
-    try:
-        parquet = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        rows = parquet.metadata.num_rows
-        if most_rows is None or rows <= most_rows:
-            return parquet.read()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        reason = str(error).strip()
-        raise CorruptionError(f"{path} is not an undamaged parquet file: {reason}; write it again") from error
-    raise MismatchError(f"{path} holds {rows} rows, expected at most {most_rows} (one per sample); give the right file")
+    with opened(path, most_rows) as reader:
+        return reader.whole(columns)
 
 
-def document(table: pa.Table, key: str, path: Path) -> dict[str, Any] | None:
-    """Return the JSON object kept under a metadata key of a table, or None where the key is absent.
+def metadata_keys(path: Path) -> set[str]:
+    """Return the keys of a parquet file's metadata; no column is read.
+
+    Raises:
+        NotFoundError, CorruptionError, UnsafeError: as for `read`.
+    """
+    with opened(path, sys.maxsize) as reader:
+        return {key.decode(errors="replace") for key in reader.schema.metadata or {}}
+
+
+def column_names(path: Path) -> list[str]:
+    """Return the names of a parquet file's columns; none is read.
+
+    Raises:
+        NotFoundError, CorruptionError, UnsafeError: as for `read`.
+    """
+    with opened(path, sys.maxsize) as reader:
+        return list(reader.schema.names)
+
+
+def document(schema: pa.Schema, key: str, path: Path) -> dict[str, Any] | None:
+    """Return the JSON object kept under a metadata key of a schema, or None where the key is absent.
 
     Raises:
         CorruptionError: what stands there is not a JSON object.
     """
-    text = (table.schema.metadata or {}).get(key.encode())
+    text = (schema.metadata or {}).get(key.encode())
     if text is None:
         return None
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise CorruptionError(f"{path}: its metadata '{key}' is damaged: {error}; write the file again") from None
+    found = parse_json(text, f"{path}: its metadata '{key}' is damaged or was changed; it")
     if not isinstance(found, dict):
         raise CorruptionError(f"{path}: its metadata '{key}' should be a JSON object; write the file again")
     return found
 
 
-def require_schema(table: pa.Table, expected: pa.Schema, path: Path) -> None:
-    """Do nothing if a table has exactly the expected columns and types.
+def require_schema(schema: pa.Schema, expected: pa.Schema, path: Path) -> None:
+    """Do nothing if a schema has exactly the expected columns and types.
 
     Raises:
         CorruptionError: a column is missing, unknown, or of another type; names the first one.
     """
-    found = [(field.name, str(field.type)) for field in table.schema]
+    found = [(field.name, str(field.type)) for field in schema]
     wanted = [(field.name, str(field.type)) for field in expected]
     if found == wanted:
         return
@@ -100,11 +277,83 @@ def _listed(columns: list[tuple[str, str]]) -> str:
 
 
 def _encoding(kind: pa.DataType) -> str:
-    return "BYTE_STREAM_SPLIT" if pa.types.is_floating(kind) else "DELTA_BINARY_PACKED"
+    return "BYTE_STREAM_SPLIT" if pa.types.is_floating(kind) or kind == pa.int32() else "DELTA_BINARY_PACKED"
 
 
-def _bytes_of(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise NotFoundError(f"no file at {path}") from None
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_dictionary(kind))
+
+
+def _parquet_file(stream: BinaryIO) -> pq.ParquetFile:
+    return pq.ParquetFile(
+        stream, page_checksum_verification=True, arrow_extensions_enabled=False,
+        thrift_string_size_limit=pages.MOST_FOOTER_BYTES, thrift_container_size_limit=pages.MOST_COLUMNS,
+    )  # fmt: skip
+
+
+@contextmanager
+def _explaining(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while a parquet file is read into our errors."""
+    with naming(path):
+        try:
+            yield
+        except UnsafeError as error:
+            raise UnsafeError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        except pa.ArrowMemoryError as error:
+            raise UnsafeError(f"{path} asks for more memory than there is: {error}; it is not read") from None
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if isinstance(error, KcdcacheError) or getattr(error, "errno", None) is not None:
+                raise
+            reason = str(error).strip()[:400]
+            raise CorruptionError(f"{path} is not an undamaged parquet file: {reason}; write it again") from error
+
+
+def _require_few_rows(rows: int, stream: BinaryIO, path: Path, most_rows: int | None) -> None:
+    size = os.fstat(stream.fileno()).st_size
+    most = max(UNKNOWN_ROWS, ROWS_PER_BYTE * size) if most_rows is None else most_rows
+    if rows > most:
+        raise MismatchError(f"{path} holds {rows} rows, expected at most {most} (one per sample); give the right file")
+
+
+def _require_plain_columns(schema: pa.Schema, path: Path, columns: Sequence[str] | None) -> dict[str, bool]:
+    """Return the columns to read, each with whether it holds texts."""
+    fields = [field for field in schema if columns is None or field.name in columns]
+    if len(fields) > MOST_NAMES:
+        raise UnsafeError(f"{path} has {len(fields)} columns, expected at most {MOST_NAMES}; it is not read")
+    for field in fields:
+        if not _is_plain(field.type):
+            raise MismatchError(f"{path}: column '{field.name}' should hold numbers, found {field.type}")
+    return {field.name: pa.types.is_string(field.type) for field in fields}
+
+
+def _require_honest_group(
+    group: pages.Group, paths: Sequence[str], names: Mapping[str, bool], stream: BinaryIO
+) -> None:
+    """Hold every page of the named columns against the rows of its group (`names`: whether a column holds texts)."""
+    for column, name in zip(group.columns, paths, strict=True):
+        if name in names:
+            claimed = sum(_allowed(page, group.rows, name, names[name]) for page in pages.read_pages(stream, column))
+            if not claimed == column.values == group.rows:
+                raise UnsafeError(
+                    f"the pages of column '{name}' claim {claimed} values for {group.rows} rows; it is not read"
+                )
+
+
+def _allowed(page: pages.Page, rows: int, name: str, text: bool) -> int:
+    """Return the rows a page holds, if it is no larger than its values can be."""
+    dictionary = page.kind == pages.DICTIONARY
+    most = TEXT_BYTES if text and dictionary else PAGE_BYTES + VALUE_BYTES * page.values
+    plain = not text or page.encoding in PLAIN_ENCODINGS
+    values = max(rows, LEAST_TEXTS) if text and dictionary else rows
+    if max(page.bytes, page.stored) > most or page.values > values or not plain:
+        raise UnsafeError(
+            f"a page of column '{name}' claims {page.bytes} bytes for {page.values} values (encoding {page.encoding}), "
+            f"expected at most {most} for {rows}; it is not decoded"
+        )
+    return 0 if dictionary else page.values
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_string(kind)
+    )

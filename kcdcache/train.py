@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kcdcache import batches, evaluate, learner, loop, methods, store, values, views
+from kcdcache import batches, learner, loop, methods, records, resident, store, values
 from kcdcache.config import TrainSettings
 from kcdcache.data import Dataset
 from kcdcache.manifest import Manifest
@@ -73,8 +73,7 @@ def run_stage(
         stop = min(until, lessons.stop)
         task = _task(settings, lessons, replace(source, stop=stop), pupil, knowledge, clock)
         loop.run(pupil, task, settings, folder, stop, progress)
-    learner.save(pupil, folder, "student", settings.student, data, {"epoch": pupil.epoch})
-    _write_values(settings, lessons, pupil, data, knowledge, folder)
+    _write_results(settings, lessons, pupil, data, knowledge, folder)
     return pupil
 
 
@@ -97,20 +96,10 @@ def _task(
 ) -> loop.Task:
     method = methods.method_named(settings.method)
     weights = methods.weights_for(settings, settings.label_smoothing)
-    plain = views.plain(source.rule)
     read = _rows_read(lessons, source, knowledge, method.fields)
     return loop.Task(
-        batches=lambda epoch, start: batches.iterate(
-            source,
-            epoch,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            device=pupil.device,
-            start=start,
-            sampling=settings.sampling,
-        ),
+        **resident.supply(settings, source, pupil, settings.sampling)._asdict(),
         loss=lambda logits, batch: method.loss(logits, batch, weights),
-        evaluate=lambda: evaluate.measure(pupil.network, pupil.transform, source.data.test, plain, pupil.device),
         details=lambda epoch: {
             "stage": lessons.number,
             "view": source.view_of(epoch),
@@ -142,7 +131,7 @@ def _loads(epoch: int, lessons: Lessons) -> bool:
     return epoch == lessons.start or lessons.views > 1
 
 
-def _write_values(
+def _write_results(
     settings: TrainSettings,
     lessons: Lessons,
     pupil: learner.Learner,
@@ -153,6 +142,12 @@ def _write_values(
     assert pupil.record is not None
     found = values.Values(visits=pupil.record.visits.cpu().numpy(), value=pupil.record.value.cpu().numpy())
     document = {"knowledge_id": knowledge.knowledge_id, "student": settings.student, "epoch": pupil.epoch}
-    values.write(folder.values, found, data.train.labels, document)
+    tables = [folder.values]
     if pupil.epoch == lessons.stop:
-        values.write(folder.stage(lessons.number) / "values.parquet", found, data.train.labels, document)
+        tables.append(folder.stage_values(lessons.number))
+    facts = records.Facts(len(found.visits), values.fingerprint(found))
+    made = dict.fromkeys(("student.safetensors", "student.json"), records.Facts())
+    with records.writing(folder.path, made | {folder.name_of(path): facts for path in tables}):
+        learner.save(pupil, folder, "student", settings.student, data, {"epoch": pupil.epoch})
+        for path in tables:
+            values.write(path, found, data.train.labels, document)

@@ -1,16 +1,17 @@
 """The online value estimate of every sample: state, update, merge, score, and its parquet file."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32, Int32, Int64, Shaped
+from jaxtyping import Float32, Float64, Int32, Int64, Shaped
 
-from kcdcache import tables
-from kcdcache.errors import CorruptionError, MismatchError, NonFiniteError, SettingsError
+from kcdcache import foreign, records, tables
+from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NonFiniteError, SettingsError
 from kcdcache.files import canonical_json, write_atomic
 
 METADATA_KEY = "kcdcache.values"
@@ -18,8 +19,13 @@ FORMAT_VERSION = 0
 UNSEEN = {"first": np.inf, "last": -np.inf}
 """Score of samples that were never visited, by policy."""
 
+COLUMNS = ("index", "visits", "value", "label")
+_KINDS: dict[str, type] = {"index": np.int64, "visits": np.int32, "value": np.float32, "label": np.int64}
 _REQUIRED = ("epoch", "knowledge_id", "student")
-_MOST_VISITS = 2**31 - 1
+_MOST_VISITS = foreign.MOST_VISITS
+_LOOKED_UP = 2**10
+HELD_SAMPLES = 2**23
+"""values of more samples are not held in memory while they are condensed, but read again"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +52,54 @@ class ValuesFile(NamedTuple):
     """our metadata (knowledge_id, student, epoch, digest, ...), or None for a file of another tool"""
     foreign: bool
     """whether another tool wrote the file"""
+
+
+class Block(NamedTuple):
+    """Consecutive samples."""
+
+    first: int
+    """index of the first of them"""
+    values: Values
+    labels: Int64[np.ndarray, " n"] | None
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Values that can be gone through, in order of the index, as often as need be."""
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every sample has a label."""
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield all samples."""
+
+    def fingerprint(self) -> str:
+        """Return `fingerprint` of the values."""
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Values in memory as a source."""
+
+    values: Values
+    labels: Int64[np.ndarray, " n"] | None = None
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every sample has a label."""
+        return self.labels is not None
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield all samples, in views of the arrays."""
+        for first in range(0, len(self.values.visits), tables.ROWS):
+            some = slice(first, first + tables.ROWS)
+            labels = None if self.labels is None else self.labels[some]
+            yield Block(first, Values(self.values.visits[some], self.values.value[some]), labels)
+
+    def fingerprint(self) -> str:
+        """Return `fingerprint` of the values."""
+        return fingerprint(self.values)
 
 
 def start(count: int) -> Values:
@@ -92,8 +146,10 @@ def merge(left: Values, right: Values) -> Values:
     return Values(visits.astype(np.int32), (total / np.maximum(visits, 1)).astype(np.float32))
 
 
-def score(values: Values, exponent: float, unseen: str) -> Float32[np.ndarray, " n"]:
+def score(values: Values, exponent: float, unseen: str, first: int = 0) -> Float32[np.ndarray, " n"]:
     """Return value * visits^exponent per sample, unseen samples at +inf ('first') or -inf ('last'); never NaN or -0.
+
+    `first` is the index of the first sample, for errors.
 
     Raises:
         SettingsError: the policy is unknown.
@@ -105,9 +161,9 @@ def score(values: Values, exponent: float, unseen: str) -> Float32[np.ndarray, "
         raise SettingsError(f"unknown policy '{unseen}' for unseen samples; known: {', '.join(UNSEEN)}")
     seen = values.visits > 0
     with np.errstate(over="ignore", invalid="ignore"):
-        weighted = values.value * np.maximum(values.visits, 1).astype(np.float64) ** exponent
+        weighted = values.value * _weights(values.visits, exponent)
         found = weighted.astype(np.float32) + np.float32(0)  # adding 0 turns -0 into +0, so that both tie
-    _require_finite(values.value, found, seen)
+    _require_finite(values.value, found, seen, first)
     return np.where(seen, found, np.float32(UNSEEN[unseen]))
 
 
@@ -148,15 +204,120 @@ def read(path: Path | str, count: int) -> ValuesFile:
     Raises:
         NotFoundError: there is no such file.
         CorruptionError: the file is damaged or was changed after it was written.
-        MismatchError: it is for another number of samples, or a row is unusable; names the first such row.
+        MismatchError: it is for another number of samples, or a row is unusable (names the first such row), or it is
+            not the one that its run wrote there (prints both digests).
         NonFiniteError: a visited sample's value is NaN or infinite; names the row.
     """
     path = Path(path)
-    table = tables.read(path, most_rows=count)
-    document = tables.document(table, METADATA_KEY, path)
-    if document is None:
-        return _foreign(table, path, count)
-    return _ours(table, document, path, count)
+    found = records.steady(path, lambda: _read(path, count))
+    records.require(path, records.Facts(len(found.values.visits), fingerprint(found.values)))
+    return found
+
+
+@contextmanager
+def opened(path: Path, count: int, held: int = HELD_SAMPLES) -> Iterator[tuple[Source, dict[str, Any] | None]]:
+    """Yield the values of `count` samples, checked as `read` does, and our document (None: from another tool).
+
+    Our files of more than `held` samples are not held in memory but read one row group at a time, each time anew.
+
+    Raises:
+        NotFoundError, CorruptionError, MismatchError, NonFiniteError: as for `read`.
+    """
+    if count <= held or METADATA_KEY not in tables.metadata_keys(path):
+        found = read(path, count)
+        yield Held(found.values, found.labels), found.document
+        return
+    with ExitStack() as stack:
+        source = records.steady(path, lambda: _checked(stack.enter_context(tables.opened(path, count)), path, count))
+        records.require(path, records.Facts(count, source.fingerprint()))
+        yield source, source.document
+
+
+class Stream:
+    """Our values file as a source: every time it is gone through it is held against its digest."""
+
+    def __init__(self, reader: tables.Reader, path: Path, count: int) -> None:
+        """Take an open file that should be of ours, of `count` samples.
+
+        Raises:
+            CorruptionError: its metadata is damaged, or it has other columns than ours.
+            MismatchError: it is of a newer format.
+        """
+        self._reader, self._path, self._count = reader, path, count
+        self._fingerprint = ""
+        self.document = tables.document(reader.schema, METADATA_KEY, path) or {}
+        if (version := self.document.get("format_version")) != FORMAT_VERSION:
+            raise MismatchError(f"{path} has format {version}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache")
+        self.labelled = "label" in reader.schema.names
+        self._kinds = {name: kind for name, kind in _KINDS.items() if name != "label" or self.labelled}
+        expected = pa.schema([(name, pa.from_numpy_dtype(kind)) for name, kind in self._kinds.items()])
+        tables.require_schema(reader.schema, expected, path)
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield all samples; what was yielded counts only once all was, because only then the digest was compared.
+
+        Raises:
+            CorruptionError: the file is damaged, or its content does not match its digest.
+            MismatchError: it is of another number of samples, or a count of visits is negative; names the row.
+            NonFiniteError: a value is not finite; names the row.
+        """
+        digest, rows, trouble = tables.Digest(self._kinds), 0, None
+        for table in self._reader.groups():
+            columns = self._columns(table)
+            digest.add({**columns, "index": np.arange(rows, rows + table.num_rows)})  # which it then has to hold
+            values = Values(columns["visits"], columns["value"])
+            trouble = trouble or _trouble(values, self._path, rows)
+            if trouble is None:
+                yield Block(rows, values, columns.get("label"))
+            rows += table.num_rows
+        self._require_digest(digest, rows)
+        if trouble is not None:
+            raise trouble
+
+    def fingerprint(self) -> str:
+        """Return `fingerprint` of the values, as of the last time they were gone through."""
+        return self._fingerprint
+
+    def _columns(self, table: pa.Table) -> dict[str, np.ndarray]:
+        if any(column.null_count for column in table.columns):
+            raise CorruptionError(f"{self._path} was changed after it was written: it has empty cells; write it again")
+        return {name: table.column(name).to_numpy() for name in self._kinds}
+
+    def _require_digest(self, digest: tables.Digest, rows: int) -> None:
+        header = canonical_json({key: item for key, item in self.document.items() if key != "digest"})
+        if digest.over(header) != self.document.get("digest"):
+            raise CorruptionError(
+                f"{self._path} was changed after it was written: its content does not match its digest"
+            )
+        if rows != self._count:
+            raise MismatchError(f"{self._path} holds values of {rows} samples, expected {self._count}; use its store")
+        self._fingerprint = digest.over(b"", ("visits", "value"))
+
+
+def _read(path: Path, count: int) -> ValuesFile:
+    with tables.opened(path, count) as reader:
+        if METADATA_KEY.encode() not in (reader.schema.metadata or {}):
+            visits, value, labels = foreign.read(reader.whole(COLUMNS), path, count)
+            return ValuesFile(Values(visits, value), labels, None, True)
+        source = Stream(reader, path, count)
+        blocks = list(source.blocks())
+    values = Values(
+        _joined([block.values.visits for block in blocks], np.int32),
+        _joined([block.values.value for block in blocks], np.float32),
+    )
+    labels = _joined([block.labels for block in blocks], np.int64) if source.labelled else None
+    return ValuesFile(values, labels, source.document, False)
+
+
+def _checked(reader: tables.Reader, path: Path, count: int) -> Stream:
+    source = Stream(reader, path, count)
+    for _ in source.blocks():
+        pass
+    return source
+
+
+def _joined(blocks: list[Any], kind: type) -> Any:
+    return blocks[0] if len(blocks) == 1 else np.concatenate([np.empty(0, kind), *blocks])
 
 
 def _record_mean(visits: Any, mean: Any, value: Any, decay: float) -> Any:
@@ -180,14 +341,23 @@ RECORDS = {"mean": _record_mean, "last": _record_last, "ema": _record_ema}
 """What a value is: the running mean of all observations, the latest one, or a moving average."""
 
 
+def _weights(visits: Int32[np.ndarray, " n"], exponent: float) -> Float64[np.ndarray, " n"]:
+    """Return visits^exponent, and 1 for none: looked up, because powers take several times longer than all the rest."""
+    highest = int(visits.max(initial=1))
+    if highest > len(visits) + _LOOKED_UP:
+        return np.maximum(visits, 1).astype(np.float64) ** exponent
+    powers = np.maximum(np.arange(highest + 1), 1).astype(np.float64) ** exponent
+    return powers[np.maximum(visits, 0)]
+
+
 def _require_finite(
-    value: Float32[np.ndarray, " n"], found: Float32[np.ndarray, " n"], seen: Shaped[np.ndarray, " n"]
+    value: Float32[np.ndarray, " n"], found: Float32[np.ndarray, " n"], seen: Shaped[np.ndarray, " n"], first: int = 0
 ) -> None:
     bad = seen & ~np.isfinite(found)
     if bad.any():
         index = int(np.argmax(bad))
         raise NonFiniteError(
-            f"the value of index {index} is {value[index]}, expected a finite number whose score fits float32; "
+            f"the value of index {first + index} is {value[index]}, expected a finite number whose score fits float32; "
             "find out in which epoch the student diverged"
         )
 
@@ -201,84 +371,13 @@ def _digest(content: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> st
     return tables.digest(canonical_json({key: content[key] for key in content if key != "digest"}), columns)
 
 
-def _ours(table: pa.Table, document: dict[str, Any], path: Path, count: int) -> ValuesFile:
-    if (version := document.get("format_version")) != FORMAT_VERSION:
-        raise MismatchError(f"{path} has format {version}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache")
-    fields = {"index": pa.int64(), "visits": pa.int32(), "value": pa.float32(), "label": pa.int64()}
-    wanted = {name: kind for name, kind in fields.items() if name != "label" or "label" in table.column_names}
-    tables.require_schema(table, pa.schema(wanted.items()), path)
-    if any(column.null_count for column in table.columns):
-        raise CorruptionError(f"{path} was changed after it was written: it has empty cells; write it again")
-    columns = {name: table.column(name).to_numpy() for name in wanted}
-    values, labels = Values(columns["visits"], columns["value"]), columns.get("label")
-    if _digest(document, {**columns, **_columns(values, labels)}) != document.get("digest"):
-        raise CorruptionError(f"{path} was changed after it was written: its content does not match its digest")
-    if len(columns["index"]) != count:
-        raise MismatchError(f"{path} holds values of {len(columns['index'])} samples, expected {count}; use its store")
-    return ValuesFile(values, labels, document, False)
-
-
-def _foreign(table: pa.Table, path: Path, count: int) -> ValuesFile:
-    for name in ("index", "value"):
-        if name not in table.column_names:
-            found = ", ".join(table.column_names)
-            raise MismatchError(f"{path} has no column '{name}', expected 'index' and 'value'; found: {found}")
-    index = _integers(table, "index", count, path)
-    _require_unique(index, path)
-    values = start(count)
-    visits = np.ones(len(index), np.int64)
-    if "visits" in table.column_names:
-        visits = _integers(table, "visits", _MOST_VISITS + 1, path)
-    values.visits[index] = visits
-    values.value[index] = _floats(table, "value", visits > 0, path)
-    return ValuesFile(values, _labels(table, index, path, count), None, True)
-
-
-def _labels(table: pa.Table, index: Int64[np.ndarray, " rows"], path: Path, count: int) -> np.ndarray | None:
-    if "label" not in table.column_names or len(index) < count:
-        return None
-    labels = np.empty(count, np.int64)
-    labels[index] = _integers(table, "label", 2**62, path)
-    return labels
-
-
-def _require_unique(index: Int64[np.ndarray, " rows"], path: Path) -> None:
-    order = np.argsort(index, kind="stable")
-    again = order[1:][index[order][1:] == index[order][:-1]]
-    if again.size:
-        row = int(again.min())
-        raise MismatchError(f"{path}, row {row}: index {index[row]} stands there again; expected each index once")
-
-
-def _numbers(table: pa.Table, name: str, path: Path) -> Shaped[np.ndarray, " rows"]:
-    if table.column_names.count(name) > 1:
-        raise MismatchError(f"{path} has the column '{name}' more than once; expected it once")
-    column = table.column(name)
-    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-        raise MismatchError(f"{path}: column '{name}' should hold numbers, found {column.type}")
-    if column.null_count:
-        row = int(np.argmax(column.is_null().to_numpy()))
-        raise MismatchError(f"{path}, row {row}: '{name}' is empty; expected a number in every row")
-    return column.to_numpy()
-
-
-def _integers(table: pa.Table, name: str, stop: int, path: Path) -> Int64[np.ndarray, " rows"]:
-    found = _numbers(table, name, path)
-    fits = (found >= 0) & (found < stop)
-    if found.dtype.kind == "f":
-        fits &= found == np.floor(found)
-    if not fits.all():
-        row = int(np.argmin(fits))
-        raise MismatchError(f"{path}, row {row}: '{name}' is {found[row]}, expected a whole number in [0, {stop})")
-    return found.astype(np.int64)
-
-
-def _floats(table: pa.Table, name: str, seen: Shaped[np.ndarray, " rows"], path: Path) -> Float32[np.ndarray, " rows"]:
-    found = _numbers(table, name, path)
-    with np.errstate(over="ignore"):
-        narrow = np.where(seen, found, 0).astype(np.float32)
-    bad = ~np.isfinite(narrow)
-    if bad.any():
+def _trouble(values: Values, path: Path, first: int) -> KcdcacheError | None:
+    """Return what is wrong with some rows, `first` rows after the beginning of a file of ours."""
+    if (bad := values.visits < 0).any():
         row = int(np.argmax(bad))
-        raise NonFiniteError(f"{path}, row {row}: '{name}' is {found[row]}, expected a finite float32")
-    return narrow
+        return MismatchError(f"{path}, row {first + row}: 'visits' is {values.visits[row]}, expected 0 or more")
+    if (bad := ~np.isfinite(values.value)).any():
+        row = int(np.argmax(bad))
+        found = values.value[row]
+        return NonFiniteError(f"{path}, row {first + row}: 'value' is {found}, expected a finite float32")
+    return None

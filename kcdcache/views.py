@@ -6,7 +6,7 @@ host; applying them gives the same bits whatever the order and the split into ba
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -135,6 +135,12 @@ def parameters(rule: ViewRule, index: Int64[np.ndarray, " batch"], view: int) ->
     Raises:
         SettingsError: the rule has no such view.
     """
+    found: np.ndarray = _parameters(rule, index, view)
+    return found
+
+
+def _parameters(rule: ViewRule, index: Any, view: int) -> Any:
+    """Return `parameters` as what `index` is, an array or a tensor on its device; the integers are the same."""
     known = count(rule)
     if view < 0 or (known is not None and view >= known):
         raise SettingsError(f"view {view} does not exist: '{rule.name}' with padding {rule.padding} has {known} views")
@@ -165,9 +171,44 @@ def show(
     return apply(rule, [torch.from_numpy(image).to(device) for image in images], torch.from_numpy(parameters))
 
 
+class HeldImages:
+    """All images of a split on one device, padded once: views of any of them are one gather, with the bits of `apply`.
+
+    Takes count x (height + 2 padding) x (width + 2 padding) x channels bytes there.
+    """
+
+    def __init__(self, rule: ViewRule, images: UInt8[np.ndarray, "n h w c"], device: torch.device) -> None:
+        """Hold the images; the rule is one that `can_hold` them."""
+        self._rule, self._count = rule, len(images)
+        padded = FILLS[rule.fill](torch.from_numpy(images).to(device), rule.padding)
+        self._size, self._pixels = padded.shape[1:3], padded.reshape(-1, padded.shape[3])
+
+    def __len__(self) -> int:
+        return self._count
+
+    def parameters(self, view: int) -> Int64[Tensor, "n k"]:
+        """Return what makes one view of every image, on the device."""
+        found: Tensor = _parameters(self._rule, torch.arange(self._count, device=self._pixels.device), view)
+        return found
+
+    def views(self, index: Int64[Tensor, " batch"], parameters: Int64[Tensor, "n k"]) -> Pixels:
+        """Return the views of some images that `parameters`, of all images, describe; waits for nothing."""
+        chosen = parameters.index_select(0, index)
+        if not chosen.shape[1]:
+            chosen = chosen.new_zeros(len(index), 2)
+        places = _places(self._rule, chosen, self._size, index)
+        pixels = self._pixels.index_select(0, places.reshape(-1))
+        return _scaled(pixels.reshape(len(index), self._rule.height, self._rule.width, -1))
+
+
+def can_hold(rule: ViewRule, image_size: tuple[int, int] | None) -> bool:
+    """Return whether views of such images can be made by `HeldImages`: they need no resizing."""
+    return rule.name != "resized-crop-flip" and image_size == (rule.height, rule.width)
+
+
 class _Kind(NamedTuple):
     views: Callable[[ViewRule], int | None]
-    parameters: Callable[[ViewRule, np.ndarray, int], np.ndarray]
+    parameters: Callable[[ViewRule, Any, int], Any]
     apply: Callable[[ViewRule, Images, Parameters], Pixels]
 
 
@@ -181,27 +222,32 @@ def _for_any_size(name: str) -> str:
     return "none --size 224" if name == "none" else "resized-crop-flip --size 224"
 
 
-def _no_parameters(rule: ViewRule, index: np.ndarray, view: int) -> np.ndarray:
-    return np.zeros((len(index), 0), np.int64)
+def _no_parameters(rule: ViewRule, index: Any, view: int) -> Any:
+    return index[:, None][:, :0]
 
 
-def _crop_parameters(rule: ViewRule, index: np.ndarray, view: int) -> np.ndarray:
+def _columns(found: Sequence[Any]) -> Any:
+    return torch.stack(list(found), 1) if isinstance(found[0], Tensor) else np.stack(found, axis=1)
+
+
+def _crop_parameters(rule: ViewRule, index: Any, view: int) -> Any:
     side = 2 * rule.padding + 1
-    return np.stack(rng.permuted(rule.seed, index, view, side, side), axis=1)
+    return _columns(rng.permuted(rule.seed, index, view, side, side))
 
 
-def _crop_flip_parameters(rule: ViewRule, index: np.ndarray, view: int) -> np.ndarray:
+def _crop_flip_parameters(rule: ViewRule, index: Any, view: int) -> Any:
     side = 2 * rule.padding + 1
     down, rest = rng.permuted(rule.seed, index, view, side, 2 * side)
-    return np.stack([down, rest // 2, rest % 2], axis=1)
+    return _columns([down, rest // 2, rest % 2])
 
 
-def _resized_crop_parameters(rule: ViewRule, index: np.ndarray, view: int) -> np.ndarray:
-    return np.stack(rng.words(rule.seed, index, rng.CROP, view), axis=1)
+def _resized_crop_parameters(rule: ViewRule, index: Any, view: int) -> Any:
+    return _columns(rng.words(rule.seed, index, rng.CROP, view))
 
 
 def _scaled(pixels: UInt8[Tensor, "batch height width c"]) -> Pixels:
-    return pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last) * _LEVEL
+    # in place: fresh memory costs more than the product
+    return pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last).mul_(_LEVEL)
 
 
 def _apply_none(rule: ViewRule, images: Images, parameters: Parameters) -> Pixels:
@@ -215,20 +261,22 @@ def _apply_crop(rule: ViewRule, images: Images, parameters: Parameters) -> Pixel
         found = "a list" if isinstance(images, list) else f"{images.shape[1]}x{images.shape[2]}"
         raise MismatchError(f"'{rule.name}' was made for {rule.height}x{rule.width} images; found {found}")
     padded = FILLS[rule.fill](images, rule.padding)
-    places = _places(rule, torch.as_tensor(parameters, device=images.device), padded.shape[1:3])
+    sample = torch.arange(len(images), device=images.device)
+    places = _places(rule, torch.as_tensor(parameters, device=images.device), padded.shape[1:3], sample)
     # one gather of whole pixels: four times as fast as indexing with three broadcast tensors
     chosen = padded.reshape(-1, padded.shape[3]).index_select(0, places.reshape(-1))
     return _scaled(chosen.reshape(len(images), rule.height, rule.width, padded.shape[3]))
 
 
-def _places(rule: ViewRule, chosen: Int64[Tensor, "batch k"], padded: torch.Size) -> Int64[Tensor, "batch h w"]:
-    """Return where each pixel of each view lies among all pixels of the padded batch."""
+def _places(
+    rule: ViewRule, chosen: Int64[Tensor, "batch k"], padded: torch.Size, sample: Int64[Tensor, " batch"]
+) -> Int64[Tensor, "batch h w"]:
+    """Return where each pixel of each view of the samples lies among all pixels of all padded images."""
     down = torch.arange(rule.height, device=chosen.device)
     across = torch.arange(rule.width, device=chosen.device).expand(len(chosen), -1)
     if chosen.shape[1] == 3:
         across = torch.where(chosen[:, 2:] == 1, rule.width - 1 - across, across)
-    sample = torch.arange(len(chosen), device=chosen.device)[:, None]
-    rows = sample * padded[0] + chosen[:, 0:1] + down
+    rows = sample[:, None] * padded[0] + chosen[:, 0:1] + down
     return rows[:, :, None] * padded[1] + (chosen[:, 1:2] + across)[:, None, :]
 
 

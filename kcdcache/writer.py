@@ -11,12 +11,14 @@ from jaxtyping import Int64, UInt64
 
 from kcdcache import layout, ledger
 from kcdcache.encoding import Encoding, Statistics
-from kcdcache.errors import CorruptionError, NotFoundError, SettingsError, UnfinishedError
-from kcdcache.files import canonical_json, locked, read_json, remove_leftovers, sync_directory, write_atomic
+from kcdcache.errors import CorruptionError, LockedError, NotFoundError, SettingsError, UnfinishedError
+from kcdcache.files import canonical_json, holds, sync_directory, write_atomic
+from kcdcache.holding import WHOLE, Shard, held
 from kcdcache.identity import FORMAT_VERSION, IDENTITY_FILE, Knowledge, read_store_identity, require_same
 from kcdcache.layout import Chunk, Part, StorePlan
 from kcdcache.ledger import FileRecord, Numbers, Record
 from kcdcache.store import ChunkWriter, listed_sizes, size_problem
+from kcdcache.untrusted import require_no_links
 
 REMEDY = "continue with the settings it was begun with, or write to another path"
 
@@ -24,13 +26,19 @@ REMEDY = "continue with the settings it was begun with, or write to another path
 class Writer:
     """One growth of a store being written by this process; made by `create` and `grow`."""
 
-    def __init__(self, path: Path, plan: StorePlan, growth: int, before: StorePlan | None) -> None:
+    def __init__(
+        self, path: Path, plan: StorePlan, growth: int, before: StorePlan | None, shard: Shard = WHOLE
+    ) -> None:
         self.path = path
+        self.shard = shard
+        """which of the parts are this process's to write"""
         self.plan = plan
         self.growth = growth
         """0 while the store is created"""
         self.parts = tuple(layout.parts(plan, before))
         """all parts of this growth, in order"""
+        self.mine = self.parts[shard.number :: shard.total]
+        """the parts of this shard"""
         self._chunks = ChunkWriter(path)
 
     @property
@@ -39,11 +47,14 @@ class Writer:
         return ledger.commit_path(self.path, self.growth).exists()
 
     def pending(self) -> list[Part]:
-        """Return the parts still to write: those without a log record whose files are all there in the logged size."""
+        """Return the shard's parts to write: those not logged, or whose files are not all there in the logged size."""
+        return self._pending(self.mine)
+
+    def _pending(self, parts: Sequence[Part]) -> list[Part]:
         if self.sealed:
             return []
         sizes = listed_sizes(self.path, self.plan)
-        return [part for part in self.parts if not self._done(_name(part), self._part_chunks(part), sizes)]
+        return [part for part in parts if not self._done(name_of(part), self._part_chunks(part), sizes)]
 
     def write_part(
         self,
@@ -51,37 +62,56 @@ class Writer:
         rows: Mapping[str, np.ndarray],
         statistics: Mapping[str, Statistics],
         measurements: Numbers | None = None,
+        skipped: Sequence[int] = (),
     ) -> None:
         """Write all rows of a part (array name -> encoded rows), then log it; what was there of it is replaced.
+
+        `skipped` are samples of the part that have no usable outputs, ascending; they are never read.
 
         Raises:
             SettingsError: the part or its arrays are not those of the plan.
             NoSpaceError: the disk or quota is full; finished parts are kept.
         """
         self._require_planned(part, rows)
+        if strangers := [index for index in skipped if not part.start <= index < part.stop]:
+            raise SettingsError(f"{part} holds no sample {strangers[0]} that could be skipped")
         if self.sealed:
             raise SettingsError(f"the store at {self.path} is sealed; grow it to add views or fields")
         logged = {name: asdict(values) for name, values in statistics.items()}
-        self._write(part.view, part.number, part.start, self._part_chunks(part), rows, logged, measurements or {})
+        described = {"statistics": logged, "measurements": measurements or {}, "skipped": tuple(skipped)}
+        self._write(part.view, part.number, part.start, self._part_chunks(part), rows, described)
 
     def write_samples(self, labels: np.ndarray, sample_digest: np.ndarray) -> None:
         """Write labels and digests of all samples, unless they are logged already."""
         chunks = layout.sample_chunks(self.plan)
         if not self._done(ledger.SAMPLES, chunks, listed_sizes(self.path, self.plan)):
-            self._write(None, None, 0, chunks, {"labels": labels, "sample_digest": sample_digest}, {}, {})
+            self._write(None, None, 0, chunks, {"labels": labels, "sample_digest": sample_digest}, {})
 
     def seal(self) -> None:
         """Write the commit record that makes everything readable; does nothing on a sealed growth.
 
         Raises:
-            UnfinishedError: parts are pending.
+            UnfinishedError: parts are pending, of this shard or another.
+            NonFiniteError: more samples are skipped than may be.
         """
         if self.sealed:
             return
-        if left := self.pending():
+        if left := self._pending(self.parts):
             raise UnfinishedError(f"{len(left)} of {len(self.parts)} parts of {self.path} are not written yet")
+        ledger.require_few_skipped(ledger.logged_skips(self.path), self.plan.count)
         names = [] if self.growth else [ledger.SAMPLES]
-        ledger.write_commit(self.path, self.growth, [*names, *(_name(part) for part in self.parts)])
+        try:
+            ledger.write_commit(self.path, self.growth, [*names, *(name_of(part) for part in self.parts)])
+        except LockedError:
+            if self.shard == WHOLE:
+                raise  # of several shards that end together one seals, with the same bytes as any other
+
+    def seal_last(self) -> int:
+        """Seal if all parts of all shards are written; return how many are not."""
+        left = len(self._pending(self.parts))
+        if not left:
+            self.seal()
+        return left
 
     def _write(
         self,
@@ -90,16 +120,16 @@ class Writer:
         start: int,
         chunks: Sequence[Chunk],
         rows: Mapping[str, np.ndarray],
-        statistics: Mapping[str, Numbers],
-        measurements: Numbers,
+        described: Mapping[str, Any],
     ) -> None:
+        """Write chunks and then their log record, with the record's other fields in `described`."""
         name = Record(view, number, ()).name
         ledger.record_path(self.path, self.growth, name).unlink(missing_ok=True)
         for chunk in chunks:  # zarr would merge an old last chunk into the new one
             (self.path / chunk.key).unlink(missing_ok=True)
         for array in dict.fromkeys(chunk.array for chunk in chunks):
             self._chunks.write(array, view, start, rows[array.name])
-        record = Record(view, number, self._chunks.take(chunks), statistics, measurements)
+        record = Record(view, number, self._chunks.take(chunks), **described)
         ledger.write_record(self.path, self.growth, record)
 
     def _part_chunks(self, part: Part) -> list[Chunk]:
@@ -132,34 +162,45 @@ def create(
     plan: StorePlan,
     labels: Int64[np.ndarray, " n"],
     sample_digest: UInt64[np.ndarray, " n"],
+    shard: Shard = WHOLE,
 ) -> Iterator[Writer]:
     """Yield the writer of a new store, of the same store unfinished, or (with nothing pending) of the same one sealed.
 
     Raises:
         MismatchError: another store lies there; names the first difference.
         SettingsError: the folder holds something else, or there are not N labels and digests.
-        LockedError: another process writes it.
+        LockedError: another process writes it, or this shard of it.
+        UnsafeError: a file or folder in it is a symbolic link.
     """
     root = Path(path)
     _require_place(root)
+    require_no_links(root)
     count = plan.count if knowledge.mixes else knowledge.data.count
     if not len(labels) == len(sample_digest) == plan.count == count:
         raise SettingsError(
             f"a store of {count} samples needs a plan, labels and digests for as many; found "
             f"{plan.count}, {len(labels)} and {len(sample_digest)}"
         )
-    with _held(root):
-        _begin(root, knowledge, plan)
-        writer = Writer(root, plan, 0, None)
+    writer = Writer(root, plan, 0, None, shard)
+
+    def begin(alone: bool) -> None:
+        _begin(root, knowledge, plan, alone)
         if not writer.sealed:
             _prepare(root, plan, 0)
             writer.write_samples(labels, sample_digest)
+
+    with held(root, begin, shard):
         yield writer
 
 
 @contextmanager
 def grow(
-    path: Path | str, knowledge: Knowledge, *, views: int | None = None, fields: Sequence[Encoding] = ()
+    path: Path | str,
+    knowledge: Knowledge,
+    *,
+    views: int | None = None,
+    fields: Sequence[Encoding] = (),
+    shard: Shard = WHOLE,
 ) -> Iterator[Writer]:
     """Yield the writer that adds views (`views` in all) or fields to a sealed store, begun now or before.
 
@@ -170,31 +211,25 @@ def grow(
         UnfinishedError: the store itself was never finished.
         MismatchError: another teacher, data set, view rule, or another growth under way; names the first difference.
         LockedError: another process writes it.
+        UnsafeError: a file or folder in it is a symbolic link.
     """
     root = Path(path)
+    require_no_links(root)
     _require_same_knowledge(root, knowledge)
-    with _held(root):
-        commits = ledger.read_commits(root)
-        before = layout.plan_from(commits[-1].plan)
-        plan = layout.grow_plan(before, views or before.views, fields)
-        begun = ledger.growths(root, "plan") > len(commits)
-        if plan == before and not begun:
-            yield Writer(root, plan, len(commits) - 1, None)
-            return
-        _write_or_compare(ledger.plan_path(root, len(commits)), plan.document(), f"the growth under way at {root}")
-        _prepare(root, plan, len(commits))
-        yield Writer(root, plan, len(commits), before)
+    made: list[Writer] = []
+    with held(root, lambda alone: made.append(_growing(root, views, fields, shard)), shard):
+        yield made[0]
 
 
-@contextmanager
-def _held(root: Path) -> Iterator[None]:
-    lock = root / ledger.FOLDER / "lock"
-    with locked(lock):
-        remove_leftovers(root)  # also where nothing is left to do: a kill may fall just after the commit
-        try:
-            yield
-        finally:
-            lock.write_bytes(b"")  # who held it must not make two equal stores differ
+def _growing(root: Path, views: int | None, fields: Sequence[Encoding], shard: Shard) -> Writer:
+    commits = ledger.read_commits(root)
+    before = layout.plan_from(commits[-1].plan)
+    plan = layout.grow_plan(before, views or before.views, fields)
+    if plan == before and ledger.growths(root, "plan") == len(commits):
+        return Writer(root, plan, len(commits) - 1, None, shard)
+    _plan_or_compare(root, len(commits), plan, f"the growth under way at {root}")
+    _prepare(root, plan, len(commits))
+    return Writer(root, plan, len(commits), before, shard)
 
 
 def _require_place(root: Path) -> None:
@@ -202,15 +237,15 @@ def _require_place(root: Path) -> None:
         raise SettingsError(f"{root} is there already and is not a knowledge store; choose a new folder")
 
 
-def _begin(root: Path, knowledge: Knowledge, plan: StorePlan) -> None:
-    if not any((root / ledger.FOLDER / "log" / "0").glob("v*.json")):
+def _begin(root: Path, knowledge: Knowledge, plan: StorePlan, alone: bool) -> None:
+    if alone and not any((root / ledger.FOLDER / "log" / "0").glob("v*.json")):
         _forget(root)  # nothing was computed yet, so whoever comes next decides what this store is
     if (root / IDENTITY_FILE).exists():
         _require_same_knowledge(root, knowledge)
     else:
         document = {"format_version": FORMAT_VERSION, "knowledge": knowledge.document()}
         write_atomic(root / IDENTITY_FILE, canonical_json(document | {"knowledge_id": knowledge.knowledge_id}))
-    _write_or_compare(ledger.plan_path(root, 0), plan.document(), f"the plan of the store at {root}")
+    _plan_or_compare(root, 0, plan, f"the plan of the store at {root}")
 
 
 def _forget(root: Path) -> None:
@@ -223,27 +258,36 @@ def _require_same_knowledge(root: Path, knowledge: Knowledge) -> None:
     require_same(found, knowledge.document(), (f"the store at {root}", "what is asked for"), REMEDY)
 
 
-def _write_or_compare(path: Path, document: Mapping[str, Any], name: str) -> None:
-    if path.exists():
-        require_same(read_json(path), document, (name, "what is asked for"), REMEDY)
+def _plan_or_compare(root: Path, growth: int, plan: StorePlan, name: str) -> None:
+    if ledger.plan_path(root, growth).exists():
+        require_same(ledger.read_plan(root, growth), plan.document(), (name, "what is asked for"), REMEDY)
     else:
-        write_atomic(path, canonical_json(document))
+        ledger.write_plan(root, growth, plan.document())
 
 
 def _prepare(root: Path, plan: StorePlan, growth: int) -> None:
     """Make folders and array documents."""
     log = ledger.record_path(root, growth, "").parent
     log.mkdir(parents=True, exist_ok=True)
-    documents = {"": layout.GROUP_DOCUMENT, **{a.name: layout.array_document(plan, a) for a in plan.arrays}}
-    for name, document in documents.items():
-        (root / name).mkdir(exist_ok=True)
-        file = root / name / "zarr.json"
-        data = canonical_json(document)
-        if not file.exists() or file.read_bytes() != data:
-            write_atomic(file, data)
+    write_documents(root, plan)
     for folder in (log.parent, root / ledger.FOLDER, root, root.absolute().parent):
         sync_directory(folder)
 
 
-def _name(part: Part) -> str:
+def write_documents(root: Path, plan: StorePlan) -> list[str]:
+    """Make every array's folder and document what a plan implies; return the documents that were not."""
+    documents = {"": layout.GROUP_DOCUMENT, **{a.name: layout.array_document(plan, a) for a in plan.arrays}}
+    replaced = []
+    for name, document in documents.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        file = root / name / "zarr.json"
+        data = canonical_json(document)
+        if not holds(file, data):
+            write_atomic(file, data)
+            replaced.append(str(file.relative_to(root)))
+    return replaced
+
+
+def name_of(part: Part) -> str:
+    """Return the name of a part's log record."""
     return Record(part.view, part.number, ()).name

@@ -1,5 +1,6 @@
 """`python -m tests` runs all that CI runs: format, lint, types, tests. Arguments go to pytest."""
 
+import os
 import subprocess
 import sys
 
@@ -7,11 +8,13 @@ CHECKS = (
     ("format", ["ruff", "format", "--check", "kcdcache", "tests", "pipelines"]),
     ("lint", ["ruff", "check", "kcdcache", "tests", "pipelines"]),
     ("types", ["mypy"]),
-    ("tests", ["pytest", *sys.argv[1:]]),
+    ("tests", ["pytest", "-n", "2", "--dist", "loadfile", *sys.argv[1:]]),
 )
+# two processes share two cores: with two threads each they would wait for each other most of the time
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", **os.environ}
 
 for name, command in CHECKS:
     print(f"== {name}: {' '.join(command)}", flush=True)
-    code = subprocess.run([sys.executable, "-m", *command], check=False).returncode
+    code = subprocess.run([sys.executable, "-m", *command], env=ENVIRONMENT, check=False).returncode
     if code:
         sys.exit(code)

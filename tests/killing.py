@@ -2,10 +2,12 @@
 
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
 import sys
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,10 +51,11 @@ class Cold:
 class Warm:
     """The same command in a fork of a `Nursery`: it starts in milliseconds instead of seconds."""
 
-    def __init__(self, nursery, words, log, **variables):
+    def __init__(self, nursery, words, log, limits=None, **variables):
         self._lines = nursery.lines
         self.code = None
-        nursery.ask({"words": words, "log": str(log), "variables": variables})
+        told = words if isinstance(words, str) else list(map(str, words))
+        nursery.ask({"words": told, "log": str(log), "variables": variables, "limits": limits or {}})
         self._pid = int(self._lines.readline())
 
     def ended(self, seconds):
@@ -73,8 +76,10 @@ class Nursery:
     """A process that has imported everything and computed nothing, and forks itself to run commands."""
 
     def __init__(self):
+        # an arena per thread reserves address space that is never used, which a limit on it would count
+        plain = environment(MALLOC_ARENA_MAX="1", ARROW_DEFAULT_MEMORY_POOL="system")
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment()
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=plain
         )
         self.lines = self._process.stdout
 
@@ -89,17 +94,22 @@ class Nursery:
 
 @contextmanager
 def nursery():
-    """Yield a function that starts a command: (words, log, **environment variables) -> its process."""
+    """Yield a function that starts a command: (words, log, limits, **environment variables) -> its process.
+
+    In place of a command's words it takes Python text, which runs with the tests' modules at hand.
+    `limits` may hold `user` (a user number to become), `memory` (bytes it may take beyond what it has when it starts)
+    and `file` (bytes of its largest file).
+    """
     held = Nursery()
     try:
-        yield lambda words, log, **variables: Warm(held, words, log, **variables)
+        yield lambda words, log, limits=None, **variables: Warm(held, words, log, limits, **variables)
     finally:
         held.close()
 
 
-def finished(start, words, log, **variables):
+def finished(start, words, log, **how):
     """Run a command to its end; return its exit code."""
-    process = start(words, log, **variables)
+    process = start(words, log, **how)
     assert process.ended(300), f"still running: {words}"
     return process.code
 
@@ -169,16 +179,36 @@ def _obey(request, main):
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(request["variables"])
-    sys.argv[1:] = request["words"]
+    words = request["words"]
+    sys.argv[1:] = [] if isinstance(words, str) else words
+    _confine(**request["limits"])
     code = 1
     try:
-        main(request["words"])
+        if isinstance(words, str):
+            exec(words, {})
+            code = 0
+        else:
+            main(words)
     except SystemExit as end:
         code = int(end.code or 0)
+    except Exception:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # not through the nursery's own way out
+
+
+def _confine(user=None, memory=None, file=None):
+    if memory is not None:
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + memory, now + memory))
+    if file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file, file))
+    if user is not None:
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
 
 
 if __name__ == "__main__":

@@ -42,9 +42,9 @@ def finish(writing):
     writing.seal()
 
 
-def creating(path, plan, who=None):
-    labels = np.arange(plan.count) % CLASSES
-    return writer.create(path, who or knowledge(plan.count), plan, labels, np.arange(plan.count, dtype=np.uint64) ** 3)
+def creating(path, plan, who=None, **shard):
+    labels, digests = np.arange(plan.count) % CLASSES, np.arange(plan.count, dtype=np.uint64) ** 3
+    return writer.create(path, who or knowledge(plan.count), plan, labels, digests, **shard)
 
 
 def plan_of(count=150, views=2, text="float16", **settings):

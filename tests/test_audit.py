@@ -103,7 +103,7 @@ def test_missing_and_resized_files_are_found_at_open(damaged, damage, message):
     damage(damaged / "logits/c.1.1.0")
     with pytest.raises(CorruptionError, match=rf"logits/c.1.1.0 \(samples 32\.\.63 of view 1\) {message}"):
         store.open(damaged)
-    assert len(audit.verify(damaged, read_data=False).problems) == 1
+    assert len(audit.verify(damaged, share=0).problems) == 1
 
 
 @pytest.mark.parametrize(
@@ -180,8 +180,8 @@ def test_missing_records_are_damage(damaged, file):
 def test_verification_of_a_sound_store_reads_every_byte(sealed):
     found = audit.verify(sealed)
     chunks = [file for file in sealed.rglob("c.*") if file.is_file()]
-    assert found == (len(chunks), sum(file.stat().st_size for file in chunks), ())
-    assert audit.verify(sealed, read_data=False) == (len(chunks), 0, ())
+    assert found == (len(chunks), len(chunks), sum(file.stat().st_size for file in chunks), ())
+    assert audit.verify(sealed, share=0) == (len(chunks), 0, 0, ())
 
 
 def test_verification_collects_all_damage(damaged):

@@ -367,7 +367,7 @@ def test_3_damage(capsys, chain):
     data = bytearray(chunk.read_bytes())
     data[5] ^= 1
     chunk.write_bytes(data)
-    code, err = failure(capsys, "verify", chain / "store")
+    code, err = failure(capsys, "verify", chain / "store", "--read-data")
     assert (code, "1 problems" in err, f"logits/{chunk.name}" in err) == (3, True, True)
 
 

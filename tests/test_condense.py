@@ -5,15 +5,16 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kcdcache import condense as condense_module
 from kcdcache import manifest, rng, schedule, values
-from kcdcache.condense import condense, epsilons, order_of, pair, partition, random_stage
+from kcdcache.condense import condense, epsilons, pair, partition, random_stage
 from kcdcache.config import CondenseSettings
 from kcdcache.errors import MismatchError, NonFiniteError, SettingsError
 from kcdcache.manifest import Manifest
+from kcdcache.ranking import order_of
 from kcdcache.values import Values
 
 KNOWLEDGE = "k" * 64
@@ -28,10 +29,12 @@ def distinct(count: int) -> Values:
     return Values(np.ones(count, np.int32), np.arange(count, dtype=np.float32))
 
 
-def run(known: Values, keep: float, previous: Manifest | None = None, labels: Any = None, **options: Any) -> Manifest:
+def run(
+    known: Values, keep: float, previous: Manifest | None = None, labels: Any = None, excluded: Any = (), **options: Any
+) -> Manifest:
     return condense(
         known, CondenseSettings(**options), knowledge_id=KNOWLEDGE, count=len(known.visits), stage=2, keep=keep,
-        labels=labels, previous=previous,
+        labels=labels, previous=previous, excluded=np.array(excluded, np.int64),
     )  # fmt: skip
 
 
@@ -44,6 +47,7 @@ def slow_order(case: dict[str, Any], option: CondenseSettings) -> list[int]:
     """Candidates, best first, by sorting Python tuples."""
     everyone = range(case["count"])
     members = case["members"] if option.candidates == "current" and case["members"] is not None else everyone
+    members = [index for index in members if index not in case["excluded"]]
 
     def key(index: int) -> tuple:
         if option.ranking == "random":
@@ -103,6 +107,8 @@ def cases(draw: Any) -> dict[str, Any]:
     few = st.sampled_from([0.0, -0.0, 0.5, 1.0, 2.0])
     members = draw(st.none() | st.sets(st.integers(0, count - 1), min_size=1).map(sorted))
     case: dict[str, Any] = {"count": count, "members": members}
+    left_out = draw(st.just(set()) | st.sets(st.integers(0, count - 1), max_size=count - 1))
+    case["excluded"] = sorted(left_out - set(members or [])) if draw(st.booleans()) else sorted(left_out)
     case["visits"] = column(st.sampled_from([0, 0, 1, 2, 7]))
     case["value"] = column(few | st.floats(-1e9, 1e9, width=32))
     case["labels"] = column(st.integers(0, 4))
@@ -128,11 +134,12 @@ def test_every_option_is_drawn() -> None:
 @settings(max_examples=400, deadline=None)
 def test_condense_equals_the_slow_reference(case: dict[str, Any], options: dict[str, Any]) -> None:
     option = CondenseSettings(**options)
-    competing = case["count"] if option.candidates == "global" or not case["members"] else len(case["members"])
+    competing = len(slow_order(case, option))
+    assume(competing > 0)
     case["size"] = min(case["size"], competing)
     made = run(
         make(case["visits"], case["value"]), case["size"] / case["count"], parent_of(case),
-        np.array(case["labels"]), **options,
+        np.array(case["labels"]), case["excluded"], **options,
     )  # fmt: skip
     expected, dropped = slow_condense(case, option)
     assert [row[:3] + row[4:] for row in rows_of(made)] == [row[:3] + row[4:] for row in expected]
@@ -191,17 +198,17 @@ def test_stratified_partition_meets_the_size_by_largest_remainder() -> None:
     ],
 )  # fmt: skip
 def test_mixing_shares_follow_the_grid(grid: str, expected: list[float]) -> None:
-    assert epsilons(grid, 0.3, 3).tolist() == pytest.approx(expected)
-    assert epsilons(grid, 0.3, 0).tolist() == []
+    assert epsilons(grid, 0.3, np.arange(3), 3).tolist() == pytest.approx(expected)
+    assert epsilons(grid, 0.3, np.arange(0), 0).tolist() == []
 
 
 def test_inclusive_grid_of_one_mix_is_zero() -> None:
-    assert epsilons("inclusive", 0.3, 1).tolist() == [0.0]
+    assert epsilons("inclusive", 0.3, np.arange(1), 1).tolist() == [0.0]
 
 
 def test_unknown_grid_names_the_nearest() -> None:
     with pytest.raises(SettingsError, match="unknown eps_grid 'zero_base'; did you mean 'zero_based'"):
-        epsilons("zero_base", 0.3, 3)
+        epsilons("zero_base", 0.3, np.arange(3), 3)
 
 
 @pytest.mark.parametrize(("epochs", "length"), [(240, 40), (90, 15)])
@@ -321,3 +328,28 @@ def test_inputs_of_another_count_are_refused() -> None:
 def test_values_that_are_not_finite_are_refused() -> None:
     with pytest.raises(NonFiniteError, match="the value of index 2 is inf"):
         run(make([1, 0, 1], [1, 0, math.inf]), 0.5)
+
+
+def test_skipped_samples_are_left_out_and_keep_stays_a_share_of_all() -> None:
+    made = run(distinct(10), 0.6, excluded=[9, 0])
+    assert made.index.tolist() == [3, 4, 5, 6, 7, 8]
+    assert (sorted(made.partner[made.mixed].tolist()), made.dropped) == ([1, 2], 2)
+
+
+def test_where_everything_is_kept_skipped_samples_still_are_not() -> None:
+    everything = run(distinct(10), 1.0, excluded=[9, 0])
+    assert (everything.index.tolist(), everything.keep) == (list(range(1, 9)), 1.0)
+    common = {"knowledge_id": KNOWLEDGE, "count": 10, "excluded": np.array([0, 9])}
+    assert random_stage(**common, keep=1.0, seed=0).index.tolist() == list(range(1, 9))
+    assert manifest.full(**common).index.tolist() == list(range(1, 9))
+
+
+def test_a_random_stage_leaves_skipped_samples_out() -> None:
+    common = {"knowledge_id": KNOWLEDGE, "count": 100, "seed": 0, "keep": 0.5}
+    whole = random_stage(**common)
+    made = random_stage(**common, excluded=whole.index[:9])
+    assert len(made) == 50
+    assert set(whole.index[9:].tolist()) < set(made.index.tolist())
+    assert not np.isin(whole.index[:9], made.index).any()
+    inside = random_stage(**common | {"keep": 0.3}, previous=whole, excluded=whole.index[:9])
+    assert set(inside.index.tolist()) < set(whole.index[9:].tolist())

@@ -239,3 +239,43 @@ def test_rows_of_another_shape_are_refused():
 def test_temperatures_that_mean_nothing_are_refused(temperature):
     with pytest.raises(SettingsError, match="temperature should be a positive number"):
         encoding.parse("float32", "logits", (3,)).decode({"logits": torch.zeros(1, 3)}, temperature)
+
+
+@pytest.mark.parametrize(("text", "field"), [("float32", "logits"), ("float16", "logits"), ("top:2", "logits"),
+                                             ("float32", "penultimate"), ("float16", "penultimate")])  # fmt: skip
+def test_skipped_rows_hold_what_nobody_takes_for_a_number_and_others_what_they_would(text, field):
+    values = torch.arange(24, dtype=torch.float32).view(6, 4)
+    form = encoding.parse(text, field, (4,))
+    expected = form.encode(values)
+    broken = values.clone()
+    broken[1, 2], broken[4] = math.nan, math.inf
+    given, skipped = broken.clone(), torch.tensor([False, True, False, False, True, True])
+    stored = form.encode(broken, 0, skipped)
+    assert torch.equal(broken.nan_to_num(7), given.nan_to_num(7))
+    for name, rows in stored.items():
+        np.testing.assert_array_equal(rows[~skipped.numpy()], expected[name][~skipped.numpy()])
+        empty = rows[skipped.numpy()]
+        assert (empty == 0xFFFF).all() if rows.dtype == np.uint16 else np.isnan(empty).all()
+
+
+def test_bad_rows_that_are_not_skipped_are_refused_all_the_same():
+    form, values = encoding.parse("float32", "logits", (2,)), torch.full((3, 2), math.nan)
+    with pytest.raises(NonFiniteError, match="is not finite for samples 7 "):
+        form.encode(values, 5, torch.tensor([True, True, False]))
+
+
+def test_every_fault_is_told_with_its_rows_and_its_remedy():
+    values = torch.tensor([[1.0, 65504.0], [1e5, 0.0], [math.inf, 0.0], [math.nan, -1e9]])
+    infinite, beyond = encoding.parse("float16", "penultimate", (2,)).faults(values)
+    assert infinite.rows.tolist() == [False, False, True, True]
+    assert beyond.rows.tolist() == [False, True, False, True]
+    assert beyond.remedy == "; `--encoding float32` can hold it"
+    for text, field in (("float32", "penultimate"), ("float16", "logits"), ("top:1", "logits")):
+        (only,) = encoding.parse(text, field, (2,)).faults(values)
+        assert only.rows.tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("text", ["float32", "float16", "top:3"])
+def test_logits_of_a_hundred_thousand_are_no_fault(text):
+    z = torch.tensor([[1e5, 99990.0, 0.0], [-1e5, -1e5, -2e5]])
+    np.testing.assert_array_equal(soft(round_trip(text, z)), soft(z))

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,18 +66,62 @@ def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
     assert names(tmp_path) == ["a"]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt("broken"), OSError("broken")])
-def test_a_failed_write_keeps_the_old_file(tmp_path, error):
-    (tmp_path / "a").write_bytes(b"old")
+FAILING = (
+    "import sys; from pathlib import Path; from kcdcache import files\n"
+    "try: getattr(files, sys.argv[2])(Path(sys.argv[1]), b'new')\n"
+    "except OSError as error: sys.stdout.write(f'{type(error).__name__}: {error}')"
+)
 
-    def write(temporary):
-        temporary.write_bytes(b"half")
-        raise error
 
-    with pytest.raises(type(error), match="broken"):
-        files.write_atomic_with(tmp_path / "a", write)
-    assert (tmp_path / "a").read_bytes() == b"old"
-    assert names(tmp_path) == ["a"]
+def failing(path, function, point):
+    """Return what a process says that writes `path` and is failed at a step of that."""
+    environment = {**os.environ, files.CRASH_POINT: point}
+    words = [sys.executable, "-c", FAILING, str(path), function]
+    return subprocess.run(words, capture_output=True, text=True, env=environment, check=True).stdout
+
+
+@pytest.mark.parametrize("point", range(1, 6))
+@pytest.mark.parametrize("function", ["write_atomic", "create_exclusive"])
+def test_a_failed_write_leaves_the_old_file_or_the_whole_new_one_and_names_it(tmp_path, function, point):
+    path = tmp_path / "a"
+    if function == "write_atomic":
+        path.write_bytes(b"old")
+    assert failing(path, function, f"{point}:EIO") == f"OSError: [Errno 5] Input/output error: '{path}'"
+    found = path.read_bytes() if path.exists() else None
+    assert found == ((b"old" if function == "write_atomic" else None) if point < 4 else b"new")
+    assert names(tmp_path) == ([] if found is None else ["a"])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            "ENOSPC",
+            r"NoSpaceError: no space left to write .*/a: .*No space left on device: .* 3 bytes, [\d,]+ are free",
+        ),
+        ("EDQUOT", r"NoSpaceError: no space left to write .*/a: .*Disk quota exceeded: .* 3 bytes, [\d,]+ are free"),
+        ("EACCES", r"PermissionError: \[Errno 13\] Permission denied: '.*/a'"),
+        ("EROFS", r"OSError: \[Errno 30\] Read-only file system: '.*/a'"),
+    ],
+)
+@pytest.mark.parametrize("function", ["write_atomic", "append"])
+def test_each_system_error_says_what_it_is_about(tmp_path, function, error, said):
+    assert re.match(said, failing(tmp_path / "a", function, f"1:{error}"))
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "x", "1:", "1:ENOSUCH", "1:errorcode", "1:ENOSPC:2", " 1"])
+def test_a_malformed_crash_point_is_refused(tmp_path, text):
+    environment = {**os.environ, files.CRASH_POINT: text}
+    words = [sys.executable, "-c", FAILING, str(tmp_path / "a"), "write_atomic"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    assert "SettingsError: KCDCACHE_CRASHPOINT should be n or n:NAME (be killed at the n-th step" in done.stderr
+    assert names(tmp_path) == []
+
+
+def test_lines_are_appended(tmp_path):
+    for line in (b"one\n", b"two\n"):
+        files.append(tmp_path / "a", line)
+    assert (tmp_path / "a").read_bytes() == b"one\ntwo\n"
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path):
@@ -190,8 +235,36 @@ def limited(tmp_path, function):
 @pytest.mark.parametrize("function", ["write_atomic", "create_exclusive"])
 def test_a_full_disk_says_so_and_leaves_no_half_file(tmp_path, function):
     text = limited(tmp_path, function)
-    assert text == f"no space left to write {tmp_path}/a: free some and run the same command again to resume"
+    assert text.startswith(f"no space left to write {tmp_path}/a: free some and run the same command again to resume")
+    assert re.search(r"\(File too large: this write needs 5,000 bytes, [\d,]+ are free\)", text)
     assert names(tmp_path) == []
+
+
+def test_a_line_that_does_not_fit_is_not_appended_in_part(tmp_path):
+    (tmp_path / "a").write_bytes(b"x" * 900)
+    assert "this write needs 5,000 bytes" in limited(tmp_path, "append")
+    assert (tmp_path / "a").read_bytes() == b"x" * 900
+
+
+def test_space_that_is_not_there_cannot_be_reserved(tmp_path):
+    code = (
+        "import resource, sys; from pathlib import Path; from kcdcache import errors, files\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "stream = open(sys.argv[1], 'wb'); files.reserve(stream.fileno(), 1000, Path(sys.argv[1]).parent)\n"
+        "try: files.reserve(stream.fileno(), 5000, Path(sys.argv[1]).parent)\n"
+        "except errors.NoSpaceError as error: sys.stdout.write(str(error))"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "a")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"no space left to write {tmp_path}/(a temporary file): ")
+    assert (tmp_path / "a").stat().st_size == 1000
+    assert (tmp_path / "a").stat().st_blocks
+
+
+def test_a_system_error_while_reading_names_the_file():
+    """The start of the address space is not mapped, which the system calls an input/output error."""
+    with pytest.raises(OSError, match=r"Input/output error: '/proc/self/mem'"):
+        files.sha256_file(Path("/proc/self/mem"))
 
 
 def test_other_system_errors_stay_what_they_are(tmp_path):

@@ -10,9 +10,9 @@ import pytest
 from numcodecs import Zstd
 from stores import make, plan_of
 
-from kcdcache import layout, ledger, manifest, store
+from kcdcache import frames, layout, ledger, manifest, store
 from kcdcache.errors import CorruptionError, MismatchError, UnsafeError
-from kcdcache.files import canonical_json, digest_of, read_json, sha256_bytes, sha256_file
+from kcdcache.files import read_json, sealed_json, sha256_bytes, sha256_file
 
 
 def resealed(root, key, data):
@@ -26,10 +26,13 @@ def resealed(root, key, data):
             if file["path"] == key:
                 crc = int.from_bytes(data[-4:], "little")
                 file.update(bytes=len(data), sha256=sha256_bytes(data), crc32c=crc)
-        path.write_bytes(canonical_json(record))
+        write_resealed(path, record)
         entry[1] = sha256_file(path)
-    content = {name: value for name, value in commit.items() if name != "digest"}
-    ledger.commit_path(root, 0).write_bytes(canonical_json(content | {"digest": digest_of(content)}))
+    write_resealed(ledger.commit_path(root, 0), commit)
+
+
+def write_resealed(path, document):
+    path.write_bytes(sealed_json({key: value for key, value in document.items() if key != "digest"}))
 
 
 def first_chunk(root):
@@ -39,7 +42,9 @@ def first_chunk(root):
 @pytest.mark.parametrize("size", [1, 200, 255, 256, 300, 65791, 65792, 70000, 2**20])
 def test_claimed_size_of_a_zstd_frame_is_read_from_its_header(size):
     frame = bytes(Zstd(level=1).encode(bytes(size)))
-    assert layout.frame_content_bytes((frame + bytes(18))[:18]) == size
+    assert frames.content_bytes(frame) == size
+    for other in (frame[:-1], frame + b"\0", frame * 2, frame[:8], b"", bytes(100), frame[1:]):
+        assert frames.content_bytes(other) is None
 
 
 def test_a_chunk_that_claims_another_size_is_never_decoded(tmp_path):
@@ -71,11 +76,9 @@ def test_a_chunk_turned_into_a_link_after_opening_is_refused(tmp_path):
 
 def test_a_plan_of_endless_chunks_is_refused_before_they_are_listed(tmp_path):
     root = make(tmp_path / "s")
-    plan = read_json(ledger.plan_path(root, 0)) | {"count": 10**15}
-    ledger.plan_path(root, 0).write_bytes(canonical_json(plan))
-    commit = read_json(ledger.commit_path(root, 0)) | {"plan": sha256_file(ledger.plan_path(root, 0))}
-    content = {name: value for name, value in commit.items() if name != "digest"}
-    ledger.commit_path(root, 0).write_bytes(canonical_json(content | {"digest": digest_of(content)}))
+    plan = ledger.read_plan(root, 0) | {"views": 10**5}
+    ledger.write_plan(root, 0, plan)
+    write_resealed(ledger.commit_path(root, 0), read_json(ledger.commit_path(root, 0)) | {"plan": plan})
     with pytest.raises(CorruptionError, match=r"was changed or belongs to another store|chunk files, its log names"):
         store.open(root)
 
@@ -106,5 +109,13 @@ def test_a_record_too_large_or_too_deep_is_not_read(tmp_path):
         read_json(deep)
     with open(large, "wb") as stream:
         stream.truncate(2**40)  # a sparse file: it takes no room
-    with pytest.raises(UnsafeError, match=r"large\.json has 1099511627776 bytes, a record at most 67108864"):
+    with pytest.raises(UnsafeError, match=r"large\.json has 1099511627776 bytes, expected at most 67108864"):
         read_json(large)
+
+
+@pytest.mark.parametrize("change", [{"count": 10**8 + 1, "part_rows": 128 * 10**4}, {"views": 10**6 + 1}], ids=str)
+def test_a_plan_of_more_than_any_data_set_has_is_refused(change):
+    document = plan_of(count=128).document()
+    layout.plan_from(document | {"count": 10**8, "part_rows": 128 * 10**4, "views": 1})
+    with pytest.raises(CorruptionError, match=r"at most 100000000, in 1000000 parts"):
+        layout.plan_from(document | {"views": 1} | change)

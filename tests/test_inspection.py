@@ -121,7 +121,8 @@ def test_a_manifest_is_told_as_its_summary(tmp_path):
     made = manifest.full("kk", 6, np.array([0, 1, 2, 0, 1, 0]), 3)
     manifest.write(tmp_path / "m.parquet", made)
     found = inspection.inspect(tmp_path / "m.parquet")
-    assert found == {"kind": "manifest", "path": str(tmp_path / "m.parquet"), **manifest.summary(made)}
+    place = {"path": str(tmp_path / "m.parquet"), "id": made.digest}
+    assert found == {"kind": "manifest", **place, **manifest.summary(made)}
     assert (found["kept"], found["class_min"], found["class_max"]) == (6, 1, 3)
 
 
@@ -144,7 +145,7 @@ def test_an_empty_folder_is_refused(tmp_path):
 
 def test_garbage_in_a_parquet_file_is_corruption(tmp_path):
     (tmp_path / "v.parquet").write_bytes(np.random.default_rng(0).bytes(500))
-    with pytest.raises(CorruptionError, match=r"v.parquet is not a readable parquet file"):
+    with pytest.raises(CorruptionError, match=r"v.parquet is not an undamaged parquet file"):
         inspection.inspect(tmp_path / "v.parquet")
 
 

@@ -1,6 +1,8 @@
 import gc
 import shutil
 import time
+import tracemalloc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -185,3 +187,108 @@ def test_samples_and_views_can_lie_elsewhere_in_the_store(tmp_path):
         assert np.array_equal(found, knowledge.read("logits", 1, np.array([4, 0])))
         found = gathered(targets, 7, [20])["logits"].numpy()
         assert np.array_equal(found, knowledge.read("logits", 0, np.array([1])))
+
+
+def addresses(targets):
+    return {rows.ctypes.data for rows in targets.rows.values()}
+
+
+@pytest.mark.parametrize("memory_bytes", [0, PLENTY])
+def test_the_next_view_but_one_is_read_into_the_arrays_of_the_current(tmp_path, memory_bytes):
+    knowledge = store.open(make(tmp_path / "store", small_parts(COUNT, 4, 64, 32)))
+    with holding(knowledge, tmp_path, memory_bytes=memory_bytes) as targets:
+        used = []
+        for view in range(4):
+            targets.prepare(view, view + 1 if view < 3 else None)
+            used.append(addresses(targets))
+            found = targets.gather(EVERY_THIRD, 1.0, CPU)["logits"].numpy()
+            assert np.array_equal(found, knowledge.read("logits", view, EVERY_THIRD))
+    assert used[0].isdisjoint(used[1])
+    assert used[:2] == used[2:]
+
+
+def test_a_view_fetched_ahead_in_vain_leaves_its_arrays_to_the_next(tmp_path):
+    knowledge = store.open(make(tmp_path / "store", small_parts(COUNT, 4, 64, 32)))
+    (knowledge.path / "logits/c.3.0.0").unlink()
+    with holding(knowledge, tmp_path) as targets:
+        for view, following in ((0, 1), (2, 3), (1, 0)):  # of view 3 nobody learns that it is missing
+            targets.prepare(view, following)
+            found = targets.gather(EVERY_THIRD, 1.0, CPU)["logits"].numpy()
+            assert np.array_equal(found, knowledge.read("logits", view, EVERY_THIRD))
+
+
+def test_the_last_view_is_held_alone(stores, tmp_path):
+    with holding(store.open(stores["float16"]), tmp_path) as targets:
+        targets.prepare(0, 1)
+        first = weakref.ref(targets.rows["logits"])
+        targets.prepare(1, None)
+        assert first() is None
+
+
+def test_batches_handed_out_stay_as_they_were_through_turns_of_the_view(stores, tmp_path):
+    with holding(store.open(stores["float16"]), tmp_path) as targets:
+        targets.prepare(0, 1)
+        held = targets.gather(EVERY_THIRD, 1.0, CPU)["logits"]
+        before = held.clone()
+        for view in (1, 0, 1):
+            targets.prepare(view, 1 - view)
+            targets.gather(EVERY_THIRD[::-1].copy(), 1.0, CPU)
+        assert torch.equal(held, before)
+
+
+def test_rows_still_encoded_come_in_buffers_that_are_used_again(stores, tmp_path):
+    knowledge = store.open(stores["float16"])
+    with holding(knowledge, tmp_path) as targets:
+        targets.prepare(0, None)
+        first, second = targets.take(np.array([0, 3, 6])), targets.take(np.array([9, 12]))
+        for name, rows in second.items():
+            assert rows.ctypes.data == first[name].ctypes.data
+            assert np.array_equal(rows, knowledge.load(0, np.array([9, 12]), ("logits",))[name])
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("memory_bytes", [0, PLENTY])
+def test_slices_of_a_planned_epoch_are_the_stores(stores, tmp_path, encoding, memory_bytes):
+    knowledge, order = store.open(stores[encoding]), np.random.default_rng(0).permutation(EVERY_THIRD)
+    with holding(knowledge, tmp_path, memory_bytes=memory_bytes) as targets:
+        targets.prepare(1, None)
+        planned = targets.plan(order)
+        for part in (slice(0, 16), slice(16, 32), slice(32, 99), slice(3, 4), slice(50, 60)):
+            found = planned.gather(part, 4.0, CPU)["logits"].numpy()
+            assert np.array_equal(found, knowledge.read("logits", 1, order[part], 4.0))
+
+
+def test_a_decoded_slice_of_an_epoch_can_be_changed_and_stays_as_it_is(stores, tmp_path):
+    with holding(store.open(stores["float16"]), tmp_path) as targets:
+        targets.prepare(0, None)
+        planned = targets.plan(EVERY_THIRD)
+        first = planned.gather(slice(0, 8), 1.0, CPU)["logits"]
+        before = first.clone()
+        planned.gather(slice(8, 16), 1.0, CPU)["logits"].zero_()
+        assert torch.equal(first, before)
+        first.zero_()
+        assert torch.equal(planned.gather(slice(0, 8), 1.0, CPU)["logits"], before)
+
+
+def test_a_planned_batch_allocates_nothing_of_its_size(tmp_path):
+    knowledge = store.open(make(tmp_path / "store", plan_of(20_000, 1)))
+    with holding(knowledge, tmp_path, np.arange(20_000)) as targets:
+        targets.prepare(0, None)
+        planned = targets.plan(np.random.default_rng(0).permutation(20_000))
+        planned.take(slice(0, 10_000))
+        tracemalloc.start()
+        planned.take(slice(10_000, 20_000))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 10_000  # of a batch of 180,000 bytes
+
+
+def test_an_epoch_planned_for_another_view_or_samples_is_refused(stores, tmp_path):
+    with holding(store.open(stores["float16"]), tmp_path) as targets:
+        targets.prepare(0, None)
+        with pytest.raises(AssertionError, match="only the samples asked for"):
+            targets.plan(np.array([0, 1]))
+        planned = targets.plan(EVERY_THIRD)
+        targets.prepare(1, None)
+        with pytest.raises(AssertionError, match="another view was prepared"):
+            planned.take(slice(0, 2))

@@ -86,7 +86,7 @@ def test_every_change_of_content_changes_the_digest() -> None:
         {"value": np.array([2, 0.5, 0, 3], np.float32)}, {"visits": np.array([3, 3, 0, 2], np.int32)},
         {"mixed": np.array([False, True, False, False]), "partner": np.array([-1, 0, -1, -1]),
          "epsilon": np.array([0, 0.25, 0, 0], np.float32)},
-        {"knowledge_id": "z"}, {"count": 11}, {"stage": 2}, {"keep": 0.5}, {"dropped": 7}, {"rule": {}},
+        {"knowledge_id": "z"}, {"count": 11}, {"stage": 2}, {"keep": 0.5}, {"dropped": 5}, {"rule": {}},
         {"parent": None}, {"values": None}, {"class_counts": (2, 2)}, {"data_digest": None},
     ]  # fmt: skip
     assert len({make(**change).digest for change in changes} | {make().digest}) == len(changes) + 1
@@ -140,6 +140,10 @@ def test_arrays_cannot_be_changed() -> None:
         ({"count": 3}, "field 'count': expected at least its 4 rows, found 3"),
         ({"stage": -1}, "field 'stage': expected 0 or more, found -1"),
         ({"keep": 1.5}, r"field 'keep': expected a share in \(0, 1\], found 1.5"),
+        ({"keep": float("nan")}, r"field 'keep': expected a share in \(0, 1\], found nan"),
+        ({"keep": 0.3}, "field 'keep': expected a share of 10 that its 4 rows do not exceed, found 0.3"),
+        ({"dropped": 7}, "field 'dropped': expected no more than are not kept, found 7"),
+        ({"class_counts": (-1, 5)}, "field 'class_counts': expected 0 or more of each class"),
         ({"dropped": 1}, "field 'dropped': expected at least the number of mixed rows, found 1"),
         ({"class_counts": (1, 2)}, "field 'class_counts': expected 4 in all, or nothing"),
     ],

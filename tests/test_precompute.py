@@ -1,5 +1,6 @@
 """Data and teacher to store: resumed, grown, imported, guarded, checked again."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -146,6 +147,26 @@ def test_another_teacher_at_the_place_is_refused(place, tmp_path):
         run(place, tmp_path / "store", network=teacher_of(place.data, seed=9), views=1)
 
 
+def test_a_teacher_that_differs_by_one_last_bit_is_refused(place, tmp_path):
+    run(place, tmp_path / "store", views=1)
+    network = copy.deepcopy(place.network.module)
+    with torch.no_grad():
+        weight = network.fc.weight.view(-1)[:1]
+        weight.copy_(torch.nextafter(weight, torch.tensor([torch.inf])))
+    other = teacher.freeze(network, place.network.transform, "resnet8", place.data.classes, CPU)
+    with pytest.raises(MismatchError, match=r"teacher\.weights"):
+        run(place, tmp_path / "store", network=other, views=1)
+
+
+def test_another_input_transform_at_the_place_is_refused(place, tmp_path):
+    run(place, tmp_path / "store", views=1)
+    held = place.network.transform
+    shifted = InputTransform(tuple(mean + 0.01 for mean in held.mean), held.std)
+    other = teacher.freeze(place.network.module, shifted, "resnet8", place.data.classes, CPU)
+    with pytest.raises(MismatchError, match=r"teacher\.transform\.mean"):
+        run(place, tmp_path / "store", network=other, views=1)
+
+
 def test_a_dry_run_writes_nothing(place, tmp_path):
     planned = command(place, "precompute", store=tmp_path / "store", views=3, fields=FIELDS, dry_run=True, **CROPS)
     assert not (tmp_path / "store").exists()
@@ -282,7 +303,7 @@ def test_imported_logits_cannot_be_asked_again(place, tmp_path):
 
 
 def test_verify_computes_points_again(place):
-    found = checks.verify(place.knowledge.path, data=SPEC, teacher=str(place.teacher), points=150)
+    found = checks.verify(place.knowledge.path, data=SPEC, teacher=str(place.teacher), depth=checks.Depth(points=150))
     assert found["recomputed"]["differing"] == 0
     assert found["recomputed"]["points"] >= 150
     assert found["recomputed"]["largest"] == 0

@@ -75,3 +75,21 @@ def test_file_list_gives_each_modules_own_line(path):
 @pytest.mark.parametrize("name", ["digits", "cifar100_small"])
 def test_quoted_results_are_those_of_the_result_files(name):
     assert (ROOT / "pipelines" / "results" / name / "table.txt").read_text() in README
+
+
+FAULTS = re.findall(r"^\| ([CKMPS]\d+) .*\| ([^|]*) \|[^|]*\|$", README, re.M)
+
+
+def test_every_fault_of_the_list_has_its_row():
+    wanted = [
+        f"{kind}{n}" for kind, last in (("C", 11), ("K", 10), ("M", 9), ("P", 6), ("S", 11)) for n in range(1, last + 1)
+    ]
+    assert [name for name, _ in FAULTS] == wanted
+
+
+@pytest.mark.parametrize(("name", "tests"), FAULTS)
+def test_the_tests_a_fault_names_exist(name, tests):
+    named = re.findall(r"(test_\w+)::(test_\w+)", tests)
+    assert named or tests == "none"
+    for file, test in named:
+        assert f"\ndef {test}(" in (ROOT / "tests" / f"{file}.py").read_text(), f"{name}: {file}::{test}"

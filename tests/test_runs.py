@@ -72,10 +72,10 @@ def test_another_thread_count_is_refused_unless_allowed(place, tmp_path):
 
 def test_another_version_is_refused_unless_allowed(place, tmp_path):
     distilled(place, tmp_path / "run", run={"until": 1})
-    file = tmp_path / "run" / "run.json"
-    record = json.loads(file.read_bytes())
+    file, folder = tmp_path / "run" / "run.json", RunFolder(path=tmp_path / "run")
+    record = runs.read_record(folder)
     record["environment"]["versions"]["torch"] = "1.0"
-    file.write_text(json.dumps(record))
+    runs.write_record(folder, record["settings"], record["inputs"], [record["environment"]])
     with pytest.raises(MismatchError, match=r"versions\.torch.*1\.0"):
         distilled(place, tmp_path / "run")
     distilled(place, tmp_path / "run", run={"until": 2, "allow_env_change": True})

@@ -83,7 +83,7 @@ def test_digits_are_cropped_where_no_views_are_named(tmp_path):
 
 
 def test_the_precision_of_a_teacher_is_the_stores(place):
-    assert steps.precision_of(place.knowledge) == "float32"
+    assert steps.precision_of(place.knowledge.knowledge, place.knowledge.path) == "float32"
 
 
 def test_imported_logits_have_no_teacher_to_ask(place, imported, tmp_path):

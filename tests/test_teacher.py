@@ -13,6 +13,7 @@ from kcdcache.errors import (
     UnfinishedError,
     UnsafeError,
 )
+from kcdcache.files import digest_of
 from kcdcache.models import spec, weights
 from kcdcache.models.transform import InputTransform
 
@@ -185,8 +186,9 @@ def test_user_may_name_the_code_of_a_saved_network(tmp_path, monkeypatch):
 
 def test_document_of_the_wrong_type_is_corruption(tmp_path):
     saved(tmp_path)
-    document = json.loads((tmp_path / "model.json").read_text())
-    (tmp_path / "model.json").write_text(json.dumps({**document, "classes": "abc"}))
+    document = json.loads((tmp_path / "model.json").read_text()) | {"classes": "abc"}
+    document["digest"] = digest_of({key: value for key, value in document.items() if key != "digest"})
+    (tmp_path / "model.json").write_text(json.dumps(document))
     with pytest.raises(CorruptionError, match="the classes as a list"):
         load(tmp_path)
 

@@ -42,7 +42,7 @@ class InputTransform:
         if pixels.shape[1] != len(self.mean):
             raise MismatchError(f"the input transform has {len(self.mean)} channels, the images {pixels.shape[1]}")
         scale, shift = _constants(self, pixels.device)
-        return self._resized(pixels) * scale + shift
+        return (self._resized(pixels) * scale).add_(shift)  # in place: fresh memory costs more than the sum
 
     def _resized(self, pixels: Float32[Tensor, "b c h w"]) -> Float32[Tensor, "b c h2 w2"]:
         if self.size is None or tuple(pixels.shape[2:]) == (self.size, self.size):

@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, UnfinishedError, UnsafeError
-from kcdcache.files import canonical_json, read_json, readable_json, sha256_bytes, write_atomic
+from kcdcache.files import canonical_json, digest_of, naming, read_json, readable_json, sha256_bytes, write_atomic
 from kcdcache.models.transform import InputTransform
+from kcdcache.untrusted import read_bytes
 
 WRAPPERS = ("model", "state_dict")
 """keys under which training scripts keep the weights in a checkpoint"""
@@ -24,7 +25,12 @@ WRAPPERS = ("model", "state_dict")
 REPLICA_PREFIX = "module."
 """what DataParallel puts before every name"""
 
-DOCUMENT_KEYS = ("architecture", "classes", "channels", "transform", "weights_sha256")
+MOST_BYTES = 16 * 2**30
+"""of one file of weights"""
+MOST_HEADER_BYTES = 4 * 2**20
+"""of a safetensors file's list of tensors, which takes many times that once parsed; 10,000 tensors need 1 MB"""
+
+DOCUMENT_KEYS = ("architecture", "classes", "channels", "transform", "weights_sha256", "digest")
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -34,14 +40,16 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
     Raises:
         NotFoundError: there is no such file.
-        UnsafeError: the file holds Python objects, which could run code when loaded.
+        UnsafeError: the file holds Python objects, which could run code when loaded, or is no plain file.
         CorruptionError: the file is damaged or of another kind.
         MismatchError: it holds something else than weights.
     """
-    if not path.is_file():
+    if not path.exists():
         raise NotFoundError(f"no weights file at {path}")
     parse = _parse_safetensors if path.suffix == ".safetensors" else _parse_torch
-    return unwrap(parse(path.read_bytes(), path), str(path))
+    with naming(path):
+        data = read_bytes(path, MOST_BYTES)
+    return unwrap(parse(data, path), str(path))
 
 
 def unwrap(content: Any, where: str) -> dict[str, Tensor]:
@@ -117,7 +125,8 @@ def save_network(folder: Path, name: str, module: nn.Module, document: Mapping[s
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in module.state_dict().items()}
     data = safetensors.torch.save(tensors)
     write_atomic(folder / f"{name}.safetensors", data)
-    write_atomic(folder / f"{name}.json", readable_json({**document, "weights_sha256": sha256_bytes(data)}))
+    content = {**document, "weights_sha256": sha256_bytes(data)}
+    write_atomic(folder / f"{name}.json", readable_json({**content, "digest": digest_of(content)}))
 
 
 def load_network(path: Path, name: str = "model") -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -126,7 +135,7 @@ def load_network(path: Path, name: str = "model") -> tuple[dict[str, Any], dict[
     Raises:
         NotFoundError: there is no network of that name.
         UnfinishedError: only its weights are there, because saving was cut short.
-        CorruptionError: the weights are not those the document was written for, or the document lacks a key.
+        CorruptionError: the document was changed or lacks a key, or the weights are not those it was written for.
     """
     record = path if path.suffix == ".json" else path / f"{name}.json"
     weights = record.with_suffix(".safetensors")
@@ -134,15 +143,20 @@ def load_network(path: Path, name: str = "model") -> tuple[dict[str, Any], dict[
         raise UnfinishedError(f"{weights} has no {record.name} beside it: run the command that makes it again")
     document = read_json(record)
     _check_document(document, record)
-    if not weights.is_file():
+    if document.pop("digest") != digest_of(document):
+        raise CorruptionError(f"{record} was changed after it was written: its content does not match its digest")
+    if not weights.exists():
         raise CorruptionError(f"{record} describes {weights.name}, which is not there")
-    data = weights.read_bytes()
+    with naming(weights):
+        data = read_bytes(weights, MOST_BYTES)
     if sha256_bytes(data) != document["weights_sha256"]:
         raise CorruptionError(f"{weights} is damaged or was replaced: its SHA-256 is not the one in {record.name}")
     return document, _parse_safetensors(data, weights)
 
 
 def _parse_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
+    if (length := int.from_bytes(data[:8], "little")) > MOST_HEADER_BYTES:
+        raise CorruptionError(f"{path} should be a safetensors file: its header claims {length} bytes")
     try:
         return safetensors.torch.load(data)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -189,6 +203,8 @@ def _check_document(document: Any, record: Path) -> None:
     missing = [key for key in DOCUMENT_KEYS if key not in document]
     if missing:
         raise CorruptionError(f"{record} should describe a network; it lacks '{missing[0]}'")
+    if not isinstance(document["transform"], dict):
+        raise CorruptionError(f"{record} should hold an input transform, it holds {_described(document['transform'])}")
 
 
 def _class_difference(module: nn.Module, found: Mapping[str, Tensor], shaped: Sequence[str]) -> str | None:

@@ -1,0 +1,277 @@
+"""Batches made where images, view parameters and knowledge lie on the device: no copy and no wait in a step."""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Int64
+from torch import Tensor
+
+from kcdcache import batches, evaluate, views
+from kcdcache.batches import SAMPLING, Batch, Source
+from kcdcache.config import OptimizerSettings
+from kcdcache.data import Split
+from kcdcache.errors import SettingsError
+from kcdcache.knowledge import StoredTargets
+from kcdcache.learner import Learner
+from kcdcache.mixing import mix_pixels, mix_probabilities, mix_values
+
+SHARE = 0.5
+"""of a device's free memory that the data may take; the rest is for the network"""
+
+
+class Supply(NamedTuple):
+    """Where a run's batches and test images come from."""
+
+    batches: Callable[[int, int], Iterator[Batch]]
+    """(epoch, first step) -> that epoch's remaining batches"""
+    evaluate: Callable[[], dict[str, float]]
+    """measurements of the network on the test split"""
+    feed: "Feed | None"
+    """what makes the batches, if they are made on the device"""
+
+
+def supply(settings: OptimizerSettings, source: Source, pupil: Learner, sampling: str = "all") -> Supply:
+    """Return what feeds a run: batches made on the device as `settings.resident` says, else copied there one by one.
+
+    Raises:
+        SettingsError: resident = on, and the data cannot lie on the device; says why.
+    """
+    test, plain = source.data.test, views.plain(source.rule)
+
+    def measured(held: views.HeldImages | None) -> Callable[[], dict[str, float]]:
+        return lambda: evaluate.measure(pupil.network, pupil.transform, test, plain, pupil.device, held)
+
+    if wanted(settings.resident, obstacle(source, pupil.device), pupil.device):
+        feed = Feed(source, pupil.device, batch_size=settings.batch_size, seed=settings.seed, sampling=sampling)
+        return Supply(feed.iterate, measured(hold(test, plain, pupil.device)), feed)
+
+    def streamed(epoch: int, start: int) -> Iterator[Batch]:
+        given = {"batch_size": settings.batch_size, "seed": settings.seed, "start": start}
+        return batches.iterate(source, epoch, device=pupil.device, sampling=sampling, **given)
+
+    return Supply(streamed, measured(None), None)
+
+
+def wanted(asked: str, found: str | None, device: torch.device) -> bool:
+    """Return whether data shall lie on the device: asked for by 'on', or by 'auto' on a GPU, and nothing is in the way.
+
+    Raises:
+        SettingsError: asked for by 'on', and something is.
+    """
+    if asked == "on" and found is not None:
+        raise SettingsError(f"--resident on: batches cannot be made on the device, {found}; use --resident auto")
+    return asked == "on" or (asked == "auto" and device.type == "cuda" and found is None)
+
+
+def obstacle(source: Source, device: torch.device, free: int | None = None) -> str | None:
+    """Return why a source's data cannot lie on the device, None if they can.
+
+    Arguments:
+        free: bytes that may be taken; on a GPU, a share of what is free there unless given.
+    """
+    if (found := images_obstacle(source.data.train, source.rule)) is not None:
+        return found
+    if any(targets is not None and not isinstance(targets, StoredTargets) for targets in _targets(source)):
+        return "its targets are not those of a store"
+    return room_obstacle(bytes_of(source), device, free)
+
+
+def room_obstacle(needed: int, device: torch.device, free: int | None = None) -> str | None:
+    """Return why so many bytes do not go on the device, None if they do; `free` is as for `obstacle`."""
+    if free is None:
+        free = int(SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else needed
+    return None if needed <= free else f"it would take {needed:,} bytes of {free:,} that may be taken"
+
+
+def images_obstacle(split: Split, rule: views.ViewRule) -> str | None:
+    """Return why a split's images cannot lie on a device, None if they can."""
+    if split.on_demand:
+        return "its images are decoded on demand"
+    return None if views.can_hold(rule, split.image_size) else f"views by '{rule.name}' are resized one by one"
+
+
+def bytes_of(source: Source) -> int:
+    """Return the bytes that a source's images, view parameters and knowledge of one view take on the device."""
+    images = sum(image_bytes(split, source.rule) for split in (source.data.train, source.data.test))
+    rows = sum(targets.view_bytes for targets in _targets(source) if isinstance(targets, StoredTargets))
+    return images + rows + 64 * len(source.data.train)
+
+
+def image_bytes(split: Split, rule: views.ViewRule) -> int:
+    """Return the bytes that a split's padded images take."""
+    height, width = rule.height + 2 * rule.padding, rule.width + 2 * rule.padding
+    return len(split) * height * width * split.images(np.arange(1)).shape[3]  # type: ignore[union-attr]
+
+
+def hold(split: Split, rule: views.ViewRule, device: torch.device) -> views.HeldImages | None:
+    """Return a split's images on the device, or None where they cannot lie there."""
+    if images_obstacle(split, rule) is not None:
+        return None
+    return views.HeldImages(rule, np.asarray(split.images(np.arange(len(split)))), device)
+
+
+def held_views(
+    asked: str, split: Split, rule: views.ViewRule, device: torch.device
+) -> Callable[[int, int, int], Float32[Tensor, "batch c h w"]] | None:
+    """Return what gives one view of samples start to stop - 1, from (view, start, stop), of images on the device.
+
+    None where they are not to lie there, as `wanted` says.
+
+    Raises:
+        SettingsError: as for `wanted`.
+    """
+    found = images_obstacle(split, rule)
+    if not wanted(asked, found or room_obstacle(image_bytes(split, rule), device), device):
+        return None
+    images = views.HeldImages(rule, np.asarray(split.images(np.arange(len(split)))), device)
+    parameters = lru_cache(1)(images.parameters)
+    return lambda view, start, stop: images.views(torch.arange(start, stop, device=device), parameters(view))
+
+
+class Feed:
+    """Makes an epoch's batches on one device: the bytes of `batches.iterate` from the same source.
+
+    A batch is made from memory at fixed addresses, without the host's help, so that it can be part of a CUDA graph:
+    which samples it holds is counted on the device.
+    """
+
+    def __init__(
+        self, source: Source, device: torch.device, *, batch_size: int, seed: int = 0, sampling: str = "all"
+    ) -> None:
+        manifest, split = source.manifest, source.data.train
+        self._source, self._seed, self._sampling, self._size = source, seed, sampling, batch_size
+        self._images = views.HeldImages(source.rule, np.asarray(split.images(np.arange(len(split)))), device)
+        self._labels, self._index, self._partner, self._epsilon, self._weight = (
+            torch.from_numpy(np.array(column)).to(device)
+            for column in (split.labels, manifest.index, manifest.partner, manifest.epsilon, manifest.weight)
+        )
+        self._mixes = bool(manifest.mixed.any())
+        self._row = torch.zeros(len(manifest), dtype=torch.int64, device=device)
+        self._cursor = torch.zeros((), dtype=torch.int64, device=device)
+        self._offsets = torch.arange(batch_size, device=device)
+        self._parameters = self._images.parameters(0)
+        self._view = 0
+        self._own, self._requeried = (
+            _HeldTargets(targets, device) if isinstance(targets, StoredTargets) else None
+            for targets in _targets(source)
+        )
+
+    def begin(self, epoch: int, start: int) -> None:
+        """Go to batch number `start` of an epoch; loads what its view needs."""
+        manifest, view = self._source.manifest, self._source.view_of(epoch)
+        order = SAMPLING[self._sampling](manifest, self._seed, epoch)
+        self._row.copy_(torch.from_numpy(np.searchsorted(manifest.index, order)))
+        self._cursor.fill_(start * self._size)
+        if view != self._view:
+            self._parameters.copy_(self._images.parameters(view))
+            self._view = view
+        self._source.prepare(epoch)
+        for held in (self._own, self._requeried):
+            if held is not None:
+                held.load(view)
+
+    def sizes(self, start: int) -> list[int]:
+        """Return the sizes of an epoch's batches from number `start` on; the last may be smaller."""
+        count = len(self._row)
+        return [min(self._size, count - low) for low in range(start * self._size, count, self._size)]
+
+    def iterate(self, epoch: int, start: int) -> Iterator[Batch]:
+        """Yield an epoch's remaining batches, as `batches.iterate` does."""
+        self.begin(epoch, start)
+        for size in self.sizes(start):
+            yield self.batch(size)
+
+    def batch(self, size: int) -> Batch:
+        """Return the next batch."""
+        row = self._row.index_select(0, self._cursor + self._offsets[:size])
+        self._cursor += size
+        index, partner = self._index.index_select(0, row), self._partner.index_select(0, row)
+        mixed = partner >= 0
+        other = torch.where(mixed, partner, index)
+        epsilon = self._epsilon.index_select(0, row)
+        probabilities, knowledge = self._taught(index, other, mixed, epsilon)
+        return Batch(
+            index=index,
+            pixels=self._pixels(index, other, epsilon),
+            labels=self._labels.index_select(0, index),
+            partner_labels=self._labels.index_select(0, other),
+            mixed=mixed,
+            epsilon=epsilon,
+            weight=self._weight.index_select(0, row),
+            probabilities=probabilities,
+            knowledge=knowledge,
+        )
+
+    def _pixels(self, index: Tensor, other: Tensor, epsilon: Tensor) -> Float32[Tensor, "batch c h w"]:
+        """Return the views, mixed with those of `other`; a share of 0 leaves pixels as they are, to the bit."""
+        pixels = self._images.views(index, self._parameters)
+        if not self._mixes:
+            return pixels
+        return mix_pixels(pixels, self._images.views(other, self._parameters), epsilon, self._source.mixing.mix)
+
+    def _taught(
+        self,
+        index: Int64[Tensor, " batch"],
+        other: Int64[Tensor, " batch"],
+        mixed: Bool[Tensor, " batch"],
+        epsilon: Float32[Tensor, " batch"],
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        if self._own is None:
+            return None, {}
+        mixing = self._source.mixing
+        temperature = mixing.temperature
+        own = self._own.take(index, temperature)
+        plain = (own["logits"] / temperature).softmax(1) if "logits" in own else None
+        if not self._mixes:
+            return plain, own
+        taught, fields = plain, own
+        if self._requeried is not None:
+            fields = self._requeried.take(index, temperature)
+            taught = None if plain is None else (fields["logits"] / temperature).softmax(1)
+        else:
+            seen = self._own.take(other, temperature)
+            if plain is not None:
+                taught = mix_probabilities(own["logits"], seen["logits"], epsilon, mixing.target, temperature)
+            if mixing.target != "keep":
+                fields = {name: mix_values(own[name], seen[name], epsilon) for name in own}
+        chosen = None if taught is None or plain is None else _where(mixed, taught, plain)
+        return chosen, {name: _where(mixed, fields[name], own[name]) for name in own}
+
+
+class _HeldTargets:
+    """The rows of a store's current view on the device, at the same addresses for every view."""
+
+    def __init__(self, targets: StoredTargets, device: torch.device) -> None:
+        self._targets, self._device = targets, device
+        self._place = torch.from_numpy(targets.positions).to(device).clamp_min(0)
+        self._rows: dict[str, Tensor] = {}
+        self._view: int | None = None
+
+    def load(self, view: int) -> None:
+        """Copy the rows of the view that the targets have prepared."""
+        if view == self._view:
+            return
+        for name, rows in self._targets.rows.items():
+            known = torch.from_numpy(rows.view(np.int16) if rows.dtype == np.uint16 else rows)
+            if name in self._rows:
+                self._rows[name].copy_(known)
+            else:
+                self._rows[name] = known.to(self._device, copy=True)
+        self._view = view
+
+    def take(self, index: Int64[Tensor, " batch"], temperature: float) -> dict[str, Tensor]:
+        """Return field -> float32 targets; of a sample that has no row, those of another one."""
+        place = self._place.index_select(0, index)
+        taken = {name: rows.index_select(0, place) for name, rows in self._rows.items()}
+        return self._targets.decode(taken, temperature)
+
+
+def _targets(source: Source) -> tuple[object, object]:
+    return source.targets, source.requeried
+
+
+def _where(mixed: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(mixed.view(-1, *[1] * (old.ndim - 1)), new, old)

@@ -1,0 +1,314 @@
+"""Damage of every kind to every kind of file: an error that names the place, or nothing read differs. Never silence.
+
+`python tests/test_damage_matrix.py` counts all of it and writes pipelines/results/damage.json.
+"""
+
+import json
+import platform
+import random
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from damaging import (
+    DAMAGE,
+    files_of,
+    flip,
+    kind_of,
+    place_of,
+    put,
+    read_checkpoint,
+    read_manifest,
+    read_run,
+    read_store,
+    sibling,
+    swap,
+)
+from lessons import condensed
+from pupils import distilled, school
+from stores import creating, finish, form, grown, knowledge, make, plan_of, small_parts, values, write_part
+
+from kcdcache import audit, checks, encoding, manifest, runcheck, store, writer
+from kcdcache.errors import KcdcacheError, UnfinishedError
+
+SEED = 7
+FLIPS = {
+    "float16, grown": 100,
+    "float16, zstd": 60,
+    "float32": 60,
+    "top:3": 40,
+    "top:3, zstd": 30,
+    "manifest": 40,
+    "checkpoint": 40,
+    "run, interrupted": 15,
+    "run, finished": 15,
+}
+"""what is damaged -> random single-bit flips: 400 together"""
+RESULT = Path(__file__).parent.parent / "pipelines/results/damage.json"
+UNREAD = ("_kcd/lock", "_kcd/environment.json", ".lock", "timing.jsonl")
+"""files that hold no knowledge: who writes, where it was made, clock times"""
+
+
+class Subject(NamedTuple):
+    """Something written by kcdcache: its files, how all of it is read, and how it is verified."""
+
+    root: Path
+    files: tuple[str, ...]
+    """those to damage, by their name in the folder"""
+    read: Callable[[], Any]
+    verify: Callable[[], tuple[str, ...]]
+    """what `kcdcache verify` finds, errors raised aside"""
+    place: Callable[[str], str] = str
+    """how a complaint about one of its files names it"""
+    sealed: bool = True
+    """whether `verify` finds even changes of bytes that mean nothing, as those of a parquet file's writer"""
+    undone: Mapping[str, Any] = {}
+    """file whose loss cannot be told from a crash before it was written -> what is read then (an error if None)"""
+
+
+def subjects(root):
+    """name -> subject: stores of every encoding and both compressions, a manifest, runs with their checkpoints."""
+    stores = {
+        "float16, zstd": make(root / "zstd", small_parts(150, 2, 64, 32, compression="zstd")),
+        "float32": make(root / "float32", plan_of(1500, 2, "float32")),
+        "top:3": make(root / "top", small_parts(150, 2, 64, 32, "top:3")),
+        "top:3, zstd": make(root / "top zstd", plan_of(1500, 1, "top:3", compression="zstd")),
+    }
+    single = {name: a_store(path, {"_kcd/commit.0.json": None}) for name, path in stores.items()}
+    return {"float16, grown": grown_store(root / "grown")} | single | {"manifest": a_manifest(root)} | runs_of(root)
+
+
+def filled(root):
+    """Files with any bytes to damage."""
+    return [name for name in files_of(root) if (root / name).stat().st_size]
+
+
+def a_store(root, undone):
+    plan = store.open(root).plan
+    return Subject(
+        root, filled(root), lambda: read_store(root), lambda: audit.verify(root).problems,
+        lambda name: place_of(plan, name), undone=undone,
+    )  # fmt: skip
+
+
+def grown_store(path):
+    """A float16 store of 150 samples, of which the teacher failed on sample 40; grown by a field, then by a view."""
+    plan = small_parts(150, 2, 64, 32)
+    with creating(path, plan) as writing:
+        for part in writing.pending():
+            if part.start <= 40 < part.stop:
+                skipping(writing, part, 40)
+            else:
+                write_part(writing, part)
+        writing.seal()
+    grown(path, fields=[form("penultimate")])
+    before = read_store(path)
+    with writer.grow(path, knowledge(), views=3) as growing:
+        finish(growing)
+    return a_store(path, {"_kcd/commit.2.json": before})
+
+
+def skipping(writing, part, sample):
+    mine = values("logits", part.view)[part.start : part.stop]
+    rows = writing.plan.fields["logits"].encode(mine, part.start, torch.arange(part.start, part.stop) == sample)
+    writing.write_part(part, rows, {"logits": encoding.statistics(mine)}, {"correct": 3}, (sample,))
+
+
+def a_manifest(root):
+    file = root / "manifest/set.parquet"
+    file.parent.mkdir()
+    manifest.write(file, condensed(store.open(root / "float32"), 0.6))
+
+    def verify():
+        checks.verify(file)
+        return ()
+
+    return Subject(file.parent, (file.name,), lambda: read_manifest(file), verify, sealed=False)
+
+
+def runs_of(root):
+    """A run broken off in its second stage, the same finished, and the checkpoint of the first by itself."""
+    place = school(root)
+    distilled(place, root / "run", run={"until": 3})
+    shutil.copytree(root / "run", root / "interrupted")
+    distilled(place, root / "run")
+    made = {"run, interrupted": a_run(root / "interrupted"), "run, finished": a_run(root / "run")}
+    held = Path(shutil.copytree(root / "interrupted", root / "held"))
+    files = tuple(name for name in files_of(held) if name.startswith("checkpoint/"))
+    checkpoint = Subject(
+        held, files, lambda: read_checkpoint(held), lambda: runcheck.check(held).problems,
+        undone={"checkpoint/latest.json": None},
+    )  # fmt: skip
+    return {"checkpoint": checkpoint} | made
+
+
+def a_run(path):
+    names = files_of(path)
+    sound = read_run(path, names)
+    undone = {"checkpoint/latest.json": sound | {"checkpoint": None}, "summary.json": None, "student.json": None}
+    return Subject(
+        path, filled(path), lambda: read_run(path, names), lambda: runcheck.check(path).problems, undone=undone
+    )
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    return subjects(tmp_path_factory.mktemp("damage"))
+
+
+def consequence(subject, sound, names):
+    """Return what damage to files leads to: 'error' (which names one of them), 'harmless', or 'undone'."""
+    complaint, found, unfinished = None, None, False
+    try:
+        found = subject.read()
+    except KcdcacheError as error:
+        complaint, unfinished = str(error), isinstance(error, UnfinishedError)
+    if unfinished:
+        assert names[0] in subject.undone, f"damage to {names[0]} is taken for unfinished work: {complaint}"
+        return "undone"
+    if complaint:
+        assert named(subject, names, complaint), f"an error about {names[0]} does not say so: {complaint}"
+        return "error"
+    if found == sound:
+        return "harmless"
+    undone = names[0] in subject.undone and found == subject.undone[names[0]]
+    assert undone, f"damage to {names[0]} of {subject.root} is silent"
+    return "undone"
+
+
+def named(subject, names, complaint):
+    missing = [f"{Path(name).parent} holds" for name in names if f"but not {Path(name).name}" in complaint]
+    return any(place in complaint for place in [*map(subject.place, names), *missing])
+
+
+def complaint_of_verify(subject):
+    try:
+        return "\n".join(subject.verify())
+    except KcdcacheError as error:
+        return str(error)
+
+
+def suffer(subject, sound, names, damage):
+    """Damage files, look, put everything back; return what it led to."""
+    before = {name: (subject.root / name).read_bytes() for name in names}
+    try:
+        damage()
+        if all(same(subject.root / name, data) for name, data in before.items()):
+            return "unchanged"
+        led_to = consequence(subject, sound, names)
+        if led_to == "error" or (led_to == "harmless" and subject.sealed and names[0] not in UNREAD):
+            complaint = complaint_of_verify(subject)
+            assert named(subject, names, complaint), f"verify does not name {names[0]} of {subject.root}: {complaint}"
+        return led_to
+    finally:
+        for name, data in before.items():
+            put(subject.root / name, data)
+
+
+def same(file, data):
+    return file.is_file() and file.read_bytes() == data
+
+
+def flips(subject, count, seed):
+    """Count what random single-bit flips lead to; every file has its turn before any has its second."""
+    sound, rng, counted = subject.read(), random.Random(seed), Counter()
+    order = rng.sample(subject.files, len(subject.files))
+    for trial in range(count):
+        name = order[trial % len(order)]
+        counted[suffer(subject, sound, [name], lambda file=subject.root / name: flip_one(file, rng))] += 1
+    return counted
+
+
+def flip_one(file, rng):
+    data = file.read_bytes()
+    file.write_bytes(flip(data, rng.randrange(8 * len(data))))
+
+
+def matrix(subject, files, seed):
+    """Count what every damage to some files leads to: name of the damage -> counts."""
+    sound, rng = subject.read(), random.Random(seed)
+    counted = {kind: Counter() for kind in [*DAMAGE, "swapped"]}
+    for name in files:
+        for kind, change in DAMAGE.items():
+            damage = partial(change_one, subject.root / name, change, rng)
+            counted[kind][suffer(subject, sound, [name], damage)] += 1
+        if other := sibling(subject.root, name):
+            damage = partial(swap, subject.root, name, other)
+            counted["swapped"][suffer(subject, sound, [name, other], damage)] += 1
+    return counted
+
+
+def change_one(file, change, rng):
+    data = file.read_bytes()
+    put(file, change(data, rng.randrange(len(data))))
+
+
+def first_and_last(files):
+    """The first and the last file of every kind."""
+    kinds = {}
+    for name in files:
+        kinds.setdefault(kind_of(name), []).append(name)
+    return list(dict.fromkeys(name for alike in kinds.values() for name in (alike[0], alike[-1])))
+
+
+@pytest.mark.parametrize("name", FLIPS)
+def test_no_flipped_bit_is_silent(places, name):
+    counted = flips(places[name], FLIPS[name], SEED)
+    assert counted.total() == FLIPS[name]
+    assert counted["error"] > 0.7 * FLIPS[name]
+    assert not counted["undone"] + counted["unchanged"]
+
+
+@pytest.mark.parametrize("name", [name for name in FLIPS if not name.startswith("run")])
+def test_no_damage_of_the_matrix_is_silent(places, name):
+    counted = matrix(places[name], first_and_last(places[name].files), SEED)
+    for kind in DAMAGE:
+        assert counted[kind]["error"] > 0
+    assert counted["swapped"].total() == counted["swapped"]["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FLIPS)
+def test_no_damage_to_any_file_is_silent(places, name):
+    matrix(places[name], places[name].files, SEED + 1)
+    flips(places[name], 5 * FLIPS[name], SEED + 1)
+
+
+def table(root):
+    """All counts, with what they depend on."""
+    made = subjects(root)
+    flipped = {name: flips(made[name], count, SEED) for name, count in FLIPS.items()}
+    damaged = {name: matrix(subject, subject.files, SEED) for name, subject in made.items()}
+    return {
+        "seed": SEED,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("kcdcache", "torch", "zarr", "pyarrow", "numpy")},
+        "meaning": {
+            "error": "refused, and the message names the file (of a chunk also samples and view)",
+            "harmless": "all that is read is equal",
+            "undone": "the file written last is lost: taken for unfinished, or the state before it is read",
+            "silent": "anything read differs without an error: the script fails",
+        },
+        "all": {"flips": dict(sum(flipped.values(), Counter())), "matrix": dict(total(damaged.values()))},
+        "flips": {name: dict(counts) for name, counts in flipped.items()},
+        "matrix": {name: {kind: dict(counts) for kind, counts in kinds.items()} for name, kinds in damaged.items()},
+    }
+
+
+def total(matrices):
+    return sum((counts for kinds in matrices for counts in kinds.values()), Counter())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        RESULT.write_text(json.dumps(table(Path(folder)), indent=2) + "\n")
+    sys.exit(0)

@@ -1,0 +1,366 @@
+"""Images that change behind our back: every sample is held to the digest the teacher's store has of it."""
+
+import io
+import os
+import pickle
+import re
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from lessons import CPU, condensed, opinionated, precomputed
+from PIL import Image
+from pupils import same_files
+from stores import finish, form
+
+from kcdcache import batches, cli, data, images, layout, manifest, steps, store, teacher, writer
+from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError
+from kcdcache.models import spec as networks
+from kcdcache.models.transform import InputTransform
+from kcdcache.models.weights import describe_network, save_network
+
+NAMES, PER_CLASS = ("ant", "bee", "cow"), 4
+KINDS = {"decoded": 0, "on demand": 1}
+"""images in memory, or decoded on demand -> pixels by which each is larger than the one before"""
+DIGEST = "[0-9a-f]{16}"
+
+
+def picture(seed, size=16):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
+
+
+def write_folder(root, growth):
+    """12 training images and 3 test images in class folders, all of one size or each of its own."""
+    for part, count in (("train", PER_CLASS), ("val", 1)):
+        for label, name in enumerate(NAMES):
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                seed = 10 * label + number
+                picture(seed, 16 + growth * seed).save(root / part / name / f"{number}.png")
+    return f"folder:{root}"
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    """kind -> its images, a teacher on disk and the store made of them."""
+    return {kind: world(tmp_path_factory.mktemp("world"), growth) for kind, growth in KINDS.items()}
+
+
+def world(root, growth):
+    dataset = data.load(write_folder(root / "images", growth))
+    network = opinionated(networks.build("resnet8", len(NAMES), 1))
+    made = teacher.freeze(network, InputTransform(dataset.mean, dataset.std), "resnet8", dataset.classes, CPU)
+    (root / "teacher").mkdir()
+    document = describe_network("resnet8", dataset.classes, 3, made.transform)
+    save_network(root / "teacher", "model", made.module, document)
+    seen = {"augment": "resized-crop-flip", "size": 16, "views": 2, "batch_size": 8}
+    knowledge = precomputed(root / "store", dataset, made, **seen)
+    return SimpleNamespace(root=root, images=root / "images", teacher=root / "teacher", knowledge=knowledge)
+
+
+@pytest.fixture(params=KINDS)
+def place(worlds, tmp_path, request):
+    return copied(worlds[request.param], tmp_path)
+
+
+@pytest.fixture
+def lazy(worlds, tmp_path):
+    return copied(worlds["on demand"], tmp_path)
+
+
+def copied(world, folder):
+    """A world with images of its own, which a test may spoil."""
+    shutil.copytree(world.images, folder / "images")
+    return SimpleNamespace(**{**vars(world), "root": folder, "images": folder / "images"})
+
+
+def load(place):
+    return data.load(f"folder:{place.images}")
+
+
+def outcome(capsys, *words):
+    """Return (exit code, stderr) of a command run in this process."""
+    code = cli._outcome([str(word) for word in words])
+    return code, capsys.readouterr().err
+
+
+def train(place, *more, images=None, out="run"):
+    source = images or f"folder:{place.images}"
+    shared = ("--store", place.knowledge.path, "--data", source, "--out", place.root / out, "--device", "cpu")
+    return "train", "--student", "resnet8", "--epochs", 2, "--stages", 1, "--batch-size", 8, *shared, *more
+
+
+def precompute(place):
+    seen = ("--augment", "resized-crop-flip", "--size", 16, "--min-accuracy", 0, "--device", "cpu")
+    source = ("--data", f"folder:{place.images}", "--teacher", place.teacher)
+    return "precompute", *source, "--store", place.root / "new", *seen
+
+
+def replaced(place):
+    """Another image of the same size where sample 5 (bee/1.png) is; return its file."""
+    file = place.images / "train/bee/1.png"
+    with Image.open(file) as image:
+        size = image.height
+    picture(99, size).save(file)
+    return file
+
+
+def truncated(place):
+    file = place.images / "train/bee/1.png"
+    file.write_bytes(file.read_bytes()[:-300])
+    return file
+
+
+def digest_of(file, label):
+    return f"{images.sample_digest(file.read_bytes(), np.int64(label)):016x}"
+
+
+def all_of(split):
+    return split.images(np.arange(len(split)))
+
+
+def test_data_is_as_the_tests_below_need_it(worlds):
+    assert [data.load(f"folder:{worlds[kind].images}").train.on_demand for kind in KINDS] == [False, True]
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told by a store", "computed here"])
+def test_an_image_replaced_after_its_digest_was_known_is_refused_when_decoded(lazy, told):
+    train, file = load(lazy).train, lazy.images / "train/bee/1.png"
+    if told:
+        train.expect(lazy.knowledge.sample_digest, "in the store at S")
+    else:
+        train.digests()
+    before, first = digest_of(file, 1), file.read_bytes()
+    replaced(lazy)
+    where = "in the store at S" if told else "as this process first read it"
+    expected = rf"sample 5 differs .*{file} with label 1 has digest {digest_of(file, 1)}, it should be {before} {where}"
+    with pytest.raises(MismatchError, match=expected + "; put back the image that was there, or precompute"):
+        all_of(train)
+    with pytest.raises(MismatchError, match=expected):
+        all_of(pickle.loads(pickle.dumps(train)))
+    assert len(train.images(np.array([4, 6]))) == 2
+    file.write_bytes(first)
+    assert len(all_of(train)) == 12
+
+
+def test_a_damaged_image_is_told_apart_from_another_one(lazy):
+    train = load(lazy).train
+    train.expect(lazy.knowledge.sample_digest, "in the store at S")
+    file = truncated(lazy)
+    with pytest.raises(CorruptionError, match=rf"sample 5 .*{file} .*{DIGEST}.*{DIGEST}.*S; it is damaged: .*replace"):
+        all_of(train)
+
+
+def test_a_vanished_and_an_unreadable_image_are_named(lazy):
+    train, file = load(lazy).train, lazy.images / "train/bee/1.png"
+    file.unlink()
+    with pytest.raises(NotFoundError, match=rf"the image {file} has vanished since the data set was listed; put it"):
+        all_of(train)
+    os.symlink(file, file)
+    with pytest.raises(KcdcacheError, match=rf"{file} cannot be read \(Too many levels of symbolic links\)") as caught:
+        all_of(train)
+    assert caught.value.exit_code == 1
+
+
+def test_an_image_of_another_size_is_never_spread_over_its_place(lazy):
+    files = [str(lazy.images / f"{number}.png") for number in range(3)]
+    for number, file in enumerate(files):
+        picture(number).save(file)
+    source = images.decode_once(images.EncodedImages(files), limit_bytes=100)
+    picture(0, 1).save(files[1])
+    with pytest.raises(MismatchError, match=r"1.png is \(1, 1\) pixels high and wide, but \(16, 16\) when it was list"):
+        source.images(np.arange(3))
+
+
+def encoded(pixels):
+    stream = io.BytesIO()
+    pixels.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_parquet(folder, seeds):
+    rows = [{"bytes": encoded(picture(seed, 16 + number)), "path": None} for number, seed in enumerate(seeds)]
+    column = pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    table = pa.table({"img": column, "label": [number % 2 for number in range(len(rows))]})
+    for name in ("train-0", "train-1", "test-0"):
+        pq.write_table(table, folder / f"{name}.parquet")
+    return data.load(f"parquet:{folder}").train
+
+
+def test_a_row_of_a_parquet_file_is_held_to_its_digest(tmp_path):
+    known = write_parquet(tmp_path, range(4)).digests()
+    changed = write_parquet(tmp_path, [0, 1, 99, 3])
+    changed.expect(known, "in the store at S")
+    with pytest.raises(
+        MismatchError, match=rf"sample 6 differs .*{tmp_path}/train-1.parquet row 2 with label 0 has dig"
+    ):
+        changed.images(np.array([7, 6]))
+
+
+def test_the_digests_of_another_store_are_refused_and_a_wrong_guess_is_taken_back(lazy):
+    train, right = load(lazy).train, lazy.knowledge.sample_digest
+    wrong = right.copy()
+    wrong[[3, 7]] += np.uint64(1)
+    train.expect(wrong, "in the store at W")
+    train.expect(right, "in the store at R")
+    assert len(all_of(train)) == 12
+    with pytest.raises(MismatchError, match=r"sample 3 differs .*in the store at W"):
+        train.expect(wrong, "in the store at W")
+    assert np.array_equal(train.digests(), right)
+    assert len(all_of(train)) == 12
+
+
+def test_images_in_memory_are_compared_at_once(worlds):
+    train, right = load(worlds["decoded"]).train, worlds["decoded"].knowledge.sample_digest
+    wrong = right.copy()
+    wrong[[3, 7]] += np.uint64(1)
+    with pytest.raises(MismatchError, match=r"sample 3 differs .*ant/3.png row 0 with label 0 has .*in the store at W"):
+        train.expect(wrong, "in the store at W")
+    train.expect(right, "in the store at R")
+
+
+def test_a_store_is_matched_without_reading_images_that_are_decoded_on_demand(lazy):
+    dataset = load(lazy)
+    for file in (lazy.images / "train").rglob("*.png"):
+        file.unlink()
+    batches.check_data(lazy.knowledge, dataset)
+    assert dataset.identity() == lazy.knowledge.knowledge.data
+    with pytest.raises(NotFoundError, match="has vanished"):
+        all_of(dataset.train)
+
+
+def test_only_the_images_of_a_condensed_set_are_read_in_training(lazy, capsys):
+    chosen = condensed(lazy.knowledge, keep=0.25)
+    manifest.write(lazy.root / "set.parquet", chosen)
+    given = ("--manifest", lazy.root / "set.parquet")
+    assert outcome(capsys, *train(lazy, *given))[0] == 0
+    left_out = np.setdiff1d(np.arange(12), batches.needed_rows(chosen))
+    assert left_out.size
+    for sample in left_out.tolist():
+        file = lazy.images / "train" / NAMES[sample // PER_CLASS] / f"{sample % PER_CLASS}.png"
+        picture(99, 20).save(file)
+    assert outcome(capsys, *train(lazy, *given, out="again"))[0] == 0
+    assert same_files(lazy.root / "run", lazy.root / "again")
+
+
+def test_sample_digests_that_do_not_belong_to_the_stores_identity_are_corruption(lazy, tmp_path):
+    dataset, held = load(lazy), lazy.knowledge
+    plan = layout.plan_store(12, 1, [form()])
+    with writer.create(tmp_path / "s", held.knowledge, plan, held.labels, held.sample_digest + np.uint64(1)) as writing:
+        finish(writing)
+    with pytest.raises(CorruptionError, match=r"sample digests in the store at .* are not those of its identity"):
+        batches.check_data(store.open(tmp_path / "s"), dataset)
+
+
+FINGERPRINTS = r"the store at \S+ \(data [0-9a-f]{12}\).*the data folder:\S+ \(([0-9a-f]{12}|decoded on demand)\)"
+
+
+@pytest.mark.parametrize(("name", "firsts"), [("bee/1", (5, 7)), ("cow/3", (11, 11))])
+def test_an_image_dropped_since_ends_training_with_4(place, capsys, name, firsts):
+    (place.images / f"train/{name}.png").unlink()
+    code, error = outcome(capsys, *train(place))
+    first = firsts[load(place).train.on_demand]  # files are not read then: only the labels tell
+    told = rf"{FINGERPRINTS} differ in count: 12 against 11; the first sample that differs is {first}; use"
+    assert (code, bool(re.search(told, error))) == (4, True)
+    assert not (place.root / "run").exists()
+
+
+def test_an_image_with_another_label_ends_training_with_4(place, capsys):
+    (place.images / "train/cow/0.png").rename(place.images / "train/bee/9.png")
+    code, error = outcome(capsys, *train(place))
+    assert code == 4
+    sides = (
+        rf"train/bee/9.png.* with label 1 \('bee'\) has digest {DIGEST}, label 2 \('cow'\) and {DIGEST} in the store"
+    )
+    assert re.search(rf"sample 8 differs \(image, label or order\): .*{sides}; use the data", error)
+    assert re.search(r"the data folder:.* is not what the teacher of the store at .*\(data [0-9a-f]{12}\) saw", error)
+    assert not (place.root / "run").exists()
+
+
+def test_images_in_another_order_end_training_with_4(place, capsys):
+    ant = place.images / "train/ant"
+    for old, new in (("1", "9"), ("3", "1"), ("9", "3")):
+        (ant / f"{old}.png").rename(ant / f"{new}.png")
+    code, error = outcome(capsys, *train(place))
+    found = (
+        rf"sample (\d+) differs \(image, label or order\): {ant}/\d.png.* has digest {DIGEST}, .*{DIGEST} in the store"
+    )
+    assert (code, bool(re.search(found, error))) == (4, True)
+    assert int(re.search(found, error)[1]) in ((1, 3) if load(place).train.on_demand else (1,))
+    assert not list(place.root.glob("run/*.safetensors"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_class_names_in_another_order_end_training_with_4(worlds, tmp_path, capsys, kind):
+    place = copied(worlds[kind], tmp_path)
+    for part in ("train", "val"):
+        (place.images / part / "bee").rename(place.images / part / "dog")
+    code, error = outcome(capsys, *train(place))
+    assert code == 4
+    assert re.search(rf"{FINGERPRINTS} differ in classes\[1\]: 'bee' against 'cow'; .*precompute a new store", error)
+    assert not (place.root / "run").exists()
+
+
+def test_classes_renamed_alone_are_refused_by_name(place):
+    dataset = load(place)
+    renamed = replace(dataset, classes=("bee", "ant", "cow"))
+    with pytest.raises(MismatchError, match=r"differ in classes\[0\]: 'ant' against 'bee'; use the data the store"):
+        batches.check_data(place.knowledge, renamed)
+
+
+def test_an_image_replaced_between_precompute_and_train_ends_training_with_4(place, capsys):
+    file = place.images / "train/bee/1.png"
+    good = file.read_bytes()
+    replaced(place)
+    code, error = outcome(capsys, *train(place, out="run"))
+    assert code == 4
+    assert re.search(rf"sample 5 differs .*{file}.*label 1.* has digest {DIGEST}.*{DIGEST}", error)
+    file.write_bytes(good)
+
+
+def test_training_goes_on_to_the_same_bytes_once_the_image_is_back(lazy, capsys):
+    good = (lazy.images / "train/bee/1.png").read_bytes()
+    assert outcome(capsys, *train(lazy, out="undisturbed"))[0] == 0
+    file = replaced(lazy)
+    assert outcome(capsys, *train(lazy))[0] == 4
+    assert not (lazy.root / "run/summary.json").exists()
+    file.write_bytes(good)
+    assert outcome(capsys, *train(lazy))[0] == 0
+    assert same_files(lazy.root / "undisturbed", lazy.root / "run")
+
+
+def test_an_image_damaged_between_precompute_and_train_ends_training_with_3(place, capsys):
+    file = truncated(place)
+    code, error = outcome(capsys, *train(place))
+    assert (code, f"{file} is not a readable image" in error) == (3, True)
+    assert not (place.root / "run/summary.json").exists()
+
+
+def test_precompute_reads_every_image_and_refuses_a_damaged_one_with_3(place, capsys):
+    file = truncated(place)
+    code, error = outcome(capsys, *precompute(place))
+    assert (code, f"{file} is not a readable image" in error) == (3, True)
+    assert not (place.root / "new/_kcd/commit.json").exists()
+
+
+@pytest.mark.parametrize(("command", "left"), [(train, "run/summary.json"), (precompute, "new")])
+def test_an_image_that_vanishes_after_the_listing_ends_a_command_with_10(lazy, capsys, command, left):
+    steps.load_data(f"folder:{lazy.images}")  # listed once per process
+    file = lazy.images / "train/bee/1.png"
+    file.unlink()
+    code, error = outcome(capsys, *command(lazy))
+    assert (code, f"the image {file} has vanished" in error) == (10, True)
+    assert not (lazy.root / left).exists()
+
+
+def test_an_image_that_cannot_be_read_ends_precompute_with_1(place, capsys):
+    file = place.images / "train/bee/1.png"
+    file.unlink()
+    os.symlink(file, file)
+    code, error = outcome(capsys, *precompute(place))
+    assert (code, f"{file} cannot be read" in error) == (1, True)
+    assert not (place.root / "new").exists()

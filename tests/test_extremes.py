@@ -1,0 +1,188 @@
+"""Huge numbers, extreme temperatures, equal logits, one class, hardly any samples, all or nothing (M7)."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from lessons import CPU, opinionated, precomputed
+from pupils import distilled
+
+from kcdcache import condense, config, data, encoding, manifest, teacher, values
+from kcdcache.errors import NotFoundError, SettingsError
+from kcdcache.losses.softmax import cross_entropy, entropy, soft_divergence
+from kcdcache.mixing import mix_probabilities
+from kcdcache.models import spec
+from kcdcache.models.transform import InputTransform
+from kcdcache.runs import read_metrics
+
+TEMPERATURES = [1e-3, 0.5, 1.0, 4.0, 1e3, 1e6]
+ENCODINGS = ["float32", "float16", "top:1", "top:all"]
+HUGE = float(np.finfo(np.float32).max)
+
+
+def tables(limit, fewest=1):
+    shapes = st.tuples(st.integers(1, 4), st.integers(fewest, 7))
+    return shapes.flatmap(lambda shape: arrays(np.float32, shape, elements=st.floats(-limit, limit, width=32)))
+
+
+def soft(z, temperature):
+    """Softmax in float64 of the gaps to the largest, none of which can overflow."""
+    gaps = np.asarray(z, np.float64)
+    powers = np.exp((gaps - gaps.max(1, keepdims=True)) / temperature)
+    return powers / powers.sum(1, keepdims=True)
+
+
+def form(text, classes):
+    return encoding.parse(text.replace("all", str(classes)), "logits", (classes,))
+
+
+def decoded(text, z, temperature=1.0):
+    made = form(text, z.shape[1])
+    return made.decode({name: torch.from_numpy(rows) for name, rows in made.encode(z).items()}, temperature)
+
+
+@settings(max_examples=200)
+@given(tables(HUGE), st.sampled_from(ENCODINGS), st.sampled_from(TEMPERATURES))
+def test_no_finite_logits_are_stored_or_read_as_anything_else(z, text, temperature):
+    made = form(text, z.shape[1])
+    stored = made.encode(torch.from_numpy(z))
+    for array in made.arrays:
+        if array.dtype != "uint16":
+            assert np.isfinite(stored[array.name]).all()
+    assert torch.isfinite(decoded(text, torch.from_numpy(z), temperature)).all()
+
+
+@settings(max_examples=200)
+@given(tables(1e6), st.sampled_from(["float32", "float16", "top:all"]), st.sampled_from(TEMPERATURES))
+def test_soft_targets_are_those_of_float64_within_the_stored_gaps(z, text, temperature):
+    """A gap g is stored within e = 2^-11 g + 2^-25 (0 for float32), so that probabilities are off by exp(2 e / T)."""
+    found = soft(decoded(text, torch.from_numpy(z), temperature).double().numpy(), temperature)
+    gap = z.astype(np.float64).max(1, keepdims=True) - z
+    if text != "float32":
+        gap = np.where(gap > 65504, 65504, gap)
+    exact = soft(-gap, temperature)
+    loss = 0.0 if text == "float32" else 2**-11 * gap + 2**-25
+    rounded = 2.0**-23 * np.abs(z).max(1, keepdims=True)  # of adding the maximum back
+    slack = np.minimum(2 * np.max(loss + rounded + 0 * gap, where=exact > 1e-12, initial=0.0, axis=1) / temperature, 50)
+    ratio = np.exp(slack)[:, None] + 1e-6
+    assert np.all(found <= exact * ratio + 1e-9)
+    assert np.all(exact <= found * ratio + 1e-9)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("text", ENCODINGS)
+@pytest.mark.parametrize("level", [0.0, 1e5, -3e38, 3e38])
+def test_equal_logits_are_uniform_in_every_encoding_at_every_temperature(text, temperature, level):
+    z = torch.full((3, 7), level)
+    target = (decoded(text, z, temperature) / max(temperature, 1.0)).softmax(1)  # 3e38 / 1e-3 has no float32
+    kept = 1e-3 if text == "top:1" else 1e-6  # the logarithm of six classes' mass is stored within 2^-11 of itself
+    torch.testing.assert_close(target, torch.full((3, 7), 1 / 7), rtol=kept, atol=0)
+
+
+@pytest.mark.parametrize("text", ENCODINGS)
+@pytest.mark.parametrize("level", [0.0, -7.5, 1e5, 3e38])
+def test_one_class_is_certain(text, level):
+    z = torch.full((4, 1), level)
+    assert torch.equal(decoded(text, z).softmax(1), torch.ones(4, 1))
+    assert torch.equal(entropy(z), torch.zeros(4))
+    assert torch.equal(cross_entropy(z, torch.zeros(4, dtype=torch.long), 0.1), torch.zeros(4))
+    assert torch.equal(soft_divergence(z, torch.ones(4, 1), 4.0), torch.zeros(4))
+
+
+@settings(max_examples=200)
+@given(tables(1e6), st.sampled_from(TEMPERATURES), st.integers(0, 99))
+def test_the_divergence_is_that_of_float64_at_extreme_temperatures(z, temperature, seed):
+    target = soft(np.random.default_rng(seed).normal(0, 3 * temperature, z.shape), temperature).astype(np.float32)
+    gaps = (z.astype(np.float64) - z.max(1, keepdims=True)) / temperature
+    log_student = gaps - np.log(np.exp(gaps).sum(1, keepdims=True))
+    logs = np.log(target.astype(np.float64), where=target > 0, out=np.zeros(z.shape))
+    expected = (target * (logs - log_student)).sum(1)
+    found = soft_divergence(torch.from_numpy(z), torch.from_numpy(target), temperature).double().numpy()
+    scale = 1 + np.abs(z).max(1) / temperature  # what float32 rounds
+    assert np.all(np.abs(found / temperature**2 - expected) <= 2e-6 * scale * len(z[0]))
+
+
+@given(tables(1e4), st.sampled_from(TEMPERATURES), st.sampled_from([0.0, 0.3, 1.0]))
+def test_mixed_targets_are_probabilities_at_every_temperature(z, temperature, share):
+    one, other = torch.from_numpy(z), torch.from_numpy(z[:, ::-1].copy())
+    epsilon = torch.full((len(z),), share)
+    for rule in ("linear_prob", "linear_logit", "keep"):
+        found = mix_probabilities(one, other, epsilon, rule, temperature)
+        assert torch.isfinite(found).all()
+        torch.testing.assert_close(found.sum(1), torch.ones(len(z)))
+    expected = (1 - share) * soft(z, temperature) + share * soft(other.numpy(), temperature)
+    linear = mix_probabilities(one, other, epsilon, "linear_prob", temperature)
+    rounding = 1e-6 + min(2.0**-22 * float(np.abs(z).max()) / temperature, 1.0)
+    np.testing.assert_allclose(linear, expected, atol=rounding)
+
+
+def condensed(count, keep, **changes):
+    """A set of equal values."""
+    known = values.Values(np.ones(count, np.int32), np.full(count, 0.5, np.float32))
+    chosen = config.CondenseSettings(**changes)
+    return condense.condense(known, chosen, knowledge_id="k", count=count, stage=1, keep=keep)
+
+
+def test_equal_values_are_kept_in_order_of_their_index():
+    made = condensed(10, 0.6)
+    assert made.index.tolist() == list(range(6))
+    assert sorted(made.partner[made.mixed].tolist()) == [6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_hardly_any_samples_make_a_set_as_long_as_one_is_kept(count):
+    for keep in (1 / count, 1.0):
+        assert len(condensed(count, keep)) == round(keep * count)
+    with pytest.raises(SettingsError, match=rf"of {count} samples keeps none; raise keep to at least {1 / count:g}"):
+        condensed(count, 0.9 / count)
+
+
+@pytest.mark.parametrize("keep", [0, 0.0, -0.1, 1.0001, math.nan, math.inf])
+@pytest.mark.parametrize("model", [config.ScheduleSettings, config.CondenseCommand])
+def test_nothing_and_more_than_everything_cannot_be_kept(model, keep):
+    more = {"values": "v", "store": "s", "out": "o"} if model is config.CondenseCommand else {}
+    with pytest.raises(SettingsError, match=r"setting 'keep' in the command line: Input should be .*; found"):
+        config.make(model, {"keep": keep, **more})
+
+
+def test_no_samples_at_all_are_refused(tmp_path):
+    with pytest.raises(SettingsError, match="of 0 samples keeps none"):
+        condensed(0, 0.5)
+    with pytest.raises(NotFoundError, match=r"the training split of .* holds no images"):
+        few(tmp_path, 0, 2)
+
+
+def few(root, count, classes):
+    """Data of `count` random images, a teacher and its store."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (count + 4, 16, 16, 3), np.uint8)
+    labels = np.arange(count + 4) % classes
+    columns = {"train_images": images[:count], "train_labels": labels[:count]}
+    np.savez(root / "few.npz", **columns, test_images=images[count:], test_labels=labels[count:])
+    dataset = data.load(f"arrays:{root / 'few.npz'}")
+    module = opinionated(spec.build("resnet8", classes, 0))
+    network = teacher.freeze(module, InputTransform(dataset.mean, dataset.std), "resnet8", dataset.classes, CPU)
+    return SimpleNamespace(data=dataset, knowledge=precomputed(root / "store", dataset, network))
+
+
+@pytest.mark.parametrize(("count", "classes", "keep"), [(1, 1, 1.0), (3, 2, 0.4), (40, 1, 0.5)])
+def test_a_whole_run_on_hardly_anything_ends_with_numbers(tmp_path, count, classes, keep):
+    """Fewer samples than a batch or a chunk holds; of one class, whose losses and values are all zero."""
+    place = few(tmp_path, count, classes)
+    summary = distilled(place, tmp_path / "run", keep=keep, epochs=4, stages=2)
+    rows = read_metrics(tmp_path / "run")
+    numbers = [number for row in rows for number in row.values() if isinstance(number, float)]
+    assert len(numbers) > 4
+    assert np.isfinite(numbers).all()
+    assert summary["kept"] == int(keep * count)
+    found = values.read(tmp_path / "run" / "values.parquet", count).values
+    assert np.isfinite(found.value).all()
+    if classes == 1:
+        assert (found.value == 0).all()
+        last = manifest.read(tmp_path / "run" / summary["condensed_set"])
+        assert last.index.tolist() == list(range(len(last)))

@@ -1,0 +1,368 @@
+"""Writes that fail at any step, requests to stop, memory that runs out, workers that die, clocks that jump."""
+
+import os
+import random
+import re
+import signal
+
+import numpy as np
+import pytest
+import torch
+from commands import NAMES, complete, logged_files_are_whole, place, same, same_result, words
+from killing import finished, nursery, succeeds
+from pupils import leftovers, lines, promised, saved_teacher
+from stores import content, creating, finish, make, small_parts
+
+from kcdcache import data, ledger, store
+from kcdcache.errors import KcdcacheError
+from kcdcache.loop import enough_memory
+
+CODES = {"ENOSPC": 7, "EIO": 1}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    with nursery() as start:
+        yield place(tmp_path_factory.mktemp("place"), start)
+
+
+def fails(here, name, path, point, error):
+    """Fail one step of a command's writing and then let it finish; return whether it has that many steps."""
+    log, command = path.with_suffix(".log"), words(here.root, name, path)
+    code = finished(here.start, command, log, KCDCACHE_CRASHPOINT=f"{point}:{error}")
+    text = log.read_text()
+    if code == 0:
+        return False
+    assert code == CODES[error], text
+    told = next(line for line in text.splitlines() if line.startswith("error: "))
+    assert str(path) in told
+    assert "internal error" not in text
+    assert "Traceback" not in text
+    if error == "ENOSPC":
+        assert re.search(r"run the same command again to resume \(.*( needs [\d,]+ bytes,|:) [\d,]+ are free\)", told)
+    assert not complete(name, path) or same_result(here.root, name, path)
+    if name == "precompute" and (path / "_kcd" / "log").exists():
+        assert logged_files_are_whole(path)
+    succeeds(here.start, command, log)
+    assert same(here.root, name, path)
+    assert not leftovers(path.parent)
+    return True
+
+
+POINTS = {"precompute": (2, 44, 68, 81, 96), "train": (5, 19, 60, 131, 199), "fit": (3, 17, 53), "condense": (1, 5)}
+"""some steps, spread over everything a command writes"""
+
+
+@pytest.mark.parametrize("error", CODES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_write_that_fails_ends_with_a_reason_and_resumes_to_the_same_bytes(here, tmp_path, name, error):
+    steps = POINTS[name][:: 1 if error == "ENOSPC" else 2]
+    assert all(fails(here, name, tmp_path / str(point), point, error) for point in steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", CODES)
+@pytest.mark.parametrize("name", NAMES)
+def test_any_write_that_fails_ends_with_a_reason_and_resumes_to_the_same_bytes(here, tmp_path, name, error):
+    """The first step, the second, and so on, until the command does not have that many."""
+    point = 1
+    while fails(here, name, tmp_path / str(point), point, error):
+        point += 1
+    assert point > max(POINTS[name])
+
+
+def test_a_command_that_was_refused_a_write_resumes_after_being_refused_more(here, tmp_path):
+    """One store, many failures: each run goes on from what the one before left."""
+    command, log, hits = words(here.root, "precompute", tmp_path / "it"), tmp_path / "log", 0
+    for point in random.Random(7).sample(range(1, 60), 8):
+        code = finished(here.start, command, log, KCDCACHE_CRASHPOINT=f"{point}:EDQUOT")
+        assert code in (0, 7), log.read_text()
+        hits += code == 7
+    succeeds(here.start, command, log)
+    assert hits >= 3
+    assert same(here.root, "precompute", tmp_path / "it")
+
+
+WRITING = """
+import os, sys
+from pathlib import Path
+from stores import creating, finish, small_parts
+from kcdcache.errors import NoSpaceError
+path = Path({path!r})
+try:
+    with creating(path, small_parts(150, 2, 64, 4)) as writing:
+        os.environ["KCDCACHE_CRASHPOINT"] = "{point}:ENOSPC"
+        finish(writing)
+except NoSpaceError:
+    while list(path.rglob("*.tmp-*")):
+        pass  # the other chunks of the part are still being written
+    sys.exit(7)
+"""
+
+
+def test_zarr_goes_on_writing_after_a_failure_and_the_part_is_not_logged(here, tmp_path):
+    """Sixteen chunks a part, written several at a time: what comes after the failed one counts for nothing."""
+    whole = make(tmp_path / "whole", small_parts(150, 2, 64, 4))
+    more = []
+    for point in (1, 2, 38, 81, 120):
+        path = tmp_path / str(point)
+        text = WRITING.format(path=str(path), point=point)
+        assert finished(here.start, text, tmp_path / "log") == 7, (tmp_path / "log").read_text()
+        logged = {file.path for record in ledger.read_log(path, 0) for file in record.files}
+        there = {name for name in content(path) if name.startswith("logits") and "/c." in name}
+        more.append(len(there - logged))
+        assert logged_files_are_whole(path)
+        assert not complete("precompute", path)
+        with creating(path, small_parts(150, 2, 64, 4)) as writing:
+            finish(writing)
+        assert content(path) == content(whole)
+    assert max(more) > 0
+
+
+LONG = {"precompute": {"views": 24}, "fit": {"epochs": 12}}
+"""settings that give a command work to be stopped in"""
+BEGUN = {"precompute": "v00001*.json", "fit": "metrics.jsonl", "run": "v00001*.json"}
+RECIPE = """
+title = "stopped"
+data = "digits?train=200&test=60"
+machine = {device = "cpu", threads = 1}
+
+[[step]]
+name = "teacher"
+run = "fit"
+model = "resnet8"
+epochs = 1
+batch_size = 128
+
+[[step]]
+name = "store"
+run = "precompute"
+teacher = "@teacher"
+views = 16
+min_accuracy = 0
+
+[[step]]
+name = "student"
+run = "train"
+store = "@store"
+student = "resnet8"
+epochs = 2
+stages = 1
+batch_size = 128
+"""
+
+
+def long_command(here, folder, name, path):
+    if name != "run":
+        return words(here.root, name, path, **LONG[name])
+    (folder / "recipe.toml").write_text(RECIPE)
+    return ["run", folder / "recipe.toml", "--out", path]
+
+
+@pytest.fixture(scope="module")
+def long_wholes(here):
+    """name -> what the long command makes when nobody stops it."""
+    made = {}
+
+    def whole(name):
+        if name not in made:
+            made[name] = here.root / f"long {name}"
+            succeeds(here.start, long_command(here, here.root, name, made[name]), here.root / "log")
+        return made[name]
+
+    return whole
+
+
+def signalled(here, command, log, folder, pattern, *numbers):
+    """Start a command, send it signals when it has begun its work, and return its exit code."""
+    process = here.start(command, log)
+    while not process.ended(0.002) and not list(folder.rglob(pattern)):
+        pass
+    process.signal(signal.SIGSTOP)
+    for number in numbers:
+        process.signal(number)
+    process.signal(signal.SIGCONT)
+    assert process.ended(60)
+    return process.code
+
+
+def same_work(left, right):
+    """Whether two folders promise the same bytes; a recipe's table has clock times."""
+    kept = [{name: data for name, data in promised(path).items() if name != "results.json"} for path in (left, right)]
+    return kept[0] == kept[1]
+
+
+STOPS = [("precompute", signal.SIGINT), ("precompute", signal.SIGTERM), ("fit", signal.SIGINT), ("run", signal.SIGTERM)]
+
+
+@pytest.mark.parametrize(("name", "number"), STOPS)
+def test_a_command_asked_to_stop_ends_cleanly_and_resumes(here, long_wholes, tmp_path, name, number):
+    command, log = long_command(here, tmp_path, name, tmp_path / "it"), tmp_path / "log"
+    code = signalled(here, command, log, tmp_path / "it", BEGUN[name], number)
+    assert code == 128 + number, log.read_text()
+    text = log.read_text()
+    assert f"stopped by {signal.Signals(number).name}: " in text
+    assert "the same command resumes" in text
+    assert not leftovers(tmp_path)
+    succeeds(here.start, command, log)
+    assert same_work(long_wholes(name), tmp_path / "it")
+
+
+@pytest.mark.parametrize("name", ["precompute", "run"])
+def test_a_second_request_to_stop_aborts_at_once(here, long_wholes, tmp_path, name):
+    """Both are waiting when the process goes on; the one with the lower number is served first."""
+    command, log = long_command(here, tmp_path, name, tmp_path / "it"), tmp_path / "log"
+    code = signalled(here, command, log, tmp_path / "it", BEGUN[name], signal.SIGINT, signal.SIGTERM)
+    assert code == -signal.SIGTERM
+    assert "stopping at the next safe point; once more aborts" in log.read_text()
+    succeeds(here.start, command, log)
+    assert same_work(long_wholes(name), tmp_path / "it")
+
+
+def outlived(path):
+    """Set the times of everything below a folder to 1970 and to far in the future, by turns."""
+    for number, file in enumerate(sorted([path, *path.rglob("*")])):
+        os.utime(file, (0, 0) if number % 2 else (2**33, 2**33))
+
+
+@pytest.mark.parametrize("name", ["precompute", "train", "fit"])
+def test_nothing_depends_on_the_times_of_files(here, tmp_path, name):
+    command, log, path = words(here.root, name, tmp_path / "it"), tmp_path / "log", tmp_path / "it"
+    for point in (30, 20):
+        assert finished(here.start, command, log, KCDCACHE_CRASHPOINT=str(point)) == -signal.SIGKILL
+        outlived(tmp_path)
+    assert not complete(name, path)
+    succeeds(here.start, command, log)
+    assert same(here.root, name, path)
+    outlived(tmp_path)
+    before = content(path)
+    assert complete(name, path)
+    succeeds(here.start, command, log)
+    if name == "precompute":
+        succeeds(here.start, ["verify", path, "--read-data"], log)
+        store.open(path).load(1, np.arange(200), ("logits",))
+    assert content(path) == before
+
+
+WORKERS = """
+import multiprocessing
+from pathlib import Path
+import numpy as np
+from torch.utils.data import DataLoader
+from pupils import SPEC
+from kcdcache import batches, data, manifest, store
+
+knowledge, digits = store.open(Path({path!r})), data.load(SPEC)
+whole = manifest.full(knowledge.knowledge_id, 200, digits.train.labels, 10)
+with batches.connect(digits, knowledge, whole) as source:
+    points = batches.KnowledgePoints(source)
+
+    def read(workers, kill=False):
+        seen = []
+        context = "fork" if workers else None
+        for batch in DataLoader(points, batch_size=10, num_workers=workers, multiprocessing_context=context):
+            seen.append(batch["index"].numpy())
+            if kill and len(seen) == 2:
+                for worker in multiprocessing.active_children():
+                    worker.kill()
+        return np.concatenate(seen)
+
+    if {kill}:
+        print("read", len(read(2, kill=True)), "after the death")
+    else:
+        print("the same:", (read(2) == read(0)).all(), len(read(2)))
+"""
+
+
+def test_the_death_of_a_loading_process_is_an_error_and_no_wait(here, tmp_path):
+    # torch tells of it where it notices first: by SIGCHLD anywhere in the main thread, at the next wait for a batch,
+    # or while it fetches a tensor from the dead process (EOFError, ConnectionError). It may not wait, and not go on.
+    path, log = str(here.root / "precompute"), tmp_path / "log"
+    code = finished(here.start, WORKERS.format(path=path, kill=True), log)
+    said = log.read_text()
+    assert code == 1, said
+    died = r"DataLoader worker \(pid(\(s\))? [\d, ]+\) (exited unexpectedly|is killed by signal: Killed)"
+    assert re.search(rf"{died}|EOFError|ConnectionResetError|ConnectionRefusedError|FileNotFoundError", said), said
+    assert "after the death" not in said
+    succeeds(here.start, WORKERS.format(path=path, kill=False), log)
+    assert "the same: True 200" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("take", "said"),
+    [
+        (lambda: np.empty(2**50), "Unable to allocate"),
+        (lambda: torch.empty(2**60), "can't allocate memory"),
+        (lambda: bytearray(2**62), "MemoryError"),
+        pytest.param(
+            lambda: torch.empty(2**42, device="cuda"),
+            "CUDA out of memory",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+        ),
+    ],
+)
+def test_every_way_to_run_out_of_memory_is_one_error(take, said):
+    with (
+        pytest.raises(KcdcacheError, match=rf"^out of memory: take less \(.*{said}") as caught,
+        enough_memory("take less"),
+    ):
+        take()
+    assert caught.value.exit_code == 1
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    with pytest.raises(RuntimeError, match="must match the size") as caught, enough_memory("take less"):
+        torch.ones(2) + torch.ones(3)
+    assert not isinstance(caught.value, KcdcacheError)
+
+
+COUNT, SIDE, MEMORY = 400, 64, 250 * 2**20
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Images of which a network holds a few in the memory given, but not all at once."""
+    root = tmp_path_factory.mktemp("images")
+    pixels = np.random.default_rng(0).integers(0, 256, (COUNT, SIDE, SIDE, 3), np.uint8)
+    labels = np.arange(COUNT) % 10
+    np.savez(
+        root / "images.npz", train_images=pixels, train_labels=labels, test_images=pixels[:20], test_labels=labels[:20]
+    )
+    spec = f"arrays:{root / 'images.npz'}"
+    saved_teacher(root / "teacher", data.load(spec))
+    return root, spec
+
+
+def test_a_teacher_batch_beyond_memory_says_what_to_lower(here, images, tmp_path):
+    root, spec = images
+    given = {"data": spec, "teacher": root / "teacher", "store": tmp_path / "it", "min_accuracy": 0, "augment": "none"}
+    command, log = ["precompute", *lines(given), "--batch-size"], tmp_path / "log"
+    assert finished(here.start, [*command, COUNT], log, limits={"memory": MEMORY}) == 1
+    said = f"error: out of memory: lower --batch-size ({COUNT} now); it is part of a store's plan, so if {tmp_path}/it"
+    assert said in log.read_text()
+    assert not complete("precompute", tmp_path / "it")
+    assert finished(here.start, [*command, 4], log, limits={"memory": MEMORY}) == 0, log.read_text()
+    assert complete("precompute", tmp_path / "it")
+
+
+def test_a_store_that_holds_points_keeps_its_batch_size(here, tmp_path):
+    """What the advice of the test above leaves: the same size, or another store."""
+    path, log = tmp_path / "it", tmp_path / "log"
+    code = finished(here.start, words(here.root, "precompute", path), log, KCDCACHE_CRASHPOINT="90")
+    assert code == -signal.SIGKILL
+    assert list(path.rglob("v00000*.json"))
+    assert finished(here.start, words(here.root, "precompute", path, batch_size=32), log) == 4
+    assert "differ in batch_size: 64 against 32" in log.read_text()
+    succeeds(here.start, words(here.root, "precompute", path), log)
+    assert same(here.root, "precompute", path)
+
+
+def test_a_student_batch_beyond_memory_says_what_to_lower(here, images, tmp_path):
+    _, spec = images
+    given = {"data": spec, "model": "resnet8", "epochs": 1, "augment": "none", "threads": 1}
+    log = tmp_path / "log"
+    for size, path, code in ((COUNT, tmp_path / "it", 1), (4, tmp_path / "other", 0)):
+        command = ["fit", *lines(given | {"batch_size": size, "out": path})]
+        assert finished(here.start, command, log, limits={"memory": MEMORY}) == code, log.read_text()
+    said = f"error: out of memory: lower --batch-size ({COUNT} now), with another --out: a run keeps the one it began"
+    assert said in log.read_text()

@@ -1,0 +1,245 @@
+"""Names and frames of unknown origin: they must not lead elsewhere, steer the terminal, or forge a line of ours."""
+
+import json
+import shutil
+
+import google_crc32c
+import pytest
+from confined import confinement
+from numcodecs import Zstd
+from PIL import Image
+from pupils import distilled, school
+from stores import creating, finish, make, plan_of
+from test_hostile import first_chunk, resealed, write_resealed
+
+from kcdcache import frames, manifest, records, runcheck, runs, steps
+from kcdcache.errors import CorruptionError, UnsafeError
+from kcdcache.files import read_json, sha256_file
+from kcdcache.folder import RunFolder
+from kcdcache.identity import DataIdentity, Knowledge, TeacherIdentity, ViewIdentity
+
+STEERING = "\x1b]0;owned\x07\x9b2J\r\x08\u202e\u200b\ufeff"
+FORGED = "a\nproblems: 0"
+
+
+@pytest.fixture(scope="module")
+def run():
+    with confinement() as confined:
+        yield confined
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    root = tmp_path_factory.mktemp("trained")
+    pupils = school(root / "school", views=1)
+    distilled(pupils, root / "run", run={"until": 1}, epochs=2, stages=1)
+    return root / "run"
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    return RunFolder(path=tmp_path / "run")
+
+
+def harmless(done):
+    """Whether an output steers no terminal and holds no line that a name made."""
+    assert done.output
+    assert all(letter.isprintable() or letter == "\n" for letter in done.output), repr(done.output)
+    assert not any(line.strip() == "problems: 0" for line in done.output.splitlines()), done.output
+    return True
+
+
+@pytest.mark.parametrize("name", [STEERING, FORGED], ids=["steering", "forged"])
+def test_names_in_files_are_shown_escaped(run, tmp_path, name):
+    labels = manifest.full("k" + name, 3)
+    file = tmp_path / "m.parquet"
+    changed = {key: getattr(labels, key) for key in labels.__dataclass_fields__} | {"rule": {name: name}}
+    manifest.write(file, manifest.Manifest(**changed))
+    assert harmless(run("inspect", file))
+    assert harmless(run("inspect", file, "--json"))
+    who = Knowledge(
+        teacher=TeacherIdentity(architecture=name, weights=name, transform={name: name}, precision="float32"),
+        data=DataIdentity(count=150, classes=(name, "b"), image_size=(4, 4), digest=name),
+        views=ViewIdentity(rule=name, padding=0, fill=name, size=(4, 4), seed=0),
+    )
+    with creating(tmp_path / "s", plan_of(), who) as writing:
+        finish(writing)
+    told = run("inspect", tmp_path / "s")
+    assert harmless(told)
+    assert "owned" in told.output or "a\\nproblems: 0" in told.output
+
+
+@pytest.mark.parametrize("name", [STEERING, FORGED], ids=["steering", "forged"])
+def test_names_of_files_are_shown_escaped_in_errors(run, tmp_path, name):
+    for words in (["inspect", tmp_path / name], [f"no{name}"], ["inspect", f"--{name}"], ["run", f"{name}.toml"]):
+        assert harmless(run(*words))
+    assert harmless(run("inspect", tmp_path / name, "--debug"))
+
+
+@pytest.mark.parametrize("name", [STEERING, FORGED], ids=["steering", "forged"])
+def test_class_names_are_shown_escaped_in_logs_and_errors(run, tmp_path, name):
+    for split in ("train", "val"):
+        (tmp_path / "d" / split / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "d" / split / name / "0.png")
+        (tmp_path / "d" / split / name / "notes.txt").write_text("no image")
+    words = ["fit", "--data", f"folder:{tmp_path}/d", "--model", "resnet8", "--out", tmp_path / "out", "--dry-run"]
+    logged = run(*words)
+    assert logged.code == 0
+    assert "1 files in" in logged.output
+    assert harmless(logged)
+    (tmp_path / "d/val" / f"{name}2").mkdir()
+    refused = run(*words)
+    assert (refused.code, "class folders that" in refused.output) == (4, True)
+    assert harmless(refused)
+
+
+@pytest.mark.parametrize("name", [STEERING, FORGED], ids=["steering", "forged"])
+def test_titles_of_a_recipe_are_shown_escaped(run, tmp_path, name):
+    step = f'[[step]]\nname = "teacher"\nrun = "fit"\ntitle = {json.dumps(name)}\n'
+    file = tmp_path / "r.toml"
+    file.write_text(
+        f'title = {json.dumps(name)}\ndata = {json.dumps(f"folder:{name}")}\n{step}settings = {{ model = "resnet8" }}'
+    )
+    assert harmless(run("run", file, "--out", tmp_path / "out", "--dry-run"))
+    assert harmless(run("run", file, "--out", tmp_path / "out"))
+
+
+def test_long_errors_are_cut(run, tmp_path):
+    done = run("inspect", *[tmp_path / "/".join(["n" * 200] * 15)])
+    assert len(done.output) < 4200
+    done = run("run", f"{'n' * 9000}.toml")
+    assert "characters)" in done.output
+    assert len(done.output) < 4200
+
+
+def test_several_problems_stand_on_lines_of_their_own(run, tmp_path):
+    root = make(tmp_path / "s")
+    for file in sorted(root.glob("logits*/c.*")):
+        file.unlink()
+    lines = run("verify", root).output.splitlines()
+    assert lines[0].endswith("4 problems")
+    assert all(line.startswith("  - ") and line.endswith("is missing") for line in lines[1:])
+
+
+@pytest.mark.parametrize(
+    "name", ["../../victim.safetensors", "/etc/passwd", "x.safetensors", "0" * 16 + ".safetensors\n"]
+)
+def test_a_checkpoint_is_only_looked_for_in_its_folder(folder, tmp_path, name):
+    pointer = folder.checkpoints / "latest.json"
+    (tmp_path / "victim.safetensors").write_bytes(next(folder.checkpoints.glob("*.safetensors")).read_bytes())
+    write_resealed(pointer, read_json(pointer) | {"file": name})
+    with pytest.raises(CorruptionError, match=r"latest\.json names the file .*, which no checkpoint is called"):
+        runs.load_checkpoint(folder)
+    assert any("which no checkpoint is called" in problem for problem in runcheck.check(folder.path).problems)
+
+
+HEADERS = {
+    "endless": (2**40).to_bytes(8, "little") + b"{}",
+    "long": (8 * 2**20).to_bytes(8, "little") + b" " * 8 * 2**20,
+    "no record": (2).to_bytes(8, "little") + b"{}",
+    "a list": (2).to_bytes(8, "little") + b"[]",
+    "deep": (900).to_bytes(8, "little") + b"[" * 900,
+    "short": b"{}",
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_a_checkpoint_with_a_hostile_header_is_refused(folder, header):
+    file = folder.checkpoints / f"{0:016}.safetensors"
+    file.write_bytes(HEADERS[header])
+    pointer = folder.checkpoints / "latest.json"
+    write_resealed(pointer, {"file": file.name, "sha256": sha256_file(file)})
+    expected = UnsafeError if header in ("endless", "long") else CorruptionError
+    with pytest.raises(expected, match=f"{file.name}"):
+        runs.load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x/manifest.parquet", "/etc/passwd", "stages/0/../../x", 3, None, "stages/0/values.parquet"]
+)
+def test_a_summary_names_condensed_sets_of_its_own_run_only(folder, name):
+    runs.write_summary(folder, {"condensed_set": name})
+    with pytest.raises(CorruptionError, match=r"summary\.json names the condensed set"):
+        steps.condensed_set(folder.path)
+
+
+def test_a_summary_that_names_its_own_condensed_set_is_followed(folder):
+    runs.write_summary(folder, {"condensed_set": "stages/12/manifest.parquet"})
+    assert steps.condensed_set(folder.path) == folder.path / "stages/12/manifest.parquet"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {"../../victim": {"rows": 1, "digest": "", "bytes": 1, "sha256": ""}}}, {"files": []},
+        {"files": {"x": 1}},
+        {"files": {"values.parquet": {}}}, {"pending": ["/etc/passwd"]}, {"pending": [[]]}, {"pending": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_record_of_files_names_files_of_the_run_only(folder, change):
+    write_resealed(folder.path / "files.json", read_json(folder.path / "files.json") | change)
+    with pytest.raises(CorruptionError, match=r"files\.json is damaged: "):
+        records.read(folder.path)
+
+
+@pytest.mark.parametrize("line", [b"[]", b"{}", b'{"seconds":"1"}', b'{"seconds":1e999}', b"[" * 900, b"", b"3"])
+def test_odd_lines_of_clock_times_count_nothing(folder, line):
+    folder.timing.write_bytes(b'{"seconds":2}\n' + line + b'\n{"seconds":1.5}\n')
+    assert runs.seconds_spent(folder) == 3.5
+
+
+def test_odd_lines_of_metrics_are_named(folder):
+    folder.metrics.write_bytes(b'{"epoch":0}\n[]\n')
+    with pytest.raises(CorruptionError, match=r"metrics\.jsonl, line 2 should hold a JSON object"):
+        runs.read_metrics(folder.path)
+    folder.metrics.write_bytes(b'{"epoch":0}\n{"epoch":NaN}\n')
+    with pytest.raises(CorruptionError, match=r"metrics\.jsonl, line 2 should hold JSON"):
+        runs.read_metrics(folder.path)
+
+
+def payloads(size):
+    """Chunk payloads that hold other frames than the one planned of `size` bytes, and what is said of each."""
+    planned, bomb = bytes(Zstd(level=1).encode(bytes(size))), bytearray(Zstd(level=1).encode(bytes(2**31 - 1)))
+    assert frames.content_bytes(bytes(bomb)) == 2**31 - 1
+    lying = bytearray(bomb)
+    lying[6:10] = size.to_bytes(4, "little")
+    skippable = bytes.fromhex("502a4d18") + (8).to_bytes(4, "little") + bytes(8)
+    return {
+        "a bomb": (bytes(bomb), "holds a zstd frame of 2147483647 bytes"),
+        "a bomb after the planned frame": (planned + bytes(bomb), "holds other data than one zstd frame"),
+        "a frame that lies": (bytes(lying), "cannot be decoded"),
+        "a skippable frame first": (skippable + bytes(bomb), "holds other data than one zstd frame"),
+        "the planned frame twice": (planned * 2, "holds other data than one zstd frame"),
+        "the planned frame cut": (planned[:-3], "holds other data than one zstd frame"),
+    }
+
+
+LOAD = """
+import numpy as np
+from kcdcache import store
+opened = store.open({path!r})
+opened.load(0, np.arange(opened.count), ("logits",))
+"""
+
+
+@pytest.fixture(scope="module")
+def crafted():
+    plan = plan_of(count=16384, compression="zstd")
+    return payloads(next(array.chunk_bytes for array in plan.arrays if array.name == "logits"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a bomb", "a bomb after the planned frame", "a frame that lies", "a skippable frame first",
+        "the planned frame twice", "the planned frame cut",
+    ],
+)  # fmt: skip
+def test_chunks_of_other_frames_than_planned_are_refused_in_little_memory(run, crafted, tmp_path, name):
+    root = make(tmp_path / "s", plan_of(count=16384, compression="zstd"))
+    payload, said = crafted[name]
+    resealed(root, first_chunk(root), payload + google_crc32c.value(payload).to_bytes(4, "little"))
+    done = run(text=LOAD.format(path=str(root)))
+    assert (done.code, said in done.output) == (1, True), done.output

@@ -1,0 +1,338 @@
+"""Stores and runs of unknown origin: their records and links must not stall, fill the memory, or write elsewhere."""
+
+import json
+import os
+import shutil
+from contextlib import suppress
+
+import pytest
+from confined import confinement
+from pupils import SCHOOL, SPEC, distilled, lines, school
+from stores import content, creating, grown, make, plan_of
+from test_hostile import first_chunk, write_resealed
+
+from kcdcache import checks, inspection, ledger, store
+from kcdcache.errors import CorruptionError, UnsafeError
+from kcdcache.files import canonical_json, read_json
+from kcdcache.identity import knowledge_from
+from kcdcache.repair import repair
+from kcdcache.untrusted import parse_json
+
+
+@pytest.fixture(scope="module")
+def run():
+    with confinement() as confined:
+        yield confined
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("made")
+    pupils = school(root / "school")
+    distilled(pupils, root / "run", epochs=2, stages=1)
+    distilled(pupils, root / "half", run={"until": 1}, epochs=2, stages=1)
+    return {"store": pupils.knowledge.path, "run": root / "run", "half": root / "half", "network": pupils.teacher}
+
+
+FILES = {
+    "store": ["_kcd/identity.json", "_kcd/commit.0.json", "_kcd/plan.0.json", "_kcd/log/0/v00000-p00000.json"],
+    "run": ["run.json", "summary.json", "metrics.jsonl"],
+    "network": ["model.json"],
+}
+PLACES = [(kind, name) for kind, names in FILES.items() for name in names]
+TEXTS = {
+    "deep": b"[" * 900 + b"]" * 900,
+    "very deep": b"[" * 10**6,
+    "60 MB of objects": b"[" + b"{}," * (20 * 2**20) + b"0]",
+    "a number without end": b'{"count":' + b"9" * 5000 + b"}",
+    "a number beyond floats": b'{"count":1e999}',
+    "NaN": b'{"count":NaN}',
+    "a key twice": b'{"count":1,"count":2}',
+    "no UTF-8": b"\xff\xfe{\0}\0",
+    "half a surrogate pair": b'{"\\ud800":"\\ud800"}',
+    "a NUL": b'{"file":"a\\u0000b","sha256":"x"}',
+    "null": b"null",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if text not in ("null", "a NUL")])
+def test_hostile_json_has_no_value(text):
+    with pytest.raises((CorruptionError, UnsafeError), match=r"here (should hold JSON|holds \d+ JSON values)"):
+        parse_json(TEXTS[text], "here")
+
+
+def copied(made, kind, folder):
+    shutil.copytree(made[kind], folder / kind)
+    return folder / kind
+
+
+def refused(run, root, kind, codes):
+    path = root / "model.json" if kind == "network" else root
+    for command in ("inspect", "verify"):
+        done = run(command, path)
+        if command == "verify" or done.code:
+            assert done.code in codes, done.output
+        assert "internal error" not in done.output
+        assert "out of memory" not in done.output
+
+
+THOROUGH = ("deep", "NaN", "a key twice", "no UTF-8", "half a surrogate pair", "a NUL", "a number beyond floats")
+"""these differ from the others only in `parse_json`, which is tested by itself"""
+
+
+@pytest.mark.parametrize("text", [pytest.param(t, marks=pytest.mark.slow) if t in THOROUGH else t for t in TEXTS])
+def test_records_of_hostile_json_are_refused_in_little_memory(run, made, tmp_path, text):
+    for number, (kind, name) in enumerate(PLACES):
+        root = copied(made, kind, tmp_path / str(number))
+        (root / name).write_bytes(TEXTS[text])
+        refused(run, root, kind, (3, 4, 8, 9))
+
+
+@pytest.mark.parametrize("what", ["fifo", "/dev/zero", "sparse"])
+def test_records_that_never_end_are_not_waited_for(run, made, tmp_path, what):
+    for number, (kind, name) in enumerate(PLACES):
+        root = copied(made, kind, tmp_path / str(number))
+        (root / name).unlink()
+        if what == "fifo":
+            os.mkfifo(root / name)
+        elif what == "sparse":
+            with open(root / name, "wb") as stream:
+                stream.truncate(2**40)
+        else:
+            (root / name).symlink_to(what)
+        refused(run, root, kind, (3, 8, 9))
+
+
+def test_an_array_document_of_null_is_refused(tmp_path):
+    root = make(tmp_path / "s")
+    (root / "logits/zarr.json").write_bytes(b"null")
+    with pytest.raises(CorruptionError, match="is not what this store's plan implies"):
+        store.open(root)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"codecs": [{"name": "numcodecs.pickle"}]},
+        {"codecs": [{"name": "bytes"}, {"name": "numcodecs.zlib", "configuration": {"level": 1}}]},
+        {"codecs": [{"name": "anything"}]},
+        {"fill_value": 0},
+        {"storage_transformers": [{"name": "x"}]},
+        {"zarr_format": 2, "filters": [{"id": "pickle"}], "compressor": None},
+        {"shape": [10**12] * 3},
+        {"attributes": {"x": 1}},
+    ],
+    ids=lambda change: " ".join(map(str, change)),
+)
+def test_array_documents_with_anything_of_their_own_are_refused_at_open(tmp_path, change):
+    root = make(tmp_path / "s")
+    document = json.loads((root / "logits/zarr.json").read_bytes())
+    (root / "logits/zarr.json").write_text(json.dumps(document | change))
+    with pytest.raises(CorruptionError, match="is not what this store's plan implies"):
+        store.open(root)
+
+
+def replanned(root, **changes):
+    """Change a store's plan and everything that vouches for it."""
+    plan = read_json(ledger.plan_path(root, 0))
+    field = changes.pop("field", {})
+    plan["fields"][0] |= field
+    plan = {key: value for key, value in (plan | changes).items() if key != "digest"}
+    write_resealed(ledger.plan_path(root, 0), plan)
+    commit = read_json(ledger.commit_path(root, 0))
+    write_resealed(ledger.commit_path(root, 0), commit | {"plan": plan})
+    return root
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"count": 10**15}, {"views": 10**15}, {"count": -1}, {"views": True}, {"part_rows": 10**15},
+        {"field": {"row_shape": [2**33, 2**31]}}, {"field": {"row_shape": [1] * 1000}},
+        {"field": {"row_shape": [1.5]}}, {"field": {"name": "../../x"}}, {"field": {"encoding": "pickle"}},
+        {"compression": "numcodecs.pickle"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_plans_that_claim_the_impossible_are_refused(run, tmp_path, changes):
+    root = replanned(make(tmp_path / "s"), **changes)
+    done = run("verify", root)
+    assert (done.code, "plan" in done.output) == (3, True), done.output
+    with suppress(CorruptionError):
+        inspection.inspect(root)
+
+
+def test_log_records_cannot_name_files_elsewhere(run, tmp_path):
+    root = make(tmp_path / "s")
+    commit = read_json(ledger.commit_path(root, 0))
+    for name in ("../../../../../../etc/x", "/etc/passwd", "http://example.org/x", "a\0b"):
+        write_resealed(ledger.commit_path(root, 0), commit | {"log": [[name, "0" * 64]]})
+        done = run("verify", root)
+        assert done.code in (3, 8), done.output
+        assert "internal error" not in done.output
+
+
+def test_a_folder_of_chunks_that_is_a_link_is_refused(tmp_path):
+    root = make(tmp_path / "s")
+    (root / "logits").rename(tmp_path / "elsewhere")
+    (root / "logits").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CorruptionError, match="is missing"):
+        store.open(root)
+
+
+@pytest.mark.parametrize("what", ["fifo", "/dev/zero", "/dev/stdin"])
+def test_a_chunk_that_is_a_pipe_or_device_is_refused(run, tmp_path, what):
+    root = make(tmp_path / "s")
+    chunk = root / first_chunk(root)
+    chunk.unlink()
+    os.mkfifo(chunk) if what == "fifo" else chunk.symlink_to(what)
+    done = run("verify", root, "--read-data")
+    assert (done.code, "is missing" in done.output) == (3, True), done.output
+
+
+def test_hard_links_are_plain_files(tmp_path):
+    root = make(tmp_path / "s")
+    os.link(root / first_chunk(root), tmp_path / "other")
+    assert store.open(root).count == 150
+
+
+def training(made, out):
+    words = ["train", "--store", made["store"], "--data", SPEC, "--student", "lessons:TinyNet", "--out", out]
+    rest = lines(SCHOOL | {"student": "lessons:TinyNet", "epochs": 2, "stages": 1})
+    return [*words, *rest[2:], "--device", "cpu"]
+
+
+@pytest.mark.parametrize("name", [".lock", "checkpoint", "timing.jsonl", "stages"])
+def test_continuing_a_run_writes_and_deletes_nothing_through_links(run, made, tmp_path, name):
+    root = copied(made, "half", tmp_path)
+    precious = tmp_path / "precious"
+    if name in ("checkpoint", "stages"):
+        precious.mkdir()
+        (precious / "mine.safetensors").write_bytes(b"dear to me")
+    else:
+        precious.write_bytes(b"dear to me")
+    shutil.rmtree(root / name) if (root / name).is_dir() else (root / name).unlink(missing_ok=True)
+    (root / name).symlink_to(precious)
+    done = run(*training(made, root))
+    assert (done.code, "is a symbolic link" in done.output) == (8, True), done.output
+    kept = precious / "mine.safetensors" if precious.is_dir() else precious
+    assert kept.read_bytes() == b"dear to me"
+
+
+def test_an_unharmed_run_continues(run, made, tmp_path):
+    done = run(*training(made, copied(made, "half", tmp_path)))
+    assert done.code == 0, done.output
+
+
+def linked_victim(root, name, tmp_path):
+    """Replace a file or folder of a store by a link to one of the user's."""
+    victim = tmp_path / "victim"
+    if (root / name).is_dir():
+        (root / name).rename(victim)
+    else:
+        (root / name).unlink(missing_ok=True)
+        victim.write_bytes(b"dear to me")
+    (root / name).symlink_to(victim)
+    return victim
+
+
+@pytest.mark.parametrize("name", ["_kcd/lock", "_kcd/identity.json", "logits", "_kcd/log"])
+def test_growing_or_resuming_a_store_writes_nothing_through_links(tmp_path, name):
+    root = make(tmp_path / "s")
+    victim = linked_victim(root, name, tmp_path)
+    before = content(victim) if victim.is_dir() else victim.read_bytes()
+    for begin in (lambda: grown(root, views=3), lambda: finish_again(root)):
+        with pytest.raises(UnsafeError, match="is a symbolic link; nothing is written in a folder that holds one"):
+            begin()
+    assert (content(victim) if victim.is_dir() else victim.read_bytes()) == before
+
+
+def finish_again(root):
+    with creating(root, plan_of()):
+        pass
+
+
+@pytest.mark.parametrize(("name", "text"), [("_kcd/lock", "nothing is written through it"), ("logits", "in a folder")])
+def test_repair_writes_nothing_through_links(tmp_path, name, text):
+    root = make(tmp_path / "s")
+    victim = linked_victim(root, name, tmp_path)
+    before = content(victim) if victim.is_dir() else victim.read_bytes()
+    with pytest.raises(UnsafeError, match=f"is a symbolic link; .*{text}"):
+        repair(root, None)
+    assert (content(victim) if victim.is_dir() else victim.read_bytes()) == before
+
+
+@pytest.mark.parametrize("name", ["lock", "lock.0-2"])
+def test_a_lock_that_is_a_pipe_is_not_waited_for(run, tmp_path, name):
+    root = make(tmp_path / "s")
+    (root / "_kcd" / name).unlink(missing_ok=True)
+    os.mkfifo(root / "_kcd" / name)
+    shard = "" if name == "lock" else ", holding.Shard(0, 3)"
+    text = f"""
+from pathlib import Path
+from kcdcache import holding
+with holding.held(Path({str(root)!r}), lambda alone: None{shard}):
+    pass
+"""
+    done = run(text=text)
+    assert (done.code, done.timed_out, "is a pipe or a device" in done.output) == (1, False, True), done.output
+
+
+def test_a_commit_that_names_a_record_again_and_again_is_refused(run, tmp_path):
+    root = make(tmp_path / "s")
+    path = ledger.commit_path(root, 0)
+    commit = read_json(path)
+    write_resealed(path, commit | {"log": commit["log"][:1] * 100_000})
+    done = run("verify", root)
+    assert (done.code, "its log names a record twice" in done.output) == (3, True), done.output
+
+
+@pytest.mark.slow
+def test_a_commit_with_a_million_log_entries_is_refused_in_little_memory(run, tmp_path):
+    root = make(tmp_path / "s")
+    path = ledger.commit_path(root, 0)
+    write_resealed(path, read_json(path) | {"log": [[f"v{n:05}-p00000", "0" * 64] for n in range(10**6)]})
+    done = run("verify", root)
+    assert (done.code, "expected at most 67108864" in done.output) == (8, True), done.output
+
+
+@pytest.mark.slow
+def test_a_commit_with_many_records_that_are_not_there_is_refused_in_little_memory(run, tmp_path):
+    root = make(tmp_path / "s")
+    path = ledger.commit_path(root, 0)
+    write_resealed(path, read_json(path) | {"log": [[f"v{n:05}-p00000", "0" * 64] for n in range(300_000)]})
+    done = run("verify", root)
+    assert done.code == 3, done.output
+    assert len(done.output) < 5000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"identity": None}, {"identity": []}, {"plan": []}, {"plan": {}}, {"log": {}}, {"log": [1]},
+        {"log": [["samples"]]},
+        {"log": [["samples", 1]]}, {"log": [["samples", "0" * 63]]}, {"log": [["../../x", "0" * 64]]}
+    ],
+    ids=str,
+)  # fmt: skip
+def test_commits_of_wrong_types_are_damaged(tmp_path, change):
+    root = make(tmp_path / "s")
+    path = ledger.commit_path(root, 0)
+    write_resealed(path, read_json(path) | change)
+    for look in (inspection.inspect, store.open, checks.verify):
+        with pytest.raises(CorruptionError, match=r"commit\.0\.json is damaged: "):
+            look(root)
+
+
+def test_a_store_of_fewer_samples_than_its_data_is_refused(run, tmp_path):
+    root = make(tmp_path / "s")
+    commit = read_json(ledger.commit_path(root, 0))
+    data = commit["identity"]["knowledge"]["data"] | {"count": 151}
+    claimed = knowledge_from(commit["identity"]["knowledge"] | {"data": data})
+    document = commit["identity"] | {"knowledge": claimed.document(), "knowledge_id": claimed.knowledge_id}
+    (root / "_kcd/identity.json").write_bytes(canonical_json(document))
+    write_resealed(ledger.commit_path(root, 0), commit | {"identity": document})
+    with pytest.raises(CorruptionError, match="has 150 samples, its identity 151"):
+        store.open(root)
+    assert "has 150 samples, its identity 151" in run("verify", root).output

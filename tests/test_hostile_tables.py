@@ -1,0 +1,220 @@
+"""Parquet files of unknown origin, manifests and values: what they claim must not eat memory, time or files."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from confined import confinement
+from forging import (
+    BYTE_ARRAY,
+    DELTA_BYTE_ARRAY,
+    DICTIONARY,
+    I32,
+    I64,
+    RLE_DICTIONARY,
+    ZSTD,
+    column,
+    footer,
+    one_column,
+    page,
+    parquet,
+)
+from numcodecs import Zstd
+
+from kcdcache import manifest, tables
+from kcdcache.errors import CorruptionError, MismatchError, UnsafeError
+
+
+@pytest.fixture(scope="module")
+def run():
+    with confinement() as confined:
+        yield confined
+
+
+def integers(*numbers):
+    return np.array(numbers, "<i8").tobytes()
+
+
+def table_of(path, table, **how):
+    pq.write_table(pa.table(table), path, **({"compression": "zstd", "use_dictionary": False} | how))
+    return path
+
+
+def endless_rows(path, rows):
+    """A few hundred kilobytes that decode to any number of rows."""
+    batch = pa.table({"index": np.zeros(2**20, np.int64), "value": np.zeros(2**20, np.float32)})
+    with pq.ParquetWriter(path, batch.schema, compression="zstd") as writer:
+        for _ in range(rows // 2**20):
+            writer.write_table(batch)
+    return path
+
+
+def refused(run, path, code, text):
+    """Both commands that read a table without knowing how long it should be end with this code, and say why."""
+    for command in ("inspect", "verify"):
+        done = run(command, path)
+        assert (done.code, text in done.output) == (code, True), done.output
+
+
+def test_a_forged_file_without_a_lie_is_read(tmp_path):
+    (tmp_path / "t.parquet").write_bytes(one_column([page(integers(5, 6, 7), 3)], 3))
+    assert tables.read(tmp_path / "t.parquet").to_pydict() == {"index": [5, 6, 7]}
+
+
+def test_a_million_rows_fit_the_memory_that_the_hostile_files_get(run, tmp_path):
+    manifest.write(tmp_path / "m.parquet", manifest.full("k", 10**6))
+    done = run("verify", tmp_path / "m.parquet")
+    assert (done.code, "rows: 1000000" in done.output) == (0, True), done.output
+
+
+def test_endless_rows_are_refused_where_nobody_knows_how_many_there_should_be(run, tmp_path):
+    path = endless_rows(tmp_path / "v.parquet", 2**25)
+    assert path.stat().st_size < 2**20
+    refused(run, path, 4, "holds 33554432 rows, expected at most 16777216 (one per sample)")
+
+
+def test_a_condensed_set_that_its_size_makes_plausible_may_be_longer(tmp_path):
+    rows = tables.UNKNOWN_ROWS + 1
+    path = table_of(tmp_path / "t.parquet", {"index": np.random.default_rng(0).integers(0, 2**30, rows)})
+    assert tables.read(path).num_rows == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "how"),
+    [
+        ("x" * 2**28, 1, {}),
+        ("x" * 2**16, 2**14, {"use_dictionary": True}),
+        ("x" * 2**14, 2**14, {"column_encoding": {"part": "DELTA_BYTE_ARRAY"}}),
+    ],
+    ids=["one long text", "a text that every row names", "a text that every row continues"],
+)
+def test_texts_that_grow_when_decoded_are_refused(run, tmp_path, text, rows, how):
+    claimed = pa.table({"part": pa.array([text] * rows)}).replace_schema_metadata({manifest.METADATA_KEY: "{}"})
+    path = table_of(tmp_path / "t.parquet", claimed, **how)
+    assert path.stat().st_size < 2**18
+    refused(run, path, 8, "column 'part' claims")
+
+
+CLAIMS = {
+    "a page of 2 GB": [page(Zstd(1).encode(bytes(2**26)), 3, 2**31 - 1)],
+    "a page of 64 MB that is there": [page(Zstd(1).encode(bytes(2**26)), 3, 2**26)],
+    "a dictionary of 2 GB": [
+        page(Zstd(1).encode(integers(1)), 1, 2**31 - 1, DICTIONARY),
+        page(b"\0\6\0", 3, encoding=RLE_DICTIONARY),
+    ],
+    "a dictionary of 2 billion values": [
+        page(Zstd(1).encode(integers(1)), 2**31 - 1, 8, DICTIONARY),
+        page(b"\0\6\0", 3, encoding=RLE_DICTIONARY),
+    ],
+    "a page of 2 billion values": [page(Zstd(1).encode(integers(1)), 2**31 - 1, 8)],
+    "more pages than rows": [page(Zstd(1).encode(integers(1, 2, 3)), 3, 24)] * 50_000,
+    "fewer values than rows": [page(Zstd(1).encode(integers(1, 2)), 2, 16)],
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_pages_that_claim_more_than_their_rows_hold_are_not_decoded(run, tmp_path, claim):
+    path, pages = tmp_path / "t.parquet", CLAIMS[claim]
+    path.write_bytes(one_column(pages, 3, codec=ZSTD, dictionary=4 if "dictionary" in claim else None))
+    done = run(text=f"from pathlib import Path\nfrom kcdcache import tables\ntables.read(Path({str(path)!r}))")
+    assert done.output.startswith("UnsafeError"), done.output
+    assert "column 'index' claim" in done.output
+
+
+def test_a_zstd_page_that_becomes_more_than_it_claims_is_damage(tmp_path):
+    data = Zstd(1).encode(bytes(2**26))
+    (tmp_path / "t.parquet").write_bytes(one_column([page(data, 3, 24)], 3, codec=ZSTD))
+    with pytest.raises(CorruptionError, match=r"t\.parquet is not an undamaged parquet file"):
+        tables.read(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [(2, I32, 8), (2, I64, 8), (9, I32, 0)],
+    ids=["twice", "twice, of another type", "backwards"],
+)
+def test_a_page_header_that_two_readers_could_read_differently_is_refused(tmp_path, more):
+    (tmp_path / "t.parquet").write_bytes(one_column([page(integers(5), 1, more=[more])], 1))
+    with pytest.raises(CorruptionError, match=r"field [25] of a footer or page header follows field [49]"):
+        tables.read(tmp_path / "t.parquet")
+
+
+def test_texts_in_an_encoding_that_repeats_them_are_refused(tmp_path):
+    data = page(bytes(16), 1, encoding=DELTA_BYTE_ARRAY)
+    (tmp_path / "t.parquet").write_bytes(one_column([data], 1, kind=BYTE_ARRAY))
+    with pytest.raises((UnsafeError, MismatchError), match=r"encoding 7|should hold numbers, found binary"):
+        tables.read(tmp_path / "t.parquet")
+
+
+def entry(rows=1):
+    return column(4, 0, rows)
+
+
+FOOTERS = {
+    "200,000 row groups": lambda: footer([([], 0)] * 200_000, 0),
+    "25,000 columns": lambda: footer([([entry()] * 25_000, 1)], 1, names=[b"index"] * 25_000),
+    "100,000 columns without data": lambda: footer([], 0, names=[b"a"] * 100_000),
+    "fewer rows than its groups": lambda: footer([([entry(10**9)], 10**9)], 1),
+    "a negative number of rows": lambda: footer([([entry(-5)], -5)], -5),
+    "a column in another file": lambda: footer([([column(4, 0, 1, file=b"/etc/passwd")], 1)], 1),
+    "metadata of 3 MB": lambda: footer([], 0, metadata=[(b"k", b"x" * 3 * 2**20)]),
+    "more groups than it lists": lambda: b"\x15\x04\x19\xfc\xff\xff\xff\xff\x0f",
+}
+
+
+@pytest.mark.parametrize("claim", FOOTERS)
+def test_footers_that_would_take_memory_are_refused(run, tmp_path, claim):
+    (tmp_path / "t.parquet").write_bytes(parquet(b"", FOOTERS[claim]()))
+    refused(run, tmp_path / "t.parquet", 3, "is not an undamaged parquet file")
+
+
+def test_a_footer_as_long_as_a_huge_file_is_not_read(run, tmp_path):
+    with open(tmp_path / "t.parquet", "wb") as stream:
+        stream.truncate(2**40)  # a sparse file: it takes no room
+        stream.seek(0, 2)
+        stream.write((2**31).to_bytes(4, "little") + b"PAR1")
+    refused(run, tmp_path / "t.parquet", 3, "no parquet footer of at most 2097152 bytes")
+
+
+def test_columns_that_are_no_numbers_are_refused_before_they_are_decoded(tmp_path):
+    path = table_of(tmp_path / "t.parquet", {"index": pa.array([[1, 2]]), "value": [1.0]})
+    with pytest.raises(MismatchError, match="column 'index' should hold numbers, found list"):
+        tables.read(path)
+
+
+def test_columns_nobody_asked_for_are_not_decoded(run, tmp_path):
+    path = table_of(tmp_path / "v.parquet", {"index": [0], "value": [1.5], "note": ["x" * 2**28]})
+    done = run("inspect", path)
+    assert (done.code, "value_range: [1.5, 1.5]" in done.output) == (0, True), done.output
+
+
+def test_many_columns_are_refused(tmp_path):
+    path = table_of(tmp_path / "t.parquet", {f"c{number}": [1] for number in range(65)})
+    with pytest.raises(UnsafeError, match="has 65 columns, expected at most 64"):
+        tables.read(path)
+
+
+def test_arrow_extension_types_run_no_code(tmp_path):
+    canary = tmp_path / "canary"
+    pickled = f"cposix\nsystem\n(S'touch {canary}'\ntR.".encode()
+    plain = pa.field("index", pa.int64(), metadata={
+        "ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": pickled,
+    })  # fmt: skip
+    schema = pa.schema([plain, ("value", pa.float32())])
+    pq.write_table(pa.table([[0], [1.0]], schema=schema), tmp_path / "t.parquet")
+    assert tables.read(tmp_path / "t.parquet").to_pydict() == {"index": [0], "value": [1.0]}
+    assert not canary.exists()
+
+
+def test_metadata_that_is_hostile_json_is_refused(run, tmp_path):
+    path = tmp_path / "m.parquet"
+    for text, code, why in (
+        ("[{}," * 200_000, 3, "it should hold JSON"),
+        ("[" + "{}," * 600_000 + "0]", 8, "holds 1200001 JSON values, expected at most 1000000"),
+        ('{"count": ' + "9" * 5000 + "}", 3, "has more than 64 bits"),
+        ('{"keep": NaN}', 3, "NaN is not a finite number"),
+        ('{"count": 1, "count": 2}', 3, "the key 'count' stands there twice"),
+        ("[" * 900 + "]" * 900, 3, "it is nested too deeply"),
+    ):
+        path.write_bytes(parquet(b"", footer([], 0, metadata=[(manifest.METADATA_KEY.encode(), text.encode())])))
+        refused(run, path, code, why)

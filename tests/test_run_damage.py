@@ -1,0 +1,398 @@
+"""Files of a run that are swapped, stale, missing, damaged or of another run: each refused by name, by every reader."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from pupils import SCHOOL, command, distilled, school
+
+from kcdcache import checks, manifest, runcheck, runs, values
+from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError
+from kcdcache.files import sealed_json
+from kcdcache.runs import RunFolder
+
+FLIPS = 400
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Of one store: a finished run, one that stopped inside its last stage, one with another keep; and a fitted one."""
+    place = school(tmp_path_factory.mktemp("school"))
+    distilled(place, place.root / "run", mix_target="requery")
+    distilled(place, place.root / "begun", mix_target="requery", run={"until": 5})
+    distilled(place, place.root / "other", keep=0.5)
+    command(place, "fit", model="resnet8", epochs=1, out=place.root / "fit")
+    return place
+
+
+class Copies:
+    """A folder in which each of the runs above appears, to be damaged, when it is first named."""
+
+    def __init__(self, source, target):
+        self.source, self.target = source, target
+
+    def __truediv__(self, name):
+        run = name.split("/")[0]
+        if (self.source / run).exists() and not (self.target / run).exists():
+            shutil.copytree(self.source / run, self.target / run)
+        return self.target / name
+
+
+@pytest.fixture
+def place(made, tmp_path):
+    return Copies(made.root, tmp_path)
+
+
+def flipped(data, bit):
+    damaged = bytearray(data)
+    damaged[bit // 8] ^= 1 << bit % 8
+    return bytes(damaged)
+
+
+def continued(made, run):
+    return distilled(made, run, mix_target="requery")
+
+
+# ---- swapped for another valid file of the same knowledge
+
+
+def swap(place, stage=1, run="begun"):
+    """Put the other run's manifest of a stage, valid and of the same knowledge, in the place of this run's."""
+    mine, theirs = (place / name / f"stages/{stage}/manifest.parquet" for name in (run, "other"))
+    was, now = manifest.read(mine).digest, manifest.read(theirs).digest
+    shutil.copy(theirs, mine)
+    return mine, rf"holds {now} with \d+ rows, the run wrote {was} with \d+ rows: another file was put in its place"
+
+
+def test_a_stale_manifest_is_refused_by_every_reader_with_both_digests(made, place):
+    path, said = swap(place, stage=2)
+    given = {"values": place / "begun/values.parquet", "keep": 0.4, "out": place / "out.parquet"}
+    readers = {
+        "read": lambda: manifest.read(path),
+        "resume": lambda: continued(made, place / "begun"),
+        "condense": lambda: command(made, "condense", previous=path, **given),
+        "reuse": lambda: command(made, "train", manifest=path, out=place / "new", **SCHOOL),
+        "requery": lambda: command(made, "precompute", manifest=path),
+    }
+    for name, reader in readers.items():
+        with pytest.raises(MismatchError, match=said):
+            reader()
+        assert name == "read" or not (place / "new").exists()
+    with pytest.raises(CorruptionError, match=said):
+        checks.verify(place / "begun")
+    assert not (place / "out.parquet").exists()
+
+
+def test_the_next_stage_is_not_condensed_from_a_swapped_manifest(made, place):
+    """What the run reads to condense is not only the stage it trains on."""
+    distilled(made, place / "short", run={"until": 2})
+    said = r"0/manifest\.parquet holds \w{64} .* another file was put in its place"
+    mine, theirs = place / "short/stages/0/manifest.parquet", place / "other/stages/1/manifest.parquet"
+    shutil.copy(theirs, mine)
+    with pytest.raises(MismatchError, match=said):
+        distilled(made, place / "short")
+
+
+def test_a_manifest_of_another_stage_of_the_same_run_is_refused(made, place):
+    one, two = (place / f"run/stages/{number}/manifest.parquet" for number in (1, 2))
+    shutil.copy(two, one)
+    with pytest.raises(
+        MismatchError, match=r"1/manifest.parquet holds \w{64} with 142 rows, the run wrote .* 168 rows"
+    ):
+        manifest.read(one)
+
+
+@pytest.mark.parametrize("name", ["values.parquet", "stages/1/values.parquet"])
+def test_values_of_another_run_are_refused_with_both_digests(made, place, name):
+    mine, theirs = place / "begun" / name, place / "other" / name
+    was, now = (values.fingerprint(values.read(path, 200).values) for path in (mine, theirs))
+    shutil.copy(theirs, mine)
+    said = rf"{name} holds {now} with 200 rows, the run wrote {was} with 200 rows"
+    given = {"values": mine, "keep": 0.4, "out": place / "out.parquet"}
+    for reader in (lambda: values.read(mine, 200), lambda: command(made, "condense", **given)):
+        with pytest.raises(MismatchError, match=said):
+            reader()
+    with pytest.raises(CorruptionError, match=said):
+        checks.verify(place / "begun")
+
+
+def test_the_set_a_run_began_with_is_held_to_its_record(made, place):
+    given = manifest.read(place / "other/stages/3/manifest.parquet")
+    distilled(made, place / "reuse", given=given, keep=0.3, run={"until": 2})
+    assert manifest.read(place / "reuse/given.parquet").digest == given.digest
+    shutil.copy(place / "other/stages/2/manifest.parquet", place / "reuse/given.parquet")
+    with pytest.raises(CorruptionError, match=r"given\.parquet holds \w{64} .* the run wrote " + given.digest):
+        checks.verify(place / "reuse")
+
+
+@pytest.mark.parametrize("name", ["summary.json", "run.json", "files.json", "checkpoint"])
+def test_a_part_of_another_run_is_refused(place, name):
+    if name == "checkpoint":
+        shutil.rmtree(place / "run" / name)
+        shutil.copytree(place / "other" / name, place / "run" / name)
+    else:
+        shutil.copy(place / "other" / name, place / "run" / name)
+    said = r"holds \w{64} .*the run wrote \w{64}" if name == "summary.json" else r"is of run \w{64}, .* of \w{64}"
+    with pytest.raises(CorruptionError, match=said):
+        checks.verify(place / "run")
+
+
+def test_another_runs_checkpoint_is_not_continued(made, place):
+    """The same student on the same store, but with other settings: its tensors would fit."""
+    shutil.rmtree(place / "begun/checkpoint")
+    shutil.copytree(place / "other/checkpoint", place / "begun/checkpoint")
+    with pytest.raises(MismatchError, match=r"checkpoint .* is of run \w{64}, .*run\.json of \w{64}"):
+        continued(made, place / "begun")
+
+
+def test_a_manifest_condensed_from_another_stage_is_no_next_stage(made, place):
+    """The run waits at the start of stage 1; what is given was condensed from another run's stage."""
+    distilled(made, place / "waiting", run={"until": 2})
+    stale = manifest.read(place / "other/stages/2/manifest.parquet").digest
+    path = place / "given.parquet"
+    command(
+        made, "condense", values=place / "waiting/values.parquet", stage=1, keep=0.8, out=path,
+        previous=place / "other/stages/2/manifest.parquet",
+    )  # fmt: skip
+    own = manifest.read(place / "waiting/stages/0/manifest.parquet").digest
+    said = f"was condensed from manifest {stale}, stage 0 of this run trained on {own}; condense again"
+    with pytest.raises(MismatchError, match=said):
+        distilled(made, place / "waiting", given=manifest.read(path))
+    assert not (place / "waiting/stages/1/manifest.parquet").exists()
+
+
+# ---- without a record, or with a wrong one
+
+
+def test_files_without_a_record_are_refused(made, place):
+    (place / "begun/files.json").unlink()
+    said = r"manifest\.parquet is not in files\.json, the record of what the run wrote: an older kcdcache made it"
+    with pytest.raises(CorruptionError, match=said):
+        continued(made, place / "begun")
+    with pytest.raises(CorruptionError, match=rf"(?s){said}.*student\.safetensors is not in files\.json"):
+        checks.verify(place / "begun")
+
+
+def test_a_manifest_put_into_a_run_by_hand_is_refused(made, place):
+    distilled(made, place / "waiting", run={"until": 2})
+    (place / "waiting/stages/1").mkdir()
+    shutil.copy(place / "other/stages/1/manifest.parquet", place / "waiting/stages/1")
+    with pytest.raises(CorruptionError, match=r"it was put there by hand; .* give a set made by hand with --manifest"):
+        distilled(made, place / "waiting")
+
+
+@pytest.mark.parametrize("key", ["rows", "digest", "sha256", "bytes"])
+def test_every_entry_of_the_record_counts(place, key):
+    file = place / "run/files.json"
+    record = json.loads(file.read_bytes())
+    del record["digest"]
+    entry = record["files"]["stages/1/manifest.parquet"]
+    entry[key] = entry[key] + 1 if isinstance(entry[key], int) else "0" * 64
+    file.write_bytes(sealed_json(record))
+    with pytest.raises(KcdcacheError, match=r"stages/1/manifest\.parquet .*the run wrote|recorded was 0{64}"):
+        manifest.read(place / "run/stages/1/manifest.parquet")
+    with pytest.raises(CorruptionError, match=r"stages/1/manifest\.parquet"):
+        checks.verify(place / "run")
+
+
+# ---- damage anywhere in the folder
+
+
+DAMAGE = {
+    "run.json": r"run/run\.json ",
+    "files.json": r"run/files\.json ",
+    "metrics.jsonl": r"metrics.jsonl, line 4: not what the checkpoint has for that epoch",
+    "summary.json": r"run/summary\.json ",
+    "checkpoint/latest.json": r"checkpoint/latest\.json ",
+    "student.json": "student.json",
+    "student.safetensors": "student.safetensors is damaged",
+    "values.parquet": "run/values.parquet",
+    "stages/2/values.parquet": "stages/2/values.parquet",
+    "stages/3/manifest.parquet": "stages/3/manifest.parquet",
+    "stages/2/manifest.requery/labels/c.0": r"manifest.requery/labels/c.0 \(samples",
+}
+"""file -> what is said when a bit in its middle is flipped"""
+
+
+def damage(path):
+    data = path.read_bytes()
+    path.write_bytes(flipped(data, len(data) * 4 + 1))
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_told_by_file(place, name):
+    damage(place / "run" / name)
+    with pytest.raises(CorruptionError, match=DAMAGE[name]):
+        checks.verify(place / "run")
+
+
+@pytest.mark.parametrize("name", [*DAMAGE, "checkpoint"])
+def test_what_is_missing_is_told_by_file(place, name):
+    path = place / "run" / name
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    if name == "run.json":
+        with pytest.raises(MismatchError, match="is no store, manifest, values file, run or network"):
+            checks.verify(place / "run")
+        return
+    told = {"files.json": "is not in files.json", "checkpoint": "checkpoint/latest.json is missing"}
+    with pytest.raises(CorruptionError, match=told.get(name, Path(name).name)):
+        checks.verify(place / "run")
+
+
+def test_all_damage_is_told_at_once(place):
+    others = set(DAMAGE) - {"files.json", "run.json", "checkpoint/latest.json"}  # the measures of the others
+    for name in others:
+        damage(place / "run" / name)
+    found = runcheck.check(place / "run")
+    for name in others:
+        assert any(name in problem for problem in found.problems), name
+    with pytest.raises(CorruptionError, match=rf"{len(found.problems)} problems\n"):
+        checks.verify(place / "run")
+
+
+def test_a_summary_is_held_to_what_it_sums_up(place):
+    """Its own digest and its entry in the record made to fit: the files it sums up still tell otherwise."""
+    folder = RunFolder(path=place / "run")
+    true = runs.read_summary(folder.path)
+    changes = {
+        "accuracy_last": 0.99, "relative_cost": 0.1, "kept": 3, "condensed_set": "stages/1/manifest.parquet",
+        "seconds": 1e-3, "rows_read": 1, "best_epoch": 77,
+    }  # fmt: skip
+    for name, wrong in changes.items():
+        runs.write_summary(folder, true | {name: wrong})
+        with pytest.raises(CorruptionError, match=rf"summary.json, {name}: {wrong}, but the run's other files give"):
+            checks.verify(folder.path)
+    runs.write_summary(folder, true)
+    assert checks.verify(folder.path)["problems"] == 0
+
+
+def test_a_store_of_mixes_belongs_to_the_manifest_beside_it(place):
+    shutil.rmtree(place / "run/stages/2/manifest.requery")
+    shutil.copytree(place / "run/stages/1/manifest.requery", place / "run/stages/2/manifest.requery")
+    with pytest.raises(CorruptionError, match=r"the teacher's outputs on manifest \w{64}, beside it lies \w{64}"):
+        checks.verify(place / "run")
+
+
+def test_runs_as_they_were_written_are_in_order(place):
+    for name, finished in (("run", True), ("begun", False), ("other", True), ("fit", True)):
+        found = checks.verify(place / name)
+        assert (found["problems"], found["finished"]) == (0, finished)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.json", "summary.json", "metrics.jsonl"])
+def test_damage_of_a_fitted_run_is_found(place, name):
+    damage(place / "fit" / name)
+    with pytest.raises(CorruptionError, match=name):
+        checks.verify(place / "fit")
+
+
+# ---- random bits and lengths
+
+
+def attempt(path):
+    """Return a manifest and nothing, or nothing and why it was refused."""
+    try:
+        return manifest.read(path), ""
+    except KcdcacheError as error:
+        return None, str(error)
+
+
+def same(left, right):
+    return left.digest == right.digest and all(
+        np.array_equal(column, right.columns()[name]) for name, column in left.columns().items()
+    )
+
+
+def test_no_flipped_bit_of_a_manifest_is_silent(place, capsys):
+    """400 bits of one outside any run: an error of ours, or nothing that is read differs. In a run all are found."""
+    inside, outside = place / "run/stages/2/manifest.parquet", place / "copy.parquet"
+    data, good = inside.read_bytes(), manifest.read(inside)
+    metadata = pq.read_schema(inside).metadata
+    harmless = 0
+    for number, bit in enumerate(np.random.default_rng(7).choice(8 * len(data), FLIPS, replace=False).tolist()):
+        outside.write_bytes(flipped(data, bit))
+        if number % 8 == 0:  # a SHA-256 finds all; every one of them is tried in the slow test below
+            inside.write_bytes(flipped(data, bit))
+            with pytest.raises(KcdcacheError, match=r"manifest\.parquet"):
+                manifest.read(inside)
+        found, said = attempt(outside)
+        assert found is not None or "copy.parquet" in said or "manifest" in said
+        if found is None:
+            continue
+        harmless += 1
+        assert same(found, good)
+        assert pq.read_schema(outside).metadata[b"kcdcache.manifest"] == metadata[b"kcdcache.manifest"]
+    with capsys.disabled():
+        print(f"\n{FLIPS} flips: {harmless} changed nothing that is read, the others were refused")
+    assert harmless < FLIPS / 4
+
+
+def test_no_flipped_bit_of_a_checkpoint_is_silent(place):
+    """K9: 200 bits over the checkpoint's tensors, its record and the pointer to it."""
+    folder = RunFolder(path=place / "begun")
+    random = np.random.default_rng(9)
+    for path, flips in zip(sorted(folder.checkpoints.iterdir()), (150, 50), strict=True):
+        data = path.read_bytes()
+        positions = random.integers(8 * len(data), size=flips).tolist()
+        if path.suffix == ".safetensors":
+            positions[:50] = random.integers(8 * 2000, size=50).tolist()  # its header is small beside its tensors
+        for bit in positions:
+            path.write_bytes(flipped(data, bit))
+            with pytest.raises(CorruptionError, match=r"checkpoint .* is damaged|latest\.json"):
+                runs.load_checkpoint(folder)
+        path.write_bytes(data)
+    assert runs.load_checkpoint(folder)[1]["epoch"] == 5
+
+
+LENGTHS = {
+    "empty": lambda data: b"",
+    "magic only": lambda data: b"PAR1",
+    "two magics": lambda data: b"PAR1PAR1",
+    "half": lambda data: data[: len(data) // 2],
+    "footer cut": lambda data: data[:-9],
+    "last byte gone": lambda data: data[:-1],
+    "length too long": lambda data: data[:-8] + (2**31 - 1).to_bytes(4, "little") + data[-4:],
+    "length zero": lambda data: data[:-8] + bytes(4) + data[-4:],
+    "length negative": lambda data: data[:-8] + b"\xff\xff\xff\xff" + data[-4:],
+    "encrypted": lambda data: b"PARE" + data[4:-4] + b"PARE",
+    "zeroed page": lambda data: data[:100] + bytes(64) + data[164:],
+    "zeroed footer": lambda data: data[:-400] + bytes(392) + data[-8:],
+    "footer of garbage": lambda data: data[:-200] + b"\x15" * 192 + data[-8:],
+    "two joined": lambda data: data + data,
+    "something added": lambda data: data + b"more",
+    "something before": lambda data: b"more" + data,
+    "json": lambda data: b'{"index": [1, 2]}',
+}
+"""in the manner of parquet-testing's bad_data: name -> a file made of a good one"""
+
+
+@pytest.mark.slow
+def test_verify_finds_every_flipped_bit_of_a_runs_manifest(place):
+    """The SHA-256 in the run's record sees what a reader need not."""
+    path = place / "run/stages/2/manifest.parquet"
+    data = path.read_bytes()
+    for bit in np.random.default_rng(8).choice(8 * len(data), FLIPS, replace=False).tolist():
+        path.write_bytes(flipped(data, bit))
+        with pytest.raises(CorruptionError, match=r"stages/2/manifest\.parquet"):
+            checks.verify(place / "run")
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_crafted_files_are_never_wrong_rows(place, name):
+    inside, outside = place / "run/stages/2/manifest.parquet", place / "copy.parquet"
+    good, data = manifest.read(inside), LENGTHS[name](inside.read_bytes())
+    outside.write_bytes(data)
+    inside.write_bytes(data)
+    with pytest.raises(KcdcacheError, match=r"manifest\.parquet"):
+        manifest.read(inside)
+    found, said = attempt(outside)
+    assert "copy.parquet" in said if found is None else same(found, good)
+    assert found is None or name == "two joined"  # its last footer is good and tells of the first half
+    with pytest.raises(CorruptionError, match=r"stages/2/manifest\.parquet"):
+        checks.verify(place / "run")

@@ -1,0 +1,195 @@
+"""Several processes fill one store: any split, with kills, ends in the bytes that one process writes."""
+
+import random
+import signal
+from contextlib import ExitStack
+
+import pytest
+from killing import finished, nursery, succeeds
+from pupils import SPEC, digits, leftovers, lines, same_files, saved_teacher
+from stores import content, creating, grown, knowledge, make, small_parts, write_part
+
+from kcdcache import audit, store, writer
+from kcdcache.errors import LockedError, MismatchError, SettingsError, UnfinishedError
+from kcdcache.holding import Shard, held, parse_shard
+
+STORE = {"augment": "crop", "padding": 2, "views": 12, "batch_size": 64, "min_accuracy": 0, "threads": 1}
+PLAN = small_parts(150, 2, 64, 32)
+"""6 parts"""
+
+
+@pytest.fixture(scope="module")
+def workers():
+    """Three nurseries, so that three commands run at once."""
+    with ExitStack() as held:
+        yield [held.enter_context(nursery()) for _ in range(3)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, workers):
+    root = tmp_path_factory.mktemp("shards")
+    saved_teacher(root / "teacher", digits(200, 60))
+    succeeds(workers[0], precompute(root, root / "store"), root / "log")
+    return root
+
+
+def precompute(root, path, **changes):
+    given = {"data": SPEC, "teacher": root / "teacher", "store": path} | STORE | changes
+    return ["precompute", *lines(given)]
+
+
+def started(workers, place, path, total, **changes):
+    """One process per shard, all running."""
+    words = [precompute(place, path, shard=f"{number}/{total}", **changes) for number in range(total)]
+    logs = [path.parent / f"log{number}" for number in range(total)]
+    return [start(asked, log) for start, asked, log in zip(workers, words, logs, strict=False)], logs
+
+
+def all_succeed(processes, logs):
+    for process, log in zip(processes, logs, strict=True):
+        assert process.ended(120)
+        assert process.code == 0, log.read_text()
+
+
+def is_whole(place, path):
+    assert same_files(place / "store", path)
+    assert not leftovers(path)
+    assert not list(path.rglob("lock.*"))
+    assert audit.verify(path).problems == ()
+    return True
+
+
+@pytest.mark.parametrize("total", [2, 3])
+def test_shards_at_once_make_the_bytes_of_one_process(workers, place, tmp_path, total):
+    all_succeed(*started(workers, place, tmp_path / "store", total))
+    assert is_whole(place, tmp_path / "store")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_shards_run_again_in_any_split_make_the_same_bytes(workers, place, tmp_path, seed):
+    draw, path = random.Random(seed), tmp_path / "store"
+    for total in draw.sample([3, 2, 3], 3):
+        processes, logs = started(workers, place, path, total)
+        for process in draw.sample(processes, draw.randrange(1, total + 1)):
+            if not process.ended(draw.uniform(0.05, 0.3)):
+                process.kill()
+        for process, log in zip(processes, logs, strict=True):
+            assert process.ended(120)
+            assert process.code in (0, -signal.SIGKILL), log.read_text()
+    all_succeed(*started(workers, place, path, 3))
+    assert is_whole(place, path)
+
+
+@pytest.mark.slow
+def test_fifty_killed_shards_change_no_byte(workers, place, tmp_path):
+    draw, kills = random.Random(9), 0
+    for turn in range(60):
+        path = tmp_path / f"store{turn}"
+        for total in (3, 2):
+            processes, _ = started(workers, place, path, total)
+            for process in processes:
+                if not process.ended(draw.uniform(0, 0.2)):
+                    process.kill()
+                    kills += process.code == -signal.SIGKILL
+        all_succeed(*started(workers, place, path, 2))
+        assert is_whole(place, path)
+        if kills >= 50:
+            return
+    pytest.fail(f"only {kills} kills hit")
+
+
+def test_a_shard_that_dies_leaves_its_parts_to_one_process(workers, place, tmp_path):
+    words, log = precompute(place, tmp_path / "store", shard="1/2"), tmp_path / "log"
+    assert finished(workers[0], words, log) == 0
+    assert "6 parts are left to the other shards" in log.read_text()
+    with pytest.raises(UnfinishedError, match="no commit record"):
+        store.open(tmp_path / "store")
+    succeeds(workers[0], precompute(place, tmp_path / "store"), log)
+    assert is_whole(place, tmp_path / "store")
+
+
+def test_a_store_grows_in_shards(workers, place, tmp_path):
+    path = tmp_path / "store"
+    succeeds(workers[0], precompute(place, path, views=4), tmp_path / "log")
+    succeeds(workers[0], precompute(place, path, views=12), tmp_path / "log")
+    whole, parted = path, tmp_path / "parted"
+    succeeds(workers[0], precompute(place, parted, views=4), tmp_path / "log")
+    all_succeed(*started(workers, place, parted, 3))
+    assert same_files(whole, parted)
+
+
+def in_shard(path, number, total):
+    return creating(path, PLAN, shard=Shard(number, total))
+
+
+def test_shards_hold_disjoint_parts_that_are_all(tmp_path):
+    with in_shard(tmp_path / "s", 0, 2) as left, in_shard(tmp_path / "s", 1, 2) as right:
+        assert sorted(left.pending() + right.pending()) == sorted(left.parts)
+        assert not set(left.pending()) & set(right.pending())
+        for part in left.pending():
+            write_part(left, part)
+        assert left.seal_last() == 3
+        with pytest.raises(UnfinishedError, match=r"3 of 6 parts of .* are not written yet"):
+            left.seal()
+        for part in right.pending():
+            write_part(right, part)
+        assert right.seal_last() == left.seal_last() == 0
+    assert content(tmp_path / "s") == content(make(tmp_path / "one", PLAN))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ((0, 1), (0, 1), r"is being written by process \d+ on"),
+        ((0, 2), (0, 2), r"shard 0/2 of .* is being written by process \d+ on"),
+        ((0, 2), (0, 1), r"is being written by process \d+ on"),
+        ((0, 1), (1, 2), r"is being written by process \d+ on"),
+        ((0, 2), (1, 3), r"in another number of shards \(lock.0-2, by process \d+ on .*give the same number"),
+    ],
+)
+def test_two_processes_never_hold_the_same_parts(tmp_path, first, second, message):
+    with in_shard(tmp_path / "s", *first), pytest.raises(LockedError, match=message), in_shard(tmp_path / "s", *second):
+        pass
+
+
+def test_what_is_held_is_free_again_afterwards(tmp_path):
+    for shard in (Shard(0, 2), Shard(1, 3), Shard()):
+        with held(tmp_path, begin=lambda alone: None, shard=shard):
+            pass
+    assert [path.name for path in (tmp_path / "_kcd").iterdir()] == ["lock"]
+
+
+def test_a_shard_of_another_teacher_is_refused_even_before_the_first_part(tmp_path):
+    with (
+        in_shard(tmp_path / "s", 0, 2),
+        pytest.raises(MismatchError, match=r"differ in teacher\.weights"),
+        creating(tmp_path / "s", PLAN, knowledge(weights="bb"), shard=Shard(1, 2)),
+    ):
+        pass
+
+
+def test_leftovers_of_the_dead_are_removed_by_who_is_alone(tmp_path):
+    with in_shard(tmp_path / "s", 0, 2) as left:
+        dead = tmp_path / "s" / "logits" / "c.0.0.0.tmp-1-1"
+        dead.write_bytes(b"half")
+        with in_shard(tmp_path / "s", 1, 2):
+            assert dead.exists()  # it might be the first one's
+        assert left.pending()
+    assert not dead.exists()
+
+
+def test_a_growth_in_shards_is_held_likewise(tmp_path):
+    path = make(tmp_path / "s", PLAN)
+    with (
+        writer.grow(path, knowledge(), views=3, shard=Shard(0, 2)) as growing,
+        pytest.raises(LockedError, match="another number of shards"),
+        writer.grow(path, knowledge(), views=3, shard=Shard(0, 3)),
+    ):
+        assert growing.pending()
+    assert grown(path, views=3).views == 3
+
+
+@pytest.mark.parametrize("text", ["", "1", "2/2", "-1/2", "0/0", "a/b", "0/2/3", "1/1234567"])
+def test_a_shard_is_a_shard(text):
+    with pytest.raises(SettingsError, match="--shard takes I/N with 0 <= I < N"):
+        parse_shard(text)

@@ -1,0 +1,167 @@
+"""`kcdcache verify` and `--expect-id` as users call them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from pupils import SCHOOL, SPEC, digits, distilled, everything, lines, saved_teacher, school
+
+from kcdcache import cli, inspection
+from kcdcache.errors import MismatchError
+
+KINDS = {
+    "store": "store",
+    "run": "run",
+    "manifest": "run/stages/2/manifest.parquet",
+    "values": "run/values.parquet",
+    "network": "teacher/model.json",
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    place = school(tmp_path_factory.mktemp("verify"))
+    distilled(place, place.root / "run")
+    return place.root
+
+
+@pytest.fixture
+def place(made, tmp_path):
+    return Path(shutil.copytree(made, tmp_path / "place"))
+
+
+def told(capsys, *words):
+    """The exit code and the JSON result of a command, or its error text."""
+    code = cli._outcome([*map(str, words), "--json", "-q"])
+    out, err = capsys.readouterr()
+    return code, json.loads(out) if code == 0 else err
+
+
+def teacher_of(place):
+    return "--teacher", place / "teacher", "--data", SPEC
+
+
+def test_the_default_is_fast_and_reads_no_chunk(capsys, place):
+    code, found = told(capsys, "verify", place / "store")
+    assert (code, found["kind"], found["files_read"], found["bytes_read"], found["problems"]) == (0, "store", 0, 0, 0)
+    assert found["files"] == 5
+
+
+def test_read_data_reads_all_and_finds_what_the_default_cannot(capsys, place):
+    file = place / "store/logits/c.1.0.0"
+    file.write_bytes(file.read_bytes()[:-9] + b"123456789")
+    assert told(capsys, "verify", place / "store")[0] == 0
+    code, error = told(capsys, "verify", place / "store", "--read-data")
+    assert code == 3
+    assert "logits/c.1.0.0 (samples 0..199 of view 1) is not what was written" in error
+
+
+@pytest.mark.parametrize(("share", "read"), [("5%", 1), ("0.5", 3), ("100%", 5)])
+def test_a_sample_reads_a_share(capsys, place, share, read):
+    code, found = told(capsys, "verify", place / "store", "--sample", share)
+    assert (code, found["files_read"]) == (0, read)
+
+
+def test_a_sample_that_is_none_is_refused(capsys, place):
+    code, error = told(capsys, "verify", place / "store", "--sample", "some")
+    assert (code, "--sample takes a share above 0 and at most 100%, such as 5%; found 'some'" in error) == (2, True)
+
+
+def test_data_alone_are_compared_with_the_stores(capsys, place):
+    code, found = told(capsys, "verify", place / "store", "--data", SPEC)
+    assert (code, found["data"]) == (0, "the store's")
+    code, error = told(capsys, "verify", place / "store", "--data", "digits?train=199&test=60")
+    assert code == 4
+    assert "199" in error
+
+
+def test_a_teacher_computes_points_again(capsys, place):
+    code, found = told(capsys, "verify", place / "store", *teacher_of(place), "--points", 100)
+    assert code == 0
+    assert found["recomputed"]["points"] >= 100
+    assert found["recomputed"]["differing"] == 0
+
+
+def test_another_teacher_is_refused(capsys, place, tmp_path):
+    saved_teacher(tmp_path / "other", digits(200, 60), seed=5)
+    code, error = told(capsys, "verify", place / "store", "--teacher", tmp_path / "other", "--data", SPEC)
+    assert code == 4
+    assert "give the teacher the store was made with" in error
+
+
+def test_a_growth_whose_commit_is_lost_is_told(capsys, place):
+    """It looks like one that was never sealed, so it is no damage; but nobody should believe it to be there."""
+    root = place / "store"
+    assert "growth" not in told(capsys, "verify", root)[1]
+    shutil.copy(root / "_kcd/plan.0.json", root / "_kcd/plan.1.json")
+    assert told(capsys, "verify", root)[1]["growth"].startswith("begun and not sealed")
+
+
+def test_repair_makes_the_same_bytes(capsys, place):
+    before = everything(place / "store")
+    (place / "store/logits/c.1.0.0").unlink()
+    (place / "store/_kcd/plan.0.json").write_bytes(b"")
+    assert told(capsys, "verify", place / "store")[0] == 3
+    code, error = told(capsys, "verify", place / "store", "--repair")
+    assert (code, "give --teacher and --data" in error) == (2, True)
+    code, found = told(capsys, "verify", place / "store", "--repair", *teacher_of(place))
+    assert (code, sorted(found["repaired"])) == (0, ["logits/c.1.0.0"])  # the plan came back at the first attempt
+    assert everything(place / "store") == before
+
+
+@pytest.mark.parametrize("kind", ["run", "manifest", "values", "network"])
+def test_what_is_no_store_cannot_be_repaired_and_says_what_can_be_done(capsys, place, kind):
+    code, error = told(capsys, "verify", place / KINDS[kind], "--repair")
+    assert code == 2
+    assert f"is a {kind}: " in error
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_id_is_told_and_expected(capsys, place, kind):
+    path = place / KINDS[kind]
+    found = told(capsys, "inspect", path)[1]["id"]
+    assert len(found) == 64
+    assert told(capsys, "verify", path, "--expect-id", found)[0] == 0
+    code, error = told(capsys, "verify", path, "--expect-id", "0" * 64)
+    assert code == 4
+    assert f"has the id {found}, expected {'0' * 64}" in error
+
+
+def test_a_store_rewritten_with_fitting_digests_has_another_id(place, tmp_path):
+    """Digests find damage; only an id from a trusted place finds a store that was replaced whole."""
+    other = school(tmp_path, views=3, encoding="float16")
+    assert inspection.id_of(other.knowledge.path) != inspection.id_of(place / "store")
+    with pytest.raises(MismatchError, match="it is not what was promised"):
+        inspection.require_ids([other.knowledge.path], [inspection.id_of(place / "store")])
+
+
+def train(place, **more):
+    given = {"store": place / "store", "data": SPEC, "out": place / "new", "device": "cpu"}
+    return "train", *lines(SCHOOL | {"student": "resnet8", "epochs": 1, "stages": 1} | given | more)
+
+
+def condense(place, **more):
+    given = {"values": place / "run/values.parquet", "store": place / "store", "keep": 0.5, "out": place / "m.parquet"}
+    return "condense", *lines(given | more)
+
+
+def test_train_and_condense_take_only_what_was_promised(capsys, place):
+    ids = {kind: inspection.id_of(place / path) for kind, path in KINDS.items()}
+    chosen = {"manifest": place / KINDS["manifest"]}
+    both = f"{ids['store']},{ids['manifest']}"
+    code, error = told(capsys, *train(place, **chosen, expect_id=ids["store"]))
+    assert code == 4
+    assert f"manifest.parquet has the id {ids['manifest']}, expected {ids['store']}" in error
+    assert not (place / "new").exists()
+    assert told(capsys, *train(place, **chosen, expect_id=both))[0] == 0
+    code, error = told(capsys, *condense(place, expect_id=ids["store"]))
+    assert code == 4
+    assert "values.parquet has the id" in error
+    assert told(capsys, *condense(place, expect_id=f"{ids['store']},{ids['values']}"))[0] == 0
+
+
+def test_an_expected_id_is_no_part_of_a_run(capsys, place):
+    assert told(capsys, *train(place, expect_id=inspection.id_of(place / "store")))[0] == 0
+    assert told(capsys, *train(place))[0] == 0
+    assert "expect_id" not in (place / "new/run.json").read_text()
