@@ -1,0 +1,82 @@
+"""Data sets and stores of random numbers, made without a teacher, for benchmarks of what runs on them."""
+
+import numpy as np
+import torch
+
+from kcdcache import batches, condense, encoding, layout, loop, manifest, methods, runs, store, views, writer
+from kcdcache.config import CondenseSettings, MethodSettings, ViewSettings
+from kcdcache.data import Dataset
+from kcdcache.identity import Knowledge, TeacherIdentity
+from kcdcache.images import DecodedImages, Origins, Split
+from kcdcache.values import Values
+
+CPU = torch.device("cpu")
+
+
+def images(count, test=64, classes=100, side=32):
+    """Random images of CIFAR's size."""
+    random = np.random.default_rng(0)
+
+    def split(rows):
+        labels = np.arange(rows) % classes
+        return Split(
+            labels, DecodedImages(random.integers(0, 256, (rows, side, side, 3), np.uint8), Origins(("random",)))
+        )
+
+    return Dataset("random", split(count), split(test), tuple(map(str, range(classes))))
+
+
+def store_of(dataset, path, count_views=2, text="float16"):
+    """A sealed store of random peaked logits of the data set's crop-flip views."""
+    rule = views.rule_from(ViewSettings(), dataset.train.image_size)
+    teacher = TeacherIdentity(architecture="none", weights="none", transform={}, precision="float32")
+    knowledge = Knowledge(teacher=teacher, data=dataset.identity(), views=views.identity_of(rule))
+    classes = len(dataset.classes)
+    plan = layout.plan_store(len(dataset.train), count_views, [encoding.parse(text, "logits", (classes,))])
+    random = torch.Generator().manual_seed(0)
+    with writer.create(path, knowledge, plan, dataset.train.labels, dataset.train.digests()) as writing:
+        for part in writing.pending():
+            values = torch.randn(part.stop - part.start, classes, generator=random) * 3
+            told = {"logits": encoding.statistics(values)}
+            writing.write_part(part, plan.fields["logits"].encode(values, part.start), told)
+        writing.seal()
+    return store.open(path)
+
+
+def whole(knowledge):
+    """The manifest of all samples, unmixed: K_1H only."""
+    return manifest.full(
+        knowledge.knowledge_id, knowledge.count, knowledge.labels, len(knowledge.knowledge.data.classes)
+    )
+
+
+def half_mixed(knowledge):
+    """The manifest of two thirds of the samples: the other third is mixed into half of those kept."""
+    random = np.random.default_rng(1)
+    values = Values(visits=np.ones(knowledge.count, np.int32), value=random.random(knowledge.count, np.float32))
+    return condense.condense(
+        values, CondenseSettings(), knowledge_id=knowledge.knowledge_id, count=knowledge.count, stage=1,
+        keep=2 / 3, labels=knowledge.labels,
+    )  # fmt: skip
+
+
+class Run:
+    """A run whose epochs are trained one at a time, by the package's own loop, in a folder."""
+
+    def __init__(self, pupil, source, settings, method, folder, supply):
+        weights = methods.weights_for(MethodSettings(method=method), 0.0)
+        chosen = methods.method_named(method)
+        folder.mkdir(parents=True)
+        self._pupil, self._settings, self._folder = pupil, settings, runs.RunFolder(path=folder)
+        self._task = loop.Task(
+            **supply._asdict(),
+            loss=lambda logits, batch: chosen.loss(logits, batch, weights),
+            details=lambda epoch: {"view": source.view_of(epoch)},
+        )
+
+    def __call__(self):
+        loop.run(self._pupil, self._task, self._settings, self._folder, self._pupil.epoch + 1, loop.silent)
+
+
+def mixing():
+    return batches.Mixing(temperature=4.0)
