@@ -39,3 +39,11 @@ def soft_divergence(
     """
     log_student = functional.log_softmax(logits.float() / temperature, dim=1)
     return functional.kl_div(log_student, target, reduction="none").sum(dim=1) * (temperature * temperature)
+
+
+def logit_divergence(
+    logits: Float[Tensor, "batch classes"], teacher: Float[Tensor, "batch classes"], temperature: float
+) -> Float[Tensor, " batch"]:
+    """Return T^2 KL(softmax(teacher / T) || softmax(logits / T)) per sample, in nats; no gradient into the teacher."""
+    target = torch.softmax(teacher.detach().float() / temperature, dim=1)
+    return soft_divergence(logits, target, temperature)
