@@ -3,6 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kcdcache.models.initial import initialise_convolutions
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside an identity or projected shortcut, activated after the sum.
@@ -48,7 +50,7 @@ class ResNet(nn.Module):
         self.layer3 = _stage(second, third, blocks, stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(third, classes)
-        self.apply(_initialise)
+        initialise_convolutions(self)
 
     def forward(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch classes"]:
         """Return the logits of transformed pixels."""
@@ -66,8 +68,3 @@ def _projection(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
 def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
     rest = [BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)]
     return nn.Sequential(BasicBlock(inputs, outputs, stride), *rest)
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

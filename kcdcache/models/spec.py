@@ -12,7 +12,11 @@ from torch import nn
 
 from kcdcache.config import nearest
 from kcdcache.errors import SettingsError
+from kcdcache.models.bottleneck import ResNet50
+from kcdcache.models.mobilenet import MobileNetV2
 from kcdcache.models.resnet import ResNet
+from kcdcache.models.shufflenet import ShuffleV1, ShuffleV2
+from kcdcache.models.vgg import VGG
 from kcdcache.models.wrn import WideResNet
 
 try:
@@ -33,10 +37,19 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "resnet110": partial(ResNet, 110, NARROW),
     "resnet8x4": partial(ResNet, 8, WIDE),
     "resnet32x4": partial(ResNet, 32, WIDE),
+    "ResNet50": ResNet50,
     "wrn_16_1": partial(WideResNet, 16, 1),
     "wrn_16_2": partial(WideResNet, 16, 2),
     "wrn_40_1": partial(WideResNet, 40, 1),
     "wrn_40_2": partial(WideResNet, 40, 2),
+    "vgg8": partial(VGG, (1, 1, 1, 1, 1)),
+    "vgg11": partial(VGG, (1, 1, 2, 2, 2)),
+    "vgg13": partial(VGG, (2, 2, 2, 2, 2)),
+    "vgg16": partial(VGG, (2, 2, 3, 3, 3)),
+    "vgg19": partial(VGG, (2, 2, 4, 4, 4)),
+    "MobileNetV2": MobileNetV2,
+    "ShuffleV1": ShuffleV1,
+    "ShuffleV2": ShuffleV2,
 }
 """name -> network made from (classes, channels)"""
 
@@ -60,7 +73,7 @@ def build(spec: str, classes: int, seed: int | None = None, channels: int = 3) -
     make = _maker(spec, classes, channels)
     with torch.random.fork_rng(devices=[]):
         # only the CPU's generator: torch.manual_seed would reseed the GPUs for the whole process
-        torch.default_generator.manual_seed(_torch_seed(seed or 0))
+        torch.default_generator.manual_seed(torch_seed(seed or 0))
         return make()
 
 
@@ -87,7 +100,8 @@ def _maker(spec: str, classes: int, channels: int) -> Callable[[], nn.Module]:
         return partial(NETWORKS[spec], classes, channels)
     source, colon, name = spec.partition(":")
     if not colon:
-        hint = nearest(spec, NETWORKS)
+        same_but_case = [known for known in NETWORKS if known.lower() == spec.lower()]
+        hint = nearest(spec, same_but_case or NETWORKS)
         raise SettingsError(f"unknown network '{spec}'; {hint} (or torchvision:NAME, timm:NAME, my.module:factory)")
     if source in PACKAGES:
         return PACKAGES[source](name, classes, channels)
@@ -135,6 +149,7 @@ def _call_factory(spec: str, factory: Callable[..., Any], classes: int) -> nn.Mo
     return network
 
 
-def _torch_seed(seed: int) -> int:
+def torch_seed(seed: int) -> int:
+    """Return the seed for torch's CPU generator that stands for a seed in [0, 2^64) of ours."""
     # torch's CPU generator keeps only the low 32 bits of a seed, so all 64 are hashed into them
     return int.from_bytes(hashlib.sha256(f"kcdcache weights {seed}".encode()).digest()[:8], "little")

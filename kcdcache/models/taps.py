@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torchvision
@@ -11,7 +12,11 @@ from torch.utils.hooks import RemovableHandle
 
 from kcdcache.config import nearest
 from kcdcache.errors import SettingsError
+from kcdcache.models.bottleneck import ResNet50
+from kcdcache.models.mobilenet import MobileNetV2
 from kcdcache.models.resnet import ResNet
+from kcdcache.models.shufflenet import ShuffleV1, ShuffleV2
+from kcdcache.models.vgg import VGG
 from kcdcache.models.wrn import WideResNet
 
 
@@ -22,11 +27,13 @@ class Tap(NamedTuple):
     side: Literal["input", "output"]
 
 
-def _resnet_taps(module: Any) -> dict[str, Tap]:
-    last = len(module.layer1) - 1
-    stages = {f"stage{n}": Tap(f"layer{n}", "output") for n in (1, 2, 3)}
-    before = {f"stage{n}.pre": Tap(f"layer{n}.{last}.relu2", "input") for n in (1, 2, 3)}
-    return {"stage0": Tap("relu", "output"), **stages, **before}
+def _layer_taps(module: Any, stem: str, relu: str, count: int = 3) -> dict[str, Tap]:
+    """Return the taps of `layer1` to `layer<count>`, of which every last block ends in the ReLU of that name."""
+    numbers = range(1, count + 1)
+    last = {n: len(module.get_submodule(f"layer{n}")) - 1 for n in numbers}
+    stages = {f"stage{n}": Tap(f"layer{n}", "output") for n in numbers}
+    before = {f"stage{n}.pre": Tap(f"layer{n}.{last[n]}.{relu}", "input") for n in numbers}
+    return {"stage0": Tap(stem, "output"), **stages, **before}
 
 
 def _wide_resnet_taps(module: Any) -> dict[str, Tap]:
@@ -36,17 +43,31 @@ def _wide_resnet_taps(module: Any) -> dict[str, Tap]:
     return {"stage0": Tap("conv1", "output"), **stages, **before}
 
 
-def _torchvision_resnet_taps(module: Any) -> dict[str, Tap]:
-    return {"stage0": Tap("maxpool", "output"), **{f"stage{n}": Tap(f"layer{n}", "output") for n in (1, 2, 3, 4)}}
+def _vgg_taps(module: Any) -> dict[str, Tap]:
+    stages = {f"stage{n}": Tap(f"block{n}", "output") for n in range(5)}
+    relus = {n: len(module.get_submodule(f"block{n}")) - 1 for n in range(1, 5)}
+    return {**stages, **{f"stage{n}.pre": Tap(f"block{n}.{relu}", "input") for n, relu in relus.items()}}
+
+
+def _mobilenet_taps(module: Any) -> dict[str, Tap]:
+    ends = {f"stage{n}": Tap(f"blocks.{index}", "output") for n, index in enumerate((1, 2, 4, 6), start=1)}
+    # its blocks end without activation, so that RepDistiller, too, gives the same with and without
+    return {"stage0": Tap("conv1", "output"), **ends, **{f"{name}.pre": tap for name, tap in ends.items()}}
 
 
 TAPS: dict[type[nn.Module], Callable[[Any], dict[str, Tap]]] = {
-    ResNet: _resnet_taps,
+    ResNet: partial(_layer_taps, stem="relu", relu="relu2"),
+    ResNet50: partial(_layer_taps, stem="relu", relu="relu3", count=4),
     WideResNet: _wide_resnet_taps,
-    torchvision.models.ResNet: _torchvision_resnet_taps,
+    VGG: _vgg_taps,
+    MobileNetV2: _mobilenet_taps,
+    ShuffleV1: partial(_layer_taps, stem="relu", relu="relu3"),
+    ShuffleV2: partial(_layer_taps, stem="relu", relu="relu3"),
+    torchvision.models.ResNet: partial(_layer_taps, stem="maxpool", relu="relu", count=4),
 }
 """family -> its stages: `stage0` is the stem, `stageN` what RepDistiller calls feature N with preact=False, and
-`stageN.pre` the same with preact=True (the value a ReLU turns into the next input)"""
+`stageN.pre` the same with preact=True: the value whose ReLU is `stageN` (ShuffleV2: `stageN` before its shuffle;
+wide networks: what the next stage starts from; MobileNetV2 activates no stage, so both are equal)"""
 
 
 def stage_taps(module: nn.Module) -> dict[str, Tap]:
@@ -94,7 +115,8 @@ def _known(module: nn.Module, names: Sequence[str]) -> dict[str, Tap]:
 
 def _listen(module: nn.Module, side: Literal["input", "output"], name: str, found: dict[str, Any]) -> RemovableHandle:
     def keep_input(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        found[name] = inputs[0]
+        # in the torchvision families one in-place ReLU serves a whole block: its last call counts, and overwrites
+        found[name] = inputs[0].clone() if getattr(module, "inplace", False) else inputs[0]
 
     def keep_output(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         found[name] = output

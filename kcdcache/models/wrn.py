@@ -3,6 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kcdcache.models.initial import initialise_convolutions
+
 
 class WideBlock(nn.Module):
     """Two 3x3 convolutions, each after normalisation and activation, beside an identity or 1x1 shortcut.
@@ -61,16 +63,10 @@ class WideResNet(nn.Module):
         self.relu = nn.ReLU()
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(64 * factor, classes)
-        self.apply(_initialise)
+        initialise_convolutions(self)
+        nn.init.zeros_(self.fc.bias)
 
     def forward(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch classes"]:
         """Return the logits of transformed pixels."""
         features = self.block3(self.block2(self.block1(self.conv1(pixels))))
         return self.fc(self.avgpool(self.relu(self.bn1(features))).flatten(1))
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    elif isinstance(module, nn.Linear):
-        nn.init.zeros_(module.bias)

@@ -1,0 +1,179 @@
+"""ShuffleNet V1 and V2 for small images, in the layout of RepDistiller's checkpoints."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+STEM = 24
+BLOCKS = (4, 8, 4)
+"""per stage; the first of each halves the image"""
+GROUPS = 3
+"""of the 1x1 convolutions of V1"""
+WIDTHS_V1 = (240, 480, 960)
+"""channels per stage at 3 groups"""
+WIDTHS_V2 = (116, 232, 464)
+"""channels per stage at width 1"""
+LAST_V2 = 1024
+
+
+def shuffle(features: Float[Tensor, "batch channels h w"], groups: int) -> Float[Tensor, "batch channels h w"]:
+    """Return the channels dealt out in turn from `groups` equal parts: the first of each, the second of each, ...
+
+    Source: Zhang et al. 2018, "ShuffleNet", section 3.1.
+    """
+    return features.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
+class ShuffleBlock(nn.Module):
+    """Grouped 1x1, 3x3 per channel, grouped 1x1 beside the input, which a halving block pools and appends.
+
+    Source: Zhang et al. 2018, Figure 2 (b) and (c); the ReLU after the 3x3 convolution as in RepDistiller's
+    `models/ShuffleNetv1.py`.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        grown = outputs - inputs if stride == 2 else outputs
+        inner = grown // 4
+        # the stem has too few channels to divide
+        self.groups = 1 if inputs == STEM else GROUPS
+        self.conv1 = nn.Conv2d(inputs, inner, 1, groups=self.groups, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride, padding=1, groups=inner, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.conv3 = nn.Conv2d(inner, grown, 1, groups=GROUPS, bias=False)
+        self.bn3 = nn.BatchNorm2d(grown)
+        self.pool = nn.AvgPool2d(3, stride=2, padding=1) if stride == 2 else None
+        # not in place: feature taps read what goes into it
+        self.relu3 = nn.ReLU()
+
+    def forward(self, features: Float[Tensor, "batch inputs h w"]) -> Float[Tensor, "batch outputs h2 w2"]:
+        """Return the activated sum of both branches, or where the image is halved both side by side."""
+        branch = shuffle(self.relu1(self.bn1(self.conv1(features))), self.groups)
+        branch = self.bn3(self.conv3(self.relu2(self.bn2(self.conv2(branch)))))
+        joined = branch + features if self.pool is None else torch.cat([branch, self.pool(features)], 1)
+        return self.relu3(joined)
+
+
+class ShuffleV1(nn.Module):
+    """ShuffleNet with 3 groups and width 1, whose stem keeps the image's size; three stages halve it.
+
+    Source: Zhang et al. 2018, Table 1; 1x1 stem, names and torch's own initialisation as in RepDistiller's
+    `models/ShuffleNetv1.py`.
+    """
+
+    def __init__(self, classes: int, channels: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, STEM, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(STEM)
+        self.relu = nn.ReLU(inplace=True)
+        first, second, third = WIDTHS_V1
+        self.layer1 = _stage_v1(STEM, first, BLOCKS[0])
+        self.layer2 = _stage_v1(first, second, BLOCKS[1])
+        self.layer3 = _stage_v1(second, third, BLOCKS[2])
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(third, classes)
+
+    def forward(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch classes"]:
+        """Return the logits of transformed pixels."""
+        features = self.relu(self.bn1(self.conv1(pixels)))
+        features = self.layer3(self.layer2(self.layer1(features)))
+        return self.linear(self.avgpool(features).flatten(1))
+
+
+class SplitBlock(nn.Module):
+    """1x1, 3x3 per channel and 1x1 convolutions of the second half of the channels, shuffled with the first half.
+
+    Source: Ma et al. 2018, "ShuffleNet V2", Figure 3 (c).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        half = width // 2
+        self.conv1 = nn.Conv2d(half, half, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(half)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(half, half, 3, padding=1, groups=half, bias=False)
+        self.bn2 = nn.BatchNorm2d(half)
+        self.conv3 = nn.Conv2d(half, half, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(half)
+        # not in place: feature taps read what goes into it
+        self.relu3 = nn.ReLU()
+
+    def forward(self, features: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch width h w"]:
+        """Return both halves, the second convolved and activated, with their channels shuffled."""
+        kept, branch = features.chunk(2, dim=1)
+        branch = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(branch)))))
+        joined = torch.cat([kept, self.bn3(self.conv3(branch))], 1)
+        # the kept half is what earlier ReLUs gave, so this one leaves it as it is
+        return shuffle(self.relu3(joined), 2)
+
+
+class HalvingBlock(nn.Module):
+    """Two branches that halve the image, each giving half of the outputs, with their channels shuffled.
+
+    Source: Ma et al. 2018, Figure 3 (d).
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        half = outputs // 2
+        self.conv1 = nn.Conv2d(inputs, inputs, 3, stride=2, padding=1, groups=inputs, bias=False)
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv2 = nn.Conv2d(inputs, half, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(half)
+        self.conv3 = nn.Conv2d(inputs, half, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(half)
+        self.conv4 = nn.Conv2d(half, half, 3, stride=2, padding=1, groups=half, bias=False)
+        self.bn4 = nn.BatchNorm2d(half)
+        self.conv5 = nn.Conv2d(half, half, 1, bias=False)
+        self.bn5 = nn.BatchNorm2d(half)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, features: Float[Tensor, "batch inputs h w"]) -> Float[Tensor, "batch outputs h2 w2"]:
+        """Return both activated branches, shuffled."""
+        left = self.relu(self.bn2(self.conv2(self.bn1(self.conv1(features)))))
+        right = self.bn4(self.conv4(self.relu(self.bn3(self.conv3(features)))))
+        right = self.relu(self.bn5(self.conv5(right)))
+        return shuffle(torch.cat([left, right], 1), 2)
+
+
+class ShuffleV2(nn.Module):
+    """ShuffleNet V2 of width 1 whose stem keeps the image's size; three stages halve it.
+
+    Source: Ma et al. 2018, Table 5; 1x1 stem, names and torch's own initialisation as in RepDistiller's
+    `models/ShuffleNetv2.py`.
+    """
+
+    def __init__(self, classes: int, channels: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, STEM, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(STEM)
+        self.relu = nn.ReLU(inplace=True)
+        first, second, third = WIDTHS_V2
+        self.layer1 = _stage_v2(STEM, first, BLOCKS[0])
+        self.layer2 = _stage_v2(first, second, BLOCKS[1])
+        self.layer3 = _stage_v2(second, third, BLOCKS[2])
+        self.conv2 = nn.Conv2d(third, LAST_V2, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(LAST_V2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(LAST_V2, classes)
+
+    def forward(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch classes"]:
+        """Return the logits of transformed pixels."""
+        features = self.relu(self.bn1(self.conv1(pixels)))
+        features = self.layer3(self.layer2(self.layer1(features)))
+        features = torch.relu(self.bn2(self.conv2(features)))
+        return self.linear(self.avgpool(features).flatten(1))
+
+
+def _stage_v1(inputs: int, outputs: int, blocks: int) -> nn.Sequential:
+    rest = [ShuffleBlock(outputs, outputs, 1) for _ in range(blocks - 1)]
+    return nn.Sequential(ShuffleBlock(inputs, outputs, 2), *rest)
+
+
+def _stage_v2(inputs: int, outputs: int, blocks: int) -> nn.Sequential:
+    rest = [SplitBlock(outputs) for _ in range(blocks - 1)]
+    return nn.Sequential(HalvingBlock(inputs, outputs), *rest)

@@ -1,0 +1,400 @@
+"""The networks of the paper: published names, shapes, counts, forward passes and initial weights, and their taps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from kcdcache.errors import MismatchError
+from kcdcache.models import spec, taps, weights
+
+PARAMETERS = {
+    "resnet8": 83892,
+    "resnet14": 181108,
+    "resnet20": 278324,
+    "resnet32": 472756,
+    "resnet44": 667188,
+    "resnet56": 861620,
+    "resnet110": 1736564,
+    "resnet8x4": 1233540,
+    "resnet32x4": 7433860,
+    "ResNet50": 23705252,
+    "wrn_16_1": 180916,
+    "wrn_16_2": 703284,
+    "wrn_40_1": 569780,
+    "wrn_40_2": 2255156,
+    "vgg8": 3965028,
+    "vgg11": 9277284,
+    "vgg13": 9462180,
+    "vgg16": 14774436,
+    "vgg19": 20086692,
+    "MobileNetV2": 812836,
+    "ShuffleV1": 949258,
+    "ShuffleV2": 1355528,
+}
+FAMILIES = ("resnet8", "ResNet50", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2")
+"""one network of each"""
+CHECKPOINTS = Path(__file__).parents[2] / "shared/data/published_checkpoints.json"
+with_checkpoints = pytest.mark.skipif(not CHECKPOINTS.exists(), reason="the published shapes are not beside us")
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def published(name):
+    return json.loads(CHECKPOINTS.read_text())[name]
+
+
+def stages(network):
+    return [name for name in taps.stage_taps(network) if name.startswith("stage") and not name.endswith(".pre")]
+
+
+def settled(name, classes=10):
+    """Return a network in evaluation whose normalisations all differ, as after training."""
+    network = spec.build(name, classes, seed=3).eval()
+    generator = torch.Generator().manual_seed(1)
+    for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
+        for values, low, high in (
+            (norm.weight, 0.5, 1.5),
+            (norm.running_var, 0.5, 1.5),
+            (norm.running_mean, -0.3, 0.3),
+        ):
+            nn.init.uniform_(values, low, high, generator=generator)
+        nn.init.uniform_(norm.bias, -0.3, 0.3, generator=generator)
+    return network
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_count_is_the_published_one(name):
+    network = spec.build(name, 100)
+    assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS[name]
+
+
+def test_every_network_of_the_zoo_has_a_published_count():
+    assert set(spec.NETWORKS) == set(PARAMETERS)
+
+
+@with_checkpoints
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_names_and_shapes_are_those_of_the_published_checkpoints(name):
+    expected, network = published(name), spec.build(name, 100)
+    assert {key: list(value.shape) for key, value in network.state_dict().items()} == expected["state_dict"]
+    assert stages(network) == [f"stage{n}" for n in range(len(expected["features"]) - 1)]
+    with torch.no_grad():
+        found = taps.run(network.eval(), noise(1, 3, 32, 32), [*stages(network), "penultimate"])
+    assert [list(value.shape[1:]) for value in found.values()] == expected["features"]
+
+
+@with_checkpoints
+@pytest.mark.parametrize("name", FAMILIES)
+def test_checkpoint_in_the_published_layout_loads(name, tmp_path):
+    shapes = published(name)["state_dict"]
+    state = {key: noise(*shape, seed=number) for number, (key, shape) in enumerate(shapes.items()) if shape}
+    state |= {key: torch.tensor(7) for key, shape in shapes.items() if not shape}
+    torch.save({"epoch": 240, "model": state, "best_acc": torch.tensor(70.4)}, tmp_path / "net.pth")
+    network = spec.build(name, 100)
+    weights.load_into(network, weights.load_weights(tmp_path / "net.pth"), "net.pth")
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize(("name", "other"), [*zip(FAMILIES, FAMILIES[1:] + FAMILIES[:1], strict=True)])
+def test_weights_that_do_not_fit_get_one_clear_error(name, other):
+    network, state = spec.build(name, 10), spec.build(name, 7).state_dict()
+    with pytest.raises(MismatchError, match=r"^the weights in net\.pth do not fit .*: they are for 7 classes, .* 10$"):
+        weights.load_into(network, state, "net.pth")
+    with pytest.raises(MismatchError, match=r"do not fit .*: another architecture; \d+ .*, first '"):
+        weights.load_into(network, spec.build(other, 10).state_dict(), "net.pth")
+    state = network.state_dict()
+    lost = next(key for key in reversed(state) if key.endswith("running_var"))
+    del state[lost]
+    with pytest.raises(MismatchError, match=f"another architecture; 1 tensors are missing, first '{lost}'$"):
+        weights.load_into(network, state, "net.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "last"),
+    [
+        ("resnet8", 16, (64, 4, 4)),
+        ("resnet8x4", 16, (256, 4, 4)),
+        ("wrn_16_2", 16, (128, 4, 4)),
+        ("ResNet50", 17, (2048, 3, 3)),
+        ("vgg8", 8, (512, 1, 1)),
+        ("vgg8", 63, (512, 7, 7)),
+        ("vgg8", 64, (512, 4, 4)),
+        ("vgg8", 96, (512, 6, 6)),
+        ("MobileNetV2", 8, (160, 1, 1)),
+        ("MobileNetV2", 96, (160, 6, 6)),
+        ("ShuffleV1", 20, (960, 3, 3)),
+        ("ShuffleV2", 64, (464, 8, 8)),
+    ],
+)
+def test_other_sides_and_channels_work(name, side, last):
+    network = spec.build(name, 10, channels=1).eval()
+    found = taps.run(network, noise(2, 1, side, side), [stages(network)[-1], "logits"])
+    assert [tuple(value.shape) for value in found.values()] == [(2, *last), (2, 10)]
+
+
+class Layers:
+    """The layers of a state dict by name, applied with plain functions."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def conv(self, name, x, **options):
+        return functional.conv2d(x, self.state[f"{name}.weight"], self.state.get(f"{name}.bias"), **options)
+
+    def norm(self, name, x):
+        keys = ("running_mean", "running_var", "weight", "bias")
+        mean, variance, scale, shift = (self.state[f"{name}.{key}"].view(1, -1, 1, 1) for key in keys)
+        return (x - mean) / torch.sqrt(variance + 1e-5) * scale + shift
+
+    def conv_norm(self, conv, norm, x, **options):
+        return self.norm(norm, self.conv(conv, x, **options))
+
+    def classify(self, name, vector):
+        logits = vector @ self.state[f"{name}.weight"].T + self.state[f"{name}.bias"]
+        return {"penultimate": vector, "logits": logits}
+
+
+def conv1_by_hand(layers, pixels, **options):
+    return torch.relu(layers.conv_norm("conv1", "bn1", pixels, **options))
+
+
+def basic_branch(layers, at, x, stride):
+    hidden = torch.relu(layers.conv_norm(f"{at}.conv1", f"{at}.bn1", x, stride=stride, padding=1))
+    return layers.conv_norm(f"{at}.conv2", f"{at}.bn2", hidden, padding=1)
+
+
+def bottleneck_branch(layers, at, x, stride):
+    hidden = torch.relu(layers.conv_norm(f"{at}.conv1", f"{at}.bn1", x))
+    hidden = torch.relu(layers.conv_norm(f"{at}.conv2", f"{at}.bn2", hidden, stride=stride, padding=1))
+    return layers.conv_norm(f"{at}.conv3", f"{at}.bn3", hidden)
+
+
+def residual_by_hand(layers, features, counts, branch, shortcut):
+    values = {"stage0": features}
+    for n, count in enumerate(counts, start=1):
+        for number in range(count):
+            at, stride = f"layer{n}.{number}", 2 if n > 1 and number == 0 else 1
+            identity = features
+            if f"{at}.{shortcut}.0.weight" in layers.state:
+                identity = layers.conv_norm(f"{at}.{shortcut}.0", f"{at}.{shortcut}.1", features, stride=stride)
+            before = branch(layers, at, features, stride) + identity
+            features = torch.relu(before)
+        values |= {f"stage{n}": features, f"stage{n}.pre": before}
+    return values, features.mean((2, 3))
+
+
+def resnet14(layers, pixels):
+    stem = conv1_by_hand(layers, pixels, padding=1)
+    values, vector = residual_by_hand(layers, stem, (2, 2, 2), basic_branch, "downsample")
+    return values | layers.classify("fc", vector)
+
+
+def resnet50(layers, pixels):
+    stem = conv1_by_hand(layers, pixels, padding=1)
+    values, vector = residual_by_hand(layers, stem, (3, 4, 6, 3), bottleneck_branch, "shortcut")
+    return values | layers.classify("linear", vector)
+
+
+def torchvision_resnet(counts, branch):
+    def by_hand(layers, pixels):
+        stem = functional.max_pool2d(conv1_by_hand(layers, pixels, stride=2, padding=3), 3, stride=2, padding=1)
+        values, vector = residual_by_hand(layers, stem, counts, branch, "downsample")
+        return values | layers.classify("fc", vector)
+
+    return by_hand
+
+
+def wrn_16_2(layers, pixels):
+    features = layers.conv("conv1", pixels, padding=1)
+    values = {"stage0": features}
+    for n in (1, 2, 3):
+        for number in range(2):
+            at, stride = f"block{n}.layer.{number}", 2 if n > 1 and number == 0 else 1
+            before = layers.norm(f"{at}.bn1", features)
+            if n > 1 and number == 0:
+                values[f"stage{n - 1}.pre"] = before
+            active = torch.relu(before)
+            branch = layers.conv_norm(f"{at}.conv1", f"{at}.bn2", active, stride=stride, padding=1)
+            widened = layers.conv(f"{at}.convShortcut", active, stride=stride) if number == 0 else features
+            features = layers.conv(f"{at}.conv2", torch.relu(branch), padding=1) + widened
+        values[f"stage{n}"] = features
+    values["stage3.pre"] = layers.norm("bn1", features)
+    return values | layers.classify("fc", torch.relu(values["stage3.pre"]).mean((2, 3)))
+
+
+def vgg11(layers, pixels):
+    features, values = pixels, {}
+    for n, depth in enumerate((1, 1, 2, 2, 2)):
+        for number in range(depth):
+            at = 3 * number
+            before = layers.conv_norm(f"block{n}.{at}", f"block{n}.{at + 1}", features, padding=1)
+            features = torch.relu(before)
+        values |= {f"stage{n}": features, f"stage{n}.pre": before}
+        if n < 3:
+            features = functional.max_pool2d(features, 2)
+    del values["stage0.pre"]
+    return values | layers.classify("classifier", features.mean((2, 3)))
+
+
+def inverted_residual(layers, at, x, stride):
+    hidden = torch.relu(layers.conv_norm(f"{at}.0", f"{at}.1", x))
+    options = {"stride": stride, "padding": 1, "groups": hidden.shape[1]}
+    hidden = torch.relu(layers.conv_norm(f"{at}.3", f"{at}.4", hidden, **options))
+    found = layers.conv_norm(f"{at}.6", f"{at}.7", hidden)
+    return found + x if found.shape == x.shape else found
+
+
+def mobilenet_v2(layers, pixels):
+    features = torch.relu(layers.conv_norm("conv1.0", "conv1.1", pixels, stride=2, padding=1))
+    values, ends = {"stage0": features}, {1: 1, 2: 2, 4: 3, 6: 4}
+    for stage, (count, stride) in enumerate(zip((1, 2, 3, 4, 3, 3, 1), (1, 1, 2, 2, 1, 2, 1), strict=True)):
+        for number in range(count):
+            at = f"blocks.{stage}.{number}.conv"
+            features = inverted_residual(layers, at, features, stride if number == 0 else 1)
+        if stage in ends:
+            values |= {f"stage{ends[stage]}": features, f"stage{ends[stage]}.pre": features}
+    features = torch.relu(layers.conv_norm("conv2.0", "conv2.1", features))
+    return values | layers.classify("classifier.0", features.mean((2, 3)))
+
+
+def shuffled(x, groups):
+    size = x.shape[1] // groups
+    return x[:, [part * size + place for place in range(size) for part in range(groups)]]
+
+
+def shuffle_v1_block(layers, at, x, stride):
+    groups = 1 if x.shape[1] == 24 else 3
+    hidden = shuffled(torch.relu(layers.conv_norm(f"{at}.conv1", f"{at}.bn1", x, groups=groups)), groups)
+    options = {"stride": stride, "padding": 1, "groups": hidden.shape[1]}
+    hidden = torch.relu(layers.conv_norm(f"{at}.conv2", f"{at}.bn2", hidden, **options))
+    hidden = layers.conv_norm(f"{at}.conv3", f"{at}.bn3", hidden, groups=3)
+    return hidden + x if stride == 1 else torch.cat([hidden, functional.avg_pool2d(x, 3, 2, 1)], 1)
+
+
+def shuffle_v1(layers, pixels):
+    features = conv1_by_hand(layers, pixels)
+    values = {"stage0": features}
+    for n, count in enumerate((4, 8, 4), start=1):
+        for number in range(count):
+            before = shuffle_v1_block(layers, f"layer{n}.{number}", features, 2 if number == 0 else 1)
+            features = torch.relu(before)
+        values |= {f"stage{n}": features, f"stage{n}.pre": before}
+    return values | layers.classify("linear", features.mean((2, 3)))
+
+
+def halving_block(layers, at, x):
+    left = layers.conv_norm(f"{at}.conv1", f"{at}.bn1", x, stride=2, padding=1, groups=x.shape[1])
+    left = torch.relu(layers.conv_norm(f"{at}.conv2", f"{at}.bn2", left))
+    right = torch.relu(layers.conv_norm(f"{at}.conv3", f"{at}.bn3", x))
+    right = layers.conv_norm(f"{at}.conv4", f"{at}.bn4", right, stride=2, padding=1, groups=right.shape[1])
+    right = torch.relu(layers.conv_norm(f"{at}.conv5", f"{at}.bn5", right))
+    return shuffled(torch.cat([left, right], 1), 2)
+
+
+def shuffle_v2(layers, pixels):
+    features = conv1_by_hand(layers, pixels)
+    values = {"stage0": features}
+    for n, count in enumerate((4, 8, 4), start=1):
+        features = halving_block(layers, f"layer{n}.0", features)
+        for at in (f"layer{n}.{number}" for number in range(1, count)):
+            half = features.shape[1] // 2
+            kept, branch = features[:, :half], features[:, half:]
+            branch = torch.relu(layers.conv_norm(f"{at}.conv1", f"{at}.bn1", branch))
+            branch = layers.conv_norm(f"{at}.conv2", f"{at}.bn2", branch, padding=1, groups=half)
+            branch = layers.conv_norm(f"{at}.conv3", f"{at}.bn3", branch)
+            before = torch.cat([kept, branch], 1)
+            features = shuffled(torch.cat([kept, torch.relu(branch)], 1), 2)
+        values |= {f"stage{n}": features, f"stage{n}.pre": before}
+    features = torch.relu(layers.conv_norm("conv2", "bn2", features))
+    return values | layers.classify("linear", features.mean((2, 3)))
+
+
+FORWARD = {
+    "resnet14": resnet14,
+    "wrn_16_2": wrn_16_2,
+    "ResNet50": resnet50,
+    "vgg11": vgg11,
+    "MobileNetV2": mobilenet_v2,
+    "ShuffleV1": shuffle_v1,
+    "ShuffleV2": shuffle_v2,
+    "torchvision:resnet18": torchvision_resnet((2, 2, 2, 2), basic_branch),
+    "torchvision:resnet34": torchvision_resnet((3, 4, 6, 3), basic_branch),
+    "torchvision:resnet50": torchvision_resnet((3, 4, 6, 3), bottleneck_branch),
+}
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_every_tap_is_the_value_of_the_published_forward_pass(name):
+    network, pixels = settled(name), noise(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = FORWARD[name](Layers(network.state_dict()), pixels)
+        assert set(expected) == set(taps.stage_taps(network))
+        for tap, found in taps.run(network, pixels, list(expected)).items():
+            scale = expected[tap].abs().max().item()
+            torch.testing.assert_close(found, expected[tap], rtol=1e-4, atol=1e-5 * scale, msg=tap)
+
+
+ACTIVATED = ("resnet8", "ResNet50", "vgg11", "ShuffleV1", "torchvision:resnet18", "torchvision:resnet50")
+
+
+@pytest.mark.parametrize("name", ACTIVATED)
+def test_the_relu_of_a_value_before_activation_is_its_stage(name):
+    network = spec.build(name, 10).train()
+    before = [tap for tap in taps.stage_taps(network) if tap.endswith(".pre")]
+    found = taps.run(network, noise(4, 3, 16, 16), [*before, *stages(network)])
+    for tap in before:
+        assert found[tap].min() < 0
+        assert torch.equal(torch.relu(found[tap]), found[tap.removesuffix(".pre")])
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "torchvision:resnet18"])
+def test_taps_carry_gradients_to_every_parameter_in_training(name):
+    network = spec.build(name, 10).train()
+    found = taps.run(network, noise(4, 3, 16, 16), list(taps.stage_taps(network)))
+    sum(value.square().mean() for value in found.values()).backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "torchvision:resnet18"])
+def test_tapping_changes_neither_logits_nor_gradients(name):
+    results = []
+    for names in (["logits"], list(taps.stage_taps(spec.build(name, 10)))):
+        network = spec.build(name, 10, seed=1).train()
+        logits = taps.run(network, noise(2, 3, 16, 16), names)["logits"]
+        logits.square().sum().backward()
+        results.append([logits, *(parameter.grad for parameter in network.parameters())])
+    assert all(torch.equal(plain, tapped) for plain, tapped in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "spread"),
+    [
+        ("resnet56", "layer3.4.conv1", (2 / (64 * 9)) ** 0.5),
+        ("wrn_40_2", "block3.layer.1.conv1", (2 / (128 * 9)) ** 0.5),
+        ("ResNet50", "layer3.2.conv3", (2 / 1024) ** 0.5),
+        ("vgg8", "block3.0", (2 / (512 * 9)) ** 0.5),
+        ("vgg8", "classifier", 0.01),
+        ("MobileNetV2", "blocks.5.1.conv.3", (2 / (480 * 9)) ** 0.5),
+        ("MobileNetV2", "classifier.0", 0.01),
+        # torch's own: uniform within 1 / sqrt(fan in)
+        ("ShuffleV1", "layer3.1.conv1", (1 / (3 * 320)) ** 0.5),
+        ("ShuffleV2", "layer3.1.conv3", (1 / (3 * 232)) ** 0.5),
+    ],
+)
+def test_weights_start_with_the_published_spread(name, kernel, spread):
+    weight = spec.build(name, 100, seed=1).get_submodule(kernel).weight
+    assert weight.std().item() == pytest.approx(spread, rel=0.03)
+    assert weight.mean().item() == pytest.approx(0, abs=spread / 20)
+
+
+@pytest.mark.parametrize("name", ["wrn_16_2", "vgg8", "MobileNetV2"])
+def test_biases_start_at_zero_and_normalisations_at_identity(name):
+    network = spec.build(name, 100, seed=1)
+    assert all(torch.all(value == 0) for key, value in network.named_parameters() if key.endswith("bias"))
+    assert all(torch.all(module.weight == 1) for module in network.modules() if isinstance(module, nn.BatchNorm2d))
