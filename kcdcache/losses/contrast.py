@@ -28,19 +28,19 @@ def nce(
     positive: Float[Tensor, " batch"],
     negatives: Float[Tensor, "batch negatives"],
     count: int,
-    log_partition: Float[Tensor, ""],
+    log_z: Float[Tensor, ""],
 ) -> Float[Tensor, " batch"]:
     """Return -log h(positive) - sum_k log(1 - h(negative_k)), in nats, at least 0, for one direction of CRD.
 
-    h(s) = x / (x + K / N + eps) with x = exp(s) / Z, s a dot product over the temperature, K negatives, N = `count`
-    and eps = 1e-7; 1 - h is taken as (K / N) / (x + K / N + eps), as released. CRD adds the value with the student as
-    anchor and that with the teacher as anchor. Gradient flows into both score tensors, since CRD trains the
-    teacher's embedding too.
+    h(s) = x / (x + K / N + eps) with x = exp(s) / Z, s a dot product over the temperature, log Z from `log_partition`,
+    K negatives, N = `count` and eps = 1e-7; 1 - h is taken as (K / N) / (x + K / N + eps), as released. CRD adds the
+    value with the student as anchor and that with the teacher as anchor. Gradient flows into both score tensors,
+    since CRD trains the teacher's embedding too.
 
     Source: Tian et al. 2020 (Contrastive Representation Distillation), Eq. 18.
     """
     noise = negatives.shape[1] / count
-    shift = log_partition.detach().float() + math.log(noise + TINY)
+    shift = log_z.detach().float() + math.log(noise + TINY)
     missed = functional.softplus(shift - positive.float())
     mistaken = functional.softplus(negatives.float() - shift).sum(dim=1)
     return missed + mistaken + negatives.shape[1] * math.log1p(TINY / noise)

@@ -21,8 +21,8 @@ def decoupled(
 
     Source: Zhao et al. 2022 (Decoupled Knowledge Distillation).
     """
-    binary, others = _split(student / temperature, labels)
-    wanted_binary, wanted_others = _split(teacher.detach() / temperature, labels)
+    binary, others = _split(student.float() / temperature, labels)
+    wanted_binary, wanted_others = _split(teacher.detach().float() / temperature, labels)
     target, rest = _divergence(wanted_binary, binary), _divergence(wanted_others, others)
     return (alpha * target + beta * rest) * (temperature * temperature)
 
@@ -32,7 +32,7 @@ def _split(scaled: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     The label's column is left out by indices, as a mask of -inf would leave 0 * inf in the divergence.
     """
-    log_p = functional.log_softmax(scaled.float(), dim=1)
+    log_p = functional.log_softmax(scaled, dim=1)
     label = labels.unsqueeze(1)
     columns = torch.arange(log_p.shape[1] - 1, device=labels.device).expand(len(labels), -1)
     others = log_p.gather(1, columns + (columns >= label))

@@ -93,11 +93,12 @@ def hierarchical_context(
 
     Source: Chen et al. 2021 (Distilling Knowledge via Knowledge Review): HCL, weights as released.
     """
+    student, target = student.float(), target.float()
     loss, weight, total = _squared_error(student, target), 1.0, 1.0
     for side in (side for side in POOLED_SIDES if side < min(student.shape[2:])):
         weight /= 2
         total += weight
-        small, small_target = (functional.adaptive_avg_pool2d(f.float(), side) for f in (student, target))
+        small, small_target = (functional.adaptive_avg_pool2d(f, side) for f in (student, target))
         loss = loss + weight * _squared_error(small, small_target)
     return loss / total
 

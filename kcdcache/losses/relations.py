@@ -89,5 +89,6 @@ def _angles(features: Tensor) -> Tensor:
 
 
 def _neighbours(features: Tensor) -> Tensor:
-    affinity = ((cosines(features, features) + 1) / 2).clamp_min(0)  # rounding passes -1 by an ulp
+    x = features.float()
+    affinity = ((cosines(x, x) + 1) / 2).clamp_min(0)  # rounding passes -1 by an ulp
     return affinity / affinity.sum(dim=1, keepdim=True)

@@ -20,9 +20,10 @@ def length(x: Float[Tensor, "*stack dim"]) -> Float[Tensor, "*stack"]:
 
 def unit(x: Float[Tensor, "*stack dim"]) -> Float[Tensor, "*stack dim"]:
     """Return x divided by its length along the last axis; the zero vector stays zero and passes no gradient."""
+    x = x.float()  # once: gradients of two casts would meet in half precision
     size = length(x).unsqueeze(-1)
     positive = size > 0
-    return x.float() * (positive / torch.where(positive, size, 1))
+    return x * (positive / torch.where(positive, size, 1))
 
 
 def cosines(left: Float[Tensor, "m dim"], right: Float[Tensor, "n dim"]) -> Float[Tensor, "m n"]:
