@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
+from kcdcache import fields as teacher_fields
 from kcdcache import rng, views
 from kcdcache.data import Dataset
 from kcdcache.errors import MismatchError
@@ -20,7 +21,7 @@ from kcdcache.identity import require_same
 from kcdcache.knowledge import PlannedRows, StoredTargets, Targets
 from kcdcache.manifest import Manifest, require_knowledge
 from kcdcache.matching import check_data
-from kcdcache.mixing import mix_pixels, mix_probabilities, mix_values
+from kcdcache.mixing import mix_pixels, mix_probabilities
 from kcdcache.store import Store
 
 CPU = torch.device("cpu")
@@ -86,7 +87,7 @@ class Batch:
     probabilities: Float32[Tensor, "batch classes"] | None
     """teacher probabilities at the distillation temperature, mixed as the target rule says"""
     knowledge: Mapping[str, Tensor]
-    """the teacher's fields as float32, linearly mixed"""
+    """the teacher's fields as float32, mixed as `fields.mix` says"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,7 +356,8 @@ def _taught(
         probabilities[spot] = mix_probabilities(own["logits"][spot], other["logits"], share, rule, temperature)
     if source.mixing.target == "keep":
         return probabilities, own
-    return probabilities, {name: _put(own[name], spot, mix_values(own[name][spot], other[name], share)) for name in own}
+    mixed = {name: teacher_fields.mix(name, own[name][spot], other[name], share) for name in own}
+    return probabilities, {name: _put(own[name], spot, mixed[name]) for name in own}
 
 
 def _put(target: Tensor, spot: Tensor, value: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ def _settings_command(name: str) -> click.Command:
 
 def _option(name: str, field: Any) -> click.Option:
     """Return the option for one settings field: help and default come from the model, values go to it unparsed."""
-    flag = f"--{name.replace('_', '-')}"
+    flag = f"--{name.rstrip('_').replace('_', '-')}"
     default = "" if field.is_required() or field.default is None else f"  [default: {_shown(field.default)}]"
     text = " ".join((field.description or "").split()) + default
     if field.annotation is bool:
@@ -207,7 +207,9 @@ def _option(name: str, field: Any) -> click.Option:
     kind: Any = click.Choice(choices) if choices else click.STRING
     metavar = None if choices else _metavar(field.annotation)
     split = _split if get_origin(field.annotation) is tuple or "tuple" in str(field.annotation) else None
-    return click.Option([flag], type=kind, help=text, metavar=metavar, required=field.is_required(), callback=split)
+    return click.Option(
+        [flag, name], type=kind, help=text, metavar=metavar, required=field.is_required(), callback=split
+    )
 
 
 def _split(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:

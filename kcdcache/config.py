@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kcdcache.errors import NotFoundError, SettingsError
 
@@ -47,9 +47,11 @@ class PrecomputeSettings(ViewSettings):
     views: Annotated[int, Field(ge=1)] | Literal["all"] = 1
     """views cached per sample, or 'all' for the rule's whole finite set"""
     fields: tuple[str, ...] = ("logits",)
-    """teacher outputs to keep: logits, penultimate"""
+    """teacher outputs to keep: logits, penultimate, attention, fsp, maps:STAGE, rotations, boundary"""
     encoding: str = "float16"
     """how logits are stored: float16, float32 or top:K"""
+    budget_gb: float = Field(default=64, gt=0)
+    """size above which a store is refused before anything is written: feature maps of many views are large"""
     compression: Literal["none", "zstd"] = "none"
     """chunk compression; zstd saves about 15 % and halves the read rate"""
     batch_size: int = Field(default=256, ge=1)
@@ -119,11 +121,13 @@ class MethodSettings(Settings):
     """The distillation method and how mixed points are taught."""
 
     method: str = "kd"
-    """distillation method: ce or kd"""
+    """distillation method (`kcdcache methods` lists them), or several: kd+at, with other weights kd*0.5+at*500"""
     gamma: float | None = Field(default=None, ge=0)
     """weight of the hard-label cross-entropy; the method's own default if unset (kd: 0.1)"""
     alpha: float | None = Field(default=None, ge=0)
     """weight of the soft-label term T^2 KL; the method's own default if unset (kd: 0.9)"""
+    beta: float | None = Field(default=None, ge=0)
+    """weight of the method's own term; the method's own default if unset (at: 1000)"""
     temperature: float | None = Field(default=None, gt=0)
     """distillation temperature; the method's own default if unset (kd: 4)"""
     mix: Literal["convex", "additive_clip"] = "convex"
@@ -258,6 +262,10 @@ class PrecomputeCommand(PrecomputeSettings, TeacherSettings, MachineSettings):
     """data spec, as for fit"""
     store: Path
     """folder of the store"""
+    for_: str | None = Field(default=None, validation_alias=AliasChoices("for_", "for"))
+    """keep what this method (or several, kd+at) reads of the teacher for the --student, instead of --fields"""
+    student: str | None = None
+    """network of the student that --for is about"""
     manifest: Path | None = None
     """add the teacher's outputs on this manifest's mixes, beside it, instead of making a store"""
     mix: Literal["convex", "additive_clip"] = "convex"

@@ -48,6 +48,8 @@ class _Run:
     stages: tuple[schedule.Stage, ...]
     views: int
     """cached views the run cycles through: those of its beginning, should the store have grown since"""
+    fields: tuple[str, ...]
+    """the teacher's fields it reads"""
     progress: loop.Progress
 
 
@@ -76,14 +78,13 @@ def run(
     batches.check_data(material.knowledge, material.data)
     if material.given is not None:
         manifest.require_usable(material.given, material.knowledge.skipped)
-    methods.method_named(settings.method)
-    spec.require_known(
-        settings.student, len(material.data.classes), len(material.data.mean)
-    )  # before a folder is made for it
+    # before a folder is made for it
+    spec.require_known(settings.student, len(material.data.classes), len(material.data.mean))
+    fields = methods.reads(settings, settings.student, material.knowledge.knowledge, material.data)
     folder = RunFolder(path=out)
     material, following = _sorted_out(material, folder)
     views = _views(material, folder)
-    document, inputs = _record(settings, material, views)
+    document, inputs = _record(settings, material, views, fields)
     if folder.stands(folder.summary):
         runs.start(folder, document, inputs)
         logger.info("train: %s is finished already", out)
@@ -95,6 +96,7 @@ def run(
         device=resolve_device(device),
         stages=planned(settings, material),
         views=views,
+        fields=fields,
         progress=progress,
     )
     held = runs.session(
@@ -105,21 +107,6 @@ def run(
         if following is not None:
             _place(going, following)
         return _advance(going, settings.epochs if until is None else min(until, settings.epochs))
-
-
-def accept(given: Manifest, knowledge: store.Store, transfer: bool) -> Manifest:
-    """Return a condensed set bound to a store's knowledge: as it is, or with `transfer` rebound to another teacher's.
-
-    Raises:
-        MismatchError: the set was made for other knowledge and transfer is off, or for other data.
-    """
-    identity = knowledge.knowledge.data
-    wanted = knowledge.knowledge_id
-    manifest.require_knowledge(given, wanted, count=identity.count, data_digest=identity.digest, transfer=transfer)
-    if given.knowledge_id == wanted:
-        return given
-    logger.info("transfer: a set condensed for knowledge %s is used with %s", given.knowledge_id[:12], wanted[:12])
-    return replace(given, knowledge_id=wanted, parent=given.digest)
 
 
 def _sorted_out(material: Material, folder: RunFolder) -> tuple[Material, Manifest | None]:
@@ -288,7 +275,7 @@ def _points(knowledge: store.Store) -> int:
 
 def _requery(going: _Run, stage: schedule.Stage, current: Manifest) -> Path | None:
     """Run the teacher on the stage's mixes in the views it will use, unless that is done or not asked for."""
-    needs = methods.method_named(going.settings.method).fields
+    needs = going.fields
     if going.settings.mix_target != "requery" or not needs or not current.mixed.any():
         return None
     knowledge, teacher = going.material.knowledge, going.material.teacher
@@ -383,10 +370,11 @@ def _as_reuse(settings: TrainSettings, material: Material) -> TrainSettings:
     return settings.model_copy(update={"candidates": "current"})
 
 
-def _record(settings: TrainSettings, material: Material, views: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _record(
+    settings: TrainSettings, material: Material, views: int, fields: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return settings and inputs as run.json holds them: all that decides the run's bytes besides the environment."""
     knowledge = material.knowledge
-    fields = methods.method_named(settings.method).fields
     inputs = {
         "knowledge_id": knowledge.knowledge_id,
         "views": views,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ from kcdcache.errors import NonFiniteError, SettingsError
 
 HALF_MAX = 65504.0
 NAMED_ROWS = 8
-UNREADABLE = {"float32": np.nan, "float16": np.nan, "uint16": 0xFFFF}
+FIELD_NAME = re.compile(r"[a-z][a-z0-9_]*(:[a-z0-9]+(\.[a-z]+)?)*")
+UNREADABLE = {"float32": np.nan, "float16": np.nan, "uint16": 0xFFFF, "uint8": 0xFF}
 """element type -> what the rows of skipped samples hold, so that nobody reads a plausible number there"""
 
 Stored = tuple[Tensor, ...]
@@ -74,6 +76,8 @@ class Encoding:
             beyond = _any(torch.isfinite(values) & (values.abs() > HALF_MAX))
             complaint = f"field '{self.field}' exceeds float16's {HALF_MAX:.0f}"
             found.append(Fault(complaint, beyond, "; `--encoding float32` can hold it"))
+        if self.name == "uint8":
+            found.append(Fault(f"field '{self.field}' is not in [0, 1]", _any((values < 0) | (values > 1))))
         return found
 
     def encode(
@@ -130,12 +134,24 @@ def parse(text: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
     >>> parse("top:16", "logits", (1000,)).arrays[0].row_shape
     (35,)
     """
-    if not field.isidentifier() or not row_shape or not all(type(n) is int and n > 0 for n in row_shape):
+    if not FIELD_NAME.fullmatch(field) or not row_shape or not all(type(n) is int and n > 0 for n in row_shape):
         raise SettingsError(f"field {field!r} with rows of shape {row_shape} cannot be stored")
     name, _, argument = text.partition(":")
     if name not in ENCODINGS:
-        raise SettingsError(f"unknown encoding {text!r} for '{field}'; known: float16, float32, top:K (logits only)")
+        raise SettingsError(
+            f"unknown encoding {text!r} for '{field}'; known: float16, float32, uint8 (numbers in [0, 1]), "
+            "top:K (logits only)"
+        )
     return ENCODINGS[name](argument, field, tuple(row_shape))
+
+
+def array_name(field: str) -> str:
+    """Return the name of a field's array, which is that of a folder too.
+
+    >>> array_name("attention:stage1:32x32")
+    'attention-stage1-32x32'
+    """
+    return field.replace(":", "-")
 
 
 def statistics(values: Float32[Tensor, "batch ..."]) -> Statistics:
@@ -178,7 +194,7 @@ def _float32(argument: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
         name="float32",
         field=field,
         row_shape=row_shape,
-        arrays=(ArraySpec(field, row_shape, "float32"),),
+        arrays=(ArraySpec(array_name(field), row_shape, "float32"),),
         bound="exact",
         to_stored=lambda values: (values,),
         to_values=lambda stored, temperature: stored[0].clone(),
@@ -195,7 +211,7 @@ def _plain_float16(field: str, row_shape: tuple[int, ...]) -> Encoding:
         name="float16",
         field=field,
         row_shape=row_shape,
-        arrays=(ArraySpec(field, row_shape, "float16"),),
+        arrays=(ArraySpec(array_name(field), row_shape, "float16"),),
         bound="|stored - x| <= 2^-11 |x| + 2^-25; |x| above 65,504 is refused",
         to_stored=lambda values: (values.half(),),
         to_values=lambda stored, temperature: stored[0].float(),
@@ -222,6 +238,19 @@ def _shifted_float16(row_shape: tuple[int, ...]) -> Encoding:
 def _encode_gaps(z: Float32[Tensor, "batch classes"]) -> Stored:
     rowmax = z.amax(dim=1)
     return (z - rowmax[:, None]).clamp(min=-HALF_MAX).half(), rowmax
+
+
+def _uint8(argument: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
+    _no_argument("uint8", argument)
+    return Encoding(
+        name="uint8",
+        field=field,
+        row_shape=row_shape,
+        arrays=(ArraySpec(array_name(field), row_shape, "uint8"),),
+        bound="|stored - x| <= 1/510 for x in [0, 1], exact for whole 255ths; other numbers are refused",
+        to_stored=lambda values: ((values * 255).round().to(torch.uint8),),
+        to_values=lambda stored, temperature: stored[0].float() / 255,
+    )
 
 
 def _top(argument: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
@@ -310,5 +339,6 @@ def _no_argument(name: str, argument: str) -> None:
 ENCODINGS: dict[str, Callable[[str, str, tuple[int, ...]], Encoding]] = {
     "float16": _float16,
     "float32": _float32,
+    "uint8": _uint8,
     "top": _top,
 }

@@ -64,9 +64,9 @@ def _task(pupil: learner.Learner, data: Dataset, settings: FitSettings) -> loop.
     rule = views.rule_from(settings, data.train.image_size)
     whole = manifest.full(data.identity().digest, len(data.train), data.train.labels, len(data.classes))
     source = batches.Source(data=data, rule=rule, views=views.cycle(rule, settings.views), manifest=whole)
-    weights = methods.weights_for(MethodSettings(method="ce"), settings.label_smoothing)
+    weights = methods.choose(MethodSettings(method="ce"), settings.label_smoothing).weights
     return loop.Task(
         **resident.supply(settings, source, pupil)._asdict(),
-        loss=lambda logits, batch: methods.ce(logits, batch, weights),
+        loss=methods.loss_of(weights, None),
         details=lambda epoch: {"view": source.view_of(epoch)},
     )

@@ -1,6 +1,6 @@
 """A network in training: weights, optimizer, value estimate, counters; all that a resumed run needs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +11,15 @@ from torch import Tensor, nn
 from kcdcache import values
 from kcdcache.config import OptimizerSettings
 from kcdcache.data import Dataset
+from kcdcache.errors import SettingsError
 from kcdcache.losses.softmax import entropy
-from kcdcache.models import spec, weights
+from kcdcache.methods import Head
+from kcdcache.models import spec, taps, weights
 from kcdcache.models.transform import InputTransform
 from kcdcache.runs import RunFolder
+
+HEAD = "head."
+"""first word of the names of a method's own tensors"""
 
 
 @dataclass(kw_only=True)
@@ -52,6 +57,8 @@ class Learner:
     optimizer: torch.optim.Optimizer
     device: torch.device
     record: ValueRecord | None = None
+    head: Head | None = None
+    """what its method trains beside it"""
     epoch: int = 0
     """number of finished epochs"""
     step: int = 0
@@ -65,16 +72,29 @@ class Learner:
     compiled: Callable[[Tensor], Tensor] | None = None
     """the network as torch compiled it, with the same weights"""
 
-    def forward(self, inputs: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch classes"]:
-        """Return the logits of transformed pixels."""
+    def see(self, pixels: Float[Tensor, "batch channels h w"]) -> dict[str, Float[Tensor, "batch ..."]]:
+        """Return the logits of pixels in [0, 1], and the inner values that its method reads, in float32."""
+        inputs = self.transform(pixels)
+        wanted = self.head.taps if self.head is not None else ()
+        if wanted:
+            found = taps.run(self.network, inputs, list(dict.fromkeys(("logits", *wanted))))
+            return {name: value if name == "logits" else value.float() for name, value in found.items()}
         network = self.network if self.compiled is None else self.compiled
-        logits: Tensor = network(inputs)
-        return logits
+        return {"logits": network(inputs)}
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield all that is trained, by name."""
+        yield from self.network.named_parameters()
+        if self.head is not None:
+            for name, parameter in self.head.named_parameters():
+                yield f"{HEAD}{name}", parameter
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors that a resumed run needs."""
         found = {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        for name, parameter in self.network.named_parameters():
+        if self.head is not None:
+            found |= {f"{HEAD}{name}": value for name, value in self.head.state_dict().items()}
+        for name, parameter in self.parameters():
             momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
             if momentum is not None:
                 found[f"momentum.{name}"] = momentum
@@ -93,8 +113,10 @@ class Learner:
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Become what `tensors` and `state` describe."""
         self.network.load_state_dict(_section(tensors, "network."))
+        if self.head is not None:
+            self.head.load_state_dict(_section(tensors, HEAD))
         momentum = _section(tensors, "momentum.")
-        for name, parameter in self.network.named_parameters():
+        for name, parameter in self.parameters():
             if name in momentum:
                 kept = torch.empty_like(parameter).copy_(momentum[name])
                 self.optimizer.state[parameter]["momentum_buffer"] = kept
@@ -109,10 +131,13 @@ class Learner:
         self.rows = list(state["rows"])
 
 
-def make_optimizer(network: nn.Module, settings: OptimizerSettings) -> torch.optim.SGD:
-    """Return SGD over all parameters, as CRD/RepDistiller and the paper use it; on a GPU in one kernel."""
+def make_optimizer(network: nn.Module, settings: OptimizerSettings, head: Head | None = None) -> torch.optim.SGD:
+    """Return SGD over all parameters, as CRD/RepDistiller and the paper use it; on a GPU in one kernel.
+
+    A method's own modules are trained as the student is.
+    """
     return torch.optim.SGD(
-        network.parameters(),
+        [*network.parameters(), *(head.parameters() if head is not None else ())],
         lr=settings.learning_rate,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
@@ -122,23 +147,32 @@ def make_optimizer(network: nn.Module, settings: OptimizerSettings) -> torch.opt
 
 
 def new_learner(
-    model: str, data: Dataset, settings: OptimizerSettings, device: torch.device, record: ValueRecord | None = None
+    model: str,
+    data: Dataset,
+    settings: OptimizerSettings,
+    device: torch.device,
+    record: ValueRecord | None = None,
+    head: Head | None = None,
 ) -> Learner:
     """Return an untrained network on the device; its initial weights are a function of the seed alone.
 
     Raises:
-        SettingsError: there is no such network.
+        SettingsError: there is no such network, or one is to be compiled whose inner values the method reads.
     """
+    if settings.compile and head is not None and head.taps:
+        raise SettingsError("--compile works with methods that read the student's logits alone; leave it out")
     network = spec.build(model, len(data.classes), settings.seed, channels=len(data.mean))
     network = network.to(device).to(memory_format=torch.channels_last)  # 1.4-4.5 times faster on CPU
     transform = InputTransform(mean=data.mean, std=data.std)
-    optimizer = make_optimizer(network, settings)
+    head = None if head is None else head.to(device)
+    optimizer = make_optimizer(network, settings, head)
     return Learner(
         network=network,
         transform=transform,
         optimizer=optimizer,
         device=device,
         record=record,
+        head=head,
         compiled=torch.compile(network, dynamic=False) if settings.compile else None,
     )
 

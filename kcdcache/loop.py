@@ -39,8 +39,8 @@ class Task:
 
     batches: Callable[[int, int], Iterator[Batch]]
     """(epoch, first step) -> that epoch's remaining batches"""
-    loss: Callable[[Tensor, Batch], Tensor]
-    """(logits, batch) -> loss per sample"""
+    loss: Callable[[dict[str, Tensor], Batch], Tensor]
+    """(what the student gives for the batch, batch) -> loss per sample"""
     evaluate: Callable[[], dict[str, float]]
     """measurements of the network on held-out data"""
     details: Callable[[int], dict[str, Any]]
@@ -225,6 +225,8 @@ def _run_epoch(
         learner.sums = {}
         _seed_torch(settings.seed, learner.epoch)  # networks with dropout draw from torch's own generator
     learner.network.train()
+    if learner.head is not None:
+        learner.head.begin(learner.epoch, settings.epochs)
     for count in steps.take():
         learner.step += 1
         learner.samples += count
@@ -237,9 +239,12 @@ def _run_epoch(
 
 
 def _take_step(learner: Learner, task: Task, batch: Batch, precision: str, totals: _Totals) -> None:
+    extra = learner.head.extra(batch) if learner.head is not None else None
+    shown = batch.pixels if extra is None else torch.cat([batch.pixels, extra])
     with forward_precision(learner.device, precision):
-        logits = learner.forward(learner.transform(batch.pixels))
-    loss = task.loss(logits, batch)
+        seen = learner.see(shown)
+    loss = task.loss(seen, batch)
+    logits = seen["logits"][: len(batch.labels)]
     learner.optimizer.zero_grad(set_to_none=True)
     (loss * batch.weight).mean().backward()
     learner.optimizer.step()

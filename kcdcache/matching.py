@@ -1,5 +1,6 @@
-"""Whether a store was made for a data set: by their digests, and sample by sample to name the first that differs."""
+"""Whether a store was made for a data set, sample by sample, and a condensed set for a store."""
 
+import logging
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,10 @@ from kcdcache.data import Dataset
 from kcdcache.errors import CorruptionError, MismatchError
 from kcdcache.identity import require_same
 from kcdcache.images import sample_digest
+from kcdcache.manifest import Manifest, require_knowledge
 from kcdcache.store import Store
+
+logger = logging.getLogger(__name__)
 
 
 def check_data(store: Store, data: Dataset) -> None:
@@ -61,3 +65,18 @@ def _side_by_side(store: Store, data: Dataset, sample: int) -> str:
     here, there = (f"label {label} ({data.classes[label]!r})" for label in labels)
     digest, expected = sample_digest(source.content(sample), labels[0]), int(store.sample_digest[sample])
     return f"{source.place(sample)} with {here} has digest {digest:016x}, {there} and {expected:016x} in the store"
+
+
+def accept(given: Manifest, knowledge: Store, transfer: bool) -> Manifest:
+    """Return a condensed set bound to a store's knowledge: as it is, or with `transfer` rebound to another teacher's.
+
+    Raises:
+        MismatchError: the set was made for other knowledge and transfer is off, or for other data.
+    """
+    identity = knowledge.knowledge.data
+    wanted = knowledge.knowledge_id
+    require_knowledge(given, wanted, count=identity.count, data_digest=identity.digest, transfer=transfer)
+    if given.knowledge_id == wanted:
+        return given
+    logger.info("transfer: a set condensed for knowledge %s is used with %s", given.knowledge_id[:12], wanted[:12])
+    return replace(given, knowledge_id=wanted, parent=given.digest)

@@ -1,41 +1,27 @@
-"""The distillation methods: METHODS maps a name to its losses, default weights and the fields it needs."""
+"""The distillation methods: METHODS maps a name to its term of the loss, default weights and what its authors did."""
 
+import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from jaxtyping import Float, Float32
+from torch import Tensor, nn
 
 from kcdcache.config import MethodSettings, nearest
+from kcdcache.data import Dataset
 from kcdcache.errors import SettingsError
+from kcdcache.identity import Knowledge
 from kcdcache.losses import softmax
+from kcdcache.models import spec
+from kcdcache.models.shapes import tap_shapes
+from kcdcache.terms.attention import Attention
+from kcdcache.terms.base import Lesson, Pair, Seen, Term, constant
 
-
-@runtime_checkable
-class Lesson(Protocol):
-    """What a loss needs of a batch: labels, mixing shares and the teacher's targets."""
-
-    @property
-    def labels(self) -> Int[Tensor, " batch"]:
-        """Hard label of each point."""
-
-    @property
-    def partner_labels(self) -> Int[Tensor, " batch"]:
-        """Hard label of what is mixed in; the own label where nothing is."""
-
-    @property
-    def epsilon(self) -> Float[Tensor, " batch"]:
-        """Share of the partner in [0, 1]."""
-
-    @property
-    def mixed(self) -> Bool[Tensor, " batch"]:
-        """Whether the point is of K_Aug."""
-
-    @property
-    def probabilities(self) -> Float[Tensor, "batch classes"] | None:
-        """The teacher's softened output, or None where the method needs none."""
+PART = re.compile(r"([a-z0-9_]+)(?:\*([0-9.eE+-]+?))?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +40,248 @@ class Weights:
     """label smoothing of the hard-label term"""
 
 
-Loss = Callable[[Float[Tensor, "batch classes"], Lesson, Weights], Float[Tensor, " batch"]]
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One distillation method: L = gamma CE(y, z_S) + alpha T^2 KL(p_T || p_S) + beta (its own term)."""
+
+    about: str
+    """the idea in a few words"""
+    source: str
+    """paper, and where the defaults are from"""
+    term: Callable[[Pair], Term] | None = None
+    """makes its own term; None for methods on logits and labels alone"""
+    gamma: float = 1.0
+    alpha: float = 0.0
+    beta: float = 0.0
+    temperature: float = 4.0
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """training settings its authors changed; they hold where the user gives none"""
+    live: bool = False
+    """whether it trains further networks with the student, so that no store can replace its forward passes"""
+
+
+METHODS: Mapping[str, Method] = {
+    "ce": Method(about="plain cross-entropy, no teacher", source="-", temperature=1.0),
+    "kd": Method(
+        about="softened outputs",
+        source="Hinton et al. 2015 (arXiv 1503.02531); weights and T of RepDistiller",
+        gamma=0.1,
+        alpha=0.9,
+    ),
+    "at": Method(
+        about="normalised attention maps of every stage",
+        source="Zagoruyko & Komodakis, ICLR 2017 (arXiv 1612.03928); weight of RepDistiller",
+        term=Attention,
+        beta=1000.0,
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
-    """One distillation method: its loss per sample, defaults and needs."""
+class Choice:
+    """A method, or several joined by '+', as a run uses them."""
 
-    loss: Loss
-    fields: tuple[str, ...]
-    """teacher fields read from the store"""
-    gamma: float
-    alpha: float
-    temperature: float
-    source: str
-    """paper, and where the defaults are from"""
+    parts: Mapping[str, float]
+    """name -> weight of its own term; 0 where it has none"""
+    weights: Weights
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Name -> weight of the methods with a term of their own."""
+        return {name: weight for name, weight in self.parts.items() if METHODS[name].term is not None}
+
+
+class Head(nn.Module):
+    """The chosen methods' terms with their weights: what is trained, saved and resumed beside the student."""
+
+    _base: Tensor
+    _shares: Tensor
+
+    def __init__(self, terms: Mapping[str, tuple[float, Term]]) -> None:
+        super().__init__()
+        self._terms = nn.ModuleDict({name: term for name, (_, term) in terms.items()})
+        self._betas = {name: beta for name, (beta, _) in terms.items()}
+        found = [term for _, term in terms.values()]
+        self.taps: tuple[str, ...] = tuple(dict.fromkeys(tap for term in found for tap in term.taps))
+        """the student's values the terms read"""
+        self.fields: tuple[str, ...] = tuple(dict.fromkeys(name for term in found for name in term.fields))
+        """the teacher's fields the terms read"""
+        # tensors, so that a recorded step reads the epoch's own
+        constant(self, "_base", torch.ones(()))
+        constant(self, "_shares", torch.ones(len(found)))
+
+    def begin(self, epoch: int, epochs: int) -> None:
+        """Put the weights of an epoch in force."""
+        factors = [term.weights_at(epoch, epochs) for term in self._of()]
+        self._base.fill_(math.prod(base for base, _ in factors))
+        for place, (_, own) in enumerate(factors):
+            self._shares[place] = own
+
+    def extra(self, lesson: Lesson) -> Float32[Tensor, "extra c h w"] | None:
+        """Return further images for the student's forward pass, after the batch's."""
+        found = [images for term in self._of() if (images := term.extra(lesson)) is not None]
+        return found[0] if found else None
+
+    def weighted(self, base: Float[Tensor, " batch"], seen: Seen, lesson: Lesson) -> Float[Tensor, " batch"]:
+        """Return the whole loss per sample from that on labels and soft labels."""
+        total = self._base * base
+        for place, (name, term) in enumerate(self._terms.items()):
+            total = total + self._betas[name] * self._shares[place] * term(seen, lesson)
+        return total
+
+    def _of(self) -> list[Term]:
+        return list(self._terms.values())  # type: ignore[arg-type]
+
+
+def method_named(name: str) -> Method:
+    """Return the method of that name.
+
+    Raises:
+        SettingsError: there is none; names the nearest.
+    """
+    if name not in METHODS:
+        raise SettingsError(
+            f"unknown method '{name}'; {nearest(name, list(METHODS))}, or several such as kd+at or kd+at*500"
+        )
+    return METHODS[name]
+
+
+def choose(settings: MethodSettings, smoothing: float = 0.0) -> Choice:
+    """Return the methods a user named, with the settings' weights where given and their authors' elsewhere.
+
+    One method has its own weights. Several have gamma = 1, alpha = 1 if kd is among them, and each its own beta
+    (RepDistiller's combinations, such as crd+kd); `A*w` gives method A the weight w.
+
+    Raises:
+        SettingsError: a method is unknown, named twice or has no weight to change, or two want further images.
+    """
+    parts: dict[str, float] = {}
+    alpha = 0.0
+    for text in settings.method.split("+"):
+        name, weight = _parsed(text, settings.method)
+        if name in parts:
+            raise SettingsError(f"method '{settings.method}' names '{name}' twice")
+        method = method_named(name)
+        parts[name] = 0.0 if method.term is None else method.beta if weight is None else weight
+        if name == "kd":
+            alpha = 1.0 if weight is None else weight
+    only = method_named(next(iter(parts)))
+    alone = len(parts) == 1 and "*" not in settings.method
+    terms = [name for name in parts if METHODS[name].term is not None]
+    if settings.beta is not None:
+        if len(terms) != 1:
+            raise SettingsError(
+                f"--beta is the weight of one method's own term, '{settings.method}' has {len(terms)}; "
+                "write the weights into the method: kd+at*1000+pkt*30000"
+            )
+        parts[terms[0]] = settings.beta
+    own = [METHODS[name].temperature for name in parts if name != "ce"]
+    return Choice(
+        parts=parts,
+        weights=Weights(
+            gamma=(only.gamma if alone else 1.0) if settings.gamma is None else settings.gamma,
+            alpha=(only.alpha if alone else alpha) if settings.alpha is None else settings.alpha,
+            temperature=(own[0] if own else 1.0) if settings.temperature is None else settings.temperature,
+            mix_label=settings.mix_label,
+            smoothing=smoothing,
+        ),
+    )
+
+
+def recipe(settings: MethodSettings) -> dict[str, Any]:
+    """Return the training settings that the chosen methods' authors changed."""
+    found: dict[str, Any] = {}
+    for name in choose(settings).parts:
+        found |= METHODS[name].recipe
+    return found
+
+
+def make_head(choice: Choice, pair: Callable[[], Pair]) -> Head | None:
+    """Return the terms of the chosen methods, None if they have none; initial weights depend on the seed alone.
+
+    Raises:
+        SettingsError: a method cannot be used with this pair, or two need images of their own.
+    """
+    if not choice.terms:
+        return None
+    between = pair()
+    made: dict[str, tuple[float, Term]] = {}
+    with torch.random.fork_rng(devices=[]):
+        for number, (name, weight) in enumerate(choice.terms.items()):
+            make = METHODS[name].term
+            assert make is not None
+            torch.default_generator.manual_seed(spec.torch_seed(between.seed + number + 1))
+            made[name] = weight, make(between)
+    own = [name for name, (_, term) in made.items() if type(term).extra is not Term.extra]
+    if len(own) > 1:
+        raise SettingsError(f"{' and '.join(own)} each show the student images of their own; use one of them")
+    return Head(made)
+
+
+def needed_fields(choice: Choice, head: Head | None) -> tuple[str, ...]:
+    """Return the teacher's fields that a run reads from the store."""
+    soft = ("logits",) if choice.weights.alpha > 0 else ()
+    return tuple(dict.fromkeys((*soft, *(head.fields if head is not None else ()))))
+
+
+def pair_of(
+    settings: MethodSettings, student: str, knowledge: Knowledge, data: Dataset, kept: np.ndarray, seed: int
+) -> Pair:
+    """Return the pair of a store's teacher and a student, on a data set's views.
+
+    Raises:
+        SettingsError: the student is unknown or cannot see the views.
+    """
+    views, channels, classes = knowledge.views, len(data.mean), len(data.classes)
+    height, width = views.size
+    source = knowledge.teacher
+    size = source.transform.get("size")
+    theirs = (height, width) if size is None else (size, size)
+    known = source.architecture != "imported" and not spec.runs_foreign_code(source.architecture)
+    return Pair(
+        teacher=source.architecture,
+        student=student,
+        teacher_taps=tap_shapes(source.architecture, classes, channels, *theirs) if known else {"logits": (classes,)},
+        student_taps=tap_shapes(student, classes, channels, height, width),
+        image=(channels, height, width),
+        labels=data.train.labels,
+        kept=kept,
+        settings=settings,
+        seed=seed,
+    )
+
+
+def reads(settings: MethodSettings, student: str, knowledge: Knowledge, data: Dataset) -> tuple[str, ...]:
+    """Return the teacher's fields that a student's run with these settings reads from a store.
+
+    Raises:
+        SettingsError: as for `choose` and `make_head`.
+    """
+    choice = choose(settings)
+    everything = np.arange(len(data.train))
+    head = make_head(choice, lambda: pair_of(settings, student, knowledge, data, everything, 0))
+    return needed_fields(choice, head)
+
+
+def loss_of(weights: Weights, head: Head | None) -> Callable[[Seen, Lesson], Float32[Tensor, " batch"]]:
+    """Return the loss per sample of the student's values on a batch."""
+    if head is None:
+        return lambda seen, lesson: basic(seen["logits"], lesson, weights)
+    return lambda seen, lesson: head.weighted(
+        basic(seen["logits"][: len(lesson.labels)], lesson, weights), seen, lesson
+    )
+
+
+def basic(logits: Float[Tensor, "batch classes"], lesson: Lesson, weights: Weights) -> Float[Tensor, " batch"]:
+    """Return gamma CE(y, z_S) + alpha T^2 KL(p_T || p_S) per sample.
+
+    Source: Hinton et al. 2015; Eq. 1 of the paper with the hard label and T of its reference code.
+    """
+    total = weights.gamma * hard_term(logits, lesson, weights)
+    if weights.alpha == 0:
+        return total
+    assert lesson.probabilities is not None, "a store with logits serves this method"
+    return total + weights.alpha * softmax.soft_divergence(logits, lesson.probabilities, weights.temperature)
 
 
 def hard_term(logits: Float[Tensor, "batch classes"], lesson: Lesson, weights: Weights) -> Float[Tensor, " batch"]:
@@ -80,53 +293,20 @@ def hard_term(logits: Float[Tensor, "batch classes"], lesson: Lesson, weights: W
     return torch.where(lesson.mixed, (1 - lesson.epsilon) * own + lesson.epsilon * other, own)
 
 
-def ce(logits: Float[Tensor, "batch classes"], lesson: Lesson, weights: Weights) -> Float[Tensor, " batch"]:
-    """Return gamma CE(y, z_S) per sample: plain training, no teacher."""
-    return weights.gamma * hard_term(logits, lesson, weights)
-
-
-def kd(logits: Float[Tensor, "batch classes"], lesson: Lesson, weights: Weights) -> Float[Tensor, " batch"]:
-    """Return gamma CE(y, z_S) + alpha T^2 KL(p_T || p_S) per sample.
-
-    Source: Hinton et al. 2015; Eq. 1 of the paper with the hard label and T of its reference code.
-    """
-    assert lesson.probabilities is not None, "a store with logits serves this method"
-    hard = hard_term(logits, lesson, weights)
-    soft = softmax.soft_divergence(logits, lesson.probabilities, weights.temperature)
-    return weights.gamma * hard + weights.alpha * soft
-
-
-METHODS: Mapping[str, Method] = {
-    "ce": Method(loss=ce, fields=(), gamma=1.0, alpha=0.0, temperature=1.0, source="plain cross-entropy"),
-    "kd": Method(
-        loss=kd,
-        fields=("logits",),
-        gamma=0.1,
-        alpha=0.9,
-        temperature=4.0,
-        source="Hinton et al. 2015 (arXiv 1503.02531); weights and T of RepDistiller",
-    ),
-}
-
-
-def method_named(name: str) -> Method:
-    """Return the method of that name.
-
-    Raises:
-        SettingsError: there is none; names the nearest.
-    """
-    if name not in METHODS:
-        raise SettingsError(f"unknown method '{name}'; {nearest(name, list(METHODS))}")
-    return METHODS[name]
-
-
-def weights_for(settings: MethodSettings, smoothing: float) -> Weights:
-    """Return the run's weights: the settings where given, the method's own defaults elsewhere."""
-    method = method_named(settings.method)
-    return Weights(
-        gamma=method.gamma if settings.gamma is None else settings.gamma,
-        alpha=method.alpha if settings.alpha is None else settings.alpha,
-        temperature=method.temperature if settings.temperature is None else settings.temperature,
-        mix_label=settings.mix_label,
-        smoothing=smoothing,
-    )
+def _parsed(text: str, whole: str) -> tuple[str, float | None]:
+    found = PART.fullmatch(text.strip())
+    if found is None:
+        raise SettingsError(f"method '{whole}': write a name, or names with weights such as kd+at or kd*0.5+at*1000")
+    name, weight = found.groups()
+    if weight is None:
+        return name, None
+    method_named(name)
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise SettingsError(f"method '{whole}': the weight of {name} should be a number of at least 0, found {weight}")
+    if METHODS[name].term is None and name != "kd":
+        raise SettingsError(f"method '{whole}': {name} has no term of its own to weigh; --gamma weighs the labels")
+    return name, value

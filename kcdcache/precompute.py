@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kcdcache import encoding, layout, ledger, resident, runs, signals, store, teacher, views, writer
+from kcdcache import encoding, fields, layout, ledger, resident, runs, signals, store, teacher, views, writer
 from kcdcache.config import PrecomputeSettings
 from kcdcache.data import Dataset
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError
@@ -51,22 +51,24 @@ def run(
 
     Raises:
         MismatchError: the store at `path` is of other knowledge, or the teacher is barely better than chance.
-        SettingsError: the rule has fewer views than asked for.
+        SettingsError: the rule has fewer views than asked for, or the store would be larger than the budget.
         NonFiniteError: the teacher gave NaN, infinity or more than the encoding holds; names the samples. With
             on_nonfinite = skip only where more than `ledger.MOST_SKIPPED` of all would be skipped.
     """
     rule = views.rule_from(settings, data.train.image_size)
     knowledge = Knowledge(teacher=network.identity, data=data.identity(), views=views.identity_of(rule))
-    shapes = teacher.field_shapes(network, rule.height, rule.width, settings.fields, len(data.mean))
-    forms = [encoding.parse(_encoding_of(field, settings), field, shapes[field]) for field in settings.fields]
+    names = fields.expand(settings.fields, lambda: teacher.tap_shapes_of(network, rule.height, rule.width))
+    shapes = teacher.field_shapes(network, rule.height, rule.width, names, len(data.mean))
+    forms = [encoding.parse(_encoding_of(name, settings), name, shapes[name]) for name in names]
     plan = _plan(settings, len(data.train), views_wanted(rule, settings.views), forms, path)
+    _require_budget(plan, settings.budget_gb)
     if dry_run:
         return _planned(plan, knowledge, path)
     job = job_for(
         data,
         network,
         knowledge,
-        settings.fields,
+        names,
         least_accuracy=least_accuracy(settings.min_accuracy, len(data.classes)),
         place=Place(device=network.device, threads=threads, allow_change=allow_env_change, shard=shard),
         may_skip=settings.on_nonfinite == "skip",
@@ -82,7 +84,7 @@ def job_for(
     data: Dataset,
     network: teacher.Teacher,
     knowledge: Knowledge,
-    fields: Sequence[str],
+    names: Sequence[str],
     least_accuracy: float = 0.0,
     place: Place = ANYWHERE,
     may_skip: bool | None = None,
@@ -93,7 +95,7 @@ def job_for(
     held = resident.held_views(images, data.train, rule, network.device)
     ahead = _ParametersAhead(rule, len(data.train))
     # the logits cost nothing more, and tell whether the other fields can be right
-    wanted = list(dict.fromkeys(("logits", *fields)))
+    wanted = list(dict.fromkeys(("logits", *names)))
 
     def outputs(view: int, start: int, stop: int) -> dict[str, Tensor]:
         if held is None:
@@ -195,9 +197,26 @@ def least_accuracy(asked: float | None, classes: int) -> float:
     return min(3 / classes, (1 + 1 / classes) / 2) if asked is None else asked
 
 
-def _encoding_of(field: str, settings: PrecomputeSettings) -> str:
-    """Vectors take float16 where the logits are cut to their top: only logits have a top."""
-    return "float16" if field != "logits" and settings.encoding.startswith("top") else settings.encoding
+def _encoding_of(name: str, settings: PrecomputeSettings) -> str:
+    """Images are bytes; vectors take float16 where the logits are cut to their top: only logits have a top."""
+    if (only := fields.parse(name).encoding) is not None:
+        return only
+    return "float16" if name != "logits" and settings.encoding.startswith("top") else settings.encoding
+
+
+def _require_budget(plan: StorePlan, budget_gb: float) -> None:
+    """Say what a store will take, and refuse what nobody may have meant to write."""
+    sizes = {
+        name: sum(layout.row_bytes(spec.row_shape, spec.dtype) for spec in form.arrays)
+        for name, form in plan.fields.items()
+    }
+    told = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    logger.info("precompute: %s bytes in all; bytes a sample and view: %s", f"{plan.bytes:,}", told)
+    if plan.bytes > budget_gb * 1e9:
+        raise SettingsError(
+            f"the store would take {plan.bytes / 1e9:,.1f} GB ({plan.count:,} samples, {plan.views} views, bytes a "
+            f"sample and view: {told}), more than --budget-gb {budget_gb:g}; keep fewer fields or views, or raise the budget"
+        )
 
 
 def _plan(
@@ -224,8 +243,8 @@ def _planned(plan: StorePlan, knowledge: Knowledge, path: Path) -> dict[str, Any
 def _opened(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job) -> AbstractContextManager[writer.Writer]:
     if not ledger.commit_path(path, 0).exists():
         return writer.create(path, knowledge, plan, job.labels, job.digests, job.place.shard)
-    fields = list(plan.fields.values())
-    return writer.grow(path, knowledge, views=plan.views, fields=fields, shard=job.place.shard)
+    forms = list(plan.fields.values())
+    return writer.grow(path, knowledge, views=plan.views, fields=forms, shard=job.place.shard)
 
 
 def fill(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job, progress: Progress) -> int:

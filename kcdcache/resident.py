@@ -9,14 +9,14 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
-from kcdcache import batches, evaluate, views
+from kcdcache import batches, evaluate, fields, views
 from kcdcache.batches import SAMPLING, Batch, Source
 from kcdcache.config import OptimizerSettings
 from kcdcache.data import Split
 from kcdcache.errors import SettingsError
 from kcdcache.knowledge import StoredTargets
 from kcdcache.learner import Learner
-from kcdcache.mixing import mix_pixels, mix_probabilities, mix_values
+from kcdcache.mixing import mix_pixels, mix_probabilities
 
 SHARE = 0.5
 """of a device's free memory that the data may take; the rest is for the network"""
@@ -227,18 +227,18 @@ class Feed:
         plain = (own["logits"] / temperature).softmax(1) if "logits" in own else None
         if not self._mixes:
             return plain, own
-        taught, fields = plain, own
+        taught, values = plain, own
         if self._requeried is not None:
-            fields = self._requeried.take(index, temperature)
-            taught = None if plain is None else (fields["logits"] / temperature).softmax(1)
+            values = self._requeried.take(index, temperature)
+            taught = None if plain is None else (values["logits"] / temperature).softmax(1)
         else:
             seen = self._own.take(other, temperature)
             if plain is not None:
                 taught = mix_probabilities(own["logits"], seen["logits"], epsilon, mixing.target, temperature)
             if mixing.target != "keep":
-                fields = {name: mix_values(own[name], seen[name], epsilon) for name in own}
+                values = {name: fields.mix(name, own[name], seen[name], epsilon) for name in own}
         chosen = None if taught is None or plain is None else _where(mixed, taught, plain)
-        return chosen, {name: _where(mixed, fields[name], own[name]) for name in own}
+        return chosen, {name: _where(mixed, values[name], own[name]) for name in own}
 
 
 class _HeldTargets:

@@ -7,7 +7,21 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from kcdcache import condenser, config, distill, inspection, manifest, precompute, requery, schedule, store, teacher
+from kcdcache import (
+    condenser,
+    config,
+    distill,
+    inspection,
+    manifest,
+    matching,
+    methods,
+    precompute,
+    requery,
+    schedule,
+    store,
+    teacher,
+    views,
+)
 from kcdcache import data as datasets
 from kcdcache import fit as fitting
 from kcdcache.errors import CorruptionError, MismatchError, SettingsError
@@ -62,8 +76,10 @@ def precompute_store(command: config.PrecomputeCommand, progress: Progress, dry_
         return precompute.import_logits(settings, data, command.from_logits, command.store, progress, dry_run=dry_run)
     settings = settings.model_copy(update=_usual_views(command, data))
     network = load_teacher(command, data, settings.teacher_precision, command.device, command.threads)
+    if command.for_ is not None or command.student is not None:
+        settings = settings.model_copy(update={"fields": _fields_for(command, settings, data, network)})
     if command.manifest is not None:
-        return _requery(command, data, network, progress, dry_run)
+        return _requery(command, settings.fields, data, network, progress, dry_run)
     return precompute.run(
         settings,
         data,
@@ -81,12 +97,12 @@ def train(command: config.TrainCommand, progress: Progress, dry_run: bool = Fals
     """Run Algorithm 1, or a part of it; return the summary, or with `dry_run` the stages and their expected cost."""
     inspection.require_ids((path for path in (command.store, command.manifest) if path), command.expect_id)
     data, knowledge = load_data(command.data), store.open(command.store)
-    settings = config.part(config.TrainSettings, command)
+    settings = _with_recipe(config.part(config.TrainSettings, command), command.model_fields_set)
     if not settings.student:
         raise SettingsError("--student is missing: name the network to train, for example --student resnet8")
     given = None
     if command.manifest is not None:
-        given = distill.accept(manifest.read(command.manifest, knowledge.count), knowledge, command.transfer)
+        given = matching.accept(manifest.read(command.manifest, knowledge.count), knowledge, command.transfer)
     network = None
     if command.teacher is not None and settings.mix_target == "requery":
         network = load_teacher(
@@ -122,6 +138,35 @@ STEPS: Mapping[str, tuple[type[config.Settings], Callable[..., Result]]] = {
     "condense": (config.CondenseCommand, condense),
 }
 """command -> the settings it takes and the function that does it"""
+
+
+def _fields_for(
+    command: config.PrecomputeCommand,
+    settings: config.PrecomputeSettings,
+    data: datasets.Dataset,
+    network: teacher.Teacher,
+) -> tuple[str, ...]:
+    """Return the fields that the named method reads of this teacher for the named student."""
+    if command.for_ is None or command.student is None:
+        raise SettingsError("--for METHOD and --student NETWORK go together: feature sizes depend on both networks")
+    if "fields" in command.model_fields_set:
+        raise SettingsError("--for works out the fields; leave --fields out")
+    rule = views.rule_from(settings, data.train.image_size)
+    knowledge = Knowledge(teacher=network.identity, data=data.identity(), views=views.identity_of(rule))
+    found = methods.reads(config.MethodSettings(method=command.for_), command.student, knowledge, data)
+    if not found:
+        raise SettingsError(f"--for {command.for_}: this method reads nothing of the teacher")
+    logger.info("precompute: %s with %s reads %s", command.for_, command.student, ", ".join(found))
+    return found
+
+
+def _with_recipe(settings: config.TrainSettings, given: set[str]) -> config.TrainSettings:
+    """Return settings in which the method's authors' own training recipe holds wherever the user gave nothing."""
+    changed = {key: value for key, value in methods.recipe(settings).items() if key not in given}
+    if changed:
+        told = ", ".join(f"{key} {value}" for key, value in changed.items())
+        logger.info("train: as the authors of %s trained: %s", settings.method, told)
+    return settings.model_copy(update=changed)
 
 
 def _usual_views(command: config.FitCommand | config.PrecomputeCommand, data: datasets.Dataset) -> dict[str, Any]:
@@ -204,6 +249,7 @@ def precision_of(knowledge: Knowledge, path: Path) -> config.Precision:
 
 def _requery(
     command: config.PrecomputeCommand,
+    fields: tuple[str, ...],
     data: datasets.Dataset,
     network: teacher.Teacher,
     progress: Progress,
@@ -212,7 +258,7 @@ def _requery(
     knowledge = store.open(command.store)
     assert command.manifest is not None
     return requery.write_for(
-        command.manifest, knowledge, data, network, fields=command.fields, mix=command.mix, progress=progress,
+        command.manifest, knowledge, data, network, fields=fields, mix=command.mix, progress=progress,
         dry_run=dry_run,
     )  # fmt: skip
 

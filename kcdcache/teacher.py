@@ -1,7 +1,7 @@
 """The teacher: a frozen network that owns its input transform, and the fields it gives."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor, nn
 
+from kcdcache import attack, fields
 from kcdcache.config import Precision, nearest
 from kcdcache.errors import (
     CorruptionError,
@@ -25,9 +26,6 @@ from kcdcache.models import spec as networks
 from kcdcache.models import taps
 from kcdcache.models.transform import InputTransform, transform_from
 from kcdcache.models.weights import digest_weights, load_into, load_network, load_weights
-
-FIELDS: dict[str, str] = {"logits": "logits", "penultimate": "penultimate"}
-"""field -> the tap it is read from"""
 
 SAVED_NAMES = ("model", "student")
 """names under which `fit` and `train` save their network in a run's folder"""
@@ -104,39 +102,47 @@ def freeze(
 
 
 def outputs(
-    teacher: Teacher, pixels: Float32[Tensor, "batch channels h w"], fields: Sequence[str]
+    teacher: Teacher, pixels: Float32[Tensor, "batch channels h w"], names: Sequence[str]
 ) -> dict[str, Float32[Tensor, "batch ..."]]:
     """Return the named fields for a batch of pixels in [0, 1], in float32 on the teacher's device.
 
-    Each row depends on its own image alone, up to rounding. The tensors may be used in training.
+    Each row depends on its own image alone, up to rounding. The tensors may be used in training. The names are those
+    of `fields.parse`.
 
     Raises:
         SettingsError: a field is unknown, or this network cannot give it.
         MismatchError: the network gives another number of logits than the data has classes.
     """
-    wanted = {"logits": FIELDS["logits"], **{field: _tap(field) for field in fields}}
+    wanted = {name: fields.parse(name) for name in names}
     teacher.module.eval()
-    with torch.inference_mode(), _deterministic(), _autocast(teacher):
-        inputs = teacher.transform(pixels.to(teacher.device))
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
-        values = taps.run(teacher.module, inputs, list(wanted.values()))
-    if values["logits"].shape[1] != len(teacher.classes):
-        found = values["logits"].shape[1]
-        raise MismatchError(f"{teacher.architecture} gives {found} logits, the data has {len(teacher.classes)} classes")
+    found: dict[str, Tensor] = {}
+    pixels = pixels.to(teacher.device)
+    with _deterministic(), _autocast(teacher):
+        for look in dict.fromkeys(field.look for field in wanted.values()):
+            seen = [field for field in wanted.values() if field.look == look]
+            values = LOOKS[look](teacher, pixels, list(dict.fromkeys(tap for field in seen for tap in field.taps)))
+            found |= {field.name: field.derive(*(values[tap] for tap in field.taps)) for field in seen}
     # copied outside inference mode, whose tensors autograd refuses
-    return {field: values[wanted[field]].to(torch.float32, copy=True) for field in fields}
+    return {name: found[name].to(torch.float32, copy=True) for name in names}
+
+
+def tap_shapes_of(teacher: Teacher, height: int, width: int) -> dict[str, tuple[int, ...]]:
+    """Return tap -> shape of one sample's value for images of this size, found by a forward pass on a black image."""
+    pixels = torch.zeros(1, len(teacher.transform.mean), height, width, device=teacher.device)
+    found = _plain(teacher, pixels, list(taps.stage_taps(teacher.module)))
+    return {name: tuple(value.shape[1:]) for name, value in found.items()}
 
 
 def field_shapes(
-    teacher: Teacher, height: int, width: int, fields: Sequence[str], channels: int = 3
+    teacher: Teacher, height: int, width: int, names: Sequence[str], channels: int = 3
 ) -> dict[str, tuple[int, ...]]:
     """Return the shape of one row of each field for images of this size, found by a forward pass on a black image.
 
     Raises:
         SettingsError: a field is unknown, or this network cannot give it.
     """
-    rows = outputs(teacher, torch.zeros(1, channels, height, width), fields)
-    return {field: tuple(row.shape[1:]) for field, row in rows.items()}
+    rows = outputs(teacher, torch.zeros(1, channels, height, width), names)
+    return {name: tuple(row.shape[1:]) for name, row in rows.items()}
 
 
 def _frozen(
@@ -202,10 +208,36 @@ def _check_saved(
         raise MismatchError(f"the data and the network in {record} differ in {place}: {data!r} against {network!r}")
 
 
-def _tap(field: str) -> str:
-    if field not in FIELDS:
-        raise SettingsError(f"unknown field '{field}'; {nearest(field, FIELDS)}")
-    return FIELDS[field]
+def _plain(teacher: Teacher, pixels: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return inner values of one forward pass, and the logits, which tell whether the network fits the data."""
+    with torch.inference_mode():
+        values = taps.run(teacher.module, _inputs(teacher, pixels), list(dict.fromkeys(("logits", *names))))
+    if values["logits"].shape[1] != len(teacher.classes):
+        found = values["logits"].shape[1]
+        raise MismatchError(f"{teacher.architecture} gives {found} logits, the data has {len(teacher.classes)} classes")
+    return values
+
+
+def _rotated(teacher: Teacher, pixels: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    return _plain(teacher, fields.rotated(pixels), names)
+
+
+def _boundary(teacher: Teacher, pixels: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    std = torch.tensor(teacher.transform.std, dtype=torch.float32, device=teacher.device).view(-1, 1, 1)
+    made = attack.boundary(lambda shown: teacher.module(_inputs(teacher, shown)).float(), pixels, std)
+    return made._asdict()
+
+
+LOOKS: Mapping[fields.Look, Callable[[Teacher, Tensor, Sequence[str]], dict[str, Tensor]]] = {
+    "plain": _plain,
+    "rotated": _rotated,
+    "boundary": _boundary,
+}
+"""which images the teacher sees -> the named values on them"""
+
+
+def _inputs(teacher: Teacher, pixels: Tensor) -> Tensor:
+    return teacher.transform(pixels).contiguous(memory_format=torch.channels_last)
 
 
 def _autocast(teacher: Teacher) -> AbstractContextManager[Any]:

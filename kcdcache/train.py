@@ -12,6 +12,7 @@ from kcdcache.config import TrainSettings
 from kcdcache.data import Dataset
 from kcdcache.manifest import Manifest
 from kcdcache.runs import RunFolder
+from kcdcache.terms.base import Pair
 
 GIB = 2**30
 
@@ -56,13 +57,15 @@ def run_stage(
     """
     count = knowledge.knowledge.data.count
     record = learner.new_record(count, device, settings.record, settings.record_decay, settings.record_mixed)
-    pupil = learner.new_learner(settings.student, data, settings, device, record)
-    weights = methods.weights_for(settings, settings.label_smoothing)
+    choice = methods.choose(settings, settings.label_smoothing)
+    head = methods.make_head(choice, lambda: _pair(settings, lessons, knowledge, data))
+    pupil = learner.new_learner(settings.student, data, settings, device, record, head)
+    weights = choice.weights
     connected = batches.connect(
         data,
         knowledge,
         lessons.manifest,
-        fields=methods.method_named(settings.method).fields,
+        fields=methods.needed_fields(choice, head),
         mixing=batches.Mixing(mix=settings.mix, target=settings.mix_target, temperature=weights.temperature),
         requeried=None if lessons.requeried is None else store.open(lessons.requeried),
         memory_bytes=settings.memory_gb * GIB,
@@ -71,7 +74,7 @@ def run_stage(
     )
     with connected as source:
         stop = min(until, lessons.stop)
-        task = _task(settings, lessons, replace(source, stop=stop), pupil, knowledge, clock)
+        task = _task(settings, lessons, replace(source, stop=stop), pupil, choice, knowledge, clock)
         loop.run(pupil, task, settings, folder, stop, progress)
     _write_results(settings, lessons, pupil, data, knowledge, folder)
     return pupil
@@ -86,20 +89,24 @@ def views_used(start: int, stop: int, count: int) -> tuple[int, ...]:
     return tuple(sorted({epoch % count for epoch in range(start, min(stop, start + count))}))
 
 
+def _pair(settings: TrainSettings, lessons: Lessons, knowledge: store.Store, data: Dataset) -> Pair:
+    identity, kept = knowledge.knowledge, lessons.manifest.index
+    return methods.pair_of(settings, settings.student, identity, data, kept, settings.seed)
+
+
 def _task(
     settings: TrainSettings,
     lessons: Lessons,
     source: batches.Source,
     pupil: learner.Learner,
+    choice: methods.Choice,
     knowledge: store.Store,
     clock: Sequence[float] | None,
 ) -> loop.Task:
-    method = methods.method_named(settings.method)
-    weights = methods.weights_for(settings, settings.label_smoothing)
-    read = _rows_read(lessons, source, knowledge, method.fields)
+    read = _rows_read(lessons, source, knowledge, methods.needed_fields(choice, pupil.head))
     return loop.Task(
         **resident.supply(settings, source, pupil, settings.sampling)._asdict(),
-        loss=lambda logits, batch: method.loss(logits, batch, weights),
+        loss=methods.loss_of(choice.weights, pupil.head),
         details=lambda epoch: {
             "stage": lessons.number,
             "view": source.view_of(epoch),

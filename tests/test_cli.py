@@ -209,7 +209,7 @@ REQUIRED = {
 
 
 def from_flags(command, name, value):
-    flag = f"--{name.replace('_', '-')}"
+    flag = f"--{name.rstrip('_').replace('_', '-')}"
     words = [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
     if isinstance(value, bool):
         words = [flag if value else f"--no-{flag[2:]}"]

@@ -216,7 +216,7 @@ def test_statistics_count_what_is_not_finite():
 @pytest.mark.parametrize(
     ("text", "field", "shape", "message"),
     [
-        ("float8", "logits", (10,), "unknown encoding 'float8' for 'logits'; known: float16, float32, top:K"),
+        ("float8", "logits", (10,), "unknown encoding 'float8' for 'logits'; known: float16, float32, uint8"),
         ("float16:3", "logits", (10,), "float16 takes no argument"),
         ("top:11", "logits", (10,), "needs 1 <= K <= classes <= 65536; found 'top:11', 10 classes"),
         ("top:x", "logits", (10,), "needs 1 <= K"),

@@ -17,7 +17,7 @@ from kcdcache.losses.softmax import entropy
 
 STUDENT = "lessons:TinyNet"
 EPOCHS, STEPS = 3, 5
-KD = methods.weights_for(MethodSettings(), 0.0)
+KD = methods.choose(MethodSettings()).weights
 
 
 class StoppedError(Exception):
@@ -55,8 +55,9 @@ def task_of(world, pupil, chosen, *, stop_at=None, log=None, clock=None, source=
                 raise StoppedError
             yield batch
 
-    def loss(logits, batch):
-        found = methods.kd(logits, batch, KD)
+    def loss(seen, batch):
+        logits = seen["logits"]
+        found = methods.basic(logits, batch, KD)
         if log is not None:
             log.extend(zip(batch.index.tolist(), entropy(logits.detach()).tolist(), found.tolist(), strict=True))
         return found
@@ -196,9 +197,10 @@ def test_accuracies_count_the_samples_of_the_epoch(world, tmp_path):
     frozen = settings_of(epochs=1, learning_rate=1e-30, weight_decay=0, momentum=0)
     guesses = []
 
-    def watched(logits, batch):
+    def watched(seen, batch):
+        logits = seen["logits"]
         guesses.append((logits.argmax(1), batch.labels, batch.probabilities.argmax(1)))
-        return methods.kd(logits, batch, KD)
+        return methods.basic(logits, batch, KD)
 
     pupil = new_pupil(world, frozen)
     task = replace(task_of(world, pupil, frozen), loss=watched)

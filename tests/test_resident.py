@@ -32,7 +32,7 @@ from kcdcache.errors import NonFiniteError, SettingsError
 from kcdcache.images import EncodedImages
 from kcdcache.runs import RunFolder, load_checkpoint
 
-KD = methods.weights_for(MethodSettings(), 0.0)
+KD = methods.choose(MethodSettings()).weights
 COLUMNS = ("logits", "penultimate")
 COUNT, SIZE, SEED = 110, 14, 5
 ENCODINGS = ("float32", "float16", "top:3")
@@ -163,11 +163,11 @@ def learned(world, source, path, resident_data, stop_at=None, device=CPU, studen
     pupil = learner.new_learner(student, world.data, chosen, device, record)
     calls = []
 
-    def loss(logits, batch):
+    def loss(seen, batch):
         calls.append(len(batch.index))
         if len(calls) == stop_at:
             raise BrokenOffError
-        return methods.kd(logits, batch, KD)
+        return methods.basic(seen["logits"], batch, KD)
 
     supplied = resident.supply(chosen, source, pupil)._asdict()
     assert (supplied["feed"] is not None) == (resident_data == "on")

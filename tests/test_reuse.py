@@ -8,7 +8,7 @@ import pytest
 from lessons import condensed, precomputed, teacher_of
 from pupils import SCHOOL, TRAIN, command, digits, distilled, school
 
-from kcdcache import distill, manifest, values
+from kcdcache import manifest, matching, values
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.runs import read_metrics
 
@@ -97,7 +97,7 @@ def test_a_transfer_to_other_data_is_refused(place, small_set, tmp_path):
     elsewhere = precomputed(tmp_path / "store", dataset, place.network)
     bound = replace(small_set, data_digest=place.data.identity().digest)
     with pytest.raises(MismatchError, match="--transfer needs a store of the same data: data digest"):
-        distill.accept(bound, elsewhere, transfer=True)
+        matching.accept(bound, elsewhere, transfer=True)
     smaller = precomputed(tmp_path / "smaller", digits(150, 50), place.network)
     with pytest.raises(MismatchError, match=r"--transfer needs a store of the same data: samples 200 .* 150"):
-        distill.accept(bound, smaller, transfer=True)
+        matching.accept(bound, smaller, transfer=True)

@@ -18,7 +18,7 @@ from kcdcache.config import OptimizerSettings
 
 FIELDS = ("logits",)
 VIEWS, EPOCHS, BATCH, SEED = 2, 4, 28, 11
-WEIGHTS = methods.weights_for(methods.MethodSettings(), 0.0)
+WEIGHTS = methods.choose(methods.MethodSettings()).weights
 TEMPERATURE = WEIGHTS.temperature
 RECIPE = OptimizerSettings(epochs=EPOCHS, batch_size=BATCH, seed=SEED, learning_rate=0.02, checkpoint_seconds=1e9)
 ENCODINGS = ("float16", "top:4", "top:10")
@@ -116,7 +116,7 @@ def taught_by_the_package(world, source, path):
     pupil = new_pupil(world)
     task = loop.Task(
         batches=lambda epoch, start: epoch_of(source, epoch),
-        loss=lambda logits, batch: methods.kd(logits, batch, WEIGHTS),
+        loss=methods.loss_of(WEIGHTS, None),
         evaluate=dict,
         details=lambda epoch: {},
     )
@@ -298,7 +298,7 @@ def test_losses_with_other_encodings_differ_as_their_targets_do(world, coarser, 
         for stored, now in zip(epoch_of(source, 1), epoch_of(live, 1), strict=True):
             with torch.no_grad():
                 logits = pupil.network(pupil.transform(stored.pixels))
-            found, expected = (methods.kd(logits, batch, WEIGHTS).double() for batch in (stored, now))
+            found, expected = (methods.basic(logits, batch, WEIGHTS).double() for batch in (stored, now))
             p, q = now.probabilities.double(), stored.probabilities.double()
             entropies = [-(x * x.clamp_min(1e-300).log()).sum(1) for x in (p, q)]
             steepest = torch.log_softmax(logits.double() / TEMPERATURE, 1).abs().amax(1)

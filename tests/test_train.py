@@ -177,7 +177,7 @@ def test_defaults_are_the_papers_recipe():
     plain = TrainSettings()
     assert (plain.epochs, plain.batch_size, plain.learning_rate, plain.momentum) == (240, 64, 0.05, 0.9)
     assert (plain.weight_decay, plain.keep, plain.stages, plain.cost_exponent) == (5e-4, 0.7, 6, 0.03)
-    resolved = methods.weights_for(plain, 0.0)
+    resolved = methods.choose(plain).weights
     assert (resolved.gamma, resolved.alpha, resolved.temperature) == (0.1, 0.9, 4.0)
 
 

@@ -64,13 +64,12 @@ class Run:
     """A run whose epochs are trained one at a time, by the package's own loop, in a folder."""
 
     def __init__(self, pupil, source, settings, method, folder, supply):
-        weights = methods.weights_for(MethodSettings(method=method), 0.0)
-        chosen = methods.method_named(method)
+        weights = methods.choose(MethodSettings(method=method)).weights
         folder.mkdir(parents=True)
         self._pupil, self._settings, self._folder = pupil, settings, runs.RunFolder(path=folder)
         self._task = loop.Task(
             **supply._asdict(),
-            loss=lambda logits, batch: chosen.loss(logits, batch, weights),
+            loss=methods.loss_of(weights, None),
             details=lambda epoch: {"view": source.view_of(epoch)},
         )
 
