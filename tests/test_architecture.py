@@ -23,6 +23,7 @@ LEVELS = (
     "data views models losses mixing manifest layout ledger",
     "selection condense fields attack",
     "terms",
+    "catalogue",
     "store streamed teacher methods runs inspection holding",
     "writer audit knowledge matching condenser learner jobs",
     "batches evaluate runcheck capture",
