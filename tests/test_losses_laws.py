@@ -44,6 +44,7 @@ def attended(student, teacher, labels):
 
 
 def flows(student, teacher, labels):
+    student = student.float()  # which stands for two maps here
     return maps.fsp(maps.fsp_matrix(student, student), maps.fsp_matrix(teacher, teacher))
 
 
@@ -135,6 +136,17 @@ def test_a_loss_is_one_float32_value_per_sample_whatever_the_input(name, dtype):
     assert found.shape == (6,)
     assert found.dtype == torch.float32
     assert torch.equal(found, case.loss(student.float(), teacher.float(), labels_of(6)))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ALL)
+def test_the_gradient_in_half_precision_is_that_in_float32_rounded_once(name, dtype):
+    case, teacher = CASES[name], spread(13, 6, CASES[name].shape)
+    half = spread(14, 6, case.shape).to(dtype).requires_grad_()
+    single = half.detach().float().requires_grad_()
+    for leaf in (half, single):
+        case.loss(leaf, teacher, labels_of(6)).sum().backward()
+    assert torch.equal(half.grad, single.grad.to(dtype))
 
 
 @pytest.mark.parametrize("name", ALL)

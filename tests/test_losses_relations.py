@@ -128,6 +128,13 @@ def test_distances_and_angles_ignore_a_shift(loss):
     torch.testing.assert_close(loss(student + 3, teacher - 5), loss(student, teacher), rtol=1e-4, atol=1e-6)
 
 
+def test_opposite_rows_have_no_infinite_divergence():
+    student, teacher = np.array([[1.0, 0.0], [-1.0, 0.0]]), np.array([[1.0, 0.0], [0.0, 1.0]])
+    expected = reference_probabilistic(student, teacher)
+    assert 1 < expected.max() < 10
+    close(probabilistic(tensor(student), tensor(teacher)), expected)
+
+
 def test_neighbour_probabilities_ignore_the_length_of_each_row():
     student, teacher = tensor(drawn(12, 7, 6)), tensor(drawn(13, 7, 9))
     longer = student * torch.linspace(0.1, 9, 7).unsqueeze(1)
@@ -145,6 +152,13 @@ def test_near_neighbours_far_from_the_origin_keep_their_distances():
     student = 4096 + np.array([[0.0, 0.0], [0.0, 1.0], [2.0, 0.0], [3.0, 3.0]])
     teacher = drawn(15, 4, 3)
     close(distance_wise(tensor(student), tensor(teacher)), reference_distance(student, teacher))
+
+
+@pytest.mark.parametrize("loss", [similarity_preserving, angle_wise, distance_wise])
+def test_no_gradient_is_nan_on_its_way_where_all_samples_are_equal(loss):
+    student = torch.ones(4, 3, requires_grad=True)
+    with torch.autograd.set_detect_anomaly(True):
+        loss(student, tensor(drawn(16, 4, 3))).sum().backward()
 
 
 @pytest.mark.parametrize("loss", [similarity_preserving, angle_wise, distance_wise])
