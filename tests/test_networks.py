@@ -35,8 +35,7 @@ PARAMETERS = {
     "ShuffleV1": 949258,
     "ShuffleV2": 1355528,
 }
-FAMILIES = ("resnet8", "ResNet50", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2")
-"""one network of each"""
+FAMILIES = ("resnet8", "ResNet50", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2")  # one network of each
 CHECKPOINTS = Path(__file__).parents[2] / "shared/data/published_checkpoints.json"
 with_checkpoints = pytest.mark.skipif(not CHECKPOINTS.exists(), reason="the published shapes are not beside us")
 
@@ -354,9 +353,10 @@ def test_the_relu_of_a_value_before_activation_is_its_stage(name):
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "torchvision:resnet18"])
-def test_taps_carry_gradients_to_every_parameter_in_training(name):
+def test_every_tap_carries_gradients_and_together_they_reach_every_parameter(name):
     network = spec.build(name, 10).train()
     found = taps.run(network, noise(4, 3, 16, 16), list(taps.stage_taps(network)))
+    assert all(value.requires_grad for value in found.values())
     sum(value.square().mean() for value in found.values()).backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
 
