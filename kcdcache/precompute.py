@@ -215,7 +215,7 @@ def _require_budget(plan: StorePlan, budget_gb: float) -> None:
     if plan.bytes > budget_gb * 1e9:
         raise SettingsError(
             f"the store would take {plan.bytes / 1e9:,.1f} GB ({plan.count:,} samples, {plan.views} views, bytes a "
-            f"sample and view: {told}), more than --budget-gb {budget_gb:g}; keep fewer fields or views, or raise the budget"
+            f"sample and view: {told}), more than --budget-gb {budget_gb:g}; keep fewer fields or views, or raise it"
         )
 
 
