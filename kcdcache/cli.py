@@ -27,6 +27,7 @@ SUMMARIES = {
     "fit": "Train a teacher or a plain baseline on hard labels.",
     "precompute": "Run the teacher once and keep its outputs in a store.",
     "train": "Train a student from a store, condensing between stages (Algorithm 1).",
+    "methods": "List the distillation methods: what each reads of the teacher, bytes per sample, source.",
     "condense": "Turn values into the next condensed set (a manifest).",
     "inspect": "Tell what a store, manifest, values file, run or network holds.",
     "verify": "Check whether what lies there is what was written; with a teacher, compute points again.",
@@ -47,6 +48,7 @@ EXAMPLES = {
     "condense": (
         "kcdcache condense --values runs/kcd/values.parquet --store runs/store --keep 0.5 --out half.parquet",
     ),
+    "methods": ("kcdcache methods", "kcdcache methods --teacher resnet32x4 --student ShuffleV2 --encoding top:16"),
     "inspect": ("kcdcache inspect runs/store",),
     "verify": (
         "kcdcache verify runs/store --read-data",
@@ -257,6 +259,21 @@ def _run_command() -> click.Command:
     return _command("run", options, work)
 
 
+def _methods_command() -> click.Command:
+    def work(**values: Any) -> dict[str, Any]:
+        found: dict[str, Any] = importlib.import_module("kcdcache.listing").listing(**values)
+        return found
+
+    options: list[click.Parameter] = [
+        click.Option(["--teacher"], default="wrn_40_2", show_default=True, help="network of the teacher"),
+        click.Option(["--student"], default="wrn_16_2", show_default=True, help="network of the student"),
+        click.Option(["--classes"], type=click.IntRange(2), default=100, show_default=True, help="number of classes"),
+        click.Option(["--size"], type=click.IntRange(1), default=32, show_default=True, help="side of views in pixels"),
+        click.Option(["--encoding", "encoded"], default="float16", show_default=True, help="as for precompute"),
+    ]
+    return _command("methods", options, work)
+
+
 def _inspect_command() -> click.Command:
     def work(path: str) -> dict[str, Any]:
         found: dict[str, Any] = importlib.import_module("kcdcache.inspection").inspect(Path(path))
@@ -305,6 +322,7 @@ BUILDERS: Mapping[str, Callable[[], click.Command]] = {
     "precompute": lambda: _settings_command("precompute"),
     "train": lambda: _settings_command("train"),
     "condense": lambda: _settings_command("condense"),
+    "methods": _methods_command,
     "inspect": _inspect_command,
     "verify": _verify_command,
 }
@@ -313,7 +331,8 @@ BUILDERS: Mapping[str, Callable[[], click.Command]] = {
 def _readable(result: Mapping[str, Any], indent: str = "") -> str:
     """Return a result for people: a table as it is, otherwise one line per entry, nested ones indented."""
     if "table" in result:
-        return "\n".join(map(_printable, [*str(result["table"]).split("\n"), "", f"files: {result['files']}"]))
+        last = f"files: {result['files']}" if "files" in result else str(result["note"])
+        return "\n".join(map(_printable, [*str(result["table"]).split("\n"), "", last]))
     lines = []
     for key, value in result.items():
         if isinstance(value, Mapping) and value:

@@ -72,6 +72,29 @@ def expand(names: Iterable[str], teacher: Callable[[], Taps]) -> tuple[str, ...]
     return tuple(found)
 
 
+def encoding_for(name: str, asked: str) -> str:
+    """Return the encoding a field is kept in: images as bytes, and only logits have a top."""
+    if (only := parse(name).encoding) is not None:
+        return only
+    return "float16" if name != "logits" and asked.startswith("top") else asked
+
+
+def row_shape(name: str, taps: Taps, image: tuple[int, int, int]) -> tuple[int, ...]:
+    """Return the shape of one sample's row of a field, of a teacher with these taps on images (channels, h, w).
+
+    Raises:
+        SettingsError: the field is unknown, or this teacher has not what it is made from.
+    """
+    field = parse(name)
+    known = {**taps, "images": image} if field.look == "boundary" else taps
+    rows = TURNS if field.look == "rotated" else 1
+    for tap in field.taps:
+        if tap not in known:
+            raise SettingsError(f"field '{name}' is made from '{tap}', which this teacher lacks ({', '.join(taps)})")
+    values = [torch.empty(rows, *known[tap], device="meta") for tap in field.taps]
+    return tuple(field.derive(*values).shape[1:])
+
+
 def stages(taps: Taps) -> list[str]:
     """Return a network's stages in order, its stem `stage0` first.
 

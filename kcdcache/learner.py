@@ -78,9 +78,9 @@ class Learner:
         wanted = self.head.taps if self.head is not None else ()
         if wanted:
             found = taps.run(self.network, inputs, list(dict.fromkeys(("logits", *wanted))))
-            return {name: value if name == "logits" else value.float() for name, value in found.items()}
+            return {name: value.float() for name, value in found.items()}
         network = self.network if self.compiled is None else self.compiled
-        return {"logits": network(inputs)}
+        return {"logits": network(inputs).float()}
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield all that is trained, by name."""

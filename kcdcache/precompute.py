@@ -59,7 +59,7 @@ def run(
     knowledge = Knowledge(teacher=network.identity, data=data.identity(), views=views.identity_of(rule))
     names = fields.expand(settings.fields, lambda: teacher.tap_shapes_of(network, rule.height, rule.width))
     shapes = teacher.field_shapes(network, rule.height, rule.width, names, len(data.mean))
-    forms = [encoding.parse(_encoding_of(name, settings), name, shapes[name]) for name in names]
+    forms = [encoding.parse(fields.encoding_for(name, settings.encoding), name, shapes[name]) for name in names]
     plan = _plan(settings, len(data.train), views_wanted(rule, settings.views), forms, path)
     _require_budget(plan, settings.budget_gb)
     if dry_run:
@@ -195,13 +195,6 @@ def least_accuracy(asked: float | None, classes: int) -> float:
     (0.03, 0.75, 0.5)
     """
     return min(3 / classes, (1 + 1 / classes) / 2) if asked is None else asked
-
-
-def _encoding_of(name: str, settings: PrecomputeSettings) -> str:
-    """Images are bytes; vectors take float16 where the logits are cut to their top: only logits have a top."""
-    if (only := fields.parse(name).encoding) is not None:
-        return only
-    return "float16" if name != "logits" and settings.encoding.startswith("top") else settings.encoding
 
 
 def _require_budget(plan: StorePlan, budget_gb: float) -> None:

@@ -32,7 +32,7 @@ LEVELS = (
     "precompute fit train",
     "requery repair",
     "distill",
-    "steps",
+    "steps listing",
     "checks recipe",
     "cli",
     "__main__",

@@ -1,0 +1,94 @@
+"""What `kcdcache methods` tells: every method with what it reads, what that costs and where it is from."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kcdcache import encoding, fields, layout, methods
+from kcdcache.catalogue import METHODS
+from kcdcache.config import MethodSettings
+from kcdcache.errors import SettingsError
+from kcdcache.models.shapes import tap_shapes
+from kcdcache.terms.base import Pair
+
+
+def listing(teacher: str, student: str, classes: int, size: int, encoded: str = "float16") -> dict[str, Any]:
+    """Return every method for a pair on square colour images, with the bytes it keeps per sample and view.
+
+    A method that this pair cannot use has the reason in place of its fields. Vectors and maps count in float16 where
+    `encoded` is top:K, images of BSS as bytes.
+
+    Raises:
+        SettingsError: a network is unknown or cannot see such images.
+    """
+    pair = Pair(
+        teacher=teacher,
+        student=student,
+        teacher_taps=tap_shapes(teacher, classes, 3, size, size),
+        student_taps=tap_shapes(student, classes, 3, size, size),
+        image=(3, size, size),
+        labels=np.arange(classes),
+        kept=np.arange(classes),
+        settings=MethodSettings(),
+        seed=0,
+    )
+    found = [_row(name, pair, encoded) for name in METHODS]
+    return {
+        "teacher": teacher,
+        "student": student,
+        "classes": classes,
+        "size": size,
+        "table": table(found),
+        "note": (
+            f"bytes per sample and view for {teacher} -> {student}, {classes} classes, {size}x{size}; join methods with "
+            "+, as in crd+kd"
+        ),
+        "methods": found,
+    }
+
+
+def bytes_of(names: Sequence[str], taps: fields.Taps, image: tuple[int, int, int], encoded: str) -> int:
+    """Return the bytes of one sample's rows of some fields in one view, before padding."""
+    total = 0
+    for name in names:
+        form = encoding.parse(fields.encoding_for(name, encoded), name, fields.row_shape(name, taps, image))
+        total += sum(layout.row_bytes(spec.row_shape, spec.dtype) for spec in form.arrays)
+    return total
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the methods as lines of text: name, bytes, live or cached, what is read, source."""
+    cells = [["method", "bytes", "teacher", "reads", "source"]]
+    for row in rows:
+        reads = row["problem"] or ", ".join(row["reads"]) or "-"
+        size = "-" if row["bytes"] is None else f"{row['bytes']:,}"
+        cells.append([row["method"], size, "live" if row["live"] else "cached", reads, row["source"]])
+    widths = [max(len(line[place]) for line in cells) for place in range(4)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]]) for line in cells
+    )
+
+
+def _row(name: str, pair: Pair, encoded: str) -> dict[str, Any]:
+    method = METHODS[name]
+    choice = methods.choose(MethodSettings(method=name))
+    row: dict[str, Any] = {
+        "method": name,
+        "about": method.about,
+        "source": method.source,
+        "live": method.live,
+        "gamma": choice.weights.gamma,
+        "alpha": choice.weights.alpha,
+        "beta": choice.parts[name],
+        "temperature": choice.weights.temperature,
+        "recipe": dict(method.recipe),
+        "reads": [],
+        "bytes": None,
+        "problem": None,
+    }
+    try:
+        reads = methods.needed_fields(choice, methods.make_head(choice, lambda: pair))
+        return row | {"reads": list(reads), "bytes": bytes_of(reads, pair.teacher_taps, pair.image, encoded)}
+    except SettingsError as error:
+        return row | {"problem": f"not for this pair: {error}"}
