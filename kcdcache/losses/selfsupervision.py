@@ -25,7 +25,7 @@ def rotation_similarity(
     """
     views = rotated.shape[1]
     found = cosines(rotated.flatten(0, 1), plain)
-    wanted = cosines(teacher_rotated.flatten(0, 1), teacher_plain).detach()
+    wanted = cosines(teacher_rotated.flatten(0, 1), teacher_plain)
     kept = selected(wanted, _own(plain.shape[0], views, wanted.device), share)
     return _over_kept(logit_divergence(found, wanted, temperature), kept, views)
 
@@ -44,7 +44,7 @@ def rotated_divergence(
     Source: Xu et al. 2020 (Knowledge Distillation Meets Self-Supervision); T = 4, share 1.
     """
     views = student.shape[1]
-    wanted = teacher.detach().flatten(0, 1)
+    wanted = teacher.flatten(0, 1)
     kept = selected(wanted, labels.repeat_interleave(views), share)
     return _over_kept(logit_divergence(student.flatten(0, 1), wanted, temperature), kept, views)
 
