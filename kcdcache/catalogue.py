@@ -6,6 +6,12 @@ from typing import Any
 
 from kcdcache.terms.attention import Attention
 from kcdcache.terms.base import Pair, Term
+from kcdcache.terms.flow import Flow
+from kcdcache.terms.hint import Hint
+from kcdcache.terms.relational import Probabilistic, Relational
+from kcdcache.terms.review import Review
+from kcdcache.terms.similarity import Similarity
+from kcdcache.terms.variational import Variational
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,5 +47,48 @@ METHODS: Mapping[str, Method] = {
         source="Zagoruyko & Komodakis, ICLR 2017 (arXiv 1612.03928); weight of RepDistiller",
         term=Attention,
         beta=1000.0,
+    ),
+    "fitnet": Method(
+        about="the teacher's map in the middle, regressed",
+        source="Romero et al., ICLR 2015 (arXiv 1412.6550); weight and regressor of RepDistiller",
+        term=Hint,
+        beta=100.0,
+    ),
+    "sp": Method(
+        about="similarities between the last maps of a batch",
+        source="Tung & Mori, ICCV 2019 (arXiv 1907.09682); weight of RepDistiller",
+        term=Similarity,
+        beta=3000.0,
+    ),
+    "vid": Method(
+        about="variational information between the maps of every stage",
+        source="Ahn et al., CVPR 2019 (arXiv 1904.05835); weight of RepDistiller",
+        term=Variational,
+        beta=1.0,
+    ),
+    "rkd": Method(
+        about="distances and angles within a batch",
+        source="Park et al., CVPR 2019 (arXiv 1904.05068); weights of RepDistiller",
+        term=Relational,
+        beta=1.0,
+    ),
+    "pkt": Method(
+        about="probabilities of being neighbours within a batch",
+        source="Passalis & Tefas, ECCV 2018 (arXiv 1803.10837); weight of RepDistiller",
+        term=Probabilistic,
+        beta=30000.0,
+    ),
+    "fsp": Method(
+        about="flow matrices of consecutive stages, taught alone before the labels",
+        source="Yim et al., CVPR 2017 (A Gift from Knowledge Distillation); weight of RepDistiller",
+        term=Flow,
+        beta=50.0,
+    ),
+    "reviewkd": Method(
+        about="fused features of all stages against maps before their activation",
+        source="Chen et al., CVPR 2021 (arXiv 2104.09044); weight, warm-up and recipe of its CIFAR-100 code",
+        term=Review,
+        beta=5.0,
+        recipe={"learning_rate": 0.1, "batch_size": 128, "nesterov": True},
     ),
 }
