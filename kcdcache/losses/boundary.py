@@ -37,6 +37,7 @@ def base_weights(
 
     Eligible are samples both networks classify correctly; of those the `most` with the largest squared difference of
     probabilities over the classes other than the label, ties by position. Shapes do not depend on the values.
+    The released code asks correctness of the teacher alone.
 
     Source: Heo et al. 2019 (Adversarial Samples Supporting Decision Boundary), base sample selection.
     """
