@@ -67,8 +67,9 @@ def dual_contrast(
     """Return mean_k g(negative_k) - g(positive), to be minimised over student and critic g; any sign.
 
     Minus its mean is the Kantorovich-Rubinstein bound on the Wasserstein distance between matching and mismatched
-    pairs, if g is 1-Lipschitz, which is the critic's duty. Our reading, as the
-    paper's equation was not at hand: the negatives enter by their mean. A factor on them, as in CRD's sum over negatives, would let g fall by a constant everywhere without bound.
+    pairs, if g is 1-Lipschitz, which is the critic's duty. Our reading, as the paper's equation was not at hand: the
+    negatives enter by their mean. A factor on them, as in CRD's sum over negatives, would let g fall by a constant
+    everywhere without bound.
 
     Source: Chen et al. 2021 (Wasserstein Contrastive Representation Distillation), GCKT.
     """
