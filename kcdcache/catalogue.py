@@ -6,12 +6,19 @@ from typing import Any
 
 from kcdcache.terms.attention import Attention
 from kcdcache.terms.base import Pair, Term
+from kcdcache.terms.boundary import BoundarySupport
+from kcdcache.terms.contrast import Contrast
+from kcdcache.terms.decoupled import Decoupled
+from kcdcache.terms.ensemble import Ensemble
 from kcdcache.terms.flow import Flow
 from kcdcache.terms.hint import Hint
+from kcdcache.terms.mutual import MutualLearning
 from kcdcache.terms.relational import Probabilistic, Relational
 from kcdcache.terms.review import Review
+from kcdcache.terms.selfsupervision import SelfSupervision
 from kcdcache.terms.similarity import Similarity
 from kcdcache.terms.variational import Variational
+from kcdcache.terms.wasserstein import WassersteinContrast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,5 +97,54 @@ METHODS: Mapping[str, Method] = {
         term=Review,
         beta=5.0,
         recipe={"learning_rate": 0.1, "batch_size": 128, "nesterov": True},
+    ),
+    "crd": Method(
+        about="contrast of embeddings with those of other classes, over a memory of all samples",
+        source="Tian et al., ICLR 2020 (arXiv 1910.10699); weight of RepDistiller",
+        term=Contrast,
+        beta=0.8,
+    ),
+    "wcord": Method(
+        about="contrast through a 1-Lipschitz critic, and optimal transport between batches",
+        source="Chen et al., CVPR 2021 (arXiv 2012.08674); critic and transport plan are our reading",
+        term=WassersteinContrast,
+        beta=1.0,
+    ),
+    "sskd": Method(
+        about="classes and similarities of rotated images, beside softened outputs",
+        source="Xu et al., ECCV 2020 (arXiv 2006.07114); its release, whose views are cropped and not flipped",
+        term=SelfSupervision,
+        gamma=0.1,
+        alpha=0.9,
+        beta=1.0,
+    ),
+    "bss": Method(
+        about="softened outputs, also on adversarial images beside the decision boundary",
+        source="Heo et al., AAAI 2019 (arXiv 1805.05532); its release",
+        term=BoundarySupport,
+        beta=1.0,
+        temperature=3.0,
+    ),
+    "dkd": Method(
+        about="softened outputs, target class and other classes weighed apart",
+        source="Zhao et al., CVPR 2022 (arXiv 2203.08679); its release's default weights",
+        term=Decoupled,
+        beta=1.0,
+    ),
+    "dml": Method(
+        about="a peer network that learns with the student, no teacher",
+        source="Zhang et al., CVPR 2018 (arXiv 1706.00384)",
+        term=MutualLearning,
+        beta=1.0,
+        temperature=1.0,
+        live=True,
+    ),
+    "one": Method(
+        about="two more branches of the student and their gated ensemble, no teacher",
+        source="Lan et al., NeurIPS 2018 (arXiv 1806.04606)",
+        term=Ensemble,
+        beta=1.0,
+        temperature=3.0,
+        live=True,
     ),
 }

@@ -145,6 +145,12 @@ class MethodSettings(Settings):
     """what a value is: the running mean over all visits (Eq. 12), the latest observation, or a moving average"""
     record_decay: float = Field(default=0.9, ge=0, lt=1)
     """weight of the past when record is 'ema'"""
+    crd_negatives: int = Field(default=16384, ge=1)
+    """negatives per sample of crd and wcord, drawn from other classes"""
+    crd_bank: Literal["whole", "kept"] = "whole"
+    """what crd and wcord draw negatives from: the whole data, or only the stage's kept samples"""
+    peer: str = ""
+    """network that learns beside the student in dml; the student's own architecture if unset"""
 
 
 class ScheduleSettings(Settings):

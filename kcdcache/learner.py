@@ -20,6 +20,8 @@ from kcdcache.runs import RunFolder
 
 HEAD = "head."
 """first word of the names of a method's own tensors"""
+INPUT = "input"
+"""tap of the transformed pixels"""
 
 
 @dataclass(kw_only=True)
@@ -73,14 +75,18 @@ class Learner:
     """the network as torch compiled it, with the same weights"""
 
     def see(self, pixels: Float[Tensor, "batch channels h w"]) -> dict[str, Float[Tensor, "batch ..."]]:
-        """Return the logits of pixels in [0, 1], and the inner values that its method reads, in float32."""
+        """Return the logits of pixels in [0, 1], and the values that its method reads, in float32.
+
+        The tap `input` is what the network itself is given: the transformed pixels.
+        """
         inputs = self.transform(pixels)
         wanted = self.head.taps if self.head is not None else ()
-        if wanted:
-            found = taps.run(self.network, inputs, list(dict.fromkeys(("logits", *wanted))))
-            return {name: value.float() for name, value in found.items()}
+        given = {INPUT: inputs} if INPUT in wanted else {}
+        if inner := [name for name in wanted if name != INPUT]:
+            found = taps.run(self.network, inputs, list(dict.fromkeys(("logits", *inner))))
+            return given | {name: value if name == "logits" else value.float() for name, value in found.items()}
         network = self.network if self.compiled is None else self.compiled
-        return {"logits": network(inputs).float()}
+        return given | {"logits": network(inputs)}
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield all that is trained, by name."""
