@@ -91,7 +91,7 @@ def row_shape(name: str, taps: Taps, image: tuple[int, int, int]) -> tuple[int, 
     for tap in field.taps:
         if tap not in known:
             raise SettingsError(f"field '{name}' is made from '{tap}', which this teacher lacks ({', '.join(taps)})")
-    values = [torch.empty(rows, *known[tap], device="meta") for tap in field.taps]
+    values = [torch.zeros(rows, *known[tap]) for tap in field.taps]
     return tuple(field.derive(*values).shape[1:])
 
 

@@ -68,7 +68,7 @@ def run(
         data,
         network,
         knowledge,
-        names,
+        list(plan.fields),  # new views of a grown store have its older fields too
         least_accuracy=least_accuracy(settings.min_accuracy, len(data.classes)),
         place=Place(device=network.device, threads=threads, allow_change=allow_env_change, shard=shard),
         may_skip=settings.on_nonfinite == "skip",
