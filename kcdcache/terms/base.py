@@ -12,8 +12,8 @@ from kcdcache import fields
 from kcdcache.config import MethodSettings
 from kcdcache.errors import SettingsError
 
-Seen = Mapping[str, Float32[Tensor, "batch ..."]]
-"""tap of the student -> its values for the batch, `logits` always among them; then come the rows of extra images"""
+Seen = Mapping[str, Float[Tensor, "rows ..."]]
+"""tap of the student -> its values for the batch, then for extra images; `logits` is among them, perhaps bfloat16"""
 
 
 @runtime_checkable
