@@ -87,9 +87,9 @@ METHODS: Mapping[str, Method] = {
     ),
     "fsp": Method(
         about="flow matrices of consecutive stages, taught alone before the labels",
-        source="Yim et al., CVPR 2017 (A Gift from Knowledge Distillation); weight of RepDistiller",
+        source="Yim et al., CVPR 2017 (A Gift from Knowledge Distillation); phases of RepDistiller",
         term=Flow,
-        beta=50.0,
+        beta=1.0,
     ),
     "reviewkd": Method(
         about="fused features of all stages against maps before their activation",

@@ -19,8 +19,9 @@ class Flow(Term):
     In two phases: the first eighth of the epochs (rounded down, but one where there are two or more) teaches by this
     term alone, the rest without it. The stem is the first stage where both networks have as many stages. Both need the
     same numbers of channels; heights and widths may differ.
-    Source: Yim et al., CVPR 2017 (A Gift from Knowledge Distillation), Sec. 3; layers, mean over entries and thirty
-    epochs of RepDistiller, which gives the first phase these in addition to the 240.
+    Source: Yim et al., CVPR 2017 (A Gift from Knowledge Distillation), Sec. 3; layers, mean over entries, thirty epochs
+    and their weight 1 of RepDistiller, which adds them to the 240; the 50 of its script weighs nothing there, and made
+    a wide network diverge here.
     """
 
     def __init__(self, pair: Pair) -> None:

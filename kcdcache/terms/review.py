@@ -84,7 +84,8 @@ class Review(Term):
         """Return the loss per sample."""
         losses, fused = [], None
         for level, fusion in zip(self._levels, self.fusions, strict=True):
-            own, target = seen[level.tap][: len(lesson.labels)], lesson.knowledge[level.field]
+            # a network's own output may lie otherwise in memory than a store's values, which changes the last bits
+            own, target = seen[level.tap][: len(lesson.labels)], lesson.knowledge[level.field].contiguous()
             answer, fused = fusion(own.reshape(-1, *level.ours), fused)
             losses.append(maps.hierarchical_context(answer, target.reshape(-1, *level.theirs)))
         return torch.stack(losses).sum(dim=0)

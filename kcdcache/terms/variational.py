@@ -40,7 +40,8 @@ class Variational(Term):
         """Return the loss per sample."""
         losses = []
         for (tap, name, side), mean, raw in zip(self._places, self.means, self.raw_variances, strict=True):
-            own, target = seen[tap][: len(lesson.labels)], lesson.knowledge[name]
+            # a network's own output may lie otherwise in memory than a store's values, which changes the last bits
+            own, target = seen[tap][: len(lesson.labels)], lesson.knowledge[name].contiguous()
             own, target = (functional.adaptive_avg_pool2d(values, side) for values in (own, target))
             losses.append(maps.variational(mean(own), target, raw))
         return torch.stack(losses).sum(dim=0)
