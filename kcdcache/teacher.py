@@ -122,8 +122,9 @@ def outputs(
             seen = [field for field in wanted.values() if field.look == look]
             values = LOOKS[look](teacher, pixels, list(dict.fromkeys(tap for field in seen for tap in field.taps)))
             found |= {field.name: field.derive(*(values[tap] for tap in field.taps)) for field in seen}
-    # copied outside inference mode, whose tensors autograd refuses
-    return {name: found[name].to(torch.float32, copy=True) for name in names}
+    # copied outside inference mode, whose tensors autograd refuses, and laid out as rows of a store are: sums over
+    # another layout round differently
+    return {name: found[name].to(torch.float32, copy=True, memory_format=torch.contiguous_format) for name in names}
 
 
 def tap_shapes_of(teacher: Teacher, height: int, width: int) -> dict[str, tuple[int, ...]]:
