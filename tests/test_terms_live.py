@@ -129,7 +129,7 @@ def test_branches_start_apart_and_follow_the_seed():
     assert not torch.equal(term.gate.linear.weight, other.gate.linear.weight)
 
 
-@pytest.mark.parametrize("name", ["resnet20", "resnet8x4", "wrn_16_2", "ResNet50"])
+@pytest.mark.parametrize("name", ["resnet20", "resnet8x4", "wrn_16_2", "ResNet50", "torchvision:resnet18"])
 def test_a_branch_is_the_students_own_end(name):
     network = spec.build(name, CLASSES)
     term = term_of("one", pair(name))
@@ -143,13 +143,9 @@ def test_a_branch_is_the_students_own_end(name):
 
 
 def _end_of(name):
-    return (
-        ("block3", "bn1", "fc")
-        if name.startswith("wrn")
-        else ("layer4", "fc")
-        if name == "ResNet50"
-        else ("layer3", "fc")
-    )
+    if name.startswith("wrn"):
+        return "block3", "bn1", "fc"
+    return ("layer3", "fc") if name.startswith("resnet") else ("layer4", "fc", "linear")
 
 
 @pytest.mark.parametrize("name", ["vgg8", "MobileNetV2", "ShuffleV1", "lessons:TinyNet"])

@@ -26,7 +26,7 @@ RAMP = 80 / 240
 
 TAILS: Mapping[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     ResNet: ("stage2", ("layer3", "avgpool", "fc")),
-    ResNet50: ("stage3", ("layer4", "avgpool", "fc")),
+    ResNet50: ("stage3", ("layer4", "avgpool", "linear")),
     WideResNet: ("stage2", ("block3", "bn1", "relu", "avgpool", "fc")),
     torchvision.models.ResNet: ("stage3", ("layer4", "avgpool", "fc")),
 }
