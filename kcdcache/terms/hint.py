@@ -28,8 +28,7 @@ class Hint(Term):
     def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
         own = seen[self.taps[0]][: len(lesson.labels)]
-        # a network's own output may lie otherwise in memory than a store's values, which changes the last bits
-        return maps.hint(self.regressor(own), lesson.knowledge[self.fields[0]].contiguous())
+        return maps.hint(self.regressor(own), lesson.knowledge[self.fields[0]])
 
 
 def _to_shape(ours: tuple[int, ...], theirs: tuple[int, ...]) -> nn.Module:
