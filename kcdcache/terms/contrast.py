@@ -1,4 +1,4 @@
-"""Contrast of student and teacher over a memory of all samples: CRD, and its Wasserstein form WCoRD."""
+"""Contrast of student and teacher over a memory of all samples (CRD); the memory is that of WCoRD too."""
 
 import math
 
