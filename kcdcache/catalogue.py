@@ -41,7 +41,7 @@ class Method:
     """whether it trains further networks with the student, so that no store can replace its forward passes"""
 
 
-METHODS: Mapping[str, Method] = {
+METHODS: dict[str, Method] = {
     "ce": Method(about="plain cross-entropy, no teacher", source="-", temperature=1.0),
     "kd": Method(
         about="softened outputs",

@@ -41,8 +41,8 @@ def listing(teacher: str, student: str, classes: int, size: int, encoded: str = 
         "size": size,
         "table": table(found),
         "note": (
-            f"bytes per sample and view for {teacher} -> {student}, {classes} classes, {size}x{size}; join methods with "
-            "+, as in crd+kd"
+            f"bytes per sample and view for {teacher} -> {student}, {classes} classes, {size}x{size}; "
+            "join methods with +, as in crd+kd"
         ),
         "methods": found,
     }

@@ -10,8 +10,10 @@ from pathlib import Path
 import click
 import pytest
 
-from kcdcache import cli, config, data, distill, precompute, store, teacher
+from kcdcache import cli, config, data, distill, listing, precompute, store, teacher
+from kcdcache.catalogue import METHODS
 from kcdcache.models import spec
+from kcdcache.models.taps import TAPS
 from kcdcache.models.transform import InputTransform
 from kcdcache.runs import read_metrics
 
@@ -38,7 +40,7 @@ def trained(tmp_path_factory):
 
 
 def test_own_training_loop_gives_the_losses_of_train(trained):
-    code = next(text for kind, text in BLOCKS if kind == "python")
+    code = next(text for kind, text in BLOCKS if kind == "python" and "METHODS[" not in text)
     code = code.replace("runs/digits/store", str(trained / "store")).replace(
         "runs/digits/kd-seed0", str(trained / "run")
     )
@@ -48,8 +50,31 @@ def test_own_training_loop_gives_the_losses_of_train(trained):
     assert losses == pytest.approx([row["loss"] for row in read_metrics(trained / "run")], rel=1e-6)
 
 
+def test_a_method_and_a_network_are_added_as_the_readme_shows(trained, monkeypatch):
+    monkeypatch.setattr(spec, "NETWORKS", dict(spec.NETWORKS))
+    code = next(text for kind, text in BLOCKS if kind == "python" and "METHODS[" in text)
+    code = code.replace("runs/digits/store", str(trained / "store")).replace("runs/shallow", str(trained / "shallow"))
+    before = dict(METHODS), dict(TAPS)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(code, "README.md", "exec"), {})
+    finally:
+        for table, held in zip((METHODS, TAPS), before, strict=True):
+            table.clear()
+            table.update(held)
+    assert 0.05 < float(printed.getvalue()) <= 1
+    rows = read_metrics(trained / "shallow")
+    assert [row["kept"] for row in rows] == [1437, 1016]
+
+
+def test_the_table_of_methods_is_the_catalogue():
+    told = listing.listing("wrn_40_2", "wrn_16_2", 100, 32)["methods"]
+    rows = re.findall(r"^\| `(\w+)` \| [^|]* \| [^|]* \| ([\d,]+) \|$", README, re.M)
+    assert {name: int(size.replace(",", "")) for name, size in rows} == {row["method"]: row["bytes"] for row in told}
+
+
 def test_own_training_loop_is_about_25_lines():
-    code = next(text for kind, text in BLOCKS if kind == "python")
+    code = next(text for kind, text in BLOCKS if kind == "python" and "METHODS[" not in text)
     assert len([line for line in code.splitlines() if line.strip()]) <= 30
 
 
