@@ -268,6 +268,9 @@ def test_the_modules_of_the_published_pair_with_unlike_sizes_have_its_shapes():
     assert [len(fusion.answer[0].weight) for fusion in review.fusions] == [2048, 2048, 1024, 512, 256]
     hint = METHODS["fitnet"].term(pair).regressor[0]
     assert (type(hint), tuple(hint.weight.shape)) == (torch.nn.ConvTranspose2d, (16, 512, 4, 4))
+    assert [name for name, _ in METHODS["vid"].term(pair).means[0].named_parameters()] == [
+        f"{n}.weight" for n in (0, 2, 4)
+    ]
     widths = [[tuple(layer.weight.shape[:2]) for layer in mean[::2]] for mean in METHODS["vid"].term(pair).means]
     assert widths[0] == [(256, 12), (256, 256), (256, 256)]
 
