@@ -194,6 +194,24 @@ def test_gradient_flows_into_the_student_and_its_own_modules_alone(world, name):
     assert sum(reached) > len(reached) / 2
 
 
+@pytest.mark.parametrize("name", [name for name in WITH_TERM if name not in ("sskd", "bss")])
+def test_methods_join_one_that_shows_the_student_further_images(world, name):
+    """The rows of those images follow the batch's, and concern no other method."""
+    alone, losses = {}, {}
+    for text in (name, f"bss+{name}"):
+        pupil, choice = pupil_of(world, text)
+        names = methods.needed_fields(choice, pupil.head)
+        mixing = Mixing(temperature=choice.weights.temperature)
+        with connect(world.data, world.stores["float32"], world.manifest, fields=names, mixing=mixing) as source:
+            alone[text] = next(batches.iterate(source, 0, batch_size=BATCH, seed=3))
+        pupil.head.begin(counting_epoch(pupil.head), 240)
+        extra = pupil.head.extra(alone[text])
+        shown = alone[text].pixels if extra is None else torch.cat([alone[text].pixels, extra])
+        losses[text] = methods.loss_of(choice.weights, pupil.head)(pupil.see(shown), alone[text])
+    assert losses[name].shape == losses[f"bss+{name}"].shape == (BATCH,)
+    assert torch.isfinite(losses[f"bss+{name}"]).all()
+
+
 @pytest.fixture(scope="module")
 def place(world):
     """What `distilled` of tests/pupils wants, with this world's store."""

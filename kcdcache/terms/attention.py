@@ -26,7 +26,8 @@ class Attention(Term):
 
     def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
+        rows = len(lesson.labels)
         return sum(  # type: ignore[return-value]
-            maps.attention_transfer(maps.attention(seen[tap], side), lesson.knowledge[name])
+            maps.attention_transfer(maps.attention(seen[tap][:rows], side), lesson.knowledge[name])
             for tap, name, side in self._places
         )
