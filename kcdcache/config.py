@@ -270,7 +270,7 @@ class PrecomputeCommand(PrecomputeSettings, TeacherSettings, MachineSettings):
     """folder of the store"""
     for_: str | None = Field(default=None, validation_alias=AliasChoices("for_", "for"))
     """keep what this method (or several, kd+at) reads of the teacher for the --student, instead of --fields"""
-    student: str | None = None
+    student: str = ""
     """network of the student that --for is about"""
     manifest: Path | None = None
     """add the teacher's outputs on this manifest's mixes, beside it, instead of making a store"""

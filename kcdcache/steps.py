@@ -76,7 +76,7 @@ def precompute_store(command: config.PrecomputeCommand, progress: Progress, dry_
         return precompute.import_logits(settings, data, command.from_logits, command.store, progress, dry_run=dry_run)
     settings = settings.model_copy(update=_usual_views(command, data))
     network = load_teacher(command, data, settings.teacher_precision, command.device, command.threads)
-    if command.for_ is not None or command.student is not None:
+    if command.for_ is not None or command.student:
         settings = settings.model_copy(update={"fields": _fields_for(command, settings, data, network)})
     if command.manifest is not None:
         return _requery(command, settings.fields, data, network, progress, dry_run)
@@ -147,7 +147,7 @@ def _fields_for(
     network: teacher.Teacher,
 ) -> tuple[str, ...]:
     """Return the fields that the named method reads of this teacher for the named student."""
-    if command.for_ is None or command.student is None:
+    if command.for_ is None or not command.student:
         raise SettingsError("--for METHOD and --student NETWORK go together: feature sizes depend on both networks")
     if "fields" in command.model_fields_set:
         raise SettingsError("--for works out the fields; leave --fields out")
