@@ -1,0 +1,171 @@
+"""What was tried where a bar is missed: block sizes and threads for starting a stage, forms of parquet for reading,
+ways to take a batch from a memory-mapped file. Figures, not claims; `reading.py` and `files.py` hold the bars.
+
+python pipelines/bench/attempts.py --folder /tmp/attempts
+"""
+
+import argparse
+import mmap
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from measure import alternating, median, ratio, started, write
+from reading import BATCH, kept_rows, raw_read
+from trust import make
+
+from kcdcache import chunkfiles, condense, config, manifest, store, tables, values
+
+
+def line(what, tried, seconds, name, reference, bar, repetitions):
+    return {
+        "what": what, "tried": tried, "median_s": median(seconds[name]), "reference": reference,
+        "ratio": ratio(seconds, name, "reference"), "bar": bar, "n": repetitions,
+    }  # fmt: skip
+
+
+def starting(given):
+    """Starting a stage into memory that is there: blocks of other sizes, one thread or two."""
+    opened = store.open(make(given.folder / "store", given.rows, 1000, 2, "float16"))
+    kept = kept_rows(opened.count, 0.7)
+    held = {2: np.empty((len(kept), 1000), np.float16), 1: np.empty(len(kept), np.float32)}
+
+    def load(block, threads):
+        def work():
+            before, chunkfiles.BLOCK_BYTES = chunkfiles.BLOCK_BYTES, block
+            try:
+                opened.load(0, kept, ("logits",), threads, lambda shape, dtype: held[len(shape)])
+            finally:
+                chunkfiles.BLOCK_BYTES = before
+
+        return work
+
+    ways = {
+        f"blocks of {block // 1024} KiB, {threads} thread(s)": load(block, threads)
+        for block in (2**16, 2**17, 2**18, 2**20)
+        for threads in (1, 2)
+    }
+    seconds = alternating(given.repetitions, reference=raw_read(opened), **ways)
+    what = f"start of a stage, {given.rows} rows, memory used again"
+    return [
+        line(what, tried, seconds, tried, "readinto of the same files, one thread", "<= 1.75", given.repetitions)
+        for tried in ways
+    ]
+
+
+def reading(given):
+    """Reading a manifest: other compressions and encodings of the same rows, and no page checksums."""
+    random = np.random.default_rng(0)
+    visits = random.choice(np.array([40, 80, 120, 160, 200, 240], np.int32), 1_280_000)
+    found = values.Values(visits, random.gamma(1.0, 1.0, len(visits)).astype(np.float32))
+    labels = random.integers(0, 1000, len(visits))
+    made = condense.condense(
+        found, config.CondenseSettings(), knowledge_id="k", count=len(visits), stage=1, keep=0.7, labels=labels
+    )
+    table = manifest.cells(made.columns())
+    plain = dict.fromkeys(table.schema.names, "PLAIN")
+
+    def written(**how):
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, **how)
+        return sink.getvalue()
+
+    def read(buffer, **how):
+        return lambda: pq.ParquetFile(pa.BufferReader(buffer), **how).read()
+
+    ours = tables.encode(table)
+    forms = {
+        "ours": (ours, {"page_checksum_verification": True}),
+        "ours, checksums not compared": (ours, {}),
+        "plain, zstd": (written(compression="zstd", use_dictionary=False, column_encoding=plain), {}),
+        "plain, lz4": (written(compression="lz4", use_dictionary=False, column_encoding=plain), {}),
+        "plain, uncompressed": (written(compression="none", use_dictionary=False, column_encoding=plain), {}),
+        "rows in groups of 131,072": (written(compression="zstd", row_group_size=2**17), {}),
+    }
+    ways = {name: read(buffer, **how) for name, (buffer, how) in forms.items()}
+    seconds = alternating(given.repetitions, reference=read(written()), **ways)
+    return [
+        line(
+            f"reading a manifest of {len(made)} rows",
+            f"{name}: {len(forms[name][0]) / len(made):.1f} bytes a row",
+            seconds,
+            name,
+            "parquet with default settings",
+            "<= 0.5",
+            given.repetitions,
+        )
+        for name in ways
+    ]
+
+
+def mapped(given):
+    """A batch of 256 random rows from a memory-mapped file: as it is, advised, in order of place, and by pread."""
+    rows = given.rows
+    memory = np.random.default_rng(0).integers(0, 2**15, (rows, 1000), np.int16)
+    with tempfile.TemporaryFile(dir=given.folder) as stream:
+        memory.tofile(stream)
+        stream.flush()
+        held = mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ)
+        file = np.frombuffer(held, np.int16).reshape(rows, 1000)
+        file.sum()  # warm
+        order, out = np.random.default_rng(1).permutation(rows), np.empty((BATCH, 1000), np.int16)
+        turn = iter(range(10**9))
+
+        def places():
+            low = next(turn) * BATCH * 7 % (rows - BATCH)
+            return order[low : low + BATCH]
+
+        def take(source, sort=False):
+            def work():
+                for _ in range(60):
+                    chosen = places()
+                    np.take(source, np.sort(chosen) if sort else chosen, 0, out=out, mode="clip")
+
+            return work
+
+        def pread():
+            for _ in range(60):
+                for place, row in enumerate(places().tolist()):
+                    stream.seek(row * 2000)
+                    stream.readinto(out[place].data)
+
+        ways = {"as it is": take(file), "in order of place": take(file, True), "seek and read, row by row": pread}
+        seconds = alternating(10 * given.repetitions, reference=take(memory), **ways)
+        for advice in ("MADV_RANDOM", "MADV_WILLNEED", "MADV_HUGEPAGE"):
+            try:
+                held.madvise(getattr(mmap, advice))
+                tried = alternating(10 * given.repetitions, reference=take(memory), mapped=take(file))
+                ways[advice] = None
+                seconds[advice] = [
+                    s * median(seconds["reference"]) / median(tried["reference"]) for s in tried["mapped"]
+                ]
+            except OSError as error:
+                print(f"{advice}: {error}")
+        del file
+    return [
+        line(f"batch of 256 from a memory-mapped file, {rows} rows", tried, seconds, tried,
+             "np.take on an array in memory", "<= 1.18", 10 * given.repetitions)
+        for tried in ways
+    ]  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=640_000)
+    parser.add_argument("--repetitions", type=int, default=7)
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        rows = starting(given) + reading(given) + mapped(given)
+        write("attempts", started(), torch.get_num_threads(), rows)
+    finally:
+        shutil.rmtree(given.folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
