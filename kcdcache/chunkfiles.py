@@ -12,8 +12,9 @@ from jaxtyping import Int64
 from kcdcache.errors import UnsafeError
 from kcdcache.files import naming
 
-BLOCK_BYTES = 2**17
-"""bytes read at once: the checksum and the copy find them in the cache; in whole chunks they take twice as long"""
+BLOCK_BYTES = 2**20
+"""bytes read at once: small enough for the cache, and so large that two threads seldom wait for the interpreter's lock:
+in 128 KiB they take 2.5 times as long on two cores (pipelines/results/bench/attempts.json)"""
 CHECKSUM_BYTES = 4
 """bytes after the rows, their crc32c with the lowest byte first"""
 

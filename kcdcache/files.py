@@ -145,10 +145,14 @@ def append(path: Path, data: bytes) -> None:
             os.close(descriptor)
 
 
-def reserve(descriptor: int, count: int, folder: Path) -> None:
-    """Give an open file of `folder` `count` > 0 bytes of disk.
+ZEROS = memoryview(bytes(2**22))
 
-    Mapped into memory without that, the file would end the process with a signal (SIGBUS) where the disk is full.
+
+def reserve(descriptor: int, count: int, folder: Path) -> None:
+    """Give an open file of `folder` `count` > 0 bytes of disk, zeros written in order.
+
+    Mapped into memory without that, the file would end the process with a signal (SIGBUS) where the disk is full; and
+    pages made in the order in which threads touch them lie scattered, which makes random rows a third slower.
 
     Raises:
         NoSpaceError: the disk or quota is full.
@@ -156,6 +160,8 @@ def reserve(descriptor: int, count: int, folder: Path) -> None:
     with naming(folder / "(a temporary file)", count):
         _step()
         os.posix_fallocate(descriptor, 0, count)
+        for start in range(0, count, len(ZEROS)):
+            os.pwrite(descriptor, ZEROS[: count - start], start)
 
 
 @contextmanager
