@@ -372,8 +372,13 @@ def nearest(name: str, known: Mapping[str, Any] | list[str] | tuple[str, ...]) -
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(sorted(known))}"
 
 
+def keys(model: type[BaseModel]) -> list[str]:
+    """Return the names of a model's settings as recipes and flags write them (`for` is a word of Python's own)."""
+    return [name.rstrip("_") for name in model.model_fields]
+
+
 def _explained(model: type[Settings], item: Any, source: str) -> str:
     key = ".".join(str(part) for part in item["loc"]) or "settings"
     if item["type"] == "extra_forbidden":
-        return f"unknown setting '{key}' in {source}; {nearest(key, list(model.model_fields))}"
+        return f"unknown setting '{key}' in {source}; {nearest(key, keys(model))}"
     return f"setting '{key}' in {source}: {item['msg']}; found {item['input']!r}"

@@ -224,12 +224,12 @@ def _require_reference(text: str, step: Step, known: Mapping[str, Step], place: 
 
 
 def _require_settings(step: Step, path: Path) -> None:
-    fields = steps.STEPS[step.run][0].model_fields
+    known = config.keys(steps.STEPS[step.run][0])
     if step.per_seed and "seed" in step.settings:
         raise SettingsError(f"{path}, step '{step.name}': it runs once per seed of the recipe, so it cannot set 'seed'")
     for key in step.settings:
-        if key not in fields:
-            raise SettingsError(f"unknown setting '{key}' in {path}, step '{step.name}'; {nearest(key, list(fields))}")
+        if key not in known:
+            raise SettingsError(f"unknown setting '{key}' in {path}, step '{step.name}'; {nearest(key, known)}")
 
 
 def _references(step: Step) -> list[str]:
