@@ -220,7 +220,7 @@ def from_flags(command, name, value):
 
 
 def from_toml(folder, command, name, value):
-    settings = REQUIRED[command] | {name: value}
+    settings = REQUIRED[command] | {name.rstrip("_"): value}
     lines = [f"{key} = {json.dumps(given)}" for key, given in settings.items()]
     text = "\n".join(['title = "t"', 'data = "digits"', "[[step]]", 'name = "a"', f'run = "{command}"', *lines])
     (folder / "recipe.toml").write_text(text)
