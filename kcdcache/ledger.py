@@ -283,8 +283,9 @@ def read_commits(root: Path, report: Report = refuse) -> list[Commit]:
         UnfinishedError: nothing was sealed yet.
         CorruptionError: something is damaged, unless `report` collects it.
     """
+    listed = list((root / FOLDER).glob("commit.*.json"))  # first: a growth sealed meanwhile has not passed over another
     sealed = growths(root, "commit")
-    if later := [path.name for path in (root / FOLDER).glob("commit.*.json") if not _precedes(path, sealed)]:
+    if later := [path.name for path in listed if not _precedes(path, sealed)]:
         report(f"{root / FOLDER} holds {', '.join(sorted(later))} but not {commit_path(root, sealed).name}")
     elif not sealed:
         raise UnfinishedError(
