@@ -23,7 +23,10 @@ Precision = Literal["float32", "bfloat16"]
 class Settings(BaseModel):
     """The root of all settings: frozen, keyword-only, finite, no unknown keys, documented by field docstrings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    # built when first used: a command needs one of these models and should not wait for the others
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, defer_build=True
+    )
 
 
 class ViewSettings(Settings):

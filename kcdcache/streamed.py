@@ -33,13 +33,13 @@ def write(
     with ThreadPoolExecutor(1) as pool:
         for columns in tables.regrouped(_rows(plan, source), rows):
             label = columns.pop("label", None)
-            checks.add(columns)
-            hashed = pool.submit(digest.add, columns)
+            beside = [pool.submit(work, columns) for work in (checks.add, digest.add)]
             if writer is not None:
                 writer.write(manifest.cells(columns))
             totals = totals.plus(columns)
             counts = counts if label is None else _counted(counts, label)
-            hashed.result()
+            for work in beside:
+                work.result()
     checks.end()
     made = plan.facts(values=source.fingerprint(), class_counts=tuple(counts.tolist()), **facts)
     made.require_fit(totals.rows, totals.mixed)
