@@ -12,56 +12,23 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import click
 
 from kcdcache import __version__, signals
 from kcdcache.errors import KcdcacheError, NoSpaceError
 from kcdcache.files import FULL
+from kcdcache.helptexts import EXAMPLES, SUMMARIES
+from kcdcache.options import option
 
 SCHEMA_VERSION = 0
 COLLECTED = 100_000
 """objects made between two collections of garbage: imports make many and no garbage, 0.1 s of looking for it"""
 MOST_SHOWN = 4000
 """characters of an error: names from files may have any length"""
-SUMMARIES = {
-    "run": "Do a whole chain of steps from a recipe; without one, the embedded example.",
-    "fit": "Train a teacher or a plain baseline on hard labels.",
-    "precompute": "Run the teacher once and keep its outputs in a store.",
-    "train": "Train a student from a store, condensing between stages (Algorithm 1).",
-    "methods": "List the distillation methods: what each reads of the teacher, bytes per sample, source.",
-    "condense": "Turn values into the next condensed set (a manifest).",
-    "inspect": "Tell what a store, manifest, values file, run or network holds.",
-    "verify": "Check whether what lies there is what was written; with a teacher, compute points again.",
-}
-"""command -> its line in `kcdcache --help`, which must not import what the commands need"""
-EXAMPLES = {
-    "run": ("kcdcache run", "kcdcache run pipelines/cifar100_small.toml --data cifar100"),
-    "fit": ("kcdcache fit --data cifar100 --model wrn_40_2 --out runs/teacher",),
-    "precompute": (
-        "kcdcache precompute --data cifar100 --teacher runs/teacher --store runs/store --views 40",
-        "kcdcache precompute --data cifar100 --teacher runs/teacher --store runs/store --fields penultimate",
-    ),
-    "train": (
-        "kcdcache train --store runs/store --data cifar100 --student wrn_16_2 --out runs/kcd",
-        "kcdcache train --store runs/store --data cifar100 --student resnet8x4 --out runs/reuse \\\n"
-        "      --manifest runs/kcd/stages/6/manifest.parquet --stages 1",
-    ),
-    "condense": (
-        "kcdcache condense --values runs/kcd/values.parquet --store runs/store --keep 0.5 --out half.parquet",
-    ),
-    "methods": ("kcdcache methods", "kcdcache methods --teacher resnet32x4 --student ShuffleV2 --encoding top:16"),
-    "inspect": ("kcdcache inspect runs/store",),
-    "verify": (
-        "kcdcache verify runs/store --read-data",
-        "kcdcache verify runs/store --teacher runs/teacher --data cifar100",
-        "kcdcache verify runs/store --repair --teacher runs/teacher --data cifar100",
-    ),
-}
 LONG = {"run", "fit", "precompute", "train"}
 """commands that stop at a safe point when asked to, and resume; the others are over at once"""
-ARTICLES = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
 class Commands(click.Group):
@@ -180,17 +147,11 @@ def _command(name: str, options: list[click.Parameter], work: Callable[..., dict
 
 def _settings_command(name: str) -> click.Command:
     """Return a command whose options are the fields of its settings model."""
-    from kcdcache import config
+    from kcdcache import commands, config
 
-    models: dict[str, type[config.Settings]] = {
-        "fit": config.FitCommand,
-        "precompute": config.PrecomputeCommand,
-        "train": config.TrainCommand,
-        "condense": config.CondenseCommand,
-    }
-    model = models[name]
+    model = commands.COMMANDS[name]
     own = sorted(model.model_fields, key=lambda key: key not in model.__annotations__)  # inputs before what modifies
-    options: list[click.Parameter] = [_option(key, model.model_fields[key]) for key in own]
+    options: list[click.Parameter] = [option(key, model.model_fields[key]) for key in own]
     options.append(click.Option(["--dry-run"], is_flag=True, help="print what would be done, and do nothing"))
 
     def work(dry_run: bool, **values: Any) -> dict[str, Any]:
@@ -200,39 +161,6 @@ def _settings_command(name: str) -> click.Command:
         return importlib.import_module("kcdcache.steps").STEPS[name][1](settings, _Reporter(), dry_run=dry_run)
 
     return _command(name, options, work)
-
-
-def _option(name: str, field: Any) -> click.Option:
-    """Return the option for one settings field: help and default come from the model, values go to it unparsed."""
-    flag = f"--{name.rstrip('_').replace('_', '-')}"
-    default = "" if field.is_required() or field.default is None else f"  [default: {_shown(field.default)}]"
-    text = " ".join((field.description or "").split()) + default
-    if field.annotation is bool:
-        return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)
-    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
-    kind: Any = click.Choice(choices) if choices else click.STRING
-    metavar = None if choices else _metavar(field.annotation)
-    split = _split if get_origin(field.annotation) is tuple or "tuple" in str(field.annotation) else None
-    return click.Option(
-        [flag, name], type=kind, help=text, metavar=metavar, required=field.is_required(), callback=split
-    )
-
-
-def _split(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    return None if value is None else tuple(part.strip() for part in value.split(",") if part.strip())
-
-
-def _shown(default: Any) -> str:
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    return ",".join(str(part) for part in default) if isinstance(default, tuple) else str(default)
-
-
-def _metavar(annotation: Any) -> str:
-    kinds = [annotation, *get_args(annotation)]
-    if any(get_origin(kind) is tuple for kind in kinds):
-        return "A,B,..."
-    return next((word for kind in kinds for plain, word in ARTICLES.items() if kind is plain), "TEXT")
 
 
 def _run_command() -> click.Command:
@@ -256,7 +184,7 @@ def _run_command() -> click.Command:
         click.Argument(["recipe"], required=False),
         click.Option(["--data"], help="data spec to use instead of the recipe's"),
         click.Option(["--out"], help="folder of the results  [default: runs/<recipe's name>]"),
-        _option("device", machine["device"]),
+        option("device", machine["device"]),
         click.Option(["--threads"], type=int, help=machine["threads"].description),
         click.Option(["--dry-run"], is_flag=True, help="print every step's settings, and do nothing"),
     ]
@@ -299,8 +227,8 @@ def _verify_command() -> click.Command:
         click.Option(["--sample-seed"], type=int, default=0, show_default=True, help="seed of their choice"),
         click.Option(["--repair"], is_flag=True, help="make what is damaged again, with --teacher and --data"),
         click.Option(["--expect-id"], help="refuse what has another id (inspect shows it)"),
-        *(_option(name, field) for name, field in fields.items()),
-        _option("device", config.MachineSettings.model_fields["device"]),
+        *(option(name, field) for name, field in fields.items()),
+        option("device", config.MachineSettings.model_fields["device"]),
     ]
 
     def work(path: str, repair: bool, expect_id: str | None, **values: Any) -> dict[str, Any]:

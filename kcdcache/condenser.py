@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from kcdcache import condense, identity, inspection, ledger, manifest, ranking, rules, streamed, values
-from kcdcache.config import CondenseCommand, CondenseSettings, part
+from kcdcache.commands import CondenseCommand
+from kcdcache.config import CondenseSettings, part
 from kcdcache.errors import LockedError, MismatchError
 from kcdcache.files import TEMPORARY_MARK, create_filled
 from kcdcache.schedule import kept_count

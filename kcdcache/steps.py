@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from kcdcache import (
+    commands,
     condenser,
     config,
     distill,
@@ -41,7 +42,7 @@ FEW_VIEWS = (
 )
 
 
-def fit(command: config.FitCommand, progress: Progress, dry_run: bool = False) -> Result:
+def fit(command: commands.FitCommand, progress: Progress, dry_run: bool = False) -> Result:
     """Train a teacher or a baseline; return its summary, or with `dry_run` what would be trained."""
     data = load_data(command.data)
     settings = config.part(config.FitSettings, command)
@@ -67,7 +68,7 @@ def fit(command: config.FitCommand, progress: Progress, dry_run: bool = False) -
     )
 
 
-def precompute_store(command: config.PrecomputeCommand, progress: Progress, dry_run: bool = False) -> Result:
+def precompute_store(command: commands.PrecomputeCommand, progress: Progress, dry_run: bool = False) -> Result:
     """Run the teacher over the data into a store; return what the store holds, or with `dry_run` its plan."""
     data = load_data(command.data)
     settings = config.part(config.PrecomputeSettings, command)
@@ -93,7 +94,7 @@ def precompute_store(command: config.PrecomputeCommand, progress: Progress, dry_
     )
 
 
-def train(command: config.TrainCommand, progress: Progress, dry_run: bool = False) -> Result:
+def train(command: commands.TrainCommand, progress: Progress, dry_run: bool = False) -> Result:
     """Run Algorithm 1, or a part of it; return the summary, or with `dry_run` the stages and their expected cost."""
     inspection.require_ids((path for path in (command.store, command.manifest) if path), command.expect_id)
     data, knowledge = load_data(command.data), store.open(command.store)
@@ -126,22 +127,22 @@ def train(command: config.TrainCommand, progress: Progress, dry_run: bool = Fals
     )
 
 
-def condense(command: config.CondenseCommand, progress: Progress, dry_run: bool = False) -> Result:
+def condense(command: commands.CondenseCommand, progress: Progress, dry_run: bool = False) -> Result:
     """Turn values into the next manifest; see `condenser.run`."""
     return condenser.run(command, dry_run=dry_run)
 
 
 STEPS: Mapping[str, tuple[type[config.Settings], Callable[..., Result]]] = {
-    "fit": (config.FitCommand, fit),
-    "precompute": (config.PrecomputeCommand, precompute_store),
-    "train": (config.TrainCommand, train),
-    "condense": (config.CondenseCommand, condense),
+    "fit": (commands.FitCommand, fit),
+    "precompute": (commands.PrecomputeCommand, precompute_store),
+    "train": (commands.TrainCommand, train),
+    "condense": (commands.CondenseCommand, condense),
 }
 """command -> the settings it takes and the function that does it"""
 
 
 def _fields_for(
-    command: config.PrecomputeCommand,
+    command: commands.PrecomputeCommand,
     settings: config.PrecomputeSettings,
     data: datasets.Dataset,
     network: teacher.Teacher,
@@ -169,13 +170,13 @@ def _with_recipe(settings: config.TrainSettings, given: set[str]) -> config.Trai
     return settings.model_copy(update=changed)
 
 
-def _usual_views(command: config.FitCommand | config.PrecomputeCommand, data: datasets.Dataset) -> dict[str, Any]:
+def _usual_views(command: commands.FitCommand | commands.PrecomputeCommand, data: datasets.Dataset) -> dict[str, Any]:
     """Return the views that suit the data, where the user named none."""
     given = command.model_fields_set
     return {} if "augment" in given else {key: value for key, value in data.usual_views.items() if key not in given}
 
 
-def _require_import(command: config.PrecomputeCommand) -> None:
+def _require_import(command: commands.PrecomputeCommand) -> None:
     """Refuse what an import cannot follow, and logits of which nobody says what view they are of."""
     ignored = command.model_fields_set & {"teacher", "weights", "manifest", "views", "fields", "batch_size", "shard"}
     if ignored:
@@ -248,7 +249,7 @@ def precision_of(knowledge: Knowledge, path: Path) -> config.Precision:
 
 
 def _requery(
-    command: config.PrecomputeCommand,
+    command: commands.PrecomputeCommand,
     fields: tuple[str, ...],
     data: datasets.Dataset,
     network: teacher.Teacher,

@@ -14,12 +14,12 @@ import kcdcache
 PACKAGE = Path(kcdcache.__file__).parent
 LEVELS = (
     "errors rng",
-    "untrusted pages frames",
+    "untrusted pages frames helptexts options",
     "files signals",
     "tables records decoding chunkfiles rules ranking",
     "foreign",
     "config identity encoding schedule values images archives folder",
-    "facts",
+    "facts commands",
     "data views models losses mixing manifest layout ledger",
     "selection condense fields attack",
     "terms",

@@ -17,15 +17,15 @@ import torch
 from stores import content
 
 import kcdcache
-from kcdcache import cli, config, manifest, recipe
+from kcdcache import cli, commands, config, manifest, options, recipe
 from kcdcache.files import locked
 
 DATA = "digits?train=200&test=100"
 MODELS = {
-    "fit": config.FitCommand,
-    "precompute": config.PrecomputeCommand,
-    "train": config.TrainCommand,
-    "condense": config.CondenseCommand,
+    "fit": commands.FitCommand,
+    "precompute": commands.PrecomputeCommand,
+    "train": commands.TrainCommand,
+    "condense": commands.CondenseCommand,
 }
 FIELDS = [(name, field) for name, model in MODELS.items() for field in model.model_fields]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(kcdcache.__file__).parent.parent)}
@@ -142,7 +142,7 @@ def test_help_gives_every_settings_flag_text_and_default(command, name):
     if field.is_required():
         assert option.required
     elif field.default is not None:
-        assert option.help.endswith(f"  [default: {cli._shown(field.default)}]")
+        assert option.help.endswith(f"  [default: {options.shown(field.default)}]")
 
 
 def test_every_option_of_every_command_has_help():
@@ -152,7 +152,7 @@ def test_every_option_of_every_command_has_help():
 
 
 def test_defaults_are_shown_as_they_are_typed():
-    assert [cli._shown(value) for value in (True, False, (0.5, 0.75), ("logits",), 4, "kd")] == [
+    assert [options.shown(value) for value in (True, False, (0.5, 0.75), ("logits",), 4, "kd")] == [
         "on", "off", "0.5,0.75", "logits", "4", "kd",
     ]  # fmt: skip
 

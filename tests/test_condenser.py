@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from stores import content, knowledge, make
 
-from kcdcache import condense, condenser, config, manifest, values
+from kcdcache import commands, condense, condenser, config, manifest, values
 from kcdcache.errors import LockedError, MismatchError, NotFoundError, SettingsError
 
 COUNT = 150
@@ -46,7 +46,7 @@ def write_values(path, knowledge_id=None, seed=0):
 
 def run(place, dry_run=False, **more):
     given = {"values": place / "values.parquet", "store": place / "store", "keep": 0.6, "out": place / "out/m.parquet"}
-    return condenser.run(config.make(config.CondenseCommand, given | more), dry_run=dry_run)
+    return condenser.run(config.make(commands.CondenseCommand, given | more), dry_run=dry_run)
 
 
 def test_the_manifest_is_that_of_condense(place):

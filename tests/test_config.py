@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from kcdcache import config
+from kcdcache import commands, config
 from kcdcache.errors import NotFoundError, SettingsError
 
 MODELS = [
@@ -14,10 +14,10 @@ MODELS = [
 ]
 FIELDS = [(model, name) for model in MODELS for name in model.model_fields]
 COMMANDS = {
-    config.FitCommand: {"data": "digits", "model": "resnet8", "out": "run"},
-    config.PrecomputeCommand: {"data": "digits", "store": "store"},
-    config.TrainCommand: {"data": "digits", "store": "store", "out": "run"},
-    config.CondenseCommand: {"values": "v", "store": "store", "keep": 0.5, "out": "m"},
+    commands.FitCommand: {"data": "digits", "model": "resnet8", "out": "run"},
+    commands.PrecomputeCommand: {"data": "digits", "store": "store"},
+    commands.TrainCommand: {"data": "digits", "store": "store", "out": "run"},
+    commands.CondenseCommand: {"values": "v", "store": "store", "keep": 0.5, "out": "m"},
 }
 
 
@@ -122,7 +122,7 @@ def test_an_unknown_preset_is_refused():
 
 def test_a_part_has_the_values_of_the_whole_and_no_more():
     whole = config.make(
-        config.TrainCommand, {**COMMANDS[config.TrainCommand], "keep": 0.4, "preset": "paper", "schedule": "poster"}
+        commands.TrainCommand, {**COMMANDS[commands.TrainCommand], "keep": 0.4, "preset": "paper", "schedule": "poster"}
     )
     inner = config.part(config.TrainSettings, whole)
     assert type(inner) is config.TrainSettings
@@ -151,4 +151,4 @@ def test_a_missing_recipe_is_not_found(tmp_path):
 
 
 def test_paths_come_from_text():
-    assert config.make(config.FitCommand, COMMANDS[config.FitCommand]).out == Path("run")
+    assert config.make(commands.FitCommand, COMMANDS[commands.FitCommand]).out == Path("run")

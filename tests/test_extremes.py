@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 from lessons import CPU, opinionated, precomputed
 from pupils import distilled
 
-from kcdcache import condense, config, data, encoding, manifest, teacher, values
+from kcdcache import commands, condense, config, data, encoding, manifest, teacher, values
 from kcdcache.errors import NotFoundError, SettingsError
 from kcdcache.losses.softmax import cross_entropy, entropy, soft_divergence
 from kcdcache.mixing import mix_probabilities
@@ -143,9 +143,9 @@ def test_hardly_any_samples_make_a_set_as_long_as_one_is_kept(count):
 
 
 @pytest.mark.parametrize("keep", [0, 0.0, -0.1, 1.0001, math.nan, math.inf])
-@pytest.mark.parametrize("model", [config.ScheduleSettings, config.CondenseCommand])
+@pytest.mark.parametrize("model", [config.ScheduleSettings, commands.CondenseCommand])
 def test_nothing_and_more_than_everything_cannot_be_kept(model, keep):
-    more = {"values": "v", "store": "s", "out": "o"} if model is config.CondenseCommand else {}
+    more = {"values": "v", "store": "s", "out": "o"} if model is commands.CondenseCommand else {}
     with pytest.raises(SettingsError, match=r"setting 'keep' in the command line: Input should be .*; found"):
         config.make(model, {"keep": keep, **more})
 

@@ -6,7 +6,7 @@ import torch
 from lessons import CPU, digits, opinionated, precomputed
 from pupils import command, saved_teacher
 
-from kcdcache import attack, config, fields, listing, recipe, store, teacher
+from kcdcache import attack, commands, config, fields, listing, recipe, store, teacher
 from kcdcache.errors import SettingsError
 from kcdcache.models import spec, taps
 from kcdcache.models.shapes import tap_shapes
@@ -248,9 +248,9 @@ def test_recipes_write_for_as_the_command_line_does(tmp_path):
     (tmp_path / "it.toml").write_text(f'title = "it"\ndata = "digits"\n[[step]]\n{step}')
     assert recipe.load(tmp_path / "it.toml").step[0].settings["for"] == "at"
     values = {"data": "digits", "store": tmp_path, "for": "at"}
-    assert config.make(config.PrecomputeCommand, values).for_ == "at"
+    assert config.make(commands.PrecomputeCommand, values).for_ == "at"
     with pytest.raises(SettingsError, match="unknown setting 'fo' in the command line; did you mean 'for'"):
-        config.make(config.PrecomputeCommand, {"data": "digits", "store": tmp_path, "fo": "at"})
+        config.make(commands.PrecomputeCommand, {"data": "digits", "store": tmp_path, "fo": "at"})
 
 
 def test_a_store_beyond_the_budget_is_refused_before_anything_is_written(place, caplog):

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pupils import distilled, school
 
-from kcdcache import condense, condenser, config, manifest, rng, runs, tables, values
+from kcdcache import commands, condense, condenser, config, manifest, rng, runs, tables, values
 from kcdcache.errors import CorruptionError, MismatchError, NonFiniteError
 from kcdcache.files import canonical_json
 from kcdcache.runs import RunFolder
@@ -248,7 +248,7 @@ def test_condense_takes_no_value_that_is_no_number(place, tmp_path, ranking, num
         "out": tmp_path / "m.parquet",
     }
     with pytest.raises(NonFiniteError, match=rf"v\.parquet, row 33: 'value' is {number}, expected a finite float32"):
-        condenser.run(config.make(config.CondenseCommand, given | {"ranking": ranking}))
+        condenser.run(config.make(commands.CondenseCommand, given | {"ranking": ranking}))
     assert not (tmp_path / "m.parquet").exists()
 
 

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 )
 from stores import creating, finish, form, knowledge, small_parts, values, write_part
 
-from kcdcache import audit, condenser, config, layout, ledger, manifest, repair, store, writer
+from kcdcache import audit, commands, condenser, config, layout, ledger, manifest, repair, store, writer
 from kcdcache import values as value_files
 from kcdcache.errors import KcdcacheError, UnfinishedError
 from kcdcache.files import TEMPORARY_MARK
@@ -312,7 +312,7 @@ class StoreMachine(RuleBasedStateMachine):
         random = np.random.default_rng(seed).random(COUNT, np.float32)
         known = {"knowledge_id": knowledge(COUNT).knowledge_id, "student": "s", "epoch": 1}
         value_files.write(made, value_files.Values(np.ones(COUNT, np.int32), random), None, known)
-        command = config.make(config.CondenseCommand, {"values": made, "store": self.path, "keep": keep, "out": out})
+        command = config.make(commands.CondenseCommand, {"values": made, "store": self.path, "keep": keep, "out": out})
         with self.damage_may_refuse():
             told = condenser.run(command)
             assert told["already"] == (out in self.manifests)

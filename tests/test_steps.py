@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from pupils import SCHOOL, SPEC, command, school
 
-from kcdcache import config, loop, schedule, steps
+from kcdcache import commands, loop, schedule, steps
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError
 
 
@@ -21,7 +21,7 @@ def imported(place, tmp_path_factory):
 
 def import_from(file, out, **more):
     given = {"data": SPEC, "store": out, "from_logits": file, "augment": "none"}
-    return steps.precompute_store(config.PrecomputeCommand(**(given | more)), loop.silent)
+    return steps.precompute_store(commands.PrecomputeCommand(**(given | more)), loop.silent)
 
 
 def test_steps_are_the_commands_that_write():
@@ -42,7 +42,7 @@ def test_a_dry_fit_counts_steps(tmp_path):
 
 def command_fit(folder, **more):
     return steps.fit(
-        config.FitCommand(data=SPEC, model="resnet8", out=folder / "out", **more), loop.silent, dry_run=True
+        commands.FitCommand(data=SPEC, model="resnet8", out=folder / "out", **more), loop.silent, dry_run=True
     )
 
 
@@ -76,9 +76,9 @@ def test_few_views_for_many_epochs_are_noted(place, tmp_path, caplog):
 
 
 def test_digits_are_cropped_where_no_views_are_named(tmp_path):
-    settings = config.FitCommand(data=SPEC, model="resnet8", out=tmp_path)
+    settings = commands.FitCommand(data=SPEC, model="resnet8", out=tmp_path)
     assert steps._usual_views(settings, steps.load_data(SPEC)) == {"augment": "crop", "padding": 2}
-    named = config.FitCommand(data=SPEC, model="resnet8", out=tmp_path, augment="none")
+    named = commands.FitCommand(data=SPEC, model="resnet8", out=tmp_path, augment="none")
     assert steps._usual_views(named, steps.load_data(SPEC)) == {}
 
 
@@ -100,7 +100,7 @@ def test_an_import_refuses_flags_it_would_ignore(tmp_path, flag):
 
 
 def test_an_import_must_say_which_views_it_is_of(tmp_path):
-    given = config.PrecomputeCommand(data=SPEC, store=tmp_path / "s", from_logits=tmp_path / "logits.npy")
+    given = commands.PrecomputeCommand(data=SPEC, store=tmp_path / "s", from_logits=tmp_path / "logits.npy")
     with pytest.raises(SettingsError, match=r"--from-logits needs --augment: say which views"):
         steps.precompute_store(given, loop.silent)
 

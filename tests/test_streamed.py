@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from stores import knowledge, make
 from test_condense import OPTIONS
 
-from kcdcache import condense, condenser, config, manifest, rules, selection, streamed, tables, values
+from kcdcache import commands, condense, condenser, config, manifest, rules, selection, streamed, tables, values
 from kcdcache.errors import CorruptionError, MismatchError, NonFiniteError, SettingsError
 
 COUNT = 90
@@ -98,7 +98,7 @@ def condensed(folder, held, dry_run=False, count=150):
     values.write(folder / "values.parquet", some_values(1, 150), np.arange(150) % 2, document)
     out = folder / "m.parquet"
     command = {"values": folder / "values.parquet", "store": folder / "store", "keep": 0.5, "out": out}
-    told = condenser.run(config.make(config.CondenseCommand, command), dry_run=dry_run, held=held)
+    told = condenser.run(config.make(commands.CondenseCommand, command), dry_run=dry_run, held=held)
     return told, out.read_bytes() if out.exists() else b""
 
 

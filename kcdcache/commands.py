@@ -1,0 +1,104 @@
+"""What each command of the command line takes: its settings, its inputs and where its result goes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import AliasChoices, Field, model_validator
+
+from kcdcache.config import (
+    CondenseSettings,
+    FitSettings,
+    MachineSettings,
+    PrecomputeSettings,
+    Settings,
+    TeacherSettings,
+    TrainSettings,
+    with_preset,
+)
+
+
+class FitCommand(FitSettings, MachineSettings):
+    """Everything `kcdcache fit` takes."""
+
+    data: str
+    """data spec: digits, cifar10[:DIR], cifar100[:DIR], folder:DIR, parquet:DIR[#label], arrays:FILE.npz"""
+    model: str
+    """network to train"""
+    out: Path
+    """folder of the run"""
+
+
+class PrecomputeCommand(PrecomputeSettings, TeacherSettings, MachineSettings):
+    """Everything `kcdcache precompute` takes."""
+
+    data: str
+    """data spec, as for fit"""
+    store: Path
+    """folder of the store"""
+    for_: str | None = Field(default=None, validation_alias=AliasChoices("for_", "for"))
+    """keep what this method (or several, kd+at) reads of the teacher for the --student, instead of --fields"""
+    student: str = ""
+    """network of the student that --for is about"""
+    manifest: Path | None = None
+    """add the teacher's outputs on this manifest's mixes, beside it, instead of making a store"""
+    mix: Literal["convex", "additive_clip"] = "convex"
+    """how the manifest's images are mixed"""
+    from_logits: Path | None = None
+    """import logits made elsewhere: an .npy file of shape (views, N, C) or (N, C)"""
+    shard: str | None = None
+    """write only every N-th part from the I-th on, as one of N processes: I/N, such as 0/4; the last one seals"""
+
+
+class TrainCommand(TrainSettings, TeacherSettings, MachineSettings):
+    """Everything `kcdcache train` takes."""
+
+    store: Path
+    """folder of the store"""
+    data: str
+    """data spec, as for precompute"""
+    out: Path
+    """folder of the run"""
+    manifest: Path | None = None
+    """condensed set to start from; for a run at the start of a stage, that stage's manifest"""
+    transfer: bool = False
+    """accept a condensed set made for another teacher's store of the same data"""
+    until: int | None = Field(default=None, ge=1)
+    """stop when that many epochs are finished; the same command continues"""
+    expect_id: tuple[str, ...] | None = None
+    """ids that store and condensed set must have (inspect shows them): refuse anything else"""
+
+
+class CondenseCommand(CondenseSettings):
+    """Everything `kcdcache condense` takes."""
+
+    values: Path
+    """values file: a run's values.parquet, or any parquet file with the columns index and value"""
+    store: Path
+    """folder of the store the values belong to"""
+    keep: float = Field(gt=0, le=1)
+    """share of all samples to keep"""
+    out: Path
+    """manifest to write"""
+    previous: Path | None = None
+    """manifest the values were last updated on; all samples if unset"""
+    preset: Literal["paper", "release"] | None = None
+    """named set of readings, as for train; flags given beside it win"""
+    stage: int | None = Field(default=None, ge=0)
+    """number of the stage the manifest is for; one more than the previous manifest's if unset"""
+    expect_id: tuple[str, ...] | None = None
+    """ids that store, values and previous manifest must have (inspect shows them): refuse anything else"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        return with_preset(cls, values)
+
+
+COMMANDS: Mapping[str, type[Settings]] = {
+    "fit": FitCommand,
+    "precompute": PrecomputeCommand,
+    "train": TrainCommand,
+    "condense": CondenseCommand,
+}
+"""command -> what it takes"""

@@ -1,0 +1,36 @@
+"""What `kcdcache --help` shows: every command's line and examples; imports nothing, so that it is shown at once."""
+
+SUMMARIES = {
+    "run": "Do a whole chain of steps from a recipe; without one, the embedded example.",
+    "fit": "Train a teacher or a plain baseline on hard labels.",
+    "precompute": "Run the teacher once and keep its outputs in a store.",
+    "train": "Train a student from a store, condensing between stages (Algorithm 1).",
+    "methods": "List the distillation methods: what each reads of the teacher, bytes per sample, source.",
+    "condense": "Turn values into the next condensed set (a manifest).",
+    "inspect": "Tell what a store, manifest, values file, run or network holds.",
+    "verify": "Check whether what lies there is what was written; with a teacher, compute points again.",
+}
+"""command -> its line in `kcdcache --help`, which must not import what the commands need"""
+EXAMPLES = {
+    "run": ("kcdcache run", "kcdcache run pipelines/cifar100_small.toml --data cifar100"),
+    "fit": ("kcdcache fit --data cifar100 --model wrn_40_2 --out runs/teacher",),
+    "precompute": (
+        "kcdcache precompute --data cifar100 --teacher runs/teacher --store runs/store --views 40",
+        "kcdcache precompute --data cifar100 --teacher runs/teacher --store runs/store --fields penultimate",
+    ),
+    "train": (
+        "kcdcache train --store runs/store --data cifar100 --student wrn_16_2 --out runs/kcd",
+        "kcdcache train --store runs/store --data cifar100 --student resnet8x4 --out runs/reuse \\\n"
+        "      --manifest runs/kcd/stages/6/manifest.parquet --stages 1",
+    ),
+    "condense": (
+        "kcdcache condense --values runs/kcd/values.parquet --store runs/store --keep 0.5 --out half.parquet",
+    ),
+    "methods": ("kcdcache methods", "kcdcache methods --teacher resnet32x4 --student ShuffleV2 --encoding top:16"),
+    "inspect": ("kcdcache inspect runs/store",),
+    "verify": (
+        "kcdcache verify runs/store --read-data",
+        "kcdcache verify runs/store --teacher runs/teacher --data cifar100",
+        "kcdcache verify runs/store --repair --teacher runs/teacher --data cifar100",
+    ),
+}
