@@ -278,10 +278,10 @@ def test_verify_with_the_teacher_computes_points_again(capsys, finished):
 def test_a_dry_run_changes_nothing(capsys, chain, tmp_path, command):
     elsewhere = {"fit": "out", "precompute": "store", "train": "out", "condense": "out"}[command]
     before = tree(tmp_path)
-    for options in ({}, {elsewhere: tmp_path / "new"}):
+    for more in ({}, {elsewhere: tmp_path / "new"}):
         words = WRITING[command](chain)
         where = words.index(f"--{elsewhere}") + 1
-        words[where] = str(options.get(elsewhere, words[where]))
+        words[where] = str(more.get(elsewhere, words[where]))
         code, out, _ = outcome(capsys, *words, "--dry-run", "--json")
         assert (code, json.loads(out)["would"]) == (0, command)
     assert tree(tmp_path) == before
