@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kcdcache.terms.adaptive import Adaptive
 from kcdcache.terms.attention import Attention
 from kcdcache.terms.base import Pair, Term
 from kcdcache.terms.boundary import BoundarySupport
@@ -130,6 +131,13 @@ METHODS: dict[str, Method] = {
         source="Zhao et al., CVPR 2022 (arXiv 2203.08679); its release's default weights",
         term=Decoupled,
         beta=1.0,
+    ),
+    "eakd": Method(
+        about="softened outputs, the more the less sure both networks are of a sample",
+        source="Su et al., ICCV 2025 (arXiv 2311.13621); weights and temperatures of its release",
+        term=Adaptive,
+        gamma=0.1,
+        beta=0.9,
     ),
     "dml": Method(
         about="a peer network that learns with the student, no teacher",

@@ -23,7 +23,7 @@ from test_losses_mutual import reference_logits
 from test_losses_relations import reference_angle, reference_distance, reference_probabilistic, reference_similarity
 from test_losses_selfsupervision import reference_rotated_divergence, reference_rotation_similarity
 
-from kcdcache.losses import boundary, contrast, decoupled, maps, mutual, relations, selfsupervision, softmax
+from kcdcache.losses import adaptive, boundary, contrast, decoupled, maps, mutual, relations, selfsupervision, softmax
 
 MAP, CODE, LOGITS, VIEWS, SCORES = (3, 4, 4), (6,), (5,), (4, 6), (8,)
 HALVES = [torch.float16, torch.bfloat16]
@@ -87,6 +87,8 @@ CASES = {
     "decoupled": Case(
         labelled(decoupled.decoupled, 1.0, 8.0, 3.0), labelled(reference_decoupled, 1.0, 8.0, 3.0), LOGITS
     ),
+    # the weight is a constant to the gradient, so the reference's slope is another
+    "entropy weighted": Case(over(adaptive.entropy_weighted, 4.0, 3.0), None, LOGITS),
     "rotations": Case(
         rotations,
         lambda s, t, y: reference_rotation_similarity(s[:, 1:], s[:, 0], t[:, 1:], t[:, 0], 0.5, 0.75),

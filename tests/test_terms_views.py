@@ -1,4 +1,4 @@
-"""The terms on rotated images, on boundary images and on logits taken apart: sskd, bss, dkd."""
+"""The terms on rotated images, on boundary images and on logits taken apart or weighed: sskd, bss, dkd, eakd."""
 
 import math
 
@@ -247,3 +247,20 @@ def test_dkd_warms_up_over_twenty_epochs():
         assert term.weights_at(epoch, 240) == (1.0, pytest.approx(share))
     choice = methods.choose(MethodSettings(method="dkd"))
     assert (choice.weights.gamma, choice.weights.alpha, choice.weights.temperature) == (1.0, 0.0, 4.0)
+
+
+@pytest.mark.parametrize(("temperature", "given"), [(4.0, {}), (2.0, {"temperature": 2.0})])
+def test_eakd_equals_a_slow_reference_with_entropies_at_3_whatever_the_temperature(temperature, given):
+    term, (seen, lesson) = term_of("eakd", pair_of([2, 0, 1, 3], **given)), logits_only()
+    expected = []
+    for row, wanted in zip(rows_of(seen["logits"]), rows_of(lesson.knowledge["logits"]), strict=False):
+        theirs, ours = (-sum(p * math.log(p) for p in softmax(z, 3.0)) for z in (wanted, row))
+        weight = (theirs + theirs * ours / math.log(CLASSES)) / 2
+        expected.append(weight * temperature**2 * divergence(softmax(wanted, temperature), softmax(row, temperature)))
+    torch.testing.assert_close(term(seen, lesson), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_eakd_has_its_authors_weights_and_no_other_soft_term():
+    choice = methods.choose(MethodSettings(method="eakd"))
+    assert (choice.weights.gamma, choice.weights.alpha, choice.weights.temperature) == (0.1, 0.0, 4.0)
+    assert choice.terms == {"eakd": 0.9}
