@@ -1,7 +1,7 @@
 """Manifest + data + views + store -> device batches: order, views, mixing, teacher targets."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from kcdcache import fields as teacher_fields
-from kcdcache import rng, views
+from kcdcache import sampling, views
 from kcdcache.data import Dataset
 from kcdcache.errors import MismatchError
 from kcdcache.identity import require_same
@@ -22,6 +22,7 @@ from kcdcache.knowledge import PlannedRows, StoredTargets, Targets
 from kcdcache.manifest import Manifest, require_knowledge
 from kcdcache.matching import check_data
 from kcdcache.mixing import mix_pixels, mix_probabilities
+from kcdcache.sampling import Draw
 from kcdcache.store import Store
 
 CPU = torch.device("cpu")
@@ -147,33 +148,23 @@ def connect(
         yield replace(plain, targets=targets, requeried=again)
 
 
-def all_samples(manifest: Manifest, seed: int, epoch: int) -> Int64[np.ndarray, " n"]:
-    """Return every sample of the manifest, in the epoch's order.
+def plan_epoch(source: Source, epoch: int, seed: int, drawn: Draw | None = None) -> Epoch:
+    """Return the samples, partners and view parameters of one epoch; a pure function of its arguments.
 
-    The order is the kept indices sorted by Philox(seed, epoch, index): a subset keeps the full set's relative order.
+    `drawn` are the points it visits; all of the manifest, in the epoch's order, unless given.
     """
-    return rng.epoch_order(seed, epoch, manifest.index)
-
-
-SAMPLING: Mapping[str, Callable[[Manifest, int, int], np.ndarray]] = {"all": all_samples}
-
-
-def plan_epoch(source: Source, epoch: int, seed: int, sampling: str = "all") -> Epoch:
-    """Return the samples, partners and view parameters of one epoch; a pure function of its arguments."""
-    order = SAMPLING[sampling](source.manifest, seed, epoch)
-    row = np.searchsorted(source.manifest.index, order)
-    partner = source.manifest.partner[row]
+    chosen = sampling.everything(source.manifest, seed, epoch) if drawn is None else drawn
     view = source.view_of(epoch)
-    parameters = views.parameters(source.rule, order, view)
+    parameters = views.parameters(source.rule, chosen.index, view)
     partner_parameters = np.zeros_like(parameters)
-    mixed = partner >= 0
-    partner_parameters[mixed] = views.parameters(source.rule, partner[mixed], view)
+    mixed = chosen.partner >= 0
+    partner_parameters[mixed] = views.parameters(source.rule, chosen.partner[mixed], view)
     return Epoch(
         view=view,
-        index=order,
-        partner=partner,
-        epsilon=source.manifest.epsilon[row],
-        weight=source.manifest.weight[row],
+        index=chosen.index,
+        partner=chosen.partner,
+        epsilon=chosen.epsilon,
+        weight=chosen.weight,
         parameters=parameters,
         partner_parameters=partner_parameters,
     )
@@ -187,14 +178,15 @@ def iterate(
     seed: int = 0,
     device: torch.device = CPU,
     start: int = 0,
-    sampling: str = "all",
+    drawn: Draw | None = None,
 ) -> Iterator[Batch]:
     """Yield the batches of one epoch; the last may be smaller; the same arguments yield the same bytes.
 
     Arguments:
         start: number of the first batch, to continue inside an epoch.
+        drawn: the points it visits, as for `plan_epoch`.
     """
-    plan = plan_epoch(source, epoch, seed, sampling)
+    plan = plan_epoch(source, epoch, seed, drawn)
     source.prepare(epoch)
     planned = source.targets.plan(plan.index) if isinstance(source.targets, StoredTargets) else None
     for low in range(start * batch_size, len(plan.index), batch_size):
@@ -289,13 +281,13 @@ class KnowledgePoints(TorchDataset[dict[str, Any]]):
     to it. Call `set_epoch` before each epoch: it selects the order and the view.
     """
 
-    def __init__(self, source: Source, *, seed: int = 0, sampling: str = "all") -> None:
-        self._source, self._seed, self._sampling = source, seed, sampling
+    def __init__(self, source: Source, *, seed: int = 0) -> None:
+        self._source, self._seed = source, seed
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Select the epoch whose order and view the items have."""
-        self._plan = plan_epoch(self._source, epoch, self._seed, self._sampling)
+    def set_epoch(self, epoch: int, drawn: Draw | None = None) -> None:
+        """Select the epoch whose order and view the items have, and its points, as for `plan_epoch`."""
+        self._plan = plan_epoch(self._source, epoch, self._seed, drawn)
         self._source.prepare(epoch)
 
     def __len__(self) -> int:

@@ -142,6 +142,8 @@ class MethodSettings(Settings):
     the teacher run on the mix"""
     mix_label: Literal["keep", "mix"] = "keep"
     """hard label of a mixed point: the kept point's own, or mixed in the same shares"""
+    observed: Literal["entropy", "loss"] = "entropy"
+    """what is recorded of each sample: the entropy of the student's prediction (Eq. 7), or its loss"""
     record_mixed: bool = True
     """record values measured on mixed points under the kept point's index"""
     record: Literal["mean", "last", "ema"] = "mean"
@@ -209,13 +211,39 @@ def with_preset(model: type[BaseModel], values: Any) -> Any:
     )
 
 
-class TrainSettings(OptimizerSettings, MethodSettings, ScheduleSettings, CondenseSettings):
+SAMPLING_PRESETS: dict[str, dict[str, Any]] = {"infobatch": {"observed": "loss", "record": "last", "keep": 1.0}}
+"""what a way of sampling presupposes, where the user gives nothing else: scores by the last loss, and no condensing"""
+
+
+def with_sampling(values: Any) -> Any:
+    """Return a run's raw values over those that the sampling they name presupposes."""
+    name = values.get("sampling") if isinstance(values, Mapping) else None
+    return {**SAMPLING_PRESETS[name], **values} if isinstance(name, str) and name in SAMPLING_PRESETS else values
+
+
+class SamplingSettings(Settings):
+    """Which points of the current set an epoch visits."""
+
+    sampling: Literal["all", "random_per_epoch", "random_fixed", "infobatch", "unix"] = "all"
+    """which points of the set an epoch visits: all; a random share, new in every epoch (RS2) or fixed for the run;
+    infobatch, which thins out what is below the mean loss; or unix, which mixes within each batch"""
+    sample_share: float = Field(default=0.75, gt=0, le=1)
+    """share of the set that an epoch visits, for random_per_epoch, random_fixed and unix"""
+    prune_probability: float = Field(default=0.5, ge=0, lt=1)
+    """infobatch: chance that a sample below the mean is left out of an epoch"""
+    prune_until: float = Field(default=0.875, ge=0, le=1)
+    """infobatch: share of the epochs after which every sample is visited"""
+    unix_clear: float = Field(default=0.5, gt=0, le=1)
+    """unix: share of a pool, the most uncertain, that is mixed least (b / 64 in its release)"""
+    unix_slope: float = Field(default=10, gt=0)
+    """unix: how sharply mixing grows with certainty (w in its release)"""
+
+
+class TrainSettings(OptimizerSettings, MethodSettings, ScheduleSettings, CondenseSettings, SamplingSettings):
     """Everything that decides a student's run."""
 
     student: str = ""
     """network of the student"""
-    sampling: Literal["all"] = "all"
-    """which samples of the manifest an epoch visits"""
     preset: Literal["paper", "release"] | None = None
     """named set of readings: 'paper', or 'release' (the authors' code); flags given beside it win"""
     memory_gb: float = Field(default=8, gt=0)
@@ -223,8 +251,8 @@ class TrainSettings(OptimizerSettings, MethodSettings, ScheduleSettings, Condens
 
     @model_validator(mode="before")
     @classmethod
-    def _apply_preset(cls, values: Any) -> Any:
-        return with_preset(cls, values)
+    def _apply_presets(cls, values: Any) -> Any:
+        return with_sampling(with_preset(cls, values))
 
 
 class MachineSettings(Settings):

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from kcdcache import values
-from kcdcache.config import OptimizerSettings
+from kcdcache.config import MethodSettings, OptimizerSettings
 from kcdcache.data import Dataset
 from kcdcache.errors import SettingsError
 from kcdcache.losses.softmax import entropy
@@ -36,13 +36,31 @@ class ValueRecord:
     decay: float = 0.9
     mixed_too: bool = True
     """whether what is measured on a mixed point counts for the kept one"""
+    observed: str = "entropy"
+    """'entropy' of each sample's prediction (Eq. 7), or its 'loss'"""
+    start: dict[str, Tensor] | None = None
+    """visits and value at the start of the epoch, where its points are chosen by them"""
+
+    def begin_epoch(self) -> None:
+        """Note where the epoch starts, if its points are chosen by it."""
+        if self.start is not None:
+            self.start = {"visits": self.visits.clone(), "value": self.value.clone()}
+
+    def started(self) -> values.Values | None:
+        """Return the values at the epoch's start, None where nobody asks for them."""
+        return None if self.start is None else values.Values(**{k: v.cpu().numpy() for k, v in self.start.items()})
 
     def observe(
-        self, logits: Float[Tensor, "batch classes"], index: Int64[Tensor, " batch"], mixed: Bool[Tensor, " batch"]
+        self,
+        logits: Float[Tensor, "batch classes"],
+        loss: Float[Tensor, " batch"],
+        index: Int64[Tensor, " batch"],
+        mixed: Bool[Tensor, " batch"],
     ) -> None:
-        """Fold in the entropy of each sample's prediction; no extra forward pass and no host sync (Eq. 7, 12)."""
+        """Fold in what a step showed of each sample; no extra forward pass and no host sync (Eq. 7, 12)."""
         visits, mean = self.visits[index], self.value[index]
-        new_visits, new_mean = values.observe(visits, mean, entropy(logits), self.rule, self.decay)
+        seen = entropy(logits) if self.observed == "entropy" else loss.float()
+        new_visits, new_mean = values.observe(visits, mean, seen, self.rule, self.decay)
         if not self.mixed_too:
             new_visits = torch.where(mixed, visits, new_visits)
             new_mean = torch.where(mixed, mean, new_mean)
@@ -107,6 +125,7 @@ class Learner:
         found |= {f"sum.{name}": value for name, value in self.sums.items()}
         if self.record is not None:
             found |= {"record.visits": self.record.visits, "record.value": self.record.value}
+            found |= {f"start.{name}": value for name, value in (self.record.start or {}).items()}
         found["rng"] = torch.get_rng_state()
         if self.device.type == "cuda":
             found["rng_device"] = torch.cuda.get_rng_state(self.device)
@@ -130,6 +149,8 @@ class Learner:
         if self.record is not None:
             self.record.visits = tensors["record.visits"].to(self.device)
             self.record.value = tensors["record.value"].to(self.device)
+            if self.record.start is not None:
+                self.record.start = {name: value.to(self.device) for name, value in _section(tensors, "start.").items()}
         torch.set_rng_state(tensors["rng"])
         if "rng_device" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng_device"], self.device)
@@ -183,11 +204,19 @@ def new_learner(
     )
 
 
-def new_record(count: int, device: torch.device, rule: str, decay: float, mixed_too: bool) -> ValueRecord:
-    """Return an empty value record of `count` samples on the device."""
+def new_record(count: int, device: torch.device, settings: MethodSettings, starts: bool = False) -> ValueRecord:
+    """Return an empty value record of `count` samples on the device; `starts`: it notes where each epoch starts."""
     visits = torch.zeros(count, dtype=torch.int32, device=device)
     value = torch.zeros(count, dtype=torch.float32, device=device)
-    return ValueRecord(visits=visits, value=value, rule=rule, decay=decay, mixed_too=mixed_too)
+    return ValueRecord(
+        visits=visits,
+        value=value,
+        rule=settings.record,
+        decay=settings.record_decay,
+        mixed_too=settings.record_mixed,
+        observed=settings.observed,
+        start={"visits": visits.clone(), "value": value.clone()} if starts else None,
+    )
 
 
 def save(learner: Learner, folder: RunFolder, name: str, model: str, data: Dataset, extra: dict[str, Any]) -> None:

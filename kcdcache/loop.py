@@ -223,6 +223,8 @@ def _run_epoch(
         group["lr"] = learning_rate(settings, position)
     if learner.step == 0:
         learner.sums = {}
+        if learner.record is not None:
+            learner.record.begin_epoch()
         _seed_torch(settings.seed, learner.epoch)  # networks with dropout draw from torch's own generator
     learner.network.train()
     if learner.head is not None:
@@ -250,7 +252,7 @@ def _take_step(learner: Learner, task: Task, batch: Batch, precision: str, total
     learner.optimizer.step()
     with torch.no_grad():
         if learner.record is not None:
-            learner.record.observe(logits, batch.index, batch.mixed)
+            learner.record.observe(logits, loss, batch.index, batch.mixed)
         totals.add(**_counted(logits, loss, batch))
 
 

@@ -10,13 +10,14 @@ from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from kcdcache import batches, evaluate, fields, views
-from kcdcache.batches import SAMPLING, Batch, Source
+from kcdcache.batches import Batch, Source
 from kcdcache.config import OptimizerSettings
 from kcdcache.data import Split
 from kcdcache.errors import SettingsError
 from kcdcache.knowledge import StoredTargets
 from kcdcache.learner import Learner
 from kcdcache.mixing import mix_pixels, mix_probabilities
+from kcdcache.sampling import Sampler, everything
 
 SHARE = 0.5
 """of a device's free memory that the data may take; the rest is for the network"""
@@ -33,8 +34,10 @@ class Supply(NamedTuple):
     """what makes the batches, if they are made on the device"""
 
 
-def supply(settings: OptimizerSettings, source: Source, pupil: Learner, sampling: str = "all") -> Supply:
+def supply(settings: OptimizerSettings, source: Source, pupil: Learner, sampler: Sampler | None = None) -> Supply:
     """Return what feeds a run: batches made on the device as `settings.resident` says, else copied there one by one.
+
+    `sampler` chooses an epoch's points; without one, all are visited.
 
     Raises:
         SettingsError: resident = on, and the data cannot lie on the device; says why.
@@ -45,12 +48,14 @@ def supply(settings: OptimizerSettings, source: Source, pupil: Learner, sampling
         return lambda: evaluate.measure(pupil.network, pupil.transform, test, plain, pupil.device, held)
 
     if wanted(settings.resident, obstacle(source, pupil.device), pupil.device):
-        feed = Feed(source, pupil.device, batch_size=settings.batch_size, seed=settings.seed, sampling=sampling)
+        feed = Feed(source, pupil.device, batch_size=settings.batch_size, seed=settings.seed, sampler=sampler)
         return Supply(feed.iterate, measured(hold(test, plain, pupil.device)), feed)
 
     def streamed(epoch: int, start: int) -> Iterator[Batch]:
         given = {"batch_size": settings.batch_size, "seed": settings.seed, "start": start}
-        return batches.iterate(source, epoch, device=pupil.device, sampling=sampling, **given)
+        return batches.iterate(
+            source, epoch, device=pupil.device, drawn=None if sampler is None else sampler.draw(epoch), **given
+        )
 
     return Supply(streamed, measured(None), None)
 
@@ -139,17 +144,23 @@ class Feed:
     """
 
     def __init__(
-        self, source: Source, device: torch.device, *, batch_size: int, seed: int = 0, sampling: str = "all"
+        self,
+        source: Source,
+        device: torch.device,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        sampler: Sampler | None = None,
     ) -> None:
-        manifest, split = source.manifest, source.data.train
-        self._source, self._seed, self._sampling, self._size = source, seed, sampling, batch_size
+        split = source.data.train
+        self._source, self._seed, self._sampler, self._size = source, seed, sampler, batch_size
         self._images = views.HeldImages(source.rule, np.asarray(split.images(np.arange(len(split)))), device)
-        self._labels, self._index, self._partner, self._epsilon, self._weight = (
-            torch.from_numpy(np.array(column)).to(device)
-            for column in (split.labels, manifest.index, manifest.partner, manifest.epsilon, manifest.weight)
-        )
-        self._mixes = bool(manifest.mixed.any())
-        self._row = torch.zeros(len(manifest), dtype=torch.int64, device=device)
+        self._labels = torch.from_numpy(np.array(split.labels)).to(device)
+        plain = everything(source.manifest, seed, 0)
+        self._points = {name: torch.from_numpy(np.array(column)).to(device) for name, column in vars(plain).items()}
+        """the points of the current epoch, in order; those behind `_count` are an earlier one's"""
+        self._count = len(plain.index)
+        self._mixes = bool(source.manifest.mixed.any()) or (sampler is not None and sampler.mixes)
         self._cursor = torch.zeros((), dtype=torch.int64, device=device)
         self._offsets = torch.arange(batch_size, device=device)
         self._parameters = self._images.parameters(0)
@@ -161,9 +172,12 @@ class Feed:
 
     def begin(self, epoch: int, start: int) -> None:
         """Go to batch number `start` of an epoch; loads what its view needs."""
-        manifest, view = self._source.manifest, self._source.view_of(epoch)
-        order = SAMPLING[self._sampling](manifest, self._seed, epoch)
-        self._row.copy_(torch.from_numpy(np.searchsorted(manifest.index, order)))
+        view = self._source.view_of(epoch)
+        sampler = self._sampler
+        drawn = everything(self._source.manifest, self._seed, epoch) if sampler is None else sampler.draw(epoch)
+        self._count = len(drawn.index)
+        for name, column in vars(drawn).items():
+            self._points[name][: self._count].copy_(torch.from_numpy(column))
         self._cursor.fill_(start * self._size)
         if view != self._view:
             self._parameters.copy_(self._images.parameters(view))
@@ -175,8 +189,7 @@ class Feed:
 
     def sizes(self, start: int) -> list[int]:
         """Return the sizes of an epoch's batches from number `start` on; the last may be smaller."""
-        count = len(self._row)
-        return [min(self._size, count - low) for low in range(start * self._size, count, self._size)]
+        return [min(self._size, self._count - low) for low in range(start * self._size, self._count, self._size)]
 
     def iterate(self, epoch: int, start: int) -> Iterator[Batch]:
         """Yield an epoch's remaining batches, as `batches.iterate` does."""
@@ -186,12 +199,13 @@ class Feed:
 
     def batch(self, size: int) -> Batch:
         """Return the next batch."""
-        row = self._row.index_select(0, self._cursor + self._offsets[:size])
+        place = self._cursor + self._offsets[:size]
         self._cursor += size
-        index, partner = self._index.index_select(0, row), self._partner.index_select(0, row)
+        index, partner, epsilon, weight = (
+            self._points[name].index_select(0, place) for name in ("index", "partner", "epsilon", "weight")
+        )
         mixed = partner >= 0
         other = torch.where(mixed, partner, index)
-        epsilon = self._epsilon.index_select(0, row)
         probabilities, knowledge = self._taught(index, other, mixed, epsilon)
         return Batch(
             index=index,
@@ -200,7 +214,7 @@ class Feed:
             partner_labels=self._labels.index_select(0, other),
             mixed=mixed,
             epsilon=epsilon,
-            weight=self._weight.index_select(0, row),
+            weight=weight,
             probabilities=probabilities,
             knowledge=knowledge,
         )

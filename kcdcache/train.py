@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kcdcache import batches, learner, loop, methods, records, resident, store, values
+from kcdcache import batches, learner, loop, methods, records, resident, sampling, store, values
 from kcdcache.config import TrainSettings
 from kcdcache.data import Dataset
 from kcdcache.manifest import Manifest
@@ -56,7 +56,7 @@ def run_stage(
         NonFiniteError: the loss diverged.
     """
     count = knowledge.knowledge.data.count
-    record = learner.new_record(count, device, settings.record, settings.record_decay, settings.record_mixed)
+    record = learner.new_record(count, device, settings, sampling.scheme_named(settings.sampling).values)
     choice = methods.choose(settings, settings.label_smoothing)
     head = methods.make_head(choice, lambda: _pair(settings, lessons, knowledge, data))
     pupil = learner.new_learner(settings.student, data, settings, device, record, head)
@@ -104,8 +104,13 @@ def _task(
     clock: Sequence[float] | None,
 ) -> loop.Task:
     read = _rows_read(lessons, source, knowledge, methods.needed_fields(choice, pupil.head))
+    assert pupil.record is not None
+    sampler = sampling.Sampler(
+        manifest=source.manifest, settings=settings, seed=settings.seed, epochs=settings.epochs,
+        batch_size=settings.batch_size, started=pupil.record.started,
+    )  # fmt: skip
     return loop.Task(
-        **resident.supply(settings, source, pupil, settings.sampling)._asdict(),
+        **resident.supply(settings, source, pupil, sampler)._asdict(),
         loss=methods.loss_of(choice.weights, pupil.head),
         details=lambda epoch: {
             "stage": lessons.number,

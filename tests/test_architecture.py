@@ -21,7 +21,7 @@ LEVELS = (
     "config identity encoding schedule values images archives folder",
     "facts commands",
     "data views models losses mixing manifest layout ledger",
-    "selection condense fields attack",
+    "selection condense fields attack sampling",
     "terms",
     "catalogue",
     "store streamed teacher methods runs inspection holding",

@@ -40,8 +40,12 @@ def settings_of(**changes):
     return OptimizerSettings(**(given | changes))
 
 
+def recording(record, mixed_too, decay=0.9):
+    return MethodSettings(record=record, record_mixed=mixed_too, record_decay=decay)
+
+
 def new_pupil(world, chosen, record="mean", mixed_too=True):
-    kept = learner.new_record(len(world.data.train), CPU, record, 0.75, mixed_too)
+    kept = learner.new_record(len(world.data.train), CPU, recording(record, mixed_too, 0.75))
     return learner.new_learner(STUDENT, world.data, chosen, CPU, kept)
 
 
@@ -293,12 +297,12 @@ def test_mixed_points_leave_no_value_where_they_are_not_recorded(world, tmp_path
 @given(st.data(), st.booleans())
 def test_a_record_of_any_batches_is_the_mean_per_sample(data, mixed_too):
     count, logged = 12, {}
-    record = learner.new_record(count, CPU, "mean", 0.9, mixed_too)
+    record = learner.new_record(count, CPU, recording("mean", mixed_too))
     for number in range(data.draw(st.integers(0, 6))):
         index = data.draw(st.lists(st.integers(0, count - 1), min_size=1, unique=True))
         mixed = data.draw(st.lists(st.booleans(), min_size=len(index), max_size=len(index)))
         logits = torch.randn(len(index), 5, generator=torch.Generator().manual_seed(number)) * 4
-        record.observe(logits, torch.tensor(index), torch.tensor(mixed))
+        record.observe(logits, logits[:, 0], torch.tensor(index), torch.tensor(mixed))
         for i, value, aside in zip(index, entropy(logits).tolist(), mixed, strict=True):
             if mixed_too or not aside:
                 logged.setdefault(i, []).append(value)
@@ -308,11 +312,11 @@ def test_a_record_of_any_batches_is_the_mean_per_sample(data, mixed_too):
 
 
 def test_observing_costs_no_gradient_and_leaves_the_logits_alone():
-    record = learner.new_record(4, CPU, "mean", 0.9, True)
+    record = learner.new_record(4, CPU, MethodSettings())
     logits = torch.randn(2, 5, requires_grad=True)
     before = logits.detach().clone()
     with torch.no_grad():
-        record.observe(logits, torch.tensor([3, 1]), torch.tensor([False, True]))
+        record.observe(logits, logits[:, 0], torch.tensor([3, 1]), torch.tensor([False, True]))
     assert torch.equal(logits, before)
     assert not record.value.requires_grad
     assert record.visits.tolist() == [0, 1, 0, 1]

@@ -159,7 +159,7 @@ def learned(world, source, path, resident_data, stop_at=None, device=CPU, studen
     """Three epochs of distillation; the loss raises when it is asked for the `stop_at`-th time."""
     given = {"epochs": 3, "batch_size": SIZE, "learning_rate": 0.02, "seed": SEED, "checkpoint_seconds": 0}
     chosen = OptimizerSettings(**(given | changes), resident=resident_data)
-    record = learner.new_record(COUNT, device, "mean", 0.9, True)
+    record = learner.new_record(COUNT, device, MethodSettings())
     pupil = learner.new_learner(student, world.data, chosen, device, record)
     calls = []
 

@@ -15,7 +15,7 @@ from measure import alternating, median, ratio, started, write
 from torch.nn import functional
 
 from kcdcache import batches, learner, manifest, resident, teacher, views
-from kcdcache.config import OptimizerSettings
+from kcdcache.config import MethodSettings, OptimizerSettings
 from kcdcache.models import spec
 from kcdcache.models.transform import InputTransform
 
@@ -48,7 +48,7 @@ def settings_of(given):
 def run_of(given, source, student, method, name, values):
     """A run of one student; `values` says whether it records the value of every sample, as `train` does."""
     settings, dataset = settings_of(given), source.data
-    record = learner.new_record(len(dataset.train), CPU, "mean", 0.9, True) if values else None
+    record = learner.new_record(len(dataset.train), CPU, MethodSettings()) if values else None
     pupil = learner.new_learner(student, dataset, settings, CPU, record)
     return Run(pupil, source, settings, method, given.folder / "runs" / name, resident.supply(settings, source, pupil))
 
@@ -140,13 +140,13 @@ def forward(given, name):
 def value_row(given, student):
     """Recording in every step and condensing once, of 50,000 samples in every epoch, against that epoch's steps."""
     count = 50_000
-    record = learner.new_record(count, CPU, "mean", 0.9, True)
+    record = learner.new_record(count, CPU, MethodSettings())
     index, mixed = torch.randperm(count)[: given.batch], torch.zeros(given.batch, dtype=torch.bool)
     logits = torch.randn(given.batch, 100)
     knowledge = store_of(images(count, side=1), given.folder / "store-values", 1)
     seconds = alternating(
         given.repetitions,
-        observe=lambda: [record.observe(logits, index, mixed) for _ in range(100)],
+        observe=lambda: [record.observe(logits, logits[:, 0], index, mixed) for _ in range(100)],
         condense=lambda: half_mixed(knowledge),
         step=bare_steps(given, student, 100, given.batch),
     )

@@ -1,0 +1,217 @@
+"""Which points an epoch visits: held against plain loops, and against what each scheme's definition implies."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kcdcache import rng, sampling
+from kcdcache.config import SamplingSettings, TrainSettings, make
+from kcdcache.errors import SettingsError
+from kcdcache.manifest import Manifest, full
+from kcdcache.sampling import SAMPLING, Sampler
+from kcdcache.values import Values
+
+COUNT = 400
+NAMES = tuple(SAMPLING)
+
+
+def manifest_of(count=COUNT):
+    return full("knowledge", count, np.arange(count) % 10, 10)
+
+
+def mixed_manifest():
+    index = np.arange(0, 40, 2)
+    partner = np.where(np.arange(20) < 5, index + 1, -1)
+    columns = {
+        "index": index, "mixed": partner >= 0, "partner": partner,
+        "epsilon": np.where(partner >= 0, 0.25, 0).astype(np.float32), "rank": np.arange(20),
+        "weight": np.linspace(1, 2, 20).astype(np.float32), "value": np.zeros(20, np.float32),
+        "visits": np.zeros(20, np.int32),
+    }  # fmt: skip
+    return Manifest(
+        **columns, knowledge_id="knowledge", count=40, stage=1, keep=0.5, dropped=20, rule={}, parent=None,
+    )  # fmt: skip
+
+
+def values_of(count=COUNT, seed=0, unseen=0):
+    drawn = np.random.default_rng(seed)
+    visits = np.where(np.arange(count) < unseen, 0, 3).astype(np.int32)
+    return Values(visits, np.where(visits > 0, drawn.gamma(1.0, 1.0, count), 0).astype(np.float32))
+
+
+def sampler_of(name, chosen=None, values=None, seed=7, epochs=8, batch_size=48, **more):
+    held = values if values is not None else values_of()
+    return Sampler(
+        manifest=chosen or manifest_of(), settings=SamplingSettings(sampling=name, **more), seed=seed, epochs=epochs,
+        batch_size=batch_size, started=lambda: held if SAMPLING[name].values else None,
+    )  # fmt: skip
+
+
+def columns(drawn):
+    return {name: column.tolist() for name, column in vars(drawn).items()}
+
+
+def test_the_settings_name_exactly_the_schemes():
+    field = SamplingSettings.model_fields["sampling"]
+    assert set(field.annotation.__args__) == set(SAMPLING)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_draw_is_a_function_of_its_plan_alone(name):
+    one, other = (columns(sampler_of(name).draw(3)) for _ in range(2))
+    assert one == other
+    assert columns(sampler_of(name).draw(2)) != one
+    assert columns(sampler_of(name, seed=8).draw(3)) != one
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_points_are_of_the_set_each_at_most_once_and_weigh_more_than_nothing(name):
+    chosen = manifest_of()
+    for epoch in range(8):
+        drawn = sampler_of(name, chosen).draw(epoch)
+        assert set(drawn.index) <= set(chosen.index)
+        assert len(set(drawn.index)) == len(drawn.index) > 0
+        assert (drawn.weight > 0).all()
+        assert ((drawn.epsilon >= 0) & (drawn.epsilon <= 1)).all()
+        assert (drawn.epsilon[drawn.partner < 0] == 0).all()
+        assert {len(column) for column in vars(drawn).values()} == {len(drawn.index)}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not SAMPLING[name].mixes])
+def test_partners_shares_and_weights_are_those_of_the_manifest(name):
+    chosen = mixed_manifest()
+    values = values_of(40, unseen=40)
+    drawn = sampler_of(name, chosen, values).draw(1)
+    rows = {int(i): row for row, i in enumerate(chosen.index)}
+    for place, index in enumerate(drawn.index.tolist()):
+        row = rows[index]
+        expected = (chosen.partner[row], chosen.epsilon[row], chosen.weight[row])
+        assert (drawn.partner[place], drawn.epsilon[place], drawn.weight[place]) == expected
+
+
+def test_all_visits_everything_in_the_epochs_order():
+    drawn = sampler_of("all").draw(5)
+    assert drawn.index.tolist() == rng.epoch_order(7, 5, np.arange(COUNT)).tolist()
+
+
+@settings(max_examples=40)
+@given(st.floats(0.01, 1), st.integers(1, 300), st.integers(0, 20))
+def test_a_random_share_is_of_its_size_and_keeps_the_whole_sets_order(share, count, epoch):
+    chosen = manifest_of(count)
+    for name in ("random_per_epoch", "random_fixed"):
+        found = sampler_of(name, chosen, sample_share=share)
+        if int(share * count) == 0:
+            with pytest.raises(SettingsError, match=f"of {count} samples visits none; raise it to at least"):
+                found.draw(epoch)
+            continue
+        index = found.draw(epoch).index.tolist()
+        assert len(index) == math.floor(share * count)
+        whole = [i for i in sampler_of("all", chosen).draw(epoch).index.tolist() if i in set(index)]
+        assert index == whole
+
+
+def test_a_fixed_share_is_the_same_every_epoch_and_another_for_another_seed():
+    drawn = [set(sampler_of("random_fixed").draw(epoch).index) for epoch in range(5)]
+    assert all(found == drawn[0] for found in drawn)
+    assert set(sampler_of("random_fixed", seed=8).draw(0).index) != drawn[0]
+
+
+def test_a_share_per_epoch_is_new_in_every_epoch_and_fair():
+    times = np.zeros(COUNT)
+    epochs = 2000
+    for epoch in range(epochs):
+        times[sampler_of("random_per_epoch", sample_share=0.25).draw(epoch).index] += 1
+    # each is a binomial with p = 1/4: 5 standard deviations over 400 samples
+    assert np.abs(times - epochs / 4).max() < 5 * math.sqrt(epochs * 3 / 16)
+
+
+def test_infobatch_thins_out_what_is_below_the_mean_and_weighs_the_rest_of_it():
+    """A plain loop over the definition."""
+    values = values_of(unseen=50)
+    mean = np.mean([float(v) for v, n in zip(values.value, values.visits, strict=True) if n > 0])
+    drawn = sampler_of("infobatch", values=values, prune_probability=0.3).draw(2)
+    place = {int(i): row for row, i in enumerate(drawn.index)}
+    for index in range(COUNT):
+        low = values.visits[index] > 0 and values.value[index] < mean
+        chance = rng.words(7, index, rng.SAMPLE, view=2)[0] * 2.0**-32
+        assert (index in place) == (not (low and chance < 0.3))
+        if index in place:
+            assert drawn.weight[place[index]] == pytest.approx(1 / 0.7 if low else 1)
+
+
+def test_infobatch_expects_the_loss_of_all_samples():
+    values = values_of()
+    loss = np.random.default_rng(1).gamma(2.0, 1.0, COUNT)
+    sums = []
+    for epoch in range(3000):
+        drawn = sampler_of("infobatch", values=values, epochs=10**6).draw(epoch)
+        sums.append(float((drawn.weight * loss[drawn.index]).sum()))
+    spread = np.std(sums) / math.sqrt(len(sums))
+    assert abs(np.mean(sums) - loss.sum()) < 5 * spread
+
+
+def test_infobatch_visits_everything_while_nothing_is_known_and_at_the_end():
+    unknown = values_of(unseen=COUNT)
+    assert len(sampler_of("infobatch", values=unknown).draw(0).index) == COUNT
+    sizes = [len(sampler_of("infobatch", epochs=16).draw(epoch).index) for epoch in range(16)]
+    assert [size == COUNT for size in sizes] == [epoch >= 14 for epoch in range(16)]
+    assert (sampler_of("infobatch", epochs=16).draw(15).weight == 1).all()
+
+
+def test_infobatch_scores_by_the_last_loss_and_keeps_everything_unless_told():
+    assert [getattr(make(TrainSettings, {"sampling": "infobatch"}), name) for name in ("observed", "record", "keep")] \
+        == ["loss", "last", 1.0]  # fmt: skip
+    told = make(TrainSettings, {"sampling": "infobatch", "observed": "entropy", "keep": 0.5})
+    assert (told.observed, told.record, told.keep) == ("entropy", "last", 0.5)
+    assert make(TrainSettings, {}).observed == "entropy"
+
+
+def unix_slowly(order, values, batch_size, share, clear, slope, seed, epoch):
+    pool = max(1, round(batch_size / share))
+    rows = []
+    for number in range(math.ceil(len(order) / pool)):
+        members = [int(i) for i in order[number * pool : (number + 1) * pool]]
+        size = len(members)
+        ranked = sorted(members, key=lambda i: -(values.value[i] if values.visits[i] else math.inf))
+        strength = rng.words(seed, number, rng.SAMPLE, view=epoch, draw=1)[0] * 2.0**-32
+        keys = {i: rng.words(seed, i, rng.SAMPLE, view=epoch + 1, draw=2) for i in members}
+        others = sorted(members, key=lambda i: (keys[i][0], keys[i][1]))
+        for r in range(max(1, round(size * share))):
+            middle = (2 * clear * size - 1) / (2 * size)
+            epsilon = strength / (1 + math.exp(-slope * (r / size - middle)))
+            same = ranked[r] == others[r]
+            rows.append((ranked[r], -1 if same else others[r], 0.0 if same else epsilon))
+    return rows
+
+
+@pytest.mark.parametrize(("batch_size", "share", "count"), [(48, 0.75, 400), (7, 1.0, 30), (5, 0.5, 23), (64, 0.1, 9)])
+def test_unix_agrees_with_plain_loops(batch_size, share, count):
+    chosen, values = manifest_of(count), values_of(count, unseen=3)
+    drawn = sampler_of("unix", chosen, values, batch_size=batch_size, sample_share=share).draw(4)
+    order = sampler_of("all", chosen).draw(4).index
+    expected = unix_slowly(order, values, batch_size, share, 0.5, 10, 7, 4)
+    assert [(int(i), int(p)) for i, p in zip(drawn.index, drawn.partner, strict=True)] == [row[:2] for row in expected]
+    np.testing.assert_allclose(drawn.epsilon, [row[2] for row in expected], rtol=1e-6)
+
+
+def test_unix_mixes_the_certain_more_and_visits_its_share():
+    drawn = sampler_of("unix", manifest_of(640), values_of(640)).draw(1)
+    assert len(drawn.index) == 480
+    shares = drawn.epsilon.reshape(10, 48)
+    assert shares[:, :8].mean() < 0.05
+    assert shares[:, 40:].mean() > 0.2
+    for pool in range(10):
+        assert len(set(drawn.partner[pool * 48 : (pool + 1) * 48]) - {-1}) >= 40
+
+
+def test_unix_refuses_points_that_are_mixed_already():
+    with pytest.raises(SettingsError, match="'unix' mixes points itself, and 5 points of this condensed set are mixed"):
+        sampler_of("unix", mixed_manifest(), values_of(40))
+
+
+def test_an_unknown_scheme_is_named_with_the_nearest():
+    with pytest.raises(SettingsError, match="unknown sampling 'infobach'; did you mean 'infobatch'"):
+        sampling.scheme_named("infobach")
