@@ -1,15 +1,19 @@
 """Which points an epoch visits: held against plain loops, and against what each scheme's definition implies."""
 
+import json
 import math
+import signal
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lessons import TinyNet
+from pupils import distilled, same_files, school
 
-from kcdcache import rng, sampling
+from kcdcache import rng, sampling, signals, values
 from kcdcache.config import SamplingSettings, TrainSettings, make
-from kcdcache.errors import SettingsError
+from kcdcache.errors import InterruptedRunError, SettingsError
 from kcdcache.manifest import Manifest, full
 from kcdcache.sampling import SAMPLING, Sampler
 from kcdcache.values import Values
@@ -215,3 +219,91 @@ def test_unix_refuses_points_that_are_mixed_already():
 def test_an_unknown_scheme_is_named_with_the_nearest():
     with pytest.raises(SettingsError, match="unknown sampling 'infobach'; did you mean 'infobatch'"):
         sampling.scheme_named("infobach")
+
+
+BELL = []
+"""steps until the student asks the process to stop, if any"""
+
+
+class Ringing(TinyNet):
+    """A student during whose forward pass the user presses Ctrl-C, once."""
+
+    def forward(self, pixels):
+        if BELL and self.training:
+            BELL[0] -= 1
+            if BELL[0] == 0:
+                BELL.clear()
+                signal.raise_signal(signal.SIGINT)
+        return super().forward(pixels)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return school(tmp_path_factory.mktemp("school"))
+
+
+def chosen(name):
+    plain = {"student": "test_sampling:Ringing", "sampling": name, "checkpoint_seconds": 1e9}
+    return plain | ({"keep": 1.0} if SAMPLING[name].mixes else {})
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """The undisturbed run with each scheme."""
+    made = {}
+
+    def run(name):
+        if name not in made:
+            made[name] = place.root / name
+            distilled(place, made[name], **chosen(name))
+        return made[name]
+
+    return run
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_stopped_inside_an_epoch_goes_on_with_the_same_points(place, whole, tmp_path, name):
+    BELL[:] = [23]  # inside the fourth epoch: its points depend on values that have changed since it began
+    with signals.listening(), pytest.raises(InterruptedRunError, match=r"epoch [345], step [1-4] is in the checkpoint of"):
+        distilled(place, tmp_path / "run", **chosen(name))
+    with signals.listening():
+        distilled(place, tmp_path / "run", **chosen(name))
+    assert same_files(whole(name), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batches_made_on_the_device_are_of_the_same_points(place, whole, tmp_path, name):
+    distilled(place, tmp_path / "run", **chosen(name), resident="on")
+    assert same_files(whole(name), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_cost_counts_what_was_visited(whole, name):
+    rows = [json.loads(line) for line in (whole(name) / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((whole(name) / "summary.json").read_text())
+    samples = [row["samples"] for row in rows]
+    assert summary["relative_cost"] == pytest.approx(sum(samples) / (200 * 6))
+    if SAMPLING[name].partial:
+        assert all(abs(row["samples"] - 0.75 * row["kept"]) <= 5 for row in rows)  # of five pools, each rounded
+    elif name == "infobatch":
+        assert samples[0] == 200
+        assert all(100 <= size < 200 for size in samples[1:5])
+    else:
+        assert samples == [row["kept"] for row in rows]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_values_count_the_visits(whole, name):
+    found = values.read(whole(name) / "values.parquet", 200).values
+    rows = [json.loads(line) for line in (whole(name) / "metrics.jsonl").read_text().splitlines()]
+    assert found.visits.sum() == sum(row["samples"] for row in rows)
+
+
+def test_a_recorded_loss_is_the_students_own(place, whole, tmp_path):
+    """The last loss of a sample whose epoch had one batch is that of the network before that step."""
+    settings = {"observed": "loss", "record": "last", "student": "lessons:TinyNet", "keep": 1.0, "batch_size": 200}
+    distilled(place, tmp_path / "one", **settings, epochs=2, stages=1, run={"until": 1})
+    found = values.read(tmp_path / "one" / "values.parquet", 200).values
+    metrics = json.loads((tmp_path / "one" / "metrics.jsonl").read_text().splitlines()[0])
+    assert found.value.mean() == pytest.approx(metrics["loss"], rel=1e-5)
+    assert found.value.std() > 0
