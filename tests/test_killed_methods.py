@@ -1,9 +1,10 @@
 """Kill -9 in the middle of an epoch, for every method with a term of its own: run again, it makes the same bytes.
 
-test_every_method.py breaks runs off between epochs in one process. Here processes die at a step of writing a
-checkpoint, with moving averages, peers, branches and random draws half way through an epoch and a stage.
+tests/test_every_method.py breaks runs off between epochs, in one process. Here processes die at a step of writing a
+checkpoint inside an epoch, when memories, peers, branches and random draws are half way.
 """
 
+import json
 import random
 import signal
 
@@ -11,6 +12,7 @@ import pytest
 from killing import finished, nursery, succeeds
 from lessons import precomputed
 from pupils import SPEC, digits, leftovers, lines, loaded, same_files, saved_teacher
+from safetensors import safe_open
 
 from kcdcache import methods
 from kcdcache.catalogue import METHODS
@@ -21,7 +23,9 @@ RUN = {
     "student": STUDENT, "epochs": 2, "stages": 2, "batch_size": 100, "keep": 0.6, "threads": 1,
     "checkpoint_seconds": 0, "crd_negatives": 16,
 }  # fmt: skip
-"""two epochs of two batches, a condensation between them, a checkpoint after every batch"""
+"""a condensation between two epochs of two batches, and a checkpoint after every batch"""
+MOST, UNTIL_NEXT = 200, 8
+"""steps of writing that a run has at least, and at least from one checkpoint's last to the next one's"""
 WITH_TERM = [name for name, method in METHODS.items() if method.term is not None]
 
 
@@ -44,17 +48,51 @@ def place(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def moments(place, start, tmp_path_factory):
+    """In each epoch, the first step of writing at which the checkpoint inside it stands; the same for all methods."""
+    root = tmp_path_factory.mktemp("moments")
+
+    def first(position):
+        low, high = 1, MOST
+        while low < high:
+            middle = (low + high) // 2
+            path = root / f"{position} {middle}"
+            assert cut(place, start, "dkd", path, middle) == -signal.SIGKILL
+            low, high = (low, middle) if reached(path) >= position else (middle + 1, high)
+        return low
+
+    return {epoch: first((epoch, 1)) for epoch in range(RUN["epochs"])}
+
+
+def words(place, name, path):
+    return ["train", *lines({"data": SPEC, "store": place / "store", "out": path, "method": name} | RUN)]
+
+
+def cut(place, start, name, path, point):
+    """Train with a method until a step of writing; return how the process ended."""
+    return finished(start, words(place, name, path), place / "log", KCDCACHE_CRASHPOINT=str(point))
+
+
+def reached(path):
+    """The epoch and the batch in it that a run's checkpoint is after."""
+    pointer = path / "checkpoint" / "latest.json"
+    if not pointer.exists():
+        return 0, 0
+    with safe_open(pointer.with_name(json.loads(pointer.read_text())["file"]), "pt") as held:
+        record = json.loads(held.metadata()["kcdcache"])
+    return record["epoch"], record["step"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_TERM)
-def test_x(place, start, tmp_path, name):
-    import time
-    words = lambda path: ["train", *lines({"data": SPEC, "store": place / "store", "out": path, "method": name} | RUN)]
-    t=time.time()
-    succeeds(start, words(tmp_path / "whole"), tmp_path / "log")
-    print(name, time.time()-t)
-    if name=="at":
-        for point in range(1, 400, 1):
-            path=tmp_path/f"c{point}"
-            t=time.time()
-            code=finished(start, words(path), tmp_path/"log", KCDCACHE_CRASHPOINT=str(point))
-            print(point, code, round(time.time()-t,2), sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())[-12:])
-            if code==0: break
+def test_killed_inside_an_epoch_and_run_again_gives_the_same_bytes(place, start, moments, tmp_path, name):
+    succeeds(start, words(place, name, tmp_path / "whole"), place / "log")
+    draw = random.Random(name)
+    for epoch, first in moments.items():
+        path = tmp_path / str(epoch)
+        assert cut(place, start, name, path, first + draw.randrange(UNTIL_NEXT)) == -signal.SIGKILL
+        assert reached(path) == (epoch, 1)
+        succeeds(start, words(place, name, path), place / "log")
+        assert same_files(tmp_path / "whole", path)
+        assert not leftovers(path)
