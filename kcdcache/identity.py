@@ -60,6 +60,13 @@ class Knowledge:
     views: ViewIdentity
     mixes: dict[str, Any] | None = None
     """for a requery store: the manifest's digest, the mixing rule and the view numbers; None for plain views"""
+    subset: dict[str, Any] | None = None
+    """for the store inside an exported set: the manifest's digest and the number of rows; None for all samples"""
+
+    @property
+    def whole(self) -> bool:
+        """Whether there is a row for every sample of the data."""
+        return self.mixes is None and self.subset is None
 
     @property
     def knowledge_id(self) -> str:
@@ -72,6 +79,8 @@ class Knowledge:
         document["data"]["classes"] = list(self.data.classes)
         document["data"]["image_size"] = list(self.data.image_size) if self.data.image_size else None
         document["views"]["size"] = list(self.views.size)
+        if self.subset is None:  # so that every other store keeps the id it had before there were exports
+            del document["subset"]
         return document
 
 
@@ -88,7 +97,11 @@ def knowledge_from(document: Mapping[str, Any]) -> Knowledge:
         views["size"] = tuple(views["size"])
         teacher = TeacherIdentity(**document["teacher"])
         return Knowledge(
-            teacher=teacher, data=DataIdentity(**data), views=ViewIdentity(**views), mixes=document.get("mixes")
+            teacher=teacher,
+            data=DataIdentity(**data),
+            views=ViewIdentity(**views),
+            mixes=document.get("mixes"),
+            subset=document.get("subset"),
         )
     except (KeyError, TypeError) as error:
         raise CorruptionError(f"a knowledge identity lacks or exceeds its keys: {error}") from None

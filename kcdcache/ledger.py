@@ -267,12 +267,12 @@ def refuse(problem: str) -> NoReturn:
 
 
 def check_count(root: Path, count: int, knowledge: Knowledge, report: Report = refuse) -> None:
-    """Compare the samples of a store's plan with those of its data; a store of mixes holds a part of them.
+    """Compare the samples of a store's plan with those of its data; one of mixes, or exported, holds a part of them.
 
     Raises:
         CorruptionError: they differ, unless `report` collects it.
     """
-    if knowledge.mixes is None and count != knowledge.data.count:
+    if knowledge.whole and count != knowledge.data.count:
         report(f"the plan of {root} has {count} samples, its identity {knowledge.data.count}: get the store again")
 
 

@@ -25,6 +25,11 @@ def check_data(store: Store, data: Dataset) -> None:
         MismatchError: they differ; names both fingerprints, the first difference and the first differing sample.
         CorruptionError: the store's sample digests do not belong to its identity.
     """
+    if store.knowledge.subset is not None:
+        raise MismatchError(
+            f"{store.path} is the inside of an exported set, it holds rows of that set only; give the whole folder "
+            f"{store.path.parent} as --condensed"
+        )
     theirs, train = store.knowledge.data, data.train
     if not train.on_demand and data.identity() == theirs:
         return

@@ -224,8 +224,8 @@ def _make_again(root: Path, piece: _Piece, means: Means) -> list[str]:
 
 def _require_origin(root: Path, knowledge: Knowledge, means: Means) -> None:
     """Refuse other teachers, other data, and stores whose outputs did not come from a teacher on plain views."""
-    if knowledge.mixes is not None or knowledge.teacher.architecture == "imported":
-        kind = "on a manifest's mixes" if knowledge.mixes is not None else "imported"
+    if not knowledge.whole or knowledge.teacher.architecture == "imported":
+        kind = "imported" if knowledge.whole else "of an exported set" if knowledge.subset else "on a manifest's mixes"
         raise SettingsError(f"the outputs in {root} were {kind}: delete the folder and run its `precompute` again")
     now = Knowledge(teacher=means.network.identity, data=means.data.identity(), views=knowledge.views).document()
     names = (f"the store at {root}", "what is given")

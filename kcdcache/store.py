@@ -149,7 +149,7 @@ class Store:
         """Number of teacher forwards that made the store; a field added later cost its own."""
         parts = [record.part for record in self._records if record.part is not None]
         rows = self.plan.part_rows
-        return sum(min(rows, self.count - part * rows) for part in parts)
+        return sum(min(rows, self.plan.count - part * rows) for part in parts)
 
     def row_bytes(self, fields: Sequence[str]) -> int:
         """Return the bytes one row takes in the arrays `load` returns for these fields."""
@@ -157,7 +157,8 @@ class Store:
 
     def chunk_bytes(self, rows: Int64[np.ndarray, " rows"], fields: Sequence[str]) -> int:
         """Return the bytes of the chunk files that `load` reads for these rows of one view (of view 0, to be exact)."""
-        return sum(self._files[chunk.key].bytes for chunk, _, _ in self._tasks(self.plan.arrays_of(fields), 0, rows))
+        tasks = self._tasks(self.plan.arrays_of(fields), 0, self._places(rows))
+        return sum(self._files[chunk.key].bytes for chunk, _, _ in tasks)
 
     def measurements(self, view: int) -> dict[str, int | float]:
         """Return what precompute counted on a view (such as `correct`), summed over its parts, with `samples`."""
@@ -183,7 +184,7 @@ class Store:
         self._require_rows(view, rows, fields)
         with self._lock:
             self.rows_read += len(rows)
-        return self._gather(self.plan.arrays_of(fields), view, rows, threads, allocate)
+        return self._gather(self.plan.arrays_of(fields), view, self._places(rows), threads, allocate)
 
     def read(
         self, field: str, view: int, index: Int64[np.ndarray, " batch"], temperature: float = 1.0
@@ -199,7 +200,11 @@ class Store:
 
     def _sample_array(self, name: str) -> np.ndarray:
         array = next(array for array in self.plan.arrays if array.name == name)
-        return self._gather([array], None, np.arange(self.count), 1, np.empty)[name]
+        return self._gather([array], None, np.arange(self.plan.count), 1, np.empty)[name]
+
+    def _places(self, rows: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]:
+        """Return where the rows of some samples lie in the arrays, ascending as they are."""
+        return rows
 
     def _require_rows(self, view: int, rows: np.ndarray, fields: Sequence[str]) -> None:
         if missing := [field for field in fields if field not in self.plan.fields]:
@@ -232,7 +237,7 @@ class Store:
 
     def _tasks(self, arrays: Sequence[ArrayPlan], view: int | None, rows: np.ndarray) -> list[Task]:
         tasks: list[Task] = []
-        for chunk in layout.chunks(self.plan, arrays, view, 0, self.count):
+        for chunk in layout.chunks(self.plan, arrays, view, 0, self.plan.count):
             low, high = np.searchsorted(rows, (chunk.start, chunk.stop)).tolist()
             if low < high:
                 tasks.append((chunk, low, high))
@@ -298,10 +303,19 @@ def open(path: Path | str) -> Store:
     """
     root = Path(path)
     store = Store(root, read_store_identity(root), ledger.read_commits(root))
-    ledger.check_count(root, store.count, store.knowledge)
-    check_documents(root, store.plan, len(store.commits))
-    check_listing(root, store.plan, store._files)
+    check(store)
     return store
+
+
+def check(store: Store) -> None:
+    """Compare a store's samples, array documents, and presence and size of every file with its records.
+
+    Raises:
+        CorruptionError: as for `open`.
+    """
+    ledger.check_count(store.path, store.count, store.knowledge)
+    check_documents(store.path, store.plan, len(store.commits))
+    check_listing(store.path, store.plan, store._files)
 
 
 def file_table(commits: Iterable[Commit]) -> dict[str, FileRecord]:

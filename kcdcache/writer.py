@@ -175,7 +175,7 @@ def create(
     root = Path(path)
     _require_place(root)
     require_no_links(root)
-    count = plan.count if knowledge.mixes else knowledge.data.count
+    count = knowledge.data.count if knowledge.whole else plan.count
     if not len(labels) == len(sample_digest) == plan.count == count:
         raise SettingsError(
             f"a store of {count} samples needs a plan, labels and digests for as many; found "

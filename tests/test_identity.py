@@ -32,13 +32,21 @@ def test_every_field_decides_the_knowledge_id(part, name):
 
 def test_the_changes_above_cover_every_field():
     assert {part: set(fields) for part, fields in CHANGES.items()} == {
-        part: set(fields) for part, fields in asdict(knowledge()).items() if part != "mixes"
+        part: set(fields) for part, fields in asdict(knowledge()).items() if part not in ("mixes", "subset")
     }
 
 
 def test_mixes_decide_the_knowledge_id():
     ours = knowledge()
     assert replace(ours, mixes={"manifest": "m", "mix": "convex", "views": [0]}).knowledge_id != ours.knowledge_id
+
+
+def test_a_subset_decides_the_knowledge_id_and_reads_back():
+    ours = replace(knowledge(), teacher=replace(knowledge().teacher, transform={"mean": [0.5]}))
+    part = replace(ours, subset={"manifest": "m", "rows": 3})
+    assert part.knowledge_id != ours.knowledge_id
+    assert identity.knowledge_from(json.loads(json.dumps(part.document()))) == part
+    assert [ours.whole, part.whole, replace(ours, mixes={}).whole] == [True, False, False]
 
 
 def test_the_knowledge_id_is_stable():
