@@ -21,6 +21,9 @@ from kcdcache.terms.similarity import Similarity
 from kcdcache.terms.variational import Variational
 from kcdcache.terms.wasserstein import WassersteinContrast
 
+LIGHT_STUDENTS = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
+"""students that the methods' authors train with a lower learning rate"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -38,9 +41,14 @@ class Method:
     temperature: float = 4.0
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """training settings its authors changed; they hold where the user gives none"""
+    light: Mapping[str, Any] = field(default_factory=dict)
+    """what its authors changed further for LIGHT_STUDENTS, if it is not LIGHT_RECIPE"""
     live: bool = False
     """whether it trains further networks with the student, so that no store can replace its forward passes"""
 
+
+LIGHT_RECIPE: Mapping[str, Any] = {"learning_rate": 0.01}
+"""what RepDistiller and the releases after it change for LIGHT_STUDENTS (0.05 for all others)"""
 
 METHODS: dict[str, Method] = {
     "ce": Method(about="plain cross-entropy, no teacher", source="-", temperature=1.0),
@@ -98,6 +106,7 @@ METHODS: dict[str, Method] = {
         term=Review,
         beta=5.0,
         recipe={"learning_rate": 0.1, "batch_size": 128, "nesterov": True},
+        light={"learning_rate": 0.02},
     ),
     "crd": Method(
         about="contrast of embeddings with those of other classes, over a memory of all samples",

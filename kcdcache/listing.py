@@ -72,7 +72,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def _row(name: str, pair: Pair, encoded: str) -> dict[str, Any]:
     method = METHODS[name]
-    choice = methods.choose(MethodSettings(method=name))
+    settings = MethodSettings(method=name)
+    choice = methods.choose(settings)
     row: dict[str, Any] = {
         "method": name,
         "about": method.about,
@@ -82,7 +83,7 @@ def _row(name: str, pair: Pair, encoded: str) -> dict[str, Any]:
         "alpha": choice.weights.alpha,
         "beta": choice.parts[name],
         "temperature": choice.weights.temperature,
-        "recipe": dict(method.recipe),
+        "recipe": methods.recipe(settings, pair.student),
         "reads": [],
         "bytes": None,
         "problem": None,

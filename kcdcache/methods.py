@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from kcdcache.catalogue import METHODS, Method
+from kcdcache.catalogue import LIGHT_RECIPE, LIGHT_STUDENTS, METHODS, Method
 from kcdcache.config import MethodSettings, nearest
 from kcdcache.data import Dataset
 from kcdcache.errors import SettingsError
@@ -151,11 +151,12 @@ def choose(settings: MethodSettings, smoothing: float = 0.0) -> Choice:
     )
 
 
-def recipe(settings: MethodSettings) -> dict[str, Any]:
-    """Return the training settings that the chosen methods' authors changed."""
-    found: dict[str, Any] = {}
+def recipe(settings: MethodSettings, student: str) -> dict[str, Any]:
+    """Return the training settings that the chosen methods' authors changed, for this student."""
+    light = student in LIGHT_STUDENTS
+    found: dict[str, Any] = dict(LIGHT_RECIPE) if light else {}
     for name in choose(settings).parts:
-        found |= METHODS[name].recipe
+        found |= METHODS[name].recipe | (METHODS[name].light if light else {})
     return found
 
 

@@ -163,10 +163,10 @@ def _fields_for(
 
 def _with_recipe(settings: config.TrainSettings, given: set[str]) -> config.TrainSettings:
     """Return settings in which the method's authors' own training recipe holds wherever the user gave nothing."""
-    changed = {key: value for key, value in methods.recipe(settings).items() if key not in given}
+    changed = {key: value for key, value in methods.recipe(settings, settings.student).items() if key not in given}
     if changed:
         told = ", ".join(f"{key} {value}" for key, value in changed.items())
-        logger.info("train: as the authors of %s trained: %s", settings.method, told)
+        logger.info("train: the authors' settings of %s for %s: %s", settings.method, settings.student, told)
     return settings.model_copy(update=changed)
 
 

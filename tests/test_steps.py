@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from pupils import SCHOOL, SPEC, command, school
 
-from kcdcache import commands, loop, schedule, steps
+from kcdcache import commands, config, listing, loop, methods, schedule, steps
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError
 
 
@@ -73,6 +73,42 @@ def test_few_views_for_many_epochs_are_noted(place, tmp_path, caplog):
     caplog.clear()
     command(place, "train", out=tmp_path / "out", dry_run=True, **(settings | {"epochs": 9}))
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize(("method", "rate"), [("ce", 0.01), ("kd", 0.01), ("at+kd", 0.01), ("reviewkd", 0.02)])
+@pytest.mark.parametrize("student", ["MobileNetV2", "ShuffleV1", "ShuffleV2"])
+def test_light_students_learn_at_their_authors_rate_unless_told_another(method, rate, student):
+    wanted = config.TrainSettings(student=student, method=method)
+    assert steps._with_recipe(wanted, {"student", "method"}).learning_rate == rate
+    told = wanted.model_copy(update={"learning_rate": 0.3})
+    assert steps._with_recipe(told, {"learning_rate"}).learning_rate == 0.3
+
+
+@pytest.mark.parametrize("joined", ["kd+reviewkd", "reviewkd+kd"])
+def test_a_methods_own_rate_wins_over_the_usual_one_in_any_order(joined):
+    settings = config.MethodSettings(method=joined)
+    assert methods.recipe(settings, "ShuffleV2") == {"learning_rate": 0.02, "batch_size": 128, "nesterov": True}
+    assert methods.recipe(settings, "resnet8") == {"learning_rate": 0.1, "batch_size": 128, "nesterov": True}
+
+
+def test_the_authors_settings_are_told_where_they_hold(place, tmp_path, caplog):
+    caplog.set_level("INFO")
+    command(place, "train", out=tmp_path / "out", dry_run=True, **SCHOOL | {"student": "ShuffleV1"})
+    assert "train: the authors' settings of kd for ShuffleV1: learning_rate 0.01" in caplog.text
+    caplog.clear()
+    command(place, "train", out=tmp_path / "out", dry_run=True, **SCHOOL)
+    given = SCHOOL | {"student": "ShuffleV1", "learning_rate": 0.05}
+    command(place, "train", out=tmp_path / "out", dry_run=True, **given)
+    assert "settings of" not in caplog.text
+
+
+def test_the_listing_tells_the_recipe_of_the_pair():
+    rates = {}
+    for student in ("resnet8", "ShuffleV2"):
+        rows = listing.listing("resnet8", student, 10, 16)["methods"]
+        rates[student] = {row["method"]: row["recipe"].get("learning_rate") for row in rows}
+    assert (rates["resnet8"]["kd"], rates["resnet8"]["reviewkd"]) == (None, 0.1)
+    assert (rates["ShuffleV2"]["kd"], rates["ShuffleV2"]["reviewkd"]) == (0.01, 0.02)
 
 
 def test_digits_are_cropped_where_no_views_are_named(tmp_path):

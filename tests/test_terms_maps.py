@@ -283,7 +283,7 @@ def test_weights_and_recipes_are_those_of_the_papers():
     assert {name: METHODS[name].beta for name in NAMES} == betas
     assert {(METHODS[name].gamma, METHODS[name].alpha) for name in NAMES} == {(1, 0)}
     recipe = {"learning_rate": 0.1, "batch_size": 128, "nesterov": True}
-    assert methods.recipe(MethodSettings(method="reviewkd")) == recipe
+    assert methods.recipe(MethodSettings(method="reviewkd"), "wrn_16_2") == recipe
     assert all(METHODS[name].recipe == {} for name in NAMES if name != "reviewkd")
 
 

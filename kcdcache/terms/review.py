@@ -61,7 +61,7 @@ class Review(Term):
     level to the one below it, brought to its size by nearest neighbours, at a width of at most 512. The weight grows
     linearly over the first 20 epochs. Its authors' weights for CIFAR-100 are 5 (the default: WRN-40-2 -> WRN-16-2,
     WRN-40-1 and ShuffleV1; ResNet32x4 -> ResNet8x4 and ShuffleV1), 8 (ResNet32x4 -> ShuffleV2), 0.6 (ResNet56 ->
-    ResNet20) and 1 (ResNet110 -> ResNet32); their learning rate for ShuffleNet and MobileNetV2 students is 0.02.
+    ResNet20) and 1 (ResNet110 -> ResNet32).
     Source: Chen et al., CVPR 2021 (arXiv 2104.09044); levels, widths, initial weights and warm-up of
     their CIFAR-100 code (dvlab-research/ReviewKD).
     """
