@@ -76,7 +76,7 @@ class OptimizerSettings(Settings):
     batch_size: int = Field(default=64, ge=1)
     """samples per step"""
     learning_rate: float = Field(default=0.05, gt=0)
-    """initial learning rate (CRD uses 0.01 for MobileNetV2 and ShuffleNet students)"""
+    """initial learning rate; where unset, `train` takes its method's authors' (0.01 for MobileNetV2 and ShuffleNets)"""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """SGD momentum"""
     nesterov: bool = False
@@ -317,13 +317,16 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def nearest(name: str, known: Mapping[str, Any] | list[str] | tuple[str, ...]) -> str:
-    """Return a hint naming the known name closest to a wrong one, or all of them if none is close.
+    """Return a hint naming the known name closest to a wrong one, whatever the case, or all of them if none is close.
 
     >>> nearest("tempreture", ["temperature", "keep"])
     "did you mean 'temperature'?"
+    >>> nearest("SHUFFLEV2", ["ShuffleV1", "ShuffleV2"])
+    "did you mean 'ShuffleV2'?"
     """
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(sorted(known))}"
+    lowered = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower(), lowered, n=1)
+    return f"did you mean '{lowered[close[0]]}'?" if close else f"known: {', '.join(sorted(known))}"
 
 
 def keys(model: type[BaseModel]) -> list[str]:

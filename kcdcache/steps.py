@@ -36,6 +36,12 @@ logger = logging.getLogger(__name__)
 
 Result = dict[str, Any]
 
+NOT_IMPORTED = {
+    "teacher", "weights", "teacher_mean", "teacher_std", "teacher_size", "teacher_precision", "manifest", "mix",
+    "views", "fields", "for_", "student", "batch_size", "budget_gb", "shard",
+}  # fmt: skip
+"""settings of `precompute` that logits made elsewhere decide or have no part in"""
+
 FEW_VIEWS = (
     "note: %d cached views for %d epochs; fewer than a third of the epochs is known to cost accuracy "
     "(add some with `kcdcache precompute --views N` on the same store)"
@@ -178,9 +184,9 @@ def _usual_views(command: commands.FitCommand | commands.PrecomputeCommand, data
 
 def _require_import(command: commands.PrecomputeCommand) -> None:
     """Refuse what an import cannot follow, and logits of which nobody says what view they are of."""
-    ignored = command.model_fields_set & {"teacher", "weights", "manifest", "views", "fields", "batch_size", "shard"}
+    ignored = command.model_fields_set & NOT_IMPORTED
     if ignored:
-        flag = f"--{min(ignored).replace('_', '-')}"
+        flag = f"--{min(ignored).rstrip('_').replace('_', '-')}"
         raise SettingsError(f"{flag} does nothing beside --from-logits: the file decides it; leave it out")
     if "augment" not in command.model_fields_set:
         raise SettingsError(

@@ -128,9 +128,15 @@ def test_imported_logits_have_no_teacher_to_ask(place, imported, tmp_path):
         command(place, "train", store=imported["store"], out=tmp_path / "out", **settings)
 
 
-@pytest.mark.parametrize("flag", [{"teacher": "resnet8"}, {"views": 2}, {"fields": ["penultimate"]}, {"batch_size": 9}])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        {"teacher": "resnet8"}, {"views": 2}, {"fields": ["penultimate"]}, {"batch_size": 9}, {"for_": "kd"},
+        {"student": "resnet8"}, {"budget_gb": 1}, {"teacher_size": 9}, {"mix": "convex"},
+    ],
+)  # fmt: skip
 def test_an_import_refuses_flags_it_would_ignore(tmp_path, flag):
-    name = next(iter(flag)).replace("_", "-")
+    name = next(iter(flag)).rstrip("_").replace("_", "-")
     with pytest.raises(SettingsError, match=rf"--{name} does nothing beside --from-logits"):
         import_from(tmp_path / "logits.npy", tmp_path / "store", **flag)
 

@@ -100,9 +100,9 @@ def _maker(spec: str, classes: int, channels: int) -> Callable[[], nn.Module]:
         return partial(NETWORKS[spec], classes, channels)
     source, colon, name = spec.partition(":")
     if not colon:
-        same_but_case = [known for known in NETWORKS if known.lower() == spec.lower()]
-        hint = nearest(spec, same_but_case or NETWORKS)
-        raise SettingsError(f"unknown network '{spec}'; {hint} (or torchvision:NAME, timm:NAME, my.module:factory)")
+        raise SettingsError(
+            f"unknown network '{spec}'; {nearest(spec, NETWORKS)} (or torchvision:NAME, timm:NAME, my.module:factory)"
+        )
     if source in PACKAGES:
         return PACKAGES[source](name, classes, channels)
     return partial(_call_factory, spec, _factory(source, name), classes)
