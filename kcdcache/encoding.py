@@ -188,34 +188,44 @@ def _any(wrong: Tensor) -> Tensor:
     return wrong.flatten(1).any(1)
 
 
-def _float32(argument: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
-    _no_argument("float32", argument)
-    return Encoding(
-        name="float32",
-        field=field,
-        row_shape=row_shape,
-        arrays=(ArraySpec(array_name(field), row_shape, "float32"),),
-        bound="exact",
-        to_stored=lambda values: (values,),
-        to_values=lambda stored, temperature: stored[0].clone(),
-    )
+def _each(
+    name: str, bound: str, to_stored: Callable[[Tensor], Tensor], to_values: Callable[[Tensor], Tensor]
+) -> Callable[[str, str, tuple[int, ...]], Encoding]:
+    """Return an encoding of one array of the field's own shape and of the type `name`, number by number."""
+
+    def made(argument: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
+        _no_argument(name, argument)
+        return Encoding(
+            name=name,
+            field=field,
+            row_shape=row_shape,
+            arrays=(ArraySpec(array_name(field), row_shape, name),),
+            bound=bound,
+            to_stored=lambda values: (to_stored(values),),
+            to_values=lambda stored, temperature: to_values(stored[0]),
+        )
+
+    return made
+
+
+_float32 = _each("float32", "exact", lambda values: values, lambda stored: stored.clone())
+_plain_float16 = _each(
+    "float16",
+    "|stored - x| <= 2^-11 |x| + 2^-25; |x| above 65,504 is refused",
+    lambda values: values.half(),
+    lambda stored: stored.float(),
+)
+_uint8 = _each(
+    "uint8",
+    "|stored - x| <= 1/510 for x in [0, 1], exact for whole 255ths; other numbers are refused",
+    lambda values: (values * 255).round().to(torch.uint8),
+    lambda stored: stored.float() / 255,
+)
 
 
 def _float16(argument: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
     _no_argument("float16", argument)
-    return _shifted_float16(row_shape) if field == "logits" else _plain_float16(field, row_shape)
-
-
-def _plain_float16(field: str, row_shape: tuple[int, ...]) -> Encoding:
-    return Encoding(
-        name="float16",
-        field=field,
-        row_shape=row_shape,
-        arrays=(ArraySpec(array_name(field), row_shape, "float16"),),
-        bound="|stored - x| <= 2^-11 |x| + 2^-25; |x| above 65,504 is refused",
-        to_stored=lambda values: (values.half(),),
-        to_values=lambda stored, temperature: stored[0].float(),
-    )
+    return _shifted_float16(row_shape) if field == "logits" else _plain_float16(argument, field, row_shape)
 
 
 def _shifted_float16(row_shape: tuple[int, ...]) -> Encoding:
@@ -238,19 +248,6 @@ def _shifted_float16(row_shape: tuple[int, ...]) -> Encoding:
 def _encode_gaps(z: Float32[Tensor, "batch classes"]) -> Stored:
     rowmax = z.amax(dim=1)
     return (z - rowmax[:, None]).clamp(min=-HALF_MAX).half(), rowmax
-
-
-def _uint8(argument: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
-    _no_argument("uint8", argument)
-    return Encoding(
-        name="uint8",
-        field=field,
-        row_shape=row_shape,
-        arrays=(ArraySpec(array_name(field), row_shape, "uint8"),),
-        bound="|stored - x| <= 1/510 for x in [0, 1], exact for whole 255ths; other numbers are refused",
-        to_stored=lambda values: ((values * 255).round().to(torch.uint8),),
-        to_values=lambda stored, temperature: stored[0].float() / 255,
-    )
 
 
 def _top(argument: str, field: str, row_shape: tuple[int, ...]) -> Encoding:

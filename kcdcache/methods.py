@@ -116,7 +116,7 @@ def choose(settings: MethodSettings, smoothing: float = 0.0) -> Choice:
     (RepDistiller's combinations, such as crd+kd); `A*w` gives method A the weight w.
 
     Raises:
-        SettingsError: a method is unknown, named twice or has no weight to change, or two want further images.
+        SettingsError: a method is unknown, named twice or has no weight to change, or beta is given for several terms.
     """
     parts: dict[str, float] = {}
     alpha = 0.0

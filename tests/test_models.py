@@ -83,7 +83,7 @@ def test_users_own_factory_is_imported_and_called(tmp_path, monkeypatch):
     [
         ("wrn_40_3", "unknown network 'wrn_40_3'; did you mean 'wrn_40_"),
         ("resnet50", "did you mean 'ResNet50'"),
-        ("VGG8", "known: vgg8 "),
+        ("VGG8", "did you mean 'vgg8'"),
         ("torchvision:resnet19", "did you mean 'resnet1"),
         ("no_such_module_here:net", "No module named 'no_such_module_here'; is its folder on PYTHONPATH"),
     ],

@@ -1,5 +1,8 @@
 """ShuffleNet V1 and V2 for small images, in the layout of RepDistiller's checkpoints."""
 
+from collections.abc import Callable
+from itertools import pairwise
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -24,6 +27,32 @@ def shuffle(features: Float[Tensor, "batch channels h w"], groups: int) -> Float
     return features.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
+class Trunk(nn.Module):
+    """A stem that keeps the image's size, and three stages, of each of which the first block halves it."""
+
+    def __init__(
+        self,
+        channels: int,
+        widths: tuple[int, int, int],
+        halving: Callable[[int, int], nn.Module],
+        block: Callable[[int], nn.Module],
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, STEM, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(STEM)
+        self.relu = nn.ReLU(inplace=True)
+        made = []
+        for (inputs, outputs), count in zip(pairwise((STEM, *widths)), BLOCKS, strict=True):
+            rest = [block(outputs) for _ in range(count - 1)]  # drawn first, which is part of what a seed gives
+            made.append(nn.Sequential(halving(inputs, outputs), *rest))
+        self.layer1, self.layer2, self.layer3 = made
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+
+    def features(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch width h8 w8"]:
+        """Return the last stage's map."""
+        return self.layer3(self.layer2(self.layer1(self.relu(self.bn1(self.conv1(pixels))))))
+
+
 class ShuffleBlock(nn.Module):
     """Grouped 1x1, 3x3 per channel, grouped 1x1 beside the input, which a halving block pools and appends.
 
@@ -31,7 +60,7 @@ class ShuffleBlock(nn.Module):
     `models/ShuffleNetv1.py`.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int = 2) -> None:
         super().__init__()
         grown = outputs - inputs if stride == 2 else outputs
         inner = grown // 4
@@ -57,7 +86,7 @@ class ShuffleBlock(nn.Module):
         return self.relu3(joined)
 
 
-class ShuffleV1(nn.Module):
+class ShuffleV1(Trunk):
     """ShuffleNet with 3 groups and width 1, whose stem keeps the image's size; three stages halve it.
 
     Source: Zhang et al. 2018, Table 1; 1x1 stem, names and torch's own initialisation as in RepDistiller's
@@ -65,22 +94,12 @@ class ShuffleV1(nn.Module):
     """
 
     def __init__(self, classes: int, channels: int = 3) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, STEM, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(STEM)
-        self.relu = nn.ReLU(inplace=True)
-        first, second, third = WIDTHS_V1
-        self.layer1 = _stage_v1(STEM, first, BLOCKS[0])
-        self.layer2 = _stage_v1(first, second, BLOCKS[1])
-        self.layer3 = _stage_v1(second, third, BLOCKS[2])
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(third, classes)
+        super().__init__(channels, WIDTHS_V1, ShuffleBlock, lambda width: ShuffleBlock(width, width, stride=1))
+        self.linear = nn.Linear(WIDTHS_V1[-1], classes)
 
     def forward(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch classes"]:
         """Return the logits of transformed pixels."""
-        features = self.relu(self.bn1(self.conv1(pixels)))
-        features = self.layer3(self.layer2(self.layer1(features)))
-        return self.linear(self.avgpool(features).flatten(1))
+        return self.linear(self.avgpool(self.features(pixels)).flatten(1))
 
 
 class SplitBlock(nn.Module):
@@ -140,7 +159,7 @@ class HalvingBlock(nn.Module):
         return shuffle(torch.cat([left, right], 1), 2)
 
 
-class ShuffleV2(nn.Module):
+class ShuffleV2(Trunk):
     """ShuffleNet V2 of width 1 whose stem keeps the image's size; three stages halve it.
 
     Source: Ma et al. 2018, Table 5; 1x1 stem, names and torch's own initialisation as in RepDistiller's
@@ -148,32 +167,12 @@ class ShuffleV2(nn.Module):
     """
 
     def __init__(self, classes: int, channels: int = 3) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, STEM, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(STEM)
-        self.relu = nn.ReLU(inplace=True)
-        first, second, third = WIDTHS_V2
-        self.layer1 = _stage_v2(STEM, first, BLOCKS[0])
-        self.layer2 = _stage_v2(first, second, BLOCKS[1])
-        self.layer3 = _stage_v2(second, third, BLOCKS[2])
-        self.conv2 = nn.Conv2d(third, LAST_V2, 1, bias=False)
+        super().__init__(channels, WIDTHS_V2, HalvingBlock, SplitBlock)
+        self.conv2 = nn.Conv2d(WIDTHS_V2[-1], LAST_V2, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(LAST_V2)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(LAST_V2, classes)
 
     def forward(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch classes"]:
         """Return the logits of transformed pixels."""
-        features = self.relu(self.bn1(self.conv1(pixels)))
-        features = self.layer3(self.layer2(self.layer1(features)))
-        features = torch.relu(self.bn2(self.conv2(features)))
+        features = torch.relu(self.bn2(self.conv2(self.features(pixels))))
         return self.linear(self.avgpool(features).flatten(1))
-
-
-def _stage_v1(inputs: int, outputs: int, blocks: int) -> nn.Sequential:
-    rest = [ShuffleBlock(outputs, outputs, 1) for _ in range(blocks - 1)]
-    return nn.Sequential(ShuffleBlock(inputs, outputs, 2), *rest)
-
-
-def _stage_v2(inputs: int, outputs: int, blocks: int) -> nn.Sequential:
-    rest = [SplitBlock(outputs) for _ in range(blocks - 1)]
-    return nn.Sequential(HalvingBlock(inputs, outputs), *rest)
