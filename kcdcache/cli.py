@@ -206,6 +206,30 @@ def _methods_command() -> click.Command:
     return _command("methods", options, work)
 
 
+def _report_command() -> click.Command:
+    def work(paths: tuple[str, ...], out: str, json_file: str | None, csv: str | None, **values: Any) -> dict[str, Any]:
+        found: dict[str, Any] = importlib.import_module("kcdcache.report").write(
+            [Path(path) for path in paths],
+            Path(out),
+            json_file=Path(json_file) if json_file else None,
+            csv=Path(csv) if csv else None,
+            **values,
+        )
+        return found
+
+    options: list[click.Parameter] = [
+        click.Argument(["paths"], nargs=-1, required=True, metavar="RUN_OR_FOLDER..."),
+        click.Option(["--out"], required=True, help="HTML file to write; a report that is there is replaced"),
+        click.Option(["--data"], help="data spec for the images; the recipe's if unset, where it can be loaded"),
+        click.Option(
+            ["--reference"], help="row that the others are compared with  [default: kd, or the first trained]"
+        ),
+        click.Option(["--json-file"], help="JSON file for all numbers of the report"),
+        click.Option(["--csv"], help="folder for one CSV file per table"),
+    ]
+    return _command("report", options, work)
+
+
 def _inspect_command() -> click.Command:
     def work(path: str) -> dict[str, Any]:
         found: dict[str, Any] = importlib.import_module("kcdcache.inspection").inspect(Path(path))
@@ -255,6 +279,7 @@ BUILDERS: Mapping[str, Callable[[], click.Command]] = {
     "train": lambda: _settings_command("train"),
     "condense": lambda: _settings_command("condense"),
     "methods": _methods_command,
+    "report": _report_command,
     "inspect": _inspect_command,
     "verify": _verify_command,
 }

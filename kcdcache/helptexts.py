@@ -7,6 +7,7 @@ SUMMARIES = {
     "train": "Train a student from a store, condensing between stages (Algorithm 1).",
     "methods": "List the distillation methods: what each reads of the teacher, bytes per sample, source.",
     "condense": "Turn values into the next condensed set (a manifest).",
+    "report": "Write one HTML file that shows what finished runs did: tables, figures, images, provenance.",
     "inspect": "Tell what a store, manifest, values file, run or network holds.",
     "verify": "Check whether what lies there is what was written; with a teacher, compute points again.",
 }
@@ -27,6 +28,10 @@ EXAMPLES = {
         "kcdcache condense --values runs/kcd/values.parquet --store runs/store --keep 0.5 --out half.parquet",
     ),
     "methods": ("kcdcache methods", "kcdcache methods --teacher resnet32x4 --student ShuffleV2 --encoding top:16"),
+    "report": (
+        "kcdcache report runs/digits --out digits.html",
+        "kcdcache report runs/kd runs/kcd --out both.html --data cifar100 --json-file both.json --csv both",
+    ),
     "inspect": ("kcdcache inspect runs/store",),
     "verify": (
         "kcdcache verify runs/store --read-data",

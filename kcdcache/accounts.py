@@ -1,0 +1,279 @@
+"""The tables of a report, computed from what finished runs left."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kcdcache import history, pairing
+from kcdcache.config import nearest
+from kcdcache.errors import SettingsError
+from kcdcache.findings import Findings, Run
+from kcdcache.tabular import Column, Table
+
+Key = tuple[Path, str]
+USUAL_REFERENCE = "kd"
+COMPARED = {"accuracy_last": "points", "accuracy_best": "points", "relative_cost": "signed", "seconds": "signed"}
+"""entries of summaries that are compared pair by pair -> how their difference is shown"""
+COSTS = ("student_samples", "teacher_forwards", "rows_read", "bytes_read", "seconds")
+
+
+def labels(findings: Findings) -> dict[Key, str]:
+    """Return how each row is called: the recipe's title for the step, and the grid's folder where there are several."""
+    titles = {grid.path: grid.titles for grid in findings.grids}
+    several = len({grid for grid, _ in findings.rows()}) > 1
+    named = {key: titles[key[0]].get(key[1], key[1]) for key in findings.rows()}
+    return {key: f"{key[0].name}: {name}" if several else name for key, name in named.items()}
+
+
+def references(findings: Findings, asked: str | None = None) -> dict[Path, Key]:
+    """Return grid -> the row the others of that grid are compared with: the one asked for, else `kd`, else the first
+    row of trained students, else the first; no entry for a grid that lacks the one asked for.
+
+    Raises:
+        SettingsError: no grid has the row asked for.
+    """
+    rows = findings.rows()
+    if asked is not None and asked not in (known := [step for _, step in rows]):
+        raise SettingsError(f"no row '{asked}' to compare with; {nearest(asked, known)}")
+    found: dict[Path, Key] = {}
+    for grid in dict.fromkeys(grid for grid, _ in rows):
+        own = [key for key in rows if key[0] == grid]
+        trained = [key for key in own if rows[key][0].stages]
+        usual = [key for key in own if key[1] == (asked or USUAL_REFERENCE)]
+        if best := usual or ([] if asked else trained or own):
+            found[grid] = best[0]
+    return found
+
+
+def results(findings: Findings) -> Table:
+    """Return a row per step: means over its seeds and their sample standard deviations."""
+    names = labels(findings)
+    rows = []
+    for key, runs in findings.rows().items():
+        row = {"row": names[key], "n": len(runs), "seeds": ", ".join(str(run.seed) for run in runs)}
+        row |= {name: _joined(run.summary.get(name) for run in runs) for name in ("model", "method")}
+        for name in ("accuracy_last", "accuracy_best", "relative_cost", "seconds", "calibration_error", "kept"):
+            found = pairing.spread(_numbers(runs, name))
+            row |= {name: found.mean, f"{name}_std": found.std}
+        rows.append(row)
+    columns = (
+        Column("row", "row"), Column("model", "network"), Column("method", "method"), Column("n", "n", "count"),
+        Column("seeds", "seeds"), Column("accuracy_last", "accuracy %", "percent"),
+        Column("accuracy_last_std", "± std", "percent"), Column("accuracy_best", "best %", "percent"),
+        Column("accuracy_best_std", "± std", "percent"), Column("relative_cost", "relative cost", "share"),
+        Column("relative_cost_std", "± std", "share"), Column("seconds", "seconds", "seconds"),
+        Column("seconds_std", "± std", "seconds"), Column("calibration_error", "calibration error", "share"),
+        Column("kept", "kept at the end", "count"),
+    )  # fmt: skip
+    note = (
+        "Means over n seeds, with the sample standard deviation (n - 1). 'accuracy' is of the last epoch on the test "
+        "split and is the result; 'best' was chosen on that split, for comparison with papers that report it. "
+        "'relative cost' is student samples forwarded / (N x epochs)."
+    )
+    return Table(key="results", title="Results", note=note, columns=columns, rows=rows)
+
+
+def differences(findings: Findings, asked: str | None = None) -> Table:
+    """Return a row per step and measure: mean difference to the reference over paired seeds, with its interval."""
+    names, rows = labels(findings), findings.rows()
+    found: list[dict[str, Any]] = []
+    for grid, reference in references(findings, asked).items():
+        for key in (key for key in rows if key[0] == grid and key != reference):
+            found += _compared(names[key], names[reference], rows[key], rows[reference])
+    columns = (
+        Column("row", "row"), Column("reference", "compared with"), Column("measure", "measure"),
+        Column("unit", "unit"), Column("n", "pairs", "count"), Column("mean", "difference", "signed"),
+        Column("std", "std", "share"), Column("low", "95 % from", "signed"), Column("high", "to", "signed"),
+    )  # fmt: skip
+    note = (
+        "Row minus reference, seed by seed: runs of the same seed share initialisation, order and views, so that their "
+        "difference varies less than either. The interval is Student's t (95 %); where it contains 0, these seeds "
+        "cannot tell the two apart. One pair has no interval. Intervals are not adjusted for the number of comparisons."
+    )
+    return Table(key="differences", title="Paired differences", note=note, columns=columns, rows=found)
+
+
+def _compared(label: str, reference: str, ours: Sequence[Run], theirs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    for name, kind in COMPARED.items():
+        pairs = [(one, other) for one in ours for other in theirs if comparable(one, other)]
+        measured = {one.seed: float(one.summary[name]) for one, _ in pairs if name in one.summary}
+        against = {other.seed: float(other.summary[name]) for _, other in pairs if name in other.summary}
+        if (found := pairing.difference(measured, against)) is not None:
+            unit = {"accuracy": "percentage points", "relative": "of N x epochs"}.get(name.split("_")[0], "s")
+            scale = 100.0 if kind == "points" else 1.0
+            numbers = {key: None if value is None else scale * value for key, value in found._asdict().items()}
+            row = {"row": label, "reference": reference, "measure": name.replace("_", " "), "unit": unit}
+            yield row | numbers | {"n": found.n}
+
+
+def comparable(one: Run, other: Run) -> bool:
+    """Return whether two runs are a pair: of one seed, measured on the same test images, seeds told the same way."""
+    same = one.record["inputs"].get("test") == other.record["inputs"].get("test")
+    return same and one.seed == other.seed and one.seeded == other.seeded
+
+
+def cost(findings: Findings) -> Table:
+    """Return what each row, and each store, cost per run."""
+    names, rows = labels(findings), []
+    for path, told in findings.stores:
+        seconds = next((grid.seconds.get(path.name) for grid in findings.grids if grid.path == path.parent), None)
+        rows.append({
+            "row": f"{path.name} (store)", "n": 1, "teacher_forwards": told["points"],
+            "bytes_written": told["bytes"], "seconds": seconds,
+        })  # fmt: skip
+    for key, runs in findings.rows().items():
+        means = {name: pairing.spread(_numbers(runs, name)).mean for name in COSTS}
+        rows.append({"row": names[key], "n": len(runs), **means})
+    columns = (
+        Column("row", "row"), Column("n", "n", "count"), Column("teacher_forwards", "teacher forwards", "count"),
+        Column("student_samples", "student samples", "count"), Column("rows_read", "store rows read", "count"),
+        Column("bytes_read", "store bytes read", "count"), Column("bytes_written", "bytes written", "count"),
+        Column("seconds", "seconds", "seconds"),
+    )  # fmt: skip
+    note = (
+        "Per run, means over its seeds. A store pays the teacher once (samples x views); students then read it. Kept "
+        "samples and their partners are both read, so that condensation saves student steps sooner than reading."
+    )
+    return Table(key="cost", title="What it cost", note=note, columns=columns, rows=rows)
+
+
+def curves(findings: Findings) -> Table:
+    """Return a row per run and epoch: what the student had consumed, how long it took, and how good it was."""
+    measures = (
+        "stage", "learning_rate", "samples", "samples_so_far", "loss", "train_accuracy", "agreement", "test_loss",
+        "test_accuracy", "test_calibration_error", "kept", "mixed",
+    )  # fmt: skip
+    names, rows = labels(findings), []
+    for key, runs in findings.rows().items():
+        for run in runs:
+            spent = 0.0
+            for epoch in run.metrics:
+                spent += run.seconds.get(epoch["epoch"], 0.0)
+                row = {"row": names[key], "run": run.name, "seed": run.seed, "epoch": epoch["epoch"] + 1}
+                rows.append(row | {"seconds_so_far": spent} | {name: epoch.get(name) for name in measures})
+    columns = tuple(Column(name, name.replace("_", " "), "text" if name in ("row", "run") else "number")
+                    for name in ("row", "run", "seed", "epoch", "seconds_so_far", *measures))  # fmt: skip
+    note = "Every epoch of every run; epochs count from 1."
+    return Table(key="curves", title="Training curves", note=note, columns=columns, rows=rows)
+
+
+def stages(findings: Findings) -> Table:
+    """Return a row per set of every run that condenses: sizes, and what changed since the set before."""
+    names, rows = labels(findings), []
+    for key, runs in findings.rows().items():
+        for run in (run for run in runs if run.condenses):
+            rows += [{"row": names[key], "run": run.name, "seed": run.seed, **found} for found in _sets(run)]
+    columns = (
+        Column("row", "row"), Column("run", "run"), Column("stage", "stage"),
+        Column("keep", "kept share of N", "share"), Column("kept", "kept", "count"),
+        Column("as_is", "K_1H: as they are", "count"), Column("mixed", "K_Aug: enriched", "count"),
+        Column("dropped", "dropped", "count"), Column("stayed", "stayed", "count"), Column("left", "left", "count"),
+        Column("returned", "returned", "count"), Column("new", "new", "count"),
+        Column("epsilon_max", "largest share mixed in", "share"), Column("class_min", "smallest class", "count"),
+        Column("class_max", "largest class", "count"), Column("digest", "digest"),
+    )  # fmt: skip
+    note = (
+        "One row per set. 'left' and 'returned' compare with the set before; partners for the enriched samples come "
+        "from the dropped ones. The set after the last stage is exported: other students can train from it."
+    )
+    return Table(key="stages", title="What each stage keeps", note=note, columns=columns, rows=rows)
+
+
+def _sets(run: Run) -> Iterator[dict[str, Any]]:
+    for stage, change in zip(run.stages, history.turnover(history.parts(run)), strict=True):
+        chosen, mixed = stage.manifest, int(stage.manifest.mixed.sum())
+        exported = stage.values is None and stage is run.stages[-1] and len(run.stages) > 1
+        yield {
+            "stage": f"{stage.number} (exported)" if exported else str(stage.number),
+            "keep": len(chosen) / chosen.count, "kept": len(chosen), "as_is": len(chosen) - mixed, "mixed": mixed,
+            "dropped": chosen.count - len(chosen), **change._asdict(),
+            "epsilon_max": float(chosen.epsilon.max()) if mixed else None,
+            "class_min": min(chosen.class_counts, default=None), "class_max": max(chosen.class_counts, default=None),
+            "digest": chosen.digest,
+        }  # fmt: skip
+
+
+def classes(findings: Findings) -> Table:
+    """Return a row per run that condenses, set and class: how many of its samples are kept."""
+    names, rows = labels(findings), []
+    for key, runs in findings.rows().items():
+        for run in (run for run in runs if run.condenses):
+            for stage in run.stages:
+                for label, kept in enumerate(stage.manifest.class_counts):
+                    called = run.classes[label] if label < len(run.classes) else str(label)
+                    row = {"row": names[key], "run": run.name, "stage": stage.number, "label": label}
+                    rows.append(row | {"class": called, "kept": kept})
+    columns = (
+        Column("row", "row"), Column("run", "run"), Column("stage", "stage", "count"),
+        Column("label", "label", "count"), Column("class", "class"), Column("kept", "kept samples", "count"),
+    )  # fmt: skip
+    note = "How many samples of each class every set keeps."
+    return Table(key="classes", title="Classes in each set", note=note, columns=columns, rows=rows)
+
+
+def fates(findings: Findings) -> Table:
+    """Return a row per run that condenses: how many samples had which fate."""
+    names, rows = labels(findings), []
+    for key, runs in findings.rows().items():
+        for run in (run for run in runs if run.condenses):
+            found = {fate: int(mask.sum()) for fate, mask in history.fates(history.parts(run)).items()}
+            rows.append({"row": names[key], "run": run.name, "seed": run.seed, **found})
+    columns = (
+        Column("row", "row"), Column("run", "run"), *(Column(fate, fate, "count") for fate in history.FATES),
+    )  # fmt: skip
+    note = "Over all sets of a run: " + "; ".join(f"{fate}: {text}" for fate, text in history.FATES.items()) + "."
+    return Table(key="fates", title="Which samples leave, return and stay", note=note, columns=columns, rows=rows)
+
+
+def condensed(findings: Findings) -> list[tuple[str, Run]]:
+    """Return (name, run) of all runs that condensed; not of those that only trained on a set they were given."""
+    several = len(findings.grids) > 1
+    return [
+        (f"{run.grid.name}/{run.name}" if several else run.name, run)
+        for runs in findings.rows().values()
+        for run in runs
+        if run.condenses
+    ]
+
+
+def distances(findings: Findings) -> Table:
+    """Return a row per pair of condensed runs on the same data: Hamming distance of what their last sets keep."""
+    rows = []
+    for group in same_data(condensed(findings)):
+        matrix = history.hamming([run for _, run in group])
+        for one, other in zip(*np.triu_indices(len(group), 1), strict=True):
+            (left, first), (right, second) = group[one], group[other]
+            chance = history.by_chance(first.stages[-1].manifest, second.stages[-1].manifest)
+            models = (first.summary.get("model"), second.summary.get("model"))
+            rows.append({
+                "one": left, "other": right, "distance": float(matrix[one, other]), "by_chance": chance,
+                "same_network": "yes" if models[0] == models[1] else "no",
+            })  # fmt: skip
+    columns = (
+        Column("one", "run"), Column("other", "and run"), Column("distance", "Hamming distance", "share"),
+        Column("by_chance", "random sets", "share"), Column("same_network", "same network"),
+    )  # fmt: skip
+    note = (
+        "Share of all N samples that one run's last set keeps and the other's does not: 0 for equal sets; 'random "
+        "sets' is what two independent sets of those sizes would have. Well below it, runs agree on what is valuable."
+    )
+    return Table(key="distances", title="Do runs keep the same samples?", note=note, columns=columns, rows=rows)
+
+
+def same_data(found: list[tuple[str, Run]]) -> list[list[tuple[str, Run]]]:
+    """Return the runs grouped by the data they condensed, groups of one left out."""
+    groups: dict[Any, list[tuple[str, Run]]] = {}
+    for name, run in found:
+        chosen = run.stages[-1].manifest
+        groups.setdefault((chosen.data_digest, chosen.count), []).append((name, run))
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _numbers(runs: Sequence[Run], name: str) -> list[float]:
+    return [float(run.summary[name]) for run in runs if isinstance(run.summary.get(name), int | float)]
+
+
+def _joined(found: Iterator[Any]) -> str | None:
+    return ", ".join(dict.fromkeys(str(item) for item in found if item is not None)) or None

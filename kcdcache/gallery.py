@@ -1,0 +1,162 @@
+"""The images themselves: most and least valuable samples, those that left, returned and stayed, and what was mixed."""
+
+import base64
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from jaxtyping import Float32, Int64
+from PIL import Image
+from torch import Tensor
+
+from kcdcache import data as datasets
+from kcdcache import history, mixing, views
+from kcdcache.config import ViewSettings
+from kcdcache.data import Dataset
+from kcdcache.errors import MismatchError, NotFoundError
+from kcdcache.findings import Run, Stage
+from kcdcache.tabular import printable
+
+SHOWN = 12
+"""images of a group, at most"""
+PAIRS = 8
+"""mixes shown, at most"""
+LARGEST = 96
+"""side of a shown image of a data set whose images differ in size, in pixels"""
+CPU = torch.device("cpu")
+
+
+class Shot(NamedTuple):
+    """One image with what is said below it."""
+
+    uri: str
+    """data URI of a PNG"""
+    lines: tuple[str, ...]
+
+
+class Strip(NamedTuple):
+    """A group of images."""
+
+    title: str
+    text: str
+    """what they have in common"""
+    shots: tuple[tuple[Shot, ...], ...]
+    """images that belong together stand together"""
+
+
+def load(spec: str, explicit: bool) -> Dataset:
+    """Return the data set a spec names; one that nobody named here (`explicit` False) is not downloaded for pictures.
+
+    Raises:
+        KcdcacheError: as `data.load`.
+        NotFoundError: it would have to be downloaded.
+    """
+    kind, location = datasets.parse(spec)[:2]
+    if kind.startswith("cifar") and not explicit:
+        dataset = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[kind]
+        folder = Path(location or datasets.CACHE).expanduser() / dataset.base_folder
+        if not folder.is_dir():
+            raise NotFoundError(f"{folder} is not there; give --data to download it or to name another place")
+    return datasets.load(spec)
+
+
+def strips(run: Run, data: Dataset) -> list[Strip]:
+    """Return the groups of images that tell what a run's condensation did.
+
+    Raises:
+        MismatchError: the data set is not the one the run was trained on; prints both digests.
+    """
+    _require_same(run, data)
+    valued = [stage for stage in run.stages if stage.values is not None][-1]
+    assert valued.values is not None
+    scores = history.scores(run, valued.values)
+    best, worst = (np.argsort(sign * scores, kind="stable")[:SHOWN] for sign in (-1, 1))
+    found = [
+        _group(data, valued, best, "Most valuable", "The student is least sure of these; they are kept."),
+        _group(data, valued, worst, "Least valuable", "The student knows these; they are dropped first."),
+    ]
+    for fate, mask in history.fates(history.parts(run)).items():
+        if mask.any():
+            chosen = _evenly(np.flatnonzero(mask), SHOWN)
+            title = f"{fate.capitalize()} ({int(mask.sum()):,} samples)"
+            found.append(_group(data, valued, chosen, title, f"{history.FATES[fate].capitalize()}."))
+    mixed = _mixes(run, data)
+    return [*found, mixed] if mixed else found
+
+
+def _require_same(run: Run, data: Dataset) -> None:
+    wanted, found = run.stages[0].manifest.data_digest, data.identity().digest
+    if wanted is None or wanted != found:
+        raise MismatchError(
+            f"'{data.name}' is not what {run.name} was trained on: its training split has the digest {found}, the "
+            f"run's {wanted}; give the run's own data set as --data"
+        )
+
+
+def _group(data: Dataset, stage: Stage, index: Int64[np.ndarray, " few"], title: str, text: str) -> Strip:
+    assert stage.values is not None
+    shots = [
+        (Shot(png(pixels), (_label(data, sample), f"#{sample}", f"V = {stage.values.value[sample]:.2f}")),)
+        for sample, pixels in zip(index.tolist(), _pixels(data, index), strict=True)
+    ]
+    return Strip(title, text, tuple(shots))
+
+
+def _mixes(run: Run, data: Dataset) -> Strip | None:
+    """Return kept image, partner and mix of some pairs of the last set that was trained on and has any."""
+    sets = [stage.manifest for stage in run.stages if stage.manifest.mixed.any() and stage.values is not None]
+    if not sets:
+        return None
+    chosen = sets[-1]
+    rows = np.flatnonzero(chosen.mixed)
+    rows = _evenly(rows[np.argsort(chosen.epsilon[rows], kind="stable")], PAIRS)
+    index, partner, epsilon = chosen.index[rows], chosen.partner[rows], chosen.epsilon[rows]
+    kept, dropped = _pixels(data, index), _pixels(data, partner)
+    mixed = mixing.mix_pixels(kept, dropped, torch.from_numpy(epsilon.copy()), run.record["settings"]["mix"])
+    shots = [
+        (
+            Shot(png(kept[row]), ("kept", _label(data, index[row]), f"#{index[row]}")),
+            Shot(png(dropped[row]), ("dropped", _label(data, partner[row]), f"#{partner[row]}")),
+            Shot(png(mixed[row]), ("mix", f"{100 * epsilon[row]:.0f} % of the", "dropped one")),
+        )
+        for row in range(len(rows))
+    ]
+    text = (
+        f"From the set of stage {chosen.stage}, from the smallest share mixed in to the largest: the kept image, the "
+        "dropped one that enriches it, and what the student sees (before augmentation)."
+    )
+    return Strip("Mixed into K_Aug", text, tuple(shots))
+
+
+def _pixels(data: Dataset, index: Int64[np.ndarray, " few"]) -> Float32[Tensor, "few c h w"]:
+    """Return images without augmentation, in [0, 1]."""
+    size = data.train.image_size
+    small = None if size and max(size) <= LARGEST else LARGEST
+    rule = views.rule_from(ViewSettings(augment="none", size=small), size)
+    return views.show(rule, data.train.source.images(index), views.parameters(rule, index, 0), CPU)
+
+
+def png(pixels: Float32[Tensor, "c h w"]) -> str:
+    """Return pixels in [0, 1] as the data URI of a PNG."""
+    levels = (pixels.permute(1, 2, 0) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+    stream = io.BytesIO()
+    Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else levels).save(stream, format="PNG")
+    return data_uri(stream.getvalue())
+
+
+def data_uri(content: bytes) -> str:
+    """Return a PNG's bytes as a data URI."""
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def _label(data: Dataset, sample: int) -> str:
+    name = printable(data.classes[int(data.train.labels[sample])])
+    return name if len(name) <= 24 else f"{name[:23]}…"
+
+
+def _evenly(index: Int64[np.ndarray, " n"], most: int) -> Int64[np.ndarray, " few"]:
+    """Return at most so many of some samples, evenly spaced in their order."""
+    return index[np.unique(np.linspace(0, len(index) - 1, min(most, len(index))).round().astype(np.int64))]

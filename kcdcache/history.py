@@ -1,0 +1,105 @@
+"""What became of every sample over a run's stages: kept, enriched, dropped, back again; and how far runs agree."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int8
+from scipy.stats import rankdata
+
+from kcdcache import values
+from kcdcache.findings import Run
+from kcdcache.manifest import Manifest
+from kcdcache.values import Values
+
+DROPPED, KEPT, MIXED = 0, 1, 2
+FATES = {
+    "stayed": "kept in every stage",
+    "left": "kept at first, dropped at some stage, never back",
+    "returned": "dropped at some stage, kept again, and kept in the last set",
+    "unsteady": "dropped, kept again, and dropped in the last set",
+    "joined": "not in the first set, taken up later and kept from then on",
+    "never": "in no set",
+}
+"""what can become of a sample -> what that means; every sample has exactly one"""
+
+
+class Turnover(NamedTuple):
+    """How one set differs from the one before it, in samples."""
+
+    stayed: int
+    """kept in both"""
+    left: int
+    """kept before, dropped now"""
+    returned: int
+    """kept now and in some earlier set, but not in the one before"""
+    new: int
+    """kept now for the first time; in the first set that is all of it"""
+
+
+def part_of(chosen: Manifest) -> Int8[np.ndarray, " n"]:
+    """Return 0 (dropped), 1 (kept as it is, K_1H) or 2 (kept and enriched, K_Aug) for each of all N samples."""
+    found = np.full(chosen.count, DROPPED, np.int8)
+    found[chosen.index] = np.where(chosen.mixed, MIXED, KEPT)
+    return found
+
+
+def parts(run: Run) -> Int8[np.ndarray, "sets n"]:
+    """Return `part_of` each of the run's sets, the exported one last."""
+    return np.stack([part_of(stage.manifest) for stage in run.stages])
+
+
+def turnover(found: Int8[np.ndarray, "sets n"]) -> list[Turnover]:
+    """Return how each set differs from the one before it."""
+    kept = found > DROPPED
+    ever = np.zeros(kept.shape[1], bool)
+    rows = []
+    for number, now in enumerate(kept):
+        before = kept[number - 1] if number else np.zeros_like(now)
+        counts = (now & before, before & ~now, now & ~before & ever, now & ~ever)
+        rows.append(Turnover(*(int(mask.sum()) for mask in counts)))
+        ever |= now
+    return rows
+
+
+def fates(found: Int8[np.ndarray, "sets n"]) -> dict[str, Bool[np.ndarray, " n"]]:
+    """Return fate -> which samples had it, in the order of FATES; every sample has exactly one."""
+    kept = found > DROPPED
+    ever, last = kept.any(axis=0), kept[-1]
+    earlier = np.logical_or.accumulate(kept, axis=0)
+    back = (kept[1:] & ~kept[:-1] & earlier[:-1]).any(axis=0)
+    return {
+        "stayed": kept.all(axis=0),
+        "left": ever & ~last & ~back,
+        "returned": back & last,
+        "unsteady": back & ~last,
+        "joined": last & ~back & ~kept.all(axis=0),
+        "never": ~ever,
+    }
+
+
+def scores(run: Run, found: Values) -> Float[np.ndarray, " n"]:
+    """Return value * visits^alpha by the run's own settings (Eq. 13), the higher the likelier kept."""
+    settings: Mapping[str, Any] = run.record["settings"]
+    return values.score(found, float(settings.get("cost_exponent", 0.0)), str(settings.get("unseen", "first")))
+
+
+def percentiles(run: Run, found: Values) -> Float[np.ndarray, " n"]:
+    """Return each sample's place among all by score, from 0 (least valuable) to 1 (most); ties share their mean."""
+    ranks: Float[np.ndarray, " n"] = rankdata(scores(run, found)) - 1
+    return ranks / max(1, len(ranks) - 1)
+
+
+def hamming(runs: Sequence[Run]) -> Float[np.ndarray, "runs runs"]:
+    """Return the share of all samples that the last set of one run keeps and that of the other does not, in [0, 1].
+
+    Source: Fig. 3c of Knowledge Condensation Distillation (arXiv 2207.05409): distance of final value labels.
+    """
+    kept = [part_of(run.stages[-1].manifest) > DROPPED for run in runs]
+    return np.array([[float(np.mean(one != other)) for other in kept] for one in kept]).reshape(len(kept), len(kept))
+
+
+def by_chance(one: Manifest, other: Manifest) -> float:
+    """Return the distance to expect of two random sets of these sizes: a (1 - b) + b (1 - a) for shares a and b."""
+    a, b = len(one) / one.count, len(other) / other.count
+    return a * (1 - b) + b * (1 - a)

@@ -1,0 +1,297 @@
+"""One self-contained HTML file of finished runs, with the same numbers as JSON and CSV; made from their files alone."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from kcdcache import __version__, accounts, figures, findings, gallery, history, provenance, stagefigures
+from kcdcache.errors import KcdcacheError, MismatchError, SettingsError
+from kcdcache.figures import Picture
+from kcdcache.files import read_bytes, readable_json, write_atomic
+from kcdcache.findings import Findings, Run
+from kcdcache.gallery import Strip
+from kcdcache.tabular import Table, printable
+
+logger = logging.getLogger(__name__)
+
+ABOUT = "kcdcache report"
+SCHEMA_VERSION = 0
+TEMPLATE = Path(__file__).with_name("report.html")
+MOST_RUNS = 4
+"""runs whose stages are drawn: the first seed of each row that condenses"""
+BRIEF = ("row", "model", "n", "accuracy_last", "accuracy_last_std", "accuracy_best", "relative_cost", "seconds")
+"""columns of the results that fit a terminal"""
+WORDS = {
+    "knowledge point": "one augmented view of one training image, with what the teacher says of it",
+    "store": "the file store of all knowledge points: the teacher runs once, students read from it",
+    "stage": "some epochs on one set of samples; between stages the set is made anew from the samples' values",
+    "value V": "mean entropy (in nats) of the student's answers on a sample so far: how unsure it still is",
+    "K_1H": "samples of a set that are kept as they are",
+    "K_Aug": "less valuable samples of a set that are kept, but enriched with a share (epsilon) of a dropped sample",
+    "K_0": "dropped samples, from which those shares come",
+    "relative cost": "student samples forwarded, divided by samples x epochs of full training",
+    "seed": "start of all random choices; runs of the same seed are paired",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A chapter of the report."""
+
+    key: str
+    title: str
+    look: str
+    """what a newcomer should look at"""
+    tables: Sequence[Table] = ()
+    pictures: Sequence[Picture] = ()
+    strips: Sequence[Strip] = ()
+    folded: Sequence[Table] = ()
+    """tables shown when asked for"""
+    notes: Sequence[str] = field(default=())
+
+
+def write(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    data: str | None = None,
+    reference: str | None = None,
+    json_file: Path | None = None,
+    csv: Path | None = None,
+) -> dict[str, Any]:
+    """Write the report of the runs at some paths to `out`; return all its numbers, its path and its main table.
+
+    `paths` are run folders, or folders of runs such as a recipe's. `data` is the data spec for the images (by default
+    the recipe's, where it can be loaded); `reference` the step others are compared with. `json_file` and `csv` (a
+    folder, one file per table) get the same numbers, unrounded. The same runs give the same bytes.
+
+    Raises:
+        NotFoundError, MismatchError: a path holds no run; `out` holds something else than a report.
+        SettingsError: `out` does not end in .html, or the reference is no row.
+    """
+    _require_free(out, json_file, csv)
+    found = findings.read(paths)
+    tables = _tables(found, reference)
+    sections = [section for section in _sections(found, tables, data) if _any(section)]
+    document = _document(found, tables, sections)
+    content = _html(document, tables, sections).encode()
+    if csv is not None:
+        csv.mkdir(parents=True, exist_ok=True)
+        for table in tables.values():
+            write_atomic(csv / f"{table.key}.csv", table.csv().encode())
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(json_file, readable_json(document))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, content)
+    logger.info("report: %d runs in %s", len(found.runs), out)
+    return {"report": str(out), "table": _brief(found, tables), "files": str(out), **document}
+
+
+def _require_free(out: Path, json_file: Path | None, csv: Path | None) -> None:
+    """Refuse to overwrite anything but a report of ours."""
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise SettingsError(f"--out is an HTML file; found {out}: end its name in .html")
+    if json_file is not None and json_file.suffix.lower() != ".json":
+        raise SettingsError(f"--json-file is a JSON file; found {json_file}: end its name in .json")
+    for path in (out, json_file):
+        if path is not None and path.exists() and ABOUT.encode() not in read_bytes(path)[:400]:
+            raise MismatchError(f"{path} is there already and is no report of kcdcache; give another name")
+    if csv is not None and csv.exists():
+        others = [path.name for path in csv.iterdir() if path.suffix != ".csv"] if csv.is_dir() else [csv.name]
+        if others:
+            raise MismatchError(f"--csv {csv} holds {others[0]}; give a new folder, or one with CSV files only")
+
+
+def _tables(found: Findings, reference: str | None) -> dict[str, Table]:
+    made = (
+        provenance.troubles(found), accounts.results(found), accounts.differences(found, reference),
+        accounts.cost(found), accounts.curves(found), accounts.stages(found), accounts.fates(found),
+        accounts.classes(found), accounts.distances(found), provenance.runs(found), provenance.settings(found),
+        provenance.identities(found),
+    )  # fmt: skip
+    return {table.key: table for table in made}
+
+
+def _sections(found: Findings, tables: dict[str, Table], data: str | None) -> list[Section]:
+    chosen = _chosen(found)
+    return [
+        _results(tables),
+        _learning(tables),
+        *([_condensation(tables, chosen), _samples(tables, chosen), _images(found, chosen, data)] if chosen else []),
+        _agreement(found, tables),
+        _cost(tables),
+        _provenance(tables),
+    ]
+
+
+def _any(section: Section) -> bool:
+    return bool(section.tables or section.pictures or section.strips or section.folded or section.notes)
+
+
+def _chosen(found: Findings) -> list[tuple[str, Run]]:
+    """Return (row's name, run) of the first run of each row whose sets differ from stage to stage."""
+    names = accounts.labels(found)
+    first = [(key, [run for run in runs if run.condenses]) for key, runs in found.rows().items()]
+    return [(f"{names[key]}, seed {runs[0].seed}", runs[0]) for key, runs in first if runs][:MOST_RUNS]
+
+
+def _results(tables: dict[str, Table]) -> Section:
+    forest = figures.forest(tables["differences"].rows)
+    return Section(
+        key="results", title="Results",
+        look="Compare the accuracy of the condensed student with that of the row that keeps everything, and with its "
+        "relative cost: condensation pays where it loses no accuracy, or little, at a clearly lower cost. Then see in "
+        "the differences whether the seeds suffice to say so.",
+        tables=[table for name in ("results", "differences") if (table := tables[name]).rows],
+        pictures=[forest] if forest else [],
+    )  # fmt: skip
+
+
+def _learning(tables: dict[str, Table]) -> Section:
+    rows = tables["curves"].rows
+    return Section(
+        key="learning", title="How the students learned",
+        look="Where do the lines end, and how far to the right? A line that ends as high but further left reached the "
+        "same accuracy with fewer samples.",
+        pictures=[figures.accuracy(rows), figures.training(rows)] if rows else [],
+    )  # fmt: skip
+
+
+def _condensation(tables: dict[str, Table], chosen: list[tuple[str, Run]]) -> Section:
+    pictures = [stagefigures.sizes(chosen), stagefigures.bands(chosen), stagefigures.classes(chosen)]
+    return Section(
+        key="condensation", title="What condensation kept",
+        look="After each stage the samples are ranked by their value, the best are kept, and the worst of those kept "
+        "are enriched with a little of a dropped one. See the kept share shrink, the values part, and whether some "
+        "classes are thinned more than others (classes the student knows well are).",
+        pictures=[picture for picture in pictures if picture], folded=[tables["stages"]],
+    )  # fmt: skip
+
+
+def _samples(tables: dict[str, Table], chosen: list[tuple[str, Run]]) -> Section:
+    patterns = [stagefigures.pattern(name, run) for name, run in chosen if _valued(run)]
+    return Section(
+        key="samples", title="Which samples leave, return and stay",
+        look="Dropping is not for ever: all samples compete again in every stage (unless --candidates current). A "
+        "dropped one keeps its value while those of others fall as they are learned, so it comes back once theirs lie below.",
+        tables=[tables["fates"]], pictures=[stagefigures.turnover(chosen), *patterns],
+    )  # fmt: skip
+
+
+def _valued(run: Run) -> bool:
+    return any(stage.values is not None for stage in run.stages)
+
+
+def _images(found: Findings, chosen: list[tuple[str, Run]], data: str | None) -> Section:
+    """Return the images of the first run of each data set that can be loaded, or why there are none."""
+    strips: list[Strip] = []
+    notes: list[str] = []
+    specs = {grid.path: grid.data for grid in found.grids}
+    for name, run in chosen:
+        spec = data or specs.get(run.grid)
+        if spec is None:
+            notes.append(f"{name}: no images, because its folder has no results.json that names the data; give --data")
+            continue
+        try:
+            strips += [strip._replace(title=f"{strip.title} ({name})") for strip in _strips(run, spec, data)]
+        except KcdcacheError as error:
+            notes.append(f"{name}: no images, because the data '{spec}' cannot be used: {error}")
+    return Section(
+        key="images", title="The images themselves",
+        look="Valuable images should look hard, atypical or ambiguous, the least valuable ones plain. Below each stand "
+        "its number in the training split, its class and its value in nats.",
+        strips=strips, notes=notes,
+    )  # fmt: skip
+
+
+def _strips(run: Run, spec: str, asked: str | None) -> list[Strip]:
+    return gallery.strips(run, gallery.load(spec, explicit=asked is not None)) if _valued(run) else []
+
+
+def _agreement(found: Findings, tables: dict[str, Table]) -> Section:
+    groups = accounts.same_data(accounts.condensed(found))
+    pictures = [
+        figures.distance_matrix([name for name, _ in group], history.hamming([run for _, run in group]))
+        for group in groups
+    ]
+    return Section(
+        key="agreement", title="Do runs keep the same samples?",
+        look="Value is what a sample is worth to one student. If two seeds, or two students, keep nearly the same set "
+        "(dark), that set can be reused for others.",
+        pictures=pictures, folded=[tables["distances"]] if groups else [],
+    )  # fmt: skip
+
+
+def _cost(tables: dict[str, Table]) -> Section:
+    rows = tables["cost"].rows
+    return Section(
+        key="cost", title="What it cost",
+        look="Without a store the teacher would be paid again in every epoch of every student. Which of the columns is "
+        "the large one here, and which does condensation make smaller?",
+        tables=[tables["cost"]] if rows else [], pictures=[figures.costs(rows)] if rows else [],
+    )  # fmt: skip
+
+
+def _provenance(tables: dict[str, Table]) -> Section:
+    return Section(
+        key="provenance", title="Where the numbers come from",
+        look="Every number above was computed from files whose digests were checked first. With the commit, command "
+        "and settings below the runs can be made again.",
+        tables=[tables["runs"]] if tables["runs"].rows else [],
+        folded=[table for name in ("settings", "identities") if (table := tables[name]).rows],
+    )  # fmt: skip
+
+
+def _document(found: Findings, tables: dict[str, Table], sections: Sequence[Section]) -> dict[str, Any]:
+    """Return all that the report says as JSON values."""
+    told = [picture for section in sections for picture in section.pictures]
+    strips = [strip for section in sections for strip in section.strips]
+    return {
+        "about": ABOUT,
+        "schema_version": SCHEMA_VERSION,
+        "kcdcache": __version__,
+        "title": " + ".join(dict.fromkeys(grid.title for grid in found.grids)),
+        "summary": _summary(found),
+        "notes": provenance.mixed_rows(found),
+        "tables": {key: table.document() for key, table in tables.items()},
+        "figures": [{"key": p.key, "title": p.title, "caption": p.caption} for p in told],
+        "images": [
+            {"title": s.title, "texts": [", ".join(shot.lines) for group in s.shots for shot in group]} for s in strips
+        ],
+    }
+
+
+def _summary(found: Findings) -> str:
+    count, rows = len(found.runs), len(found.rows())
+    told = f"{count} finished run{'s' * (count != 1)} in {rows} row{'s' * (rows != 1)}."
+    states = [trouble.state for trouble in found.troubles]
+    left_out = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    return f"{told} Not in the numbers: {left_out} (listed below)." if left_out else told
+
+
+def _html(document: dict[str, Any], tables: dict[str, Table], sections: Sequence[Section]) -> str:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_safe)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=document["title"], summary=document["summary"], notes=document["notes"], troubles=tables["troubles"],
+        sections=sections, words=WORDS, version=__version__, uri=gallery.data_uri,
+    )  # fmt: skip
+
+
+def _safe(value: Any) -> Any:
+    """Return what the template shows: texts in one line, without control or bidirectional characters."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _brief(found: Findings, tables: dict[str, Table]) -> str:
+    """Return title, main table and what is not in it, as text for a terminal."""
+    results = tables["results"]
+    columns = tuple(column for column in results.columns if column.name in BRIEF)
+    title = " + ".join(dict.fromkeys(printable(grid.title) for grid in found.grids))
+    left_out = [f"not in it: {printable(str(t.path))} is {t.state} ({printable(t.error)})" for t in found.troubles]
+    return "\n".join([title, "", replace(results, columns=columns).text(), *left_out])
