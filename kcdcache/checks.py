@@ -12,6 +12,7 @@ from torch import Tensor
 from kcdcache import (
     audit,
     batches,
+    condensed,
     config,
     inspection,
     layout,
@@ -100,6 +101,7 @@ def mend(path: Path, *, data: str | None = None, progress: Progress = silent, **
 
 
 REMEDIES: Mapping[str, str] = {
+    "condensed": "fetch the folder again, or export it again into a new one",
     "run": "run its command again, which resumes from the checkpoint; where that is damaged, into a new folder",
     "manifest": "condense again from the values it was made from",
     "values": "run the command of its run again",
@@ -235,7 +237,16 @@ def _network(path: Path, depth: Depth) -> dict[str, Any]:
     return {"problems": 0}
 
 
+def _condensed(path: Path, depth: Depth) -> dict[str, Any]:
+    if found := condensed.problems(path, share=depth.share, seed=depth.seed):
+        shown = "\n  ".join(found[:20])
+        raise CorruptionError(f"{path}: {len(found)} problems\n  {shown}")
+    opened = condensed.open(path)
+    return {"rows": opened.knowledge.plan.count, "kept": len(opened.manifest), "problems": 0}
+
+
 CHECKS: Mapping[str, Callable[[Path, Depth], dict[str, Any]]] = {
+    "condensed": _condensed,
     "store": _store,
     "run": _run,
     "manifest": lambda path, depth: {"rows": len(manifest.read(path)), "problems": 0},

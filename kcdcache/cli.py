@@ -158,6 +158,8 @@ def _settings_command(name: str) -> click.Command:
         settings = config.make(model, {key: value for key, value in values.items() if value is not None})
         if name == "condense":  # stays free of torch and zarr
             return importlib.import_module("kcdcache.condenser").run(settings, dry_run=dry_run)
+        if name == "export":
+            return importlib.import_module("kcdcache.export").run(settings, _Reporter(), dry_run=dry_run)
         return importlib.import_module("kcdcache.steps").STEPS[name][1](settings, _Reporter(), dry_run=dry_run)
 
     return _command(name, options, work)
@@ -238,6 +240,14 @@ def _inspect_command() -> click.Command:
     return _command("inspect", [click.Argument(["path"])], work)
 
 
+def _diff_command() -> click.Command:
+    def work(a: str, b: str) -> dict[str, Any]:
+        found: dict[str, Any] = importlib.import_module("kcdcache.difference").run(Path(a), Path(b))
+        return found
+
+    return _command("diff", [click.Argument(["a"]), click.Argument(["b"])], work)
+
+
 def _verify_command() -> click.Command:
     from kcdcache import config
 
@@ -279,6 +289,8 @@ BUILDERS: Mapping[str, Callable[[], click.Command]] = {
     "train": lambda: _settings_command("train"),
     "condense": lambda: _settings_command("condense"),
     "methods": _methods_command,
+    "export": lambda: _settings_command("export"),
+    "diff": _diff_command,
     "report": _report_command,
     "inspect": _inspect_command,
     "verify": _verify_command,

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torchvision
 from jaxtyping import Int64, UInt8
 
-from kcdcache import rng
+from kcdcache import partial, rng
 from kcdcache.archives import read_npz
 from kcdcache.config import nearest
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, UnsafeError
@@ -31,8 +31,6 @@ CACHE = Path("~/.cache/kcdcache")
 """Where downloads go unless the spec names a folder."""
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 """File names that `folder:` takes for images, in lower case."""
-
-
 _CIFAR = {
     "cifar10": Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": Statistics((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
@@ -138,7 +136,7 @@ def load(spec: str) -> Dataset:
     classes = loaded.classes or tuple(str(label) for label in range(int(train.labels.max()) + 1))
     for split in (train, test):
         _require_in_range(split, len(classes))
-    if parsed.train is None or loaded.classes is None:
+    if (parsed.train is None and parsed.kind != "condensed") or loaded.classes is None:
         _require_all_classes(train, classes, spec)
     return Dataset(spec, _settled(train), _settled(test), classes, loaded.statistics)
 
@@ -172,7 +170,7 @@ def _first(split: Split, limit: int | None, what: str) -> Split:
 
 def _settled(split: Split) -> Split:
     source = split.source
-    return Split(split.labels, decode_once(source)) if isinstance(source, EncodedImages) else split
+    return Split(split.labels, decode_once(source)) if type(source) is EncodedImages else split
 
 
 def _require_in_range(split: Split, count: int) -> None:
@@ -396,5 +394,7 @@ LOADERS: dict[str, Callable[[DataSpec], _Loaded]] = {
     "folder": _folder,
     "parquet": _parquet,
     "arrays": _arrays,
+    "condensed": lambda spec: _Loaded(*partial.load(spec.path)),
 }
 _USAGE = {"folder": "folder:DIR", "parquet": "parquet:DIR[#label_column]", "arrays": "arrays:FILE.npz"}
+_USAGE["condensed"] = "condensed:DIR"

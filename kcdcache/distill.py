@@ -35,6 +35,8 @@ class Material:
     """needed for mix_target = requery only"""
     requeried: tuple[Path, ...] = ()
     """stores of the teacher's outputs on mixes, made before; used where they fit"""
+    baked: Path | None = None
+    """store of the targets of `given`'s mixes, made at the run's temperature; used instead of mixing"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +278,8 @@ def _points(knowledge: store.Store) -> int:
 def _requery(going: _Run, stage: schedule.Stage, current: Manifest) -> Path | None:
     """Run the teacher on the stage's mixes in the views it will use, unless that is done or not asked for."""
     needs = going.fields
+    if going.material.baked is not None:
+        return going.material.baked if needs and current.mixed.any() else None
     if going.settings.mix_target != "requery" or not needs or not current.mixed.any():
         return None
     knowledge, teacher = going.material.knowledge, going.material.teacher

@@ -7,8 +7,10 @@ SUMMARIES = {
     "train": "Train a student from a store, condensing between stages (Algorithm 1).",
     "methods": "List the distillation methods: what each reads of the teacher, bytes per sample, source.",
     "condense": "Turn values into the next condensed set (a manifest).",
+    "export": "Write a condensed set and the knowledge it needs as one folder, for another machine or the hub.",
+    "diff": "Compare two condensed sets, runs stage by stage, or exported sets.",
     "report": "Write one HTML file that shows what finished runs did: tables, figures, images, provenance.",
-    "inspect": "Tell what a store, manifest, values file, run or network holds.",
+    "inspect": "Tell what a store, manifest, values file, run, exported set or network holds.",
     "verify": "Check whether what lies there is what was written; with a teacher, compute points again.",
 }
 """command -> its line in `kcdcache --help`, which must not import what the commands need"""
@@ -28,6 +30,12 @@ EXAMPLES = {
         "kcdcache condense --values runs/kcd/values.parquet --store runs/store --keep 0.5 --out half.parquet",
     ),
     "methods": ("kcdcache methods", "kcdcache methods --teacher resnet32x4 --student ShuffleV2 --encoding top:16"),
+    "export": (
+        "kcdcache export --manifest runs/kcd --store runs/store --out runs/set --license cc-by-4.0",
+        "kcdcache export --manifest half.parquet --store runs/store --out runs/set --data cifar100 --with-images",
+        "kcdcache train --condensed runs/set --data cifar100 --student resnet8x4 --out runs/student",
+    ),
+    "diff": ("kcdcache diff runs/kcd runs/other", "kcdcache diff half.parquet runs/kcd/stages/6/manifest.parquet"),
     "report": (
         "kcdcache report runs/digits --out digits.html",
         "kcdcache report runs/kd runs/kcd --out both.html --data cifar100 --json-file both.json --csv both",

@@ -1,10 +1,10 @@
-"""What a path holds: store, manifest, values, run or network, told without torch, zarr or images."""
+"""What a path holds: store, manifest, values, run, exported set or network, told without torch, zarr or images."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kcdcache import identity, ledger, manifest, tables, values
+from kcdcache import exported, identity, ledger, manifest, tables, values
 from kcdcache.errors import MismatchError, NotFoundError, UnfinishedError
 from kcdcache.files import MOST_FILE_BYTES, MOST_JSON_BYTES, digest_of, read_bytes, read_object, sha256_file
 
@@ -27,7 +27,8 @@ def inspect(path: Path) -> dict[str, Any]:
 def id_of(path: Path) -> str | None:
     """Return what names this content and no other: who has it from a trusted place can expect it.
 
-    The SHA-256 of a store's last commit, the digest of a manifest or values file, the SHA-256 of a network's weights or
+    The SHA-256 of a store's last commit, the digest of a manifest or values file, that over an exported set's record,
+    which names its files, the SHA-256 of a network's weights or
     of a finished run's summary; None for what is not finished or made by another tool.
 
     Raises:
@@ -51,7 +52,7 @@ def require_ids(paths: Iterable[Path], expected: Collection[str] | None) -> None
 
 
 def kind_of(path: Path) -> str:
-    """Return what a path holds: store, run, manifest, values or network.
+    """Return what a path holds: condensed (an exported set), store, run, manifest, values or network.
 
     Raises:
         NotFoundError: there is nothing.
@@ -63,6 +64,8 @@ def kind_of(path: Path) -> str:
     for kind, fits in KINDS.items():
         if fits(path):
             return kind
+    if (path / exported.STORE / ledger.FOLDER).is_dir():
+        exported.read(path)  # says that its export was cut short
     raise MismatchError(f"{path} is no store, manifest, values file, run or network of kcdcache")
 
 
@@ -73,6 +76,7 @@ def _parquet_keys(path: Path) -> set[str]:
 
 
 KINDS: Mapping[str, Callable[[Path], bool]] = {
+    "condensed": lambda path: (path / exported.RECORD).exists(),
     "store": lambda path: (path / ledger.FOLDER).is_dir(),
     "run": lambda path: (path / "run.json").exists(),
     "manifest": lambda path: manifest.METADATA_KEY in _parquet_keys(path),
@@ -197,7 +201,36 @@ def _network(path: Path) -> dict[str, Any]:
     return read_object(record)
 
 
+def _condensed(path: Path) -> dict[str, Any]:
+    record = exported.read(path)
+    content, data = record.content, record.knowledge.data
+    exported.require_file(record, exported.MANIFEST)
+    chosen = manifest.read(record.place(exported.MANIFEST), data.count)
+    return {
+        "format_version": exported.FORMAT_VERSION,
+        "rows": content.rows,
+        **_contents(content.layout),
+        "samples": data.count,
+        "baked": None if content.baked is None else content.baked.model_dump(),
+        "images": content.images is not None,
+        "bytes": _bytes(record),
+        "license": content.licence,
+        "manifest": manifest.summary(chosen),
+        "made": record.made,
+        "knowledge_id": content.knowledge_id,
+        "knowledge": content.knowledge,
+    }
+
+
+def _bytes(record: exported.Record) -> int:
+    """Return the bytes of an exported set: of its files, and of the chunks of its stores."""
+    inside = (exported.STORE, exported.MIXES) if record.content.baked else (exported.STORE,)
+    chunks = sum(_store(record.place(part))["bytes"] for part in inside)
+    return int(chunks) + sum(size for size, _ in record.content.files.values())
+
+
 TELLERS: Mapping[str, Callable[[Path], dict[str, Any]]] = {
+    "condensed": _condensed,
     "store": _store,
     "run": _run,
     "manifest": lambda path: manifest.summary(manifest.read(path)),
@@ -218,6 +251,7 @@ def _values_id(path: Path) -> str | None:
 
 
 IDS: Mapping[str, Callable[[Path], str | None]] = {
+    "condensed": lambda path: exported.read(path).id,
     "store": _store_id,
     "run": lambda path: (
         sha256_file(path / "summary.json", MOST_JSON_BYTES) if (path / "summary.json").exists() else None

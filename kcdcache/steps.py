@@ -9,6 +9,7 @@ from typing import Any, cast, get_args
 
 from kcdcache import (
     commands,
+    condensed,
     condenser,
     config,
     distill,
@@ -102,21 +103,15 @@ def precompute_store(command: commands.PrecomputeCommand, progress: Progress, dr
 
 def train(command: commands.TrainCommand, progress: Progress, dry_run: bool = False) -> Result:
     """Run Algorithm 1, or a part of it; return the summary, or with `dry_run` the stages and their expected cost."""
-    inspection.require_ids((path for path in (command.store, command.manifest) if path), command.expect_id)
-    data, knowledge = load_data(command.data), store.open(command.store)
+    places = (command.store, command.manifest, command.condensed)
+    inspection.require_ids((path for path in places if path), command.expect_id)
+    if command.condensed is not None and "stages" not in command.model_fields_set:
+        command = command.model_copy(update={"stages": 1})
     settings = _with_recipe(config.part(config.TrainSettings, command), command.model_fields_set)
     if not settings.student:
         raise SettingsError("--student is missing: name the network to train, for example --student resnet8")
-    given = None
-    if command.manifest is not None:
-        given = matching.accept(manifest.read(command.manifest, knowledge.count), knowledge, command.transfer)
-    network = None
-    if command.teacher is not None and settings.mix_target == "requery":
-        network = load_teacher(
-            command, data, precision_of(knowledge.knowledge, knowledge.path), command.device, command.threads
-        )
-    made = (requery.path_for(command.manifest),) if command.manifest else ()
-    material = distill.Material(data=data, knowledge=knowledge, given=given, teacher=network, requeried=made)
+    material = _material(command, settings)
+    knowledge = material.knowledge
     if 3 * knowledge.views < settings.epochs and settings.method != "ce":
         logger.warning(FEW_VIEWS, knowledge.views, settings.epochs)
     if dry_run:
@@ -130,6 +125,62 @@ def train(command: commands.TrainCommand, progress: Progress, dry_run: bool = Fa
         threads=command.threads,
         allow_env_change=command.allow_env_change,
         progress=progress,
+    )
+
+
+def _material(command: commands.TrainCommand, settings: config.TrainSettings) -> distill.Material:
+    """Return what a student learns from: a store, perhaps with a manifest, or an exported set.
+
+    Raises:
+        SettingsError: neither is named, or both are.
+    """
+    if command.condensed is not None:
+        return _exported_material(command, settings, command.condensed)
+    if command.store is None:
+        raise SettingsError("train needs knowledge: --store with the folder of a store, or --condensed with that of an "
+                            "exported set")  # fmt: skip
+    data, knowledge = load_data(command.data), store.open(command.store)
+    given = None
+    if command.manifest is not None:
+        given = matching.accept(manifest.read(command.manifest, knowledge.count), knowledge, command.transfer)
+    made = (requery.path_for(command.manifest),) if command.manifest else ()
+    return distill.Material(
+        data=data,
+        knowledge=knowledge,
+        given=given,
+        teacher=_asked_teacher(command, settings, data, knowledge),
+        requeried=made,
+    )
+
+
+def _exported_material(command: commands.TrainCommand, settings: config.TrainSettings, path: Path) -> distill.Material:
+    """Return what a student learns from an exported set.
+
+    Raises:
+        SettingsError: something is given beside it that it brings itself, or its baked targets do not fit.
+    """
+    if ignored := command.model_fields_set & {"store", "manifest", "transfer"}:
+        raise SettingsError(f"--{min(ignored)} does nothing beside --condensed, which brings its own; leave it out")
+    opened, data = condensed.open(path), load_data(command.data)
+    if opened.mixes is not None:
+        condensed.require_served(opened, settings, methods.choose(settings))
+    return distill.Material(
+        data=data,
+        knowledge=opened.knowledge,
+        given=opened.manifest,
+        teacher=_asked_teacher(command, settings, data, opened.knowledge),
+        baked=opened.mixes,
+    )
+
+
+def _asked_teacher(
+    command: commands.TrainCommand, settings: config.TrainSettings, data: datasets.Dataset, knowledge: store.Store
+) -> teacher.Teacher | None:
+    """Return the teacher if mixed images are to be shown to it and one is named."""
+    if command.teacher is None or settings.mix_target != "requery":
+        return None
+    return load_teacher(
+        command, data, precision_of(knowledge.knowledge, knowledge.path), command.device, command.threads
     )
 
 

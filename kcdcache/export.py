@@ -1,0 +1,365 @@
+"""A condensed set written as one self-contained folder that another machine can train from."""
+
+import io
+import logging
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Int64
+from PIL import Image
+
+from kcdcache import (
+    batches,
+    condensed,
+    encoding,
+    exported,
+    inspection,
+    layout,
+    manifest,
+    matching,
+    steps,
+    store,
+    writer,
+)
+from kcdcache.card import card
+from kcdcache.commands import ExportCommand
+from kcdcache.data import Dataset
+from kcdcache.errors import MismatchError, SettingsError
+from kcdcache.exported import Baked, Content, Images
+from kcdcache.files import canonical_json, create_filled, remove_leftovers, write_atomic
+from kcdcache.identity import Knowledge
+from kcdcache.images import DECODED_BYTES, DecodedImages, Split
+from kcdcache.layout import Part, StorePlan
+from kcdcache.loop import Progress, silent
+from kcdcache.manifest import Manifest
+from kcdcache.mixing import mix_probabilities
+from kcdcache.partial import PartialImages
+from kcdcache.runs import LIBRARIES
+from kcdcache.untrusted import require_no_links
+
+logger = logging.getLogger(__name__)
+
+Rows = dict[str, np.ndarray]
+MODES = {1: "L", 3: "RGB"}
+"""channels -> what Pillow calls such images"""
+GROUP_ROWS = 1000
+"""images a row group"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What will be written, decided before anything is."""
+
+    command: ExportCommand
+    source: store.Store
+    chosen: Manifest
+    needed: Int64[np.ndarray, " needed"]
+    """samples whose images training looks at: kept ones and partners"""
+    held: Int64[np.ndarray, " rows"]
+    """samples whose own outputs it holds"""
+    store: StorePlan
+    baked: Baked | None
+    mixes: StorePlan | None
+    """plan of the baked targets"""
+    data: Dataset | None
+
+
+def run(command: ExportCommand, progress: Progress = silent, dry_run: bool = False) -> dict[str, Any]:
+    """Write a condensed set with the knowledge it needs into one folder; return rows and bytes against the full store.
+
+    The record condensed.json is written last: before it, nothing accepts the folder, and the same command goes on and
+    ends in the same bytes. A finished export is left as it is.
+
+    Raises:
+        MismatchError: set, store and data were not made for each other.
+        SettingsError: settings contradict each other, or the folder holds something else.
+    """
+    plan = _planned(command)
+    figures = _figures(plan)
+    if dry_run:
+        return {"would": "export", **figures, "out": str(command.out)}
+    if (found := _finished(plan)) is not None:
+        logger.info("export: %s is finished already", command.out)
+        return {"kind": "condensed", "id": found.id, **figures, "out": str(command.out), "already": True}
+    _require_place(plan)
+    made = _write(plan, progress)
+    written = sum(file.stat().st_size for file in command.out.rglob("*") if file.is_file())
+    return {"kind": "condensed", "id": made, **figures, "bytes_on_disk": written, "out": str(command.out)}
+
+
+def _planned(command: ExportCommand) -> _Plan:
+    inspection.require_ids((command.manifest, command.store), command.expect_id)
+    source = store.open(command.store)
+    if not source.knowledge.whole:
+        raise MismatchError(f"{source.path} does not hold the samples of a whole data set; export from the full store")
+    path = command.manifest
+    chosen = manifest.read(steps.condensed_set(path) if path.is_dir() else path, source.count)
+    manifest.require_knowledge(chosen, source.knowledge_id)
+    manifest.require_usable(chosen, source.skipped)
+    baked = _baked(command, chosen, source)
+    needed = batches.needed_rows(chosen)
+    # a store has at least one row, also where all targets are baked
+    held = needed if baked is None else (chosen.index[~chosen.mixed] if not chosen.mixed.all() else needed[:1])
+    views = source.views if command.views is None else command.views
+    if views > source.views:
+        raise SettingsError(f"--views {views}: {source.path} holds {source.views} views")
+    data = _data(command, source)
+    how = {"compression": command.compression, "batch_size": source.plan.batch_size}
+    forms = list(source.plan.fields.values()) if baked is None else [source.plan.fields["logits"]]
+    mixed = None if baked is None else layout.plan_store(int(chosen.mixed.sum()), views, [_baked_form(source)], **how)
+    return _Plan(
+        command=command, source=source, chosen=chosen, needed=needed, held=held, baked=baked, data=data, mixes=mixed,
+        store=layout.plan_store(len(held), views, forms, **how),
+    )  # fmt: skip
+
+
+def _baked(command: ExportCommand, chosen: Manifest, source: store.Store) -> Baked | None:
+    if not command.bake:
+        if command.temperature is not None:
+            raise SettingsError("--temperature does nothing without --bake: any temperature can be applied later")
+        return None
+    if command.temperature is None:
+        raise SettingsError("--bake needs --temperature: the distillation temperature the set will serve")
+    if not chosen.mixed.any():
+        raise SettingsError("--bake: the set has no mixed points (K_Aug is empty), there is nothing to bake")
+    if "logits" not in source.fields:
+        raise MismatchError(f"--bake mixes softened logits, {source.path} holds {', '.join(source.fields)}")
+    return Baked(temperature=command.temperature, target=command.mix_target, mix=command.mix)
+
+
+def _baked_form(source: store.Store) -> encoding.Encoding:
+    """Return how baked targets are stored: whole rows, as exactly as the store keeps logits."""
+    own = source.plan.fields["logits"]
+    return encoding.parse("float32" if own.name == "float32" else "float16", "logits", own.row_shape)
+
+
+def _data(command: ExportCommand, source: store.Store) -> Dataset | None:
+    if command.data is None:
+        if command.with_images:
+            raise SettingsError("--with-images needs --data: the data set whose images are exported")
+        return None
+    data = steps.load_data(command.data)
+    matching.check_data(source, data)
+    if command.with_images:
+        for split in (data.train, data.test):
+            _require_exportable(split)
+    return data
+
+
+def _require_exportable(split: Split) -> None:
+    found = split.source
+    if isinstance(found, PartialImages):
+        raise SettingsError("--with-images needs the whole data set, not the images of an exported one")
+    if isinstance(found, DecodedImages):
+        if (channels := found.pixels.shape[3]) not in MODES:
+            raise SettingsError(f"--with-images writes PNG of 1 or 3 channels, these images have {channels}")
+        if found.pixels.nbytes > DECODED_BYTES:
+            raise SettingsError(
+                f"--with-images takes images of up to {DECODED_BYTES:,} bytes, found {found.pixels.nbytes:,}"
+            )
+
+
+def _figures(plan: _Plan) -> dict[str, Any]:
+    """Return rows and bytes of knowledge against the full store's."""
+    plans = [plan.store] if plan.mixes is None else [plan.store, plan.mixes]
+    rows, views = sum(each.count for each in plans), plan.store.views
+    size, full = sum(each.bytes for each in plans), plan.source.plan
+    return {
+        "samples": plan.source.count,
+        "kept": len(plan.chosen),
+        "partners": int(plan.chosen.mixed.sum()),
+        "rows": rows,
+        "rows_full": full.count,
+        "views": views,
+        "views_full": full.views,
+        "points": rows * views,
+        "points_full": full.count * full.views,
+        "bytes": size,
+        "bytes_full": full.bytes,
+        "share": round(size / full.bytes, 4),
+        "images": len(plan.needed) if plan.command.with_images else 0,
+    }
+
+
+def _finished(plan: _Plan) -> exported.Record | None:
+    """Return the record of this export if it was made before.
+
+    Raises:
+        SettingsError: another one was made there.
+    """
+    out = plan.command.out
+    if not (out / exported.RECORD).exists():
+        return None
+    found = exported.read(out)
+    held, asked = ({key: getattr(side, key) for key in _ASKED} for side in (found.content, _content(plan, None, {})))
+    held["images"], asked["images"] = found.content.images is not None, plan.command.with_images
+    if other := [key for key in held if held[key] != asked[key]]:
+        raise SettingsError(f"{out} holds another export, with a different {other[0]}; exports are never overwritten")
+    return found
+
+
+_ASKED = ("knowledge_id", "manifest", "rows", "views", "layout", "baked", "licence")
+
+
+def _require_place(plan: _Plan) -> None:
+    """Refuse a folder that holds anything but what a killed export of this kind left."""
+    out, own = plan.command.out, {exported.CARD, exported.MANIFEST, exported.SAMPLES, exported.STORE}
+    own |= {exported.MIXES} if plan.mixes else set()
+    own |= {exported.IMAGES} if plan.command.with_images else set()
+    if out.is_file():
+        raise SettingsError(f"{out} is a file; give a new folder as --out")
+    if out.is_dir():
+        require_no_links(out)
+        remove_leftovers(out)
+        if others := sorted(path.name for path in out.iterdir() if path.name not in own):
+            raise SettingsError(
+                f"{out} holds {others[0]}, which this export does not write; give a new folder as --out"
+            )
+
+
+def _write(plan: _Plan, progress: Progress) -> str:
+    """Write every file, the record last; return the id."""
+    out, source, chosen = plan.command.out, plan.source, plan.chosen
+    out.mkdir(parents=True, exist_ok=True)
+    row = np.full(source.count, -1)
+    row[plan.held] = np.arange(len(plan.held))
+    samples = exported.Samples(source.labels, source.sample_digest, row)
+    write_atomic(out / exported.SAMPLES, exported.encode_samples(samples))
+    (out / exported.MANIFEST).unlink(missing_ok=True)
+    manifest.write(out / exported.MANIFEST, chosen)
+    subset = replace(source.knowledge, subset={"manifest": chosen.digest, "rows": len(plan.held)})
+    fields = list(plan.store.fields)
+    _fill(
+        plan, exported.STORE, subset, plan.store, plan.held,
+        lambda part: source.load(part.view, plan.held[part.start : part.stop], fields), progress,
+    )  # fmt: skip
+    if plan.mixes is not None and plan.baked is not None:
+        mixes = replace(source.knowledge, mixes=condensed.mixes_of(chosen, plan.baked, plan.mixes.views))
+        index = chosen.index[chosen.mixed]
+        _fill(plan, exported.MIXES, mixes, plan.mixes, index, lambda part: _mixed(plan, part), progress)
+    images = _write_images(plan) if plan.command.with_images and plan.data is not None else None
+    bare = _content(plan, images, {})
+    text = card(bare, source.knowledge, manifest.summary(chosen), _command(bare))
+    write_atomic(out / exported.CARD, text)
+    names = [exported.CARD, exported.MANIFEST, exported.SAMPLES, exported.SEALS[exported.STORE]]
+    names += [exported.SEALS[exported.MIXES]] if plan.mixes else []
+    names += exported.SPLITS.values() if images else []
+    content = _content(plan, images, {name: exported.entry_of(out, name) for name in names})
+    made = {"python": platform.python_version(), "versions": {name: version(name) for name in LIBRARIES}}
+    return exported.write(out, content, made)
+
+
+def _content(plan: _Plan, images: Images | None, files: Mapping[str, tuple[int, str]]) -> Content:
+    return Content(
+        knowledge=plan.source.knowledge.document(),
+        knowledge_id=plan.source.knowledge_id,
+        manifest=plan.chosen.digest,
+        rows=len(plan.held),
+        views=plan.store.views,
+        layout=plan.store.document(),
+        skipped=plan.source.skipped.tolist(),
+        baked=plan.baked,
+        images=images,
+        licence=plan.command.license,
+        files=dict(files),
+    )
+
+
+def _command(content: Content) -> str:
+    data = "condensed:DIR" if content.images else "DATA"
+    rest = "" if content.baked is None else f" --method kd --temperature {content.baked.temperature:g}"
+    rest += "" if content.baked is None else f" --mix-target {content.baked.target} --mix {content.baked.mix}"
+    return f"kcdcache train --condensed DIR --data {data} --student resnet8x4 --out runs/student{rest}"
+
+
+def _fill(
+    plan: _Plan,
+    name: str,
+    knowledge: Knowledge,
+    layout_plan: StorePlan,
+    index: Int64[np.ndarray, " rows"],
+    rows_of: Callable[[Part], Rows],
+    progress: Progress,
+) -> None:
+    """Write a store of the rows of some samples, or what of it a killed export left to do, and seal it."""
+    labels, digests = plan.source.labels[index], plan.source.sample_digest[index]
+    with writer.create(plan.command.out / name, knowledge, layout_plan, labels, digests) as writing:
+        for part in writing.pending():
+            stored = rows_of(part)
+            tensors = {array: torch.from_numpy(rows) for array, rows in stored.items()}
+            values = {field: layout_plan.fields[field].decode(tensors) for field in part.fields}
+            statistics = {field: encoding.statistics(found) for field, found in values.items()}
+            writing.write_part(part, stored, statistics, _measured(values, labels[part.start : part.stop]))
+            progress(f"export {name}", part.view * len(index) + part.stop, len(index) * layout_plan.views, "rows")
+        writing.seal()
+
+
+def _measured(values: Mapping[str, torch.Tensor], labels: np.ndarray) -> dict[str, float]:
+    if "logits" not in values:
+        return {}
+    return {"correct": float((values["logits"].argmax(1).numpy() == labels).sum())}
+
+
+def _mixed(plan: _Plan, part: Part) -> Rows:
+    """Return T log p of a part's mixed targets p: whose softmax at T is p, so that they are stored as logits are."""
+    chosen, baked = plan.chosen, plan.baked
+    assert baked is not None
+    rows = np.flatnonzero(chosen.mixed)[part.start : part.stop]
+    own, other = (
+        torch.from_numpy(plan.source.read("logits", part.view, column[rows], baked.temperature)).double()
+        for column in (chosen.index, chosen.partner)
+    )
+    epsilon = torch.from_numpy(chosen.epsilon[rows]).double()
+    mixed = mix_probabilities(own, other, epsilon, baked.target, baked.temperature)
+    values = (baked.temperature * mixed.clamp_min(torch.finfo(torch.float32).tiny).log()).float()
+    return _baked_form(plan.source).encode(values, part.start)
+
+
+def _write_images(plan: _Plan) -> Images:
+    assert plan.data is not None
+    data, everything = plan.data, np.arange(len(plan.data.test))
+    kinds = {}
+    for name, split, index in (("train", data.train, plan.needed), ("test", data.test, everything)):
+        path = plan.command.out / exported.SPLITS[name]
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        create_filled(path, lambda temporary, s=split, i=index: _write_split(temporary, s, i, data.classes))
+        kinds[name] = "pixels" if isinstance(split.source, DecodedImages) else "files"
+    return Images.model_validate(
+        kinds | {"mean": list(data.mean), "std": list(data.std), "test_digest": data.test.digest()}
+    )
+
+
+def _write_split(path: Path, split: Split, index: Int64[np.ndarray, " n"], classes: Sequence[str]) -> None:
+    features = {
+        "image": {"_type": "Image"},
+        "label": {"names": list(classes), "_type": "ClassLabel"},
+        "index": {"dtype": "int64", "_type": "Value"},
+    }
+    told = {"huggingface": canonical_json({"info": {"features": features}})}
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema([("image", image), ("label", pa.int64()), ("index", pa.int64())], metadata=told)
+    with pq.ParquetWriter(path, schema, compression="none", write_page_checksum=True) as target:
+        for start in range(0, len(index), GROUP_ROWS):
+            some = index[start : start + GROUP_ROWS]
+            rows = [{"bytes": _image(split, position), "path": None} for position in some.tolist()]
+            columns = [pa.array(rows, image), pa.array(split.labels[some]), pa.array(some)]
+            target.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=GROUP_ROWS)
+
+
+def _image(split: Split, position: int) -> bytes:
+    """Return an image's file: PNG of what is decoded, whose digest is of pixels; else the file as it was."""
+    source = split.source
+    if not isinstance(source, DecodedImages):
+        return source.content(position)
+    pixels, stream = source.pixels[position], io.BytesIO()
+    Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]).save(stream, "PNG")
+    return stream.getvalue()
