@@ -93,12 +93,22 @@ def counting_epoch(head):
     return next(e for e in range(240) if all(term.weights_at(e, 240)[1] > 0 for term in terms))
 
 
-def batches_of(world, name, source_of, epoch=0):
-    pupil, choice = pupil_of(world, name)
-    names = methods.needed_fields(choice, pupil.head)
-    mixing = Mixing(temperature=choice.weights.temperature)
-    with source_of(names, mixing) as source:
-        yield from batches.iterate(source, epoch, batch_size=BATCH, seed=3)
+def connected(world, pupil, choice, held, chosen):
+    """A source of batches with what the method reads."""
+    names, mixing = methods.needed_fields(choice, pupil.head), Mixing(temperature=choice.weights.temperature)
+    return connect(world.data, held, chosen, fields=names, mixing=mixing)
+
+
+def first_batch(world, pupil, choice, chosen=None):
+    held = world.stores["float32"]
+    with connected(world, pupil, choice, held, chosen or world.manifest) as source:
+        return next(batches.iterate(source, 0, batch_size=BATCH, seed=3))
+
+
+def seen_by(pupil, batch):
+    """The student's values of a batch, and of what the method shows it further."""
+    extra = None if pupil.head is None else pupil.head.extra(batch)
+    return pupil.see(batch.pixels if extra is None else torch.cat([batch.pixels, extra.detach()]))
 
 
 def stepped(world, name, lessons, epoch):
@@ -111,9 +121,7 @@ def stepped(world, name, lessons, epoch):
     if pupil.head is not None:
         pupil.head.begin(epoch, 240)
     for batch in lessons:
-        extra = pupil.head.extra(batch) if pupil.head is not None else None
-        seen = pupil.see(batch.pixels if extra is None else torch.cat([batch.pixels, extra]))
-        loss = loss_of(seen, batch)
+        loss = loss_of(seen_by(pupil, batch), batch)
         assert loss.shape == (len(batch.labels),)
         pupil.optimizer.zero_grad()
         loss.mean().backward()
@@ -128,9 +136,8 @@ def taught(world, name, encoding=None):
     chosen = replace(world.manifest, knowledge_id=held.knowledge_id)
     pupil, choice = pupil_of(world, name)
     names = methods.needed_fields(choice, pupil.head)
-    mixing = Mixing(temperature=choice.weights.temperature)
     epoch = counting_epoch(pupil.head) if pupil.head is not None else 0
-    with connect(world.data, held, chosen, fields=names, mixing=mixing) as source:
+    with connected(world, pupil, choice, held, chosen) as source:
         if encoding is None and names:
             source = replace(source, targets=Live(world, names))
         return stepped(world, name, batches.iterate(source, 1, batch_size=BATCH, seed=3), epoch)
@@ -149,22 +156,14 @@ def test_an_epoch_from_the_store_equals_one_with_the_live_teacher(world, name):
 @pytest.mark.parametrize("name", WITH_TERM)
 def test_twenty_steps_on_a_batch_of_real_digits_reduce_its_own_loss(world, name):
     pupil, choice = pupil_of(world, name)
-    names = methods.needed_fields(choice, pupil.head)
-    held = world.stores["float32"]
-    whole = replace(condensed(held, keep=1.0), knowledge_id=held.knowledge_id)
-    with connect(
-        world.data, held, whole, fields=names, mixing=Mixing(temperature=choice.weights.temperature)
-    ) as source:
-        batch = next(batches.iterate(source, 0, batch_size=BATCH, seed=3))
+    batch = first_batch(world, pupil, choice, condensed(world.stores["float32"], keep=1.0))
     torch.manual_seed(5)
     pupil.head.begin(counting_epoch(pupil.head), 240)
     for group in pupil.optimizer.param_groups:
         group["lr"] = 0.002  # the batch comes again and again: small steps, so that none is too far
     own = []
     for _ in range(21):
-        extra = pupil.head.extra(batch)
-        seen = pupil.see(batch.pixels if extra is None else torch.cat([batch.pixels, extra]))
-        loss = pupil.head.weighted(torch.zeros(BATCH), seen, batch).mean()
+        loss = pupil.head.weighted(torch.zeros(BATCH), seen_by(pupil, batch), batch).mean()
         own.append(float(loss.detach()))
         pupil.optimizer.zero_grad()
         loss.backward()
@@ -177,18 +176,11 @@ def test_twenty_steps_on_a_batch_of_real_digits_reduce_its_own_loss(world, name)
 @pytest.mark.parametrize("name", METHODS)
 def test_gradient_flows_into_the_student_and_its_own_modules_alone(world, name):
     pupil, choice = pupil_of(world, name)
-    names = methods.needed_fields(choice, pupil.head)
-    held = world.stores["float32"]
-    with connect(
-        world.data, held, world.manifest, fields=names, mixing=Mixing(temperature=choice.weights.temperature)
-    ) as source:
-        batch = next(batches.iterate(source, 0, batch_size=BATCH, seed=3))
+    batch = first_batch(world, pupil, choice)
     given = {key: value.requires_grad_() for key, value in batch.knowledge.items()}
     if pupil.head is not None:
         pupil.head.begin(counting_epoch(pupil.head), 240)
-    extra = pupil.head.extra(batch) if pupil.head is not None else None
-    seen = pupil.see(batch.pixels if extra is None else torch.cat([batch.pixels, extra.detach()]))
-    methods.loss_of(choice.weights, pupil.head)(seen, batch).mean().backward()
+    methods.loss_of(choice.weights, pupil.head)(seen_by(pupil, batch), batch).mean().backward()
     assert all(value.grad is None or name == "crd" for value in given.values())
     reached = [parameter.grad is not None and bool(parameter.grad.any()) for _, parameter in pupil.parameters()]
     assert sum(reached) > len(reached) / 2
@@ -197,17 +189,12 @@ def test_gradient_flows_into_the_student_and_its_own_modules_alone(world, name):
 @pytest.mark.parametrize("name", [name for name in WITH_TERM if name not in ("sskd", "bss")])
 def test_methods_join_one_that_shows_the_student_further_images(world, name):
     """The rows of those images follow the batch's, and concern no other method."""
-    alone, losses = {}, {}
+    losses = {}
     for text in (name, f"bss+{name}"):
         pupil, choice = pupil_of(world, text)
-        names = methods.needed_fields(choice, pupil.head)
-        mixing = Mixing(temperature=choice.weights.temperature)
-        with connect(world.data, world.stores["float32"], world.manifest, fields=names, mixing=mixing) as source:
-            alone[text] = next(batches.iterate(source, 0, batch_size=BATCH, seed=3))
+        batch = first_batch(world, pupil, choice)
         pupil.head.begin(counting_epoch(pupil.head), 240)
-        extra = pupil.head.extra(alone[text])
-        shown = alone[text].pixels if extra is None else torch.cat([alone[text].pixels, extra])
-        losses[text] = methods.loss_of(choice.weights, pupil.head)(pupil.see(shown), alone[text])
+        losses[text] = methods.loss_of(choice.weights, pupil.head)(seen_by(pupil, batch), batch)
     assert losses[name].shape == losses[f"bss+{name}"].shape == (BATCH,)
     assert torch.isfinite(losses[f"bss+{name}"]).all()
 
@@ -238,17 +225,11 @@ def test_a_run_through_a_condensation_is_killed_and_resumed_to_the_same_bytes(pl
 def test_values_of_half_precision_and_huge_size_give_no_nan(world, name):
     """The student's values may come from bfloat16 autocast and be very large."""
     pupil, choice = pupil_of(world, name)
-    names = methods.needed_fields(choice, pupil.head)
-    held = world.stores["float32"]
-    with connect(
-        world.data, held, world.manifest, fields=names, mixing=Mixing(temperature=choice.weights.temperature)
-    ) as source:
-        batch = next(batches.iterate(source, 0, batch_size=BATCH, seed=3))
+    batch = first_batch(world, pupil, choice)
     if pupil.head is not None:
         pupil.head.begin(counting_epoch(pupil.head), 240)
-    extra = pupil.head.extra(batch) if pupil.head is not None else None
     with loop.forward_precision(CPU, "bfloat16"):
-        seen = pupil.see(batch.pixels if extra is None else torch.cat([batch.pixels, extra]))
+        seen = seen_by(pupil, batch)
     loss = methods.loss_of(choice.weights, pupil.head)({key: value * 100 for key, value in seen.items()}, batch)
     assert torch.isfinite(loss).all()
     loss.mean().backward()
