@@ -31,6 +31,9 @@ LONG = {"run", "fit", "precompute", "train"}
 """commands that stop at a safe point when asked to, and resume; the others are over at once"""
 
 
+JOBS = "runs done at once, each in a process with its share of the cores; several share one GPU"
+
+
 class Commands(click.Group):
     """Commands built when they are called, so that `--help` stays fast."""
 
@@ -77,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _outcome(arguments: list[str]) -> int:
     try:
-        program.main(arguments, prog_name="kcdcache", standalone_mode=False)
+        code = program.main(arguments, prog_name="kcdcache", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return 0
@@ -100,7 +103,7 @@ def _outcome(arguments: list[str]) -> int:
         return _failed(f"out of memory: {error}", 1, arguments)
     except Exception as error:
         return _failed(f"internal error: {type(error).__name__}: {error} (--debug shows where)", 1, arguments)
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 def _misused(error: click.ClickException) -> str:
@@ -135,6 +138,8 @@ def _command(name: str, options: list[click.Parameter], work: Callable[..., dict
         with signals.listening() if name in LONG else nullcontext():
             result = work(**values)
         click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **result}) if as_json else _readable(result))
+        if result.get("failed"):
+            raise click.exceptions.Exit(result["failed"][0]["exit_code"])
 
     common: list[click.Parameter] = [
         click.Option(["--json", "as_json"], is_flag=True, help="print the result as one JSON object"),
@@ -169,16 +174,18 @@ def _run_command() -> click.Command:
     from kcdcache import config
 
     def work(
-        recipe: str | None, data: str | None, out: str | None, device: str | None, threads: int | None, dry_run: bool
+        recipe: str | None, data: str | None, out: str | None, jobs: int, dry_run: bool, **machine: Any
     ) -> dict[str, Any]:
         recipes = importlib.import_module("kcdcache.recipe")
         path = Path(recipe) if recipe else recipes.EMBEDDED
         chain, folder = recipes.load(path), Path(out) if out else Path("runs") / path.stem
         if dry_run:
             return {"would": "run", "recipe": str(path), "steps": recipes.planned(chain, folder, data)}
-        machine = {key: value for key, value in (("device", device), ("threads", threads)) if value is not None}
+        given = {key: value for key, value in machine.items() if value is not None}
         command = "kcdcache " + " ".join(sys.argv[1:])
-        results = recipes.run(chain, folder, data=data, machine=machine, command=command, progress=_Reporter())
+        results = recipes.run(
+            chain, folder, data=data, machine=given, jobs=jobs, command=command, progress=_Reporter()
+        )  # fmt: skip
         return {"table": recipes.table(results), "files": str(folder), **results}
 
     machine = config.MachineSettings.model_fields
@@ -187,7 +194,8 @@ def _run_command() -> click.Command:
         click.Option(["--data"], help="data spec to use instead of the recipe's"),
         click.Option(["--out"], help="folder of the results  [default: runs/<recipe's name>]"),
         option("device", machine["device"]),
-        click.Option(["--threads"], type=int, help=machine["threads"].description),
+        option("threads", machine["threads"]),
+        click.Option(["--jobs"], type=click.IntRange(1), default=1, show_default=True, help=JOBS),
         click.Option(["--dry-run"], is_flag=True, help="print every step's settings, and do nothing"),
     ]
     return _command("run", options, work)

@@ -246,6 +246,8 @@ class TrainSettings(OptimizerSettings, MethodSettings, ScheduleSettings, Condens
     """network of the student"""
     preset: Literal["paper", "release"] | None = None
     """named set of readings: 'paper', or 'release' (the authors' code); flags given beside it win"""
+    cached_views: int | None = Field(default=None, ge=1)
+    """use only the first so many of the store's views; all of them if unset"""
     memory_gb: float = Field(default=8, gt=0)
     """memory for decoded knowledge; above it a memory-mapped file in the run's folder serves. Never changes results"""
 

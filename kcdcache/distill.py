@@ -85,7 +85,7 @@ def run(
     fields = methods.reads(settings, settings.student, material.knowledge.knowledge, material.data)
     folder = RunFolder(path=out)
     material, following = _sorted_out(material, folder)
-    views = _views(material, folder)
+    views = _views(settings, material, folder)
     document, inputs = _record(settings, material, views, fields)
     if folder.stands(folder.summary):
         runs.start(folder, document, inputs)
@@ -129,9 +129,18 @@ def _keep_given(going: _Run) -> None:
         write_manifest(folder, folder.given, going.material.given)
 
 
-def _views(material: Material, folder: RunFolder) -> int:
-    """Return the number of views the run began with, or all there are for a new one."""
+def _views(settings: TrainSettings, material: Material, folder: RunFolder) -> int:
+    """Return the number of views the run began with, or for a new one those asked for, or all there are.
+
+    Raises:
+        SettingsError: more are asked for than the store has.
+    """
     held = material.knowledge.views
+    if (asked := settings.cached_views) is not None and asked > held:
+        raise SettingsError(
+            f"--cached-views {asked}: the store at {material.knowledge.path} has {held}; precompute more"
+        )
+    held = asked or held
     if not folder.settings.exists():
         return held
     began_with = int(read_record(folder)["inputs"].get("views", held))

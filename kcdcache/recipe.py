@@ -1,16 +1,18 @@
 """A TOML recipe (a chain of steps, some repeated per seed) executed idempotently, ending in one table."""
 
 import logging
+import os
 import re
 import statistics
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
 
-from kcdcache import config, steps
+from kcdcache import config, grid, parallel, steps
 from kcdcache.config import MachineSettings, Settings, nearest
 from kcdcache.errors import SettingsError
 from kcdcache.files import readable_json, write_atomic
@@ -21,7 +23,7 @@ from kcdcache.runs import environment
 logger = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).with_name("digits.toml")
-REFERENCE = re.compile(r"@([a-z0-9_-]+)(:condensed|:values)?")
+REFERENCE = re.compile(r"@([A-Za-z0-9_.-]+)(:condensed|:values)?")
 PLACES = {"fit": "out", "precompute": "store", "train": "out", "condense": "out"}
 """command -> the setting that says where its result goes"""
 AVERAGED = ("accuracy_last", "accuracy_best", "relative_cost", "teacher_forwards", "seconds")
@@ -30,7 +32,7 @@ AVERAGED = ("accuracy_last", "accuracy_best", "relative_cost", "teacher_forwards
 class Step(Settings):
     """One step of a recipe."""
 
-    name: str = Field(pattern=r"^[a-z0-9_-]+$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
     """name of the step and of its folder; other steps refer to it as @name"""
     run: str
     """command: fit, precompute, train or condense"""
@@ -43,7 +45,7 @@ class Step(Settings):
 
 
 class Recipe(Settings):
-    """A chain of steps."""
+    """A chain of steps, those of pairs and variants spelled out."""
 
     title: str
     """what the recipe shows"""
@@ -70,8 +72,12 @@ def load(path: Path) -> Recipe:
     entries = content.get("step", [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise SettingsError(f"{path}: steps are tables headed [[step]], found step = {entries!r}")
+    pairs = content.pop("pair", [])
+    if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
+        raise SettingsError(f"{path}: pairs of networks are tables headed [[pair]], found pair = {pairs!r}")
     content["step"] = tuple(
-        config.make(Step, _nested(entry), f"{path}, step {number + 1}") for number, entry in enumerate(entries)
+        config.make(Step, _nested(entry), f"{path}, step {number + 1}")
+        for number, entry in enumerate(grid.spelled_out(entries, pairs, str(path)))
     )
     recipe = config.make(Recipe, content, str(path))
     _require_order(recipe, path)
@@ -87,30 +93,80 @@ def run(
     *,
     data: str | None = None,
     machine: Mapping[str, Any] | None = None,
+    jobs: int = 1,
     command: str = "",
     progress: Progress,
 ) -> dict[str, Any]:
-    """Execute the steps into `out`, passing over finished ones; return the table, also written to out/results.json."""
+    """Execute the steps into `out`, passing over finished ones; return the table, also written to out/results.json.
+
+    With `jobs` above 1, so many steps and seeds at once, each in a process with its share of the cores unless
+    `machine` gives threads. A step that fails stops only those that need it; it is named in the result's `failed`.
+
+    Raises:
+        SettingsError: a step's settings are wrong; nothing has been done.
+        InterruptedRunError: the user asked to stop; the same call resumes.
+    """
     spec = _limited(data or recipe.data, recipe.train_images)
-    extra = {**recipe.machine.model_dump(exclude_unset=True), **(machine or {})}
-    found: dict[tuple[str, int | None], dict[str, Any]] = {}
-    for step in recipe.step:
-        for seed in recipe.seeds if step.per_seed else (None,):
-            values = resolved(step, recipe, out, spec, seed) | _accepted(step.run, extra)
-            model, work = steps.STEPS[step.run]
-            logger.info("%s%s", step.title or step.name, "" if seed is None else f" (seed {seed})")
-            found[step.name, seed] = work(config.make(model, values, f"step '{step.name}'"), progress)
+    given = {**recipe.machine.model_dump(exclude_unset=True), **(machine or {})}
+    share = {"threads": max(1, (os.cpu_count() or 1) // jobs)} if jobs > 1 else {}
+    extra = config.make(MachineSettings, share | given).model_dump(exclude_unset=True)
+    named = {_name(step, seed): (step, seed) for step in recipe.step for seed in _seeds(step, recipe)}
+
+    def prepare(name: str) -> Job:
+        step, seed = named[name]
+        values = resolved(step, recipe, out, spec, seed) | _accepted(step.run, extra)
+        title = (step.title or step.name) + ("" if seed is None else f" (seed {seed})")
+        return Job(title=title, command=step.run, values=values, source=f"step '{step.name}'", progress=progress)
+
+    for name in named:  # what is out of range is found before the first step
+        model, job = steps.STEPS[named[name][0].run][0], prepare(name)
+        config.make(model, job.values, job.source)
+    units = [parallel.Unit(name=name, needs=_needs(step, recipe, seed)) for name, (step, seed) in named.items()]
+    outcomes = parallel.execute(units, prepare, do, jobs=jobs, logs=out / "logs")
+    found = {name: outcome.result for name, outcome in outcomes.items() if outcome.result is not None}
+    failed = [
+        {"run": name, "error": outcome.error, "exit_code": outcome.exit_code}
+        for name, outcome in outcomes.items()
+        if outcome.result is None
+    ]
+    threads = extra.get("threads") or torch.get_num_threads()
     results = {
         "title": recipe.title,
         "command": command,
         "data": spec,
         "seeds": list(recipe.seeds),
-        "environment": environment(resolve_device(extra.get("device", "auto")), torch.get_num_threads()),
+        "jobs": jobs,
+        "environment": environment(resolve_device(extra.get("device", "auto")), threads),
         "rows": [_row(step, recipe, found) for step in recipe.step if step.run != "condense"],
-        "runs": [{"step": name, "seed": seed, **summary} for (name, seed), summary in found.items()],
+        "runs": [{"step": named[name][0].name, "seed": named[name][1], **summary} for name, summary in found.items()],
+        "failed": failed,
     }
+    out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "results.json", readable_json(results))
     return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A step for one seed, ready to be done, in this process or another."""
+
+    title: str
+    command: str
+    values: dict[str, Any]
+    source: str
+    """where the values are from, for errors"""
+    progress: Progress
+
+
+def do(job: Job) -> dict[str, Any]:
+    """Do a step; return its result.
+
+    Raises:
+        KcdcacheError: as for the step's command.
+    """
+    logger.info("%s", job.title)
+    model, work = steps.STEPS[job.command]
+    return work(config.make(model, job.values, job.source), job.progress)
 
 
 def planned(recipe: Recipe, out: Path, data: str | None = None) -> list[dict[str, Any]]:
@@ -119,7 +175,7 @@ def planned(recipe: Recipe, out: Path, data: str | None = None) -> list[dict[str
     return [
         {"step": step.name, "run": step.run, **resolved(step, recipe, out, spec, seed)}
         for step in recipe.step
-        for seed in (recipe.seeds if step.per_seed else (None,))
+        for seed in _seeds(step, recipe)
     ]
 
 
@@ -136,8 +192,8 @@ def resolved(step: Step, recipe: Recipe, out: Path, data: str, seed: int | None)
 
 def place(step: Step, out: Path, seed: int | None) -> Path:
     """Return where a step's result lies."""
-    folder = out / step.name if seed is None else out / f"{step.name}-seed{seed}"
-    return folder.with_suffix(".parquet") if step.run == "condense" else folder
+    folder = out / _name(step, seed)
+    return out / f"{folder.name}.parquet" if step.run == "condense" else folder
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -151,7 +207,9 @@ def table(results: Mapping[str, Any]) -> str:
         )
         for line in lines
     ]
-    return "\n".join([results["title"], "", aligned[0], "-" * len(aligned[0]), *aligned[1:]])
+    failures = [f"failed: {failure['run']}: {failure['error']}" for failure in results.get("failed", [])]
+    shown = [results["title"], "", aligned[0], "-" * len(aligned[0]), *aligned[1:]]
+    return "\n".join([*shown, *(["", *failures] if failures else [])])
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
@@ -162,8 +220,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         _percent(row, "accuracy_last"),
         _percent(row, "accuracy_best"),
         f"{row['relative_cost']:.3f}" if "relative_cost" in row else "",
-        f"{row['teacher_forwards']:,.0f}",
-        f"{row['seconds']:.1f}",
+        f"{row['teacher_forwards']:,.0f}" if "teacher_forwards" in row else "",
+        f"{row['seconds']:.1f}" if "seconds" in row else "",
     ]
 
 
@@ -174,11 +232,29 @@ def _percent(row: Mapping[str, Any], name: str) -> str:
     return f"{100 * row[name]:.2f}" + (f" ± {100 * spread:.2f}" if spread is not None else "")
 
 
-def _row(step: Step, recipe: Recipe, found: Mapping[tuple[str, int | None], Mapping[str, Any]]) -> dict[str, Any]:
+def _seeds(step: Step, recipe: Recipe) -> tuple[int | None, ...]:
+    return recipe.seeds if step.per_seed else (None,)
+
+
+def _name(step: Step, seed: int | None) -> str:
+    """Return the name of a step for one seed, which is that of its folder."""
+    return step.name if seed is None else f"{step.name}-seed{seed}"
+
+
+def _needs(step: Step, recipe: Recipe, seed: int | None) -> tuple[str, ...]:
+    """Return the names of what a step refers to."""
+    known = {other.name: other for other in recipe.step}
+    matches = (REFERENCE.fullmatch(text) for text in _references(step))
+    others = [known[match[1]] for match in matches if match is not None]
+    return tuple(dict.fromkeys(_name(other, seed if other.per_seed else None) for other in others))
+
+
+def _row(step: Step, recipe: Recipe, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return the mean over seeds of what the table shows, with the sample standard deviation where n > 1."""
-    summaries = [found[step.name, seed] for seed in (recipe.seeds if step.per_seed else (None,))]
+    summaries = [found[name] for seed in _seeds(step, recipe) if (name := _name(step, seed)) in found]
     row: dict[str, Any] = {"step": step.name, "title": step.title or step.name, "n": len(summaries)}
-    row |= {key: summaries[0][key] for key in ("model", "method", "kept") if key in summaries[0]}
+    first = summaries[0] if summaries else {}
+    row |= {key: first[key] for key in ("model", "method", "kept") if key in first}
     for name in AVERAGED:
         numbers = [summary[name] for summary in summaries if name in summary]
         if numbers:

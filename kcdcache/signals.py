@@ -15,13 +15,13 @@ _received: list[int] = []
 
 
 @contextmanager
-def listening() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into stop requests while the context lasts; outside the main thread does nothing."""
+def listening(numbers: tuple[signal.Signals, ...] = SIGNALS) -> Iterator[None]:
+    """Turn some signals into stop requests while the context lasts; outside the main thread does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     _received.clear()
-    before = {number: signal.signal(number, _note) for number in SIGNALS}
+    before = {number: signal.signal(number, _note) for number in numbers}
     try:
         yield
     finally:

@@ -14,12 +14,12 @@ import kcdcache
 PACKAGE = Path(kcdcache.__file__).parent
 LEVELS = (
     "errors rng",
-    "untrusted pages frames helptexts options",
-    "files signals",
+    "untrusted pages frames helptexts options signals",
+    "files parallel",
     "tables records decoding chunkfiles rules ranking",
     "foreign",
     "config identity encoding schedule values images archives folder",
-    "facts commands exported",
+    "facts commands exported grid",
     "partial card",
     "data views models losses mixing manifest layout ledger",
     "selection condense fields attack sampling",

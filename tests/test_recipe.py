@@ -1,9 +1,15 @@
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from killing import POLL, Cold, environment
 from stores import content
 
 from kcdcache import config, loop, manifest, recipe
@@ -97,7 +103,7 @@ def test_every_recipe_of_the_project_loads(path):
         (HEAD + STORE, r"step 'store': @teacher names no earlier step"),
         (HEAD + STORE + TEACHER, r"step 'store': @teacher names no earlier step"),
         (HEAD + TEACHER + STORE.replace("@teacher", "@techer"), r"@techer names no .*; did you mean 'teacher'"),
-        (HEAD + TEACHER + STORE.replace("@teacher", "@Teacher"), r"'@Teacher' is no reference; write @name, "),
+        (HEAD + TEACHER + STORE.replace("@teacher", "@tea/cher"), r"'@tea/cher' is no reference; write @name, "),
         (HEAD + TEACHER + STORE.replace("@teacher", "@teacher:best"), r"'@teacher:best' is no reference"),
         (
             HEAD + TEACHER + STORE + KCD.replace('"@store"', '"@store:condensed"'),
@@ -233,7 +239,7 @@ def test_a_lost_step_is_made_again_to_the_same_bytes(copy, tmp_path, lost):
     assert timeless(settled(copy)) == before
 
 
-class BrokenOffError(Exception):
+class BrokenOffError(BaseException):
     """Raised where the test breaks the recipe off."""
 
 
@@ -265,6 +271,115 @@ def test_a_settings_error_names_its_step(tmp_path):
     with pytest.raises(SettingsError, match=r"setting 'epochs' in step 'teacher'"):
         recipe.run(wrong, tmp_path / "out", progress=loop.silent)
     assert not (tmp_path / "out").exists()
+
+
+GRID = (
+    '[[pair]]\nstudent = "resnet8"\n\n[[pair]]\nstudent = "resnet14"\n' + TEACHER + STORE +
+    '[[step]]\nname = "{student}"\ntitle = "{student}:"\nrun = "train"\nper_seed = true\nstore = "@store"\n'
+    'student = "{student}"\nepochs = 2\nstages = 2\n'
+    '[[step.variant]]\nname = "kd"\ntitle = "everything"\nkeep = 1.0\n'
+    '[[step.variant]]\nname = "kcd"\nkeep = 0.5\n'
+    '[[step]]\nname = "again-{student}"\nrun = "train"\nper_seed = true\nstore = "@store"\nstages = 1\n'
+    'manifest = "@{student}-kcd:condensed"\nstudent = "resnet8"\nepochs = 2\n'
+)  # fmt: skip
+
+
+def grid_of(folder, text=HEAD + GRID):
+    return recipe.load(written(folder, text))
+
+
+def test_pairs_and_variants_are_spelled_out_each_once(tmp_path):
+    found = {step.name: step for step in grid_of(tmp_path).step}
+    assert list(found) == [
+        "teacher", "store", "resnet8-kd", "resnet8-kcd", "again-resnet8", "resnet14-kd", "resnet14-kcd",
+        "again-resnet14",
+    ]  # fmt: skip
+    assert found["resnet14-kd"].title == "resnet14: everything"
+    assert found["resnet14-kcd"].title == "resnet14: kcd"
+    assert found["resnet14-kd"].settings == {
+        "store": "@store", "student": "resnet14", "epochs": 2, "stages": 2, "keep": 1.0,
+    }  # fmt: skip
+    assert found["again-resnet14"].settings["manifest"] == "@resnet14-kcd:condensed"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GRID.replace("{student}:", "{studnt}"), r"{studnt} is no entry of every \[\[pair\]\]; did you mean 'student'"),
+        (
+            GRID.replace('name = "{student}"', 'name = "same"'),
+            "two steps are called 'same-kd'; names differ by {...} of a pair",
+        ),
+        (
+            GRID.replace('\nname = "kcd"', ""),
+            r"step '{student}': variants are tables headed \[\[step.variant\]\] with a",
+        ),
+        ("pair = 3\n" + TEACHER, r"pairs of networks are tables headed \[\[pair\]\], found pair = 3"),
+    ],
+)
+def test_a_wrong_grid_is_refused(tmp_path, text, message):
+    with pytest.raises(SettingsError, match=message):
+        grid_of(tmp_path, HEAD + text)
+
+
+@pytest.mark.parametrize("jobs", [2, 3])
+def test_several_at_once_make_the_same_bytes(finished, tmp_path, jobs):
+    results = carried_out(tmp_path, tmp_path / "out", jobs=jobs, machine={"threads": 1})
+    assert results["failed"] == []
+    shutil.rmtree(tmp_path / "out/logs")
+    assert timeless(settled(tmp_path / "out")) == timeless(settled(finished[0]))
+    numbers = [{k: v for k, v in row.items() if "seconds" not in k} for row in results["rows"]]
+    assert numbers == [{k: v for k, v in row.items() if "seconds" not in k} for row in finished[1]["rows"]]
+
+
+FAILING = TINY.replace('name = "kcd"', 'name = "kcd"\nlearning_rate = 1e30') + (
+    '[[step]]\nname = "other"\nrun = "train"\nper_seed = true\nstore = "@store"\nstudent = "resnet8"\nepochs = 1\n'
+    "stages = 1\nkeep = 1.0\n"
+)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_failing_step_stops_none_but_those_that_need_it(tmp_path, jobs):
+    failing = recipe.load(written(tmp_path, FAILING))
+    results = recipe.run(failing, tmp_path / "out", jobs=jobs, progress=loop.silent)
+    failed = {failure["run"]: failure for failure in results["failed"]}
+    assert set(failed) == {f"{name}-seed{seed}" for name in ("kcd", "smaller", "reuse") for seed in (0, 1)}
+    assert failed["kcd-seed0"]["exit_code"] == 5
+    assert "the training loss is nan in epoch" in failed["kcd-seed0"]["error"]
+    assert failed["smaller-seed1"]["error"] == "not begun: it needs 'kcd-seed1', which failed"
+    rows = {row["step"]: row for row in results["rows"]}
+    assert (rows["other"]["n"], rows["kcd"]["n"], rows["reuse"]["n"]) == (2, 0, 0)
+    assert (tmp_path / "out/other-seed1/summary.json").exists()
+    assert "failed: kcd-seed0: the training loss is nan" in recipe.table(results)
+
+
+def test_the_command_of_a_failing_recipe_ends_with_its_exit_code(tmp_path):
+    path = written(tmp_path, FAILING)
+    words = [sys.executable, "-m", "kcdcache", "run", str(path), "--out", str(tmp_path / "out"), "-q"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 5
+    assert "failed: kcd-seed1: " in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_recipe_at_several_jobs_that_is_stopped_resumes_to_the_same_bytes(finished, tmp_path, number):
+    """SIGTERM to the parent, or its death: the runs under way stop too, and free their folders."""
+    words = ["run", str(written(tmp_path, TINY)), "--out", str(tmp_path / "out"), "--jobs", "2", "--threads", "1"]
+    started = Cold(words, tmp_path / "log")
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").glob("kcd-seed*/checkpoint")) and time.monotonic() < deadline:
+        assert not started.ended(POLL), (tmp_path / "log").read_text()
+    os.kill(started._process.pid, number)
+    assert started.ended(120)
+    assert started.code == (143 if number == signal.SIGTERM else -9)
+    resumed = recipe.run(recipe.load(tmp_path / "tiny.toml"), tmp_path / "out", jobs=1, progress=loop.silent)
+    while (
+        any("is being written by" in failure["error"] for failure in resumed["failed"]) and time.monotonic() < deadline
+    ):
+        resumed = recipe.run(recipe.load(tmp_path / "tiny.toml"), tmp_path / "out", jobs=1, progress=loop.silent)
+    assert resumed["failed"] == []
+    shutil.rmtree(tmp_path / "out/logs")
+    assert timeless(settled(tmp_path / "out")) == timeless(settled(finished[0]))
 
 
 def test_recipes_are_frozen():

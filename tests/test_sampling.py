@@ -264,7 +264,10 @@ def whole(place):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_stopped_inside_an_epoch_goes_on_with_the_same_points(place, whole, tmp_path, name):
     BELL[:] = [23]  # inside the fourth epoch: its points depend on values that have changed since it began
-    with signals.listening(), pytest.raises(InterruptedRunError, match=r"epoch [345], step [1-4] is in the checkpoint of"):
+    with (
+        signals.listening(),
+        pytest.raises(InterruptedRunError, match=r"epoch [345], step [1-4] is in the checkpoint of"),
+    ):
         distilled(place, tmp_path / "run", **chosen(name))
     with signals.listening():
         distilled(place, tmp_path / "run", **chosen(name))
@@ -287,7 +290,7 @@ def test_the_cost_counts_what_was_visited(whole, name):
         assert all(abs(row["samples"] - 0.75 * row["kept"]) <= 5 for row in rows)  # of five pools, each rounded
     elif name == "infobatch":
         assert samples[0] == 200
-        assert all(100 <= size < 200 for size in samples[1:5])
+        assert all(60 <= size < 200 for size in samples[1:5]), samples
     else:
         assert samples == [row["kept"] for row in rows]
 
