@@ -330,3 +330,15 @@ def test_plain_training_reads_no_knowledge(place, tmp_path):
     material = distill.Material(data=place.data, knowledge=knowledge)
     summary = distill.run(settings(method="ce"), material, out=tmp_path / "run", device="cpu")
     assert (summary["rows_read"], knowledge.rows_read) == (0, 0)
+
+
+def test_a_run_can_use_fewer_views_than_are_cached(place, tmp_path):
+    distilled(place, tmp_path / "two", cached_views=2)
+    rows = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
+    assert [row["view"] for row in rows] == [0, 1, 0, 1, 0, 1]
+    fewer = school(tmp_path / "fewer", views=2)
+    distilled(fewer, tmp_path / "same")
+    weights = [(tmp_path / name / "student.safetensors").read_bytes() for name in ("two", "same")]
+    assert weights[0] == weights[1]
+    with pytest.raises(SettingsError, match=r"--cached-views 4: the store at .* has 3; precompute more"):
+        distilled(place, tmp_path / "four", cached_views=4)
