@@ -1,5 +1,6 @@
 """Algorithm 1 as a whole: against a plain loop, against the same steps by hand, and reuse of what came out."""
 
+import json
 import math
 
 import numpy as np
