@@ -156,7 +156,8 @@ def recipe(settings: MethodSettings, student: str) -> dict[str, Any]:
     light = student in LIGHT_STUDENTS
     found: dict[str, Any] = dict(LIGHT_RECIPE) if light else {}
     for name in choose(settings).parts:
-        found |= METHODS[name].recipe | (METHODS[name].light if light else {})
+        found |= METHODS[name].recipe
+        found |= METHODS[name].light if light else {}
     return found
 
 

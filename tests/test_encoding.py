@@ -52,6 +52,14 @@ def test_float32_is_exact(z):
     assert torch.equal(round_trip("float32", z), z)
 
 
+def test_uint8_keeps_whole_255ths_and_every_number_in_0_to_1_within_half_of_one():
+    whole = (torch.arange(256).double() / 255).float()[None]
+    assert torch.equal(round_trip("uint8", whole, field="images"), whole)
+    drawn = torch.rand(4, 1000, generator=torch.Generator().manual_seed(0))
+    off = (round_trip("uint8", drawn, field="images").double() - drawn.double()).abs()
+    assert 0.99 / 510 < float(off.max()) <= 1 / 510 + 1e-7
+
+
 @settings(deadline=None, max_examples=150)
 @given(logits())
 def test_float16_logits_keep_the_gap_bound(z):
