@@ -9,7 +9,6 @@ from jaxtyping import Int64, UInt64
 
 from kcdcache import audit, exported, ledger, manifest, store
 from kcdcache.config import TrainSettings
-from kcdcache.encoding import UNREADABLE
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, SettingsError
 from kcdcache.exported import Record, Samples
 from kcdcache.identity import read_store_identity, require_same
@@ -24,7 +23,7 @@ class Excerpt(store.Store):
     """The knowledge of a condensed set's samples, under their indices in the whole data set.
 
     It is a `Store` of all N samples that holds rows of some; asking for another one is an error. Of samples in `blank`,
-    whose targets were baked, it gives NaN (0xFFFF in packed arrays): nothing may use their own.
+    whose targets were baked, it gives NaN: nothing may use their own.
     """
 
     def __init__(self, record: Record, samples: Samples, commits: Sequence[Commit], blank: np.ndarray) -> None:
@@ -74,10 +73,10 @@ class Excerpt(store.Store):
         whole = {name: allocate((len(rows), *values.shape[1:]), values.dtype) for name, values in found.items()}
         for name, values in found.items():
             whole[name][there] = values
-            whole[name][~there] = UNREADABLE[str(values.dtype)]
+            whole[name][~there] = np.nan
         return whole
 
-    def _places(self, rows: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]:
+    def _places(self, rows: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " places"]:
         places = self._samples.row[rows]
         if len(missing := rows[(places < 0) & ~self._blank[rows]]):
             raise MismatchError(

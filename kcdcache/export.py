@@ -30,6 +30,7 @@ from kcdcache import (
     writer,
 )
 from kcdcache.card import card
+from kcdcache.chunkfiles import CHECKSUM_BYTES
 from kcdcache.commands import ExportCommand
 from kcdcache.data import Dataset
 from kcdcache.errors import MismatchError, SettingsError
@@ -88,11 +89,11 @@ def run(command: ExportCommand, progress: Progress = silent, dry_run: bool = Fal
         return {"would": "export", **figures, "out": str(command.out)}
     if (found := _finished(plan)) is not None:
         logger.info("export: %s is finished already", command.out)
-        return {"kind": "condensed", "id": found.id, **figures, "out": str(command.out), "already": True}
+        sizes = _written(command.out)
+        return {"kind": "condensed", "id": found.id, **figures, **sizes, "out": str(command.out), "already": True}
     _require_place(plan)
     made = _write(plan, progress)
-    written = sum(file.stat().st_size for file in command.out.rglob("*") if file.is_file())
-    return {"kind": "condensed", "id": made, **figures, "bytes_on_disk": written, "out": str(command.out)}
+    return {"kind": "condensed", "id": made, **figures, **_written(command.out), "out": str(command.out)}
 
 
 def _planned(command: ExportCommand) -> _Plan:
@@ -114,7 +115,11 @@ def _planned(command: ExportCommand) -> _Plan:
     data = _data(command, source)
     how = {"compression": command.compression, "batch_size": source.plan.batch_size}
     forms = list(source.plan.fields.values()) if baked is None else [source.plan.fields["logits"]]
-    mixed = None if baked is None else layout.plan_store(int(chosen.mixed.sum()), views, [_baked_form(source)], **how)
+    mixed = (
+        None
+        if baked is None
+        else layout.plan_store(int(chosen.mixed.sum()), views, [source.plan.fields["logits"]], **how)
+    )
     return _Plan(
         command=command, source=source, chosen=chosen, needed=needed, held=held, baked=baked, data=data, mixes=mixed,
         store=layout.plan_store(len(held), views, forms, **how),
@@ -132,13 +137,12 @@ def _baked(command: ExportCommand, chosen: Manifest, source: store.Store) -> Bak
         raise SettingsError("--bake: the set has no mixed points (K_Aug is empty), there is nothing to bake")
     if "logits" not in source.fields:
         raise MismatchError(f"--bake mixes softened logits, {source.path} holds {', '.join(source.fields)}")
+    if (form := source.plan.fields["logits"].name) not in ("float16", "float32"):
+        raise SettingsError(
+            f"--bake: {source.path} keeps logits as {form}, mixed targets need whole rows and would take more "
+            "than they save; export without --bake"
+        )
     return Baked(temperature=command.temperature, target=command.mix_target, mix=command.mix)
-
-
-def _baked_form(source: store.Store) -> encoding.Encoding:
-    """Return how baked targets are stored: whole rows, as exactly as the store keeps logits."""
-    own = source.plan.fields["logits"]
-    return encoding.parse("float32" if own.name == "float32" else "float16", "logits", own.row_shape)
 
 
 def _data(command: ExportCommand, source: store.Store) -> Dataset | None:
@@ -171,7 +175,8 @@ def _figures(plan: _Plan) -> dict[str, Any]:
     """Return rows and bytes of knowledge against the full store's."""
     plans = [plan.store] if plan.mixes is None else [plan.store, plan.mixes]
     rows, views = sum(each.count for each in plans), plan.store.views
-    size, full = sum(each.bytes for each in plans), plan.source.plan
+    size = sum(each.bytes + CHECKSUM_BYTES * each.chunk_count for each in plans)  # before compression
+    full, held = plan.source.plan, inspection.inspect(plan.source.path)["bytes"]
     return {
         "samples": plan.source.count,
         "kept": len(plan.chosen),
@@ -183,10 +188,16 @@ def _figures(plan: _Plan) -> dict[str, Any]:
         "points": rows * views,
         "points_full": full.count * full.views,
         "bytes": size,
-        "bytes_full": full.bytes,
-        "share": round(size / full.bytes, 4),
+        "bytes_full": held,
         "images": len(plan.needed) if plan.command.with_images else 0,
     }
+
+
+def _written(out: Path) -> dict[str, int]:
+    """Return the bytes of an export's knowledge as it was written, and of everything in the folder."""
+    inside = [out / part for part in (exported.STORE, exported.MIXES) if (out / part).exists()]
+    everything = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    return {"bytes": sum(inspection.inspect(part)["bytes"] for part in inside), "bytes_on_disk": everything}
 
 
 def _finished(plan: _Plan) -> exported.Record | None:
@@ -320,7 +331,7 @@ def _mixed(plan: _Plan, part: Part) -> Rows:
     epsilon = torch.from_numpy(chosen.epsilon[rows]).double()
     mixed = mix_probabilities(own, other, epsilon, baked.target, baked.temperature)
     values = (baked.temperature * mixed.clamp_min(torch.finfo(torch.float32).tiny).log()).float()
-    return _baked_form(plan.source).encode(values, part.start)
+    return plan.source.plan.fields["logits"].encode(values, part.start)
 
 
 def _write_images(plan: _Plan) -> Images:

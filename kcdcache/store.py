@@ -202,7 +202,7 @@ class Store:
         array = next(array for array in self.plan.arrays if array.name == name)
         return self._gather([array], None, np.arange(self.plan.count), 1, np.empty)[name]
 
-    def _places(self, rows: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]:
+    def _places(self, rows: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " places"]:
         """Return where the rows of some samples lie in the arrays, ascending as they are."""
         return rows
 

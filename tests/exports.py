@@ -1,13 +1,11 @@
 """Exported condensed sets of a few digits, small enough to make in every test file that needs one."""
 
-from types import SimpleNamespace
-
 import numpy as np
-from lessons import condensed as condensed_set
-from pupils import SCHOOL, command, school
+from pupils import SCHOOL, SPEC, school
 
-from kcdcache import commands, condense, config, export, manifest
+from kcdcache import commands, condense, config, export, loop, manifest, steps
 from kcdcache.config import CondenseSettings
+from kcdcache.files import sha256_file
 from kcdcache.values import Values
 
 FIELDS = ("logits", "penultimate")
@@ -16,14 +14,16 @@ ONE_STAGE = SCHOOL | {"stages": 1, "epochs": 2}
 
 def narrowed(knowledge, keep=0.4):
     """A set that needs fewer rows than there are: of 60 % kept once, two thirds, half of them with a partner."""
-    first = condensed_set(knowledge, keep=0.6)
-    made = Values(
-        visits=np.ones(knowledge.count, np.int32), value=np.random.default_rng(1).random(knowledge.count, np.float32)
-    )
-    return condense.condense(
-        made, CondenseSettings(candidates="current"), knowledge_id=knowledge.knowledge_id, count=knowledge.count, stage=2,
-        keep=keep, labels=knowledge.labels, previous=first, classes=10, data_digest=knowledge.knowledge.data.digest,
-    )  # fmt: skip
+    identity = knowledge.knowledge.data
+    random = np.random.default_rng(1).random((2, knowledge.count), np.float32)
+    previous = None
+    for stage, (share, values) in enumerate(zip((0.6, keep), random, strict=True), 1):
+        previous = condense.condense(
+            Values(visits=np.ones(knowledge.count, np.int32), value=values), CondenseSettings(candidates="current"),
+            knowledge_id=knowledge.knowledge_id, count=knowledge.count, stage=stage, keep=share, previous=previous,
+            labels=knowledge.labels, classes=10, data_digest=identity.digest, excluded=knowledge.skipped,
+        )  # fmt: skip
+    return previous
 
 
 def prepared(root, **changes):
@@ -40,10 +40,8 @@ def exporting(place, out, dry_run=False, **changes):
     return export.run(config.make(commands.ExportCommand, given), dry_run=dry_run)
 
 
-def taught(place, out, **changes):
-    """Train for two epochs as the command does; return the run's folder."""
-    wanted = ONE_STAGE | {"out": out, "device": "cpu"} | changes
-    if "condensed" in wanted:
-        place = SimpleNamespace(**{**vars(place), "knowledge": SimpleNamespace(path=None)})
-    command(place, "train", **{key: value for key, value in wanted.items()})
-    return out
+def trained(out, **changes):
+    """Train as the command does; return the SHA-256 of the student's weights."""
+    given = ONE_STAGE | {"data": SPEC, "device": "cpu", "out": out} | changes
+    steps.train(config.make(commands.TrainCommand, given), loop.silent)
+    return sha256_file(out / "student.safetensors")

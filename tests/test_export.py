@@ -1,0 +1,460 @@
+"""Exported condensed sets: what they hold, what is trained from them, and how they are written."""
+
+import json
+import shutil
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from exports import FIELDS, ONE_STAGE, exporting, narrowed, prepared, trained
+from killing import finished, nursery, succeeds
+from lessons import CPU, precomputed, teacher_of
+from PIL import Image
+from pupils import SPEC, lines
+
+from kcdcache import (
+    batches,
+    card,
+    checks,
+    commands,
+    condensed,
+    config,
+    data,
+    exported,
+    inspection,
+    loop,
+    manifest,
+    runs,
+    steps,
+    store,
+    teacher,
+)
+from kcdcache.errors import MismatchError, NotFoundError, SettingsError, UnfinishedError
+from kcdcache.files import sha256_file
+from kcdcache.models import spec
+from kcdcache.models.transform import InputTransform
+
+EVERYTHING = np.arange(200)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = prepared(tmp_path_factory.mktemp("exports"))
+    exporting(place, place.root / "plain")
+    exporting(place, place.root / "pictures", data=SPEC, with_images=True)
+    exporting(place, place.root / "baked", bake=True, temperature=4.0)
+    return place
+
+
+# what it holds
+
+
+def test_rows_and_bytes_are_counted_against_the_full_store(place, tmp_path):
+    found = exporting(place, tmp_path / "e", dry_run=True)
+    assert (found["would"], found["kept"], found["partners"]) == ("export", 80, 40)
+    assert (found["rows"], found["rows_full"], found["points"], found["points_full"]) == (120, 200, 360, 600)
+    assert not (tmp_path / "e").exists()
+    made = exporting(place, tmp_path / "e")
+    assert {key: made[key] for key in found if key in made} == {key: found[key] for key in found if key in made}
+    chunks = [sum(f.stat().st_size for f in root.rglob("c.*")) for root in (tmp_path / "e/store", place.knowledge.path)]
+    assert [made["bytes"], made["bytes_full"]] == chunks
+    assert made["bytes_on_disk"] == sum(f.stat().st_size for f in (tmp_path / "e").rglob("*") if f.is_file())
+
+
+def test_it_says_of_its_samples_what_the_full_store_says(place):
+    opened = condensed.open(place.root / "plain")
+    ours, theirs = opened.knowledge, place.knowledge
+    assert (ours.count, ours.views, ours.knowledge_id) == (theirs.count, theirs.views, theirs.knowledge_id)
+    assert np.array_equal(ours.labels, theirs.labels)
+    assert np.array_equal(ours.sample_digest, theirs.sample_digest)
+    expected = sorted({*place.set.index.tolist(), *place.set.partner[place.set.mixed].tolist()})
+    assert ours.held.tolist() == expected
+    for view in range(3):
+        held, full = (side.load(view, ours.held, FIELDS) for side in (ours, theirs))
+        assert set(held) == set(full)
+        assert all(held[name].tobytes() == full[name].tobytes() for name in full)
+        some = np.array([expected[7], expected[2], expected[7]])
+        assert np.array_equal(ours.read("logits", view, some), theirs.read("logits", view, some))
+
+
+def test_other_samples_are_refused_by_name(place):
+    knowledge = condensed.open(place.root / "plain").knowledge
+    missing = np.setdiff1d(EVERYTHING, knowledge.held)
+    with pytest.raises(
+        MismatchError, match=rf"holds nothing of sample {missing[0]}: an exported set has the 120 of 200"
+    ):
+        knowledge.load(0, np.sort(np.append(knowledge.held[:3], missing[:2])), ("logits",))
+
+
+def test_its_manifest_is_the_set_that_was_given(place):
+    assert condensed.open(place.root / "plain").manifest.digest == place.set.digest
+    assert sha256_file(place.root / "plain/manifest.parquet") == sha256_file(place.file)
+
+
+def test_a_runs_folder_stands_for_the_set_it_ended_with(place, tmp_path):
+    trained(tmp_path / "run", store=place.knowledge.path, stages=2, keep=0.5)
+    exporting(place, tmp_path / "e", manifest=tmp_path / "run")
+    wanted = runs.read_summary(tmp_path / "run")["condensed_set"]
+    assert condensed.open(tmp_path / "e").manifest.digest == manifest.read(tmp_path / "run" / wanted).digest
+
+
+def test_fewer_views_are_the_first_ones(place, tmp_path):
+    exporting(place, tmp_path / "e", views=2, compression="zstd")
+    knowledge = condensed.open(tmp_path / "e").knowledge
+    assert (knowledge.views, knowledge.plan.compression) == (2, "zstd")
+    found = knowledge.read("penultimate", 1, knowledge.held)
+    assert np.array_equal(found, place.knowledge.read("penultimate", 1, knowledge.held))
+    with pytest.raises(SettingsError, match=r"--views 4: .* holds 3 views"):
+        exporting(place, tmp_path / "other", views=4)
+
+
+def test_skipped_samples_stay_known(place, tmp_path):
+    logits = 5 * np.eye(10, dtype=np.float32)[place.data.train.labels]
+    logits[17] = np.nan
+    np.save(tmp_path / "logits.npy", logits)
+    given = {"data": SPEC, "store": tmp_path / "store", "from_logits": tmp_path / "logits.npy", "augment": "none"}
+    steps.precompute_store(commands.PrecomputeCommand(**given, on_nonfinite="skip"), loop.silent)
+    knowledge = store.open(tmp_path / "store")
+    manifest.write(tmp_path / "set.parquet", narrowed(knowledge))
+    exporting(SimpleNamespace(file=tmp_path / "set.parquet", knowledge=knowledge), tmp_path / "e")
+    part = condensed.open(tmp_path / "e").knowledge
+    assert part.skipped.tolist() == knowledge.skipped.tolist() == [17]
+    assert 17 not in part.held
+
+
+def test_a_set_of_other_knowledge_or_data_is_refused(place, tmp_path):
+    other = precomputed(tmp_path / "s", place.data, teacher_of(place.data, seed=2))
+    with pytest.raises(MismatchError, match="the manifest was made for knowledge"):
+        exporting(place, tmp_path / "e", store=other.path)
+    with pytest.raises(MismatchError, match="differ"):
+        exporting(place, tmp_path / "e", data="digits?train=199&test=60")
+    with pytest.raises(MismatchError, match="does not hold the samples of a whole data set; export from the full"):
+        exporting(place, tmp_path / "e", store=place.root / "plain/store")
+
+
+# training
+
+
+CASES = {
+    "kd": {},
+    "penultimate": {"method": "rkd", "student": "resnet8"},
+    "both": {"method": "pkt+kd", "student": "resnet8"},
+    "condensed further": {"epochs": 4, "stages": 2, "keep": 0.25},
+}
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+def test_training_from_it_gives_the_weights_of_training_from_the_store(place, tmp_path, changes):
+    full = trained(tmp_path / "full", store=place.knowledge.path, manifest=place.file, **changes)
+    assert trained(tmp_path / "part", condensed=place.root / "plain", **changes) == full
+    sets = [
+        sorted(p.read_bytes() for p in (tmp_path / name).glob("stages/*/manifest.parquet")) for name in ("full", "part")
+    ]
+    assert sets[0] == sets[1]
+    assert len(sets[0]) == 3 if "epochs" in changes else 1
+
+
+def test_a_set_with_images_trains_and_tests_without_the_data(place, tmp_path):
+    full = trained(tmp_path / "full", store=place.knowledge.path, manifest=place.file)
+    given = {"data": f"condensed:{place.root / 'pictures'}", "condensed": place.root / "pictures"}
+    assert trained(tmp_path / "part", **given) == full
+    metrics = [runs.read_metrics(tmp_path / name) for name in ("full", "part")]
+    assert [row["test_accuracy"] for row in metrics[0]] == [row["test_accuracy"] for row in metrics[1]]
+    records = [runs.read_record(runs.RunFolder(path=tmp_path / name))["inputs"] for name in ("full", "part")]
+    assert records[0] == records[1]
+
+
+def test_stages_are_one_unless_given(place, tmp_path):
+    settings = {"student": "lessons:TinyNet", "epochs": 2, "out": tmp_path / "run", "data": SPEC}
+    command = config.make(commands.TrainCommand, settings | {"condensed": place.root / "plain"})
+    planned = steps.train(command, loop.silent, dry_run=True)
+    assert [(stage["samples"], stage["source"]) for stage in planned["stages"]] == [(80, "given")]
+
+
+def test_a_run_continues_from_it_to_the_same_bytes(place, tmp_path):
+    given = {"condensed": place.root / "plain"}
+    command = config.make(
+        commands.TrainCommand, ONE_STAGE | {"data": SPEC, "out": tmp_path / "run", "until": 1} | given
+    )
+    assert steps.train(command, loop.silent)["finished"] is False
+    assert trained(tmp_path / "run", **given) == trained(tmp_path / "once", **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "train needs knowledge: --store .* or --condensed"),
+        ({"condensed": "plain", "store": "store"}, "--store does nothing beside --condensed"),
+        ({"condensed": "plain", "manifest": "set.parquet"}, "--manifest does nothing beside --condensed"),
+        ({"condensed": "plain", "transfer": True}, "--transfer does nothing beside --condensed"),
+    ],
+)
+def test_what_to_train_from_is_said_once(place, tmp_path, given, said):
+    named = {key: place.root / value if isinstance(value, str) else value for key, value in given.items()}
+    with pytest.raises(SettingsError, match=said):
+        trained(tmp_path / "run", **named)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_store_inside_is_no_store_by_itself(place, tmp_path):
+    said = r"is the inside of an exported set.*give the whole folder .*plain as --condensed"
+    with pytest.raises(MismatchError, match=said):
+        trained(tmp_path / "run", store=place.root / "plain/store")
+    with pytest.raises(MismatchError, match=said):
+        checks.verify(place.root / "plain/store", data=SPEC)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_data_is_refused_with_the_first_sample(place, tmp_path):
+    changed = data.load(SPEC)
+    changed.train.source.pixels[9, 3, 3, 0] ^= 1
+    opened = condensed.open(place.root / "plain")
+    with pytest.raises(MismatchError, match="sample 9 differs"), batches.connect(changed, opened.knowledge, place.set):
+        pass
+
+
+# images
+
+
+def test_images_are_those_of_the_data_set_under_the_same_indices(place):
+    ours, theirs = data.load(f"condensed:{place.root / 'pictures'}"), data.load(SPEC)
+    held = condensed.open(place.root / "pictures").knowledge.held
+    assert np.array_equal(ours.train.images(held), theirs.train.images(held))
+    assert np.array_equal(ours.train.labels, theirs.train.labels)
+    assert np.array_equal(ours.test.images(np.arange(60)), theirs.test.images(np.arange(60)))
+    assert (ours.mean, ours.std, ours.classes) == (theirs.mean, theirs.std, theirs.classes)
+    assert (ours.identity(), ours.test.digest()) == (theirs.identity(), theirs.test.digest())
+
+
+def test_an_image_that_is_not_there_is_refused_and_never_made_up(place, tmp_path):
+    dataset = data.load(f"condensed:{place.root / 'pictures'}")
+    missing = np.setdiff1d(EVERYTHING, condensed.open(place.root / "pictures").knowledge.held)
+    with pytest.raises(MismatchError, match=rf"sample {missing[0]} is not among the 120 of 200 images"):
+        dataset.train.images(missing[:2])
+    with pytest.raises(MismatchError, match=r"is not among the 120 of 200 images that the exported set holds"):
+        steps.fit(commands.FitCommand(data=dataset.name, model="resnet8", out=tmp_path / "fit", epochs=1), loop.silent)
+
+
+def test_without_images_the_data_must_be_given(place):
+    with pytest.raises(MismatchError, match="was exported without images: give the data set it was made from"):
+        data.load(f"condensed:{place.root / 'plain'}")
+
+
+def test_images_lie_as_the_hub_serves_them(place):
+    folder = place.root / "pictures/data"
+    loaded = data.load(f"parquet:{folder}#label")
+    held = condensed.open(place.root / "pictures").knowledge.held
+    assert np.array_equal(loaded.train.images(np.arange(120)), place.data.train.images(held))
+    assert np.array_equal(loaded.train.labels, place.data.train.labels[held])
+    assert loaded.classes == place.data.classes
+    assert pq.read_table(next(folder.glob("train-*")), columns=["index"])["index"].to_pylist() == held.tolist()
+
+
+def gray(folder, channels):
+    """A data set of images with so many channels."""
+    random = np.random.default_rng(0)
+    parts = {}
+    for part, count in (("train", 60), ("test", 20)):
+        parts[f"{part}_images"] = random.integers(0, 256, (count, 12, 12, channels), np.uint8)
+        parts[f"{part}_labels"] = np.arange(count) % 10
+    np.savez(folder / f"{channels}.npz", **parts)
+    return f"arrays:{folder / f'{channels}.npz'}"
+
+
+def photographs(folder):
+    """A data set of JPEG files of differing sizes, which are decoded on demand."""
+    random = np.random.default_rng(1)
+    for split, count in (("train", 6), ("val", 2)):
+        for label in range(10):
+            (folder / split / f"class{label}").mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 256, (14 + number, 15, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / split / f"class{label}" / f"{number}.jpg")
+    return f"folder:{folder}"
+
+
+KINDS = {"gray": (lambda folder: gray(folder, 1), "crop"), "files": (photographs, "resized-crop-flip")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_image_comes_back_as_it_was(tmp_path, kind):
+    make, rule = KINDS[kind]
+    whole = make(tmp_path)
+    dataset = data.load(whole)
+    knowledge = precomputed(tmp_path / "store", dataset, _teacher(dataset), views=1, size=12, augment=rule)
+    chosen = narrowed(knowledge)
+    manifest.write(tmp_path / "set.parquet", chosen)
+    place = SimpleNamespace(file=tmp_path / "set.parquet", knowledge=knowledge)
+    exporting(place, tmp_path / "e", data=whole, with_images=True)
+    ours, again = data.load(f"condensed:{tmp_path / 'e'}"), data.load(whole)
+    held = condensed.open(tmp_path / "e").knowledge.held
+    assert 0 < len(held) < len(dataset.train)
+    for found, wanted in zip(ours.train.images(held), again.train.images(held), strict=True):
+        assert np.array_equal(found, wanted)
+    assert (ours.mean, ours.std, ours.test.digest()) == (again.mean, again.std, again.test.digest())
+    student = {"student": "resnet8", "batch_size": 16}
+    full = trained(tmp_path / "full", data=whole, store=knowledge.path, manifest=place.file, **student)
+    assert trained(tmp_path / "part", data=ours.name, condensed=tmp_path / "e", **student) == full
+
+
+def _teacher(dataset):
+    network = spec.build("resnet8", 10, 1, channels=len(dataset.mean))
+    return teacher.freeze(network, InputTransform(dataset.mean, dataset.std), "resnet8", dataset.classes, CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"bake": True}, "--bake needs --temperature"),
+        ({"temperature": 4.0}, "--temperature does nothing without --bake"),
+        ({"with_images": True}, "--with-images needs --data"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(place, tmp_path, changes, said):
+    with pytest.raises(SettingsError, match=said):
+        exporting(place, tmp_path / "e", **changes)
+
+
+# writing
+
+
+def bytes_of(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_finished_export_is_left_as_it_is(place, caplog):
+    caplog.set_level("INFO")
+    before = bytes_of(place.root / "plain")
+    again = exporting(place, place.root / "plain")
+    assert again["already"]
+    assert again["id"] == inspection.id_of(place.root / "plain")
+    assert "export: " in caplog.text
+    assert "is finished already" in caplog.text
+    assert bytes_of(place.root / "plain") == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"views": 2}, "different views"),
+        ({"license": "mit"}, "different licence"),
+        ({"compression": "zstd"}, "different layout"),
+        ({"bake": True, "temperature": 1.0}, "different rows"),
+        ({"with_images": True, "data": SPEC}, "different images"),
+    ],
+)
+def test_another_export_is_not_overwritten(place, changes, said):
+    with pytest.raises(SettingsError, match=rf"holds another export, with a {said}; exports are never overwritten"):
+        exporting(place, place.root / "plain", **changes)
+
+
+def test_the_same_export_has_the_same_bytes_anywhere(place, tmp_path):
+    exporting(place, tmp_path / "e", data=SPEC, with_images=True)
+    assert bytes_of(tmp_path / "e") == bytes_of(place.root / "pictures")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "data/train.parquet"])
+def test_a_folder_of_something_else_is_refused(place, tmp_path, name):
+    (tmp_path / "e" / name).parent.mkdir(parents=True)
+    (tmp_path / "e" / name).write_text("mine")
+    with pytest.raises(SettingsError, match=rf"e holds {name.split('/')[0]}, which this export does not write"):
+        exporting(place, tmp_path / "e")
+    assert bytes_of(tmp_path / "e") == {name: b"mine"}
+
+
+@pytest.fixture(scope="module")
+def start():
+    with nursery() as begin:
+        yield begin
+
+
+def words(place, out, *more):
+    given = {"manifest": place.file, "store": place.knowledge.path, "out": out, "data": SPEC, "temperature": 4.0}
+    return ["export", *lines(given), "--with-images", "--bake", *more]
+
+
+@pytest.mark.parametrize(
+    "steps", [(2, 40, 110), pytest.param(range(1, 180, 7), marks=pytest.mark.slow)], ids=["some", "many"]
+)
+def test_a_killed_export_is_accepted_by_nobody_and_ends_in_the_same_bytes(place, start, tmp_path, steps):
+    succeeds(start, words(place, tmp_path / "whole"), tmp_path / "log")
+    whole, out = bytes_of(tmp_path / "whole"), tmp_path / "killed"
+    died = 0
+    for step in steps:
+        shutil.rmtree(out, ignore_errors=True)
+        code = finished(start, words(place, out), tmp_path / "log", KCDCACHE_CRASHPOINT=str(step))
+        if code == 0:
+            assert bytes_of(out) == whole
+            continue
+        assert code == -signal.SIGKILL
+        died += 1
+        complete = (out / "condensed.json").exists()
+        if not complete:
+            with pytest.raises((NotFoundError, UnfinishedError)):
+                condensed.open(out)
+            for look in (inspection.inspect, checks.verify):
+                with pytest.raises((NotFoundError, UnfinishedError, MismatchError)):
+                    look(out)
+        succeeds(start, words(place, out), tmp_path / "log")
+        assert bytes_of(out) == whole, step
+    assert died >= 3
+
+
+def test_a_full_disk_leaves_nothing_that_is_accepted(place, start, tmp_path):
+    code = finished(start, words(place, tmp_path / "e"), tmp_path / "log", KCDCACHE_CRASHPOINT="40:ENOSPC")
+    assert code == 7
+    assert "no space left to write" in (tmp_path / "log").read_text()
+    succeeds(start, words(place, tmp_path / "e"), tmp_path / "log")
+    checks.verify(tmp_path / "e")
+
+
+# what is told of it
+
+
+def test_the_card_has_the_hubs_front_matter_and_nothing_that_changes(place, tmp_path):
+    exporting(place, tmp_path / "e", data=SPEC, with_images=True, license='x"\n---\ninjected: true')
+    text = (tmp_path / "e/README.md").read_text()
+    front = text.split("\n---\n")[0].split("\n")
+    assert front[0] == "---"
+    assert json.loads(front[1].removeprefix("license: ")) == 'x"\n---\ninjected: true'
+    assert "- image-classification" in front
+    assert "    path: data/train-*.parquet" in front
+    assert place.set.digest in text
+    assert place.knowledge.knowledge_id in text
+    assert "80 of the 200 training samples of a data set with 10 classes" in text
+    assert str(place.root) not in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"), [(1, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (10**6, "1M<n<10M"), (10**8, "n>10M")]
+)
+def test_the_cards_size_is_one_of_the_hubs(rows, said):
+    assert card._size(rows) == said
+
+
+def test_it_is_told_by_inspect_and_expected_by_id(place):
+    found = inspection.inspect(place.root / "baked")
+    assert (found["kind"], found["rows"], found["samples"]) == ("condensed", 40, 200)
+    assert found["baked"] == {"temperature": 4.0, "target": "linear_prob", "mix": "convex"}
+    assert found["manifest"]["kept"] == 80
+    json.dumps(found, allow_nan=False)
+    inspection.require_ids([place.root / "baked"], [found["id"]])
+    with pytest.raises(MismatchError, match=f"baked has the id {found['id']}, expected 00"):
+        inspection.require_ids([place.root / "baked"], ["00"])
+
+
+def test_an_expected_id_is_compared_before_training(place, tmp_path):
+    with pytest.raises(MismatchError, match="it is not what was promised"):
+        trained(tmp_path / "run", condensed=place.root / "plain", expect_id=("00",))
+    assert not (tmp_path / "run").exists()
+
+
+def test_versions_are_not_part_of_the_id(place, tmp_path):
+    shutil.copytree(place.root / "plain", tmp_path / "e")
+    record = exported.read(tmp_path / "e")
+    assert exported.write(tmp_path / "e", record.content, {"python": "4"}) == record.id
+    assert exported.read(tmp_path / "e").made == {"python": "4"}
+    changed = record.content.model_copy(update={"licence": "mit"})
+    assert exported.write(tmp_path / "e", changed, {}) != record.id
