@@ -10,6 +10,7 @@ from kcdcache.catalogue import METHODS
 from kcdcache.config import MethodSettings
 from kcdcache.errors import SettingsError
 from kcdcache.models.shapes import tap_shapes
+from kcdcache.sampling import SAMPLING
 from kcdcache.terms.base import Pair
 
 
@@ -42,9 +43,12 @@ def listing(teacher: str, student: str, classes: int, size: int, encoded: str = 
         "table": table(found),
         "note": (
             f"bytes per sample and view for {teacher} -> {student}, {classes} classes, {size}x{size}; "
-            "join methods with +, as in crd+kd"
+            f"join methods with +, as in crd+kd; --sampling is one of {', '.join(SAMPLING)}"
         ),
         "methods": found,
+        "sampling": [
+            {"sampling": name, "about": scheme.about, "source": scheme.source} for name, scheme in SAMPLING.items()
+        ],
     }
 
 

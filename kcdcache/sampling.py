@@ -45,6 +45,9 @@ class Plan:
 class Scheme:
     """A way of sampling."""
 
+    about: str
+    """the idea in a few words"""
+    source: str
     draw: Callable[[Plan], Draw]
     values: bool = False
     """whether it asks for the values at the epoch's start"""
@@ -192,11 +195,30 @@ def _pool(
 
 
 SAMPLING: Mapping[str, Scheme] = {
-    "all": Scheme(draw=_all),
-    "random_per_epoch": Scheme(draw=_random_per_epoch, partial=True),
-    "random_fixed": Scheme(draw=_random_fixed, partial=True),
-    "infobatch": Scheme(draw=_infobatch, values=True),
-    "unix": Scheme(draw=_unix, values=True, mixes=True, partial=True),
+    "all": Scheme(about="every point of the set", source="-", draw=_all),
+    "random_per_epoch": Scheme(
+        about="a new random share in every epoch (RS2)",
+        source="Okanovic et al., ICLR 2024 (arXiv 2305.18424)",
+        draw=_random_per_epoch,
+        partial=True,
+    ),
+    "random_fixed": Scheme(
+        about="one random share for the whole run", source="static random pruning", draw=_random_fixed, partial=True
+    ),
+    "infobatch": Scheme(
+        about="half of what is below the mean loss is left out, the rest of it weighs double",
+        source="Qin et al., ICLR 2024 (arXiv 2303.04947)",
+        draw=_infobatch,
+        values=True,
+    ),
+    "unix": Scheme(
+        about="the most uncertain of each pool, the surer ones mixed with others (on cached outputs: approximate)",
+        source="Xu et al. 2020 (arXiv 2012.09413)",
+        draw=_unix,
+        values=True,
+        mixes=True,
+        partial=True,
+    ),
 }
 """name -> how it chooses an epoch's points"""
 

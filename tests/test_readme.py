@@ -16,6 +16,7 @@ from kcdcache.models import spec
 from kcdcache.models.taps import TAPS
 from kcdcache.models.transform import InputTransform
 from kcdcache.runs import read_metrics
+from kcdcache.sampling import SAMPLING
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -71,6 +72,11 @@ def test_the_table_of_methods_is_the_catalogue():
     told = listing.listing("wrn_40_2", "wrn_16_2", 100, 32)["methods"]
     rows = re.findall(r"^\| `(\w+)` \| [^|]* \| [^|]* \| ([\d,]+) \|$", README, re.M)
     assert {name: int(size.replace(",", "")) for name, size in rows} == {row["method"]: row["bytes"] for row in told}
+
+
+def test_readme_tells_of_every_sampling():
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", README[README.index("| sampling |") :], re.M)[: len(SAMPLING)]
+    assert rows == [(name, scheme.about) for name, scheme in SAMPLING.items()]
 
 
 def test_own_training_loop_is_about_25_lines():
