@@ -186,7 +186,7 @@ def _run_command() -> click.Command:
         results = recipes.run(
             chain, folder, data=data, machine=given, jobs=jobs, command=command, progress=_Reporter()
         )  # fmt: skip
-        return {"table": recipes.table(results), "files": str(folder), **results}
+        return {"table": recipes.table(results), "files": str(folder), "report": results["report"], **results}
 
     machine = config.MachineSettings.model_fields
     options: list[click.Parameter] = [

@@ -19,7 +19,7 @@ LEVELS = (
     "tables records decoding chunkfiles rules ranking",
     "foreign",
     "config identity encoding schedule values images archives folder",
-    "facts commands grid",
+    "facts commands exported grid",
     "partial card",
     "data views models losses mixing manifest layout ledger",
     "selection condense fields attack sampling",
