@@ -9,22 +9,35 @@ import numpy as np
 from kcdcache import history, pairing
 from kcdcache.config import nearest
 from kcdcache.errors import SettingsError
-from kcdcache.findings import Findings, Run
+from kcdcache.findings import NUMBERS, Findings, Run
 from kcdcache.tabular import Column, Table
 
 Key = tuple[Path, str]
 USUAL_REFERENCE = "kd"
-COMPARED = {"accuracy_last": "points", "accuracy_best": "points", "relative_cost": "signed", "seconds": "signed"}
-"""entries of summaries that are compared pair by pair -> how their difference is shown"""
+COMPARED = {
+    "accuracy_last": ("percentage points", 100.0),
+    "accuracy_best": ("percentage points", 100.0),
+    "relative_cost": ("of N x epochs", 1.0),
+    "seconds": ("s", 1.0),
+}
+"""entries of summaries that are compared pair by pair -> unit of their difference, and what it is multiplied by"""
 COSTS = ("student_samples", "teacher_forwards", "rows_read", "bytes_read", "seconds")
 
 
 def labels(findings: Findings) -> dict[Key, str]:
-    """Return how each row is called: the recipe's title for the step, and the grid's folder where there are several."""
+    """Return how each row is called, no two alike: the recipe's title for the step, with the step where two steps have
+    one title, and with the grid's folder where there are several."""
     titles = {grid.path: grid.titles for grid in findings.grids}
-    several = len({grid for grid, _ in findings.rows()}) > 1
-    named = {key: titles[key[0]].get(key[1], key[1]) for key in findings.rows()}
-    return {key: f"{key[0].name}: {name}" if several else name for key, name in named.items()}
+    keys = list(findings.rows())
+    named = [(titles[grid].get(step, step), step, grid) for grid, step in keys]
+    several = len({grid for grid, _ in keys}) > 1
+    alike = len({grid.name for grid, _ in keys}) < len({grid for grid, _ in keys})
+    found = {}
+    for name, step, grid in named:
+        twice = [(other, of) for other, _, of in named].count((name, grid)) > 1
+        called = f"{name} [{step}]" if twice else name
+        found[grid, step] = f"{grid if alike else grid.name}: {called}" if several else called
+    return found
 
 
 def references(findings: Findings, asked: str | None = None) -> dict[Path, Key]:
@@ -96,13 +109,10 @@ def differences(findings: Findings, asked: str | None = None) -> Table:
 
 
 def _compared(label: str, reference: str, ours: Sequence[Run], theirs: Sequence[Run]) -> Iterator[dict[str, Any]]:
-    for name, kind in COMPARED.items():
-        pairs = [(one, other) for one in ours for other in theirs if comparable(one, other)]
-        measured = {one.seed: float(one.summary[name]) for one, _ in pairs if name in one.summary}
-        against = {other.seed: float(other.summary[name]) for _, other in pairs if name in other.summary}
+    for name, (unit, scale) in COMPARED.items():
+        paired = [one for one in ours if any(comparable(one, other) for other in theirs)]
+        measured, against = ({run.seed: float(run.summary[name]) for run in _having(x, name)} for x in (paired, theirs))
         if (found := pairing.difference(measured, against)) is not None:
-            unit = {"accuracy": "percentage points", "relative": "of N x epochs"}.get(name.split("_")[0], "s")
-            scale = 100.0 if kind == "points" else 1.0
             numbers = {key: None if value is None else scale * value for key, value in found._asdict().items()}
             row = {"row": label, "reference": reference, "measure": name.replace("_", " "), "unit": unit}
             yield row | numbers | {"n": found.n}
@@ -141,10 +151,7 @@ def cost(findings: Findings) -> Table:
 
 def curves(findings: Findings) -> Table:
     """Return a row per run and epoch: what the student had consumed, how long it took, and how good it was."""
-    measures = (
-        "stage", "learning_rate", "samples", "samples_so_far", "loss", "train_accuracy", "agreement", "test_loss",
-        "test_accuracy", "test_calibration_error", "kept", "mixed",
-    )  # fmt: skip
+    measures = [name for name in NUMBERS if name != "epoch"]
     names, rows = labels(findings), []
     for key, runs in findings.rows().items():
         for run in runs:
@@ -182,7 +189,7 @@ def stages(findings: Findings) -> Table:
 
 
 def _sets(run: Run) -> Iterator[dict[str, Any]]:
-    for stage, change in zip(run.stages, history.turnover(history.parts(run)), strict=True):
+    for stage, change in zip(run.stages, history.turnover(history.parts(run.sets)), strict=True):
         chosen, mixed = stage.manifest, int(stage.manifest.mixed.sum())
         exported = stage.values is None and stage is run.stages[-1] and len(run.stages) > 1
         yield {
@@ -218,7 +225,7 @@ def fates(findings: Findings) -> Table:
     names, rows = labels(findings), []
     for key, runs in findings.rows().items():
         for run in (run for run in runs if run.condenses):
-            found = {fate: int(mask.sum()) for fate, mask in history.fates(history.parts(run)).items()}
+            found = {fate: int(mask.sum()) for fate, mask in history.fates(history.parts(run.sets)).items()}
             rows.append({"row": names[key], "run": run.name, "seed": run.seed, **found})
     columns = (
         Column("row", "row"), Column("run", "run"), *(Column(fate, fate, "count") for fate in history.FATES),
@@ -242,10 +249,10 @@ def distances(findings: Findings) -> Table:
     """Return a row per pair of condensed runs on the same data: Hamming distance of what their last sets keep."""
     rows = []
     for group in same_data(condensed(findings)):
-        matrix = history.hamming([run for _, run in group])
+        matrix = history.hamming([run.sets[-1] for _, run in group])
         for one, other in zip(*np.triu_indices(len(group), 1), strict=True):
             (left, first), (right, second) = group[one], group[other]
-            chance = history.by_chance(first.stages[-1].manifest, second.stages[-1].manifest)
+            chance = history.by_chance(first.sets[-1], second.sets[-1])
             models = (first.summary.get("model"), second.summary.get("model"))
             rows.append({
                 "one": left, "other": right, "distance": float(matrix[one, other]), "by_chance": chance,
@@ -266,13 +273,17 @@ def same_data(found: list[tuple[str, Run]]) -> list[list[tuple[str, Run]]]:
     """Return the runs grouped by the data they condensed, groups of one left out."""
     groups: dict[Any, list[tuple[str, Run]]] = {}
     for name, run in found:
-        chosen = run.stages[-1].manifest
+        chosen = run.sets[-1]
         groups.setdefault((chosen.data_digest, chosen.count), []).append((name, run))
     return [group for group in groups.values() if len(group) > 1]
 
 
+def _having(runs: Sequence[Run], name: str) -> list[Run]:
+    return [run for run in runs if isinstance(run.summary.get(name), int | float)]
+
+
 def _numbers(runs: Sequence[Run], name: str) -> list[float]:
-    return [float(run.summary[name]) for run in runs if isinstance(run.summary.get(name), int | float)]
+    return [float(run.summary[name]) for run in _having(runs, name)]
 
 
 def _joined(found: Iterator[Any]) -> str | None:

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from kcdcache import inspection, manifest, runcheck, runs, values
-from kcdcache.errors import KcdcacheError, MismatchError, NotFoundError
+from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError
 from kcdcache.files import MOST_JSON_BYTES, read_bytes, read_object
 from kcdcache.folder import RunFolder
 from kcdcache.manifest import Manifest
@@ -17,6 +19,11 @@ from kcdcache.values import Values
 SEEDED = re.compile(r"(.+)-seed(\d{1,18})", re.ASCII | re.DOTALL)
 RESULTS = "results.json"
 NETWORKS = ("student", "model")
+NUMBERS = (
+    "epoch", "stage", "learning_rate", "samples", "samples_so_far", "loss", "train_accuracy", "agreement", "test_loss",
+    "test_accuracy", "test_calibration_error", "kept", "mixed",
+)  # fmt: skip
+"""entries of an epoch's metrics that a report uses, where a run has them"""
 
 
 class Stage(NamedTuple):
@@ -26,6 +33,8 @@ class Stage(NamedTuple):
     manifest: Manifest
     values: Values | None
     """at its end; None for an exported set"""
+    score: np.ndarray | None
+    """score of each of all N samples by these values and the run's settings (Eq. 13), the higher the likelier kept"""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -65,9 +74,14 @@ class Run:
         return tuple(map(str, found)) if isinstance(found, list) else ()
 
     @property
+    def sets(self) -> tuple[Manifest, ...]:
+        """Set of each stage, the exported one last."""
+        return tuple(stage.manifest for stage in self.stages)
+
+    @property
     def condenses(self) -> bool:
         """Whether some stage, or the exported set, keeps other samples than the first one."""
-        return len({stage.manifest.index.tobytes() for stage in self.stages}) > 1
+        return len({chosen.index.tobytes() for chosen in self.sets}) > 1
 
 
 class Trouble(NamedTuple):
@@ -230,9 +244,9 @@ def _finished(path: Path, grid: Path) -> Run:
         id=inspection.id_of(path),
         summary=summary,
         record=record,
-        metrics=runs.read_metrics(path),
+        metrics=_metrics(path),
         seconds=_seconds(path),
-        stages=tuple(_stages(path)),
+        stages=_stages(path, record["settings"]),
         network=read_object(networks[0]) if networks else {},
     )
 
@@ -255,13 +269,35 @@ def _seconds(path: Path) -> dict[int, float]:
     return found
 
 
-def _stages(path: Path) -> Iterator[Stage]:
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    rows = runs.read_metrics(path)
+    for number, row in enumerate(rows, 1):
+        odd = [name for name in NUMBERS if not isinstance(row.get(name, 0), int | float)]
+        if odd or not isinstance(row.get("epoch"), int):
+            name = (odd or ["epoch"])[0]
+            raise CorruptionError(
+                f"{path}, metrics, line {number}: '{name}' should be a number, is {row.get(name)!r:.40}"
+            )
+    return rows
+
+
+def _stages(path: Path, settings: Mapping[str, Any]) -> tuple[Stage, ...]:
     folder = RunFolder(path=path)
     names = [file.parent.name for file in path.glob("stages/*/manifest.parquet")]
-    for number in sorted(int(name) for name in names if name.isdecimal()):
-        found = manifest.read(folder.manifest(number))
-        file = folder.stage_values(number)
-        yield Stage(number, found, values.read(file, found.count).values if file.exists() else None)
+    found = [_stage(folder, number, settings) for number in sorted(int(name) for name in names if name.isdecimal())]
+    if len({(stage.manifest.count, len(stage.manifest.class_counts)) for stage in found}) > 1:
+        raise CorruptionError(f"the sets of {path} speak of different numbers of samples or classes")
+    return tuple(found)
+
+
+def _stage(folder: RunFolder, number: int, settings: Mapping[str, Any]) -> Stage:
+    chosen = manifest.read(folder.manifest(number))
+    file = folder.stage_values(number)
+    if not file.exists():
+        return Stage(number, chosen, None, None)
+    known = values.read(file, chosen.count).values
+    score = values.score(known, float(settings["cost_exponent"]), str(settings["unseen"]))
+    return Stage(number, chosen, known, score)
 
 
 def _stores(grids: Iterable[Grid]) -> tuple[tuple[tuple[Path, Mapping[str, Any]], ...], list[Trouble]]:

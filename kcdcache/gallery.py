@@ -2,6 +2,7 @@
 
 import base64
 import io
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,13 @@ PAIRS = 8
 """mixes shown, at most"""
 LARGEST = 96
 """side of a shown image of a data set whose images differ in size, in pixels"""
+MOST_UNASKED = 200_000
+"""training images of a data set that is read without being asked for"""
+DOWNLOADED = {
+    "cifar10": torchvision.datasets.CIFAR10.base_folder,
+    "cifar100": torchvision.datasets.CIFAR100.base_folder,
+}
+"""kind of data that is downloaded where it is missing -> its folder"""
 CPU = torch.device("cpu")
 
 
@@ -47,19 +55,25 @@ class Strip(NamedTuple):
     """images that belong together stand together"""
 
 
-def load(spec: str, explicit: bool) -> Dataset:
-    """Return the data set a spec names; one that nobody named here (`explicit` False) is not downloaded for pictures.
+def require_cheap(spec: str, count: int) -> None:
+    """Do nothing if a data set that nobody asked for here may be loaded for its pictures alone.
 
     Raises:
-        KcdcacheError: as `data.load`.
-        NotFoundError: it would have to be downloaded.
+        SettingsError: the spec is wrong.
+        NotFoundError: it would have to be downloaded, or is so large that to hash it takes long.
     """
     kind, location = datasets.parse(spec)[:2]
-    if kind.startswith("cifar") and not explicit:
-        dataset = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[kind]
-        folder = Path(location or datasets.CACHE).expanduser() / dataset.base_folder
+    if count > MOST_UNASKED:
+        raise NotFoundError(f"all {count:,} images would have to be read; give --data if you want that")
+    if kind in DOWNLOADED:
+        folder = Path(location or datasets.CACHE).expanduser() / DOWNLOADED[kind]
         if not folder.is_dir():
-            raise NotFoundError(f"{folder} is not there; give --data to download it or to name another place")
+            raise NotFoundError(f"{folder} is not there; give --data to download it, or to name another place")
+
+
+@lru_cache(maxsize=2)
+def load(spec: str) -> Dataset:
+    """Return a data set as `data.load` does; asked for again, the one loaded before."""
     return datasets.load(spec)
 
 
@@ -71,14 +85,13 @@ def strips(run: Run, data: Dataset) -> list[Strip]:
     """
     _require_same(run, data)
     valued = [stage for stage in run.stages if stage.values is not None][-1]
-    assert valued.values is not None
-    scores = history.scores(run, valued.values)
-    best, worst = (np.argsort(sign * scores, kind="stable")[:SHOWN] for sign in (-1, 1))
+    assert valued.score is not None
+    best, worst = (np.argsort(sign * valued.score, kind="stable")[:SHOWN] for sign in (-1, 1))
     found = [
         _group(data, valued, best, "Most valuable", "The student is least sure of these; they are kept."),
         _group(data, valued, worst, "Least valuable", "The student knows these; they are dropped first."),
     ]
-    for fate, mask in history.fates(history.parts(run)).items():
+    for fate, mask in history.fates(history.parts(run.sets)).items():
         if mask.any():
             chosen = _evenly(np.flatnonzero(mask), SHOWN)
             title = f"{fate.capitalize()} ({int(mask.sum()):,} samples)"
@@ -88,7 +101,7 @@ def strips(run: Run, data: Dataset) -> list[Strip]:
 
 
 def _require_same(run: Run, data: Dataset) -> None:
-    wanted, found = run.stages[0].manifest.data_digest, data.identity().digest
+    wanted, found = run.sets[0].data_digest, data.identity().digest
     if wanted is None or wanted != found:
         raise MismatchError(
             f"'{data.name}' is not what {run.name} was trained on: its training split has the digest {found}, the "
@@ -118,11 +131,11 @@ def _mixes(run: Run, data: Dataset) -> Strip | None:
     mixed = mixing.mix_pixels(kept, dropped, torch.from_numpy(epsilon.copy()), run.record["settings"]["mix"])
     shots = [
         (
-            Shot(png(kept[row]), ("kept", _label(data, index[row]), f"#{index[row]}")),
-            Shot(png(dropped[row]), ("dropped", _label(data, partner[row]), f"#{partner[row]}")),
-            Shot(png(mixed[row]), ("mix", f"{100 * epsilon[row]:.0f} % of the", "dropped one")),
+            Shot(png(kept[row]), ("kept", _label(data, one), f"#{one}")),
+            Shot(png(dropped[row]), ("dropped", _label(data, other), f"#{other}")),
+            Shot(png(mixed[row]), ("mix", f"{100 * share:.0f} % of the", "dropped one")),
         )
-        for row in range(len(rows))
+        for row, (one, other, share) in enumerate(zip(*(a.tolist() for a in (index, partner, epsilon)), strict=True))
     ]
     text = (
         f"From the set of stage {chosen.stage}, from the smallest share mixed in to the largest: the kept image, the "

@@ -1,16 +1,13 @@
 """What became of every sample over a run's stages: kept, enriched, dropped, back again; and how far runs agree."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int8
 from scipy.stats import rankdata
 
-from kcdcache import values
-from kcdcache.findings import Run
 from kcdcache.manifest import Manifest
-from kcdcache.values import Values
 
 DROPPED, KEPT, MIXED = 0, 1, 2
 FATES = {
@@ -44,9 +41,9 @@ def part_of(chosen: Manifest) -> Int8[np.ndarray, " n"]:
     return found
 
 
-def parts(run: Run) -> Int8[np.ndarray, "sets n"]:
-    """Return `part_of` each of the run's sets, the exported one last."""
-    return np.stack([part_of(stage.manifest) for stage in run.stages])
+def parts(sets: Sequence[Manifest]) -> Int8[np.ndarray, "sets n"]:
+    """Return `part_of` each set."""
+    return np.stack([part_of(chosen) for chosen in sets])
 
 
 def turnover(found: Int8[np.ndarray, "sets n"]) -> list[Turnover]:
@@ -78,24 +75,18 @@ def fates(found: Int8[np.ndarray, "sets n"]) -> dict[str, Bool[np.ndarray, " n"]
     }
 
 
-def scores(run: Run, found: Values) -> Float[np.ndarray, " n"]:
-    """Return value * visits^alpha by the run's own settings (Eq. 13), the higher the likelier kept."""
-    settings: Mapping[str, Any] = run.record["settings"]
-    return values.score(found, float(settings.get("cost_exponent", 0.0)), str(settings.get("unseen", "first")))
-
-
-def percentiles(run: Run, found: Values) -> Float[np.ndarray, " n"]:
+def percentiles(score: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Return each sample's place among all by score, from 0 (least valuable) to 1 (most); ties share their mean."""
-    ranks: Float[np.ndarray, " n"] = rankdata(scores(run, found)) - 1
+    ranks: Float[np.ndarray, " n"] = rankdata(score) - 1
     return ranks / max(1, len(ranks) - 1)
 
 
-def hamming(runs: Sequence[Run]) -> Float[np.ndarray, "runs runs"]:
-    """Return the share of all samples that the last set of one run keeps and that of the other does not, in [0, 1].
+def hamming(sets: Sequence[Manifest]) -> Float[np.ndarray, "sets sets"]:
+    """Return the share of all samples that one set keeps and the other does not, in [0, 1], for each pair of sets.
 
     Source: Fig. 3c of Knowledge Condensation Distillation (arXiv 2207.05409): distance of final value labels.
     """
-    kept = [part_of(run.stages[-1].manifest) > DROPPED for run in runs]
+    kept = [part_of(chosen) > DROPPED for chosen in sets]
     return np.array([[float(np.mean(one != other)) for other in kept] for one in kept]).reshape(len(kept), len(kept))
 
 

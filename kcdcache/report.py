@@ -76,7 +76,7 @@ def write(
     """
     _require_free(out, json_file, csv)
     found = findings.read(paths)
-    tables = _tables(found, reference)
+    tables = tables_of(found, reference)
     sections = [section for section in _sections(found, tables, data) if _any(section)]
     document = _document(found, tables, sections)
     content = _html(document, tables, sections).encode()
@@ -108,7 +108,12 @@ def _require_free(out: Path, json_file: Path | None, csv: Path | None) -> None:
             raise MismatchError(f"--csv {csv} holds {others[0]}; give a new folder, or one with CSV files only")
 
 
-def _tables(found: Findings, reference: str | None) -> dict[str, Table]:
+def tables_of(found: Findings, reference: str | None = None) -> dict[str, Table]:
+    """Return every table of a report by its key.
+
+    Raises:
+        SettingsError: the reference is no row.
+    """
     made = (
         provenance.troubles(found), accounts.results(found), accounts.differences(found, reference),
         accounts.cost(found), accounts.curves(found), accounts.stages(found), accounts.fates(found),
@@ -178,8 +183,8 @@ def _samples(tables: dict[str, Table], chosen: list[tuple[str, Run]]) -> Section
     patterns = [stagefigures.pattern(name, run) for name, run in chosen if _valued(run)]
     return Section(
         key="samples", title="Which samples leave, return and stay",
-        look="Dropping is not for ever: all samples compete again in every stage (unless --candidates current). A "
-        "dropped one keeps its value while those of others fall as they are learned, so it comes back once theirs lie below.",
+        look="Dropping is not for ever: all samples compete again in each stage (unless --candidates current). A "
+        "dropped one keeps its value while those of others fall; it is back once theirs lie below.",
         tables=[tables["fates"]], pictures=[stagefigures.turnover(chosen), *patterns],
     )  # fmt: skip
 
@@ -199,7 +204,9 @@ def _images(found: Findings, chosen: list[tuple[str, Run]], data: str | None) ->
             notes.append(f"{name}: no images, because its folder has no results.json that names the data; give --data")
             continue
         try:
-            strips += [strip._replace(title=f"{strip.title} ({name})") for strip in _strips(run, spec, data)]
+            strips += [
+                strip._replace(title=f"{strip.title} ({name})") for strip in _strips(run, spec, data is not None)
+            ]
         except KcdcacheError as error:
             notes.append(f"{name}: no images, because the data '{spec}' cannot be used: {error}")
     return Section(
@@ -210,14 +217,18 @@ def _images(found: Findings, chosen: list[tuple[str, Run]], data: str | None) ->
     )  # fmt: skip
 
 
-def _strips(run: Run, spec: str, asked: str | None) -> list[Strip]:
-    return gallery.strips(run, gallery.load(spec, explicit=asked is not None)) if _valued(run) else []
+def _strips(run: Run, spec: str, explicit: bool) -> list[Strip]:
+    if not _valued(run):
+        return []
+    if not explicit:
+        gallery.require_cheap(spec, run.sets[0].count)
+    return gallery.strips(run, gallery.load(spec))
 
 
 def _agreement(found: Findings, tables: dict[str, Table]) -> Section:
     groups = accounts.same_data(accounts.condensed(found))
     pictures = [
-        figures.distance_matrix([name for name, _ in group], history.hamming([run for _, run in group]))
+        figures.distance_matrix([name for name, _ in group], history.hamming([run.sets[-1] for _, run in group]))
         for group in groups
     ]
     return Section(

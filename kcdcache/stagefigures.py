@@ -33,7 +33,7 @@ def sizes(found: Named) -> Picture:
 
     def draw(figure: Figure) -> None:
         for axes, (name, run) in _panels(figure, found):
-            parts = history.parts(run)
+            parts = history.parts(run.sets)
             bottom = np.zeros(len(parts))
             for (label, colour), code in zip(PARTS, (history.KEPT, history.MIXED, history.DROPPED), strict=True):
                 share = 100 * (parts == code).mean(axis=1)
@@ -58,7 +58,7 @@ def bands(found: Named) -> Picture:
 
     def draw(figure: Figure) -> None:
         for axes, (name, run) in _panels(figure, found):
-            parts = history.parts(run)
+            parts = history.parts(run.sets)
             for code, (label, colour) in enumerate((("dropped next", COLOURS[1]), ("kept next", COLOURS[0]))):
                 rows = [
                     (place, np.quantile(stage.values.value[chosen], (0.1, 0.5, 0.9)))
@@ -87,9 +87,9 @@ def pattern(name: str, run: Run) -> Picture:
 
     Source: Fig. 3b of Knowledge Condensation Distillation (arXiv 2207.05409).
     """
-    parts = history.parts(run)
-    valued = [stage for stage in run.stages if stage.values is not None]
-    ranks = np.array([history.percentiles(run, stage.values) for stage in valued])
+    parts = history.parts(run.sets)
+    scores = [stage.score for stage in run.stages if stage.score is not None]
+    ranks = np.array([history.percentiles(score) for score in scores])
     order = np.argsort(-ranks[-1], kind="stable")
     order = order[np.unique(np.linspace(0, len(order) - 1, min(len(order), MOST_LINES)).round().astype(int))]
 
@@ -103,19 +103,19 @@ def pattern(name: str, run: Run) -> Picture:
         colours = ListedColormap([LEFT_OUT, AS_IS, ENRICHED])
         middle.imshow(parts[:, order].T, aspect="auto", cmap=colours, vmin=0, vmax=2, interpolation="none")
         lower[1].legend(handles=[Patch(color=c, label=label) for label, c in PARTS], loc="upper center", fontsize=8)
-        for axes, title, count in ((left, "rank by value", len(valued)), (middle, "in the set?", len(parts))):
+        for axes, title, count in ((left, "rank by value", len(scores)), (middle, "in the set?", len(parts))):
             axes.grid(False)
             axes.set(title=title, yticks=[])
             axes.set_xticks(range(count), set_names(run)[:count])
         left.set(xlabel="end of stage", ylabel="samples, most valuable at the end on top")
         middle.set_xlabel("set of stage")
-        _movers(right, ranks, set_names(run)[: len(valued)])
+        _movers(right, ranks, set_names(run)[: len(scores)])
         lower[2].legend(*right.get_legend_handles_labels(), loc="upper center", ncols=2, fontsize=8)
         for axes in lower[1:]:
             axes.set_axis_off()
 
     caption = (
-        f"{len(order):,} of the {run.stages[0].manifest.count:,} samples of one run. Left: every line is a sample, "
+        f"{len(order):,} of the {run.sets[0].count:,} samples of one run. Left: every line is a sample, "
         "coloured by its rank among all at each stage's end, yellow for the most valuable. A line of one colour is a "
         "sample whose rank does not change. "
         "Middle: the same samples, whether each set keeps them. Right: the ten samples that rose and fell most: value "
@@ -151,8 +151,8 @@ def turnover(found: Named) -> Picture:
 
     def draw(figure: Figure) -> None:
         for axes, (name, run) in _panels(figure, found):
-            count = run.stages[0].manifest.count
-            rows = history.turnover(history.parts(run))[1:]
+            count = run.sets[0].count
+            rows = history.turnover(history.parts(run.sets))[1:]
             places = np.arange(1, len(rows) + 1)
             kinds = (
                 ("left", COLOURS[1], -0.27, ""),
@@ -179,7 +179,7 @@ def classes(found: Named) -> Picture | None:
     known = [(name, run) for name, run in found if all(stage.manifest.class_counts for stage in run.stages)]
     if not known:
         return None
-    most = max(len(run.stages[0].manifest.class_counts) for _, run in known)
+    most = max(len(run.sets[0].class_counts) for _, run in known)
 
     def draw(figure: Figure) -> None:
         for axes, (name, run) in _panels(figure, known):

@@ -77,8 +77,8 @@ def printable(text: str) -> str:
 def shown(value: Any, kind: str) -> str:
     """Return a cell as people see it.
 
-    >>> shown(0.99537, "percent"), shown(-0.001, "points"), shown(None, "count")
-    ('99.54', '-0.10', '')
+    >>> shown(0.99537, "percent"), shown(-0.1, "signed"), shown(None, "count")
+    ('99.54', '-0.100', '')
     """
     if value is None:
         return ""
@@ -88,14 +88,13 @@ def shown(value: Any, kind: str) -> str:
 SHOWN: Mapping[str, Callable[[Any], str]] = {
     "text": lambda value: printable(str(value)),
     "percent": lambda value: f"{100 * value:.2f}",
-    "points": lambda value: f"{100 * value:+.2f}",
     "signed": lambda value: f"{value:+.3f}",
     "share": lambda value: f"{value:.3f}",
     "count": lambda value: f"{value:,.0f}",
     "number": lambda value: f"{value:.4g}",
     "seconds": lambda value: f"{value:,.1f}",
 }
-"""kind of a column -> how its numbers are shown; percent and points are shares times 100"""
+"""kind of a column -> how its numbers are shown; percent is a share times 100"""
 
 
 def _plain(value: Any) -> Any:

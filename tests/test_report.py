@@ -1,0 +1,508 @@
+import base64
+import csv
+import io
+import json
+import math
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from reporting import CLASSES, ROWS, ROWS_OF_RUNS, SCHOOL, TITLE, Page, grid
+
+from kcdcache import cli, config, data, distill, findings, gallery, provenance, report, store
+from kcdcache.errors import MismatchError, NotFoundError, SettingsError
+from kcdcache.tabular import printable
+
+T_ONE = math.tan(math.pi * (0.975 - 0.5))
+"""97.5 % point of Student's t with 1 degree of freedom, which is Cauchy's distribution"""
+
+
+FIGURES = [
+    "differences", "accuracy", "training", "sizes", "values", "classes", "turnover", "pattern-kcd-seed0", "distances",
+    "cost",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return grid(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def made(place, tmp_path_factory):
+    """A report of the whole grid with everything beside it: what `write` returned, and the files."""
+    folder = tmp_path_factory.mktemp("made")
+    told = report.write([place.folder], folder / "r.html", json_file=folder / "r.json", csv=folder / "tables")
+    return folder, told
+
+
+@pytest.fixture(scope="module")
+def page(made):
+    return Page((made[0] / "r.html").read_text())
+
+
+@pytest.fixture
+def copy(place, tmp_path):
+    return Path(shutil.copytree(place.folder, tmp_path / "copy"))
+
+
+@pytest.fixture
+def few(place, tmp_path):
+    """The grid with its baseline alone, and the store."""
+    left_out = shutil.ignore_patterns("k*-seed*")
+    return Path(shutil.copytree(place.folder, tmp_path / "few", ignore=left_out))
+
+
+@pytest.fixture(scope="module")
+def known(place):
+    """All that is known of the whole grid."""
+    return findings.read([place.folder])
+
+
+def rows(told, table):
+    return told["tables"][table]["rows"]
+
+
+def numbers(*paths, **more):
+    """What a report of some paths would say, without its figures."""
+    found = findings.read([Path(path) for path in paths])
+    return {"tables": {key: table.document() for key, table in report.tables_of(found, **more).items()}}
+
+
+def summary(place, name):
+    return json.loads((place.folder / name / "summary.json").read_text())
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def kept_of(place, name):
+    """Kept indices of each set of a run, from parquet alone."""
+    files = sorted((place.folder / name / "stages").glob("*/manifest.parquet"), key=lambda file: int(file.parent.name))
+    return [set(pq.read_table(file)["index"].to_pylist()) for file in files]
+
+
+def written(paths, out, **more):
+    return report.write([Path(path) for path in paths], out / "again.html", **more)
+
+
+# numbers
+
+
+def test_results_are_means_over_the_summaries(place, made):
+    for row, step in zip(rows(made[1], "results"), ROWS, strict=True):
+        names = [name for name in ("base-seed0", *ROWS_OF_RUNS) if name.startswith(f"{step}-")]
+        found = [summary(place, name) for name in names]
+        assert (row["row"], row["n"]) == (ROWS[step], len(names))
+        for measure in ("accuracy_last", "accuracy_best", "relative_cost", "seconds"):
+            numbers = [one[measure] for one in found]
+            assert row[measure] == pytest.approx(statistics.fmean(numbers))
+            std = statistics.stdev(numbers) if len(numbers) > 1 else None
+            assert row[f"{measure}_std"] == (None if std is None else pytest.approx(std))
+
+
+def test_differences_are_of_paired_seeds(place, made):
+    found = {(row["row"], row["measure"]): row for row in rows(made[1], "differences")}
+    assert {row["reference"] for row in found.values()} == {ROWS["kd"]}
+    pairs = [
+        100 * (summary(place, f"kcd-seed{seed}")["accuracy_last"] - summary(place, f"kd-seed{seed}")["accuracy_last"])
+        for seed in (0, 1)
+    ]
+    row, std = found[ROWS["kcd"], "accuracy last"], statistics.stdev(pairs)
+    ends = [statistics.fmean(pairs) + sign * T_ONE * std / math.sqrt(2) for sign in (-1, 1)]
+    assert (row["n"], row["mean"], row["std"]) == (2, pytest.approx(statistics.fmean(pairs)), pytest.approx(std))
+    assert [row["low"], row["high"]] == pytest.approx(ends)
+    single = found[ROWS["base"], "relative cost"]
+    assert (single["n"], single["low"], single["unit"]) == (1, None, "of N x epochs")
+    assert single["mean"] == summary(place, "base-seed0")["relative_cost"] - summary(place, "kd-seed0")["relative_cost"]
+
+
+def test_the_reference_can_be_named(known):
+    found = report.tables_of(known, "base")["differences"].rows
+    assert {row["reference"] for row in found} == {ROWS["base"]}
+    with pytest.raises(SettingsError, match=r"no row 'kdd' to compare with; did you mean 'kd'\?"):
+        report.tables_of(known, "kdd")
+
+
+def test_curves_are_the_epochs_of_metrics_and_timing(place, made):
+    found = [row for row in rows(made[1], "curves") if row["run"] == "kcd-seed1"]
+    spent = 0.0
+    metrics, timing = (lines(place.folder / "kcd-seed1" / f"{name}.jsonl") for name in ("metrics", "timing"))
+    for row, epoch, clock in zip(found, metrics, timing, strict=True):
+        spent += clock["seconds"]
+        assert row["seconds_so_far"] == pytest.approx(spent)
+        assert row["epoch"] == epoch["epoch"] + 1
+        for name in ("test_accuracy", "samples_so_far", "loss", "stage", "kept"):
+            assert row[name] == epoch[name]
+
+
+def test_stages_and_fates_are_counted_from_the_parquet_files(place, made):
+    for name in ("kcd-seed0", "kcd-seed2"):
+        sets = kept_of(place, name)
+        found = [row for row in rows(made[1], "stages") if row["run"] == name]
+        assert [row["kept"] for row in found] == [len(one) for one in sets]
+        seen, before = set(), set()
+        for row, now in zip(found, sets, strict=True):
+            counts = [len(now & before), len(before - now), len((now - before) & seen), len(now - seen)]
+            assert [row[key] for key in ("stayed", "left", "returned", "new")] == counts
+            seen, before = seen | now, now
+        fates = next(row for row in rows(made[1], "fates") if row["run"] == name)
+        assert fates["stayed"] == len(set.intersection(*sets))
+        assert sum(fates[key] for key in ("stayed", "left", "returned", "unsteady", "joined", "never")) == 120
+
+
+def test_classes_are_counted_from_the_files_and_the_labels(place, made):
+    labels = data.load(place.data).train.labels
+    for stage, kept in enumerate(kept_of(place, "kcd-seed0")):
+        found = [r for r in rows(made[1], "classes") if (r["run"], r["stage"]) == ("kcd-seed0", stage)]
+        assert [row["kept"] for row in found] == np.bincount(labels[sorted(kept)], minlength=4).tolist()
+        assert {row["class"] for row in found} == set(CLASSES)
+
+
+def test_distances_are_symmetric_differences_of_the_last_sets(place, made):
+    found = {(row["one"], row["other"]): row for row in rows(made[1], "distances")}
+    assert len(found) == 3  # of the three condensed runs; those that keep everything are all alike
+    left, right = kept_of(place, "kcd-seed0")[-1], kept_of(place, "kcd-seed2")[-1]
+    assert found["kcd-seed0", "kcd-seed2"]["distance"] == pytest.approx(len(left ^ right) / 120)
+
+
+def test_costs_are_those_of_store_and_runs(place, made):
+    found = {row["row"]: row for row in rows(made[1], "cost")}
+    store = found["store (store)"]
+    assert (store["teacher_forwards"], store["seconds"]) == (3 * 120, 1.25)
+    for name in ("student_samples", "rows_read", "bytes_read"):
+        numbers = [summary(place, f"kcd-seed{seed}")[name] for seed in range(3)]
+        assert found[ROWS["kcd"]][name] == pytest.approx(statistics.fmean(numbers))
+
+
+def test_provenance_names_settings_commit_versions_and_digests(place, made):
+    record = json.loads((place.folder / "kcd-seed0" / "run.json").read_text())
+    row = next(row for row in rows(made[1], "runs") if row["run"] == "kcd-seed0")
+    assert (row["commit"], row["threads"]) == (record["environment"]["git_commit"], record["environment"]["threads"])
+    assert f"torch {record['environment']['versions']['torch']}" in row["versions"]
+    told = {(r["row"], r["setting"]): r["value"] for r in rows(made[1], "settings")}
+    assert {name: told[ROWS["kcd"], name] for name in ("seed", "keep")} == {"seed": "0 | 1 | 2", "keep": "0.5"}
+    assert len([key for key in told if key[0] == ROWS["kcd"]]) == len(record["settings"])
+    ids = {row["id"] for row in rows(made[1], "identities") if row["of"] == "kcd-seed0"}
+    network = json.loads((place.folder / "kcd-seed0" / "student.json").read_text())
+    assert {record["inputs"]["knowledge_id"], record["inputs"]["test"], network["weights_sha256"]} < ids
+
+
+# one file
+
+
+def test_json_and_csv_hold_the_numbers_of_the_page(made, page):
+    folder, told = made
+    assert json.loads((folder / "r.json").read_text())["tables"] == told["tables"]
+    for key, table in told["tables"].items():
+        written = list(csv.DictReader(io.StringIO((folder / "tables" / f"{key}.csv").read_text())))
+        assert len(written) == len(table["rows"])
+        for row, plain in zip(table["rows"], written, strict=True):
+            for name, value in row.items():
+                text = value if isinstance(value, str) else "" if value is None else None
+                found = plain[name].removeprefix("'")
+                assert float(found) == value if text is None else found == printable(text)
+    assert {*told["tables"]} - {*page.tables} == {"troubles", "curves", "classes"}  # drawn, or nothing to tell
+
+
+def test_the_page_shows_the_rounded_numbers_of_the_tables(made, page):
+    for key, (head, *cells) in page.tables.items():
+        table = made[1]["tables"][key]
+        assert head == list(table["columns"].values())
+        for row, line in zip(table["rows"], cells, strict=True):
+            for value, title, cell in zip(row.values(), head, line, strict=True):
+                if isinstance(value, str) or value is None:
+                    assert cell == printable(value or "")
+                else:
+                    digits = cell.replace(",", "").partition(".")[2] if "e" not in cell else ""
+                    scale = 100 if title.endswith("%") or (title == "± std" and len(digits) == 2) else 1
+                    shown = float(cell.replace(",", ""))
+                    assert shown == pytest.approx(scale * value, rel=1e-3, abs=0.51 * 10.0 ** -len(digits))
+
+
+def test_the_page_loads_nothing_and_runs_nothing(made, page):
+    tags = {tag for tag, _ in page.elements}
+    assert not tags & {"script", "iframe", "object", "embed", "link", "form", "base", "b", "i", "svg", "video", "audio"}
+    for tag, attributes in page.elements:
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("src", "href", "action", "data", "srcset", "background", "style"):
+            if (target := attributes.get(name)) is not None:
+                assert (name, tag) in {("src", "img"), ("href", "a")}
+                assert target.startswith("data:image/png;base64," if tag == "img" else "#")
+    text = (made[0] / "r.html").read_text()
+    assert "url(" not in text
+    assert "@import" not in text
+    assert not re.search(r"https?:", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
+
+
+def test_contents_lead_to_every_section(page):
+    links = [attributes["href"][1:] for tag, attributes in page.elements if tag == "a"]
+    headings = [attributes["id"] for tag, attributes in page.elements if tag == "h2"]
+    assert links == headings
+    assert links == ["results", "learning", "condensation", "samples", "images", "agreement", "cost", "provenance"]
+
+
+def test_hostile_names_are_text_and_nothing_else(made, page):
+    assert page.texts["title"] == [printable(TITLE)]
+    assert page.texts["h1"] == [printable(TITLE)]
+    assert {row[0] for row in page.tables["results"][1:]} == set(ROWS.values())
+    shown = [text for text in page.texts["div"] + page.texts["br"] if text.strip() in map(printable, CLASSES)]
+    assert {text.strip() for text in shown} >= {printable(name) for name in CLASSES if len(name) <= 24}
+    assert "\u202e" not in (made[0] / "r.html").read_text()
+
+
+def test_every_figure_is_an_image_with_something_on_it(page):
+    assert len(page.sources) > 40
+    figures = 0
+    for source in page.sources:
+        image = Image.open(io.BytesIO(base64.b64decode(source.partition("base64,")[2], validate=True)))
+        image.load()
+        if image.width > 500:
+            figures += 1
+            assert len(image.convert("RGB").getcolors(2**24)) > 20
+    assert figures == len(FIGURES)
+
+
+def test_every_figure_has_a_title_and_a_caption_that_says_how_to_read_it(made, page):
+    told = made[1]["figures"]
+    assert [len(figure["caption"]) > 80 for figure in told] == [True] * len(told)
+    assert [figure["key"] for figure in told] == FIGURES
+    assert len(page.texts["figcaption"]) == len(FIGURES)
+
+
+def test_the_same_runs_give_the_same_bytes(place, tmp_path):
+    contents = []
+    for _ in range(2):
+        written([place.folder / "base-seed0"], tmp_path)
+        contents.append((tmp_path / "again.html").read_bytes())
+    assert contents[0] == contents[1]
+
+
+# images
+
+
+def test_a_mix_shown_is_the_mix_of_the_images_shown(place, known):
+    run = next(run for run in known.runs if run.name == "kcd-seed0")
+    strip = gallery.strips(run, data.load(place.data))[-1]
+    assert strip.title == "Mixed into K_Aug"
+    shares = []
+    for kept, dropped, mix in strip.shots:
+        one, other, mixed = (decoded(shot.uri) for shot in (kept, dropped, mix))
+        share = int(re.match(r"\d+", mix.lines[1])[0]) / 100
+        shares.append(share)
+        assert np.abs((1 - share) * one + share * other - mixed).max() <= 0.5 + 0.005 * 255
+    assert shares == sorted(shares)
+    assert shares[-1] > 0.2
+
+
+def test_the_images_shown_are_those_of_the_numbers_below_them(place, known):
+    run = next(run for run in known.runs if run.name == "kcd-seed1")
+    dataset = data.load(place.data)
+    best, worst, *_ = gallery.strips(run, dataset)
+    file = pq.read_table(place.folder / "kcd-seed1" / "stages" / "2" / "values.parquet").to_pydict()
+    score = [value * visits**0.03 for value, visits in zip(file["value"], file["visits"], strict=True)]
+    ranked = sorted(range(120), key=lambda sample: -score[sample])
+    for strip, expected in ((best, ranked[:12]), (worst, ranked[::-1][:12])):
+        shown = [int(shots[0].lines[1].removeprefix("#")) for shots in strip.shots]
+        assert set(shown) == set(expected)
+        for sample, (shot,) in zip(shown, strip.shots, strict=True):
+            assert (decoded(shot.uri) == dataset.train.source.images(np.array([sample]))[0]).all()
+            assert shot.lines[2] == f"V = {file['value'][sample]:.2f}"
+
+
+def decoded(uri):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))), np.float64)
+
+
+def test_without_the_runs_own_data_the_page_says_why_there_are_no_images(place, tmp_path):
+    told = written([place.folder / "kcd-seed0"], tmp_path, data="digits?train=120")
+    assert told["images"] == []
+    said = " ".join(Page((tmp_path / "again.html").read_text()).texts["p"])
+    assert re.search(
+        "no images, because the data 'digits.train=120' cannot be used: .* is not what kcd-seed0 was", said
+    )
+
+
+def test_without_results_json_runs_are_found_and_images_need_data(copy, tmp_path):
+    (copy / "results.json").unlink()
+    told = numbers(copy)
+    assert [(row["row"], row["n"]) for row in rows(told, "results")] == [("base", 1), ("kcd", 3), ("kd", 2)]
+    assert {row["reference"] for row in rows(told, "differences")} == {"kd"}
+    written([copy / "kcd-seed0"], tmp_path)
+    assert "no results.json that names the data; give --data" in (tmp_path / "again.html").read_text()
+
+
+@pytest.mark.parametrize(("spec", "count"), [("cifar100:/nowhere", 100), ("folder:/any", 200_001)])
+def test_nothing_is_downloaded_and_nothing_huge_is_read_for_pictures_nobody_asked_for(spec, count):
+    with pytest.raises(NotFoundError, match="give --data"):
+        gallery.require_cheap(spec, count)
+
+
+# what is not in the numbers
+
+
+def troubles(told):
+    return {Path(row["path"]).name: (row["state"], row["error"]) for row in rows(told, "troubles")}
+
+
+def test_unfinished_damaged_and_missing_runs_are_told_and_the_rest_stands(place, copy, tmp_path):
+    material = distill.Material(data=data.load(place.data), knowledge=store.open(copy / "store"))
+    distill.run(config.TrainSettings(**SCHOOL), material, out=copy / "kcd-seed9", until=3, device="cpu")
+    (copy / "kcd-seed0" / "summary.json").unlink()
+    for name in ("kcd-seed1", "kcd-seed2"):
+        flip(copy / name / "stages" / "1" / "values.parquet")
+    shutil.rmtree(copy / "kd-seed1")
+    (copy / "kd-seed0" / "metrics.jsonl").write_text("")
+    told = written([copy], tmp_path)
+    found = troubles(told)
+    assert {name: state for name, (state, _) in found.items()} == {
+        "kcd-seed0": "damaged", "kcd-seed1": "damaged", "kcd-seed2": "damaged", "kd-seed0": "damaged",
+        "kd-seed1": "missing", "kcd-seed9": "unfinished",
+    }  # fmt: skip
+    assert "values.parquet" in found["kcd-seed1"][1]
+    assert "3 epochs are done; run its command again" in found["kcd-seed9"][1]
+    assert [(row["row"], row["n"]) for row in rows(told, "results")] == [(ROWS["base"], 1)]
+    page = Page((tmp_path / "again.html").read_text())
+    assert {(line[1], line[2]) for line in page.tables["troubles"][1:]} == {
+        (state, printable(error)) for state, error in found.values()
+    }
+    assert "1 finished run in 1 row. Not in the numbers: 1 missing, 4 damaged, 1 unfinished" in page.texts["p"][0]
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def test_a_broken_results_json_is_told_and_the_runs_stand(few):
+    (few / "results.json").write_text('{"title": "half')
+    told = numbers(few)
+    assert troubles(told)["results.json"][0] == "damaged"
+    assert len(rows(told, "runs")) == 1
+
+
+@pytest.mark.parametrize(
+    "results", [{"rows": 3, "runs": [4]}, {"title": 5, "data": [], "rows": [{"step": 1}], "runs": {}}]
+)
+def test_results_json_of_another_form_hides_no_run(few, results):
+    (few / "results.json").write_text(json.dumps(results))
+    assert len(rows(numbers(few), "runs")) == 1
+
+
+def test_a_damaged_store_is_told_and_the_runs_stand(few):
+    flip(next((few / "store" / "_kcd").glob("plan*")))
+    told = numbers(few)
+    assert troubles(told)["store"][0] == "damaged"
+    assert len(rows(told, "runs")) == 1
+
+
+def test_a_grid_without_any_finished_run_still_has_a_page(few, tmp_path):
+    (few / "base-seed0" / "summary.json").write_text("{}")
+    told = written([few], tmp_path)
+    assert (len(troubles(told)), rows(told, "results")) == (6, [])
+    assert (
+        "0 finished runs in 0 rows. Not in the numbers: 5 missing, 1 damaged" in (tmp_path / "again.html").read_text()
+    )
+
+
+def test_rows_of_unlike_runs_are_told(copy):
+    (copy / "kd-seed1").rename(copy / "kcd-seed7")
+    found = findings.read([copy])
+    assert provenance.mixed_rows(found) == [f"the runs of '{ROWS['kcd']}' differ in keep: their mean is of unlike runs"]
+
+
+# what it is asked
+
+
+def test_one_run_alone_and_given_twice(place):
+    run = place.folder / "kcd-seed0"
+    told = numbers(run, run, place.folder / "kcd-seed0" / ".." / "kcd-seed0")
+    assert [(row["row"], row["n"]) for row in rows(told, "results")] == [(ROWS["kcd"], 1)]
+    assert rows(told, "differences") == []
+
+
+def test_runs_of_several_folders_are_kept_apart(place, few):
+    told = numbers(place.folder / "base-seed0", few)
+    assert [row["row"] for row in rows(told, "results")] == [
+        f"{name}: {ROWS['base']}" for name in (place.folder.name, "few")
+    ]
+
+
+def test_what_holds_no_run_is_refused(tmp_path):
+    with pytest.raises(NotFoundError, match=r"nothing at .*absent"):
+        written([tmp_path / "absent"], tmp_path)
+    with pytest.raises(MismatchError, match="is no run and holds none"):
+        written([tmp_path], tmp_path)
+
+
+def test_nothing_but_a_report_is_overwritten(place, tmp_path):
+    run = place.folder / "kd-seed0"
+    (tmp_path / "mine.html").write_text("<p>mine")
+    (tmp_path / "mine.json").write_text("{}")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.txt").write_text("mine")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    for given, match in (
+        ({"out": tmp_path / "mine.html"}, "is no report"),
+        ({"out": tmp_path / "r.html", "json_file": tmp_path / "mine.json"}, "is no report"),
+        ({"out": tmp_path / "r.html", "csv": tmp_path / "folder"}, "holds mine.txt"),
+        ({"out": tmp_path / "r.txt"}, "end its name in .html"),
+        ({"out": tmp_path / "r.html", "json_file": tmp_path / "r.txt"}, "end its name in .json"),
+    ):
+        with pytest.raises((MismatchError, SettingsError), match=match):
+            report.write([run], **given)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_the_command_writes_the_page_and_prints_the_table(place, tmp_path, capsys):
+    arguments = ["report", str(place.folder / "base-seed0"), "--out", str(tmp_path / "r.html"), "-q"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert printed.splitlines()[0] == printable(TITLE)
+    assert printed.splitlines()[-1] == f"files: {tmp_path / 'r.html'}"
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--json", "--json-file", str(tmp_path / "r.json")])
+    told = json.loads(capsys.readouterr().out)
+    assert told["tables"] == json.loads((tmp_path / "r.json").read_text())["tables"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["report", "--help"]])
+def test_help_needs_no_matplotlib(arguments):
+    code = f"import sys\nfrom kcdcache import cli\ntry: cli.main({arguments})\nfinally: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "report" in done.stdout
+    assert not {"matplotlib", "torch", "scipy", "jinja2"} & set(done.stdout.splitlines()[-1].split())
+
+
+# in a browser
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def browsed(page, folder, *arguments):
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=5000"]
+    command = [BROWSER, *flags, f"--user-data-dir={folder / 'profile'}", *arguments, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_a_browser_shows_the_page_and_runs_nothing_of_it(made, tmp_path):
+    dom = Page(browsed(made[0] / "r.html", tmp_path, "--dump-dom"))
+    assert dom.texts["title"] == [printable(TITLE)]
+    assert "script" not in {tag for tag, _ in dom.elements}
+    assert dom.tables == Page((made[0] / "r.html").read_text()).tables
+    browsed(made[0] / "r.html", tmp_path, f"--screenshot={tmp_path / 'shot.png'}", "--window-size=1200,9000")
+    pixels = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB")).reshape(-1, 3)
+    for colour in ((0, 114, 178), (86, 180, 233), (213, 94, 0)):  # figures are there: their own blues and red
+        assert (pixels == colour).all(axis=1).sum() > 200
