@@ -85,7 +85,7 @@ def results(findings: Findings) -> Table:
         "split and is the result; 'best' was chosen on that split, for comparison with papers that report it. "
         "'relative cost' is student samples forwarded / (N x epochs)."
     )
-    return Table(key="results", title="Results", note=note, columns=columns, rows=rows)
+    return Table(key="results", title="Accuracy and cost of each row", note=note, columns=columns, rows=rows)
 
 
 def differences(findings: Findings, asked: str | None = None) -> Table:
@@ -103,7 +103,9 @@ def differences(findings: Findings, asked: str | None = None) -> Table:
     note = (
         "Row minus reference, seed by seed: runs of the same seed share initialisation, order and views, so that their "
         "difference varies less than either. The interval is Student's t (95 %); where it contains 0, these seeds "
-        "cannot tell the two apart. One pair has no interval. Intervals are not adjusted for the number of comparisons."
+        "cannot tell the two apart. One pair has no interval, and two "
+        "or three pairs that happen to agree have one that is too narrow. Intervals are not adjusted for the number of "
+        "comparisons."
     )
     return Table(key="differences", title="Paired differences", note=note, columns=columns, rows=found)
 
@@ -146,7 +148,7 @@ def cost(findings: Findings) -> Table:
         "Per run, means over its seeds. A store pays the teacher once (samples x views); students then read it. Kept "
         "samples and their partners are both read, so that condensation saves student steps sooner than reading."
     )
-    return Table(key="cost", title="What it cost", note=note, columns=columns, rows=rows)
+    return Table(key="cost", title="Cost of each row", note=note, columns=columns, rows=rows)
 
 
 def curves(findings: Findings) -> Table:
@@ -185,7 +187,7 @@ def stages(findings: Findings) -> Table:
         "One row per set. 'left' and 'returned' compare with the set before; partners for the enriched samples come "
         "from the dropped ones. The set after the last stage is exported: other students can train from it."
     )
-    return Table(key="stages", title="What each stage keeps", note=note, columns=columns, rows=rows)
+    return Table(key="stages", title="Every set of every run", note=note, columns=columns, rows=rows)
 
 
 def _sets(run: Run) -> Iterator[dict[str, Any]]:
@@ -231,7 +233,7 @@ def fates(findings: Findings) -> Table:
         Column("row", "row"), Column("run", "run"), *(Column(fate, fate, "count") for fate in history.FATES),
     )  # fmt: skip
     note = "Over all sets of a run: " + "; ".join(f"{fate}: {text}" for fate, text in history.FATES.items()) + "."
-    return Table(key="fates", title="Which samples leave, return and stay", note=note, columns=columns, rows=rows)
+    return Table(key="fates", title="What became of the samples", note=note, columns=columns, rows=rows)
 
 
 def condensed(findings: Findings) -> list[tuple[str, Run]]:
@@ -266,7 +268,7 @@ def distances(findings: Findings) -> Table:
         "Share of all N samples that one run's last set keeps and the other's does not: 0 for equal sets; 'random "
         "sets' is what two independent sets of those sizes would have. Well below it, runs agree on what is valuable."
     )
-    return Table(key="distances", title="Do runs keep the same samples?", note=note, columns=columns, rows=rows)
+    return Table(key="distances", title="Distances, pair by pair", note=note, columns=columns, rows=rows)
 
 
 def same_data(found: list[tuple[str, Run]]) -> list[list[tuple[str, Run]]]:

@@ -39,7 +39,7 @@ class Picture(NamedTuple):
 @contextmanager
 def styled() -> Iterator[None]:
     """Draw with our fonts and sizes; names are never taken for formulas, and may hold letters the font lacks."""
-    ours = {
+    ours: dict[Any, Any] = {
         "text.parse_math": False, "font.size": 10, "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True,
         "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11, "axes.formatter.useoffset": False,
         "legend.framealpha": 0.9, "figure.facecolor": "white",
@@ -98,8 +98,10 @@ def plot(axes: Axes, found: Sequence[Line], order: Sequence[str], xscale: float 
         place = order.index(line.name)
         colour, style = COLOURS[place % len(COLOURS)], STYLES[place // len(COLOURS) % len(STYLES)]
         label = short(line.name) + (f" (n = {line.n})" if line.n > 1 else "")
-        marker = {"marker": "o", "markersize": 3.5} if len(line.x) <= 30 else {}
-        axes.plot(line.x * xscale, line.y, style, color=colour, label=label, linewidth=1.6, **marker)
+        marker = "o" if len(line.x) <= 30 else ""
+        axes.plot(
+            line.x * xscale, line.y, style, color=colour, label=label, linewidth=1.6, marker=marker, markersize=3.5
+        )
         if line.n > 1:
             axes.fill_between(line.x * xscale, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -224,7 +225,7 @@ def _stage_axis(axes: Axes, run: Run, name: str, label: str, count: int | None =
 
 
 def _legend(figure: Figure) -> None:
-    entries: dict[str, object] = {}
+    entries: dict[str, Artist] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
