@@ -1,13 +1,15 @@
 """An exported condensed set opened for training: its manifest, and its rows under the indices of the whole data set."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int64, UInt64
 
 from kcdcache import audit, exported, ledger, manifest, store
+from kcdcache import partial as images
 from kcdcache.config import TrainSettings
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, SettingsError
 from kcdcache.exported import Record, Samples
@@ -37,12 +39,12 @@ class Excerpt(store.Store):
         return len(self._samples.row)
 
     @property
-    def labels(self) -> Int64[np.ndarray, " n"]:  # type: ignore[override]
+    def labels(self) -> Int64[np.ndarray, " n"]:
         """The class of every sample of the whole data set."""
         return self._samples.label
 
     @property
-    def sample_digest(self) -> UInt64[np.ndarray, " n"]:  # type: ignore[override]
+    def sample_digest(self) -> UInt64[np.ndarray, " n"]:
         """A digest of every sample's bytes and label, of the whole data set."""
         return self._samples.digest
 
@@ -161,8 +163,8 @@ def problems(path: Path, share: float = 1.0, seed: int = 0) -> list[str]:
     record = exported.read(path)
     found = [problem for name in record.content.files if (problem := exported.problem_of(record, name))]
     for part in (exported.STORE, exported.MIXES) if record.content.baked else (exported.STORE,):
-        found += _attempt(lambda part=part: list(audit.verify(path / part, share=share, seed=seed).problems))
-    return found or _attempt(lambda: list(_disagreements(open(path))))
+        found += _attempt(partial(_damage, path / part, share, seed))
+    return found or _attempt(partial(_disagreements, path))
 
 
 def _attempt(look: Callable[[], list[str]]) -> list[str]:
@@ -172,12 +174,22 @@ def _attempt(look: Callable[[], list[str]]) -> list[str]:
         return [str(error)]
 
 
-def _disagreements(opened: Condensed) -> Iterator[str]:
-    """Yield where labels and digests of the store inside are not those of its samples."""
+def _damage(path: Path, share: float, seed: int) -> list[str]:
+    return list(audit.verify(path, share=share, seed=seed).problems)
+
+
+def _disagreements(path: Path) -> list[str]:
+    """Return where the store inside, or the images, are not those of the table of samples."""
+    opened = open(path)
     inside, held = store.open(opened.knowledge.path), opened.knowledge.held
-    for name in ("labels", "sample_digest"):
-        if not np.array_equal(getattr(inside, name), getattr(opened.knowledge, name)[held]):
-            yield f"{inside.path}: its {name} are not those in {exported.SAMPLES}; export it again"
+    found = [
+        f"{inside.path}: its {name} are not those in {exported.SAMPLES}; export it again"
+        for name in ("labels", "sample_digest")
+        if not np.array_equal(getattr(inside, name), getattr(opened.knowledge, name)[held])
+    ]
+    if opened.record.content.images is not None and not found:
+        images.load(path)
+    return found
 
 
 def _manifest(record: Record) -> Manifest:

@@ -5,6 +5,7 @@ import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -113,16 +114,12 @@ def _planned(command: ExportCommand) -> _Plan:
     if views > source.views:
         raise SettingsError(f"--views {views}: {source.path} holds {source.views} views")
     data = _data(command, source)
-    how = {"compression": command.compression, "batch_size": source.plan.batch_size}
+    form = partial(layout.plan_store, compression=command.compression, batch_size=source.plan.batch_size)
     forms = list(source.plan.fields.values()) if baked is None else [source.plan.fields["logits"]]
-    mixed = (
-        None
-        if baked is None
-        else layout.plan_store(int(chosen.mixed.sum()), views, [source.plan.fields["logits"]], **how)
-    )
+    mixed = None if baked is None else form(int(chosen.mixed.sum()), views, [source.plan.fields["logits"]])
     return _Plan(
         command=command, source=source, chosen=chosen, needed=needed, held=held, baked=baked, data=data, mixes=mixed,
-        store=layout.plan_store(len(held), views, forms, **how),
+        store=form(len(held), views, forms),
     )  # fmt: skip
 
 
@@ -342,7 +339,7 @@ def _write_images(plan: _Plan) -> Images:
         path = plan.command.out / exported.SPLITS[name]
         path.parent.mkdir(exist_ok=True)
         path.unlink(missing_ok=True)
-        create_filled(path, lambda temporary, s=split, i=index: _write_split(temporary, s, i, data.classes))
+        create_filled(path, partial(_write_split, split=split, index=index, classes=data.classes))
         kinds[name] = "pixels" if isinstance(split.source, DecodedImages) else "files"
     return Images.model_validate(
         kinds | {"mean": list(data.mean), "std": list(data.std), "test_digest": data.test.digest()}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from exports import exporting
 from pupils import SCHOOL, SPEC, command, everything, school
 
 from kcdcache import checks, manifest
@@ -16,6 +17,8 @@ def made(tmp_path_factory):
     """A teacher, its store, and a run that distils from it."""
     place = school(tmp_path_factory.mktemp("checks"))
     command(place, "train", out=place.root / "run", **SCHOOL)
+    place.file = place.root / "run"
+    exporting(place, place.root / "exported")
     return place.root
 
 
@@ -38,6 +41,7 @@ WHOLE = {
     "manifest": "run/stages/1/manifest.parquet",
     "values": "run/values.parquet",
     "network": "teacher/model.safetensors",
+    "condensed": "exported",
 }
 
 

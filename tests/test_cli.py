@@ -17,7 +17,7 @@ import torch
 from stores import content
 
 import kcdcache
-from kcdcache import cli, commands, config, manifest, options, recipe
+from kcdcache import cli, commands, config, manifest, options, recipe, steps
 from kcdcache.files import locked
 
 DATA = "digits?train=200&test=100"
@@ -26,6 +26,7 @@ MODELS = {
     "precompute": commands.PrecomputeCommand,
     "train": commands.TrainCommand,
     "condense": commands.CondenseCommand,
+    "export": commands.ExportCommand,
 }
 FIELDS = [(name, field) for name, model in MODELS.items() for field in model.model_fields]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(kcdcache.__file__).parent.parent)}
@@ -57,7 +58,12 @@ def condense(place, **more):
     return arguments("condense", **(given | more))
 
 
-WRITING = {"fit": fit, "precompute": precompute, "train": train, "condense": condense}
+def export(place, **more):
+    given = {"manifest": place / "run/stages/1/manifest.parquet", "store": place / "store", "out": place / "exported"}
+    return arguments("export", **(given | {"data": DATA} | more))
+
+
+WRITING = {"fit": fit, "precompute": precompute, "train": train, "condense": condense, "export": export}
 
 
 def arguments(command, **options):
@@ -166,7 +172,7 @@ def test_defaults_are_shown_as_they_are_typed():
         (["trian"], "no command 'trian'; did you mean 'train'?"),
         (["zzz"], "no command 'zzz'; known: run, fit, precompute"),
         (["train", "--kep", "1"], r"No such option '--kep'. (Did you mean one of"),
-        (["train", "--data", "digits"], "Missing option '--store'"),
+        (["condense", "--values", "v"], "Missing option '--store'"),
         (["fit", "--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
         (["inspect"], "Missing argument 'PATH'"),
         (["inspect", "a", "b"], "Got unexpected extra argument (b)"),
@@ -197,6 +203,7 @@ def sample_of(annotation):
 SAMPLES = [
     (command, name, value)
     for command, name in FIELDS
+    if command in steps.STEPS  # the others have no step in recipes
     for value in sample_of(MODELS[command].model_fields[name].annotation)
     if not (MODELS[command].model_fields[name].is_required() and value == [])
 ]
@@ -205,6 +212,7 @@ REQUIRED = {
     "precompute": {"data": "digits", "store": "s"},
     "train": {"data": "digits", "store": "s", "out": "o"},
     "condense": {"values": "v", "store": "s", "keep": 0.5, "out": "o"},
+    "export": {"manifest": "m", "store": "s", "out": "o"},
 }
 
 
@@ -251,13 +259,16 @@ def test_json_is_one_object_and_nothing_else(capsys, chain, command):
     assert json.loads(out)["schema_version"] == cli.SCHEMA_VERSION
 
 
-@pytest.mark.parametrize("path", ["store", "run", "teacher", "set.parquet", "run/values.parquet", "teacher/model.json"])
+@pytest.mark.parametrize(
+    "path", ["store", "run", "teacher", "set.parquet", "run/values.parquet", "teacher/model.json", "exported"]
+)
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_everything_that_is_written_can_be_inspected_and_verified(capsys, finished, command, path):
     code, out, err = outcome(capsys, command, finished / path, "--json")
     found = json.loads(out)
     assert (code, err, found["schema_version"]) == (0, "", 0)
     kinds = {"store": "store", "run": "run", "teacher": "run", "set.parquet": "manifest", "model.json": "network"}
+    kinds["exported"] = "condensed"
     assert found["kind"] == kinds.get(Path(path).name, "values")
 
 
@@ -276,7 +287,7 @@ def test_verify_with_the_teacher_computes_points_again(capsys, finished):
 
 @pytest.mark.parametrize("command", WRITING)
 def test_a_dry_run_changes_nothing(capsys, chain, tmp_path, command):
-    elsewhere = {"fit": "out", "precompute": "store", "train": "out", "condense": "out"}[command]
+    elsewhere = "store" if command == "precompute" else "out"
     before = tree(tmp_path)
     for more in ({}, {elsewhere: tmp_path / "new"}):
         words = WRITING[command](chain)

@@ -1,0 +1,424 @@
+"""Exported sets that are damaged or hostile: refused with the place, or read as they were; no code, links or memory."""
+
+import io
+import json
+import os
+import random
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from confined import confinement
+from damaging import DAMAGE, bits, files_of, flip, put, swap
+from exports import ONE_STAGE, exporting, prepared
+from PIL import Image
+from pupils import SPEC, lines
+from test_hostile_records import TEXTS
+
+from kcdcache import checks, condensed, data, exported, store
+from kcdcache.checks import Depth
+from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, UnsafeError
+from kcdcache.files import digest_of, sealed_json, sha256_file
+
+WHOLE = Depth(share=1.0)
+IMAGES = {"data": SPEC, "with_images": True}
+UNREAD = "_kcd/lock"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """An export with images, one with baked targets, and another one of the same store."""
+    place = prepared(tmp_path_factory.mktemp("exports"))
+    exporting(place, place.root / "pictures", **IMAGES)
+    exporting(place, place.root / "baked", bake=True, temperature=4.0)
+    exporting(place, place.root / "other", views=2)
+    return place
+
+
+@pytest.fixture
+def root(made, tmp_path):
+    return Path(shutil.copytree(made.root / "pictures", tmp_path / "set"))
+
+
+@pytest.fixture(scope="module")
+def run():
+    with confinement() as confined:
+        yield confined
+
+
+def names_of(folder):
+    return [name for name in files_of(folder) if not name.endswith(UNREAD)]
+
+
+def everything(folder):
+    """All that training takes from an exported set: rows, samples, manifest, baked targets, images."""
+    opened = condensed.open(folder)
+    found = {"manifest": opened.manifest.digest, "labels": bits(opened.knowledge.labels)}
+    stores = {"own": (opened.knowledge, opened.knowledge.held)}
+    if opened.mixes is not None:
+        mixes = store.open(opened.mixes)
+        stores["mixes"] = mixes, np.arange(mixes.count)
+    for kind, (held, rows) in stores.items():
+        for view in range(held.views):
+            for name, values in held.load(view, rows, list(held.fields)).items():
+                found[kind, name, view] = bits(values)
+    if opened.record.content.images is not None:
+        dataset = data.load(f"condensed:{folder}")
+        found["images"] = bits(dataset.train.images(opened.knowledge.held)), dataset.identity()
+        found["test"] = dataset.test.digest(), dataset.mean, dataset.std
+    return found
+
+
+# damage
+
+
+@pytest.mark.parametrize("export", ["pictures", "baked"])
+def test_no_flipped_bit_of_any_file_is_silent(made, tmp_path, export):
+    folder, chance = Path(shutil.copytree(made.root / export, tmp_path / "set")), random.Random(7)
+    whole, names = everything(folder), names_of(folder)
+    assert len(names) > 15
+    for name in names:
+        content = (folder / name).read_bytes()
+        put(folder / name, flip(content, chance.randrange(8 * len(content))))
+        with pytest.raises(KcdcacheError):
+            checks.verify(folder, depth=WHOLE)
+        with suppress(KcdcacheError):
+            assert everything(folder) == whole, name  # what it damaged is not read for training
+        put(folder / name, content)
+    checks.verify(folder, depth=WHOLE)
+
+
+@pytest.mark.parametrize("how", [how for how in DAMAGE if how != "flipped"])
+def test_no_damage_of_any_file_is_silent(made, root, how):
+    whole = everything(root)
+    for name in names_of(root):
+        content = (root / name).read_bytes()
+        put(root / name, DAMAGE[how](content, len(content) // 2))
+        if (root / name).exists() and (root / name).read_bytes() == content:
+            continue
+        with pytest.raises(KcdcacheError):
+            checks.verify(root, depth=WHOLE)
+        with suppress(KcdcacheError):
+            assert everything(root) == whole, name
+        put(root / name, content)
+
+
+def test_files_of_another_export_are_refused(made, root):
+    for name in names_of(made.root / "other"):
+        if (made.root / "other" / name).read_bytes() == (root / name).read_bytes() or name == exported.RECORD:
+            continue
+        content = (root / name).read_bytes()
+        shutil.copy(made.root / "other" / name, root / name)
+        with pytest.raises(KcdcacheError):
+            checks.verify(root, depth=WHOLE)
+        put(root / name, content)
+
+
+def test_two_chunks_swapped_are_found(root):
+    swap(root, "store/logits/c.0.0.0", "store/logits/c.1.0.0")
+    with pytest.raises(CorruptionError, match=r"logits/c\.0\.0\.0 .*is not what was written"):
+        checks.verify(root, depth=WHOLE)
+    with pytest.raises(CorruptionError, match="is not what was written"):
+        everything(root)
+
+
+def test_all_damage_is_listed_at_once(root):
+    for name in ("README.md", "samples.parquet"):
+        put(root / name, (root / name).read_bytes()[:-1])
+    (root / "store/logits/c.0.0.0").unlink()
+    with pytest.raises(CorruptionError, match=r"3 problems") as caught:
+        checks.verify(root)
+    for name in ("README.md has", "samples.parquet has", "c.0.0.0 (samples 0..119 of view 0) is missing"):
+        assert name in str(caught.value)
+
+
+# forged records
+
+
+def reseal(root, change=lambda content: None, files=True, **more):
+    """Change a record as an attacker would who knows the format: its digests fit again."""
+    document = json.loads((root / exported.RECORD).read_bytes())
+    document.pop("digest")
+    content = document["content"]
+    if files:
+        content["files"] = {name: list(exported.entry_of(root, name)) for name in content["files"]}
+    change(content)
+    document["id"] = digest_of(content)
+    (root / exported.RECORD).write_bytes(sealed_json(document | more))
+
+
+def setting(*path, value):
+    def change(content):
+        for key in path[:-1]:
+            content = content[key]
+        content[path[-1]] = value
+
+    return change
+
+
+def recalled(change):
+    """A change of the knowledge whose id fits again."""
+
+    def changed(content):
+        change(content["knowledge"])
+        content["knowledge_id"] = digest_of(content["knowledge"])
+
+    return changed
+
+
+HOSTILE = {
+    "a path outside": setting("files", "../outside", value=[1, "0" * 64]),
+    "an absolute path": setting("files", "/etc/passwd", value=[1, "0" * 64]),
+    "a file fewer": lambda content: content["files"].pop("README.md"),
+    "files as a list": setting("files", value=["README.md"]),
+    "an entry of three": setting("files", "README.md", value=[1, "0" * 64, 2]),
+    "a negative size": setting("files", "README.md", value=[-1, "0" * 64]),
+    "a size that is true": setting("files", "README.md", value=[True, "0" * 64]),
+    "no SHA-256": setting("files", "README.md", value=[1, "../x"]),
+    "an unknown key": setting("surprise", value=1),
+    "no views": setting("views", value=0),
+    "rows as text": setting("rows", value="120"),
+    "skipped objects": setting("skipped", value=[{}]),
+    "a temperature below zero": setting("baked", value={"temperature": -1.0, "target": "keep", "mix": "convex"}),
+    "baked without its store": setting("baked", value={"temperature": 1.0, "target": "keep", "mix": "convex"}),
+    "an unknown mix": setting("baked", value={"temperature": 1.0, "target": "keep", "mix": "x"}),
+    "images of another kind": setting("images", "train", value="pickle"),
+    "no images after all": setting("images", value=None),
+    "statistics of no channel": setting("images", "mean", value=[]),
+    "statistics of many channels": setting("images", "mean", value=[0.5] * 400),
+    "a licence of numbers": setting("licence", value=3),
+    "another manifest": setting("manifest", value="0" * 64),
+    "knowledge of nobody": setting("knowledge", value={}),
+    "knowledge as a list": setting("knowledge", value=[]),
+    "teacher as a text": recalled(setting("teacher", value="x")),
+    "another teacher": recalled(setting("teacher", "weights", value="0" * 64)),
+    "count as a text": recalled(setting("data", "count", value="200")),
+    "a count that is true": recalled(setting("data", "count", value=True)),
+    "a huge count": recalled(setting("data", "count", value=10**12)),
+    "another count": recalled(setting("data", "count", value=100)),
+    "classes of numbers": recalled(setting("data", "classes", value=list(range(10)))),
+    "other classes": recalled(setting("data", "classes", value=["a"] * 10)),
+    "an image size of text": recalled(setting("data", "image_size", value=["16", "16"])),
+    "a huge image": recalled(setting("data", "image_size", value=[10**9, 10**9])),
+    "a set of mixes": recalled(setting("mixes", value={"manifest": "m"})),
+    "a plan of nothing": setting("layout", value={}),
+    "a plan of more": setting("layout", "count", value=10**8),
+}
+
+
+@pytest.mark.parametrize("how", HOSTILE)
+def test_a_forged_record_is_refused(root, how):
+    reseal(root, HOSTILE[how], files=False)
+    for look in (checks.verify, everything):
+        with pytest.raises((CorruptionError, MismatchError, UnsafeError)):
+            look(root)
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "said"),
+    [
+        ({"format_version": 1}, MismatchError, "has format 1, this kcdcache reads 0; upgrade kcdcache"),
+        ({"id": "0" * 64}, CorruptionError, "does not have the id '000"),
+        ({"surprise": 1}, CorruptionError, "expected format_version, content, id and made"),
+        ({"made": []}, CorruptionError, "expected format_version, content, id and made"),
+        ({"content": []}, CorruptionError, "was changed"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_forged_frame_is_refused(root, more, error, said):
+    reseal(root, **more)
+    with pytest.raises(error, match=said):
+        exported.read(root)
+
+
+def test_resealed_without_change_is_read(root):
+    reseal(root)
+    assert everything(root)
+    checks.verify(root, depth=WHOLE)
+
+
+def rewritten(root, change):
+    """Change the table of all samples, and the record that vouches for it."""
+    table = pq.read_table(root / exported.SAMPLES)
+    columns = {name: table[name].to_numpy().copy() for name in table.column_names}
+    change(columns)
+    (root / exported.SAMPLES).write_bytes(exported.encode_samples(exported.Samples(**columns)))
+    reseal(root)
+
+
+def swapped_rows(columns):
+    held = np.flatnonzero(columns["row"] >= 0)[:2]
+    columns["row"][held] = columns["row"][held][::-1]
+
+
+def moved_row(columns):
+    held, free = np.flatnonzero(columns["row"] >= 0), np.flatnonzero(columns["row"] < 0)
+    columns["row"][held[-1]] = -1
+    columns["row"][free[free > held[-2]][0] if (free > held[-2]).any() else free[-1]] = len(held) - 1
+
+
+FORGED = {
+    "another digest": lambda columns: columns["digest"].__setitem__(3, 5),
+    "a label beyond": lambda columns: columns["label"].__setitem__(3, 10),
+    "a label below": lambda columns: columns["label"].__setitem__(3, -1),
+    "rows in another order": swapped_rows,
+    "a row of another sample": moved_row,
+    "a row too many": lambda columns: columns["row"].__setitem__(np.flatnonzero(columns["row"] < 0)[-1], 120),
+    "a row far below": lambda columns: columns["row"].__setitem__(np.flatnonzero(columns["row"] < 0)[0], -7),
+}
+
+
+@pytest.mark.parametrize("how", FORGED)
+def test_a_forged_table_of_samples_is_refused(root, how):
+    rewritten(root, FORGED[how])
+    with pytest.raises(CorruptionError, match=r"samples.parquet|store holds no row of sample|store has \d+ rows"):
+        condensed.open(root)
+
+
+def test_labels_that_are_not_the_stores_are_found(root):
+    def relabel(columns):
+        held = np.flatnonzero(columns["row"] >= 0)[0]
+        columns["label"][held] = (columns["label"][held] + 1) % 10
+
+    rewritten(root, relabel)
+    with pytest.raises(CorruptionError, match=r"its labels are not those in samples\.parquet"):
+        checks.verify(root)
+    with pytest.raises(CorruptionError, match=r"has other labels than samples\.parquet"):
+        data.load(f"condensed:{root}")
+
+
+# forged images
+
+
+def repictured(root, change, split="train"):
+    """Change the table of images, and the record that vouches for it."""
+    path = root / exported.SPLITS[split]
+    table = pq.read_table(path)
+    rows = {name: table[name].to_pylist() for name in table.column_names}
+    change(rows)
+    schema = table.schema
+    pq.write_table(pa.table({name: pa.array(rows[name], schema.field(name).type) for name in rows}, schema), path)
+    reseal(root)
+
+
+def png(pixels):
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return {"bytes": stream.getvalue(), "path": None}
+
+
+def put_image(number, pixels):
+    return lambda rows: rows["image"].__setitem__(number, png(pixels))
+
+
+BLACK = np.zeros((16, 16, 3), np.uint8)
+PICTURES = {
+    "another image": (put_image(4, BLACK), "is not the image that the teacher saw"),
+    "another size": (put_image(4, np.zeros((17, 16, 3), np.uint8)), "has another size"),
+    "a large first image": (put_image(0, np.zeros((7000, 7000, 3), np.uint8)), "would take .* bytes decoded"),
+    "no image": (lambda rows: rows["image"].__setitem__(4, None), "is not a readable image"),
+    "no PNG": (lambda rows: rows["image"].__setitem__(4, {"bytes": b"%!PS", "path": None}), "not a readable image"),
+    "an index twice": (
+        lambda rows: rows["index"].__setitem__(4, rows["index"][3]),
+        "its index should ascend in 0..199",
+    ),
+    "an index beyond": (lambda rows: rows["index"].__setitem__(-1, 200), "its index should ascend in 0..199"),
+    "no index": (lambda rows: rows["index"].__setitem__(0, None), "its index should ascend in 0..199"),
+    "another label": (lambda rows: rows["label"].__setitem__(0, (rows["label"][0] + 1) % 10), "has other labels than"),
+    "a label beyond": (lambda rows: rows["label"].__setitem__(0, 10), r"a label in 0\.\.9 and an index"),
+    "no rows": (lambda rows: [rows[name].clear() for name in rows], "should hold an image, a label"),
+}
+
+
+@pytest.mark.parametrize("how", PICTURES)
+def test_forged_images_are_refused(root, how):
+    change, said = PICTURES[how]
+    repictured(root, change)
+    with pytest.raises((CorruptionError, UnsafeError), match=said):
+        data.load(f"condensed:{root}")
+
+
+def test_another_test_image_is_refused(root):
+    repictured(root, put_image(0, BLACK), "test")
+    with pytest.raises(CorruptionError, match="is not the test split that was exported"):
+        data.load(f"condensed:{root}")
+
+
+def test_images_of_one_set_do_not_serve_another_store(made, tmp_path):
+    """Digests tell: the data set's own samples are those of the set, whatever store it is used with."""
+    dataset = data.load(f"condensed:{made.root / 'pictures'}")
+    with pytest.raises(MismatchError, match=r"sample \d+ (differs|is not among)"):
+        dataset.train.expect(dataset.train.digests() + np.uint64(1), "elsewhere")
+
+
+# never waited for, never followed
+
+
+TRAINING = {name: value for name, value in ONE_STAGE.items() if name != "student"} | {"student": "resnet8"}
+
+
+def commands_on(root, out):
+    yield "inspect", root
+    yield "verify", root
+    yield "train", "--condensed", root, "--data", f"condensed:{root}", "--out", out, *lines(TRAINING)
+
+
+@pytest.mark.parametrize("text", [name for name in TEXTS if name not in ("very deep", "a NUL")])
+def test_a_record_of_hostile_json_is_refused_in_little_memory(run, root, tmp_path, text):
+    (root / exported.RECORD).write_bytes(TEXTS[text])
+    for words in commands_on(root, tmp_path / "run"):
+        done = run(*words)
+        assert done.code in (3, 4, 8), done.output
+        assert "internal error" not in done.output
+
+
+@pytest.mark.parametrize("what", ["fifo", "/dev/zero", "sparse"])
+def test_files_that_never_end_are_not_waited_for(run, root, tmp_path, what):
+    for name in (exported.RECORD, exported.SAMPLES, exported.MANIFEST, exported.SPLITS["train"], exported.CARD):
+        content = (root / name).read_bytes()
+        (root / name).unlink()
+        if what == "fifo":
+            os.mkfifo(root / name)
+        elif what == "sparse":
+            with open(root / name, "wb") as stream:
+                stream.truncate(2**40)
+        else:
+            (root / name).symlink_to(what)
+        done = run("verify", root)
+        assert done.code in (3, 8), done.output
+        assert "internal error" not in done.output
+        (root / name).unlink()
+        (root / name).write_bytes(content)
+
+
+def test_a_chunk_behind_a_link_is_not_read(root, tmp_path):
+    chunk = root / "store/logits/c.0.0.0"
+    shutil.move(chunk, tmp_path / "elsewhere")
+    chunk.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CorruptionError, match=r"c\.0\.0\.0 .*is missing"):
+        condensed.open(root)
+
+
+def test_nothing_is_written_into_a_folder_with_links(made, tmp_path):
+    out = tmp_path / "e"
+    exporting(made, out)
+    (out / exported.RECORD).unlink()
+    (out / exported.SAMPLES).unlink()
+    (out / exported.SAMPLES).symlink_to(tmp_path / "mine")
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(UnsafeError, match="is a symbolic link; nothing is written in a folder that holds one"):
+        exporting(made, out)
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_pinned_id_finds_what_was_rewritten_with_fitting_digests(made, root):
+    promised = exported.read(root).id
+    put(root / exported.CARD, b"# forged")
+    reseal(root)
+    checks.verify(root)
+    assert exported.read(root).id != promised
+    assert sha256_file(root / exported.MANIFEST) == sha256_file(made.root / "pictures/manifest.parquet")
