@@ -1,29 +1,46 @@
-"""Copy what a finished recipe found into pipelines/results: table, figures of every run, settings and environment.
+"""Copy what a finished recipe found into pipelines/results: its table, its report, and every run's settings and figures.
 
-Usage: python pipelines/publish.py RECIPE_FOLDER NAME
+python pipelines/publish.py RECIPE_FOLDER NAME [--results FILE]
+
+RESULTS is the recipe's results.json, where several recipes share a folder a copy of it made after that recipe. runs.jsonl
+holds one line a run: name, run.json, summary.json and the rows of metrics.jsonl.
 """
 
+import argparse
+import json
 import shutil
-import sys
 from pathlib import Path
 
+from kcdcache import report
 from kcdcache.files import read_json
 from kcdcache.recipe import table
 
 RESULTS = Path(__file__).parent / "results"
-KEPT = ("run.json", "metrics.jsonl", "summary.json")
+
+
+def line_of(run: Path) -> str:
+    """Return all that a run's small files say, as one line of JSON."""
+    rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+    said = {"run": run.name, "record": read_json(run / "run.json"), "summary": read_json(run / "summary.json")}
+    return json.dumps({**said, "metrics": rows})
 
 
 def main() -> None:
-    folder, out = Path(sys.argv[1]), RESULTS / sys.argv[2]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("--results", type=Path)
+    given = parser.parse_args()
+    out = RESULTS / given.name
+    results = read_json(given.results or given.folder / "results.json")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    shutil.copy(folder / "results.json", out)
-    (out / "table.txt").write_text(table(read_json(folder / "results.json")) + "\n")
-    for run in sorted(path.parent for path in folder.glob("*/summary.json")):
-        (out / run.name).mkdir()
-        for name in KEPT:
-            shutil.copy(run / name, out / run.name)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "table.txt").write_text(table(results) + "\n")
+    names = [entry["step"] + ("" if entry["seed"] is None else f"-seed{entry['seed']}") for entry in results["runs"]]
+    runs = [given.folder / name for name in names if (given.folder / name / "metrics.jsonl").exists()]
+    (out / "runs.jsonl").write_text("".join(f"{line_of(run)}\n" for run in runs))
+    report.write(runs, out / "report.html", data=results["data"])
 
 
 if __name__ == "__main__":
