@@ -311,8 +311,9 @@ def _first_bad(learner: Learner, task: Task, totals: _Totals) -> str:
 
 
 def _told(row: dict[str, Any]) -> str:
+    stage = f"stage {row['stage']}, " if "stage" in row else ""
     measured = f", test accuracy {row['test_accuracy']:.4f}" if "test_accuracy" in row else ""
-    return f"loss {row['loss']:.4f}{measured}, {row['samples']:,} samples"
+    return f"{stage}loss {row['loss']:.4f}{measured}, {row['samples']:,} samples, {row['samples_so_far']:,} in all"
 
 
 def _seed_torch(seed: int, epoch: int) -> None:
