@@ -240,6 +240,14 @@ def _report_command() -> click.Command:
     return _command("report", options, work)
 
 
+def _seal_command() -> click.Command:
+    def work(path: str) -> dict[str, Any]:
+        done = importlib.import_module("kcdcache.writer").seal(Path(path))
+        return {"store": path, "sealed": "now" if done else "before"}
+
+    return _command("seal", [click.Argument(["path"])], work)
+
+
 def _inspect_command() -> click.Command:
     def work(path: str) -> dict[str, Any]:
         found: dict[str, Any] = importlib.import_module("kcdcache.inspection").inspect(Path(path))
@@ -300,6 +308,7 @@ BUILDERS: Mapping[str, Callable[[], click.Command]] = {
     "export": lambda: _settings_command("export"),
     "diff": _diff_command,
     "report": _report_command,
+    "seal": _seal_command,
     "inspect": _inspect_command,
     "verify": _verify_command,
 }

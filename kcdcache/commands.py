@@ -47,7 +47,8 @@ class PrecomputeCommand(PrecomputeSettings, TeacherSettings, MachineSettings):
     from_logits: Path | None = None
     """import logits made elsewhere: an .npy file of shape (views, N, C) or (N, C)"""
     shard: str | None = None
-    """write only every N-th part from the I-th on, as one of N processes: I/N, such as 0/4; the last one seals"""
+    """write only every N-th part from the I-th on, as one of N processes: I/N, such as 0/4; the last one seals. Unset,
+    it is this process's place under torchrun, in a SLURM array or under srun, if there is one; 0/1 is all parts"""
 
 
 class TrainCommand(TrainSettings, TeacherSettings, MachineSettings):

@@ -10,6 +10,7 @@ SUMMARIES = {
     "export": "Write a condensed set and the knowledge it needs as one folder, for another machine or the hub.",
     "diff": "Compare two condensed sets, runs stage by stage, or exported sets.",
     "report": "Write one HTML file that shows what finished runs did: tables, figures, images, provenance.",
+    "seal": "Seal a store whose parts are all written, should the process that would have done so have ended.",
     "inspect": "Tell what a store, manifest, values file, run, exported set or network holds.",
     "verify": "Check whether what lies there is what was written; with a teacher, compute points again.",
 }
@@ -40,6 +41,7 @@ EXAMPLES = {
         "kcdcache report runs/digits --out digits.html",
         "kcdcache report runs/kd runs/kcd --out both.html --data cifar100 --json-file both.json --csv both",
     ),
+    "seal": ("kcdcache seal runs/store",),
     "inspect": ("kcdcache inspect runs/store",),
     "verify": (
         "kcdcache verify runs/store --read-data",

@@ -1,10 +1,11 @@
 """Who may write a store now: one process alone, or several that each hold a share of its parts."""
 
 import fcntl
+import logging
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -13,6 +14,8 @@ from kcdcache.errors import LockedError, NotFoundError, SettingsError, UnsafeErr
 from kcdcache.files import naming, open_own, read_bytes, remove_leftovers
 from kcdcache.ledger import FOLDER
 from kcdcache.untrusted import open_plain, require_no_links
+
+logger = logging.getLogger(__name__)
 
 
 class Shard(NamedTuple):
@@ -43,6 +46,41 @@ def parse_shard(text: str) -> Shard:
     if not shard.number < shard.total:
         raise SettingsError(f"--shard takes I/N with 0 <= I < N, such as 0/4 to 3/4; found {text!r}")
     return shard
+
+
+SCHEDULERS = (
+    ("RANK", "WORLD_SIZE", None),
+    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
+    ("SLURM_PROCID", "SLURM_NTASKS", None),
+)
+"""variables that torchrun, a SLURM array and srun set: this process's number, how many there are, the first number"""
+
+
+def shard_of(variables: Mapping[str, str]) -> Shard:
+    """Return the shard that the environment of a launcher (torchrun, a SLURM array, srun) makes this process; else all.
+
+    Raises:
+        SettingsError: a launcher's variables name no shard.
+
+    >>> shard_of({"RANK": "3", "WORLD_SIZE": "8"})
+    Shard(number=3, total=8)
+    """
+    for number, total, first in SCHEDULERS:
+        if variables.get(total, "1") == "1" or number not in variables:
+            continue
+        given = {name: variables[name] for name in (number, total, first) if name is not None and name in variables}
+        try:
+            shard = Shard(int(variables[number]) - int(variables.get(first or "", "0")), int(variables[total]))
+        except ValueError:
+            shard = Shard(0, 0)
+        if not 0 <= shard.number < shard.total:
+            raise SettingsError(
+                f"the environment has {given}, which names no shard of 0 to N - 1 (job arrays need a step of 1); give "
+                "--shard I/N yourself"
+            )
+        logger.info("shard %s, from %s and %s", shard, number, total)
+        return shard
+    return WHOLE
 
 
 @contextmanager

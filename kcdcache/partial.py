@@ -135,7 +135,9 @@ def _read(record: Record, name: str) -> tuple[list[bytes], Int64[np.ndarray, " n
                 table = opened.read_row_group(group, columns=["image.bytes"])
                 payloads += [(row or {}).get("bytes") or b"" for row in table["image"].to_pylist()]
             numbers = opened.read(columns=["label", "index"])
-        labels, index = (np.array(numbers[column].cast(pa.int64()).fill_null(-1).to_numpy()) for column in ("label", "index"))
+        labels, index = (
+            np.array(numbers[column].cast(pa.int64()).fill_null(-1).to_numpy()) for column in ("label", "index")
+        )
     except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
         raise CorruptionError(f"{path} is not a readable parquet file of images: {error}") from None
     classes = len(record.knowledge.data.classes)

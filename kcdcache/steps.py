@@ -1,6 +1,7 @@
 """One function per command that writes: its settings in, its result out; shared by recipes and the command line."""
 
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -27,7 +28,7 @@ from kcdcache import (
 from kcdcache import data as datasets
 from kcdcache import fit as fitting
 from kcdcache.errors import CorruptionError, MismatchError, SettingsError
-from kcdcache.holding import WHOLE, parse_shard
+from kcdcache.holding import parse_shard, shard_of
 from kcdcache.identity import Knowledge
 from kcdcache.loop import Progress
 from kcdcache.models.device import resolve_device, use_threads
@@ -96,7 +97,7 @@ def precompute_store(command: commands.PrecomputeCommand, progress: Progress, dr
         progress,
         threads=command.threads,
         allow_env_change=command.allow_env_change,
-        shard=WHOLE if command.shard is None else parse_shard(command.shard),
+        shard=shard_of(os.environ) if command.shard is None else parse_shard(command.shard),
         dry_run=dry_run,
     )
 

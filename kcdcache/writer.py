@@ -221,6 +221,30 @@ def grow(
         yield made[0]
 
 
+def seal(path: Path | str) -> bool:
+    """Seal a store or its growth under way, all parts of which are written; return whether anything was left to do.
+
+    Needs neither teacher nor data: for the case that the last of several processes ended before it sealed.
+
+    Raises:
+        NotFoundError: there is no store.
+        UnfinishedError: parts are not written yet.
+        LockedError: a process writes it.
+        CorruptionError: a record is damaged.
+    """
+    root = Path(path)
+    read_store_identity(root)
+    require_no_links(root)
+    growth = ledger.growths(root, "plan") - 1
+    if ledger.commit_path(root, growth).exists():
+        return False
+    plans = [layout.plan_from(ledger.read_plan(root, number)) for number in (growth - 1, growth) if number >= 0]
+    before = plans[0] if growth else None
+    with held(root, lambda alone: None):
+        Writer(root, plans[-1], growth, before).seal()
+    return True
+
+
 def _growing(root: Path, views: int | None, fields: Sequence[Encoding], shard: Shard) -> Writer:
     commits = ledger.read_commits(root)
     before = layout.plan_from(commits[-1].plan)

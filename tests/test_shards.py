@@ -1,17 +1,18 @@
 """Several processes fill one store: any split, with kills, ends in the bytes that one process writes."""
 
 import random
+import shutil
 import signal
 from contextlib import ExitStack
 
 import pytest
 from killing import finished, nursery, succeeds
 from pupils import SPEC, digits, leftovers, lines, same_files, saved_teacher
-from stores import content, creating, grown, knowledge, make, small_parts, write_part
+from stores import content, creating, grown, knowledge, make, plan_of, small_parts, write_part
 
-from kcdcache import audit, store, writer
-from kcdcache.errors import LockedError, MismatchError, SettingsError, UnfinishedError
-from kcdcache.holding import Shard, held, parse_shard
+from kcdcache import audit, ledger, store, writer
+from kcdcache.errors import LockedError, MismatchError, NotFoundError, SettingsError, UnfinishedError
+from kcdcache.holding import Shard, held, parse_shard, shard_of
 
 STORE = {"augment": "crop", "padding": 2, "views": 12, "batch_size": 64, "min_accuracy": 0, "threads": 1}
 PLAN = small_parts(150, 2, 64, 32)
@@ -193,3 +194,80 @@ def test_a_growth_in_shards_is_held_likewise(tmp_path):
 def test_a_shard_is_a_shard(text):
     with pytest.raises(SettingsError, match="--shard takes I/N with 0 <= I < N"):
         parse_shard(text)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, Shard(0, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, Shard(0, 1)),
+        ({"RANK": "2", "WORLD_SIZE": "4"}, Shard(2, 4)),
+        ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "5"}, Shard(2, 3)),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, Shard(1, 2)),
+        ({"WORLD_SIZE": "4"}, Shard(0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "9"}, Shard(1, 2)),
+    ],
+)
+def test_the_shard_is_this_processs_place_under_a_launcher(variables, expected):
+    assert shard_of(variables) == expected
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "4", "WORLD_SIZE": "4"},
+        {"RANK": "one", "WORLD_SIZE": "2"},
+        {"SLURM_ARRAY_TASK_ID": "8", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "4"},
+    ],
+)
+def test_a_launchers_wrong_variables_are_refused_and_named(variables):
+    with pytest.raises(
+        SettingsError, match=r"the environment has {'.*'}, which names no shard of 0 to N - 1 .*; give --shard I/N"
+    ):
+        shard_of(variables)
+
+
+def test_processes_of_a_launcher_share_a_store_without_being_told(workers, place, tmp_path):
+    path, words = tmp_path / "store", precompute(place, tmp_path / "store")
+    logs = [tmp_path / f"log{rank}" for rank in range(2)]
+    pairs = zip(workers, logs, range(2), strict=False)
+    all_succeed([start(words, log, RANK=str(rank), WORLD_SIZE="2") for start, log, rank in pairs], logs)
+    assert all(f"shard {rank}/2, from RANK and WORLD_SIZE" in logs[rank].read_text() for rank in range(2))
+    assert is_whole(place, path)
+
+
+def test_seal_ends_what_the_last_process_did_not(place, tmp_path):
+    whole, path = store.open(place / "store"), tmp_path / "store"
+    shutil.copytree(place / "store", path)
+    assert writer.seal(path) is False
+    ledger.commit_path(path, 0).unlink()
+    with pytest.raises(UnfinishedError, match="is not finished"):
+        store.open(path)
+    assert writer.seal(path) is True
+    assert is_whole(place, path)
+    assert store.open(path).knowledge_id == whole.knowledge_id
+
+
+def test_seal_ends_a_growth_too(tmp_path):
+    make(tmp_path / "store", plan_of(views=1))
+    with writer.grow(tmp_path / "store", knowledge(), views=2) as growing:
+        for part in growing.pending():
+            write_part(growing, part)
+    assert store.open(tmp_path / "store").views == 1
+    assert writer.seal(tmp_path / "store") is True
+    assert store.open(tmp_path / "store").views == 2
+
+
+def test_seal_refuses_a_store_with_parts_missing(place, tmp_path):
+    path = tmp_path / "store"
+    shutil.copytree(place / "store", path)
+    ledger.commit_path(path, 0).unlink()
+    next((path / ledger.FOLDER / "log/0").glob("v*.json")).unlink()
+    with pytest.raises(UnfinishedError, match=r"1 of \d+ parts of .* are not written yet"):
+        writer.seal(path)
+    assert not ledger.commit_path(path, 0).exists()
+
+
+def test_seal_names_what_is_no_store(tmp_path):
+    with pytest.raises(NotFoundError, match="no knowledge store at"):
+        writer.seal(tmp_path / "nothing")
