@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from kcdcache.tabular import printable
 
@@ -60,10 +60,11 @@ def drawn(key: str, title: str, caption: str, height: float, draw: Callable[[Fig
     return Picture(key, title, caption, stream.getvalue())
 
 
-def short(name: str) -> str:
-    """Return a name as it fits into a figure: one line of at most 34 characters."""
+def short(name: str, most: int = LONGEST) -> str:
+    """Return a name as it fits into a figure: one line of at most so many characters, its beginning and its end."""
     text = printable(name)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    half = most // 2
+    return text if len(text) <= most else f"{text[: most - half - 1]}…{text[-half:]}"
 
 
 class Line(NamedTuple):
@@ -152,9 +153,7 @@ def training(rows: Sequence[Mapping[str, Any]]) -> Picture:
             plot(axes, lines(rows, "epoch", name, scale), order)
             axes.set(ylabel=label)
             if name.endswith("loss"):
-                axes.set_yscale("log")
-                axes.yaxis.set_major_formatter("{x:g}")
-                axes.yaxis.set_minor_formatter(NullFormatter())
+                _log_scale(axes)
         for axes in figure.axes[2:]:
             axes.set(xlabel="epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -166,6 +165,16 @@ def training(rows: Sequence[Mapping[str, Any]]) -> Picture:
         "and cannot be compared with each other; their shape can. A jump where a stage begins is the new set."
     )
     return drawn("training", "Training curves", caption, _height(6.2, order), draw)
+
+
+def _log_scale(axes: Axes) -> None:
+    """Make the vertical axis logarithmic where its values span more than a factor of ten."""
+    low, high = axes.dataLim.intervaly
+    if 0 < 10 * low < high:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=20))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def forest(rows: Sequence[Mapping[str, Any]]) -> Picture | None:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from kcdcache import data as datasets
 from kcdcache import history, mixing, views
 from kcdcache.config import ViewSettings
 from kcdcache.data import Dataset
-from kcdcache.errors import MismatchError, NotFoundError
+from kcdcache.errors import KcdcacheError, MismatchError, NotFoundError
 from kcdcache.findings import Run, Stage
 from kcdcache.tabular import printable
 
@@ -77,6 +78,30 @@ def load(spec: str) -> Dataset:
     return datasets.load(spec)
 
 
+def collected(
+    runs: Sequence[tuple[str, Run]], specs: Mapping[Path, str | None], asked: str | None = None
+) -> tuple[list[Strip], list[str]]:
+    """Return the images of the first of the named runs in each folder, and lines that say why a run has none.
+
+    `specs` tells the data of each folder, `asked` the data spec that somebody named for all of them.
+    """
+    found: list[Strip] = []
+    notes: list[str] = []
+    first = {run.grid: (name, run) for name, run in reversed(runs)}
+    for name, run in reversed(first.values()):
+        spec = asked or specs.get(run.grid)
+        if spec is None:
+            notes.append(f"{name}: no images, because its folder has no results.json that names the data; give --data")
+            continue
+        try:
+            if asked is None:
+                require_cheap(spec, run.sets[0].count)
+            found += [strip._replace(title=f"{strip.title} ({name})") for strip in strips(run, load(spec))]
+        except KcdcacheError as error:
+            notes.append(f"{name}: no images, because the data '{spec}' cannot be used: {error}")
+    return found, notes
+
+
 def strips(run: Run, data: Dataset) -> list[Strip]:
     """Return the groups of images that tell what a run's condensation did.
 
@@ -84,12 +109,14 @@ def strips(run: Run, data: Dataset) -> list[Strip]:
         MismatchError: the data set is not the one the run was trained on; prints both digests.
     """
     _require_same(run, data)
-    valued = [stage for stage in run.stages if stage.values is not None][-1]
+    valued = next((stage for stage in reversed(run.stages) if stage.score is not None), None)
+    if valued is None:
+        return []
     assert valued.score is not None
     best, worst = (np.argsort(sign * valued.score, kind="stable")[:SHOWN] for sign in (-1, 1))
     found = [
-        _group(data, valued, best, "Most valuable", "The student is least sure of these; they are kept."),
-        _group(data, valued, worst, "Least valuable", "The student knows these; they are dropped first."),
+        _group(data, valued, best, "Most valuable", "The student is least sure of these."),
+        _group(data, valued, worst, "Least valuable", "The student is surest of these."),
     ]
     for fate, mask in history.fates(history.parts(run.sets)).items():
         if mask.any():

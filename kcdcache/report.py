@@ -10,7 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from kcdcache import __version__, accounts, figures, findings, gallery, history, provenance, stagefigures
-from kcdcache.errors import KcdcacheError, MismatchError, SettingsError
+from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.figures import Picture
 from kcdcache.files import read_bytes, readable_json, write_atomic
 from kcdcache.findings import Findings, Run
@@ -183,7 +183,7 @@ def _samples(tables: dict[str, Table], chosen: list[tuple[str, Run]]) -> Section
     patterns = [stagefigures.pattern(name, run) for name, run in chosen if _valued(run)]
     return Section(
         key="samples", title="Which samples leave, return and stay",
-        look="Dropping is not for ever: all samples compete again in each stage (unless --candidates current). A "
+        look="Dropping is not for ever: all samples compete again in each stage (unless `candidates` is current). A "
         "dropped one keeps its value while those of others fall; it is back once theirs lie below.",
         tables=[tables["fates"]], pictures=[stagefigures.turnover(chosen), *patterns],
     )  # fmt: skip
@@ -194,35 +194,14 @@ def _valued(run: Run) -> bool:
 
 
 def _images(found: Findings, chosen: list[tuple[str, Run]], data: str | None) -> Section:
-    """Return the images of the first run of each data set that can be loaded, or why there are none."""
-    strips: list[Strip] = []
-    notes: list[str] = []
-    specs = {grid.path: grid.data for grid in found.grids}
-    for name, run in chosen:
-        spec = data or specs.get(run.grid)
-        if spec is None:
-            notes.append(f"{name}: no images, because its folder has no results.json that names the data; give --data")
-            continue
-        try:
-            strips += [
-                strip._replace(title=f"{strip.title} ({name})") for strip in _strips(run, spec, data is not None)
-            ]
-        except KcdcacheError as error:
-            notes.append(f"{name}: no images, because the data '{spec}' cannot be used: {error}")
+    strips, notes = gallery.collected(chosen, {grid.path: grid.data for grid in found.grids}, data)
     return Section(
         key="images", title="The images themselves",
         look="Valuable images should look hard, atypical or ambiguous, the least valuable ones plain. Below each stand "
-        "its number in the training split, its class and its value in nats.",
+        "its class, its number in the training split and its value in nats. Of several runs in a folder only the first "
+        "is shown; give another one alone to see its images.",
         strips=strips, notes=notes,
     )  # fmt: skip
-
-
-def _strips(run: Run, spec: str, explicit: bool) -> list[Strip]:
-    if not _valued(run):
-        return []
-    if not explicit:
-        gallery.require_cheap(spec, run.sets[0].count)
-    return gallery.strips(run, gallery.load(spec))
 
 
 def _agreement(found: Findings, tables: dict[str, Table]) -> Section:

@@ -17,8 +17,10 @@ Named = Sequence[tuple[str, Run]]
 
 MOST_LINES = 600
 """samples drawn one by one in a pattern; of more, evenly spaced ones in the order drawn"""
-MOST_CLASSES = 30
+MOST_CLASSES = 24
 """classes whose names are shown"""
+TITLE = 38
+"""characters of a panel's title"""
 PARTS = (("kept as they are (K_1H)", AS_IS), ("kept and enriched (K_Aug)", ENRICHED), ("dropped (K_0)", LEFT_OUT))
 
 
@@ -26,14 +28,14 @@ def set_names(run: Run) -> list[str]:
     """Return how a run's sets are called on an axis."""
     names = [str(stage.number) for stage in run.stages]
     exported = run.stages[-1].values is None and len(names) > 1
-    return [*names[:-1], "export"] if exported else names
+    return [*names[:-1], "end"] if exported else names
 
 
 def sizes(found: Named) -> Picture:
     """Return how many samples each set keeps as they are, keeps enriched, and drops."""
 
     def draw(figure: Figure) -> None:
-        for axes, (name, run) in _panels(figure, found):
+        for axes, run in _panels(figure, found):
             parts = history.parts(run.sets)
             bottom = np.zeros(len(parts))
             for (label, colour), code in zip(PARTS, (history.KEPT, history.MIXED, history.DROPPED), strict=True):
@@ -43,13 +45,13 @@ def sizes(found: Named) -> Picture:
             for place, kept in enumerate(100 * (parts > history.DROPPED).mean(axis=1)):
                 axes.text(place, kept + 1, f"{kept:.0f} %", ha="center", va="bottom", size=9)
             axes.set_ylim(0, 108)
-            _stage_axis(axes, run, name, "share of all samples (%)")
+            _stage_axis(axes, run, "share of all samples (%)")
         _legend(figure)
 
     caption = (
         "The keep fraction shrinks from stage to stage; the number is the share kept. Dark: kept as they are; "
         "light blue: less valuable ones that are kept but enriched with a bit of a dropped sample each; grey: dropped. "
-        "'export' is the set written at the end for other students."
+        "'end' is the set that is exported for other students."
     )
     return drawn("sizes", "What each stage keeps", caption, _tall(found, 3.3), draw)
 
@@ -58,7 +60,7 @@ def bands(found: Named) -> Picture:
     """Return the values of the samples that the next set keeps, and of those it drops."""
 
     def draw(figure: Figure) -> None:
-        for axes, (name, run) in _panels(figure, found):
+        for axes, run in _panels(figure, found):
             parts = history.parts(run.sets)
             for code, (label, colour) in enumerate((("dropped next", COLOURS[1]), ("kept next", COLOURS[0]))):
                 rows = [
@@ -70,15 +72,15 @@ def bands(found: Named) -> Picture:
                     places, numbers = [place for place, _ in rows], np.array([q for _, q in rows])
                     axes.plot(places, numbers[:, 1], "-o" if code else "--s", color=colour, label=label, markersize=4)
                     axes.fill_between(places, numbers[:, 0], numbers[:, 2], color=colour, alpha=0.18, linewidth=0)
-            _stage_axis(axes, run, name, "value V (nats)", len(run.stages) - 1)
+            _stage_axis(axes, run, "value V (nats)", len(run.stages) - 1)
             axes.set_xlabel("end of stage")
         _legend(figure)
 
     caption = (
         "A sample's value is the mean entropy of the student's answers on it so far (Eq. 12): high means that the "
         "student is still unsure and the teacher still has something to say. Lines are medians, bands hold the middle "
-        "80 %. Values fall as the student learns; those dropped next lie below those kept. A dropped sample keeps "
-        "its value until it is kept again, which is why the lower line need not fall."
+        "80 %. Values fall as the student learns; ranked by value, those dropped next lie below those kept. A dropped "
+        "sample keeps its value until it is kept again, which is why the lower line need not fall."
     )
     return drawn("values", "Values of samples kept and dropped", caption, _tall(found, 3.3), draw)
 
@@ -151,7 +153,7 @@ def turnover(found: Named) -> Picture:
     """Return how many samples stay, leave and return from set to set."""
 
     def draw(figure: Figure) -> None:
-        for axes, (name, run) in _panels(figure, found):
+        for axes, run in _panels(figure, found):
             count = run.sets[0].count
             rows = history.turnover(history.parts(run.sets))[1:]
             places = np.arange(1, len(rows) + 1)
@@ -164,7 +166,7 @@ def turnover(found: Named) -> Picture:
                 share = np.array([100 * getattr(row, kind) / count for row in rows])
                 axes.bar(places + shift, share, 0.27, color=colour, label=kind, hatch=hatch, edgecolor="white")
             axes.set_xticks(places, set_names(run)[1:])
-            axes.set(title=short(name), xlabel="set of stage", ylabel="share of all samples (%)")
+            axes.set(xlabel="set of stage", ylabel="share of all samples (%)")
         _legend(figure)
 
     caption = (
@@ -183,7 +185,7 @@ def classes(found: Named) -> Picture | None:
     most = max(len(run.sets[0].class_counts) for _, run in known)
 
     def draw(figure: Figure) -> None:
-        for axes, (name, run) in _panels(figure, known):
+        for axes, run in _panels(figure, known):
             counts = np.array([stage.manifest.class_counts for stage in run.stages], float)
             share = 100 * counts / np.maximum(counts.max(axis=0), 1)
             order = np.argsort(-share[-1], kind="stable")
@@ -193,35 +195,38 @@ def classes(found: Named) -> Picture | None:
             axes.grid(False)
             step = -(-len(order) // MOST_CLASSES)
             called = [run.classes[label] if label < len(run.classes) else str(label) for label in order[::step]]
-            axes.set_yticks(range(0, len(order), step), [short(text) for text in called], fontsize=8)
-            _stage_axis(axes, run, name, "class")
-        figure.colorbar(image, ax=figure.axes[: len(known)], label="kept of the class's largest set (%)", shrink=0.8)
+            axes.set_yticks(range(0, len(order), step), [short(text, 24) for text in called], fontsize=8)
+            _stage_axis(axes, run, "class")
+        label = "samples kept, of the most that any set keeps of the class (%)"
+        figure.colorbar(image, ax=figure.axes[: len(known)], label=label, location="bottom", shrink=0.5, aspect=50)
 
     caption = (
         "How evenly classes are thinned: each line is a class, dark where few of its samples are left. Classes at the "
         "bottom lose most; with --stratify all would keep the same share."
     )
-    height = 1.6 + 0.17 * min(most, 1.5 * MOST_CLASSES)
-    return drawn("classes", "Classes in each set", caption, _tall(known, max(2.8, height)), draw)
+    height = 1.4 + 0.15 * min(most, MOST_CLASSES)
+    return drawn("classes", "Classes in each set", caption, _tall(known, max(2.9, height)) + 0.4, draw)
 
 
-def _panels(figure: Figure, found: Named) -> list[tuple[Axes, tuple[str, Run]]]:
-    """Return an axes per run, two in a line, unused ones removed."""
+def _panels(figure: Figure, found: Named) -> list[tuple[Axes, Run]]:
+    """Return an axes per run under its name, two in a line."""
     across = min(2, len(found))
     grid = list(figure.subplots(-(-len(found) // across), across, squeeze=False).flat)
     for unused in grid[len(found) :]:
         unused.remove()
-    return list(zip(grid, found, strict=False))
+    for axes, (name, _) in zip(grid, found, strict=False):
+        axes.set_title(short(name, TITLE), fontsize=10)
+    return [(axes, run) for axes, (_, run) in zip(grid, found, strict=False)]
 
 
 def _tall(found: Named, each: float) -> float:
     return 0.6 + each * -(-len(found) // 2)
 
 
-def _stage_axis(axes: Axes, run: Run, name: str, label: str, count: int | None = None) -> None:
+def _stage_axis(axes: Axes, run: Run, label: str, count: int | None = None) -> None:
     names = set_names(run)[:count]
     axes.set_xticks(range(len(names)), names)
-    axes.set(title=short(name), xlabel="stage", ylabel=label)
+    axes.set(xlabel="stage", ylabel=label)
 
 
 def _legend(figure: Figure) -> None:

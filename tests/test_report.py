@@ -322,22 +322,34 @@ def decoded(uri):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))), np.float64)
 
 
-def test_without_the_runs_own_data_the_page_says_why_there_are_no_images(place, tmp_path):
-    told = written([place.folder / "kcd-seed0"], tmp_path, data="digits?train=120")
-    assert told["images"] == []
-    said = " ".join(Page((tmp_path / "again.html").read_text()).texts["p"])
-    assert re.search(
-        "no images, because the data 'digits.train=120' cannot be used: .* is not what kcd-seed0 was", said
-    )
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        ("digits?train=120", r"the data 'digits\?train=120' cannot be used: .* is not what kcd-seed0 was trained on"),
+        ("folder:/nowhere", r"the data 'folder:/nowhere' cannot be used: no folder"),
+        (None, r"no results.json that names the data; give --data"),
+    ],
+)
+def test_where_there_are_no_images_it_is_said_why(known, spec, why):
+    run = next(run for run in known.runs if run.name == "kcd-seed0")
+    strips, (note,) = gallery.collected([("the run", run)], {run.grid: None}, spec)
+    assert strips == []
+    assert re.match(f"the run: no images, because .*{why}", note)
 
 
-def test_without_results_json_runs_are_found_and_images_need_data(copy, tmp_path):
+def test_the_data_that_results_json_names_is_used(place, known):
+    chosen = [(run.name, run) for run in known.runs if run.condenses]
+    strips, notes = gallery.collected(chosen, {grid.path: grid.data for grid in known.grids})
+    assert notes == []
+    assert {strip.title.partition("(")[2] for strip in strips[:2]} == {"kcd-seed0)"}
+    assert not [strip for strip in strips if "kcd-seed1" in strip.title]
+
+
+def test_without_results_json_runs_are_found(copy):
     (copy / "results.json").unlink()
     told = numbers(copy)
     assert [(row["row"], row["n"]) for row in rows(told, "results")] == [("base", 1), ("kcd", 3), ("kd", 2)]
     assert {row["reference"] for row in rows(told, "differences")} == {"kd"}
-    written([copy / "kcd-seed0"], tmp_path)
-    assert "no results.json that names the data; give --data" in (tmp_path / "again.html").read_text()
 
 
 @pytest.mark.parametrize(("spec", "count"), [("cifar100:/nowhere", 100), ("folder:/any", 200_001)])
