@@ -227,12 +227,14 @@ def _run(path: Path, grid: Path) -> Run | Trouble:
         return _finished(path, grid)
     except KcdcacheError as error:
         return Trouble(path, "damaged", str(error))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except OSError as error:
+        return Trouble(path, "damaged", str(error))
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         return Trouble(path, "damaged", f"a record is not of the form kcdcache writes: {error!r:.200}")
 
 
 def _finished(path: Path, grid: Path) -> Run:
-    record, summary = runs.read_record(RunFolder(path=path)), dict(runs.read_summary(path))
+    record, summary = _record(path), dict(runs.read_summary(path))
     match = SEEDED.fullmatch(path.name)
     networks = [path / f"{name}.json" for name in NETWORKS if (path / f"{name}.json").exists()]
     return Run(
@@ -249,6 +251,14 @@ def _finished(path: Path, grid: Path) -> Run:
         stages=_stages(path, record["settings"]),
         network=read_object(networks[0]) if networks else {},
     )
+
+
+def _record(path: Path) -> dict[str, Any]:
+    record = runs.read_record(RunFolder(path=path))
+    told = [record["settings"], record["inputs"], runs.latest_environment(record)]
+    if not all(isinstance(found, dict) for found in [*told, told[-1]["versions"]]):
+        raise CorruptionError(f"{path / 'run.json'}: settings, inputs, environment and versions should be objects")
+    return record
 
 
 def _epochs_done(path: Path) -> int:

@@ -18,6 +18,7 @@ from reporting import CLASSES, ROWS, ROWS_OF_RUNS, SCHOOL, TITLE, Page, grid
 
 from kcdcache import cli, config, data, distill, findings, gallery, provenance, report, store
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError
+from kcdcache.files import digest_of, readable_json
 from kcdcache.tabular import printable
 
 T_ONE = math.tan(math.pi * (0.975 - 0.5))
@@ -408,6 +409,17 @@ def test_a_broken_results_json_is_told_and_the_runs_stand(few):
 def test_results_json_of_another_form_hides_no_run(few, results):
     (few / "results.json").write_text(json.dumps(results))
     assert len(rows(numbers(few), "runs")) == 1
+
+
+def test_a_record_of_another_form_is_told_and_ends_nothing(few):
+    file = few / "base-seed0" / "run.json"
+    record = json.loads(file.read_text())
+    record["environment"]["versions"] = ["torch"]
+    del record["digest"]
+    file.write_bytes(readable_json({**record, "digest": digest_of(record)}))
+    told = numbers(few)
+    assert "environment and versions should be objects" in troubles(told)["base-seed0"][1]
+    assert rows(told, "runs") == []
 
 
 def test_a_damaged_store_is_told_and_the_runs_stand(few):
