@@ -69,6 +69,8 @@ def test_it_says_of_its_samples_what_the_full_store_says(place):
     assert (ours.count, ours.views, ours.knowledge_id) == (theirs.count, theirs.views, theirs.knowledge_id)
     assert np.array_equal(ours.labels, theirs.labels)
     assert np.array_equal(ours.sample_digest, theirs.sample_digest)
+    chunk = place.root / "plain/store/logits/c.0.0.0"
+    assert ours.chunk_bytes(ours.held[-2:], ("logits",)) == chunk.stat().st_size
     expected = sorted({*place.set.index.tolist(), *place.set.partner[place.set.mixed].tolist()})
     assert ours.held.tolist() == expected
     for view in range(3):
