@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 CHECKS = (
-    ("format", ["ruff", "format", "--check", "kcdcache", "tests", "pipelines"]),
-    ("lint", ["ruff", "check", "kcdcache", "tests", "pipelines"]),
+    ("format", ["ruff", "format", "--check", "kcdcache", "tests", "pipelines", "notebooks"]),
+    ("lint", ["ruff", "check", "kcdcache", "tests", "pipelines", "notebooks"]),
     ("types", ["mypy"]),
     ("tests", ["pytest", "-n", "2", "--dist", "loadfile", *sys.argv[1:]]),
 )

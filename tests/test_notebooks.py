@@ -1,0 +1,159 @@
+"""The notebooks run top to bottom on a bare machine, and what they say of their numbers holds."""
+
+import re
+
+import executing
+import pytest
+from nbclient.exceptions import CellExecutionError
+from nbformat import v4
+
+FIRST, VALUES, REUSE = "01_first_look", "02_what_values_say", "03_reuse_and_transfer"
+EVERY = sorted(path.stem for path in executing.FOLDER.glob("*.ipynb"))
+LARGEST = 300_000
+"""bytes of a notebook with its outputs"""
+
+
+def committed(name):
+    return executing.read(executing.FOLDER / f"{name}.ipynb")
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Run a notebook anew in an empty folder, once for all tests that ask for it."""
+    done = {}
+
+    def run(name):
+        if name not in done:
+            done[name] = committed(name)
+            executing.execute(done[name], tmp_path_factory.mktemp(name))
+        return done[name]
+
+    return run
+
+
+def number(text, pattern):
+    """Return the number in the first group of the only place that the pattern fits."""
+    found = re.findall(pattern, text)
+    assert len(found) == 1, f"{pattern} fits {len(found)} times in:\n{text}"
+    return float(found[0].replace(",", ""))
+
+
+def check_first_look(text):
+    assert number(text, r"teacher: test accuracy ([\d.]+) %") > 80
+    assert number(text, r"([\d,]+) knowledge points") == 1437 * 4
+    assert number(text, r"student: test accuracy ([\d.]+) %") > 80
+    assert number(text, r"relative cost: ([\d.]+)") == 0.866
+    assert number(text, r"teacher forwards during training: (\d+)") == 0
+    # keep 0.7 of 1437, every dropped one mixed into one that is kept
+    assert "1005 of 1437 samples kept: 573 in K_1H, 432 in K_Aug" in text
+
+
+def check_values(text):
+    assert number(text, r"value and teacher entropy: ([-\d.]+)") > 0.5
+    assert number(text, r"right in all views: \d+ samples, median value ([\d.]+)") < number(
+        text, r"wrong in some view: \d+ samples, median value ([\d.]+)"
+    )
+    fates = [int(count) for count in re.findall(r"^\w+ +(\d+) of 700 ", text, re.M)]
+    assert (len(fates), sum(fates)) == (6, 700)
+    for other in ("resnet8-seed1", "resnet14-seed0"):
+        told = rf"resnet8-seed0 and {other}: rank correlation "
+        assert number(text, told + r"([-\d.]+)") > 0.5
+        assert number(text, told + r"[-\d.]+, sets differ by ([\d.]+)") < 0.3
+    entropy, loss, teacher = (
+        number(text, rf"{name} +AUC ([\d.]+)") for name in ("value by entropy", "value by loss", "teacher")
+    )
+    assert 0.4 < entropy < 0.75
+    assert entropy < loss < teacher
+    assert teacher > 0.9
+    assert number(text, r"noisy-loss +keeps half of all samples, and (\d+)") > 40
+
+
+def check_reuse(text):
+    assert number(text, r"kept: (\d+) of 400") == 240
+    assert number(text, r"rows of knowledge: (\d+) of 400") == 400
+    assert "same weights, byte by byte: True" in text
+    at = {
+        (kind, int(keep)): float(mean)
+        for kind, keep, mean in re.findall(r"^([\w ]+?) +(\d+) %: test accuracy ([\d.]+) ", text, re.M)
+    }
+    assert len(at) == 7
+    assert min(at, key=at.get) in [("condensed", 30), ("by value alone", 30)]
+    assert number(text, r"condensed minus random at 60 %: ([-+\d.]+) points") > 0
+    assert number(text, r"condensed minus random at 30 %: ([-+\d.]+) points") < -5
+    assert number(text, r"jaccard +([\d.]+)\n") > 0.5
+
+
+CHECKS = {FIRST: check_first_look, VALUES: check_values, REUSE: check_reuse}
+LONG = pytest.mark.slow
+RUN = [FIRST, pytest.param(VALUES, marks=LONG), pytest.param(REUSE, marks=LONG)]
+
+
+def test_every_notebook_is_run_and_checked():
+    assert list(CHECKS) == EVERY
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_it_runs_from_top_to_bottom_without_a_word_on_stderr(ran, name):
+    cells = executing.codes(ran(name))
+    assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
+    assert [
+        out.name for cell in cells for out in cell.outputs if out.output_type == "stream" and out.name != "stdout"
+    ] == []
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_what_it_says_of_its_numbers_holds_when_it_is_run_again(ran, name):
+    CHECKS[name](executing.texts(ran(name)))
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_run_again_it_prints_and_draws_in_the_same_places(ran, name):
+    def places(notebook):
+        return [(cell.id, [output.output_type for output in cell.outputs]) for cell in executing.codes(notebook)]
+
+    assert places(ran(name)) == places(committed(name))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_what_it_says_of_its_numbers_holds_of_those_it_shows(name):
+    CHECKS[name](executing.texts(committed(name)))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_its_outputs_are_of_the_code_it_shows(name):
+    notebook = committed(name)
+    assert notebook.metadata["executed"] == executing.digest(notebook), "run `python tests/executing.py` and commit"
+    cells = executing.codes(notebook)
+    assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
+    assert executing.pictures(notebook)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_it_is_small_and_says_nothing_of_the_machine_it_was_run_on(name):
+    text = (executing.FOLDER / f"{name}.ipynb").read_text()
+    assert len(text) < LARGEST
+    assert set(committed(name).metadata) == {*executing.METADATA, "executed"}
+    assert re.findall(r"/(?:tmp|home|root|work|Users)/[^\"\\ ]*", text) == []
+
+
+def test_a_cell_that_fails_ends_the_run(tmp_path):
+    with pytest.raises(CellExecutionError, match="division by zero"):
+        executing.execute(v4.new_notebook(cells=[v4.new_code_cell("1 / 0")]), tmp_path)
+
+
+def test_the_kernel_starts_in_the_given_folder_with_nothing_of_earlier_outputs(tmp_path):
+    cell = v4.new_code_cell("from pathlib import Path\nprint(Path.cwd())", execution_count=7)
+    cell.outputs = [v4.new_output("stream", text="old")]
+    notebook = v4.new_notebook(cells=[cell])
+    executing.execute(notebook, tmp_path)
+    assert executing.texts(notebook) == f"{tmp_path.resolve()}\n"
+    assert cell.execution_count == 1
+
+
+def test_the_digest_follows_code_and_its_cells_and_not_the_text():
+    def of(*cells):
+        return executing.digest(v4.new_notebook(cells=list(cells)))
+
+    code, text = v4.new_code_cell, v4.new_markdown_cell
+    assert of(code("a = 1"), code("b")) == of(text("about"), code("a = 1"), code("b"))
+    assert len({of(code("a = 1"), code("b")), of(code("a = 1\nb")), of(code("a = 2"), code("b"))}) == 3
