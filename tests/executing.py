@@ -39,18 +39,16 @@ def digest(notebook):
 
 
 def execute(notebook, folder):
-    """Run a notebook's code in `folder`, in place and without its old outputs.
+    """Run a notebook's code in `folder`; its outputs take the place of the old ones.
 
     Raises:
         CellExecutionError: a cell ended with an exception.
     """
-    for cell in codes(notebook):
-        cell.outputs, cell.execution_count = [], None
     # the kernel of this interpreter, one thread, and nothing of the user's own configuration
     own = {name: str(folder / name.lower()) for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR")}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **own}
     client = NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": folder}}, record_timing=False
+        notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": folder}}, record_timing=False
     )
     client.execute(env=environment)
 
