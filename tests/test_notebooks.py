@@ -76,8 +76,11 @@ def check_reuse(text):
         (kind, int(keep)): float(mean)
         for kind, keep, mean in re.findall(r"^([\w ]+?) +(\d+) %: test accuracy ([\d.]+) ", text, re.M)
     }
-    assert len(at) == 7
-    assert min(at, key=at.get) in [("condensed", 30), ("by value alone", 30)]
+    assert len(at) == 6
+    assert min(at, key=at.get) == ("condensed", 30)
+    assert at["condensed", 60] > at["everything", 100] - 8
+    assert at["stratified", 30] > at["condensed", 30] + 10
+    assert at["stratified", 30] < at["random", 30] + 5
     assert number(text, r"condensed minus random at 60 %: ([-+\d.]+) points") > 0
     assert number(text, r"condensed minus random at 30 %: ([-+\d.]+) points") < -5
     assert number(text, r"jaccard +([\d.]+)\n") > 0.5
