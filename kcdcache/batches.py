@@ -89,6 +89,10 @@ class Batch:
     """teacher probabilities at the distillation temperature, mixed as the target rule says"""
     knowledge: Mapping[str, Tensor]
     """the teacher's fields as float32, mixed as `fields.mix` says"""
+    shared: int | None = None
+    """number of samples of this step in all processes together; None if it is all here"""
+    idle: bool = False
+    """whether this process has no sample of the step, and this one stands in for it without counting"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,18 +183,27 @@ def iterate(
     device: torch.device = CPU,
     start: int = 0,
     drawn: Draw | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[Batch]:
     """Yield the batches of one epoch; the last may be smaller; the same arguments yield the same bytes.
 
     Arguments:
         start: number of the first batch, to continue inside an epoch.
         drawn: the points it visits, as for `plan_epoch`.
+        rank, world: yield only points rank, rank + world, ... of each batch, as one of so many processes.
     """
     plan = plan_epoch(source, epoch, seed, drawn)
     source.prepare(epoch)
     planned = source.targets.plan(plan.index) if isinstance(source.targets, StoredTargets) else None
     for low in range(start * batch_size, len(plan.index), batch_size):
-        yield make_batch(source, plan, slice(low, low + batch_size), device, planned)
+        high = min(low + batch_size, len(plan.index))
+        if world == 1:
+            yield make_batch(source, plan, slice(low, high), device, planned)
+            continue
+        idle = low + rank >= high
+        mine = slice(low, low + 1) if idle else slice(low + rank, high, world)
+        yield replace(make_batch(source, plan, mine, device, planned), shared=high - low, idle=idle)
 
 
 def make_batch(

@@ -134,9 +134,12 @@ def _command(name: str, options: list[click.Parameter], work: Callable[..., dict
     """Return a command with the common options, which logs, calls `work` and prints its result."""
 
     def callback(as_json: bool, debug: bool, quiet: bool, **values: Any) -> None:
-        _log_to_stderr(quiet)
+        follower = name == "train" and os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
+        _log_to_stderr(quiet or follower)
         with signals.listening() if name in LONG else nullcontext():
             result = work(**values)
+        if follower:
+            return
         click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **result}) if as_json else _readable(result))
         if result.get("failed"):
             raise click.exceptions.Exit(result["failed"][0]["exit_code"])

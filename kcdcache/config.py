@@ -111,6 +111,8 @@ class OptimizerSettings(Settings):
     """where batches are made on a GPU, replay each full step as one CUDA graph"""
     compile: bool = False
     """train through torch.compile, which needs a C++ compiler; changes the last bits"""
+    sync_bn: bool = False
+    """under torchrun on GPUs, take batch statistics over all processes instead of each its own"""
 
 
 class FitSettings(OptimizerSettings, ViewSettings):

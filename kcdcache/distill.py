@@ -1,24 +1,28 @@
 """Algorithm 1: train a stage, condense, next stage; the only place where training and condensation meet."""
 
 import logging
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from kcdcache import batches, condense, loop, manifest, methods, requery, runs, schedule, store, train, values
+from kcdcache import batches, condense, handover, loop, manifest, methods, requery, runs, schedule, store, train, values
 from kcdcache.config import TrainSettings
 from kcdcache.data import Dataset
-from kcdcache.errors import MismatchError, SettingsError
+from kcdcache.errors import SettingsError
 from kcdcache.manifest import Manifest
 from kcdcache.models import spec
-from kcdcache.models.device import resolve_device
+from kcdcache.models.device import resolve_device, use_threads
 from kcdcache.runs import RunFolder, load_checkpoint, read_record, read_summary, write_manifest
 from kcdcache.teacher import Teacher
+from kcdcache.together import ALONE, Group
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 NEUTRAL = {"checkpoint_seconds", "memory_gb", "resident", "graphs"}
 """settings that never change a result and so may differ when a run continues"""
 
@@ -52,6 +56,8 @@ class _Run:
     """cached views the run cycles through: those of its beginning, should the store have grown since"""
     fields: tuple[str, ...]
     """the teacher's fields it reads"""
+    group: Group
+    """the processes that train it; only the first of them writes"""
     progress: loop.Progress
 
 
@@ -64,13 +70,15 @@ def run(
     device: str = "auto",
     threads: int | None = None,
     allow_env_change: bool = False,
+    group: Group = ALONE,
     progress: loop.Progress = loop.silent,
 ) -> dict[str, Any]:
     """Train a student through all stages into the folder `out`, or continue; return the summary.
 
     With `until`, stops once that many epochs are finished and returns a summary with `finished` false; the same call
     without it continues. `material.given` is the condensed set a new run starts from (reuse); for a run that stands at
-    the start of a stage it is that stage's manifest, instead of one condensed here.
+    the start of a stage it is that stage's manifest, instead of one condensed here. All processes of a `group` call
+    this with the same arguments.
 
     Raises:
         SettingsError: the settings contradict each other or the run already in the folder.
@@ -87,8 +95,11 @@ def run(
     material, following = _sorted_out(material, folder)
     views = _views(settings, material, folder)
     document, inputs = _record(settings, material, views, fields)
-    if folder.stands(folder.summary):
-        runs.start(folder, document, inputs)
+    finished = folder.stands(folder.summary)
+    group.wait()  # all have read what lies there before the first writes
+    if finished:
+        if group.first:
+            runs.start(folder, document, inputs)
         logger.info("train: %s is finished already", out)
         return read_summary(out)
     going = _Run(
@@ -99,15 +110,21 @@ def run(
         stages=planned(settings, material),
         views=views,
         fields=fields,
+        group=group,
         progress=progress,
     )
-    held = runs.session(
-        folder, document, inputs, device=going.device, threads=threads, allow_env_change=allow_env_change
-    )
-    with held:
-        _keep_given(going)
-        if following is not None:
-            _place(going, following)
+    session = runs.session(
+        folder, document, inputs, device=going.device, threads=threads, allow_env_change=allow_env_change,
+        processes=group.world,
+    )  # fmt: skip
+    with session if group.first else nullcontext():
+        if group.first:
+            _keep_given(going)
+            if following is not None:
+                handover.place(folder, going.stages, material.knowledge.knowledge_id, following)
+        else:
+            use_threads(threads)
+        group.wait()
         return _advance(going, settings.epochs if until is None else min(until, settings.epochs))
 
 
@@ -149,7 +166,7 @@ def _views(settings: TrainSettings, material: Material, folder: RunFolder) -> in
 
 def _advance(going: _Run, until: int) -> dict[str, Any]:
     """Train stage after stage up to epoch `until`; what is finished already is passed over."""
-    done = _finished_epochs(going.folder)
+    done = handover.finished_epochs(going.folder)
     for stage in going.stages:
         if stage.start >= until:
             break
@@ -159,11 +176,11 @@ def _advance(going: _Run, until: int) -> dict[str, Any]:
     if done < going.settings.epochs:
         logger.info("train: stopped at epoch %d of %d; the same command continues", done, going.settings.epochs)
         return {"finished": False, "epochs_done": done, "epochs": going.settings.epochs, "run": str(going.folder.path)}
-    return _finish(going)
+    return _by_first(going, lambda: _finish(going))
 
 
 def _teach(going: _Run, stage: schedule.Stage, until: int) -> int:
-    current = _manifest_for(going, stage)
+    current = _by_first(going, lambda: _manifest_for(going, stage))
     logger.info("stage %d: epochs %d to %d on %d samples", stage.number, stage.start, stage.stop - 1, len(current))
     settings = going.settings
     clock = schedule.stretched(going.stages, settings.epochs).tolist() if settings.clock == "samples" else None
@@ -175,7 +192,7 @@ def _teach(going: _Run, stage: schedule.Stage, until: int) -> int:
             stop=stage.stop,
             views=going.views,
             manifest=current,
-            requeried=_requery(going, stage, current),
+            requeried=_by_first(going, lambda: _requery(going, stage, current)),
         ),
         data=going.material.data,
         knowledge=going.material.knowledge,
@@ -183,9 +200,20 @@ def _teach(going: _Run, stage: schedule.Stage, until: int) -> int:
         device=going.device,
         until=until,
         clock=clock,
+        group=going.group,
         progress=going.progress,
     )
     return pupil.epoch
+
+
+def _by_first(going: _Run, work: Callable[[], T]) -> T:
+    """Return what some work gives: of several processes the first does it, and the others find it done."""
+    if going.group.first:
+        made = work()
+        going.group.wait()
+        return made
+    going.group.wait()
+    return work()
 
 
 def _manifest_for(going: _Run, stage: schedule.Stage) -> Manifest:
@@ -246,6 +274,8 @@ MAKERS = {"full": _full, "given": _given, "random": _random, "condensed": _conde
 
 def _finish(going: _Run) -> dict[str, Any]:
     """Condense once more for export (facts.md A3), then write the summary, which marks the run finished."""
+    if going.folder.stands(going.folder.summary):
+        return read_summary(going.folder.path)
     settings, last = going.settings, going.stages[-1]
     keep = schedule.export_keep(settings.stages, settings.keep, _base(settings, going.material))
     exported = going.folder.manifest(last.number)
@@ -306,55 +336,6 @@ def _requery(going: _Run, stage: schedule.Stage, current: Manifest) -> Path | No
     with batches.connect(going.material.data, knowledge, current, fields=(), mixing=mixing) as source:
         requery.write(source, teacher, knowledge, path, fields=needs, view_numbers=used, progress=going.progress)
     return path
-
-
-def _place(going: _Run, chosen: Manifest) -> None:
-    """Make a manifest condensed by hand the one of the stage that begins now; one placed before stays where it is.
-
-    Raises:
-        SettingsError: the run is inside a stage, or has another manifest for this one.
-        MismatchError: the manifest is of other knowledge, or was made from another stage before; prints both ids.
-    """
-    manifest.require_knowledge(chosen, going.material.knowledge.knowledge_id)
-    if _has_placed(going, chosen):  # the command that placed it is run again, to resume
-        return
-    done = _finished_epochs(going.folder)
-    starting = [stage for stage in going.stages if stage.start == done]
-    if not starting:
-        raise SettingsError(
-            f"the run stands at epoch {done}, inside a stage; a manifest can be given only where a stage begins: "
-            f"{', '.join(str(stage.start) for stage in going.stages)}"
-        )
-    number = starting[0].number
-    if chosen.stage != number:
-        raise SettingsError(
-            f"the run stands at the start of stage {number}, the given manifest is for stage {chosen.stage}; condense "
-            f"with --stage {number}, or with the manifest of stage {number - 1} as --previous"
-        )
-    path = going.folder.manifest(number)
-    if going.folder.stands(path):
-        raise SettingsError(f"stage {number} of this run has another manifest already: {path}")
-    before = manifest.read(going.folder.manifest(number - 1)).digest if number else None
-    if chosen.parent not in (None, before):
-        raise MismatchError(
-            f"the given manifest was condensed from manifest {chosen.parent}, stage {number - 1} of this run trained "
-            f"on {before}; condense again with that one as --previous"
-        )
-    write_manifest(going.folder, path, chosen)
-
-
-def _has_placed(going: _Run, chosen: Manifest) -> bool:
-    for stage in going.stages:
-        path = going.folder.manifest(stage.number)
-        if going.folder.stands(path) and manifest.read(path).digest == chosen.digest:
-            logger.info("train: the given set is that of stage %d already", stage.number)
-            return True
-    return False
-
-
-def _finished_epochs(folder: RunFolder) -> int:
-    found = load_checkpoint(folder)
-    return int(found[1]["epoch"]) if found else 0
 
 
 def _base(settings: TrainSettings, material: Material) -> float:

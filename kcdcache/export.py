@@ -44,7 +44,7 @@ from kcdcache.loop import Progress, silent
 from kcdcache.manifest import Manifest
 from kcdcache.mixing import mix_probabilities
 from kcdcache.partial import PartialImages
-from kcdcache.runs import LIBRARIES
+from kcdcache.surroundings import LIBRARIES
 from kcdcache.untrusted import require_no_links
 
 logger = logging.getLogger(__name__)

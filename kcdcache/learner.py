@@ -17,9 +17,12 @@ from kcdcache.methods import Head
 from kcdcache.models import spec, taps, weights
 from kcdcache.models.transform import InputTransform
 from kcdcache.runs import RunFolder
+from kcdcache.together import ALONE, Group
 
 HEAD = "head."
 """first word of the names of a method's own tensors"""
+_SENT = (torch.int64, torch.float32, torch.uint8)
+"""types in which processes tell each other index, observation and whether it is of a mixed point"""
 INPUT = "input"
 """tap of the transformed pixels"""
 
@@ -40,6 +43,8 @@ class ValueRecord:
     """'entropy' of each sample's prediction (Eq. 7), or its 'loss'"""
     start: dict[str, Tensor] | None = None
     """visits and value at the start of the epoch, where its points are chosen by them"""
+    pending: list[tuple[Tensor, Tensor, Tensor]] | None = None
+    """what this one of several processes saw since they last told each other: index, observation, mixed"""
 
     def begin_epoch(self) -> None:
         """Note where the epoch starts, if its points are chosen by it."""
@@ -58,8 +63,27 @@ class ValueRecord:
         mixed: Bool[Tensor, " batch"],
     ) -> None:
         """Fold in what a step showed of each sample; no extra forward pass and no host sync (Eq. 7, 12)."""
-        visits, mean = self.visits[index], self.value[index]
         seen = entropy(logits) if self.observed == "entropy" else loss.float()
+        if self.pending is None:
+            self._fold(index, seen, mixed)
+        else:
+            self.pending.append((index, seen, mixed))
+
+    def settle(self, group: Group) -> None:
+        """Fold in what all processes saw, the same in each; of one process alone nothing is left to do.
+
+        A sample is visited at most once an epoch, so the result is that of one process with the same observations.
+        """
+        if self.pending is None:
+            return
+        nothing = (self.visits[:0].long(), self.value[:0], self.visits[:0].bool())
+        mine = [torch.cat(parts) for parts in zip(nothing, *self.pending, strict=True)]
+        index, seen, mixed = (group.joined(part.to(kind)) for part, kind in zip(mine, _SENT, strict=True))
+        self._fold(index, seen, mixed.bool())
+        self.pending.clear()
+
+    def _fold(self, index: Int64[Tensor, " rows"], seen: Float[Tensor, " rows"], mixed: Bool[Tensor, " rows"]) -> None:
+        visits, mean = self.visits[index], self.value[index]
         new_visits, new_mean = values.observe(visits, mean, seen, self.rule, self.decay)
         if not self.mixed_too:
             new_visits = torch.where(mixed, visits, new_visits)
@@ -91,6 +115,8 @@ class Learner:
     """running sums of the current epoch, float64 on the device"""
     compiled: Callable[[Tensor], Tensor] | None = None
     """the network as torch compiled it, with the same weights"""
+    group: Group = ALONE
+    """the processes that train it"""
 
     def see(self, pixels: Float[Tensor, "batch channels h w"]) -> dict[str, Float[Tensor, "batch ..."]]:
         """Return the logits of pixels in [0, 1], and the values that its method reads, in float32.
@@ -180,16 +206,22 @@ def new_learner(
     device: torch.device,
     record: ValueRecord | None = None,
     head: Head | None = None,
+    group: Group = ALONE,
 ) -> Learner:
     """Return an untrained network on the device; its initial weights are a function of the seed alone.
 
     Raises:
-        SettingsError: there is no such network, or one is to be compiled whose inner values the method reads.
+        SettingsError: there is no such network, or settings do not go with the method or with several processes.
     """
     if settings.compile and head is not None and head.taps:
         raise SettingsError("--compile works with methods that read the student's logits alone; leave it out")
+    _require_shareable(settings, device, head, group)
     network = spec.build(model, len(data.classes), settings.seed, channels=len(data.mean))
     network = network.to(device).to(memory_format=torch.channels_last)  # 1.4-4.5 times faster on CPU
+    if settings.sync_bn:
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    if record is not None and group.world > 1:
+        record.pending = []
     transform = InputTransform(mean=data.mean, std=data.std)
     head = None if head is None else head.to(device)
     optimizer = make_optimizer(network, settings, head)
@@ -201,7 +233,35 @@ def new_learner(
         record=record,
         head=head,
         compiled=torch.compile(network, dynamic=False) if settings.compile else None,
+        group=group,
     )
+
+
+def _require_shareable(settings: OptimizerSettings, device: torch.device, head: Head | None, group: Group) -> None:
+    """Do nothing if a run of these settings can be trained by a group.
+
+    Raises:
+        SettingsError: it cannot; says why.
+    """
+    if settings.sync_bn and (group.world == 1 or device.type != "cuda"):
+        raise SettingsError(
+            "--sync-bn joins the batch statistics of several processes on GPUs (torchrun, --device cuda)"
+        )
+    if group.world == 1:
+        return
+    if settings.batch_size < group.world:
+        raise SettingsError(
+            f"--batch-size {settings.batch_size} leaves some of {group.world} processes without a sample; "
+            "raise it, or start fewer"
+        )
+    if settings.compile:
+        raise SettingsError("--compile is for one process; leave it out under torchrun")
+    if settings.resident == "on":
+        raise SettingsError("--resident on is for one process; leave it out under torchrun")
+    if head is not None and (alone := head.alone):
+        raise SettingsError(
+            f"{alone} keeps a memory of all samples, which processes do not share; train it in one process"
+        )
 
 
 def new_record(count: int, device: torch.device, settings: MethodSettings, starts: bool = False) -> ValueRecord:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from kcdcache import rng, signals
 from kcdcache.batches import Batch
@@ -22,6 +23,8 @@ from kcdcache.runs import RunFolder, add_timing, load_checkpoint, save_checkpoin
 
 logger = logging.getLogger(__name__)
 
+SAVE, STOP = 1, 2
+"""what processes agree on after a step, the larger wish winning"""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")
 """what torch's errors say when the device, its CPU allocator, the C++ library or cuBLAS got no memory"""
 
@@ -120,19 +123,25 @@ def _run_until(
         began = time.perf_counter()
         _run_epoch(learner, task, settings, folder, guard, steps)
         row = _finish_epoch(learner, task, settings, steps.totals)
+        guard.reset()
+        if not learner.group.first:
+            continue
         save_checkpoint(folder, learner.tensors(), learner.state())
         write_metrics(folder, learner.rows)
         seconds = round(time.perf_counter() - began, 4)
         add_timing(folder, {"epoch": row["epoch"], "seconds": seconds, "samples": row["samples"]})
         progress("train", learner.epoch, settings.epochs, _told(row))
-        guard.reset()
 
 
 def resume(learner: Learner, folder: RunFolder) -> None:
     """Take up the run's checkpoint, if there is one."""
     if (found := load_checkpoint(folder)) is not None:
         learner.restore(*found)
-        write_metrics(folder, learner.rows)
+        if learner.group.first:
+            write_metrics(folder, learner.rows)
+        else:  # the sums of the epoch so far are counted once
+            learner.sums = {name: torch.zeros_like(value) for name, value in learner.sums.items()}
+    learner.group.wait()
 
 
 class _Guard:
@@ -186,6 +195,10 @@ class _Steps:
     def __init__(self, learner: Learner, task: Task, settings: OptimizerSettings) -> None:
         self._learner, self._task, self._settings = learner, task, settings
         self.totals = _Totals(learner.device)
+        self._seen: Callable[[Batch], tuple[Tensor, Tensor]] = _Pass(learner, task, settings.precision)
+        if learner.group.world > 1:
+            # methods may leave a module of theirs out of a step
+            self._seen = DistributedDataParallel(self._seen, find_unused_parameters=True)
         self._replay: Replay | None = None
         if task.feed is not None and settings.graphs:
             self._replay = Replay(lambda: self._fed(settings.batch_size), learner.device)
@@ -197,7 +210,7 @@ class _Steps:
         if feed is None or self._replay is None:
             for batch in self._task.batches(learner.epoch, learner.step):
                 self._one(batch)
-                yield len(batch.index)
+                yield batch.shared or len(batch.index)
             return
         feed.begin(learner.epoch, learner.step)
         for size in feed.sizes(learner.step):
@@ -212,7 +225,25 @@ class _Steps:
         self._one(self._task.feed.batch(size))
 
     def _one(self, batch: Batch) -> None:
-        _take_step(self._learner, self._task, batch, self._settings.precision, self.totals)
+        _take_step(self._learner, self._seen, batch, self.totals)
+
+
+class _Pass(nn.Module):
+    """A forward pass of the student and its method over a batch, as one module, so that processes can share it."""
+
+    def __init__(self, learner: Learner, task: Task, precision: str) -> None:
+        super().__init__()
+        self.network, self.head = learner.network, learner.head
+        self._learner, self._loss, self._precision = learner, task.loss, precision
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return logits and loss per sample."""
+        extra = self.head.extra(batch) if self.head is not None else None
+        shown = batch.pixels if extra is None else torch.cat([batch.pixels, extra])
+        with forward_precision(self._learner.device, self._precision):
+            seen = self._learner.see(shown)
+        loss = self._loss(seen, batch)
+        return seen["logits"][: len(batch.labels)], loss
 
 
 def _run_epoch(
@@ -225,31 +256,47 @@ def _run_epoch(
         learner.sums = {}
         if learner.record is not None:
             learner.record.begin_epoch()
-        _seed_torch(settings.seed, learner.epoch)  # networks with dropout draw from torch's own generator
+        # networks with dropout draw from torch's own generator
+        _seed_torch(settings.seed, learner.epoch, learner.group.rank)
     learner.network.train()
     if learner.head is not None:
         learner.head.begin(learner.epoch, settings.epochs)
     for count in steps.take():
         learner.step += 1
         learner.samples += count
-        if guard.due() or signals.requested():
+        wish = STOP if signals.requested() else SAVE if guard.due() else 0
+        wish = learner.group.most(wish)
+        if wish:
             _require_finite(learner, task, steps.totals)
-            save_checkpoint(folder, learner.tensors(), learner.state())
+            _save_inside(learner, folder)
             guard.reset()
-        if signals.requested():
+        if wish == STOP:
             signals.stop(f"epoch {learner.epoch}, step {learner.step} is in the checkpoint of {folder.path}")
 
 
-def _take_step(learner: Learner, task: Task, batch: Batch, precision: str, totals: _Totals) -> None:
-    extra = learner.head.extra(batch) if learner.head is not None else None
-    shown = batch.pixels if extra is None else torch.cat([batch.pixels, extra])
-    with forward_precision(learner.device, precision):
-        seen = learner.see(shown)
-    loss = task.loss(seen, batch)
-    logits = seen["logits"][: len(batch.labels)]
+def _save_inside(learner: Learner, folder: RunFolder) -> None:
+    """Write a checkpoint inside an epoch, of what all processes did."""
+    if learner.record is not None:
+        learner.record.settle(learner.group)
+    sums = {f"sum.{name}": learner.group.total(value) for name, value in learner.sums.items()}
+    if learner.group.first:
+        save_checkpoint(folder, learner.tensors() | sums, learner.state())
+
+
+def _take_step(
+    learner: Learner, forward: Callable[[Batch], tuple[Tensor, Tensor]], batch: Batch, totals: _Totals
+) -> None:
+    logits, loss = forward(batch)
     learner.optimizer.zero_grad(set_to_none=True)
-    (loss * batch.weight).mean().backward()
+    weighted = loss * batch.weight
+    if batch.shared is None:
+        weighted.mean().backward()
+    else:  # gradients are averaged over processes: of sums over all samples of the step, by their number
+        share = 0.0 if batch.idle else learner.group.world / batch.shared
+        (weighted.sum() * share).backward()
     learner.optimizer.step()
+    if batch.idle:
+        return
     with torch.no_grad():
         if learner.record is not None:
             learner.record.observe(logits, loss, batch.index, batch.mixed)
@@ -274,9 +321,12 @@ def _finish_epoch(learner: Learner, task: Task, settings: OptimizerSettings, tot
     before = learner.rows[-1]["samples_so_far"] if learner.rows else 0
     count = learner.samples - before
     _require_finite(learner, task, totals)
-    means = {name: float(value) / count for name, value in learner.sums.items()}
-    last = learner.epoch + 1 == settings.epochs
-    measured = task.evaluate() if last or (learner.epoch + 1) % settings.evaluate_every == 0 else {}
+    if learner.record is not None:
+        learner.record.settle(learner.group)
+    means = {name: float(learner.group.total(value)) / count for name, value in learner.sums.items()}
+    due = learner.epoch + 1 == settings.epochs or (learner.epoch + 1) % settings.evaluate_every == 0
+    # batch statistics are each process's own, and those of the first are kept
+    measured = task.evaluate() if due and learner.group.first else {}
     row = {
         "epoch": learner.epoch,
         "learning_rate": learner.optimizer.param_groups[0]["lr"],
@@ -294,7 +344,7 @@ def _finish_epoch(learner: Learner, task: Task, settings: OptimizerSettings, tot
 
 def _require_finite(learner: Learner, task: Task, totals: _Totals) -> None:
     """Refuse to checkpoint a diverged network: resuming from it could not mend it."""
-    loss = float(learner.sums["loss"])
+    loss = float(learner.group.total(learner.sums["loss"]))
     if not math.isfinite(loss):
         raise NonFiniteError(
             f"the training loss is {loss} in epoch {learner.epoch}, step {learner.step}; lower --learning-rate, "
@@ -316,6 +366,6 @@ def _told(row: dict[str, Any]) -> str:
     return f"{stage}loss {row['loss']:.4f}{measured}, {row['samples']:,} samples, {row['samples_so_far']:,} in all"
 
 
-def _seed_torch(seed: int, epoch: int) -> None:
-    high, low, *_ = rng.words(seed, epoch, rng.STEP)
+def _seed_torch(seed: int, epoch: int, rank: int) -> None:
+    high, low, *_ = rng.words(seed, epoch, rng.STEP, draw=rank)
     torch.manual_seed((int(high) << 31) ^ int(low))

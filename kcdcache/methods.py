@@ -69,6 +69,8 @@ class Head(nn.Module):
         """the student's values the terms read"""
         self.fields: tuple[str, ...] = tuple(dict.fromkeys(name for term in found for name in term.fields))
         """the teacher's fields the terms read"""
+        self.alone: str = " and ".join(name for name, (_, term) in terms.items() if term.remembers)
+        """the methods that only one process can train"""
         # tensors, so that a recorded step reads the epoch's own
         constant(self, "_base", torch.ones(()))
         constant(self, "_shares", torch.ones(len(found)))

@@ -12,7 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kcdcache import encoding, fields, layout, ledger, resident, runs, signals, store, teacher, views, writer
+from kcdcache import (
+    encoding,
+    fields,
+    layout,
+    ledger,
+    resident,
+    runs,
+    signals,
+    store,
+    surroundings,
+    teacher,
+    views,
+    writer,
+)
 from kcdcache.config import PrecomputeSettings
 from kcdcache.data import Dataset
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError
@@ -311,10 +324,10 @@ def _settle(path: Path, place: Place) -> None:
     file = path / ledger.FOLDER / "environment.json"
     known = read_json(file) if file.exists() else []
     torch.set_num_threads(place.threads or (known[-1]["threads"] if known else torch.get_num_threads()))
-    now = runs.environment(place.device, torch.get_num_threads())
-    if not known or runs.changed(known[-1], now):
+    now = surroundings.environment(place.device, torch.get_num_threads())
+    if not known or surroundings.changed(known[-1], now):
         if known:
-            runs.check_environment(known[-1], now, place.allow_change)
+            surroundings.check_environment(known[-1], now, place.allow_change)
         write_atomic(file, readable_json([*known, now]))
 
 

@@ -18,7 +18,7 @@ from kcdcache.errors import KcdcacheError, SettingsError
 from kcdcache.files import readable_json, write_atomic
 from kcdcache.loop import Progress
 from kcdcache.models.device import resolve_device
-from kcdcache.runs import environment
+from kcdcache.surroundings import environment
 
 logger = logging.getLogger(__name__)
 

@@ -47,12 +47,14 @@ def supply(settings: OptimizerSettings, source: Source, pupil: Learner, sampler:
     def measured(held: views.HeldImages | None) -> Callable[[], dict[str, float]]:
         return lambda: evaluate.measure(pupil.network, pupil.transform, test, plain, pupil.device, held)
 
-    if wanted(settings.resident, obstacle(source, pupil.device), pupil.device):
+    group = pupil.group
+    if group.world == 1 and wanted(settings.resident, obstacle(source, pupil.device), pupil.device):
         feed = Feed(source, pupil.device, batch_size=settings.batch_size, seed=settings.seed, sampler=sampler)
         return Supply(feed.iterate, measured(hold(test, plain, pupil.device)), feed)
 
     def streamed(epoch: int, start: int) -> Iterator[Batch]:
         given = {"batch_size": settings.batch_size, "seed": settings.seed, "start": start}
+        given |= {"rank": group.rank, "world": group.world}
         return batches.iterate(
             source, epoch, device=pupil.device, drawn=None if sampler is None else sampler.draw(epoch), **given
         )

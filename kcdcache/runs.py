@@ -1,13 +1,9 @@
 """A run's folder: settings, environment, checkpoints, manifests, metrics and summary."""
 
 import json
-import platform
 import re
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -44,29 +40,15 @@ from kcdcache.folder import RunFolder
 from kcdcache.identity import first_difference, require_same
 from kcdcache.manifest import Manifest
 from kcdcache.models.weights import MOST_HEADER_BYTES
+from kcdcache.surroundings import changed, check_environment, environment
 from kcdcache.untrusted import parse_json, parse_lines, require_no_links
 
 RECORD_KEY = "kcdcache"
 MOST_LINES = 10**6
 """of a file of clock times"""
 CHECKPOINT_NAME = re.compile(r"[0-9a-f]{16}\.safetensors")
-COMPARED = ("python", "versions", "device", "device_name", "threads")
 VOLATILE = ("seconds", "store_teacher_forwards")
 """entries of a summary that the clock, or a store that grew, changes"""
-LIBRARIES = ("kcdcache", "torch", "torchvision", "zarr", "numpy", "pyarrow")
-
-
-def environment(device: torch.device, threads: int) -> dict[str, Any]:
-    """Return what may change the last bits of a result: versions, device, thread count, and where the code is from."""
-    return {
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in LIBRARIES},
-        "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
-        "threads": threads,
-        "git_commit": _git_commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
 
 
 @contextmanager
@@ -78,6 +60,7 @@ def session(
     device: torch.device,
     threads: int | None,
     allow_env_change: bool,
+    processes: int = 1,
 ) -> Iterator[None]:
     """Hold a run's folder for training: lock it, begin or continue its record, put its thread count in force.
 
@@ -93,7 +76,7 @@ def session(
         wanted = threads or (latest_environment(record)["threads"] if record else before)
         torch.set_num_threads(wanted)
         try:
-            now = environment(device, wanted)
+            now = environment(device, wanted, processes)
             known = [record["environment"], *record["changes"]] if record else []
             if not known or changed(known[-1], now):
                 if known:
@@ -131,18 +114,6 @@ def latest_environment(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return where a run went on last: its first environment, or the last change that was allowed."""
     latest: dict[str, Any] = [record["environment"], *record["changes"]][-1]
     return latest
-
-
-def check_environment(known: Mapping[str, Any], now: Mapping[str, Any], allow_change: bool) -> None:
-    """Do nothing if interrupted work continues where its bytes stay the same, or a change is allowed.
-
-    Raises:
-        MismatchError: device, threads or a version differ and the change was not allowed.
-    """
-    if not allow_change:
-        was, is_now = ({key: side[key] for key in COMPARED} for side in (known, now))
-        names = ("the environment this was begun in", "this one")
-        require_same(was, is_now, names, "results would differ in their last bits; --allow-env-change continues anyway")
 
 
 def outcome(rows: Sequence[Mapping[str, Any]], count: int, epochs: int) -> dict[str, Any]:
@@ -308,16 +279,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def processor_name() -> str:
-    """Return the processor's model name, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def require_folder_free(folder: RunFolder) -> None:
     """Do nothing if a new run may be started here.
 
@@ -327,11 +288,6 @@ def require_folder_free(folder: RunFolder) -> None:
     others = [p.name for p in folder.path.iterdir() if p.name != folder.lock.name] if folder.path.exists() else []
     if others:
         raise MismatchError(f"{folder.path} holds {others[0]} but no run.json; give an empty or new folder as --out")
-
-
-def changed(first: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether two environments may give different last bits."""
-    return any(first[key] != now[key] for key in COMPARED)
 
 
 def _write_signed(file: Path, document: Mapping[str, Any]) -> None:
@@ -384,14 +340,3 @@ def _remove_other_checkpoints(folder: RunFolder) -> None:
     for path in folder.checkpoints.glob("*.safetensors"):
         if path.name != current:
             path.unlink()
-
-
-def _git_commit() -> str | None:
-    here = Path(__file__).resolve().parent
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=10
-        )
-    except OSError:
-        return None
-    return result.stdout.strip() or None

@@ -23,6 +23,7 @@ from kcdcache import (
     schedule,
     store,
     teacher,
+    together,
     views,
 )
 from kcdcache import data as datasets
@@ -117,16 +118,18 @@ def train(command: commands.TrainCommand, progress: Progress, dry_run: bool = Fa
         logger.warning(FEW_VIEWS, knowledge.views, settings.epochs)
     if dry_run:
         return _planned_stages(settings, material, command.out)
-    return distill.run(
-        settings,
-        material,
-        out=command.out,
-        until=command.until,
-        device=command.device,
-        threads=command.threads,
-        allow_env_change=command.allow_env_change,
-        progress=progress,
-    )
+    with together.group_of() as group:
+        return distill.run(
+            settings,
+            material,
+            out=command.out,
+            until=command.until,
+            device=command.device,
+            threads=command.threads,
+            allow_env_change=command.allow_env_change,
+            group=group,
+            progress=progress,
+        )
 
 
 def _material(command: commands.TrainCommand, settings: config.TrainSettings) -> distill.Material:

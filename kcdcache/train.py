@@ -13,6 +13,7 @@ from kcdcache.data import Dataset
 from kcdcache.manifest import Manifest
 from kcdcache.runs import RunFolder
 from kcdcache.terms.base import Pair
+from kcdcache.together import ALONE, Group
 
 GIB = 2**30
 
@@ -44,6 +45,7 @@ def run_stage(
     device: torch.device,
     until: int,
     clock: Sequence[float] | None = None,
+    group: Group = ALONE,
     progress: loop.Progress = loop.silent,
 ) -> learner.Learner:
     """Train the run's student on one manifest until epoch `until` of its stage; return the learner.
@@ -59,7 +61,7 @@ def run_stage(
     record = learner.new_record(count, device, settings, sampling.scheme_named(settings.sampling).values)
     choice = methods.choose(settings, settings.label_smoothing)
     head = methods.make_head(choice, lambda: _pair(settings, lessons, knowledge, data))
-    pupil = learner.new_learner(settings.student, data, settings, device, record, head)
+    pupil = learner.new_learner(settings.student, data, settings, device, record, head, group)
     weights = choice.weights
     connected = batches.connect(
         data,
@@ -76,7 +78,9 @@ def run_stage(
         stop = min(until, lessons.stop)
         task = _task(settings, lessons, replace(source, stop=stop), pupil, choice, knowledge, clock)
         loop.run(pupil, task, settings, folder, stop, progress)
-    _write_results(settings, lessons, pupil, data, knowledge, folder)
+    if group.first:
+        _write_results(settings, lessons, pupil, data, knowledge, folder)
+    group.wait()
     return pupil
 
 

@@ -1,9 +1,9 @@
-"""Copy what a finished recipe found into pipelines/results: its table, its report, and every run's settings and figures.
+"""Copy what a finished recipe found into pipelines/results: table, report, and every run's settings and figures.
 
 python pipelines/publish.py RECIPE_FOLDER NAME [--results FILE]
 
-RESULTS is the recipe's results.json, where several recipes share a folder a copy of it made after that recipe. runs.jsonl
-holds one line a run: name, run.json, summary.json and the rows of metrics.jsonl.
+FILE is the recipe's results.json; where several recipes share a folder, a copy of it made after that recipe. runs.jsonl
+has a line a run: name, run.json, summary.json and the rows of metrics.jsonl.
 """
 
 import argparse

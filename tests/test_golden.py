@@ -11,7 +11,7 @@ from damaging import files_of
 from pupils import same_files
 from stores import content, creating, finish
 
-from kcdcache import audit, checks, runcheck, runs, store
+from kcdcache import audit, checks, runcheck, runs, store, surroundings
 from kcdcache.errors import MismatchError, UnfinishedError
 from kcdcache.folder import RunFolder
 
@@ -101,7 +101,7 @@ def test_an_interrupted_golden_run_is_resumed(place, name):
 
 def same_environment(path):
     known = runs.latest_environment(runs.read_record(RunFolder(path=path)))
-    return not runs.changed(known, runs.environment(torch.device("cpu"), 1))
+    return not surroundings.changed(known, surroundings.environment(torch.device("cpu"), 1))
 
 
 @pytest.mark.parametrize("name", make.RUNS)

@@ -66,6 +66,7 @@ def connected(world, encoding="float32", mix="convex", target="linear_prob", cho
 def parts(batch):
     """A batch's tensors by name, those of `knowledge` among them."""
     found = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    assert (found.pop("shared"), found.pop("idle")) == (None, False)
     knowledge = found.pop("knowledge")
     return found | {f"knowledge.{name}": value for name, value in knowledge.items()}
 

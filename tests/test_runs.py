@@ -8,7 +8,7 @@ import torch
 from lessons import precomputed
 from pupils import distilled, everything, promised, same_files, school, settings
 
-from kcdcache import runs, store
+from kcdcache import runs, store, surroundings
 from kcdcache.errors import CorruptionError, LockedError, MismatchError, NotFoundError, SettingsError, UnfinishedError
 from kcdcache.files import locked
 from kcdcache.runs import RunFolder, load_checkpoint, read_metrics, read_summary, save_checkpoint
@@ -107,7 +107,7 @@ def test_the_record_names_what_decided_the_run(place, begun):
     assert record["inputs"]["given"] is None
     assert record["settings"]["keep"] == 0.6
     assert {"checkpoint_seconds", "memory_gb"}.isdisjoint(record["settings"])
-    assert set(runs.COMPARED) <= set(record["environment"])
+    assert set(surroundings.COMPARED) <= set(record["environment"])
 
 
 def test_a_damaged_checkpoint_is_found(place, tmp_path):

@@ -116,6 +116,8 @@ class Term(nn.Module):
     """the student's values it reads, besides the logits"""
     fields: tuple[str, ...] = ()
     """the teacher's fields it reads"""
+    remembers: bool = False
+    """whether it keeps something of all samples from step to step, which several processes would not share"""
 
     def weights_at(self, epoch: int, epochs: int) -> tuple[float, float]:
         """Return factors in an epoch: of the cross-entropy and soft-label terms, and of this one."""

@@ -104,6 +104,7 @@ class Contrast(Term):
 
     taps = ("penultimate",)
     fields = ("penultimate",)
+    remembers = True
     _log_z: Tensor
     _started: Tensor
 

@@ -35,6 +35,7 @@ class WassersteinContrast(Term):
 
     taps = ("penultimate",)
     fields = ("penultimate",)
+    remembers = True
 
     def __init__(self, pair: Pair) -> None:
         super().__init__()
