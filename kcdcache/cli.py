@@ -189,7 +189,7 @@ def _run_command() -> click.Command:
         results = recipes.run(
             chain, folder, data=data, machine=given, jobs=jobs, command=command, progress=_Reporter()
         )  # fmt: skip
-        return {"table": recipes.table(results), "files": str(folder), "report": results["report"], **results}
+        return {"table": recipes.table(results), "files": str(folder), "report": _reported(folder), **results}
 
     machine = config.MachineSettings.model_fields
     options: list[click.Parameter] = [
@@ -202,6 +202,17 @@ def _run_command() -> click.Command:
         click.Option(["--dry-run"], is_flag=True, help="print every step's settings, and do nothing"),
     ]
     return _command("run", options, work)
+
+
+def _reported(folder: Path) -> str | None:
+    """Write the report of a recipe's folder; return its path, or None where none could be made, which is told."""
+    path = folder / "report.html"
+    try:
+        importlib.import_module("kcdcache.report").write([folder], path)
+    except KcdcacheError as error:
+        logging.getLogger("kcdcache").warning("no report: %s", error)
+        return None
+    return str(path)
 
 
 def _methods_command() -> click.Command:
@@ -321,6 +332,7 @@ def _readable(result: Mapping[str, Any], indent: str = "") -> str:
     """Return a result for people: a table as it is, otherwise one line per entry, nested ones indented."""
     if "table" in result:
         last = f"files: {result['files']}" if "files" in result else str(result["note"])
+        last += f"; report: {result['report']}" if result.get("report") not in (None, result.get("files")) else ""
         return "\n".join(map(_printable, [*str(result["table"]).split("\n"), "", last]))
     lines = []
     for key, value in result.items():

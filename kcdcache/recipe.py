@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from kcdcache import config, grid, parallel, report, steps
+from kcdcache import config, grid, parallel, steps
 from kcdcache.config import MachineSettings, Settings, nearest
-from kcdcache.errors import KcdcacheError, SettingsError
+from kcdcache.errors import SettingsError
 from kcdcache.files import readable_json, write_atomic
 from kcdcache.loop import Progress
 from kcdcache.models.device import resolve_device
@@ -143,17 +143,7 @@ def run(
     }
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "results.json", readable_json(results))
-    return results | {"report": _reported(out)}
-
-
-def _reported(out: Path) -> str | None:
-    """Write the report beside the results; return its path, or None where none could be made, which is told."""
-    try:
-        report.write([out], out / "report.html")
-    except KcdcacheError as error:
-        logger.warning("no report: %s", error)
-        return None
-    return str(out / "report.html")
+    return results
 
 
 @dataclass(frozen=True, kw_only=True)
