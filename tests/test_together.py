@@ -79,7 +79,7 @@ def rows_of(run):
 def test_any_number_of_processes_trains_the_same_student(worlds, count):
     one, many = (load_file(worlds[n] / "student.safetensors") for n in (1, count))
     for name, weight in one.items():
-        torch.testing.assert_close(many[name], weight, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(many[name], weight, rtol=1e-4, atol=1e-6)  # the losses are float32
     assert not torch.equal(one["conv.weight"], PlainNet().conv.weight)
 
 
@@ -120,8 +120,13 @@ def test_two_processes_run_twice_make_the_same_bytes(place, tmp_path):
     assert same_files(*runs)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_stopped_they_go_on_to_the_same_bytes_and_in_another_number(place, worlds, tmp_path, number):
+@pytest.fixture(scope="module")
+def whole(place):
+    return trained(place, place / "whole", 2, epochs=40)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_stopped_they_go_on_to_the_same_bytes_and_in_another_number(place, whole, tmp_path, number):
     words, log = command(place, tmp_path / "run", PLAIN, epochs=40, checkpoint_seconds=0), tmp_path / "log"
     process = launched(2, words, log)
     while not (tmp_path / "run/metrics.jsonl").exists() or len(rows_of(tmp_path / "run")) < 3:
@@ -135,8 +140,7 @@ def test_stopped_they_go_on_to_the_same_bytes_and_in_another_number(place, world
     assert done < 40
     refused = launched(1, words, tmp_path / "refused")
     assert refused.wait(120) != 0
-    assert "processes was 2, is 1" in (tmp_path / "refused").read_text()
-    whole = trained(place, tmp_path / "whole", 2, epochs=40)
+    assert "differ in processes: 2 against 1" in (tmp_path / "refused").read_text()
     again = trained(place, tmp_path / "run", 2, epochs=40, checkpoint_seconds=0)
     assert (again / "student.safetensors").read_bytes() == (whole / "student.safetensors").read_bytes()
     assert (again / "values.parquet").read_bytes() == (whole / "values.parquet").read_bytes()
