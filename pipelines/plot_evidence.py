@@ -1,6 +1,6 @@
-"""Accuracy against what was consumed, from published results: python pipelines/plot_evidence.py NAME [NAME ...]
+"""Accuracy of a recipe's rows with what each consumed, from published results: python pipelines/plot_evidence.py NAME
 
-NAME is a folder of pipelines/results; its rows with a spread become points with bars of one standard deviation.
+NAME is a folder of pipelines/results; the picture is NAME.png beside it.
 """
 
 import sys
@@ -11,42 +11,30 @@ import matplotlib.pyplot as plt
 from kcdcache.files import read_json
 
 RESULTS = Path(__file__).parent / "results"
-GROUPS = {  # of colour-blind safe colours
-    "#0072B2": ("everything", ("kd", "eakd", "ce")),
-    "#D55E00": ("condensation", ("kcd", "direct", "paper", "release")),
-    "#009E73": ("random controls", ("random", "rs2", "fixed", "rs2-paper")),
-    "#CC79A7": ("other sampling", ("infobatch", "unix")),
-}
-
-
-def drawn(axes, rows, prefix):
-    """Draw the rows whose step is `prefix` and a known name; return how many."""
-    count = 0
-    for colour, (group, names) in GROUPS.items():
-        found = [row for row in rows if row["step"] in {f"{prefix}-{name}" for name in names} and row["n"]]
-        for place, row in enumerate(found):
-            point = (row["relative_cost"], 100 * row["accuracy_last"])
-            spread = 100 * row.get("accuracy_last_std", 0)
-            axes.errorbar(*point, spread, fmt="o", color=colour, capsize=3, label=None if place else group)
-            axes.annotate(row["step"].removeprefix(f"{prefix}-"), point, (5, 4), textcoords="offset points", fontsize=8)
-            count += 1
-    return count
+CONDENSED = ("kcd", "direct", "paper", "release")
+COLOURS = {True: "#D55E00", False: "#0072B2"}
+"""of rows that condense and of others; told apart with any colour vision"""
 
 
 def main() -> None:
-    names = sys.argv[1:]
-    figure, frames = plt.subplots(1, len(names), figsize=(6.5 * len(names), 4.6), squeeze=False)
-    for axes, name in zip(frames[0], names, strict=True):
-        results = read_json(RESULTS / name / "results.json")
-        if not drawn(axes, results["rows"], "resnet8"):
-            raise SystemExit(f"{name} has no rows to draw")
-        axes.set_title(results["title"], fontsize=9, wrap=True)
-        axes.set_xlabel("student samples forwarded / (N x epochs)")
-        axes.set_ylabel("test accuracy in the last epoch, %")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(RESULTS / f"{names[0]}.png", dpi=110)
+    (name,) = sys.argv[1:]
+    results = read_json(RESULTS / name / "results.json")
+    rows = [row for row in results["rows"] if row["n"] > 1]
+    rows.sort(key=lambda row: row["accuracy_last"])
+    figure, axes = plt.subplots(figsize=(9, 0.36 * len(rows) + 1.6), layout="constrained")
+    for place, row in enumerate(rows):
+        condensed = row["step"].partition("-")[2] in CONDENSED
+        mean, spread = 100 * row["accuracy_last"], 100 * row["accuracy_last_std"]
+        axes.errorbar(mean, place, xerr=spread, fmt="s" if condensed else "o", color=COLOURS[condensed], capsize=3)
+    axes.set_yticks(range(len(rows)), [f"{row['title']}   {row['relative_cost']:.2f}" for row in rows])
+    axes.set_ylabel("row, and its share of all samples x epochs")
+    axes.set_xlabel(f"test accuracy of the last epoch, % (mean and standard deviation of {rows[0]['n']} seeds)")
+    axes.set_title(results["title"], fontsize=10, wrap=True)
+    for condensed, text in ((True, "condensation"), (False, "others")):
+        axes.plot([], [], "s" if condensed else "o", color=COLOURS[condensed], label=text)
+    axes.legend(loc="lower right")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(RESULTS / f"{name}.png", dpi=110)
 
 
 if __name__ == "__main__":
