@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from kcdcache import fields as teacher_fields
-from kcdcache import sampling, views
+from kcdcache import prefetch, sampling, shares, views
 from kcdcache.data import Dataset
 from kcdcache.errors import MismatchError
 from kcdcache.identity import require_same
@@ -183,6 +183,7 @@ def iterate(
     device: torch.device = CPU,
     start: int = 0,
     drawn: Draw | None = None,
+    workers: int | None = None,
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[Batch]:
@@ -191,32 +192,43 @@ def iterate(
     Arguments:
         start: number of the first batch, to continue inside an epoch.
         drawn: the points it visits, as for `plan_epoch`.
+        workers: threads that make views ahead where that pays, as for `prefetch.shown`.
         rank, world: yield only points rank, rank + world, ... of each batch, as one of so many processes.
     """
     plan = plan_epoch(source, epoch, seed, drawn)
     source.prepare(epoch)
     planned = source.targets.plan(plan.index) if isinstance(source.targets, StoredTargets) else None
-    for low in range(start * batch_size, len(plan.index), batch_size):
-        high = min(low + batch_size, len(plan.index))
-        if world == 1:
-            yield make_batch(source, plan, slice(low, high), device, planned)
-            continue
-        idle = low + rank >= high
-        mine = slice(low, low + 1) if idle else slice(low + rank, high, world)
-        yield replace(make_batch(source, plan, mine, device, planned), shared=high - low, idle=idle)
+    parts = shares.of_batches(len(plan.index), start, batch_size, rank, world)
+    asked = (one for part in parts for one in _asked(plan, part.mine))
+    with ExitStack() as held:
+        shown = None
+        if prefetch.pays(source.data.train, source.rule):
+            shown = held.enter_context(closing(prefetch.shown(source.data.train, source.rule, asked, device, workers)))
+        for part in parts:
+            batch = make_batch(source, plan, part.mine, device, planned, shown)
+            yield batch if world == 1 else replace(batch, shared=part.shared, idle=part.idle)
 
 
 def make_batch(
-    source: Source, plan: Epoch, part: slice, device: torch.device, planned: PlannedRows | None = None
+    source: Source,
+    plan: Epoch,
+    part: slice,
+    device: torch.device,
+    planned: PlannedRows | None = None,
+    shown: Iterator[Tensor] | None = None,
 ) -> Batch:
-    """Return one slice of an epoch as a batch on the device; `planned` are the teacher's rows of its samples."""
+    """Return one slice of an epoch as a batch on the device.
+
+    `planned` are the teacher's rows of its samples, `shown` gives their views, then those of partners if there are any.
+    """
     index, partner = plan.index[part], plan.partner[part]
     where = np.flatnonzero(partner >= 0)
     labels = source.data.train.labels
     epsilon = torch.from_numpy(plan.epsilon[part]).to(device)
-    pixels = _view(source, index, plan.parameters[part], device)
+    seen = shown or (_view(source, *one, device) for one in _asked(plan, part))
+    pixels = next(seen)
     if len(where):
-        other = _view(source, partner[where], plan.partner_parameters[part][where], device)
+        other = next(seen)
         spot = torch.from_numpy(where).to(device)
         pixels[spot] = mix_pixels(pixels[spot], other, epsilon[spot], source.mixing.mix)
     if planned is not None:
@@ -323,6 +335,14 @@ class KnowledgePoints(TorchDataset[dict[str, Any]]):
 def _item(batch: Batch, row: int) -> dict[str, Any]:
     item = {name: value[row] for name, value in vars(batch).items() if isinstance(value, Tensor)}
     return item | {f"teacher_{name}": value[row] for name, value in batch.knowledge.items()}
+
+
+def _asked(plan: Epoch, part: slice) -> Iterator[prefetch.Asked]:
+    """Yield which views a slice of an epoch shows: those of its samples, then those of partners if there are any."""
+    yield prefetch.Asked(plan.index[part], plan.parameters[part])
+    partner = plan.partner[part]
+    if len(where := np.flatnonzero(partner >= 0)):
+        yield prefetch.Asked(partner[where], plan.partner_parameters[part][where])
 
 
 def _view(source: Source, index: np.ndarray, parameters: np.ndarray, device: torch.device) -> Tensor:

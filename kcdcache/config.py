@@ -63,6 +63,8 @@ class PrecomputeSettings(ViewSettings):
     """arithmetic of the teacher's forward pass"""
     min_accuracy: float | None = Field(default=None, ge=0, le=1)
     """teacher accuracy below which precompute refuses; three times chance if unset, 0 switches it off"""
+    workers: int | None = Field(default=None, ge=1)
+    """threads that decode and resize images ahead; as many as --threads if unset. Never changes results"""
     on_nonfinite: Literal["refuse", "skip"] = "refuse"
     """what to do with samples whose outputs are NaN, infinite or too large for the encoding: refuse, or skip them (at
     most 1 % of all), which leaves them out of all training; keep fractions stay fractions of all samples"""
@@ -107,6 +109,8 @@ class OptimizerSettings(Settings):
     resident: Literal["auto", "on", "off"] = "auto"
     """keep images, view parameters and knowledge on the device and make batches there: auto does so on a GPU if they
     take at most half of its free memory. Never changes results on a CPU"""
+    workers: int | None = Field(default=None, ge=1)
+    """threads that decode and resize images ahead; as many as --threads if unset. Never changes results"""
     graphs: bool = True
     """where batches are made on a GPU, replay each full step as one CUDA graph"""
     compile: bool = False

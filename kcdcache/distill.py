@@ -23,7 +23,7 @@ from kcdcache.together import ALONE, Group
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-NEUTRAL = {"checkpoint_seconds", "memory_gb", "resident", "graphs"}
+NEUTRAL = {"checkpoint_seconds", "memory_gb", "resident", "graphs", "workers"}
 """settings that never change a result and so may differ when a run continues"""
 
 

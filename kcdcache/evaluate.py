@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kcdcache import views
+from kcdcache import prefetch, views
 from kcdcache.data import Split
 from kcdcache.losses.softmax import cross_entropy
 from kcdcache.models.transform import InputTransform
@@ -21,17 +21,19 @@ def predict(
     rule: views.ViewRule,
     device: torch.device,
     held: views.HeldImages | None = None,
+    workers: int | None = None,
 ) -> Float[Tensor, "n classes"]:
     """Return the logits of every sample of a split, in eval mode, in float32, on the device.
 
     `rule` should be `views.plain` of the training rule: no augmentation. `held` are the split's images by that rule if
-    they lie on the device already.
+    they lie on the device already; else `workers` is as for `prefetch.shown`.
     """
     was_training = network.training
     network.eval()
     try:
         with torch.inference_mode():
-            return torch.cat([network(transform(pixels)).float() for pixels in _plain(split, rule, device, held)])
+            shown = _plain(split, rule, device, held, workers)
+            return torch.cat([network(transform(pixels)).float() for pixels in shown])
     finally:
         network.train(was_training)
 
@@ -65,9 +67,10 @@ def measure(
     rule: views.ViewRule,
     device: torch.device,
     held: views.HeldImages | None = None,
+    workers: int | None = None,
 ) -> dict[str, float]:
     """Return test accuracy in [0, 1], mean cross-entropy in nats, and expected calibration error in [0, 1]."""
-    logits = predict(network, transform, split, rule, device, held)
+    logits = predict(network, transform, split, rule, device, held, workers)
     labels = torch.from_numpy(split.labels).to(device)
     return {
         "test_accuracy": accuracy(logits, labels),
@@ -76,11 +79,16 @@ def measure(
     }
 
 
-def _plain(split: Split, rule: views.ViewRule, device: torch.device, held: views.HeldImages | None) -> Iterator[Tensor]:
-    every = None if held is None else held.parameters(0)
-    for low in range(0, len(split), BATCH):
-        if held is not None and every is not None:
-            yield held.views(torch.arange(low, min(low + BATCH, len(split)), device=device), every)
-            continue
-        index = torch.arange(low, min(low + BATCH, len(split))).numpy()
-        yield views.show(rule, split.images(index), views.parameters(rule, index, 0), device)
+def _plain(
+    split: Split, rule: views.ViewRule, device: torch.device, held: views.HeldImages | None, workers: int | None
+) -> Iterator[Tensor]:
+    blocks = [torch.arange(low, min(low + BATCH, len(split))) for low in range(0, len(split), BATCH)]
+    if held is not None:
+        every = held.parameters(0)
+        yield from (held.views(block.to(device), every) for block in blocks)
+        return
+    asked = (prefetch.Asked(block.numpy(), views.parameters(rule, block.numpy(), 0)) for block in blocks)
+    if prefetch.pays(split, rule):
+        yield from prefetch.shown(split, rule, asked, device, workers)
+        return
+    yield from (views.show(rule, split.images(index), parameters, device) for index, parameters in asked)

@@ -13,7 +13,7 @@ from kcdcache.runs import RunFolder, outcome, read_summary, seconds_spent, sessi
 
 logger = logging.getLogger(__name__)
 
-NEUTRAL = {"checkpoint_seconds", "resident", "graphs"}
+NEUTRAL = {"checkpoint_seconds", "resident", "graphs", "workers"}
 """settings that never change a result and so may differ when a run continues"""
 
 

@@ -107,11 +107,11 @@ class EncodedImages:
         return replace(self, payloads=self.payloads[:count])
 
     def images(
-        self, index: Int64[np.ndarray, " batch"], check: Check | None = None
+        self, index: Int64[np.ndarray, " batch"], check: Check | None = None, threads: int | None = None
     ) -> UInt8[np.ndarray, "batch height width 3"] | ImageList:
         """Return the images at the given positions: one array if all share a size, else a list.
 
-        `check` sees every image's bytes before they are decoded.
+        `check` sees every image's bytes before they are decoded; `threads` is as for `in_blocks`.
 
         Raises:
             CorruptionError: an image cannot be decoded; names file and row.
@@ -120,10 +120,12 @@ class EncodedImages:
         positions = index.tolist()
         if self.image_size is not None:
             pixels = np.empty((len(positions), *self.image_size, 3), np.uint8)
-            in_blocks(len(positions), lambda slot: np.copyto(pixels[slot], self._sized(positions[slot], check)))
+            in_blocks(
+                len(positions), lambda slot: np.copyto(pixels[slot], self._sized(positions[slot], check)), threads
+            )
             return pixels
         found: dict[int, Pixels] = {}
-        in_blocks(len(positions), lambda slot: found.update({slot: self.image(positions[slot], check)}))
+        in_blocks(len(positions), lambda slot: found.update({slot: self.image(positions[slot], check)}), threads)
         return [found[slot] for slot in range(len(positions))]
 
     def place(self, position: int) -> str:
@@ -161,14 +163,14 @@ class EncodedImages:
         return decoding.rgb(content, place)
 
     def size(self, position: int) -> tuple[int, int]:
-        """Return an image's height and width from its header alone.
+        """Return an upright image's height and width from its header alone.
 
         Raises:
             CorruptionError: the header cannot be read; names file and row.
         """
         place = self.place(position)
         with decoding.reading(place), self._stream(position) as stream, decoding.opened(stream, place) as image:
-            return image.height, image.width
+            return decoding.upright_size(image)
 
     def _sized(self, position: int, check: Check | None) -> Pixels:
         image = self.image(position, check)
@@ -220,9 +222,11 @@ class Split:
         return self.source.image_size
 
     def images(
-        self, index: Int64[np.ndarray, " batch"]
+        self, index: Int64[np.ndarray, " batch"], threads: int | None = None
     ) -> UInt8[np.ndarray, "batch height width channels"] | ImageList:
         """Return the images at the given positions: one fresh array, or a list where sizes differ.
+
+        `threads` are used where images are decoded on demand, a few by default.
 
         Raises:
             CorruptionError: an image cannot be decoded; names file and row.
@@ -233,7 +237,7 @@ class Split:
         if outside.size:
             raise MismatchError(f"index {outside[0]} is outside this split, which has {len(self)} samples")
         if isinstance(self.source, EncodedImages):
-            return self.source.images(index, self._require_known)
+            return self.source.images(index, self._require_known, threads)
         return self.source.images(index)
 
     def digest(self) -> str:
@@ -342,6 +346,10 @@ def pixel_statistics(pixels: UInt8[np.ndarray, "n height width channels"]) -> St
 def in_blocks(count: int, work: Callable[[int], None], threads: int | None = None) -> None:
     """Call `work` for every position below `count`, on a few threads by default; raises the first failure in order."""
     threads = threads or min(16, os.cpu_count() or 1)
+    if threads == 1:
+        for position in range(count):
+            work(position)
+        return
     step = max(1, min(_BLOCK, -(-count // threads)))
 
     def block(start: int) -> None:

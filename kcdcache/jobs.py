@@ -1,7 +1,8 @@
 """What fills a store: where its outputs come from, and one part of them computed, encoded and counted."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from kcdcache import encoding
 from kcdcache.errors import NonFiniteError
 from kcdcache.holding import WHOLE, Shard
 from kcdcache.layout import Part, StorePlan
+from kcdcache.prefetch import Rows
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ class Job:
     """accuracy on a view below which the outputs cannot be right; 0 where none is demanded"""
     place: Place
     """where the outputs are computed"""
+    announced: Callable[[Iterable[Rows]], AbstractContextManager[None]] = lambda rows: nullcontext()
+    """told which rows' outputs will be asked for, in order; within what it returns they may be prepared ahead"""
     may_skip: bool | None = None
     """whether samples with outputs that cannot be stored are skipped; None where the user has no such choice"""
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kcdcache import encoding
+from kcdcache.chunkfiles import CHECKSUM_BYTES
 from kcdcache.config import nearest
 from kcdcache.encoding import ArraySpec, Encoding
 from kcdcache.errors import CorruptionError, SettingsError
@@ -17,6 +18,7 @@ MOST_PART_ROWS = 16384
 MOST_CHUNK_BYTES = 32 * 2**20
 MOST_PADDING = 0.02
 ROW_UNIT = 64
+SAMPLES = "labels and digests"
 MOST_SAMPLES = 10**8
 """more than this no data set has: a store that claims more is damaged or hostile"""
 MOST_PARTS = 10**6
@@ -240,6 +242,20 @@ def all_chunks(plan: StorePlan) -> list[Chunk]:
     fields = plan.arrays_of(plan.fields)
     viewed = [chunk for view in range(plan.views) for chunk in chunks(plan, fields, view, 0, plan.count)]
     return viewed + sample_chunks(plan)
+
+
+def chunk_file_bytes(array: ArrayPlan) -> int:
+    """Return the bytes of one chunk's file, before compression: its rows, padding included, and a checksum."""
+    return array.chunk_bytes + CHECKSUM_BYTES
+
+
+def file_bytes(plan: StorePlan) -> dict[str, int]:
+    """Return the bytes of all chunk files of each field, and of what describes samples, before compression."""
+    found = dict.fromkeys((*plan.fields, SAMPLES), 0)
+    for array in plan.arrays:
+        times = -(-plan.count // array.chunk_rows) * (1 if array.field is None else plan.views)
+        found[array.field or SAMPLES] += times * chunk_file_bytes(array)
+    return found
 
 
 def chunk_key(array: ArrayPlan, view: int | None, number: int) -> str:

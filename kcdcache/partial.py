@@ -32,7 +32,7 @@ class PartialImages(EncodedImages):
         return replace(self, row=self.row[:count])
 
     def images(
-        self, index: Int64[np.ndarray, " batch"], check: Check | None = None
+        self, index: Int64[np.ndarray, " batch"], check: Check | None = None, threads: int | None = None
     ) -> UInt8[np.ndarray, "batch height width channels"] | ImageList:
         """Return the images at the given positions: one array if all share a size, else a list.
 
@@ -44,9 +44,9 @@ class PartialImages(EncodedImages):
         if isinstance(self.held, DecodedImages):
             return self.held.images(rows)  # compared with their digests when they were loaded
         if check is None:
-            return self.held.images(rows)
+            return self.held.images(rows, threads=threads)
         back, seen = dict(zip(rows.tolist(), index.tolist(), strict=True)), check
-        return self.held.images(rows, lambda row, content: seen(back[row], content))
+        return self.held.images(rows, lambda row, content: seen(back[row], content), threads)
 
     def place(self, position: int) -> str:
         """Return where the image at a position came from, for messages."""

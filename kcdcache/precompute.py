@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from kcdcache import (
+    costs,
     encoding,
     fields,
     layout,
     ledger,
+    prefetch,
+    rates,
     resident,
     runs,
     signals,
@@ -38,9 +41,6 @@ from kcdcache.loop import Progress, enough_memory, silent
 
 logger = logging.getLogger(__name__)
 
-AHEAD = 4096
-"""samples whose view parameters are made at a time"""
-
 
 def run(
     settings: PrecomputeSettings,
@@ -60,7 +60,8 @@ def run(
     With a `shard`, only its parts are written; whoever finds all parts written seals. On a sealed store of the same
     knowledge, more views or further fields are added. Teacher batches are a fixed partition of each part, and writing
     overlaps the forward pass; a killed run resumes to the same bytes. Views are made on the device from `images` that
-    lie there: 'on', 'off', or 'auto' for on a GPU where they fit.
+    lie there: 'on', 'off', or 'auto' for on a GPU where they fit. `dry_run` writes nothing: it measures the teacher on
+    a few batches and returns what all would cost.
 
     Raises:
         MismatchError: the store at `path` is of other knowledge, or the teacher is barely better than chance.
@@ -75,8 +76,6 @@ def run(
     forms = [encoding.parse(fields.encoding_for(name, settings.encoding), name, shapes[name]) for name in names]
     plan = _plan(settings, len(data.train), views_wanted(rule, settings.views), forms, path)
     _require_budget(plan, settings.budget_gb)
-    if dry_run:
-        return _planned(plan, knowledge, path)
     job = job_for(
         data,
         network,
@@ -86,7 +85,10 @@ def run(
         place=Place(device=network.device, threads=threads, allow_change=allow_env_change, shard=shard),
         may_skip=settings.on_nonfinite == "skip",
         images=images,
+        workers=settings.workers,
     )
+    if dry_run:
+        return _planned(plan, knowledge, path) | costs.expected(path, knowledge, plan, job)
     if left := fill(path, knowledge, plan, job, progress):
         logger.info("precompute: shard %s is written; %d parts are left to the other shards", shard, left)
         return {"kind": "store", "store": str(path), "finished": False, "shard": str(shard), "parts_left": left}
@@ -102,20 +104,20 @@ def job_for(
     place: Place = ANYWHERE,
     may_skip: bool | None = None,
     images: str = "auto",
+    workers: int | None = None,
 ) -> Job:
-    """Return the job of a teacher's outputs on the views of a data set's training split; `images` is as for `run`."""
+    """Return the job of a teacher's outputs on the views of a data set's training split.
+
+    `images` is as for `run`; else `workers` threads make views ahead, as for `prefetch.shown`.
+    """
     rule = views.rule_of(knowledge.views)
     held = resident.held_views(images, data.train, rule, network.device)
-    ahead = _ParametersAhead(rule, len(data.train))
+    shown = prefetch.RowsAhead(data.train, rule, network.device, workers)
     # the logits cost nothing more, and tell whether the other fields can be right
     wanted = list(dict.fromkeys(("logits", *names)))
 
     def outputs(view: int, start: int, stop: int) -> dict[str, Tensor]:
-        if held is None:
-            shown = data.train.images(np.arange(start, stop))
-            pixels = views.show(rule, shown, ahead.rows(view, start, stop), network.device)
-        else:
-            pixels = held(view, start, stop)
+        pixels = shown(view, start, stop) if held is None else held(view, start, stop)
         return teacher.outputs(network, pixels, wanted)
 
     return Job(
@@ -125,6 +127,7 @@ def job_for(
         least_accuracy=least_accuracy,
         place=place,
         may_skip=may_skip,
+        **({"announced": shown.announced} if held is None else {}),
     )
 
 
@@ -185,7 +188,8 @@ def describe(path: Path) -> dict[str, Any]:
         "skipped": len(found.skipped),
         "teacher_accuracy": [sums["correct"] / found.count for sums in measured if "correct" in sums],
         "teacher_forwards": 0 if found.knowledge.teacher.architecture == "imported" else found.forwards,
-        "seconds": runs.logged_seconds(path / ledger.FOLDER / "timing.jsonl"),
+        "seconds": runs.logged_seconds(_timing(path)),
+        "images_per_second": rates.document(rates.logged(_timing(path))),
     }
 
 
@@ -239,8 +243,7 @@ def _planned(plan: StorePlan, knowledge: Knowledge, path: Path) -> dict[str, Any
         "would": "precompute",
         "store": str(path),
         "plan": str(plan),
-        "points": plan.count * plan.views,
-        "bytes": plan.bytes,
+        **costs.sizes(path, plan),
         "knowledge_id": knowledge.knowledge_id,
         "layout_id": plan.layout_id,
     }
@@ -278,24 +281,23 @@ def fill(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job, progress: 
         written: Future[None] | None = None
         right: dict[int, tuple[float, int]] = {}
         skipped = ledger.logged_skips(path) if pending else set()
-        for part in pending:
-            began = time.perf_counter()
-            made = compute(part, plan, job)
-            if written is not None:
-                written.result()
-            _check_accuracy(part, made.correct, right, job.least_accuracy)
-            skipped |= set(made.skipped)
-            ledger.require_few_skipped(skipped, plan.count)
-            counted = {"correct": made.correct}
-            written = pool.submit(open_writer.write_part, part, made.stored, made.statistics, counted, made.skipped)
-            done += part.stop - part.start
-            seconds = time.perf_counter() - began
-            rate = (part.stop - part.start) / seconds
-            _add_timing(path, seconds, part.stop - part.start)
-            if signals.requested():
-                written.result()
-                signals.stop(f"{done:,} of {rows:,} points are in the store")
-            progress("precompute", done, rows, f"view {part.view}, {rate:,.0f} points/s")
+        with job.announced((part.view, *batch) for part in pending for batch in plan.batches(part)):
+            for part in pending:
+                began = time.perf_counter()
+                made = compute(part, plan, job)
+                if written is not None:
+                    written.result()
+                _check_accuracy(part, made.correct, right, job.least_accuracy)
+                skipped |= set(made.skipped)
+                ledger.require_few_skipped(skipped, plan.count)
+                counted = {"correct": made.correct}
+                written = pool.submit(open_writer.write_part, part, made.stored, made.statistics, counted, made.skipped)
+                done += part.stop - part.start
+                _add_timing(path, time.perf_counter() - began, part.stop - part.start)
+                if signals.requested():
+                    written.result()
+                    signals.stop(f"{done:,} of {rows:,} points are in the store")
+                progress("precompute", done, rows, f"view {part.view}, {rates.logged(_timing(path))} images/s")
         if written is not None:
             written.result()
         return open_writer.seal_last()
@@ -349,22 +351,6 @@ def view_pixels(data: Dataset, rule: views.ViewRule, index: np.ndarray, view: in
     return views.show(rule, data.train.images(index), views.parameters(rule, index, view), device)
 
 
-class _ParametersAhead:
-    """The parameters of views of consecutive samples, made for many batches at a time: few rows cost as many."""
-
-    def __init__(self, rule: views.ViewRule, count: int) -> None:
-        self._rule, self._count = rule, count
-        self._view, self._first = -1, 0
-        self._made = np.zeros((0, 0), np.int64)
-
-    def rows(self, view: int, start: int, stop: int) -> np.ndarray:
-        """Return the parameters of samples start to stop - 1 in one view."""
-        if view != self._view or start < self._first or stop > self._first + len(self._made):
-            index = np.arange(start, min(max(stop, start + AHEAD), self._count))
-            self._view, self._first, self._made = view, start, views.parameters(self._rule, index, view)
-        return self._made[start - self._first : stop - self._first]
-
-
 def _as_float32(rows: np.ndarray) -> Tensor:
     with np.errstate(over="ignore"):  # an infinity is found and named later
         return torch.from_numpy(np.array(rows, np.float32))
@@ -388,4 +374,8 @@ def _read_npy(file: Path, count: int, classes: int) -> np.ndarray:
 
 def _add_timing(path: Path, seconds: float, points: int) -> None:
     row = {"seconds": round(seconds, 4), "points": points}
-    append(path / ledger.FOLDER / "timing.jsonl", canonical_json(row) + b"\n")
+    append(_timing(path), canonical_json(row) + b"\n")
+
+
+def _timing(path: Path) -> Path:
+    return path / ledger.FOLDER / "timing.jsonl"

@@ -45,7 +45,9 @@ def supply(settings: OptimizerSettings, source: Source, pupil: Learner, sampler:
     test, plain = source.data.test, views.plain(source.rule)
 
     def measured(held: views.HeldImages | None) -> Callable[[], dict[str, float]]:
-        return lambda: evaluate.measure(pupil.network, pupil.transform, test, plain, pupil.device, held)
+        return lambda: evaluate.measure(
+            pupil.network, pupil.transform, test, plain, pupil.device, held, settings.workers
+        )
 
     group = pupil.group
     if group.world == 1 and wanted(settings.resident, obstacle(source, pupil.device), pupil.device):
@@ -55,9 +57,8 @@ def supply(settings: OptimizerSettings, source: Source, pupil: Learner, sampler:
     def streamed(epoch: int, start: int) -> Iterator[Batch]:
         given = {"batch_size": settings.batch_size, "seed": settings.seed, "start": start}
         given |= {"rank": group.rank, "world": group.world}
-        return batches.iterate(
-            source, epoch, device=pupil.device, drawn=None if sampler is None else sampler.draw(epoch), **given
-        )
+        drawn = None if sampler is None else sampler.draw(epoch)
+        return batches.iterate(source, epoch, device=pupil.device, drawn=drawn, workers=settings.workers, **given)
 
     return Supply(streamed, measured(None), None)
 

@@ -19,6 +19,7 @@ from kcdcache import (
     matching,
     methods,
     precompute,
+    rates,
     requery,
     schedule,
     store,
@@ -29,6 +30,7 @@ from kcdcache import (
 from kcdcache import data as datasets
 from kcdcache import fit as fitting
 from kcdcache.errors import CorruptionError, MismatchError, SettingsError
+from kcdcache.folder import RunFolder
 from kcdcache.holding import parse_shard, shard_of
 from kcdcache.identity import Knowledge
 from kcdcache.loop import Progress
@@ -41,7 +43,7 @@ Result = dict[str, Any]
 
 NOT_IMPORTED = {
     "teacher", "weights", "teacher_mean", "teacher_std", "teacher_size", "teacher_precision", "manifest", "mix",
-    "views", "fields", "for_", "student", "batch_size", "budget_gb", "shard",
+    "views", "fields", "for_", "student", "batch_size", "budget_gb", "shard", "workers",
 }  # fmt: skip
 """settings of `precompute` that logits made elsewhere decide or have no part in"""
 
@@ -65,7 +67,7 @@ def fit(command: commands.FitCommand, progress: Progress, dry_run: bool = False)
             "steps": steps,
             "out": str(command.out),
         }
-    return fitting.run(
+    found = fitting.run(
         settings,
         data=data,
         model=command.model,
@@ -73,8 +75,9 @@ def fit(command: commands.FitCommand, progress: Progress, dry_run: bool = False)
         device=command.device,
         threads=command.threads,
         allow_env_change=command.allow_env_change,
-        progress=progress,
+        progress=_paced(progress, command.out),
     )
+    return found | _pace(command.out)
 
 
 def precompute_store(command: commands.PrecomputeCommand, progress: Progress, dry_run: bool = False) -> Result:
@@ -119,7 +122,7 @@ def train(command: commands.TrainCommand, progress: Progress, dry_run: bool = Fa
     if dry_run:
         return _planned_stages(settings, material, command.out)
     with together.group_of() as group:
-        return distill.run(
+        found = distill.run(
             settings,
             material,
             out=command.out,
@@ -128,8 +131,23 @@ def train(command: commands.TrainCommand, progress: Progress, dry_run: bool = Fa
             threads=command.threads,
             allow_env_change=command.allow_env_change,
             group=group,
-            progress=progress,
+            progress=_paced(progress, command.out),
         )
+    return found | _pace(command.out)
+
+
+def _paced(progress: Progress, out: Path) -> Progress:
+    """Return a report of progress that tells images per second with every epoch."""
+
+    def told(what: str, done: int, total: int, remark: str) -> None:
+        rate = rates.logged(RunFolder(path=out).timing) if what == "train" else None
+        progress(what, done, total, remark if rate is None else f"{remark}, {rate} images/s")
+
+    return told
+
+
+def _pace(out: Path) -> Result:
+    return {"images_per_second": rates.document(rates.logged(RunFolder(path=out).timing))}
 
 
 def _material(command: commands.TrainCommand, settings: config.TrainSettings) -> distill.Material:

@@ -193,6 +193,21 @@ def create(
         yield writer
 
 
+def missing(root: Path, knowledge: Knowledge, plan: StorePlan, shard: Shard = WHOLE) -> list[Part]:
+    """Return the shard's parts that would be pending, were this plan's store made or grown at a place; writes nothing.
+
+    Raises:
+        MismatchError: a store of other knowledge lies there; names the first difference.
+    """
+    if (root / IDENTITY_FILE).exists() and any((root / ledger.FOLDER / "log" / "0").glob("v*.json")):
+        _require_same_knowledge(root, knowledge)
+    if not ledger.commit_path(root, 0).exists():
+        return Writer(root, plan, 0, None, shard).pending()
+    commits = ledger.read_commits(root)
+    before = layout.plan_from(commits[-1].plan)
+    return [] if plan == before else Writer(root, plan, len(commits), before, shard).pending()
+
+
 @contextmanager
 def grow(
     path: Path | str,

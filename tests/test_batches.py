@@ -59,7 +59,9 @@ def subset(index, count=1000):
 def collected(parts):
     """All batches of an epoch in one, as name -> tensor."""
     parts = [vars(batch) | {f"teacher_{k}": v for k, v in batch.knowledge.items()} for batch in parts]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "knowledge"}
+    return {
+        name: torch.cat([part[name] for part in parts]) for name in parts[0] if isinstance(parts[0][name], torch.Tensor)
+    }
 
 
 def same(left, right):

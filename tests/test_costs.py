@@ -1,0 +1,163 @@
+"""What a dry run tells of a store, against the store that is made after it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from pupils import TRAIN, BrokenOffError, command, everything, school, stop_after
+
+from kcdcache import costs, layout, precompute, rates, store
+from kcdcache.config import PrecomputeSettings
+from kcdcache.errors import MismatchError
+from kcdcache.jobs import Job, Place
+
+CROPS = {"augment": "crop", "padding": 2, "batch_size": 32, "min_accuracy": 0}
+FIELDS = ("logits", "penultimate")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return school(tmp_path_factory.mktemp("school"), fields=FIELDS)
+
+
+def planned(place, path, **changes):
+    return command(place, "precompute", dry_run=True, store=path, **(CROPS | {"views": 3, "fields": FIELDS} | changes))
+
+
+def chunk_bytes(path, names):
+    """Bytes of an array's files on disk, its document left out."""
+    files = [file for name in names for file in (path / name).iterdir()]
+    return sum(file.stat().st_size for file in files if file.name != "zarr.json")
+
+
+@pytest.mark.parametrize("encoding", ["float16", "float32", "top:3"])
+def test_planned_bytes_are_those_of_the_store_made_after(place, tmp_path, monkeypatch, encoding):
+    monkeypatch.setattr(layout, "MOST_PART_ROWS", 64)
+    told = planned(place, tmp_path / "store", encoding=encoding)
+    command(place, "precompute", store=tmp_path / "store", **CROPS, views=3, fields=FIELDS, encoding=encoding)
+    made = store.open(tmp_path / "store")
+    assert set(told["bytes_per_field"]) == {*FIELDS, "labels and digests"}
+    for field, found in told["bytes_per_field"].items():
+        names = [array.name for array in made.plan.arrays if (array.field or "labels and digests") == field]
+        assert chunk_bytes(tmp_path / "store", names) == found
+    assert told["bytes"] == sum(told["bytes_per_field"].values())
+    assert told["to_do"]["bytes"] == told["bytes"] - told["bytes_per_field"]["labels and digests"]
+    assert told["to_do"]["teacher_forwards"] == told["points"] == made.forwards == 3 * TRAIN
+
+
+def test_a_compressed_store_takes_at_most_the_planned_bytes(place, tmp_path):
+    told = planned(place, tmp_path / "store", compression="zstd")
+    command(place, "precompute", store=tmp_path / "store", **CROPS, views=3, fields=FIELDS, compression="zstd")
+    found = sum(chunk_bytes(tmp_path / "store", [array.name]) for array in store.open(tmp_path / "store").plan.arrays)
+    assert found < told["bytes"]
+
+
+def test_shards_plans_add_up_to_the_whole_stores(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(layout, "MOST_PART_ROWS", 64)
+    whole = planned(place, tmp_path / "store")["to_do"]
+    parts = [planned(place, tmp_path / "store", shard=f"{number}/3") for number in range(3)]
+    for key in ("parts", "teacher_forwards", "bytes"):
+        assert sum(told[f"shard {number}/3"][key] for number, told in enumerate(parts)) == whole[key]
+        assert all(told["to_do"][key] == whole[key] for told in parts)
+
+
+def test_hours_are_forwards_over_the_measured_rate(place, tmp_path):
+    told = planned(place, tmp_path / "store")
+    rate, to_do = told["images_per_second"], told["to_do"]
+    assert rate["n"] == costs.BATCHES
+    assert to_do["teacher_hours"] == pytest.approx(3 * TRAIN / rate["mean"] / 3600, rel=0.01)
+    assert to_do["teacher_hours_std"] == pytest.approx(to_do["teacher_hours"] * rate["std"] / rate["mean"], rel=0.1)
+
+
+def test_a_dry_run_leaves_nothing_and_tells_the_room(place, tmp_path):
+    told = planned(place, tmp_path / "new" / "store")
+    assert list(tmp_path.iterdir()) == []
+    assert 0 < told["free_bytes"] < 2**60
+
+
+def test_only_what_is_missing_is_to_do(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(layout, "MOST_PART_ROWS", 64)
+    settings = PrecomputeSettings(**CROPS, views=3, fields=FIELDS)
+    with pytest.raises(BrokenOffError):
+        precompute.run(settings, place.data, place.network, tmp_path / "store", stop_after(5))
+    before = everything(tmp_path / "store")
+    whole = layout.parts(precompute._plan(settings, TRAIN, 3, forms_of(place), tmp_path / "other"))
+    assert planned(place, tmp_path / "store")["to_do"]["parts"] == len(whole) - 5
+    assert everything(tmp_path / "store") == before
+    precompute.run(settings, place.data, place.network, tmp_path / "store")
+    done = planned(place, tmp_path / "store")
+    assert (done["to_do"]["teacher_forwards"], done["images_per_second"]) == (0, None)
+    assert planned(place, tmp_path / "store", views=5)["to_do"]["teacher_forwards"] == 2 * TRAIN
+
+
+def forms_of(place):
+    return [field.encoding for field in place.knowledge.fields.values()]
+
+
+def test_another_store_at_the_place_is_refused_by_a_dry_run(place, tmp_path):
+    with pytest.raises(MismatchError, match=r"views\.padding"):
+        planned(place, place.knowledge.path, padding=1, encoding="float32")
+
+
+def test_a_disk_with_too_little_room_is_told(place, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(costs.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    told = planned(place, tmp_path / "store")
+    assert told["free_bytes"] == 1000
+    assert f"{told['to_do']['bytes']:,} bytes are still to be written, but 1,000 are free" in caplog.text
+
+
+def test_the_first_batches_are_not_timed(place, monkeypatch):
+    """A teacher whose first batches take long: set-up is no part of the rate."""
+    clock, asked = [0.0], []
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: clock[0])
+
+    def outputs(view, start, stop):
+        clock[0] += 100.0 if len(asked) < costs.BEFORE else 0.5
+        asked.append((view, start, stop))
+        return {"logits": torch.zeros(stop - start, 10)}
+
+    job = Job(outputs=outputs, labels=np.zeros(1), digests=np.zeros(1), least_accuracy=0.0, place=Place())
+    plan = layout.plan_store(TRAIN, 9, forms_of(place), batch_size=100)
+    found = costs.measured(job, plan, layout.parts(plan))
+    assert found == rates.Rate(costs.BATCHES, 200.0, 0.0)
+    assert asked[:3] == [(0, 0, 100), (0, 100, 200), (1, 0, 100)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [([], None), ([4.0], (1, 4.0, None)), ([1.0, 2.0, 6.0], (3, 3.0, 7**0.5))]
+)
+def test_rates_are_mean_and_sample_deviation(rows, expected):
+    found = rates.rate_of(rows)
+    assert found is None if expected is None else found == pytest.approx(expected)
+
+
+def test_a_logged_rate_is_that_of_whole_lines(tmp_path):
+    file = tmp_path / "timing.jsonl"
+    assert rates.logged(file) is None
+    lines = ['{"epoch":0,"samples":100,"seconds":2}', '{"points":30,"seconds":1}', '{"samples":5,"seconds":0}',
+             '{"samples":"x","seconds":1}', "[1]", '{"samples":10,"sec']  # fmt: skip
+    file.write_text("\n".join(lines))
+    assert rates.logged(file) == rates.Rate(2, 40.0, pytest.approx(200**0.5))
+
+
+def test_commands_tell_images_per_second_of_what_they_logged(place, tmp_path, caplog):
+    heard = []
+    made = precompute.run(
+        PrecomputeSettings(**CROPS, views=3), place.data, place.network, tmp_path / "store",
+        lambda what, done, total, remark: heard.append(remark),
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "store/_kcd/timing.jsonl").read_text().splitlines()]
+    speeds = [row["points"] / row["seconds"] for row in rows]
+    assert made["images_per_second"]["n"] == len(rows) == 3
+    assert made["images_per_second"]["mean"] == pytest.approx(np.mean(speeds), abs=0.01)
+    assert made["images_per_second"]["std"] == pytest.approx(np.std(speeds, ddof=1), abs=0.01)
+    assert all(remark.endswith(" images/s") for remark in heard)
+    trained = command(
+        place, "train", out=tmp_path / "run", student="lessons:TinyNet", epochs=2, stages=1, batch_size=32
+    )
+    rows = [json.loads(line) for line in (tmp_path / "run/timing.jsonl").read_text().splitlines()]
+    assert trained["images_per_second"]["n"] == len(rows) == 2
+    assert trained["images_per_second"]["mean"] == pytest.approx(
+        np.mean([r["samples"] / r["seconds"] for r in rows]), abs=0.01
+    )
