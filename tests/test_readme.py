@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import io
+import json
 import re
 import shlex
 from pathlib import Path
@@ -103,9 +104,19 @@ def test_file_list_gives_each_modules_own_line(path):
     assert re.search(rf"^{re.escape(name)} +{re.escape(line)}$", README, re.M), f"{name:<22} {line}"
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar100_small"])
-def test_quoted_results_are_those_of_the_result_files(name):
-    assert (ROOT / "pipelines" / "results" / name / "table.txt").read_text() in README
+RESULTS = ROOT / "pipelines" / "results"
+
+
+def test_the_quoted_table_is_that_of_the_result_file():
+    assert (RESULTS / "digits" / "table.txt").read_text() in README
+
+
+@pytest.mark.parametrize("name", [path.parent.name for path in sorted(RESULTS.glob("*_small/results.json"))])
+def test_quoted_accuracies_are_those_of_the_result_files(name):
+    rows = [row for row in json.loads((RESULTS / name / "results.json").read_text())["rows"] if "accuracy_last" in row]
+    for row in rows:
+        spread = f" ± {100 * row['accuracy_last_std']:.2f}" if row["n"] > 1 else ""
+        assert f"{100 * row['accuracy_last']:.2f}{spread}" in README or row["step"] == "teacher", row["step"]
 
 
 FAULTS = re.findall(r"^\| ([CKMPS]\d+) .*\| ([^|]*) \|[^|]*\|$", README, re.M)
