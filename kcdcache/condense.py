@@ -32,6 +32,10 @@ class Partition(NamedTuple):
     """rank of each kept sample among all candidates; None where it is the place among the kept"""
 
 
+STARVED = 0.1
+"""of its share of the set: a class that keeps less is told of"""
+
+
 def condense(
     values: Values,
     settings: CondenseSettings,
@@ -63,6 +67,7 @@ def condense(
     source = Held(values, labels)
     made = plan(source, settings, count=count, stage=stage, keep=keep, previous=previous, excluded=excluded)
     counts = class_counts(made.index(), labels, classes)
+    _tell_starved(counts, class_counts(np.arange(count), labels, classes), keep)
     columns = _joined([made.columns(block) for block in source.blocks()])
     facts = made.facts(
         knowledge_id=knowledge_id, values=source.fingerprint(), data_digest=data_digest, class_counts=counts
@@ -332,6 +337,17 @@ def _stratified(labels: Int64[np.ndarray, " candidates"], size: int) -> Bool[np.
     place = np.empty(len(labels), np.int64)
     place[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
     return place < quota[labels]
+
+
+def _tell_starved(counts: tuple[int, ...], whole: tuple[int, ...], keep: float) -> None:
+    """Say which classes lose nearly all of their samples: a student cannot learn what it is never shown."""
+    starved = [c for c, (kept, all_) in enumerate(zip(counts, whole, strict=True)) if kept < STARVED * keep * all_]
+    if starved:
+        worst = min(starved, key=lambda c: counts[c] / whole[c])
+        logger.warning(
+            "%d of %d classes keep less than a tenth of their share (class %d: %d of %d samples); --stratify keeps the "
+            "same share of every class", len(starved), len(whole), worst, counts[worst], whole[worst],
+        )  # fmt: skip
 
 
 def _tell(

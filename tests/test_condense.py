@@ -353,3 +353,18 @@ def test_a_random_stage_leaves_skipped_samples_out() -> None:
     assert not np.isin(whole.index[:9], made.index).any()
     inside = random_stage(**common | {"keep": 0.3}, previous=whole, excluded=whole.index[:9])
     assert set(inside.index.tolist()) < set(whole.index[9:].tolist())
+
+
+def test_classes_that_lose_nearly_everything_are_told_of(caplog):
+    labels = np.repeat(np.arange(4), 25)
+    value = np.where(labels == 2, 0.1, 1.0).astype(np.float32)
+    value[50] = 5.0  # one sample of the easy class stays
+    held = Values(np.full(100, 3, np.int32), value)
+    facts = {"knowledge_id": "k", "count": 100, "stage": 1, "labels": labels, "classes": 4}
+    condense(held, CondenseSettings(), keep=0.5, **facts)
+    text = "1 of 4 classes keep less than a tenth of their share (class 2: 1 of 25 samples); --stratify keeps the same"
+    assert text in caplog.text
+    caplog.clear()
+    condense(held, CondenseSettings(stratify=True), keep=0.5, **facts)
+    condense(held, CondenseSettings(), keep=1.0, **facts)
+    assert "share" not in caplog.text
