@@ -361,10 +361,10 @@ def test_classes_that_lose_nearly_everything_are_told_of(caplog):
     value[50] = 5.0  # one sample of the easy class stays
     held = Values(np.full(100, 3, np.int32), value)
     facts = {"knowledge_id": "k", "count": 100, "stage": 1, "labels": labels, "classes": 4}
-    condense(held, CondenseSettings(), keep=0.5, **facts)
+    condense(held, CondenseSettings(), keep=0.76, **facts)
     text = "1 of 4 classes keep less than a tenth of their share (class 2: 1 of 25 samples); --stratify keeps the same"
     assert text in caplog.text
     caplog.clear()
-    condense(held, CondenseSettings(stratify=True), keep=0.5, **facts)
+    condense(held, CondenseSettings(stratify=True), keep=0.76, **facts)
     condense(held, CondenseSettings(), keep=1.0, **facts)
     assert "share" not in caplog.text
