@@ -341,12 +341,13 @@ def _stratified(labels: Int64[np.ndarray, " candidates"], size: int) -> Bool[np.
 
 def _tell_starved(counts: tuple[int, ...], whole: tuple[int, ...], keep: float) -> None:
     """Say which classes lose nearly all of their samples: a student cannot learn what it is never shown."""
-    starved = [c for c, (kept, all_) in enumerate(zip(counts, whole, strict=True)) if kept < STARVED * keep * all_]
+    kept = [*counts, *(0 for _ in whole[len(counts) :])]  # classes beyond the largest kept label, where none are named
+    starved = [c for c, all_ in enumerate(whole) if kept[c] < STARVED * keep * all_]
     if starved:
-        worst = min(starved, key=lambda c: counts[c] / whole[c])
+        worst = min(starved, key=lambda c: kept[c] / whole[c])
         logger.warning(
             "%d of %d classes keep less than a tenth of their share (class %d: %d of %d samples); --stratify keeps the "
-            "same share of every class", len(starved), len(whole), worst, counts[worst], whole[worst],
+            "same share of every class", len(starved), len(whole), worst, kept[worst], whole[worst],
         )  # fmt: skip
 
 

@@ -64,9 +64,19 @@ def kind_of(path: Path) -> str:
     for kind, fits in KINDS.items():
         if fits(path):
             return kind
+    if runs := _runs_in(path):
+        some = ", ".join(runs[:3]) + (", ..." if len(runs) > 3 else "")
+        raise MismatchError(
+            f"{path} is a folder of {len(runs)} runs ({some}): name one of them, or make a report of all with "
+            f"`kcdcache report {path} --out report.html`"
+        )
     if (path / exported.STORE / ledger.FOLDER).is_dir():
         exported.read(path)  # says that its export was cut short
     raise MismatchError(f"{path} is no store, manifest, values file, run or network of kcdcache")
+
+
+def _runs_in(path: Path) -> list[str]:
+    return sorted(entry.parent.name for entry in path.glob("*/run.json")) if path.is_dir() else []
 
 
 def _parquet_keys(path: Path) -> set[str]:

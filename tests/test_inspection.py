@@ -180,3 +180,15 @@ def test_a_half_written_growth_can_be_finished_after_an_inspection(small):
     with writer.grow(small, knowledge(), views=3) as growing:
         finish(growing)
     assert inspection.inspect(small)["views"] == 3
+
+
+def test_a_recipes_folder_is_told_as_one(tmp_path):
+    for name in ("kd-seed0", "kd-seed1", "teacher", "wide"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text("{}")
+    (tmp_path / "store" / "_kcd").mkdir(parents=True)
+    expected = (
+        r"is a folder of 4 runs \(kd-seed0, kd-seed1, teacher, ...\): name one of them, or make a report of all with"
+    )
+    with pytest.raises(MismatchError, match=expected):
+        inspection.inspect(tmp_path)
