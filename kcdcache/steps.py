@@ -21,6 +21,7 @@ from kcdcache import (
     precompute,
     rates,
     requery,
+    sampling,
     schedule,
     store,
     teacher,
@@ -347,10 +348,12 @@ def _planned_stages(settings: config.TrainSettings, material: distill.Material, 
     count = material.knowledge.knowledge.data.count
     usable = count - len(material.knowledge.skipped)
     stages = distill.planned(settings, material)
+    share = settings.sample_share if sampling.scheme_named(settings.sampling).partial else 1.0
     return {
         "would": "train",
         "out": str(out),
-        "relative_cost": schedule.expected_cost(stages, count, settings.epochs),
+        # of infobatch, which leaves out what turns out to be easy, the most it can be
+        "relative_cost": share * schedule.expected_cost(stages, count, settings.epochs),
         "stages": [
             {
                 "stage": stage.number,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lessons import TinyNet
-from pupils import distilled, same_files, school
+from pupils import command, distilled, same_files, school
 
 from kcdcache import rng, sampling, signals, values
 from kcdcache.config import SamplingSettings, TrainSettings, make
@@ -310,3 +310,10 @@ def test_a_recorded_loss_is_the_students_own(place, whole, tmp_path):
     metrics = json.loads((tmp_path / "one" / "metrics.jsonl").read_text().splitlines()[0])
     assert found.value.mean() == pytest.approx(metrics["loss"], rel=1e-5)
     assert found.value.std() > 0
+
+
+@pytest.mark.parametrize(("name", "share"), [("all", 1), ("random_per_epoch", 0.5), ("unix", 0.5), ("infobatch", 1)])
+def test_a_dry_run_tells_the_cost_of_the_share_that_is_visited(place, tmp_path, name, share):
+    given = {"student": "resnet8", "epochs": 6, "stages": 3, "keep": 1.0, "sampling": name, "sample_share": 0.5}
+    told = command(place, "train", out=tmp_path / "run", dry_run=True, **given)
+    assert told["relative_cost"] == pytest.approx(share)
