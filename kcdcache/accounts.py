@@ -18,7 +18,6 @@ COMPARED = {
     "accuracy_last": ("percentage points", 100.0),
     "accuracy_best": ("percentage points", 100.0),
     "relative_cost": ("of N x epochs", 1.0),
-    "seconds": ("s", 1.0),
 }
 """entries of summaries that are compared pair by pair -> unit of their difference, and what it is multiplied by"""
 COSTS = ("student_samples", "teacher_forwards", "rows_read", "bytes_read", "seconds")
@@ -40,9 +39,11 @@ def labels(findings: Findings) -> dict[Key, str]:
     return found
 
 
-def references(findings: Findings, asked: str | None = None) -> dict[Path, Key]:
-    """Return grid -> the row the others of that grid are compared with: the one asked for, else `kd`, else the first
-    row of trained students, else the first; no entry for a grid that lacks the one asked for.
+def references(findings: Findings, asked: str | None = None) -> dict[Key, Key]:
+    """Return row -> the row of the same grid and the same network that it is compared with; none for that row itself.
+
+    That is the one asked for, else the one called `kd` (or ...-kd), else the first row of trained students, else the
+    first. A row of another network than the one asked for has no reference.
 
     Raises:
         SettingsError: no grid has the row asked for.
@@ -50,14 +51,20 @@ def references(findings: Findings, asked: str | None = None) -> dict[Path, Key]:
     rows = findings.rows()
     if asked is not None and asked not in (known := [step for _, step in rows]):
         raise SettingsError(f"no row '{asked}' to compare with; {nearest(asked, known)}")
-    found: dict[Path, Key] = {}
-    for grid in dict.fromkeys(grid for grid, _ in rows):
-        own = [key for key in rows if key[0] == grid]
+    alike: dict[tuple[Path, Any], list[Key]] = {}
+    for key, runs in rows.items():
+        alike.setdefault((key[0], runs[0].summary.get("model")), []).append(key)
+    found: dict[Key, Key] = {}
+    for own in alike.values():
         trained = [key for key in own if rows[key][0].stages]
-        usual = [key for key in own if key[1] == (asked or USUAL_REFERENCE)]
+        usual = [key for key in own if (key[1] == asked if asked else _is_usual(key[1]))]
         if best := usual or ([] if asked else trained or own):
-            found[grid] = best[0]
+            found |= {key: best[0] for key in own if key != best[0]}
     return found
+
+
+def _is_usual(step: str) -> bool:
+    return step == USUAL_REFERENCE or step.endswith(f"-{USUAL_REFERENCE}")
 
 
 def results(findings: Findings) -> Table:
@@ -92,20 +99,18 @@ def differences(findings: Findings, asked: str | None = None) -> Table:
     """Return a row per step and measure: mean difference to the reference over paired seeds, with its interval."""
     names, rows = labels(findings), findings.rows()
     found: list[dict[str, Any]] = []
-    for grid, reference in references(findings, asked).items():
-        for key in (key for key in rows if key[0] == grid and key != reference):
-            found += _compared(names[key], names[reference], rows[key], rows[reference])
+    for key, reference in references(findings, asked).items():
+        found += _compared(names[key], names[reference], rows[key], rows[reference])
     columns = (
         Column("row", "row"), Column("reference", "compared with"), Column("measure", "measure"),
         Column("unit", "unit"), Column("n", "pairs", "count"), Column("mean", "difference", "signed"),
         Column("std", "std", "share"), Column("low", "95 % from", "signed"), Column("high", "to", "signed"),
     )  # fmt: skip
     note = (
-        "Row minus reference, seed by seed: runs of the same seed share initialisation, order and views, so that their "
-        "difference varies less than either. The interval is Student's t (95 %); where it contains 0, these seeds "
-        "cannot tell the two apart. One pair has no interval, and two "
-        "or three pairs that happen to agree have one that is too narrow. Intervals are not adjusted for the number of "
-        "comparisons."
+        "Row minus a reference of the same network, seed by seed: runs of the same seed share initialisation, order "
+        "and views, so that their difference varies less than either. The interval is Student's t (95 %); where it "
+        "contains 0, these seeds cannot tell the two apart. One pair has no interval, and two or three pairs that "
+        "happen to agree have one that is too narrow. Intervals are not adjusted for the number of comparisons."
     )
     return Table(key="differences", title="Paired differences", note=note, columns=columns, rows=found)
 
@@ -137,18 +142,27 @@ def cost(findings: Findings) -> Table:
         })  # fmt: skip
     for key, runs in findings.rows().items():
         means = {name: pairing.spread(_numbers(runs, name)).mean for name in COSTS}
-        rows.append({"row": names[key], "n": len(runs), **means})
+        rows.append({"row": names[key], "n": len(runs), **means, "live_forwards": _live_forwards(runs)})
     columns = (
         Column("row", "row"), Column("n", "n", "count"), Column("teacher_forwards", "teacher forwards", "count"),
+        Column("live_forwards", "with a live teacher", "count"),
         Column("student_samples", "student samples", "count"), Column("rows_read", "store rows read", "count"),
         Column("bytes_read", "store bytes read", "count"), Column("bytes_written", "bytes written", "count"),
         Column("seconds", "seconds", "seconds"),
     )  # fmt: skip
     note = (
-        "Per run, means over its seeds. A store pays the teacher once (samples x views); students then read it. Kept "
+        "Per run, means over its seeds. A store pays the teacher once (samples x views); students then read it. 'with "
+        "a live teacher' is what the teacher would have had to see beside that student, each of its samples in each "
+        "epoch (counted, not run). Kept "
         "samples and their partners are both read, so that condensation saves student steps sooner than reading."
     )
     return Table(key="cost", title="Cost of each row", note=note, columns=columns, rows=rows)
+
+
+def _live_forwards(runs: Sequence[Run]) -> float | None:
+    """Return the teacher forwards per run had there been no store, or None for runs that read nothing of a teacher."""
+    taught = [run for run in runs if any(_numbers([run], "rows_read"))]
+    return pairing.spread(_numbers(taught, "student_samples")).mean if taught else None
 
 
 def curves(findings: Findings) -> Table:

@@ -218,6 +218,8 @@ def _store(path: Path, depth: Depth) -> dict[str, Any]:
         shown = "\n  ".join(found.problems[:20])
         raise CorruptionError(f"{path}: {len(found.problems)} problems\n  {shown}")
     told: dict[str, Any] = {"files": found.files, "files_read": found.read, "bytes_read": found.bytes, "problems": 0}
+    if not found.read:
+        told["compared"] = "records, listing and sizes; no chunk was read, --read-data reads all and --sample 5% some"
     if ledger.growths(path, "plan") > ledger.growths(path, "commit"):
         told["growth"] = "begun and not sealed; the `kcdcache precompute` that began it resumes it"
     return told

@@ -17,10 +17,11 @@ from typing import Any
 import click
 
 from kcdcache import __version__, signals
-from kcdcache.errors import KcdcacheError, NoSpaceError
+from kcdcache.display import printable, readable
+from kcdcache.errors import KcdcacheError, NoSpaceError, SettingsError
 from kcdcache.files import FULL
-from kcdcache.helptexts import EXAMPLES, SUMMARIES
-from kcdcache.options import option
+from kcdcache.helptexts import ARGUMENTS, EXAMPLES, SUMMARIES
+from kcdcache.options import Sectioned, option, sections_of
 
 SCHEMA_VERSION = 0
 COLLECTED = 100_000
@@ -110,27 +111,27 @@ def _misused(error: click.ClickException) -> str:
     """Return what click would show of a wrong command line, made printable: it may hold names of files."""
     context = getattr(error, "ctx", None)
     usage = [] if context is None else [context.get_usage(), f"Try '{context.command_path} --help' for help.", ""]
-    return "\n".join([*usage, f"Error: {_printable(error.format_message())}"])
+    return "\n".join([*usage, f"Error: {printable(error.format_message())}"])
 
 
 def _failed(message: str, exit_code: int, arguments: Sequence[str]) -> int:
     if "--debug" in arguments:
-        click.echo("\n".join(f"| {_printable(line)}" for line in traceback.format_exc().splitlines()), err=True)
+        click.echo("\n".join(f"| {printable(line)}" for line in traceback.format_exc().splitlines()), err=True)
     shown = message if len(message) <= MOST_SHOWN else f"{message[:MOST_SHOWN]}... ({len(message)} characters)"
     first, *others = shown.split("\n")
     # of several problems each has its line, marked as such: no line break in a name can forge one of ours
     click.echo(
-        "\n".join([f"error: {_printable(first)}", *(f"  - {_printable(line.strip())}" for line in others)]), err=True
+        "\n".join([f"error: {printable(first)}", *(f"  - {printable(line.strip())}" for line in others)]), err=True
     )
     return exit_code
 
 
-def _printable(text: str) -> str:
-    """Return text in one line and without control characters: names from files must not steer the terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def _command(name: str, options: list[click.Parameter], work: Callable[..., dict[str, Any]]) -> click.Command:
+def _command(
+    name: str,
+    options: list[click.Parameter],
+    work: Callable[..., dict[str, Any]],
+    sections: Mapping[str, str] | None = None,
+) -> click.Command:
     """Return a command with the common options, which logs, calls `work` and prints its result."""
 
     def callback(as_json: bool, debug: bool, quiet: bool, **values: Any) -> None:
@@ -140,7 +141,7 @@ def _command(name: str, options: list[click.Parameter], work: Callable[..., dict
             result = work(**values)
         if follower:
             return
-        click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **result}) if as_json else _readable(result))
+        click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **result}) if as_json else readable(result))
         if result.get("failed"):
             raise click.exceptions.Exit(result["failed"][0]["exit_code"])
 
@@ -149,8 +150,11 @@ def _command(name: str, options: list[click.Parameter], work: Callable[..., dict
         click.Option(["--debug"], is_flag=True, help="show where an error came from"),
         click.Option(["-q", "--quiet"], is_flag=True, help="no progress on stderr"),
     ]
-    text = SUMMARIES[name] + "\n\n\b\nExamples:\n" + "\n".join(f"  {line}" for line in EXAMPLES[name])
-    return click.Command(name, params=options + common, callback=callback, help=text)
+    told = "\n\n".join([SUMMARIES[name], *([ARGUMENTS[name]] if name in ARGUMENTS else [])])
+    text = told + "\n\n\b\nExamples:\n" + "\n".join(f"  {line}" for line in EXAMPLES[name])
+    command = Sectioned(name, params=options + common, callback=callback, help=text)
+    command.sections = sections or {}
+    return command
 
 
 def _settings_command(name: str) -> click.Command:
@@ -170,7 +174,7 @@ def _settings_command(name: str) -> click.Command:
             return importlib.import_module("kcdcache.export").run(settings, _Reporter(), dry_run=dry_run)
         return importlib.import_module("kcdcache.steps").STEPS[name][1](settings, _Reporter(), dry_run=dry_run)
 
-    return _command(name, options, work)
+    return _command(name, options, work, sections_of(model))
 
 
 def _run_command() -> click.Command:
@@ -231,10 +235,14 @@ def _methods_command() -> click.Command:
 
 
 def _report_command() -> click.Command:
-    def work(paths: tuple[str, ...], out: str, json_file: str | None, csv: str | None, **values: Any) -> dict[str, Any]:
+    def work(
+        paths: tuple[str, ...], out: str | None, json_file: str | None, csv: str | None, **values: Any
+    ) -> dict[str, Any]:
+        if out is None and len(paths) > 1:
+            raise SettingsError("--out is missing: of several folders none is where the report belongs; give a file")
         found: dict[str, Any] = importlib.import_module("kcdcache.report").write(
             [Path(path) for path in paths],
-            Path(out),
+            Path(out) if out else Path(paths[0]) / "report.html",
             json_file=Path(json_file) if json_file else None,
             csv=Path(csv) if csv else None,
             **values,
@@ -243,7 +251,7 @@ def _report_command() -> click.Command:
 
     options: list[click.Parameter] = [
         click.Argument(["paths"], nargs=-1, required=True, metavar="RUN_OR_FOLDER..."),
-        click.Option(["--out"], required=True, help="HTML file to write; a report that is there is replaced"),
+        click.Option(["--out"], help="HTML file; a report there is replaced  [default: report.html in the one folder]"),
         click.Option(["--data"], help="data spec for the images; the recipe's if unset, where it can be loaded"),
         click.Option(
             ["--reference"], help="row that the others are compared with  [default: kd, or the first trained]"
@@ -328,32 +336,11 @@ BUILDERS: Mapping[str, Callable[[], click.Command]] = {
 }
 
 
-def _readable(result: Mapping[str, Any], indent: str = "") -> str:
-    """Return a result for people: a table as it is, otherwise one line per entry, nested ones indented."""
-    if "table" in result:
-        last = f"files: {result['files']}" if "files" in result else str(result["note"])
-        last += f"; report: {result['report']}" if result.get("report") not in (None, result.get("files")) else ""
-        return "\n".join(map(_printable, [*str(result["table"]).split("\n"), "", last]))
-    lines = []
-    for key, value in result.items():
-        if isinstance(value, Mapping) and value:
-            lines += [f"{indent}{_printable(str(key))}:", _readable(value, indent + "  ")]
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-            lines += [f"{indent}{_printable(str(key))}:", *(f"{indent}  {_entry(item)}" for item in value)]
-        else:
-            lines.append(f"{indent}{_printable(f'{key}: {value}')}")
-    return "\n".join(lines)
-
-
-def _entry(item: Mapping[str, Any]) -> str:
-    return _printable("  ".join(f"{key}={value}" for key, value in item.items()))
-
-
 class _Plain(logging.Formatter):
     """A log line is its message, made printable."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return _printable(super().format(record))
+        return printable(super().format(record))
 
 
 def _log_to_stderr(quiet: bool) -> None:
@@ -380,7 +367,7 @@ class _Reporter:
         self._last = now
         rate = (done - first) / (now - began) if now > began else 0
         eta = f", {(total - done) / rate:,.0f} s left" if rate > 0 and done < total else ""
-        text = _printable(f"{what}: {done:,} of {total:,} ({remark}{eta})")
+        text = printable(f"{what}: {done:,} of {total:,} ({remark}{eta})")
         click.echo(
             f"\r\033[K{text}" + ("\n" if done >= total else "") if self._live else text, err=True, nl=not self._live
         )

@@ -18,6 +18,12 @@ COLUMNS = ("kept_a", "kept_b", "both", "only_a", "only_b", "jaccard", "hamming",
 """what the table shows of each pair of sets"""
 
 
+TERMS = (
+    "(jaccard: share of what either keeps that both keep; hamming: share of all samples that only one of them keeps;",
+    "rank_correlation: Spearman's, over what both keep; parts_moved: kept by both, but enriched in one only)",
+)
+
+
 def run(first: Path, second: Path) -> Found:
     """Return how two manifests, runs or exported sets differ, as JSON values with a `table` for people.
 
@@ -163,7 +169,7 @@ def _told(first: Path, second: Path, sets: Mapping[str, Found]) -> Found:
     rows = [[name if name != "set" else "", *(_shown(found[key]) for key in COLUMNS)] for name, found in sets.items()]
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     lines = ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in (heads, *rows)]
-    table = "\n".join([f"a = {first}", f"b = {second}", *lines])
+    table = "\n".join([f"a = {first}", f"b = {second}", *lines, *TERMS])
     return {"a": str(first), "b": str(second), "table": table, "note": _note(list(sets.values())[-1])}
 
 

@@ -82,7 +82,7 @@ def run(
 
     Raises:
         SettingsError: the settings contradict each other or the run already in the folder.
-        MismatchError: store, data and condensed set were not made for each other.
+        MismatchError: store, data and condensed set were not made for each other, or the store lacks a field.
         NonFiniteError: the loss diverged.
     """
     batches.check_data(material.knowledge, material.data)
@@ -91,6 +91,7 @@ def run(
     # before a folder is made for it
     spec.require_known(settings.student, len(material.data.classes), len(material.data.mean))
     fields = methods.reads(settings, settings.student, material.knowledge.knowledge, material.data)
+    methods.require_fields(fields, material.knowledge.fields, settings, settings.student)
     folder = RunFolder(path=out)
     material, following = _sorted_out(material, folder)
     views = _views(settings, material, folder)

@@ -86,6 +86,7 @@ def run(command: ExportCommand, progress: Progress = silent, dry_run: bool = Fal
     """
     plan = _planned(command)
     figures = _figures(plan)
+    _tell_spared(plan, figures)
     if dry_run:
         return {"would": "export", **figures, "out": str(command.out)}
     if (found := _finished(plan)) is not None:
@@ -95,6 +96,18 @@ def run(command: ExportCommand, progress: Progress = silent, dry_run: bool = Fal
     _require_place(plan)
     made = _write(plan, progress)
     return {"kind": "condensed", "id": made, **figures, **_written(command.out), "out": str(command.out)}
+
+
+def _tell_spared(plan: _Plan, figures: Mapping[str, Any]) -> None:
+    """Say so where the set needs the outputs on all samples, so that exporting it saves nothing."""
+    if figures["rows"] < figures["rows_full"] or figures["views"] < figures["views_full"]:
+        return
+    logger.warning(
+        "export: the set's %d kept samples and their %d partners need the outputs on all %d samples: nothing is saved. "
+        "Smaller are --bake (the mixed targets instead of the partners' outputs), fewer --views, and sets condensed "
+        "with a smaller --keep or --k0 stage_slice",
+        figures["kept"], figures["partners"], figures["samples"],
+    )  # fmt: skip
 
 
 def _planned(command: ExportCommand) -> _Plan:

@@ -242,14 +242,17 @@ def _brief(size: float) -> str:
     return f"{size:.3g}"
 
 
-def distance_matrix(names: Sequence[str], matrix: np.ndarray) -> Picture:
-    """Return the Hamming distances between the last sets of some runs."""
+def distance_matrix(names: Sequence[str], matrix: np.ndarray, by_chance: Sequence[float]) -> Picture:
+    """Return the Hamming distances between the last sets of some runs; `by_chance` are those of random sets."""
     count = len(names)
+    low, high = f"{min(by_chance):.2f}", f"{max(by_chance):.2f}"
+    chance = f"random sets of these sizes differ by {low}" + (f" to {high}" if low != high else "")
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         image = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=max(0.5, float(matrix.max())))
         axes.grid(False)
+        axes.set_title(chance)
         axes.set_yticks(range(count), [short(name) for name in names])
         axes.set_xticks(range(count), [short(name) for name in names], rotation=40, ha="right")
         for row, column in np.ndindex(count, count) if count <= 16 else ():
@@ -259,8 +262,8 @@ def distance_matrix(names: Sequence[str], matrix: np.ndarray) -> Picture:
 
     caption = (
         "How far the last sets of two runs differ: the share of all samples that one keeps and the other does not; 0 "
-        "(dark) is the same set. In the paper (Fig. 3c) students of the same kind agree most. The table below tells "
-        "what random sets of those sizes would give."
+        "(dark) is the same set; above the matrix stands what chance would give. In the paper (Fig. 3c) students of "
+        "the same kind agree most."
     )
     return drawn("distances", "Distance between kept sets", caption, min(11.0, 2.6 + 0.42 * count), draw)
 

@@ -15,6 +15,17 @@ SUMMARIES = {
     "verify": "Check whether what lies there is what was written; with a teacher, compute points again.",
 }
 """command -> its line in `kcdcache --help`, which must not import what the commands need"""
+ARGUMENTS = {
+    "run": "RECIPE is a TOML file of [[step]] tables, each a command with its settings; README shows how they are "
+    "written and pipelines/ holds those of the paper's tables. Left out, a small chain on embedded digits is done.",
+    "report": "Each path is a run's folder, or a folder of runs such as a recipe's --out.",
+    "diff": "A and B are manifests, runs, or exported sets.",
+    "seal": "PATH is a store's folder.",
+    "inspect": "PATH is a store, manifest, values file, run, exported set or network.",
+    "verify": "PATH is a store, manifest, values file, run, exported set or network. Of a store, records, listing and "
+    "sizes are compared unless --read-data or --sample reads the chunks too.",
+}
+"""what the arguments of a command stand for"""
 EXAMPLES = {
     "run": ("kcdcache run", "kcdcache run pipelines/cifar100_small.toml --data cifar100"),
     "fit": ("kcdcache fit --data cifar100 --model wrn_40_2 --out runs/teacher",),

@@ -29,6 +29,8 @@ SAMPLES = "samples"
 MOST_SKIPPED = 0.01
 """share of all samples that may be skipped; a teacher that fails on more is broken, or not made for the data"""
 
+REPAIR = "`kcdcache verify STORE --repair --teacher ... --data ...` makes again what is damaged"
+
 PLAN_NUMBERS = ("count", "views", "part_rows", "batch_size")
 _NAME, _SHA256 = re.compile(r"\w[\w-]*", re.ASCII), re.compile(r"[0-9a-f]{64}")
 
@@ -258,12 +260,12 @@ def commit_bytes(root: Path, growth: int, names: Iterable[str]) -> bytes:
 
 
 def refuse(problem: str) -> NoReturn:
-    """Report a problem by raising it.
+    """Report a problem by raising it, with what can be done about it.
 
     Raises:
         CorruptionError: always.
     """
-    raise CorruptionError(problem)
+    raise CorruptionError(f"{problem}; {REPAIR}")
 
 
 def check_count(root: Path, count: int, knowledge: Knowledge, report: Report = refuse) -> None:

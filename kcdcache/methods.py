@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kcdcache.catalogue import LIGHT_RECIPE, LIGHT_STUDENTS, METHODS, Method
 from kcdcache.config import MethodSettings, nearest
 from kcdcache.data import Dataset
-from kcdcache.errors import SettingsError
+from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.identity import Knowledge
 from kcdcache.losses import softmax
 from kcdcache.models import spec
@@ -228,6 +228,21 @@ def reads(settings: MethodSettings, student: str, knowledge: Knowledge, data: Da
     everything = np.arange(len(data.train))
     head = make_head(choice, lambda: pair_of(settings, student, knowledge, data, everything, 0))
     return needed_fields(choice, head)
+
+
+def require_fields(needed: Sequence[str], held: Collection[str], settings: MethodSettings, student: str) -> None:
+    """Do nothing if a store holds all the fields that a student's run with these settings reads.
+
+    Raises:
+        MismatchError: it lacks some; names all of them and the command that adds them.
+    """
+    if not (missing := [name for name in needed if name not in held]):
+        return
+    raise MismatchError(
+        f"method '{settings.method}' for {student} reads {', '.join(needed)}; the store lacks {', '.join(missing)} and "
+        f"holds {', '.join(held)}. Add them with `kcdcache precompute --for {settings.method} --student {student}` and "
+        "the --store, --teacher and --data it was made with: what is there stays as it is"
+    )
 
 
 def loss_of(weights: Weights, head: Head | None) -> Callable[[Seen, Lesson], Float32[Tensor, " batch"]]:

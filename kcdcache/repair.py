@@ -79,10 +79,15 @@ def repair(root: Path, means: Means | None, progress: Progress = silent) -> list
         try:
             for done, piece in enumerate(bad):
                 replaced += _make_again(root, piece, _require_means(root, means, piece))
-                progress("repair", done + 1, len(bad), piece.name)
+                progress("repair", done + 1, len(bad), _named(piece))
         finally:
             shutil.rmtree(root / SCRATCH, ignore_errors=True)
     return replaced
+
+
+def _named(piece: _Piece) -> str:
+    part = piece.part
+    return "labels and digests" if part is None else f"view {part.view}, samples {part.start}..{part.stop - 1}"
 
 
 def knowledge_of(root: Path) -> Knowledge:

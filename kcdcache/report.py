@@ -1,5 +1,6 @@
 """One self-contained HTML file of finished runs, with the same numbers as JSON and CSV; made from their files alone."""
 
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -9,12 +10,13 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from kcdcache import __version__, accounts, figures, findings, gallery, history, provenance, stagefigures
+from kcdcache import __version__, accounts, chain, figures, findings, gallery, history, provenance, stagefigures
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.figures import Picture
 from kcdcache.files import read_bytes, readable_json, write_atomic
 from kcdcache.findings import Findings, Run
 from kcdcache.gallery import Strip
+from kcdcache.manifest import Manifest
 from kcdcache.tabular import Table, printable
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,8 @@ MOST_RUNS = 4
 BRIEF = ("row", "model", "n", "accuracy_last", "accuracy_last_std", "accuracy_best", "relative_cost", "seconds")
 """columns of the results that fit a terminal"""
 WORDS = {
+    "teacher, student": "the big network that knows, and the small one that learns from its answers",
+    "view": "one augmented version (crop, flip) of a training image; the same number gives the same version anywhere",
     "knowledge point": "one augmented view of one training image, with what the teacher says of it",
     "store": "the file store of all knowledge points: the teacher runs once, students read from it",
     "stage": "some epochs on one set of samples; between stages the set is made anew from the samples' values",
@@ -34,6 +38,8 @@ WORDS = {
     "K_1H": "samples of a set that are kept as they are",
     "K_Aug": "less valuable samples of a set that are kept, but enriched with a share (epsilon) of a dropped sample",
     "K_0": "dropped samples, from which those shares come",
+    "epsilon": "the share of a dropped sample that is mixed into a kept one: from 0 to 0.3, most into the least"
+    " valuable",
     "relative cost": "student samples forwarded, divided by samples x epochs of full training",
     "seed": "start of all random choices; runs of the same seed are paired",
 }
@@ -126,6 +132,7 @@ def tables_of(found: Findings, reference: str | None = None) -> dict[str, Table]
 def _sections(found: Findings, tables: dict[str, Table], data: str | None) -> list[Section]:
     chosen = _chosen(found)
     return [
+        _method(found),
         _results(tables),
         _learning(tables),
         *([_condensation(tables, chosen), _samples(tables, chosen), _images(found, chosen, data)] if chosen else []),
@@ -144,6 +151,15 @@ def _chosen(found: Findings) -> list[tuple[str, Run]]:
     names = accounts.labels(found)
     first = [(key, [run for run in runs if run.condenses]) for key, runs in found.rows().items()]
     return [(f"{names[key]}, seed {runs[0].seed}", runs[0]) for key, runs in first if runs][:MOST_RUNS]
+
+
+def _method(found: Findings) -> Section:
+    return Section(
+        key="method", title="What was done",
+        look="Follow the arrows. The teacher is paid once; what it says is kept; each student reads it, and what a "
+        "sample is still worth to the student decides whether the next stage sees it.",
+        pictures=[picture] if (picture := chain.drawn_of(found)) else [],
+    )  # fmt: skip
 
 
 def _results(tables: dict[str, Table]) -> Section:
@@ -206,16 +222,18 @@ def _images(found: Findings, chosen: list[tuple[str, Run]], data: str | None) ->
 
 def _agreement(found: Findings, tables: dict[str, Table]) -> Section:
     groups = accounts.same_data(accounts.condensed(found))
-    pictures = [
-        figures.distance_matrix([name for name, _ in group], history.hamming([run.sets[-1] for _, run in group]))
-        for group in groups
-    ]
+    pictures = [_distances([name for name, _ in group], [run.sets[-1] for _, run in group]) for group in groups]
     return Section(
         key="agreement", title="Do runs keep the same samples?",
         look="Value is what a sample is worth to one student. If two seeds, or two students, keep nearly the same set "
-        "(dark), that set can be reused for others.",
+        "(dark), that set can be reused for others. Compare with what chance would give, above the matrix.",
         pictures=pictures, folded=[tables["distances"]] if groups else [],
     )  # fmt: skip
+
+
+def _distances(names: Sequence[str], sets: Sequence[Manifest]) -> Picture:
+    chance = [history.by_chance(one, other) for one, other in itertools.combinations(sets, 2)]
+    return figures.distance_matrix(names, history.hamming(sets), chance)
 
 
 def _cost(tables: dict[str, Table]) -> Section:

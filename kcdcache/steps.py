@@ -272,7 +272,7 @@ def _require_import(command: commands.PrecomputeCommand) -> None:
 def condensed_set(run: Path) -> Path:
     """Return the manifest that a finished run exported; in a plan of a run not yet made, where its folder will be."""
     if not (run / "summary.json").exists():
-        return run / "condensed set"
+        return run / "(its condensed set)"
     name = read_summary(run).get("condensed_set")
     if not isinstance(name, str) or not re.fullmatch(r"stages/\d+/manifest\.parquet", name, re.ASCII):
         raise CorruptionError(

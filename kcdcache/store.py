@@ -270,11 +270,11 @@ class Store:
         try:
             sound = chunkfiles.copy_rows(self.path / chunk.key, record.bytes, record.crc32c, wanted, target, block)
         except FileNotFoundError:
-            raise CorruptionError(f"{self.path}/{chunk} is missing; `kcdcache verify` lists all damage") from None
+            raise CorruptionError(f"{self.path}/{chunk} is missing; {ledger.REPAIR}") from None
         with self._lock:
             self.bytes_read += record.bytes
         if not sound:
-            raise CorruptionError(f"{self.path}/{chunk} is not what was written; `kcdcache verify` lists all damage")
+            raise CorruptionError(f"{self.path}/{chunk} is not what was written; {ledger.REPAIR}")
 
     def _zarr_rows(self, chunk: Chunk) -> np.ndarray:
         array = self._zarr_arrays[chunk.array.name]

@@ -13,7 +13,7 @@ import kcdcache
 
 PACKAGE = Path(kcdcache.__file__).parent
 LEVELS = (
-    "errors rng shares",
+    "errors rng shares display",
     "untrusted pages frames helptexts options signals together",
     "files parallel",
     "tables records rates decoding chunkfiles rules ranking",
@@ -37,7 +37,7 @@ LEVELS = (
     "pairing tabular findings history",
     "accounts",
     "provenance figures gallery",
-    "stagefigures",
+    "stagefigures chain",
     "report",
     "checks recipe export",
     "cli",

@@ -101,7 +101,9 @@ def test_random_flips_anywhere_are_never_silent(damaged):
 )
 def test_missing_and_resized_files_are_found_at_open(damaged, damage, message):
     damage(damaged / "logits/c.1.1.0")
-    with pytest.raises(CorruptionError, match=rf"logits/c.1.1.0 \(samples 32\.\.63 of view 1\) {message}"):
+    with pytest.raises(
+        CorruptionError, match=rf"logits/c.1.1.0 \(samples 32\.\.63 of view 1\) {message}.*verify STORE --repair"
+    ):
         store.open(damaged)
     assert len(audit.verify(damaged, share=0).problems) == 1
 

@@ -17,7 +17,7 @@ import torch
 from stores import content
 
 import kcdcache
-from kcdcache import cli, commands, config, manifest, options, recipe, steps
+from kcdcache import cli, commands, config, display, manifest, options, recipe, steps
 from kcdcache.files import locked
 
 DATA = "digits?train=200&test=100"
@@ -122,6 +122,14 @@ def test_help_answers_without_the_heavy_libraries():
     assert done.returncode == 0
     assert done.stderr == "loaded:\n"
     assert [name for name in cli.SUMMARIES if f"\n  {name} " in done.stdout] == list(cli.SUMMARIES)
+
+
+def test_help_of_train_stands_in_sections_and_offers_choices(capsys):
+    out = " ".join(outcome(capsys, "train", "--help")[1].split())
+    headings = ["What goes in and out: --store", "Which points of the current set an epoch visits: --sampling"]
+    assert [heading in out for heading in headings] == [True, True]
+    assert "--preset [paper|release]" in out
+    assert out.index("Options: --dry-run") > max(map(out.index, headings))  # what is not of the method comes last
 
 
 def test_without_a_command_the_help_is_shown(capsys):
@@ -496,8 +504,13 @@ def test_control_characters_in_results_are_shown_not_sent(capsys, tmp_path):
     assert "a\\x1b]0;b:\n  c\\x1b: d\\x1b" in out
 
 
+def test_numbers_are_rounded_for_people_but_not_what_is_given_back():
+    told = display.readable({"loss": 1.23456789, "keep": 0.9396926207, "K_0": 3, "rows": [{"share": 0.1234567}]})
+    assert told.splitlines() == ["loss: 1.23457", "keep: 0.9396926207", "K_0 (dropped): 3", "rows:", "  share=0.123457"]
+
+
 def test_control_characters_in_a_recipe_are_shown_not_sent():
-    text = cli._readable({"table": "t\x1b[2J\nrow", "files": "f\x1b"})
+    text = display.readable({"table": "t\x1b[2J\nrow", "files": "f\x1b"})
     assert text == "t\\x1b[2J\nrow\n\nfiles: f\\x1b"
 
 

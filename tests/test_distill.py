@@ -239,6 +239,16 @@ def test_settings_that_change_no_result_may_change(place, runs, tmp_path):
     assert same_files(runs(), tmp_path / "run")
 
 
+def test_a_missing_field_is_told_with_its_remedy_before_a_folder_is_made(place, tmp_path):
+    told = (
+        r"method 'rkd\+kd' for resnet8 reads logits, penultimate; the store lacks penultimate and holds logits\. "
+        r"Add them with `kcdcache precompute --for rkd\+kd --student resnet8`"
+    )
+    with pytest.raises(MismatchError, match=told):
+        distilled(place, tmp_path / "run", method="rkd+kd", student="resnet8")
+    assert not (tmp_path / "run").exists()
+
+
 def test_only_the_requery_target_needs_the_teacher(place, tmp_path):
     wanted = settings(preset="release")
     material = distill.Material(data=place.data, knowledge=place.knowledge)

@@ -11,6 +11,7 @@ import pytest
 from exports import FIELDS, ONE_STAGE, exporting, narrowed, prepared, trained
 from killing import finished, nursery, succeeds
 from lessons import CPU, precomputed, teacher_of
+from lessons import condensed as halved
 from PIL import Image
 from pupils import SPEC, lines
 
@@ -61,6 +62,17 @@ def test_rows_and_bytes_are_counted_against_the_full_store(place, tmp_path):
     chunks = [sum(f.stat().st_size for f in root.rglob("c.*")) for root in (tmp_path / "e/store", place.knowledge.path)]
     assert [made["bytes"], made["bytes_full"]] == chunks
     assert made["bytes_on_disk"] == sum(f.stat().st_size for f in (tmp_path / "e").rglob("*") if f.is_file())
+
+
+def test_a_set_that_spares_nothing_says_so(place, tmp_path, caplog):
+    exporting(place, tmp_path / "e", dry_run=True)
+    assert "nothing is saved" not in caplog.text
+    whole = halved(place.knowledge, keep=0.5)  # with the other half as partners
+    manifest.write(tmp_path / "half.parquet", whole)
+    exporting(place, tmp_path / "e", manifest=tmp_path / "half.parquet", dry_run=True)
+    assert (
+        "100 kept samples and their 100 partners need the outputs on all 200 samples: nothing is saved" in caplog.text
+    )
 
 
 def test_it_says_of_its_samples_what_the_full_store_says(place):

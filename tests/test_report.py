@@ -1,5 +1,6 @@
 import base64
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -26,8 +27,8 @@ T_ONE = math.tan(math.pi * (0.975 - 0.5))
 
 
 FIGURES = [
-    "differences", "accuracy", "training", "sizes", "values", "classes", "turnover", "pattern-kcd-seed0", "distances",
-    "cost",
+    "chain", "differences", "accuracy", "training", "sizes", "values", "classes", "turnover", "pattern-kcd-seed0",
+    "distances", "cost",
 ]  # fmt: skip
 
 
@@ -126,6 +127,15 @@ def test_differences_are_of_paired_seeds(place, made):
     assert single["mean"] == summary(place, "base-seed0")["relative_cost"] - summary(place, "kd-seed0")["relative_cost"]
 
 
+def test_rows_are_compared_with_those_of_their_own_network(known):
+    runs = tuple(
+        dataclasses.replace(run, summary=run.summary | {"model": "other"}) if run.step == "kcd" else run
+        for run in known.runs
+    )
+    found = report.tables_of(known._replace(runs=runs))["differences"].rows
+    assert {(row["row"], row["reference"]) for row in found} == {(ROWS["base"], ROWS["kd"])}
+
+
 def test_the_reference_can_be_named(known):
     found = report.tables_of(known, "base")["differences"].rows
     assert {row["reference"] for row in found} == {ROWS["base"]}
@@ -182,6 +192,11 @@ def test_costs_are_those_of_store_and_runs(place, made):
     for name in ("student_samples", "rows_read", "bytes_read"):
         numbers = [summary(place, f"kcd-seed{seed}")[name] for seed in range(3)]
         assert found[ROWS["kcd"]][name] == pytest.approx(statistics.fmean(numbers))
+    samples = [
+        sum(row["samples"] for row in lines(place.folder / f"kd-seed{seed}" / "metrics.jsonl")) for seed in (0, 1)
+    ]
+    assert found[ROWS["kd"]]["live_forwards"] == statistics.fmean(samples) == 6 * 120
+    assert found[ROWS["base"]]["live_forwards"] is None  # nobody taught it
 
 
 def test_provenance_names_settings_commit_versions_and_digests(place, made):
@@ -248,7 +263,17 @@ def test_contents_lead_to_every_section(page):
     links = [attributes["href"][1:] for tag, attributes in page.elements if tag == "a"]
     headings = [attributes["id"] for tag, attributes in page.elements if tag == "h2"]
     assert links == headings
-    assert links == ["results", "learning", "condensation", "samples", "images", "agreement", "cost", "provenance"]
+    assert links == [
+        "method",
+        "results",
+        "learning",
+        "condensation",
+        "samples",
+        "images",
+        "agreement",
+        "cost",
+        "provenance",
+    ]
 
 
 def test_hostile_names_are_text_and_nothing_else(made, page):

@@ -154,9 +154,9 @@ def test_a_missing_file_to_import_is_not_found(tmp_path):
 
 def test_the_condensed_set_of_a_run_is_what_it_exported(place, tmp_path):
     out = tmp_path / "out"
-    assert steps.condensed_set(out) == out / "condensed set"
+    assert steps.condensed_set(out) == out / "(its condensed set)"
     command(place, "train", out=out, until=1, **SCHOOL)
-    assert steps.condensed_set(out) == out / "condensed set"
+    assert steps.condensed_set(out) == out / "(its condensed set)"
     found = command(place, "train", out=out, **SCHOOL)
     assert steps.condensed_set(out) == out / found["condensed_set"]
     assert steps.condensed_set(out).is_file()

@@ -136,7 +136,9 @@ def test_shorter_encodings_teach_nearly_the_same(place, runs, tmp_path, encoding
 def test_a_missing_field_names_the_command_that_adds_it(place, tmp_path):
     knowledge = precomputed(tmp_path / "store", place.data, place.network, fields=("penultimate",))
     material = distill.Material(data=place.data, knowledge=knowledge)
-    with pytest.raises(MismatchError, match=r"needs the field 'logits'.*holds penultimate.*precompute --fields logits"):
+    with pytest.raises(
+        MismatchError, match=r"reads logits; the store lacks logits and holds penultimate\. Add.*precompute --for kd"
+    ):
         distill.run(settings(), material, out=tmp_path / "run", device="cpu")
 
 
