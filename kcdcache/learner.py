@@ -152,10 +152,13 @@ class Learner:
         if self.record is not None:
             found |= {"record.visits": self.record.visits, "record.value": self.record.value}
             found |= {f"start.{name}": value for name, value in (self.record.start or {}).items()}
-        found["rng"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            found["rng_device"] = torch.cuda.get_rng_state(self.device)
-        return found
+        return found | self._generators()
+
+    def told(self) -> dict[str, Tensor]:
+        """Return what a run resumed inside an epoch needs of all processes, in each: sums, and states of generators."""
+        sums = {f"sum.{name}": self.group.total(value) for name, value in self.sums.items()}
+        states = self._generators().items()
+        return sums | {name: self.group.joined(state).view(-1, len(state)) for name, state in states}
 
     def state(self) -> dict[str, Any]:
         """Return the rest of what a resumed run needs, as JSON values."""
@@ -177,11 +180,24 @@ class Learner:
             self.record.value = tensors["record.value"].to(self.device)
             if self.record.start is not None:
                 self.record.start = {name: value.to(self.device) for name, value in _section(tensors, "start.").items()}
-        torch.set_rng_state(tensors["rng"])
-        if "rng_device" in tensors and self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng_device"], self.device)
+        self._draw_on(tensors)
         self.epoch, self.step, self.samples = state["epoch"], state["step"], state["samples"]
         self.rows = list(state["rows"])
+
+    def _generators(self) -> dict[str, Tensor]:
+        """Return the states of the generators that dropout draws from."""
+        device = {"rng_device": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
+        return {"rng": torch.get_rng_state(), **device}
+
+    def _draw_on(self, tensors: dict[str, Tensor]) -> None:
+        """Go on drawing where this process stopped; one that was not there then begins its own sequence."""
+        rows = tensors["rng"].view(-1, len(torch.get_rng_state()))
+        place = self.group.rank if self.group.rank < len(rows) else 0
+        torch.set_rng_state(rows[place].clone())
+        if place != self.group.rank:
+            torch.manual_seed(int(torch.randint(2**62, ())) + self.group.rank)
+        elif "rng_device" in tensors and self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng_device"].view(len(rows), -1)[place].clone(), self.device)
 
 
 def make_optimizer(network: nn.Module, settings: OptimizerSettings, head: Head | None = None) -> torch.optim.SGD:
