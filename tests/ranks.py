@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from killing import POLL, ROOT, environment, finished
+from killing import POLL, ROOT, environment
 from torch import nn
 
 PLAIN = "ranks:PlainNet"
@@ -29,23 +29,41 @@ class PlainNet(nn.Module):
         return self.fc(torch.relu(self.conv(pixels.double())).flatten(1))
 
 
-def forked(start, words, world, log):
-    """Run a command by so many processes, forks of a nursery's; return their exit codes and what each printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    logs = [Path(f"{log}.{rank}") for rank in range(world)]
-    asked = [list(map(str, words)), list(map(str, logs)), port, f"{log}.codes"]
-    assert finished(start, f"import ranks; ranks.fork(*{asked!r})", log) == 0, Path(log).read_text()
-    return list(map(int, Path(f"{log}.codes").read_text().split())), [one.read_text() for one in logs]
+class Forked:
+    """A command by so many processes, forks of a nursery's, which nobody ends if one of them dies."""
+
+    def __init__(self, start, words, world, log):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self._notes, self._logs = Path(f"{log}.notes"), [Path(f"{log}.{rank}") for rank in range(world)]
+        asked = [list(map(str, words)), list(map(str, self._logs)), port, str(self._notes)]
+        self._process = start(f"import ranks; ranks.fork(*{asked!r})", log)
+
+    def signal_once(self, reached, rank, number):
+        """Send a signal to one of them once a run has got so far."""
+        while not reached():
+            assert not self._process.ended(POLL), self.told()
+        os.kill(int(self._notes.read_text().split()[rank]), number)
+
+    def codes(self):
+        """Wait for all; return how each ended."""
+        assert self._process.ended(120), self.told()
+        return list(map(int, self._notes.read_text().split("ended")[1].split()))
+
+    def told(self):
+        return [one.read_text() if one.exists() else "" for one in self._logs]
 
 
-def fork(words, logs, port, codes):
-    """Become the parent of the processes that torchrun would start, and write down how each ended."""
+def fork(words, logs, port, notes):
+    """Become the parent of the processes that torchrun would start; write down their numbers and how each ended."""
     from kcdcache import cli
 
     children = [_child(words, logs, rank, port, cli.main) for rank in range(len(logs))]
-    Path(codes).write_text(" ".join(str(os.waitstatus_to_exitcode(os.waitpid(one, 0)[1])) for one in children))
+    with open(notes, "w") as stream:
+        print(*children, file=stream, flush=True)
+        ended = dict(os.wait() for _ in children)
+        print("ended", *(os.waitstatus_to_exitcode(ended[one]) for one in children), file=stream)
 
 
 def _child(words, logs, rank, port, main):

@@ -4,23 +4,23 @@ The processes of the quick tests are forks of one that imported all and meet by 
 """
 
 import json
-import os
 import signal
-import subprocess
-import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from killing import environment, nursery
-from pupils import SPEC, digits, lines, loaded, precomputed, promised, same_files, saved_teacher
-from ranks import PATH, PLAIN, PlainNet, forked, launched, ran, stopped
+from killing import nursery
+from lessons import condensed
+from pupils import SPEC, digits, lines, loaded, precomputed, same_files, saved_teacher
+from ranks import PLAIN, Forked, PlainNet
 from safetensors.torch import load_file
 
-from kcdcache import batches, difference, learner, manifest, shares, store, together, values
+from kcdcache import batches, difference, learner, manifest, requery, sampling, shares, store, together, values
 from kcdcache.config import MethodSettings, OptimizerSettings
-from kcdcache.errors import KcdcacheError, SettingsError, UnfinishedError
+from kcdcache.errors import SettingsError
 
 UNEVEN = 33
 """batch size that leaves two samples of 200 to the last batch, which is none for two of four processes"""
@@ -61,9 +61,9 @@ def filling(place, out, **changes):
 
 def done(start, words, world, log):
     """What a command's processes printed, once all have ended well."""
-    codes, told = forked(start, words, world, log)
-    assert codes == [0] * world, "\n".join(told)
-    return told
+    running = Forked(start, words, world, log)
+    assert running.codes() == [0] * world, "\n".join(running.told())
+    return running.told()
 
 
 def rows_of(run):
@@ -140,6 +140,103 @@ def test_each_process_reads_the_rows_of_its_share(trained):
     assert "rows_read_by_each" not in rows_of(trained.runs[1])[0]
 
 
+def test_four_shards_at_once_make_the_store_of_one_process(start, place, tmp_path):
+    for world in (1, 4):
+        told = done(start, filling(place, tmp_path / str(world)), world, tmp_path / f"{world}.log")
+    assert same_files(tmp_path / "1", tmp_path / "4")
+    assert all(f"shard {rank}/4, from RANK and WORLD_SIZE" in text for rank, text in enumerate(told))
+
+
+def test_two_processes_run_twice_make_the_same_bytes_and_keep_almost_the_sets_of_one(start, place, tmp_path):
+    """Batch statistics are each process's own, so that values differ from those of one process."""
+    runs = {name: tmp_path / name for name in ("one", "two", "again")}
+    for world, name in ((1, "one"), (2, "two"), (2, "again")):
+        done(start, training(place, runs[name], TINY), world, tmp_path / f"{name}.log")
+    assert same_files(runs["two"], runs["again"])
+    stages = difference.run(runs["one"], runs["two"])["stages"]
+    assert stages["0"]["jaccard"] == 1
+    assert 0.2 < stages["2"]["jaccard"] < 1
+
+
+def reached(run, epochs=2):
+    """Whether a run has finished so many epochs."""
+    return lambda: (run / "metrics.jsonl").exists() and len(rows_of(run)) >= epochs
+
+
+LONG = {"epochs": 12, "checkpoint_seconds": 0}
+"""long enough to be stopped inside an epoch"""
+
+
+SLOW_FIT = pytest.param(fitting, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("stage", [training, SLOW_FIT])
+@pytest.mark.parametrize(
+    ("number", "codes"),
+    [pytest.param(signal.SIGTERM, [143, 130], marks=pytest.mark.slow), (signal.SIGKILL, [9, -9])],
+)
+def test_stopped_or_one_killed_the_rest_ends_and_the_same_command_makes_the_same_bytes(
+    start, place, tmp_path, stage, number, codes
+):
+    def words(name, **changes):
+        return (training(place, tmp_path / name, TINY, **changes) if stage is training
+                else fitting(tmp_path / name, TINY, **changes))  # fmt: skip
+
+    running = Forked(start, words("run", **LONG), 2, tmp_path / "log")
+    running.signal_once(reached(tmp_path / "run"), int(number == signal.SIGKILL), number)
+    assert running.codes() == codes
+    expected = "lost another one of this run" if number == signal.SIGKILL else r"the same command resumes"
+    assert expected in running.told()[0]
+    assert len(rows_of(tmp_path / "run")) < LONG["epochs"]
+    done(start, words("run", **LONG), 2, tmp_path / "log")
+    done(start, words("whole", epochs=LONG["epochs"]), 2, tmp_path / "log")
+    assert same_files(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [training, fitting])
+def test_another_number_of_processes_goes_on_if_asked_to(start, place, tmp_path, stage):
+    """Where nothing but rounding depends on the number, the result is that of one process throughout."""
+    words = training(place, tmp_path / "run", **LONG) if stage is training else fitting(tmp_path / "run", **LONG)
+    running = Forked(start, words, 4, tmp_path / "log")
+    running.signal_once(reached(tmp_path / "run"), 2, signal.SIGTERM)
+    assert running.codes() == [130, 130, 143, 130]
+    refused = Forked(start, words, 2, tmp_path / "refused")
+    assert refused.codes() == [4, 9]
+    assert "differ in processes: 4 against 2" in refused.told()[0]
+    done(start, [*words, "--allow-env-change"], 2, tmp_path / "log")
+    whole = [word if word != str(tmp_path / "run") else str(tmp_path / "whole") for word in words]
+    done(start, whole, 1, tmp_path / "log")
+    name = "student.safetensors" if stage is training else "model.safetensors"
+    found, wanted = (load_file(tmp_path / run / name) for run in ("run", "whole"))
+    for key, weight in wanted.items():
+        torch.testing.assert_close(found[key], weight, rtol=1e-6, atol=1e-8)
+
+
+def test_what_fit_cannot_share_is_refused_before_it_trains(start, tmp_path):
+    running = Forked(start, fitting(tmp_path / "run", batch_size=3), 4, tmp_path / "log")
+    assert running.codes() == [2] * 4
+    assert "--batch-size 3 leaves some of 4 processes without a sample" in running.told()[0]
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_processes_draw_their_own_dropout_masks_also_after_a_stop():
+    """Two processes stopped; of four that go on, two have a state of their own, and the others draw yet others."""
+    torch.manual_seed(1)
+    states = [torch.get_rng_state(), torch.manual_seed(2).get_state()]
+    drawn = []
+    for rank in range(4):
+        pupil = learner.new_learner(
+            TINY, digits(200, 60), OptimizerSettings(), torch.device("cpu"), group=together.Group(rank, 4)
+        )
+        pupil.restore(pupil.tensors() | {"rng": torch.stack(states)}, pupil.state())
+        drawn.append(torch.rand(3))
+    for state, found in zip(states, drawn, strict=False):
+        torch.set_rng_state(state)
+        assert torch.equal(torch.rand(3), found)
+    assert len({tuple(found.tolist()) for found in drawn}) == 4
+
+
 def source_of(place, views=None, chosen=None):
     knowledge, data = store.open(place / "store"), digits(200, 60)
     chosen = chosen or manifest.full(
@@ -171,12 +268,15 @@ def test_of_one_view_all_rows_are_read_once_and_kept(place):
 
 def test_the_next_epochs_rows_are_fetched_ahead_if_they_are_known(place):
     knowledge, connected = source_of(place)
+    share, limit = shares.deal(200, UNEVEN, 1, 4).points, time.monotonic() + 60
     with connected as source:
-        every = shares.deal(200, UNEVEN, 1, 4).points
-        for epoch in range(3):
-            later = batches.sampling.everything(source.manifest, 0, epoch + 1).part(every)
-            list(batches.iterate(source, epoch, batch_size=UNEVEN, rank=1, world=4, later=later))
-    assert knowledge.rows_read == 4 * len(every)  # that of the epoch after the last one too
+        later = sampling.everything(source.manifest, 0, 1).part(share)
+        given = {"batch_size": UNEVEN, "rank": 1, "world": 4}
+        list(batches.iterate(source, 0, **given, later=later))
+        while knowledge.rows_read < 2 * len(share):
+            assert time.monotonic() < limit, "nothing was fetched in the background"
+        list(batches.iterate(replace(source, stop=2), 1, **given))
+    assert knowledge.rows_read == 2 * len(share)
 
 
 @pytest.mark.parametrize(("count", "batch_size", "world"), [(200, 33, 4), (5, 3, 3), (2, 8, 4), (64, 16, 4), (0, 4, 2)])
@@ -193,34 +293,43 @@ def test_a_deal_gives_every_point_to_one_process(count, batch_size, world):
         assert sorted(sum(map(list, taken), [])) == list(range(count))
 
 
-def test_batches_of_all_ranks_together_are_those_of_one(place):
-    data = digits(200, 60)
-    with source_of(place, data) as source:
-        for world in (2, 3, 5):
-            whole = list(batches.iterate(source, 1, batch_size=48, seed=3))
-            parts = [list(batches.iterate(source, 1, batch_size=48, seed=3, rank=r, world=world)) for r in range(world)]
-            for step, batch in enumerate(whole):
-                mine = [part[step] for part in parts]
-                index = torch.full_like(batch.index, -1)
-                for rank, part in enumerate(mine):
-                    assert part.shared == len(batch.index)
-                    if not part.idle:
-                        index[rank::world] = part.index
-                        assert torch.equal(part.pixels, batch.pixels[rank::world])
-                        assert torch.equal(part.probabilities, batch.probabilities[rank::world])
-                assert torch.equal(index, batch.index)
-
-
-def source_of(place, data):
-    knowledge = store.open(place / "store")
-    chosen = manifest.full(
+@pytest.fixture(scope="module")
+def sets(place):
+    """What epochs may be made of: everything, or a condensed set, whose mixes the teacher was perhaps asked about."""
+    knowledge, data = store.open(place / "store"), digits(200, 60)
+    mixed = condensed(knowledge)
+    network = loaded(place / "teacher", data)
+    with batches.connect(data, knowledge, mixed, fields=()) as source:
+        requery.write(source, network, knowledge, place / "mixes", fields=("logits",), view_numbers=(0, 1, 2))
+    full = manifest.full(
         knowledge.knowledge_id, 200, data.train.labels, 10, data_digest=knowledge.knowledge.data.digest
     )
-    return batches.connect(data, knowledge, chosen)
+    return {"full": (full, None), "mixed": (mixed, None), "asked again": (mixed, place / "mixes")}
+
+
+@pytest.mark.parametrize("kind", ["full", "mixed", "asked again"])
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_batches_of_all_processes_together_are_those_of_one(place, sets, kind, world):
+    def made(rank, world):
+        knowledge, data = store.open(place / "store"), digits(200, 60)
+        chosen, asked = sets[kind]
+        mixes = None if asked is None else store.open(asked)
+        with batches.connect(data, knowledge, chosen, requeried=mixes) as source:
+            return list(batches.iterate(source, 1, batch_size=UNEVEN, seed=3, rank=rank, world=world))
+
+    parts = [made(rank, world) for rank in range(world)]
+    for step, batch in enumerate(made(0, 1)):
+        assert {part[step].shared for part in parts} == {len(batch.index)}
+        for rank, part in enumerate(part[step] for part in parts):
+            assert part.idle == (rank >= len(batch.index))
+            for name, values_ in {} if part.idle else vars(batch).items():
+                if isinstance(values_, torch.Tensor):
+                    assert torch.equal(getattr(part, name), values_[rank::world]), name
+            assert part.idle or torch.equal(part.knowledge["logits"], batch.knowledge["logits"][rank::world])
 
 
 def test_a_process_without_a_sample_counts_nothing(place):
-    with source_of(place, digits(200, 60)) as source:
+    with source_of(place)[1] as source:
         last = [list(batches.iterate(source, 0, batch_size=66, rank=rank, world=5))[-1] for rank in range(5)]
     assert [part.idle for part in last] == [False, False, True, True, True]
     assert [len(part.index) for part in last] == [1, 1, 1, 1, 1]
