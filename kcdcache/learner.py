@@ -155,10 +155,12 @@ class Learner:
         return found | self._generators()
 
     def told(self) -> dict[str, Tensor]:
-        """Return what a run resumed inside an epoch needs of all processes, in each: sums, and states of generators."""
-        sums = {f"sum.{name}": self.group.total(value) for name, value in self.sums.items()}
-        states = self._generators().items()
-        return sums | {name: self.group.joined(state).view(-1, len(state)) for name, state in states}
+        """Return what a run resumed inside an epoch needs of all processes: a row of each, in all of them.
+
+        These are the sums so far, since adding them up in another order would round differently, and the generators.
+        """
+        own = {f"sum.{name}": value.view(1) for name, value in self.sums.items()} | self._generators()
+        return {name: self.group.joined(row).view(-1, len(row)) for name, row in own.items()}
 
     def state(self) -> dict[str, Any]:
         """Return the rest of what a resumed run needs, as JSON values."""
@@ -174,7 +176,7 @@ class Learner:
             if name in momentum:
                 kept = torch.empty_like(parameter).copy_(momentum[name])
                 self.optimizer.state[parameter]["momentum_buffer"] = kept
-        self.sums = {name: value.to(self.device) for name, value in _section(tensors, "sum.").items()}
+        self.sums = {name: self._own_sum(rows).to(self.device) for name, rows in _section(tensors, "sum.").items()}
         if self.record is not None:
             self.record.visits = tensors["record.visits"].to(self.device)
             self.record.value = tensors["record.value"].to(self.device)
@@ -183,6 +185,12 @@ class Learner:
         self._draw_on(tensors)
         self.epoch, self.step, self.samples = state["epoch"], state["step"], state["samples"]
         self.rows = list(state["rows"])
+
+    def _own_sum(self, rows: Tensor) -> Tensor:
+        """Return this process's part of a sum; where there were more or fewer processes, all of it is the first's."""
+        if rows.numel() == self.group.world:
+            return rows.view(-1)[self.group.rank]
+        return rows.sum() if self.group.first else torch.zeros_like(rows.sum())
 
     def _generators(self) -> dict[str, Tensor]:
         """Return the states of the generators that dropout draws from."""

@@ -160,8 +160,6 @@ def resume(learner: Learner, folder: RunFolder) -> None:
         learner.restore(*found)
         if learner.group.first:
             write_metrics(folder, learner.rows)
-        else:  # the sums of the epoch so far are counted once
-            learner.sums = {name: torch.zeros_like(value) for name, value in learner.sums.items()}
     learner.group.wait()
 
 
