@@ -20,6 +20,8 @@ COMPARED = {
     "relative_cost": ("of N x epochs", 1.0),
 }
 """entries of summaries that are compared pair by pair -> unit of their difference, and what it is multiplied by"""
+PACE = {"images_per_second": "mean", "images_per_second_std": "std"}
+"""columns of the cost of each row -> entry of a summary's images per second"""
 COSTS = ("student_samples", "teacher_forwards", "rows_read", "bytes_read", "seconds")
 
 
@@ -142,19 +144,22 @@ def cost(findings: Findings) -> Table:
         })  # fmt: skip
     for key, runs in findings.rows().items():
         means = {name: pairing.spread(_numbers(runs, name)).mean for name in COSTS}
-        rows.append({"row": names[key], "n": len(runs), **means, "live_forwards": _live_forwards(runs)})
+        pace = {name: pairing.spread(_paces(runs, of)).mean for name, of in PACE.items()}
+        rows.append({"row": names[key], "n": len(runs), **means, **pace, "live_forwards": _live_forwards(runs)})
     columns = (
         Column("row", "row"), Column("n", "n", "count"), Column("teacher_forwards", "teacher forwards", "count"),
         Column("live_forwards", "with a live teacher", "count"),
         Column("student_samples", "student samples", "count"), Column("rows_read", "store rows read", "count"),
         Column("bytes_read", "store bytes read", "count"), Column("bytes_written", "bytes written", "count"),
-        Column("seconds", "seconds", "seconds"),
+        Column("seconds", "seconds", "seconds"), Column("images_per_second", "images/s", "count"),
+        Column("images_per_second_std", "± std", "count"),
     )  # fmt: skip
     note = (
         "Per run, means over its seeds. A store pays the teacher once (samples x views); students then read it. 'with "
         "a live teacher' is what the teacher would have had to see beside that student, each of its samples in each "
-        "epoch (counted, not run). Kept "
-        "samples and their partners are both read, so that condensation saves student steps sooner than reading."
+        "epoch (counted, not run). Kept samples and their partners are both read, so that condensation saves student "
+        "steps sooner than reading. 'images/s' is the mean over epochs, evaluation included, with their standard "
+        "deviation; a stage's first epoch, which waits for what is later fetched ahead, is left out."
     )
     return Table(key="cost", title="Cost of each row", note=note, columns=columns, rows=rows)
 
@@ -296,6 +301,12 @@ def same_data(found: list[tuple[str, Run]]) -> list[list[tuple[str, Run]]]:
 
 def _having(runs: Sequence[Run], name: str) -> list[Run]:
     return [run for run in runs if isinstance(run.summary.get(name), int | float)]
+
+
+def _paces(runs: Sequence[Run], name: str) -> list[float]:
+    """Return an entry of the images per second of those runs that tell it."""
+    told = [run.summary.get("images_per_second") for run in runs]
+    return [float(one[name]) for one in told if isinstance(one, dict) and isinstance(one.get(name), int | float)]
 
 
 def _numbers(runs: Sequence[Run], name: str) -> list[float]:

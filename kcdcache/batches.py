@@ -63,12 +63,19 @@ class Source:
         """Return the number of the view that an epoch uses."""
         return epoch if self.views is None else epoch % self.views
 
-    def prepare(self, epoch: int) -> None:
-        """Load the teacher outputs an epoch needs, and start loading the next epoch's in the background."""
-        following = None if epoch + 1 == self.stop else self.view_of(epoch + 1)
-        for targets in (self.targets, self.requeried):
+    def prepare(self, epoch: int, mine: Draw | None = None, later: Draw | None = None) -> None:
+        """Load the teacher outputs an epoch needs, and start loading the next epoch's in the background.
+
+        Only those of the points `mine`, and in the next epoch of `later` (nothing if it is not given), where one of
+        several processes needs no more.
+        """
+        known = epoch + 1 != self.stop and (mine is None or later is not None)
+        following = self.view_of(epoch + 1) if known else None
+        own = Draw.samples if self.requeried is None else Draw.visited
+        for targets, needed in ((self.targets, own), (self.requeried, Draw.mixed)):
             if targets is not None:
-                targets.prepare(self.view_of(epoch), following)
+                parts = () if mine is None else (needed(mine), None if later is None else needed(later))
+                targets.prepare(self.view_of(epoch), following, *parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,15 +170,7 @@ def plan_epoch(source: Source, epoch: int, seed: int, drawn: Draw | None = None)
     partner_parameters = np.zeros_like(parameters)
     mixed = chosen.partner >= 0
     partner_parameters[mixed] = views.parameters(source.rule, chosen.partner[mixed], view)
-    return Epoch(
-        view=view,
-        index=chosen.index,
-        partner=chosen.partner,
-        epsilon=chosen.epsilon,
-        weight=chosen.weight,
-        parameters=parameters,
-        partner_parameters=partner_parameters,
-    )
+    return Epoch(view=view, parameters=parameters, partner_parameters=partner_parameters, **vars(chosen))
 
 
 def iterate(
@@ -186,6 +185,7 @@ def iterate(
     workers: int | None = None,
     rank: int = 0,
     world: int = 1,
+    later: Draw | None = None,
 ) -> Iterator[Batch]:
     """Yield the batches of one epoch; the last may be smaller; the same arguments yield the same bytes.
 
@@ -193,12 +193,20 @@ def iterate(
         start: number of the first batch, to continue inside an epoch.
         drawn: the points it visits, as for `plan_epoch`.
         workers: threads that make views ahead where that pays, as for `prefetch.shown`.
-        rank, world: yield only points rank, rank + world, ... of each batch, as one of so many processes.
+        rank, world: yield only points rank, rank + world, ... of each batch, as one of so many processes; the teacher's
+            outputs of these alone are loaded, unless all epochs have the same view.
+        later: this one of several processes' points of the next epoch, to be fetched ahead, if they are known.
     """
-    plan = plan_epoch(source, epoch, seed, drawn)
-    source.prepare(epoch)
+    every = sampling.everything(source.manifest, seed, epoch) if drawn is None else drawn
+    mine, parts = shares.deal(len(every.index), batch_size, rank, world)
+    own = every.part(mine)
+    plan = plan_epoch(source, epoch, seed, own)
+    if world == 1 or source.views == 1:
+        source.prepare(epoch)
+    else:
+        source.prepare(epoch, own, later)
     planned = source.targets.plan(plan.index) if isinstance(source.targets, StoredTargets) else None
-    parts = shares.of_batches(len(plan.index), start, batch_size, rank, world)
+    parts = parts[start:]
     asked = (one for part in parts for one in _asked(plan, part.mine))
     with ExitStack() as held:
         shown = None

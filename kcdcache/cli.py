@@ -135,7 +135,8 @@ def _command(
     """Return a command with the common options, which logs, calls `work` and prints its result."""
 
     def callback(as_json: bool, debug: bool, quiet: bool, **values: Any) -> None:
-        follower = name == "train" and os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
+        # of several processes the first one speaks
+        follower = name in ("fit", "train") and os.environ.get("RANK", "0") != "0"
         _log_to_stderr(quiet or follower)
         with signals.listening() if name in LONG else nullcontext():
             result = work(**values)

@@ -9,7 +9,21 @@ from typing import Any, TypeVar
 
 import torch
 
-from kcdcache import batches, condense, handover, loop, manifest, methods, requery, runs, schedule, store, train, values
+from kcdcache import (
+    batches,
+    condense,
+    handover,
+    loop,
+    manifest,
+    methods,
+    rates,
+    requery,
+    runs,
+    schedule,
+    store,
+    train,
+    values,
+)
 from kcdcache.config import TrainSettings
 from kcdcache.data import Dataset
 from kcdcache.errors import SettingsError
@@ -176,7 +190,8 @@ def _advance(going: _Run, until: int) -> dict[str, Any]:
             done = _teach(going, stage, until)
     if done < going.settings.epochs:
         logger.info("train: stopped at epoch %d of %d; the same command continues", done, going.settings.epochs)
-        return {"finished": False, "epochs_done": done, "epochs": going.settings.epochs, "run": str(going.folder.path)}
+        told = {"finished": False, "epochs_done": done, "epochs": going.settings.epochs, "run": str(going.folder.path)}
+        return told | {"images_per_second": rates.document(rates.logged(going.folder.timing))}
     return _by_first(going, lambda: _finish(going))
 
 
@@ -308,6 +323,7 @@ def _summary(going: _Run, exported: Path) -> dict[str, Any]:
         "kept": len(manifest.read(exported)),
         "condensed_set": str(exported.relative_to(going.folder.path)),
         "seconds": runs.seconds_spent(going.folder),
+        "images_per_second": rates.document(rates.logged(going.folder.timing)),
     }
 
 

@@ -1,15 +1,17 @@
 """Train a teacher or a plain baseline on hard labels."""
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from kcdcache import batches, learner, loop, manifest, methods, records, resident, views
+from kcdcache import batches, learner, loop, manifest, methods, rates, records, resident, views
 from kcdcache.config import FitSettings, MethodSettings
 from kcdcache.data import Dataset
 from kcdcache.models import spec
-from kcdcache.models.device import resolve_device
+from kcdcache.models.device import resolve_device, use_threads
 from kcdcache.runs import RunFolder, outcome, read_summary, seconds_spent, session, start, write_summary
+from kcdcache.together import ALONE, Group
 
 logger = logging.getLogger(__name__)
 
@@ -26,38 +28,58 @@ def run(
     device: str = "auto",
     threads: int | None = None,
     allow_env_change: bool = False,
+    group: Group = ALONE,
     progress: loop.Progress = loop.silent,
 ) -> dict[str, Any]:
     """Train `model` on the data into the folder `out`, or continue; return the run's summary.
 
-    The folder gets model.safetensors and model.json (usable as `--teacher`), metrics.jsonl and summary.json.
+    The folder gets model.safetensors and model.json (usable as `--teacher`), metrics.jsonl and summary.json. All
+    processes of a `group` call this with the same arguments; the first of them writes.
 
     Raises:
-        SettingsError: the folder holds a run with other settings.
+        SettingsError: the folder holds a run with other settings, or several processes cannot train with these.
         NonFiniteError: the loss diverged.
     """
     spec.require_known(model, len(data.classes), len(data.mean))  # before a folder is made for it
     folder = RunFolder(path=out)
     document = settings.model_dump(mode="json", exclude=NEUTRAL) | {"model": model}
     inputs = {"data": data.identity().digest, "test": data.test.digest()}
-    if folder.stands(folder.summary):
-        start(folder, document, inputs)
+    finished = folder.stands(folder.summary)
+    group.wait()  # all have read what lies there before the first writes
+    if finished:
+        if group.first:
+            start(folder, document, inputs)
         logger.info("fit: %s is finished already", out)
         return read_summary(out)
     where = resolve_device(device)
-    with session(folder, document, inputs, device=where, threads=threads, allow_env_change=allow_env_change):
-        pupil = learner.new_learner(model, data, settings, where)
+    held = session(
+        folder, document, inputs, device=where, threads=threads, allow_env_change=allow_env_change,
+        processes=group.world,
+    )  # fmt: skip
+    with held if group.first else nullcontext():
+        if not group.first:
+            use_threads(threads)
+        group.wait()
+        pupil = learner.new_learner(model, data, settings, where, group=group)
         loop.run(pupil, _task(pupil, data, settings), settings, folder, settings.epochs, progress)
-        summary = outcome(pupil.rows, len(data.train), settings.epochs) | {
-            "kind": "fit",
-            "model": model,
-            "teacher_forwards": 0,
-            "seconds": seconds_spent(folder),
-        }
-        with records.writing(out, dict.fromkeys(("model.safetensors", "model.json"), records.Facts())):
-            learner.save(pupil, folder, "model", model, data, {"accuracy": summary["accuracy_last"]})
-        write_summary(folder, summary)
-    return summary
+        if group.first:
+            _finish(pupil, data, settings, model, folder)
+        group.wait()
+    return read_summary(out)
+
+
+def _finish(pupil: learner.Learner, data: Dataset, settings: FitSettings, model: str, folder: RunFolder) -> None:
+    """Write the network, then the summary, which marks the run finished."""
+    summary = outcome(pupil.rows, len(data.train), settings.epochs) | {
+        "kind": "fit",
+        "model": model,
+        "teacher_forwards": 0,
+        "seconds": seconds_spent(folder),
+        "images_per_second": rates.document(rates.logged(folder.timing)),
+    }
+    with records.writing(folder.path, dict.fromkeys(("model.safetensors", "model.json"), records.Facts())):
+        learner.save(pupil, folder, "model", model, data, {"accuracy": summary["accuracy_last"]})
+    write_summary(folder, summary)
 
 
 def _task(pupil: learner.Learner, data: Dataset, settings: FitSettings) -> loop.Task:

@@ -1,11 +1,11 @@
 """The store's rows that a stage needs, one view at a time: loaded once, the next view in the background."""
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,11 +27,32 @@ THREADS = 2
 class Targets(Protocol):
     """Where a batch's teacher outputs come from: a store, or a live teacher in tests."""
 
-    def prepare(self, view: int, following: int | None) -> None:
-        """Make `view` current; `following` may be fetched ahead."""
+    def prepare(
+        self,
+        view: int,
+        following: int | None,
+        mine: Int64[np.ndarray, " some"] | None = None,
+        later: Int64[np.ndarray, " some"] | None = None,
+    ) -> None:
+        """Make `view` current, of some samples or all; `following` may be fetched ahead."""
 
     def gather(self, index: Int64[np.ndarray, " batch"], temperature: float, device: torch.device) -> dict[str, Tensor]:
         """Return field -> float32 targets (batch, ...) of the current view for these samples."""
+
+
+class _Part(NamedTuple):
+    """Some of a view's rows."""
+
+    view: int
+    samples: Int64[np.ndarray, " some"] | None
+    """ascending, each once; None for all that are served"""
+
+    def same(self, other: "_Part") -> bool:
+        """Return whether another one has the same rows."""
+        return self.view == other.view and (
+            self.samples is other.samples
+            or (self.samples is not None and other.samples is not None and np.array_equal(self.samples, other.samples))
+        )
 
 
 class StoredTargets:
@@ -75,12 +96,12 @@ class StoredTargets:
         self._store, self._fields, self._folder = store, tuple(fields), folder
         self._rows = index if rows is None else rows
         self._slots = slots
-        self._position = np.full(store.count if count is None else count, -1, np.int64)
-        self._position[index] = np.arange(len(index))
-        self._fresh = self._allocator(memory_bytes)
+        self._every = _numbered(index, store.count if count is None else count)
+        self._position = self._every
+        self._memory_bytes = memory_bytes
         self._spare: list[np.ndarray] = []
-        self._current: tuple[int, Rows] | None = None
-        self._next: tuple[int, Future[Rows]] | None = None
+        self._current: tuple[_Part, Rows] | None = None
+        self._next: tuple[_Part, Future[Rows]] | None = None
         self._buffers: Rows = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="kcdcache-prefetch")
 
@@ -92,15 +113,26 @@ class StoredTargets:
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def prepare(self, view: int, following: int | None) -> None:
-        """Load `view` unless it is there, and start loading `following` in the background."""
-        if self._current is None or self._current[0] != view:
-            self._current = (view, self._turned(view))
-        if following is None or following == view:
+    def prepare(
+        self,
+        view: int,
+        following: int | None,
+        mine: Int64[np.ndarray, " some"] | None = None,
+        later: Int64[np.ndarray, " some"] | None = None,
+    ) -> None:
+        """Load `view` unless it is there, and start loading `following` in the background.
+
+        Of the two, only the samples `mine` and `later` are loaded (ascending, each once): all unless given.
+        """
+        wanted = _Part(view, mine)
+        if self._current is None or not self._current[0].same(wanted):
+            self._current = (wanted, self._turned(wanted))
+            self._position = self._every if mine is None else _numbered(mine, len(self._every))
+        if following is None or (coming := _Part(following, later)).same(wanted):
             self._spare.clear()
-        elif self._next is None or self._next[0] != following:
+        elif self._next is None or not self._next[0].same(coming):
             self._drop_next()
-            self._next = (following, self._pool.submit(self._load, following, 1))
+            self._next = (coming, self._pool.submit(self._load, coming, 1))
 
     def gather(self, index: Int64[np.ndarray, " batch"], temperature: float, device: torch.device) -> dict[str, Tensor]:
         """Return field -> decoded float32 targets of the current view, in memory of their own."""
@@ -128,8 +160,15 @@ class StoredTargets:
         return self._position
 
     @property
+    def cost(self) -> tuple[int, int]:
+        """Number of `rows`, and the bytes of the chunk files they come from, which are read and checked whole."""
+        assert self._current is not None, "prepare comes first"
+        rows = self._rows_of(self._current[0])
+        return len(rows), self._store.chunk_bytes(rows, self._fields)
+
+    @property
     def view_bytes(self) -> int:
-        """Bytes of `rows`."""
+        """Bytes of `rows` where all are loaded."""
         return len(self._rows) * self._store.row_bytes(self._fields)
 
     def take(self, index: Int64[np.ndarray, " batch"]) -> Rows:
@@ -151,16 +190,16 @@ class StoredTargets:
         """Return the current view's rows of samples in an epoch's order, with all done that can be done at once."""
         return PlannedRows(self, self.places(index))
 
-    def _turned(self, view: int) -> Rows:
-        """Return the rows of another view than the current one, whose arrays become spare."""
+    def _turned(self, wanted: _Part) -> Rows:
+        """Return other rows than the current ones, whose arrays become spare."""
         if self._current is not None:
             self._spare += self._current[1].values()
             self._current = None
-        if self._next is not None and self._next[0] == view:
+        if self._next is not None and self._next[0].same(wanted):
             future, self._next = self._next[1], None
             return future.result()
         self._drop_next()
-        return self._load(view, THREADS)
+        return self._load(wanted, THREADS)
 
     def _drop_next(self) -> None:
         """Forget a view that was fetched ahead and is not wanted after all; nor is the reason why that failed."""
@@ -168,15 +207,26 @@ class StoredTargets:
             self._spare += self._next[1].result().values()
         self._next = None
 
-    def _load(self, view: int, threads: int) -> Rows:
-        slot = view if self._slots is None else self._slots[view]
-        return self._store.load(slot, self._rows, self._fields, threads, self._allocate)
+    def _load(self, part: _Part, threads: int) -> Rows:
+        slot = part.view if self._slots is None else self._slots[part.view]
+        return self._store.load(slot, self._rows_of(part), self._fields, threads, self._allocate)
+
+    def _rows_of(self, part: _Part) -> Int64[np.ndarray, " rows"]:
+        if part.samples is None:
+            return self._rows
+        places = self._every[part.samples]
+        assert places.min(initial=0) >= 0, "only the samples asked for at the start are served"
+        return self._rows[places]
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        for place, array in enumerate(self._spare):
-            if array.shape == shape and array.dtype == dtype:
-                return self._spare.pop(place)
-        return self._fresh(shape, dtype)
+        for place, array in reversed([*enumerate(self._spare)]):
+            if array.shape[1:] == shape[1:] and array.dtype == dtype:
+                del self._spare[place]  # one of another length is let go: parts differ in size
+                if len(array) == shape[0]:
+                    return array
+        held = 2 if self._store.views > 1 else 1
+        needed = held * shape[0] * self._store.row_bytes(self._fields)
+        return np.empty(shape, dtype) if needed <= self._memory_bytes else self._mapped(shape, dtype)
 
     def copied(self, name: str, rows: np.ndarray, position: Int64[np.ndarray, " batch"]) -> np.ndarray:
         """Return some rows of an array of `rows` in the buffer that belongs to it."""
@@ -185,16 +235,18 @@ class StoredTargets:
             buffer = self._buffers[name] = np.empty((len(position), *rows.shape[1:]), rows.dtype)
         return rows.take(position, 0, buffer[: len(position)], "clip")
 
-    def _allocator(self, memory_bytes: float) -> Callable[..., Any]:
-        held = 2 if self._store.views > 1 else 1
-        needed = held * len(self._rows) * self._store.row_bytes(self._fields)
-        return np.empty if needed <= memory_bytes else self._mapped
-
     def _mapped(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         with tempfile.TemporaryFile(dir=self._folder) as stream:
             reserve(stream.fileno(), max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize), self._folder)
             mapped = np.memmap(stream, dtype=dtype, mode="r+", shape=shape)
         return np.asarray(mapped)  # a plain array costs less per batch
+
+
+def _numbered(index: Int64[np.ndarray, " some"], count: int) -> Int64[np.ndarray, " samples"]:
+    """Return sample -> its number among `index`, -1 where it is none of them."""
+    found = np.full(count, -1, np.int64)
+    found[index] = np.arange(len(index))
+    return found
 
 
 class PlannedRows:

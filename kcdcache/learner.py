@@ -152,10 +152,15 @@ class Learner:
         if self.record is not None:
             found |= {"record.visits": self.record.visits, "record.value": self.record.value}
             found |= {f"start.{name}": value for name, value in (self.record.start or {}).items()}
-        found["rng"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            found["rng_device"] = torch.cuda.get_rng_state(self.device)
-        return found
+        return found | self._generators()
+
+    def told(self) -> dict[str, Tensor]:
+        """Return what a run resumed inside an epoch needs of all processes: a row of each, in all of them.
+
+        These are the sums so far, since adding them up in another order would round differently, and the generators.
+        """
+        own = {f"sum.{name}": value.view(1) for name, value in self.sums.items()} | self._generators()
+        return {name: self.group.joined(row).view(-1, len(row)) for name, row in own.items()}
 
     def state(self) -> dict[str, Any]:
         """Return the rest of what a resumed run needs, as JSON values."""
@@ -171,17 +176,36 @@ class Learner:
             if name in momentum:
                 kept = torch.empty_like(parameter).copy_(momentum[name])
                 self.optimizer.state[parameter]["momentum_buffer"] = kept
-        self.sums = {name: value.to(self.device) for name, value in _section(tensors, "sum.").items()}
+        self.sums = {name: self._own_sum(rows).to(self.device) for name, rows in _section(tensors, "sum.").items()}
         if self.record is not None:
             self.record.visits = tensors["record.visits"].to(self.device)
             self.record.value = tensors["record.value"].to(self.device)
             if self.record.start is not None:
                 self.record.start = {name: value.to(self.device) for name, value in _section(tensors, "start.").items()}
-        torch.set_rng_state(tensors["rng"])
-        if "rng_device" in tensors and self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng_device"], self.device)
+        self._draw_on(tensors)
         self.epoch, self.step, self.samples = state["epoch"], state["step"], state["samples"]
         self.rows = list(state["rows"])
+
+    def _own_sum(self, rows: Tensor) -> Tensor:
+        """Return this process's part of a sum; where there were more or fewer processes, all of it is the first's."""
+        if rows.numel() == self.group.world:
+            return rows.view(-1)[self.group.rank]
+        return rows.sum() if self.group.first else torch.zeros_like(rows.sum())
+
+    def _generators(self) -> dict[str, Tensor]:
+        """Return the states of the generators that dropout draws from."""
+        device = {"rng_device": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
+        return {"rng": torch.get_rng_state(), **device}
+
+    def _draw_on(self, tensors: dict[str, Tensor]) -> None:
+        """Go on drawing where this process stopped; one that was not there then begins its own sequence."""
+        rows = tensors["rng"].view(-1, len(torch.get_rng_state()))
+        place = self.group.rank if self.group.rank < len(rows) else 0
+        torch.set_rng_state(rows[place].clone())
+        if place != self.group.rank:
+            torch.manual_seed(int(torch.randint(2**62, ())) + self.group.rank)
+        elif "rng_device" in tensors and self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng_device"].view(len(rows), -1)[place].clone(), self.device)
 
 
 def make_optimizer(network: nn.Module, settings: OptimizerSettings, head: Head | None = None) -> torch.optim.SGD:

@@ -16,7 +16,7 @@ from kcdcache import rng, signals
 from kcdcache.batches import Batch
 from kcdcache.capture import Replay
 from kcdcache.config import OptimizerSettings
-from kcdcache.errors import KcdcacheError, NonFiniteError
+from kcdcache.errors import InterruptedRunError, KcdcacheError, NonFiniteError
 from kcdcache.learner import Learner
 from kcdcache.resident import Feed
 from kcdcache.runs import RunFolder, add_timing, load_checkpoint, save_checkpoint, write_metrics
@@ -119,18 +119,39 @@ def _run_until(
 ) -> None:
     guard = _Guard(settings.checkpoint_seconds)
     steps = _Steps(learner, task, settings)
+    warm_up = True
     while learner.epoch < stop:
-        began = time.perf_counter()
-        _run_epoch(learner, task, settings, folder, guard, steps)
-        row = _finish_epoch(learner, task, settings, steps.totals)
-        guard.reset()
-        if not learner.group.first:
-            continue
-        save_checkpoint(folder, learner.tensors(), learner.state())
-        write_metrics(folder, learner.rows)
-        seconds = round(time.perf_counter() - began, 4)
-        add_timing(folder, {"epoch": row["epoch"], "seconds": seconds, "samples": row["samples"]})
-        progress("train", learner.epoch, settings.epochs, _told(row))
+        with _timed(learner, folder, warm_up):
+            _run_epoch(learner, task, settings, folder, guard, steps)
+            row = _finish_epoch(learner, task, settings, steps.totals)
+            guard.reset()
+            if learner.group.first:
+                save_checkpoint(folder, learner.tensors(), learner.state())
+                write_metrics(folder, learner.rows)
+        warm_up = False
+        if learner.group.first:
+            progress("train", learner.epoch, settings.epochs, _told(row))
+
+
+@contextmanager
+def _timed(learner: Learner, folder: RunFolder, warm_up: bool) -> Iterator[None]:
+    """Log the clock time and the samples of an epoch, or of what was done of it before it was asked to stop.
+
+    What comes first after a start is marked: data are read that later are fetched ahead, and memory is taken.
+    """
+    epoch, before, began = learner.epoch, learner.samples, time.perf_counter()
+    try:
+        yield
+    except InterruptedRunError:
+        _log_time(learner, folder, epoch, learner.samples - before, began, warm_up)
+        raise
+    _log_time(learner, folder, epoch, learner.samples - before, began, warm_up)
+
+
+def _log_time(learner: Learner, folder: RunFolder, epoch: int, samples: int, began: float, warm_up: bool) -> None:
+    if learner.group.first:
+        row = {"epoch": epoch, "seconds": round(time.perf_counter() - began, 4), "samples": samples}
+        add_timing(folder, row | ({"warm_up": True} if warm_up else {}))
 
 
 def resume(learner: Learner, folder: RunFolder) -> None:
@@ -139,8 +160,6 @@ def resume(learner: Learner, folder: RunFolder) -> None:
         learner.restore(*found)
         if learner.group.first:
             write_metrics(folder, learner.rows)
-        else:  # the sums of the epoch so far are counted once
-            learner.sums = {name: torch.zeros_like(value) for name, value in learner.sums.items()}
     learner.group.wait()
 
 
@@ -278,9 +297,9 @@ def _save_inside(learner: Learner, folder: RunFolder) -> None:
     """Write a checkpoint inside an epoch, of what all processes did."""
     if learner.record is not None:
         learner.record.settle(learner.group)
-    sums = {f"sum.{name}": learner.group.total(value) for name, value in learner.sums.items()}
+    told = learner.told()
     if learner.group.first:
-        save_checkpoint(folder, learner.tensors() | sums, learner.state())
+        save_checkpoint(folder, learner.tensors() | told, learner.state())
 
 
 def _take_step(
@@ -295,12 +314,12 @@ def _take_step(
         share = 0.0 if batch.idle else learner.group.world / batch.shared
         (weighted.sum() * share).backward()
     learner.optimizer.step()
-    if batch.idle:
-        return
     with torch.no_grad():
-        if learner.record is not None:
+        if learner.record is not None and not batch.idle:
             learner.record.observe(logits, loss, batch.index, batch.mixed)
-        totals.add(**_counted(logits, loss, batch))
+        counted = _counted(logits, loss, batch)
+        # all processes have the same sums, which they add up by name
+        totals.add(**({name: torch.zeros_like(value) for name, value in counted.items()} if batch.idle else counted))
 
 
 def forward_precision(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -354,8 +373,9 @@ def _require_finite(learner: Learner, task: Task, totals: _Totals) -> None:
 
 def _first_bad(learner: Learner, task: Task, totals: _Totals) -> str:
     """Tell the batch whose loss was the first that is no number: drawn again, since its address is all that is kept."""
-    step = totals.finite_steps()
-    index = sorted(next(task.batches(learner.epoch, step)).index.tolist())
+    step = -learner.group.most(-totals.finite_steps())
+    batch = next(task.batches(learner.epoch, step))
+    index = sorted(learner.group.joined(batch.index[:0] if batch.idle else batch.index).tolist())
     shown = ", ".join(map(str, index[:16])) + (", ..." if len(index) > 16 else "")
     return f"; the first such loss was that of step {step} (the first is 0), of these {len(index)} samples: {shown}"
 

@@ -22,6 +22,8 @@ class Rate(NamedTuple):
     mean: float
     std: float | None
     """sample standard deviation; None of a single stretch"""
+    warm_up: float | None = None
+    """mean of the stretches that came first, which are left out of all the above; None if there are none"""
 
     def __str__(self) -> str:
         """Return mean and spread for people.
@@ -46,25 +48,55 @@ def rate_of(rates: Iterable[float]) -> Rate | None:
 
 
 def logged(file: Path) -> Rate | None:
-    """Return the rate that a file of clock times tells, one stretch per line; None if it tells none.
+    """Return the rate that a file of clock times tells; None if it tells none.
 
-    A stretch is what its line's `seconds` hold: an epoch with its evaluation and checkpoint, or a part of a store from
-    images to encoded rows. A line torn by a power loss counts nothing, and so does one without seconds.
+    A stretch is what a line's `seconds` hold: an epoch with its evaluation and checkpoint, or what went on of one that
+    was interrupted, or a part of a store from images to encoded rows. Lines of one epoch are one stretch. Epochs marked
+    as `warm_up` are told apart where there are others. A line torn by a power loss counts nothing, and so does one
+    without seconds.
     """
     if not file.exists():
         return None
     lines = read_bytes(file, MOST_JSON_BYTES).split(b"\n", MOST_LINES)[:MOST_LINES]
-    return rate_of(rate for line in lines if (rate := _rate(line, file)) is not None)
+    found: dict[tuple[str, int], _Stretch] = {}
+    for number, line in enumerate(lines):
+        if (stretch := _stretch(line, file, number)) is not None:
+            before = found.get(stretch.key)
+            found[stretch.key] = stretch if before is None else before.joined(stretch)
+    steady, first = ([one.rate for one in found.values() if one.warm_up == early] for early in (False, True))
+    if not steady:
+        return rate_of(first)
+    rate = rate_of(steady)
+    return rate if rate is None or not first else rate._replace(warm_up=statistics.fmean(first))
 
 
 def document(rate: Rate | None) -> dict[str, Any] | None:
     """Return a rate as JSON values, rounded to a hundredth."""
     if rate is None:
         return None
-    return {"n": rate.n, "mean": round(rate.mean, 2), "std": None if rate.std is None else round(rate.std, 2)}
+    found = {"n": rate.n, "mean": round(rate.mean, 2), "std": None if rate.std is None else round(rate.std, 2)}
+    return found if rate.warm_up is None else found | {"warm_up": round(rate.warm_up, 2)}
 
 
-def _rate(line: bytes, file: Path) -> float | None:
+class _Stretch(NamedTuple):
+    """What one or more lines tell."""
+
+    key: tuple[str, int]
+    images: float
+    seconds: float
+    warm_up: bool
+
+    @property
+    def rate(self) -> float:
+        return self.images / self.seconds
+
+    def joined(self, other: "_Stretch") -> "_Stretch":
+        return _Stretch(
+            self.key, self.images + other.images, self.seconds + other.seconds, self.warm_up or other.warm_up
+        )
+
+
+def _stretch(line: bytes, file: Path, number: int) -> _Stretch | None:
     try:
         row = parse_json(line, file)
     except (CorruptionError, UnsafeError):
@@ -74,4 +106,6 @@ def _rate(line: bytes, file: Path) -> float | None:
     seconds, images = row.get("seconds"), next((row[name] for name in COUNTS if name in row), None)
     if not isinstance(seconds, int | float) or not isinstance(images, int | float) or seconds <= 0:
         return None
-    return images / seconds
+    epoch = row.get("epoch")
+    key = ("epoch", epoch) if isinstance(epoch, int) else ("line", number)
+    return _Stretch(key, images, seconds, row.get("warm_up") is True)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
-from kcdcache import batches, evaluate, fields, views
+from kcdcache import batches, evaluate, fields, shares, views
 from kcdcache.batches import Batch, Source
 from kcdcache.config import OptimizerSettings
 from kcdcache.data import Split
@@ -17,7 +17,7 @@ from kcdcache.errors import SettingsError
 from kcdcache.knowledge import StoredTargets
 from kcdcache.learner import Learner
 from kcdcache.mixing import mix_pixels, mix_probabilities
-from kcdcache.sampling import Sampler, everything
+from kcdcache.sampling import Draw, Sampler, everything
 
 SHARE = 0.5
 """of a device's free memory that the data may take; the rest is for the network"""
@@ -58,7 +58,17 @@ def supply(settings: OptimizerSettings, source: Source, pupil: Learner, sampler:
         given = {"batch_size": settings.batch_size, "seed": settings.seed, "start": start}
         given |= {"rank": group.rank, "world": group.world}
         drawn = None if sampler is None else sampler.draw(epoch)
-        return batches.iterate(source, epoch, device=pupil.device, drawn=drawn, workers=settings.workers, **given)
+        return batches.iterate(
+            source, epoch, device=pupil.device, drawn=drawn, workers=settings.workers, later=coming(epoch), **given
+        )
+
+    def coming(epoch: int) -> Draw | None:
+        """Return what this one of several processes takes of the next epoch, if that is known."""
+        if group.world == 1 or sampler is None or epoch + 1 == source.stop:
+            return None
+        if (later := sampler.ahead(epoch + 1)) is None:
+            return None
+        return later.part(shares.deal(len(later.index), settings.batch_size, group.rank, group.world).points)
 
     return Supply(streamed, measured(None), None)
 

@@ -47,7 +47,7 @@ RECORD_KEY = "kcdcache"
 MOST_LINES = 10**6
 """of a file of clock times"""
 CHECKPOINT_NAME = re.compile(r"[0-9a-f]{16}\.safetensors")
-VOLATILE = ("seconds", "store_teacher_forwards")
+VOLATILE = ("seconds", "images_per_second", "store_teacher_forwards")
 """entries of a summary that the clock, or a store that grew, changes"""
 
 

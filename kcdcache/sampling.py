@@ -25,6 +25,22 @@ class Draw:
     weight: Float32[np.ndarray, " n"]
     """factor of the loss, above 0"""
 
+    def part(self, chosen: Int64[np.ndarray, " some"] | slice) -> "Draw":
+        """Return some of the points, in the order given."""
+        return Draw(**{name: column[chosen] for name, column in vars(self).items()})
+
+    def visited(self) -> Int64[np.ndarray, " some"]:
+        """Return the samples visited, ascending."""
+        return np.sort(self.index)
+
+    def samples(self) -> Int64[np.ndarray, " some"]:
+        """Return the samples visited or mixed in, ascending, each once."""
+        return np.union1d(self.index, self.partner[self.partner >= 0])
+
+    def mixed(self) -> Int64[np.ndarray, " some"]:
+        """Return the samples that another one is mixed into, ascending."""
+        return np.sort(self.index[self.partner >= 0])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -80,6 +96,10 @@ class Sampler:
     def mixes(self) -> bool:
         """Whether the scheme mixes points itself."""
         return scheme_named(self.settings.sampling).mixes
+
+    def ahead(self, epoch: int) -> Draw | None:
+        """Return the points of an epoch to come, None where they depend on values to be recorded until then."""
+        return None if scheme_named(self.settings.sampling).values else self.draw(epoch)
 
     def draw(self, epoch: int) -> Draw:
         """Return the points that an epoch visits: a pure function of what the sampler holds and of the values."""

@@ -68,17 +68,18 @@ def fit(command: commands.FitCommand, progress: Progress, dry_run: bool = False)
             "steps": steps,
             "out": str(command.out),
         }
-    found = fitting.run(
-        settings,
-        data=data,
-        model=command.model,
-        out=command.out,
-        device=command.device,
-        threads=command.threads,
-        allow_env_change=command.allow_env_change,
-        progress=_paced(progress, command.out),
-    )
-    return found | _pace(command.out)
+    with together.group_of() as group:
+        return fitting.run(
+            settings,
+            data=data,
+            model=command.model,
+            out=command.out,
+            device=command.device,
+            threads=command.threads,
+            allow_env_change=command.allow_env_change,
+            group=group,
+            progress=_paced(progress, command.out),
+        )
 
 
 def precompute_store(command: commands.PrecomputeCommand, progress: Progress, dry_run: bool = False) -> Result:
@@ -123,7 +124,7 @@ def train(command: commands.TrainCommand, progress: Progress, dry_run: bool = Fa
     if dry_run:
         return _planned_stages(settings, material, command.out)
     with together.group_of() as group:
-        found = distill.run(
+        return distill.run(
             settings,
             material,
             out=command.out,
@@ -134,7 +135,6 @@ def train(command: commands.TrainCommand, progress: Progress, dry_run: bool = Fa
             group=group,
             progress=_paced(progress, command.out),
         )
-    return found | _pace(command.out)
 
 
 def _paced(progress: Progress, out: Path) -> Progress:
@@ -145,10 +145,6 @@ def _paced(progress: Progress, out: Path) -> Progress:
         progress(what, done, total, remark if rate is None else f"{remark}, {rate} images/s")
 
     return told
-
-
-def _pace(out: Path) -> Result:
-    return {"images_per_second": rates.document(rates.logged(RunFolder(path=out).timing))}
 
 
 def _material(command: commands.TrainCommand, settings: config.TrainSettings) -> distill.Material:

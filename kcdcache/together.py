@@ -10,10 +10,14 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 
-from kcdcache.errors import SettingsError
+from kcdcache.errors import KcdcacheError, SettingsError, UnfinishedError
 
-PATIENCE = timedelta(hours=6)
+PATIENCE = timedelta(minutes=30)
+"""of processes for each other within an epoch and at its end, where one measures and writes"""
+LONG_PATIENCE = timedelta(hours=6)
 """one process condenses or asks the teacher again while the others wait"""
+ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
+"""what torch's errors say when another process is no longer there, or does not answer"""
 
 
 class Group:
@@ -22,8 +26,9 @@ class Group:
     All processes call the same methods in the same order.
     """
 
-    def __init__(self, rank: int = 0, world: int = 1) -> None:
-        self.rank, self.world = rank, world
+    def __init__(self, rank: int = 0, world: int = 1, waiting: dist.ProcessGroup | None = None) -> None:
+        """Be number `rank` of `world` processes; `waiting` is their group for waits that may take long."""
+        self.rank, self.world, self._waiting = rank, world, waiting
 
     @property
     def first(self) -> bool:
@@ -61,7 +66,8 @@ class Group:
 
     def wait(self) -> None:
         """Return when all processes are here."""
-        self.most(0)
+        if self.world > 1:
+            dist.all_reduce(torch.zeros(1), group=self._waiting)
 
 
 ALONE = Group()
@@ -73,6 +79,7 @@ def group_of(variables: Mapping[str, str] = os.environ) -> Iterator[Group]:
 
     Raises:
         SettingsError: the launcher's variables are no place in a group.
+        UnfinishedError: another process has ended, or does not answer.
     """
     world, rank = variables.get("WORLD_SIZE", "1"), variables.get("RANK", "0")
     if world == "1":
@@ -87,8 +94,23 @@ def group_of(variables: Mapping[str, str] = os.environ) -> Iterator[Group]:
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(variables.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group(backend, timeout=PATIENCE)
+    with _others_there(rank):
+        dist.init_process_group(backend, timeout=PATIENCE)
+        try:
+            yield Group(int(rank), int(world), dist.new_group(backend="gloo", timeout=LONG_PATIENCE))
+        finally:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _others_there(rank: str) -> Iterator[None]:
+    """Turn the loss of another process into an error that says what to do."""
     try:
-        yield Group(int(rank), int(world))
-    finally:
-        dist.destroy_process_group()
+        yield
+    except RuntimeError as error:
+        if isinstance(error, KcdcacheError) or not any(phrase in str(error) for phrase in ENDED):
+            raise
+        raise UnfinishedError(
+            f"process {rank} lost another one of this run, whose own message, if it had time for one, says why; the "
+            f"same command resumes ({str(error).splitlines()[0]})"
+        ) from error

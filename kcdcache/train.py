@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 
 from kcdcache import batches, learner, loop, methods, records, resident, sampling, store, values
 from kcdcache.config import TrainSettings
 from kcdcache.data import Dataset
+from kcdcache.knowledge import StoredTargets
 from kcdcache.manifest import Manifest
 from kcdcache.runs import RunFolder
 from kcdcache.terms.base import Pair
@@ -76,7 +77,7 @@ def run_stage(
     )
     with connected as source:
         stop = min(until, lessons.stop)
-        task = _task(settings, lessons, replace(source, stop=stop), pupil, choice, knowledge, clock)
+        task = _task(settings, lessons, replace(source, stop=stop), pupil, choice, clock)
         loop.run(pupil, task, settings, folder, stop, progress)
     if group.first:
         _write_results(settings, lessons, pupil, data, knowledge, folder)
@@ -104,10 +105,8 @@ def _task(
     source: batches.Source,
     pupil: learner.Learner,
     choice: methods.Choice,
-    knowledge: store.Store,
     clock: Sequence[float] | None,
 ) -> loop.Task:
-    read = _rows_read(lessons, source, knowledge, methods.needed_fields(choice, pupil.head))
     assert pupil.record is not None
     sampler = sampling.Sampler(
         manifest=source.manifest, settings=settings, seed=settings.seed, epochs=settings.epochs,
@@ -121,30 +120,20 @@ def _task(
             "view": source.view_of(epoch),
             "kept": len(lessons.manifest.index),
             "mixed": int(lessons.manifest.mixed.sum()),
-            **(read if _loads(epoch, lessons) else {"rows_read": 0, "bytes_read": 0}),
+            **_rows_read(epoch, lessons, source, pupil.group),
         },
         clock=clock,
     )
 
 
-def _rows_read(
-    lessons: Lessons, source: batches.Source, knowledge: store.Store, fields: Sequence[str]
-) -> dict[str, int]:
-    """Return the store rows, and the bytes of their chunks, that loading one view of the stage takes."""
-    if source.targets is None:
-        return {"rows_read": 0, "bytes_read": 0}
-    rows = batches.needed_rows(lessons.manifest, lessons.requeried is not None)
-    found = {"rows_read": len(rows), "bytes_read": knowledge.chunk_bytes(rows, fields)}
-    if lessons.requeried is not None:
-        mixes = np.arange(int(lessons.manifest.mixed.sum()))
-        found["rows_read"] += len(mixes)
-        found["bytes_read"] += store.open(lessons.requeried).chunk_bytes(mixes, fields)
-    return found
-
-
-def _loads(epoch: int, lessons: Lessons) -> bool:
-    """Return whether an epoch needs another view than the one before it in its stage."""
-    return epoch == lessons.start or lessons.views > 1
+def _rows_read(epoch: int, lessons: Lessons, source: batches.Source, group: Group) -> dict[str, Any]:
+    """Return the store rows, and the bytes of their chunk files, that an epoch's view took all processes, and each."""
+    held = [targets for targets in (source.targets, source.requeried) if isinstance(targets, StoredTargets)]
+    # with one view, only the stage's first epoch reads
+    costs = [targets.cost for targets in held] if epoch == lessons.start or lessons.views > 1 else []
+    rows, size = (group.joined(torch.tensor([sum(one[place] for one in costs)])).tolist() for place in (0, 1))
+    found = {"rows_read": sum(rows), "bytes_read": sum(size)}
+    return found if group.world == 1 else found | {"rows_read_by_each": rows, "bytes_read_by_each": size}
 
 
 def _write_results(

@@ -1,5 +1,6 @@
 """Writes that fail at any step, requests to stop, memory that runs out, workers that die, clocks that jump."""
 
+import json
 import os
 import random
 import re
@@ -207,6 +208,10 @@ def test_a_command_asked_to_stop_ends_cleanly_and_resumes(here, long_wholes, tmp
     assert not leftovers(tmp_path)
     succeeds(here.start, command, log)
     assert same_work(long_wholes(name), tmp_path / "it")
+    if name == "fit":  # what was done of an epoch is timed as that, not as all of it
+        rows, timed = ([json.loads(line) for line in (tmp_path / f"it/{file}.jsonl").read_text().splitlines()]
+                       for file in ("metrics", "timing"))  # fmt: skip
+        assert sum(row["samples"] for row in timed) == rows[-1]["samples_so_far"]
 
 
 @pytest.mark.parametrize("name", ["precompute", "run"])

@@ -197,6 +197,10 @@ def test_costs_are_those_of_store_and_runs(place, made):
     ]
     assert found[ROWS["kd"]]["live_forwards"] == statistics.fmean(samples) == 6 * 120
     assert found[ROWS["base"]]["live_forwards"] is None  # nobody taught it
+    for column, entry in (("images_per_second", "mean"), ("images_per_second_std", "std")):
+        numbers = [summary(place, f"kcd-seed{seed}")["images_per_second"][entry] for seed in range(3)]
+        known = [number for number in numbers if number is not None]
+        assert found[ROWS["kcd"]][column] == (pytest.approx(statistics.fmean(known)) if known else None)
 
 
 def test_provenance_names_settings_commit_versions_and_digests(place, made):

@@ -1,0 +1,110 @@
+"""The examples for clusters: shell scripts that run, and readers of values and condensed sets that agree."""
+
+import os
+import runpy
+import subprocess
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from killing import environment
+from pupils import PYTHON, SPEC, distilled, same_files, school
+
+from kcdcache import manifest, store
+from kcdcache.runs import read_summary
+
+EXAMPLES = Path(__file__).parent.parent / "pipelines" / "examples"
+SCRIPTS = sorted(path for path in EXAMPLES.iterdir() if path.suffix in (".sh", ".sbatch"))
+SMALL = {"DATA": SPEC, "EPOCHS": "2", "STAGES": "1", "VIEWS": "2", "PROCESSES": "2", "BATCH": "32"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    made = school(tmp_path_factory.mktemp("examples"))
+    distilled(made, made.root / "run")
+    return made
+
+
+def script(name, **variables):
+    """Run a script with the virtual environment's commands at hand."""
+    path = os.pathsep.join([str(Path(PYTHON).parent), os.environ["PATH"]])
+    words = ["bash", str(EXAMPLES / name)]
+    ended = subprocess.run(
+        words, capture_output=True, text=True, check=False, env=environment(PATH=path, **SMALL, **variables)
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_is_sound_bash_and_its_options_are_known(path):
+    assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
+    assert path.read_text().count("set -euo pipefail") == 1
+
+
+def kept(run):
+    """Stage, samples kept as they are, enriched ones: as our own reader has them."""
+    sets = [manifest.read(run / f"stages/{stage}/manifest.parquet") for stage in range(4)]
+    return [(stage, int((~one.mixed).sum()), int(one.mixed.sum())) for stage, one in enumerate(sets)]
+
+
+@pytest.mark.parametrize("library", ["duckdb", "polars"])
+def test_readers_of_plain_parquet_see_what_kcdcache_does(place, library):
+    pytest.importorskip(library)
+    run, read = place.root / "run", runpy.run_path(str(EXAMPLES / f"read_with_{library}.py"))
+    rows = {name: [*map(tuple, _rows(read[name](run)))] for name in ("stages", "classes", "hardest")}
+    assert [row[:3] for row in rows["stages"]] == kept(run)
+    table = pq.read_table(run / "values.parquet").to_pylist()
+    last = set(manifest.read(run / "stages/3/manifest.parquet").index.tolist())
+    for label, share in rows["classes"]:
+        own = [row["index"] for row in table if row["label"] == label]
+        assert share == pytest.approx(sum(index in last for index in own) / len(own))
+    best = sorted((row for row in table if row["visits"]), key=lambda row: (-row["value"], row["index"]))[:10]
+    assert [row[0] for row in rows["hardest"]] == [row["index"] for row in best]
+
+
+def _rows(table):
+    return table.fetchall() if hasattr(table, "fetchall") else table.rows()
+
+
+def test_an_array_of_jobs_fills_the_store_of_one(place, tmp_path):
+    for task in (2, 1):
+        place_in_array = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "1"}
+        script("precompute_array.sbatch", TEACHER=str(place.teacher), STORE=str(tmp_path / "two"), **place_in_array)
+    script("precompute_array.sbatch", TEACHER=str(place.teacher), STORE=str(tmp_path / "one"))
+    assert same_files(tmp_path / "one", tmp_path / "two")
+    assert store.open(tmp_path / "two").views == 2
+
+
+@pytest.mark.slow
+def test_one_node_goes_from_data_to_a_student(tmp_path):
+    for _ in range(2):  # the second time all is there
+        script("torchrun_one_node.sh", OUT=str(tmp_path), STUDENT="resnet8", TEACHER="resnet8")
+    assert read_summary(tmp_path / "student")["finished"]
+
+
+SRUN = """#!/usr/bin/env bash
+# two nodes on this machine: every srun starts its command once for each
+shift
+for node in 1 2; do "$@" & done
+wait -n && wait -n
+"""
+
+
+@pytest.mark.slow
+def test_two_nodes_train_one_student(place, tmp_path):
+    """With SLURM's own commands played by small scripts, the nodes being two torchruns on this machine."""
+    (tmp_path / "bin").mkdir()
+    for name, text in {"srun": SRUN, "scontrol": "#!/usr/bin/env bash\necho localhost\n"}.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    path = os.pathsep.join([str(tmp_path / "bin"), str(Path(PYTHON).parent), os.environ["PATH"]])
+    job = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "PORT": "29577",
+           "STORE": str(place.knowledge.path), "OUT": str(tmp_path / "run"), "STUDENT": "resnet8"}  # fmt: skip
+    ended = subprocess.run(
+        ["bash", str(EXAMPLES / "torchrun_slurm.sbatch")], capture_output=True, text=True, check=False,
+        env=environment(**SMALL, **job) | {"PATH": path},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert read_summary(tmp_path / "run")["finished"]
+    assert '"processes": 4' in (tmp_path / "run" / "run.json").read_text()
