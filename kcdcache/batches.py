@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from kcdcache import fields as teacher_fields
-from kcdcache import prefetch, sampling, shares, views
+from kcdcache import mixes, prefetch, sampling, shares, views
 from kcdcache.data import Dataset
+from kcdcache.earlier import NOTHING, Earlier
 from kcdcache.errors import MismatchError
-from kcdcache.identity import require_same
 from kcdcache.knowledge import PlannedRows, StoredTargets, Targets
 from kcdcache.manifest import Manifest, require_knowledge
 from kcdcache.matching import check_data
@@ -56,6 +56,8 @@ class Source:
     requeried: Targets | None = None
     """teacher outputs of mixed points (mix_target = requery)"""
     mixing: Mixing = DEFAULT_MIXING
+    earlier: Earlier = NOTHING
+    """what stages before mixed into samples, where it stays (mix_base = cumulative)"""
     stop: int | None = None
     """first epoch that will not use this source, for which nothing is fetched ahead; None if that is not known"""
 
@@ -127,12 +129,14 @@ def connect(
     memory_bytes: float = MEMORY_BYTES,
     folder: Path | None = None,
     cached_views: int | None = None,
+    earlier: Earlier = NOTHING,
 ) -> Iterator[Source]:
     """Yield what batches are made from: a manifest's images and views with the teacher's fields for them.
 
     Only the rows the manifest needs are read, one view at a time. `requeried` is a store of the teacher's outputs on
     the manifest's mixes. Above `memory_bytes` the rows lie in unlinked memory-mapped files in `folder` (the system's
-    temporary folder unless given). `cached_views` uses only the first so many views.
+    temporary folder unless given). `cached_views` uses only the first so many views. `earlier` are the mixes of stages
+    before, where samples keep them.
 
     Raises:
         MismatchError: data, manifest and store were not made for each other, or a field is missing.
@@ -143,19 +147,18 @@ def connect(
     require_knowledge(manifest, knowledge.knowledge_id)
     rule = views.rule_of(knowledge.knowledge.views)
     held_views = knowledge.views if cached_views is None else min(cached_views, knowledge.views)
-    plain = Source(data=data, rule=rule, views=held_views, manifest=manifest, mixing=mixing)
+    plain = Source(data=data, rule=rule, views=held_views, manifest=manifest, mixing=mixing, earlier=earlier)
     if not fields:
         yield plain
         return
     place = Path(tempfile.gettempdir()) if folder is None else folder
-    rows = needed_rows(manifest, requeried is not None)
+    rows = np.union1d(needed_rows(manifest, requeried is not None), earlier.partners(manifest.index))
     with ExitStack() as held:
         targets = held.enter_context(StoredTargets(knowledge, rows, fields, memory_bytes=memory_bytes, folder=place))
         again = None
         if requeried is not None:
-            _require_mixes(requeried, manifest, mixing)
-            stored = _requeried(requeried, manifest, fields, memory_bytes, place)
-            again = held.enter_context(stored)
+            room = {"memory_bytes": memory_bytes, "folder": place}
+            again = held.enter_context(mixes.targets(requeried, manifest, mixing.mix, fields, **room))
         yield replace(plain, targets=targets, requeried=again)
 
 
@@ -234,7 +237,7 @@ def make_batch(
     labels = source.data.train.labels
     epsilon = torch.from_numpy(plan.epsilon[part]).to(device)
     seen = shown or (_view(source, *one, device) for one in _asked(plan, part))
-    pixels = next(seen)
+    pixels = _as_before(source, plan.view, index, next(seen))
     if len(where):
         other = next(seen)
         spot = torch.from_numpy(where).to(device)
@@ -281,32 +284,6 @@ def needed_rows(manifest: Manifest, requeried: bool = False) -> Int64[np.ndarray
     return np.flatnonzero(needed)
 
 
-def _require_mixes(mixes: Store, manifest: Manifest, mixing: Mixing) -> None:
-    """Do nothing if a store holds the teacher's outputs on this manifest's mixes."""
-    held = {key: (mixes.knowledge.mixes or {}).get(key) for key in ("manifest", "mix")}
-    asked = {"manifest": manifest.digest, "mix": mixing.mix}
-    names = (f"the mixes of the store at {mixes.path}", "those asked for")
-    require_same(held, asked, names, "make them with `kcdcache precompute --manifest` for this manifest and mix")
-
-
-def _requeried(
-    mixes: Store, manifest: Manifest, fields: Sequence[str], memory_bytes: float, folder: Path
-) -> StoredTargets:
-    """Return the targets of the mixed points: row j of their store is the j-th K_Aug point by index."""
-    numbers = (mixes.knowledge.mixes or {})["views"]
-    index = manifest.index[manifest.mixed]
-    return StoredTargets(
-        mixes,
-        index,
-        fields,
-        memory_bytes=memory_bytes,
-        folder=folder,
-        rows=np.arange(len(index)),
-        slots={view: slot for slot, view in enumerate(numbers)},
-        count=manifest.count,
-    )
-
-
 class KnowledgePoints(TorchDataset[dict[str, Any]]):
     """A map-style data set of a manifest's points for one epoch, for use with torch's DataLoader.
 
@@ -332,10 +309,7 @@ class KnowledgePoints(TorchDataset[dict[str, Any]]):
     def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
         """Return several items with one gather; torch's DataLoader calls this when it exists."""
         plan, chosen = self._plan, np.asarray(numbers)
-        picked = Epoch(
-            view=plan.view,
-            **{name: value[chosen] for name, value in vars(plan).items() if name != "view"},
-        )
+        picked = Epoch(view=plan.view, **{key: value[chosen] for key, value in vars(plan).items() if key != "view"})
         batch = make_batch(self._source, picked, slice(None), CPU)
         return [_item(batch, row) for row in range(len(numbers))]
 
@@ -374,6 +348,9 @@ def _taught(
         return None, {}
     temperature = source.mixing.temperature
     probabilities = (own["logits"] / temperature).softmax(1) if "logits" in own else None
+    for before in source.earlier.rounds(index):
+        share = torch.from_numpy(before.epsilon).to(device)
+        probabilities, own = _mixed_in(source, own, probabilities, before.partner, before.where, share, device)
     if not len(where):
         return probabilities, own
     spot = torch.from_numpy(where).to(device)
@@ -382,15 +359,39 @@ def _taught(
         if probabilities is not None:
             probabilities[spot] = (seen["logits"] / temperature).softmax(1)
         return probabilities, {name: _put(own[name], spot, seen[name]) for name in own}
-    other = source.targets.gather(partner[where], temperature, device)
-    share = epsilon[spot]
+    return _mixed_in(source, own, probabilities, partner[where], where, epsilon[spot], device)
+
+
+def _mixed_in(
+    source: Source,
+    own: dict[str, Tensor],
+    probabilities: Tensor | None,
+    partner: np.ndarray,
+    where: np.ndarray,
+    share: Tensor,
+    device: torch.device,
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Mix the outputs on partners into those of some points of a batch, which may be mixes already."""
+    assert source.targets is not None
+    rule, temperature = source.mixing.target, source.mixing.temperature
+    spot = torch.from_numpy(where).to(device)
+    other = source.targets.gather(partner, temperature, device)
     if probabilities is not None:
-        rule = source.mixing.target
-        probabilities[spot] = mix_probabilities(own["logits"][spot], other["logits"], share, rule, temperature)
-    if source.mixing.target == "keep":
+        so_far = probabilities[spot] if source.earlier else None
+        probabilities[spot] = mix_probabilities(own["logits"][spot], other["logits"], share, rule, temperature, so_far)
+    if rule == "keep":
         return probabilities, own
     mixed = {name: teacher_fields.mix(name, own[name][spot], other[name], share) for name in own}
     return probabilities, {name: _put(own[name], spot, mixed[name]) for name in own}
+
+
+def _as_before(source: Source, view: int, index: np.ndarray, pixels: Tensor) -> Tensor:
+    """Return a batch's images with all that stages before mixed into them, in the given view."""
+    for before in source.earlier.rounds(index):
+        other = _view(source, before.partner, views.parameters(source.rule, before.partner, view), pixels.device)
+        spot, share = (torch.from_numpy(array).to(pixels.device) for array in (before.where, before.epsilon))
+        pixels[spot] = mix_pixels(pixels[spot], other, share, source.mixing.mix)
+    return pixels
 
 
 def _put(target: Tensor, spot: Tensor, value: Tensor) -> Tensor:

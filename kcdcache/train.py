@@ -10,6 +10,7 @@ import torch
 from kcdcache import batches, learner, loop, methods, records, resident, sampling, store, values
 from kcdcache.config import TrainSettings
 from kcdcache.data import Dataset
+from kcdcache.earlier import NOTHING, Earlier
 from kcdcache.knowledge import StoredTargets
 from kcdcache.manifest import Manifest
 from kcdcache.runs import RunFolder
@@ -34,6 +35,8 @@ class Lessons:
     manifest: Manifest
     requeried: Path | None = None
     """store of the teacher's outputs on this manifest's mixes, if it was asked for them"""
+    earlier: Earlier = NOTHING
+    """mixes of earlier stages that samples keep"""
 
 
 def run_stage(
@@ -74,6 +77,7 @@ def run_stage(
         memory_bytes=settings.memory_gb * GIB,
         folder=folder.scratch,
         cached_views=lessons.views,
+        earlier=lessons.earlier,
     )
     with connected as source:
         stop = min(until, lessons.stop)
