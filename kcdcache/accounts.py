@@ -151,8 +151,8 @@ def cost(findings: Findings) -> Table:
     note = (
         "Per run, means over its seeds. A store pays the teacher once (samples x views); students then read it. Kept "
         "samples and their partners are both read, so that condensation saves student steps sooner than reading. "
-        "'images/s' is the mean over epochs, evaluation included, with their standard deviation; a stage's first epoch, "
-        "which waits for what is later fetched ahead, is left out."
+        "'images/s' is the mean over epochs, evaluation included, with their standard deviation; the first epoch of a "
+        "stage, which waits for what is later fetched ahead, is left out."
     )
     return Table(key="cost", title="Cost of each row", note=note, columns=columns, rows=rows)
 

@@ -97,7 +97,8 @@ def group_of(variables: Mapping[str, str] = os.environ) -> Iterator[Group]:
     with _others_there(rank):
         dist.init_process_group(backend, timeout=PATIENCE)
         try:
-            yield Group(int(rank), int(world), dist.new_group(backend="gloo", timeout=LONG_PATIENCE))
+            waiting = dist.new_group(backend="gloo", timeout=LONG_PATIENCE)
+            yield Group(int(rank), int(world), waiting if isinstance(waiting, dist.ProcessGroup) else None)
         finally:
             dist.destroy_process_group()
 
