@@ -16,7 +16,7 @@ PATIENCE = timedelta(minutes=30)
 """of processes for each other within an epoch and at its end, where one measures and writes"""
 LONG_PATIENCE = timedelta(hours=6)
 """one process condenses or asks the teacher again while the others wait"""
-ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
+ENDED = ("closed by peer", "reset by peer", "was likely closed", "Broken pipe", "Timed out waiting", "NCCL")
 """what torch's errors say when another process is no longer there, or does not answer"""
 
 
