@@ -160,7 +160,8 @@ class Learner:
         These are the sums so far, since adding them up in another order would round differently, and the generators.
         """
         own = {f"sum.{name}": value.view(1) for name, value in self.sums.items()} | self._generators()
-        return {name: self.group.joined(row).view(-1, len(row)) for name, row in own.items()}
+        # a file's tensors come in another order in each process
+        return {name: self.group.joined(own[name]).view(-1, len(own[name])) for name in sorted(own)}
 
     def state(self) -> dict[str, Any]:
         """Return the rest of what a resumed run needs, as JSON values."""

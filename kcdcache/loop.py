@@ -342,7 +342,8 @@ def _finish_epoch(learner: Learner, task: Task, settings: OptimizerSettings, tot
     _require_finite(learner, task, totals)
     if learner.record is not None:
         learner.record.settle(learner.group)
-    means = {name: float(learner.group.total(value)) / count for name, value in learner.sums.items()}
+    # a resumed process has them in the order in which it read them, which is not that of the others
+    means = {name: float(learner.group.total(learner.sums[name])) / count for name in sorted(learner.sums)}
     due = learner.epoch + 1 == settings.epochs or (learner.epoch + 1) % settings.evaluate_every == 0
     # batch statistics are each process's own, and those of the first are kept
     measured = task.evaluate() if due and learner.group.first else {}

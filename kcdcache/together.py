@@ -16,7 +16,7 @@ PATIENCE = timedelta(minutes=30)
 """of processes for each other within an epoch and at its end, where one measures and writes"""
 LONG_PATIENCE = timedelta(hours=6)
 """one process condenses or asks the teacher again while the others wait"""
-ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
+ENDED = ("closed by peer", "reset by peer", "was likely closed", "Broken pipe", "Timed out waiting", "NCCL")
 """what torch's errors say when another process is no longer there, or does not answer"""
 
 
@@ -97,7 +97,8 @@ def group_of(variables: Mapping[str, str] = os.environ) -> Iterator[Group]:
     with _others_there(rank):
         dist.init_process_group(backend, timeout=PATIENCE)
         try:
-            yield Group(int(rank), int(world), dist.new_group(backend="gloo", timeout=LONG_PATIENCE))
+            waiting = dist.new_group(backend="gloo", timeout=LONG_PATIENCE)
+            yield Group(int(rank), int(world), waiting if isinstance(waiting, dist.ProcessGroup) else None)
         finally:
             dist.destroy_process_group()
 

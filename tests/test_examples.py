@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from killing import environment
-from pupils import PYTHON, SPEC, distilled, same_files, school
+from pupils import PYTHON, SPEC, command, distilled, same_files, school
 
 from kcdcache import manifest, store
 from kcdcache.runs import read_summary
@@ -25,13 +25,11 @@ def place(tmp_path_factory):
     return made
 
 
-def script(name, **variables):
+def script(name, *more, **variables):
     """Run a script with the virtual environment's commands at hand."""
     path = os.pathsep.join([str(Path(PYTHON).parent), os.environ["PATH"]])
-    words = ["bash", str(EXAMPLES / name)]
-    ended = subprocess.run(
-        words, capture_output=True, text=True, check=False, env=environment(PATH=path, **SMALL, **variables)
-    )
+    words, given = ["bash", str(EXAMPLES / name), *more], environment(**SMALL) | {"PATH": path} | variables
+    ended = subprocess.run(words, capture_output=True, text=True, check=False, env=given)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended
 
@@ -68,10 +66,11 @@ def _rows(table):
 
 
 def test_an_array_of_jobs_fills_the_store_of_one(place, tmp_path):
-    for task in (2, 1):
-        place_in_array = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "1"}
-        script("precompute_array.sbatch", TEACHER=str(place.teacher), STORE=str(tmp_path / "two"), **place_in_array)
-    script("precompute_array.sbatch", TEACHER=str(place.teacher), STORE=str(tmp_path / "one"))
+    for task in ("2", "1"):
+        places = {"TEACHER": str(place.teacher), "STORE": str(tmp_path / "two")}
+        array = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "1"}
+        script("precompute_array.sbatch", "--min-accuracy", "0", **places, **array)
+    command(place, "precompute", store=tmp_path / "one", views=2, min_accuracy=0, device="cpu", threads=1)
     assert same_files(tmp_path / "one", tmp_path / "two")
     assert store.open(tmp_path / "two").views == 2
 
@@ -79,7 +78,9 @@ def test_an_array_of_jobs_fills_the_store_of_one(place, tmp_path):
 @pytest.mark.slow
 def test_one_node_goes_from_data_to_a_student(tmp_path):
     for _ in range(2):  # the second time all is there
-        script("torchrun_one_node.sh", OUT=str(tmp_path), STUDENT="resnet8", TEACHER="resnet8")
+        script(
+            "torchrun_one_node.sh", OUT=str(tmp_path), TEACHER="resnet8", DATA="digits?train=600&test=60", EPOCHS="4"
+        )
     assert read_summary(tmp_path / "student")["finished"]
 
 

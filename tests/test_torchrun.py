@@ -14,7 +14,7 @@ from pupils import SPEC, digits, lines, loaded, precomputed, same_files, saved_t
 from ranks import PATH, launched, ran, stopped
 
 TINY = "lessons:TinyNet"
-LONG = {"epochs": 60, "batch_size": 33, "threads": 1, "checkpoint_seconds": 0}
+LONG = {"epochs": 24, "batch_size": 33, "threads": 1, "checkpoint_seconds": 0}
 SIGNALS = (signal.SIGTERM, signal.SIGKILL)
 
 

@@ -26,7 +26,8 @@ def stages(run):
 def classes(run):
     """Label, share of its samples in the last set: what condensation finds easy has little left."""
     return duckdb.sql(f"""
-        with sets as ({SETS.format(run=run)}), last as (select index from sets where stage = (select max(stage) from sets))
+        with sets as ({SETS.format(run=run)}),
+        last as (select index from sets where stage = (select max(stage) from sets))
         select label, avg((index in (from last))::int) as kept
         from '{run}/values.parquet' group by label order by label
     """)
