@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kcdcache import exported, identity, ledger, manifest, tables, values
+from kcdcache import exported, identity, ledger, manifest, partitioned, tables, values
 from kcdcache.errors import MismatchError, NotFoundError, UnfinishedError
 from kcdcache.files import MOST_FILE_BYTES, MOST_JSON_BYTES, digest_of, read_bytes, read_object, sha256_file
 
@@ -80,9 +80,11 @@ def _runs_in(path: Path) -> list[str]:
 
 
 def _parquet_keys(path: Path) -> set[str]:
+    if partitioned.is_folder(path):
+        return partitioned.metadata_keys(path) | {"parquet"}
     if path.suffix != ".parquet" or not path.is_file():
         return set()
-    return tables.metadata_keys(path) | {"parquet"}
+    return partitioned.metadata_keys(path) | {"parquet"}
 
 
 KINDS: Mapping[str, Callable[[Path], bool]] = {
@@ -192,7 +194,7 @@ def _values(path: Path) -> dict[str, Any]:
 
 def _count(path: Path) -> int:
     """Return the samples a values file speaks of: another tool's may leave some out, so its highest index decides."""
-    foreign = values.METADATA_KEY not in tables.metadata_keys(path)
+    foreign = values.METADATA_KEY not in partitioned.metadata_keys(path)
     table = tables.read(path, columns=values.COLUMNS if foreign else None)
     rows: int = table.num_rows
     if not foreign or table.column_names.count("index") != 1:
