@@ -105,15 +105,17 @@ def plan(
         SettingsError, NonFiniteError: as for `condense.plan`; or there are too many samples to be ranked.
     """
     if count >= ranking.MOST_POSITIONS:
-        raise SettingsError(f"{count} samples cannot be ranked, at most {ranking.MOST_POSITIONS - 1} can; select "
-                            "without ranks (kcdcache.selection)")  # fmt: skip
+        raise SettingsError(
+            f"{count} samples cannot be ranked, at most {ranking.MOST_POSITIONS - 1} can; select without ranks "
+            "(kcdcache.selection)"
+        )
     if settings.stratify and not source.labelled:
         raise SettingsError("stratify needs the label of every sample; give a values file with a 'label' column")
     log, classes = _recorded(source, settings, stage, previous, excluded, within, bounds)
     candidates = int(within.team.total(np.array([log.rows]))[0])
     size = condense.size_of(keep, count, candidates, count - len(excluded))
     ranked, places = _ranked(log, settings, candidates, classes, size, within)
-    used = len(condense.K0[settings.k0](candidates - size, (previous.rows if previous else count) - size))
+    used = condense.K0[settings.k0](candidates - size, (previous.rows if previous else count) - size)
     if within.team.first:
         condense.tell(size, used, settings)
     pairs = min(size, used) if settings.augment_kept else 0

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from test_condense import OPTIONS, slow_condense
+from test_condense import OPTIONS, parent_of, slow_condense, slow_order
 from test_condense import cases as slow_cases
 
 from kcdcache import boxes, condense, config, manifest, partitioned, rules, spread, streamed, values
@@ -30,12 +30,6 @@ def shared(found, labels, option, each, unit, spill, *, count, stage, keep, prev
     )  # fmt: skip
 
 
-def rows_of(plan, source):
-    """All rows of a plan as a manifest's columns."""
-    blocks = [plan.columns(block) for block in source.blocks()]
-    return {name: np.concatenate([block[name] for block in blocks]) for name in manifest.ARRAYS}
-
-
 def by_share(plan, source, bounds):
     blocks = [
         plan.columns(block)
@@ -46,27 +40,19 @@ def by_share(plan, source, bounds):
 
 
 @given(slow_cases(), st.fixed_dictionaries(OPTIONS), st.integers(1, 9), st.integers(1, 50), st.booleans())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_number_of_shares_gives_the_rows_of_the_slow_reference(
     tmp_path_factory, block_rows, case, options, each, unit, spilled
 ):
     option = config.CondenseSettings(**options)
-    count, members = case["count"], case["members"]
-    left = set(members if option.candidates == "current" and members is not None else range(count))
-    if case["size"] > len(left - set(case["excluded"])) or not left:
-        return
-    before = None
-    if members is not None:
-        plain = manifest.plain(np.array(members))
-        before = manifest.Manifest(
-            **plain, rank=np.arange(len(members)), value=np.zeros(len(members), np.float32),
-            visits=np.zeros(len(members), np.int32), knowledge_id="k", count=count, stage=1, keep=1.0,
-        )  # fmt: skip
+    count, competing = case["count"], len(slow_order(case, option))
+    assume(competing > 0)
+    case["size"] = min(case["size"], competing)
     found = values.Values(np.array(case["visits"], np.int32), np.array(case["value"], np.float32))
     spill = boxes.Spill(tmp_path_factory.mktemp("spill")) if spilled else None
     plan = shared(
         found, np.array(case["labels"]), option, each, unit, spill, count=count, stage=2, keep=case["size"] / count,
-        previous=before, excluded=case["excluded"],
+        previous=parent_of(case), excluded=case["excluded"],
     )  # fmt: skip
     rows = by_share(plan, values.Held(found), spread.bounds_of(count, unit, each))
     expected, dropped = slow_condense(case, option)
