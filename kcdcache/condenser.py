@@ -187,7 +187,7 @@ def _shared_plan(
 ) -> spread.Shared:
     count, previous, stage = knowledge.data.count, None, None
     if command.previous is not None:
-        start, stop = bounds[within.own.start], bounds[within.own.stop]
+        start, stop = bounds[[within.own.start, within.own.stop]].tolist()
         document, index = manifest.read_part(command.previous, count, start, stop, checked=within.team.first)
         manifest.require_document(document, knowledge.knowledge_id)
         previous, stage = spread.Before(document["digest"], document["rows"], index), document["stage"]

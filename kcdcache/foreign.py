@@ -44,9 +44,12 @@ def whole(path: Path, most_rows: int) -> pa.Table:
         NotFoundError, CorruptionError, MismatchError, UnsafeError: one cannot be read, or all have too many rows.
     """
     found: list[pa.Table] = []
+    rows = 0
     for file in files_of(path):
-        with tables.opened(file, most_rows - sum(map(len, found))) as reader:
+        with tables.opened(file, most_rows) as reader:
             partitioned.require_no_part(reader.schema, file)
+            if (rows := rows + reader.rows) > most_rows:
+                raise MismatchError(f"{path} holds {rows} rows or more, expected at most {most_rows} (one per sample)")
             found.append(reader.whole(COLUMNS).replace_schema_metadata())
     return pa.concat_tables(found, promote_options="permissive")
 

@@ -212,7 +212,7 @@ class Joined:
                 f"{path} is not what was written: its SHA-256 is {found}, {SEAL} tells {part.sha256}; make the set "
                 "again, or copy it again"
             )
-        with tables.opened(path, part.rows) as reader:
+        with tables.opened(path, span.stop - span.first) as reader:
             if reader.rows != part.rows:
                 raise CorruptionError(f"{path} has {reader.rows} rows, {SEAL} tells {part.rows}; make the set again")
             yield reader

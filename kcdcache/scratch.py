@@ -25,7 +25,7 @@ def beside(path: Path, team: Team = ALONE) -> Iterator[Path]:
     """
     if team.first:
         remove_orphans(path)
-    name = team.told(f"{path.name}{TEMPORARY_MARK}{os.getpid()}-0".encode()).decode()
+    name = team.told(f"{path.name}{TEMPORARY_MARK}{os.getpid()}-set".encode()).decode()
     folder = path.with_name(name)
     if not team.first:
         team.wait()

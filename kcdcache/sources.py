@@ -153,9 +153,8 @@ def _stream(path: Path, count: int) -> Iterator[tuple[Stream, tables.Table]]:
 
 def _look(source: Stream, reader: tables.Table, path: Path, team: Team) -> None:
     """Let a source know its fingerprint, and hold it against its digest unless that comes with every part."""
-    if isinstance(reader, partitioned.Joined):
+    if source.known:
         source.require_rows(reader.rows)
-        source.known = str(reader.seal.fingerprint)
     elif team.world == 1:
         for _ in source.blocks():
             pass

@@ -212,8 +212,7 @@ def read(path: Path | str, count: int) -> ValuesFile:
     Raises:
         NotFoundError: there is no such file.
         CorruptionError: the file is damaged or was changed after it was written.
-        MismatchError: it is for another number of samples, or a row is unusable (names the first such row), or it is
-            not the one that its run wrote there (prints both digests).
+        MismatchError: it is for another number of samples, a row is unusable (named), or its run wrote another one.
         NonFiniteError: a visited sample's value is NaN or infinite; names the row.
     """
     path = Path(path)
@@ -233,7 +232,7 @@ class Stream:
             MismatchError: it is of a newer format.
         """
         self._reader, self._path, self._count = reader, path, count
-        self.known = ""  # set from elsewhere where a process goes through a part only
+        self.known = (isinstance(reader, partitioned.Joined) and reader.seal.fingerprint) or ""  # or set from elsewhere
         self.document = tables.document(reader.schema, METADATA_KEY, path) or {}
         if (version := self.document.get("format_version")) != FORMAT_VERSION:
             raise MismatchError(f"{path} has format {version}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache")
@@ -290,7 +289,12 @@ class Stream:
                 f"{self._path} was changed after it was written: its content does not match its digest"
             )
         self.require_rows(columns["visits"][1])
-        self.known = tables.combined(b"", {name: columns[name] for name in ("visits", "value")})
+        found = tables.combined(b"", {name: columns[name] for name in ("visits", "value")})
+        if self.known not in ("", found):
+            raise CorruptionError(
+                f"{self._path}: its values have the fingerprint {found}, its record tells {self.known}"
+            )
+        self.known = found
 
     def require_rows(self, rows: int) -> None:
         """Do nothing if that is the number of samples.
@@ -353,11 +357,11 @@ def _record_ema(visits: Any, mean: Any, value: Any, decay: float) -> Any:
 
 
 RECORDS = {"mean": _record_mean, "last": _record_last, "ema": _record_ema}
-"""What a value is: the running mean of all observations, the latest one, or a moving average."""
+"""What a value is: the mean of all observations, the latest one, or a moving average."""
 
 
 def _weights(visits: Int32[np.ndarray, " n"], exponent: float) -> Float64[np.ndarray, " n"]:
-    """Return visits^exponent, and 1 for none: looked up, because powers take several times longer than all the rest."""
+    """Return visits^exponent, and 1 for none: looked up, because powers take longer than all the rest."""
     highest = int(visits.max(initial=1))
     if highest > len(visits) + _LOOKED_UP:
         return np.maximum(visits, 1).astype(np.float64) ** exponent
@@ -366,7 +370,7 @@ def _weights(visits: Int32[np.ndarray, " n"], exponent: float) -> Float64[np.nda
 
 
 def _require_finite(
-    value: Float32[np.ndarray, " n"], found: Float32[np.ndarray, " n"], seen: Shaped[np.ndarray, " n"], first: int = 0
+    value: Shaped[Any, " n"], found: Shaped[Any, " n"], seen: Shaped[Any, " n"], first: int = 0
 ) -> None:
     bad = seen & ~np.isfinite(found)
     if bad.any():

@@ -40,7 +40,9 @@ def prepared(root):
     values.write(root / "values.parquet", some_values(), labels(), document)
     values.write(root / "values.parts", some_values(), labels(), document, partition_rows=32)
     theirs(root / "theirs", some_values(), labels(), [50, 53, 0, 47])
-    before = manifest.full(knowledge().knowledge_id, COUNT, labels(), 2, data_digest="dd", excluded=np.arange(0, 150, 5))
+    before = manifest.full(
+        knowledge().knowledge_id, COUNT, labels(), 2, data_digest="dd", excluded=np.arange(0, 150, 5)
+    )
     manifest.write(root / "before.parquet", before)
     manifest.write(root / "before.parts", before, partition_rows=40)
     return root
@@ -94,7 +96,7 @@ def cases(number, seed=7):
             "keep": pick([0.01, 0.3, 0.55, 0.79]),
             "eps_max": pick([0.0, 0.3]),
             "condense_seed": pick([0, 2**63]),
-            "partition_rows": pick([1, 7, 40, 1000]),
+            "partition_rows": pick([13, 40, 1000]),
             "memory_gb": pick([8, 1e-6, 3e-7]),
         }
         for _ in range(number)

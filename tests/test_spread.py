@@ -1,5 +1,7 @@
 """Sets planned in shares, with boxes in memory and in files, are those planned in memory: every row, every option."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -7,8 +9,7 @@ from hypothesis import strategies as st
 from test_condense import OPTIONS, parent_of, slow_condense, slow_order
 from test_condense import cases as slow_cases
 
-from kcdcache import boxes, condense, config, manifest, partitioned, rules, spread, streamed, values
-from kcdcache.errors import NonFiniteError, SettingsError
+from kcdcache import boxes, config, manifest, spread, values
 from kcdcache.team import ALONE
 
 FACTS = {"knowledge_id": "k", "data_digest": "d", "classes": 5}
@@ -31,11 +32,7 @@ def shared(found, labels, option, each, unit, spill, *, count, stage, keep, prev
 
 
 def by_share(plan, source, bounds):
-    blocks = [
-        plan.columns(block)
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
-        for block in source.blocks(int(start), int(stop))
-    ]
+    blocks = [plan.columns(block) for start, stop in pairwise(bounds.tolist()) for block in source.blocks(start, stop)]
     return {name: np.concatenate([block[name] for block in blocks]) for name in manifest.ARRAYS}
 
 
