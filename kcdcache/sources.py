@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ class Files:
         begins.sort()
         self._paths = [path for _, path in begins]
         self._begins = [first for first, _ in begins]
+        if twice := [first for first, after in pairwise(self._begins) if first == after]:
+            raise MismatchError(f"two of the files begin with index {twice[0]}: {self._paths[0].parent}; sort the rows")
         self.labelled = rows == count and all("label" in some for some in names)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
@@ -123,7 +126,11 @@ class Files:
                             f"{path}, rows from {first}: expected indices above {last} in ascending order, file after "
                             "file; sort the rows, or condense in one process and in memory (--memory-gb)"
                         )
-                    last, first = int(index[-1]), first + len(index)
+                    if (last := int(index[-1])) >= after:
+                        raise MismatchError(
+                            f"{path} has index {last}, but another file begins with {after}; sort the rows"
+                        )
+                    first += len(index)
                     labels = foreign.labels_of(table, path) if self.labelled else None
                     yield index, Values(visits, value), labels
 

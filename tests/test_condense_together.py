@@ -11,7 +11,7 @@ import pytest
 from killing import nursery, succeeds
 from pupils import leftovers
 from spreading import cases, condensed, content, labels, launched, prepared, some_values
-from stores import knowledge, make
+from stores import knowledge
 
 from kcdcache import files, values
 
@@ -52,7 +52,7 @@ def large(tmp_path_factory):
     """Values of many samples, in parts, for a store that is only an identity."""
     root = tmp_path_factory.mktemp("large")
     who = dataclasses.replace(knowledge(), data=dataclasses.replace(knowledge().data, count=LARGE))
-    make(root / "store")
+    (root / "store/_kcd").mkdir(parents=True)
     content_ = {"format_version": 0, "knowledge": who.document(), "knowledge_id": who.knowledge_id}
     (root / "store/_kcd/identity.json").write_bytes(files.canonical_json(content_))
     document = {"knowledge_id": who.knowledge_id, "student": "s", "epoch": 1}
@@ -65,7 +65,7 @@ def command(place, out):
     return ["condense", *(f"--{key}={value}" for key, value in given.items())]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_worker_killed_at_work_leaves_no_set_and_the_same_command_makes_the_same_bytes(large, tmp_path, victim):
     log, out = tmp_path / "log", tmp_path / "out"
     whole = large / "whole"

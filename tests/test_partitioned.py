@@ -341,10 +341,26 @@ def test_overlapping_files_are_refused_streamed_and_held(place):
     shutil.copy(place / "twice/9.parquet", place / "twice/7.parquet")
     with pytest.raises(MismatchError, match=r"twice holds 230 rows or more, expected at most 150"):
         condensed(place, place / "out", {"values": "twice"})
-    with pytest.raises(MismatchError, match="in ascending order, file after file"):
+    with pytest.raises(MismatchError, match="two of the files begin with index 0"):
         condensed(place, place / "out", {"values": "twice", "memory_gb": 1e-6})
+    pq.write_table(pa.table({"index": [5, 6], "value": [1.0, 2.0]}), place / "twice/7.parquet")
+    with pytest.raises(MismatchError, match=r"9\.parquet has index 79, but another file begins with 5"):
+        condensed(place, place / "out", {"values": "twice", "memory_gb": 1e-6})
+    with (
+        pytest.raises(MismatchError, match=r"7\.parquet has index 90, but another file begins with 80"),
+        sources.shared(overlapping(place / "more"), COUNT, ALONE) as (source, _),
+    ):
+        list(source.blocks(0, 80))
     with pytest.raises(NotFoundError, match="no parquet files at"):
         condensed(place, place / "out", {"values": "nothing/*.parquet"})
+
+
+def overlapping(folder):
+    """Two files, of which the first goes on beyond the beginning of the second."""
+    folder.mkdir()
+    pq.write_table(pa.table({"index": [5, 90], "value": [1.0, 2.0]}), folder / "7.parquet")
+    pq.write_table(pa.table({"index": [80, 91], "value": [1.0, 2.0]}), folder / "8.parquet")
+    return folder
 
 
 # ---- kills
