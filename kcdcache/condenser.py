@@ -67,7 +67,7 @@ def run(
                 f"the store at {command.store} holds {knowledge.knowledge_id}; give the values' own store"
             )
         note = {"values_from": "another tool" if document is None else "kcdcache", "out": str(command.out)}
-        facts = {
+        facts: dict[str, Any] = {
             "knowledge_id": knowledge.knowledge_id, "data_digest": knowledge.data.digest,
             "classes": len(knowledge.data.classes),
         }  # fmt: skip

@@ -195,7 +195,7 @@ def _values(path: Path) -> dict[str, Any]:
 def _count(path: Path) -> int:
     """Return the samples a values file speaks of: another tool's may leave some out, so its highest index decides."""
     if partitioned.is_folder(path):
-        return partitioned.read_seal(path).count
+        return partitioned.read_seal(path).samples
     foreign = values.METADATA_KEY not in partitioned.metadata_keys(path)
     table = tables.read(path, columns=values.COLUMNS if foreign else None)
     rows: int = table.num_rows

@@ -24,7 +24,7 @@ ROWS = 2**24
 MOST_PARTS = 10**5
 _PATTERN = "part-*-of-*.parquet"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_FACTS = ("format_version", "key", "count", "partition_rows", "document", "fingerprint", "parts")
+_FACTS = ("format_version", "key", "samples", "partition_rows", "document", "fingerprint", "parts")
 
 
 class Span(NamedTuple):
@@ -55,8 +55,8 @@ class Seal(NamedTuple):
 
     key: str
     """metadata key under which a single file of the same kind keeps its document"""
-    count: int
-    """samples of the whole data set"""
+    samples: int
+    """of the whole data set"""
     partition_rows: int
     """samples of each part but the last"""
     document: dict[str, Any]
@@ -121,7 +121,9 @@ def write(path: Path, content: Seal, schema: pa.Schema, blocks: Callable[[Span],
     with scratch.beside(path) as place:
         made = place / "set"
         made.mkdir()
-        parts = [write_part(made, span, schema, blocks(span)) for span in spans(content.count, content.partition_rows)]
+        parts = [
+            write_part(made, span, schema, blocks(span)) for span in spans(content.samples, content.partition_rows)
+        ]
         seal(made, content._replace(parts=tuple(parts)))
         scratch.place(made, path)
 
@@ -148,7 +150,7 @@ def read_seal(folder: Path) -> Seal:
         _require_sound(content)
     except (TypeError, ValueError) as error:
         raise CorruptionError(f"{folder / SEAL} is damaged: {error}") from None
-    for span, part in zip(spans(content.count, content.partition_rows), parts, strict=True):
+    for span, part in zip(spans(content.samples, content.partition_rows), parts, strict=True):
         _require_size(folder / span.name, part)
     return content
 
@@ -163,7 +165,7 @@ class Joined:
             UnfinishedError, CorruptionError, MismatchError: as for `read_seal`.
         """
         self._path, self.seal = path, read_seal(path)
-        self._spans = spans(self.seal.count, self.seal.partition_rows)
+        self._spans = spans(self.seal.samples, self.seal.partition_rows)
         self.rows = sum(part.rows for part in self.seal.parts)
         with self._opened(self._spans[0]) as reader:
             plain = reader.schema.remove_metadata()
@@ -260,17 +262,17 @@ def require_no_part(schema: pa.Schema, path: Path) -> None:
 
 
 def _require_sound(content: Seal) -> None:
-    for name, kind in (("key", str), ("count", int), ("partition_rows", int), ("document", dict)):
+    for name, kind in (("key", str), ("samples", int), ("partition_rows", int), ("document", dict)):
         if not isinstance(getattr(content, name), kind):
             raise ValueError(f"'{name}' should be {kind.__name__}, found {getattr(content, name)!r:.80}")
     if not isinstance(content.fingerprint, str | None):
         raise ValueError("'fingerprint' should be a text")
-    if content.count < 1 or content.partition_rows < 1:
-        raise ValueError(f"{content.count} samples in parts of {content.partition_rows}")
-    of = -(-content.count // content.partition_rows)
+    if content.samples < 1 or content.partition_rows < 1:
+        raise ValueError(f"{content.samples} samples in parts of {content.partition_rows}")
+    of = -(-content.samples // content.partition_rows)
     if of != len(content.parts) or of > MOST_PARTS:
         raise ValueError(f"it tells of {len(content.parts)} parts, expected {of} (at most {MOST_PARTS})")
-    for span, part in zip(spans(content.count, content.partition_rows), content.parts, strict=True):
+    for span, part in zip(spans(content.samples, content.partition_rows), content.parts, strict=True):
         whole = isinstance(part.rows, int) and isinstance(part.bytes, int) and isinstance(part.sha256, str)
         if not whole or not 0 <= part.rows <= span.stop - span.first or not _SHA256.fullmatch(part.sha256):
             raise ValueError(f"what it tells of {span.name} is none of a part: {part!r:.200}")

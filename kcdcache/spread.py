@@ -35,7 +35,7 @@ class Before(NamedTuple):
 
     digest: str
     rows: int
-    index: Int64[np.ndarray, " some"]
+    own: Int64[np.ndarray, " some"]
     """kept samples among those of this process"""
 
 
@@ -134,7 +134,7 @@ def _recorded(
 ) -> tuple[Box, int]:  # fmt: skip
     """Return what this process's candidates are ranked by, in order of the index, and the number of classes."""
     start, stop = int(bounds[within.own.start]), int(bounds[within.own.stop])
-    competing = previous.index if previous is not None and settings.candidates == "current" else None
+    competing = previous.own if previous is not None and settings.candidates == "current" else None
     log, highest = within.box(_kinds(settings), stop - start), 0
     for block in source.blocks(start, stop):
         index = _among(block, competing, excluded)
@@ -218,7 +218,8 @@ def _class_counts(ranked: list[Box], within: Boxes, classes: int) -> Int64[np.nd
 
 def _split(ranked: list[Box], places: Places, pairs: int, within: Boxes) -> tuple[list[Box], list[Box]]:
     """Return this process's boxes of kept samples and of those dropped ones that are mixed in, both best first."""
-    kept, dropped = [], []
+    kept: list[Box] = []
+    dropped: list[Box] = []
     for number, box in zip(within.own, ranked, strict=True):
         index, label = _ordered(box)
         box.drop()

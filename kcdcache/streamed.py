@@ -22,9 +22,17 @@ from kcdcache.values import Block, Source, Values
 class Planned(Protocol):
     """A condensed set whose rows are known before they are written down (`outline.Plan`, `spread.Shared`)."""
 
-    kept: int
-    pairs: int
-    count: int
+    @property
+    def kept(self) -> int:
+        """Its rows."""
+
+    @property
+    def pairs(self) -> int:
+        """Its mixed rows."""
+
+    @property
+    def count(self) -> int:
+        """Samples of the whole data set."""
 
     def columns(self, block: Block) -> dict[str, np.ndarray]:
         """Return the rows of the kept ones among some samples, ascending, as the columns of a manifest."""

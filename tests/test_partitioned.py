@@ -167,7 +167,7 @@ def changed(folder, change):
         (lambda f: changed(f, lambda r: r.update(format_version=9)), MismatchError, "has format 9.*upgrade kcdcache"),
         (lambda f: changed(f, lambda r: r.update(partition_rows=0)), CorruptionError, "in parts of 0"),
         (lambda f: changed(f, lambda r: r["parts"].pop()), CorruptionError, "it tells of . parts, expected"),
-        (lambda f: changed(f, lambda r: r.update(count="all")), CorruptionError, "'count' should be int"),
+        (lambda f: changed(f, lambda r: r.update(samples="all")), CorruptionError, "'samples' should be int"),
         (lambda f: changed(f, lambda r: r["parts"][0].update(rows=99)), CorruptionError, "what it tells of part-00000"),
         (lambda f: changed(f, lambda r: r["parts"][0].pop("rows")), CorruptionError, "is damaged"),
     ],
