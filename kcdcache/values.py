@@ -375,10 +375,8 @@ def _require_finite(
     bad = seen & ~np.isfinite(found)
     if bad.any():
         index = int(np.argmax(bad))
-        raise NonFiniteError(
-            f"the value of index {first + index} is {value[index]}, expected a finite number whose score fits float32; "
-            "find out in which epoch the student diverged"
-        )
+        at = f"the value of index {first + index} is {value[index]}, expected a finite number whose score fits float32"
+        raise NonFiniteError(f"{at}; find out in which epoch the student diverged")
 
 
 def _columns(values: Values, labels: Int64[np.ndarray, " n"] | None) -> dict[str, np.ndarray]:
