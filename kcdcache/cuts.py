@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64, Integer, UInt64
 
+from kcdcache.errors import SettingsError
 from kcdcache.team import ALONE, Team
 
 DIGIT = 16
@@ -29,24 +30,32 @@ class Cuts(NamedTuple):
 
 
 def find(blocks: Blocks, bits: int, at: Int64[np.ndarray, " cuts"], team: Team = ALONE) -> Cuts:
-    """Return where some places lie; `blocks` gives this process's keys of `bits` bits, and is called bits/16 + 1 times.
+    """Return where some places lie; `blocks` gives this process's keys of `bits` bits, and is called bits/16 times.
 
     In every pass the keys that share their upper digits with a wanted one are counted by their next digit, and the
     counts of all processes added up: 65,536 numbers, later as many for every different start of a wanted key. The
-    processes hold the samples in the order of their ranks, and there are more keys than any of the places.
+    processes hold the samples in the order of their ranks.
+
+    Raises:
+        SettingsError: there are fewer keys than places.
     """
     starts, below = np.zeros(1, np.uint64), np.zeros(1, np.int64)
-    of_start = np.zeros(len(at), np.int64)
-    for shift in range(bits - DIGIT, -1, -DIGIT):
-        counts = team.total(_counted(blocks(), starts, shift))
+    of_start, ties = np.zeros(len(at), np.int64), np.zeros(0, np.int64)
+    for shift in range(bits - DIGIT, -1, -DIGIT) if len(at) else ():
+        mine = _counted(blocks(), starts if shift < bits - DIGIT else None, shift)
+        counts = team.total(mine)
+        if shift == bits - DIGIT and not (at[0] >= 0 and at[-1] < counts.sum()):
+            raise SettingsError(
+                f"cannot select {at[-1] + 1} of {counts.sum()} samples; ask for at least 1 and at most all"
+            )
         ends = np.cumsum(counts, axis=1) + below[:, None]
         digit = np.array([np.searchsorted(ends[s], place, "right") for s, place in zip(of_start, at, strict=True)])
         found = starts[of_start] << np.uint64(DIGIT) | digit.astype(np.uint64)
-        under = ends[of_start, digit] - counts[of_start, digit] if len(at) else below[:0]
+        under, equal = ends[of_start, digit] - counts[of_start, digit], mine[of_start, digit]
         starts, first, of_start = np.unique(found, return_index=True, return_inverse=True)
-        below = under[first]
-    ties = sum((np.bincount(_same(block, starts)[1], minlength=len(starts)) for block in blocks()), 0)
-    ties = np.zeros(len(starts), np.int64) + ties
+        below, ties = under[first], equal[first]
+    if not len(at):
+        starts, below = starts[:0], below[:0]
     return Cuts(at, starts[of_start], starts, below + team.each(ties)[: team.rank].sum(axis=0))
 
 
@@ -80,15 +89,18 @@ def numbered(groups: Integer[np.ndarray, " rows"], first: Int64[np.ndarray, " gr
 
 
 def _counted(
-    blocks: Iterable[UInt64[np.ndarray, " _"]], starts: UInt64[np.ndarray, " starts"], shift: int
+    blocks: Iterable[UInt64[np.ndarray, " _"]], starts: UInt64[np.ndarray, " starts"] | None, shift: int
 ) -> Int64[np.ndarray, "starts digits"]:
-    counts = np.zeros(len(starts) * _COUNTS, np.int64)
+    """Return how many keys begin with each of `starts`, by their next digit; with None that digit is their first."""
+    counts = np.zeros((1 if starts is None else len(starts)) * _COUNTS, np.int64)
     for keys in blocks:
         left = keys >> np.uint64(shift)
-        rows, which = _same(left >> np.uint64(DIGIT), starts)
-        digits = left[rows] & _LOW
-        counts += np.bincount(which * _COUNTS + digits.astype(np.int64), minlength=len(counts))
-    return counts.reshape(len(starts), _COUNTS)
+        found = left.astype(np.int64)
+        if starts is not None:
+            rows, which = _same(left >> np.uint64(DIGIT), starts)
+            found = which * _COUNTS + (left[rows] & _LOW).astype(np.int64)
+        counts += np.bincount(found, minlength=len(counts))
+    return counts.reshape(-1, _COUNTS)
 
 
 def _same(

@@ -1,6 +1,7 @@
 """The SHA-256 of each of a table's columns, taken by several processes: each goes through some columns, whole."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from kcdcache.team import Columns, Team
 
 
 def column_digests(
-    team: Team, kinds: Mapping[str, type], blocks: Callable[[Sequence[str]], Iterable[Columns]]
+    team: Team, kinds: Mapping[str, Any], blocks: Callable[[Sequence[str]], Iterable[Columns]]
 ) -> dict[str, bytes]:
     """Return column -> SHA-256 of its bytes; `blocks` yields all rows of the columns it is asked for, in order."""
     names = list(kinds)
