@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
+from kcdcache import partitioned
 from kcdcache.config import (
     CondenseSettings,
     FitSettings,
@@ -76,19 +77,24 @@ class CondenseCommand(CondenseSettings):
     """Everything `kcdcache condense` takes."""
 
     values: Path
-    """values file: a run's values.parquet, or any parquet file with the columns index and value"""
+    """values file: a run's values.parquet, or any parquet file with the columns index and value; or several, as a
+    folder or a pattern such as 'values/*.parquet'"""
     store: Path
     """folder of the store the values belong to"""
     keep: float = Field(gt=0, le=1)
     """share of all samples to keep"""
     out: Path
-    """manifest to write"""
+    """manifest to write: a parquet file, or of more samples than --partition-rows a folder of them"""
     previous: Path | None = None
     """manifest the values were last updated on; all samples if unset"""
     preset: Literal["paper", "release"] | None = None
     """named set of readings, as for train; flags given beside it win"""
     stage: int | None = Field(default=None, ge=0)
     """number of the stage the manifest is for; one more than the previous manifest's if unset"""
+    partition_rows: int = Field(default=partitioned.ROWS, ge=1)
+    """write manifests of more samples than this in parts, each of so many samples"""
+    memory_gb: float = Field(default=8, gt=0)
+    """memory of a process for what it keeps of the samples; above it files beside --out serve. Never changes results"""
     expect_id: tuple[str, ...] | None = None
     """ids that store, values and previous manifest must have (inspect shows them): refuse anything else"""
 

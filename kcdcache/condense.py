@@ -2,19 +2,20 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int64, Integer, UInt32
+from jaxtyping import Bool, Int64, Integer, UInt32, UInt64
 
 from kcdcache import ranking, rng
-from kcdcache.config import CondenseSettings, nearest
+from kcdcache.config import CondenseSettings
+from kcdcache.cuts import numbered
 from kcdcache.errors import MismatchError, SettingsError
-from kcdcache.facts import Facts
 from kcdcache.manifest import Manifest, class_counts, plain
+from kcdcache.outline import Plan
 from kcdcache.schedule import kept_count
-from kcdcache.values import Block, Held, Source, Values, score
+from kcdcache.values import Held, Source, Values, score
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def plan(
     keep: float,
     previous: Manifest | None = None,
     excluded: Int64[np.ndarray, " excluded"] = NOBODY,
-) -> "Plan":
+) -> Plan:
     """Return which samples `stage` trains on, in 8 bytes for each of the `count` samples; arguments as for `condense`.
 
     Rankings at random and `stratify` take more memory: up to 32 bytes a sample.
@@ -96,63 +97,17 @@ def plan(
         raise SettingsError("stratify needs the label of every sample; give a values file with a 'label' column")
     competing = previous if settings.candidates == "current" else None
     order, room = _ranked(source, settings, count, competing, excluded, stage)
-    size = _size(keep, count, len(order), count - len(excluded))
+    size = size_of(keep, count, len(order), count - len(excluded))
     split = partition(order, size, _labels(source) if settings.stratify else None)
-    dropped = K0[settings.k0](split.dropped, (len(previous) if previous else count) - len(split.kept))
-    _tell(split.kept, dropped, settings)
+    used = K0[settings.k0](len(split.dropped), (len(previous) if previous else count) - len(split.kept))
+    dropped = split.dropped[:used]
+    tell(size, len(dropped), settings)
     low, partner = pair(split.kept, dropped) if settings.augment_kept else (NOBODY, NOBODY)
     return Plan(
-        places=_places(split.kept, room), partner=partner, rank=split.rank, kept=size, first=size - len(low),
+        places=_places(split.kept, room), partner=partner, rank=split.rank, kept=size, pairs=len(low),
         dropped=len(dropped), settings=settings, count=count, stage=stage, keep=keep,
         parent=previous.digest if previous else None,
     )  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Plan:
-    """A condensed set before it is written down: its rows follow from a few numbers for each sample."""
-
-    places: UInt32[np.ndarray, " n"]
-    """place of each sample among the kept ones, best first; `kept` or more for the others"""
-    partner: Integer[np.ndarray, " pairs"]
-    """what is mixed into the kept samples from place `first` on"""
-    rank: Int64[np.ndarray, " kept"] | None
-    """rank by place, where that is not the place itself"""
-    kept: int
-    first: int
-    dropped: int
-    """size of K_0"""
-    settings: CondenseSettings
-    count: int
-    stage: int
-    keep: float
-    parent: str | None
-
-    def index(self) -> Int64[np.ndarray, " kept"]:
-        """Return the kept samples, ascending."""
-        return np.flatnonzero(self.places < self.kept)
-
-    def columns(self, block: Block) -> dict[str, np.ndarray]:
-        """Return the rows of the kept ones among some samples, ascending, as the columns of a manifest."""
-        places = self.places[block.first : block.first + len(block.values.visits)]
-        inside = np.flatnonzero(places < self.kept)
-        place = places[inside].astype(np.int64)
-        columns = plain(inside + block.first)
-        columns["mixed"] = mixed = place >= self.first
-        pairs = place[mixed] - self.first
-        columns["partner"][mixed] = self.partner[pairs]
-        columns["epsilon"][mixed] = epsilons(self.settings.eps_grid, self.settings.eps_max, pairs, len(self.partner))
-        columns["rank"] = place if self.rank is None else self.rank[place]
-        visits, value = block.values.visits[inside], block.values.value[inside]
-        return {**columns, "visits": visits, "value": np.where(visits > 0, value, np.float32(0))}
-
-    def facts(self, **others: Any) -> Facts:
-        """Return what the manifest says beside its rows, with what only the caller knows."""
-        rule = {name: getattr(self.settings, name) for name in CondenseSettings.model_fields}
-        return Facts(
-            count=self.count, stage=self.stage, keep=self.keep, dropped=self.dropped, rule=rule, parent=self.parent,
-            **others,
-        )  # fmt: skip
 
 
 def random_stage(
@@ -175,7 +130,7 @@ def random_stage(
         SettingsError: no sample, or more than `previous` has, would be kept.
     """
     order = _shuffled(_candidates(count, previous, excluded), seed, rng.STAGE0, 0)
-    size = _size(keep, count, len(order), count - len(excluded))
+    size = size_of(keep, count, len(order), count - len(excluded))
     chosen = np.argsort(order[:size])
     index = order[:size][chosen]
     return Manifest(
@@ -218,35 +173,11 @@ def pair(
     return kept[len(kept) - pairs :], dropped[:pairs]
 
 
-def epsilons(grid: str, eps_max: float, place: Int64[np.ndarray, " n"], count: int) -> Float32[np.ndarray, " n"]:
-    """Return the partner's share in the mixes at some places 0..count-1, growing down the ranks from 0 to eps_max.
-
-    With i = place and L = count: 'zero_based' eps_max i / L, 'one_based' eps_max (i + 1) / L, 'inclusive'
-    eps_max i / (L - 1) (0 for L = 1), 'constant' eps_max.
-
-    Raises:
-        SettingsError: the grid is unknown.
-
-    Source: Eq. 15 of Knowledge Condensation Distillation in the readings of facts.md A4.
-    """
-    if grid not in GRIDS:
-        raise SettingsError(f"unknown eps_grid '{grid}'; {nearest(grid, GRIDS)}")
-    return (eps_max * GRIDS[grid](place.astype(np.float64), count)).astype(np.float32)
-
-
-GRIDS: dict[str, Callable[[Float64[np.ndarray, " count"], int], Float64[np.ndarray, " count"]]] = {
-    "zero_based": lambda i, count: i / max(count, 1),
-    "one_based": lambda i, count: (i + 1) / max(count, 1),
-    "inclusive": lambda i, count: i / max(count - 1, 1),
-    "constant": lambda i, count: np.ones_like(i),
-}
-"""Shape of the mixing share over ranks in [0, 1]: (i = 0 .. L-1, L) -> share of eps_max."""
-
-K0: dict[str, Callable[[Integer[np.ndarray, " dropped"], int], Integer[np.ndarray, " used"]]] = {
+K0: dict[str, Callable[[int, int], int]] = {
     "complement": lambda dropped, shrinkage: dropped,
-    "stage_slice": lambda dropped, shrinkage: dropped[: max(0, shrinkage)],
+    "stage_slice": lambda dropped, shrinkage: min(dropped, max(0, shrinkage)),
 }
-"""Which dropped points are K_0: (all of them, best first; by how many the set shrinks) -> K_0, best first."""
+"""How many dropped points are K_0, the best of them: (how many there are, by how many the set shrinks) -> K_0."""
 
 
 def _require_lengths(
@@ -263,7 +194,12 @@ def _require_lengths(
             )
 
 
-def _size(keep: float, count: int, candidates: int, usable: int) -> int:
+def size_of(keep: float, count: int, candidates: int, usable: int) -> int:
+    """Return how many samples are kept: floor(keep * count), of which `candidates` compete and `usable` have outputs.
+
+    Raises:
+        SettingsError: that is none, or more than compete.
+    """
     size = min(kept_count(keep, count), usable)
     if size < 1:
         raise SettingsError(f"keep {keep} of {count} samples keeps none; raise keep to at least {1 / max(count, 1):g}")
@@ -321,9 +257,13 @@ def _joined(blocks: list[dict[str, np.ndarray]]) -> dict[str, Any]:
 
 
 def _shuffled(index: Int64[np.ndarray, " n"], seed: int, purpose: int, stage: int) -> Int64[np.ndarray, " n"]:
+    return index[np.argsort(random_keys(index, seed, purpose, stage), kind="stable")]
+
+
+def random_keys(index: Int64[np.ndarray, " n"], seed: int, purpose: int, stage: int) -> UInt64[np.ndarray, " n"]:
+    """Return the random 64-bit keys by which samples are put into a random order, ties by index."""
     high, low, _, _ = rng.words(seed, index, purpose, view=stage)
-    keys = np.asarray(high).astype(np.uint64) << np.uint64(32) | np.asarray(low).astype(np.uint64)
-    return index[np.argsort(keys, kind="stable")]
+    return np.asarray(high).astype(np.uint64) << np.uint64(32) | np.asarray(low).astype(np.uint64)
 
 
 def _stratified(labels: Int64[np.ndarray, " candidates"], size: int) -> Bool[np.ndarray, " candidates"]:
@@ -331,12 +271,14 @@ def _stratified(labels: Int64[np.ndarray, " candidates"], size: int) -> Bool[np.
     if len(labels) and labels.min() < 0:
         raise SettingsError("stratify needs a label of 0 or more for every sample; found a negative one")
     counts = np.bincount(labels)
-    quota, remainder = np.divmod(counts * size, len(labels))
+    return numbered(labels, np.zeros_like(counts)) < quotas(counts, size)[labels]
+
+
+def quotas(counts: Int64[np.ndarray, " classes"], size: int) -> Int64[np.ndarray, " classes"]:
+    """Return how many of each class's candidates are kept: equal shares, `size` in all, by largest remainder."""
+    quota, remainder = np.divmod(counts * size, counts.sum())
     quota[np.argsort(-remainder, kind="stable")[: size - quota.sum()]] += 1
-    by_class = np.argsort(labels, kind="stable")
-    place = np.empty(len(labels), np.int64)
-    place[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return place < quota[labels]
+    return quota
 
 
 def _tell_starved(counts: tuple[int, ...], whole: tuple[int, ...], keep: float) -> None:
@@ -351,10 +293,9 @@ def _tell_starved(counts: tuple[int, ...], whole: tuple[int, ...], keep: float) 
         )  # fmt: skip
 
 
-def _tell(
-    kept: Integer[np.ndarray, " kept"], dropped: Integer[np.ndarray, " dropped"], settings: CondenseSettings
-) -> None:
-    if settings.augment_kept and len(dropped) > len(kept):
-        logger.info("K_0 has %d points, K_1 only %d: the best %d of K_0 serve", len(dropped), len(kept), len(kept))
-    if settings.augment_kept and not len(dropped) and settings.k0 == "stage_slice":
+def tell(kept: int, dropped: int, settings: CondenseSettings) -> None:
+    """Say where K_0 is larger than K_1, or empty for a reason that is not obvious."""
+    if settings.augment_kept and dropped > kept:
+        logger.info("K_0 has %d points, K_1 only %d: the best %d of K_0 serve", dropped, kept, kept)
+    if settings.augment_kept and not dropped and settings.k0 == "stage_slice":
         logger.info("nothing was cut since the manifest before, so k0 = stage_slice has nothing to mix in")

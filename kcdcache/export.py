@@ -26,6 +26,7 @@ from kcdcache import (
     layout,
     manifest,
     matching,
+    partitioned,
     steps,
     store,
     writer,
@@ -116,7 +117,8 @@ def _planned(command: ExportCommand) -> _Plan:
     if not source.knowledge.whole:
         raise MismatchError(f"{source.path} does not hold the samples of a whole data set; export from the full store")
     path = command.manifest
-    chosen = manifest.read(steps.condensed_set(path) if path.is_dir() else path, source.count)
+    of_run = path.is_dir() and not partitioned.is_folder(path)
+    chosen = manifest.read(steps.condensed_set(path) if of_run else path, source.count)
     manifest.require_knowledge(chosen, source.knowledge_id)
     manifest.require_usable(chosen, source.skipped)
     baked = _baked(command, chosen, source)

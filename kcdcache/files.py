@@ -136,7 +136,7 @@ def append(path: Path, data: bytes) -> None:
     with naming(path, len(data)):
         descriptor = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
-            _step()
+            step()
             before = os.fstat(descriptor).st_size
             if os.write(descriptor, data) < len(data):  # only a full disk cuts so small a write
                 os.ftruncate(descriptor, before)
@@ -158,7 +158,7 @@ def reserve(descriptor: int, count: int, folder: Path) -> None:
         NoSpaceError: the disk or quota is full.
     """
     with naming(folder / "(a temporary file)", count):
-        _step()
+        step()
         os.posix_fallocate(descriptor, 0, count)
         for start in range(0, count, len(ZEROS)):
             os.pwrite(descriptor, ZEROS[: count - start], start)
@@ -321,24 +321,24 @@ def _place(
     temporary = _temporary(path)
     with naming(path, None if callable(content) else memoryview(content).nbytes):
         try:
-            _step()
+            step()
             if callable(content):
                 content(temporary)
             else:
                 temporary.write_bytes(content)
-            _step()
+            step()
             _sync_file(temporary)
-            _step()
+            step()
             into(temporary, path)
-            _step()
+            step()
             sync_directory(path.parent)
-            _step()
+            step()
         finally:
             with suppress(OSError):  # a read-only disk refuses even this
                 temporary.unlink(missing_ok=True)
 
 
-def _step() -> None:
+def step() -> None:
     """Pass one point of the write protocol; die or fail here if a test asked for it."""
     if CRASH_POINT not in os.environ:
         return

@@ -1,16 +1,57 @@
 """Values that another tool measured: rows in any order and of any number type, each held against what it may be."""
 
+import glob
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Int32, Int64, Shaped
 
-from kcdcache import tables
-from kcdcache.errors import MismatchError, NonFiniteError
+from kcdcache import partitioned, tables
+from kcdcache.errors import MismatchError, NonFiniteError, NotFoundError
 
 MOST_VISITS = 2**31 - 1
 MOST_INDEX = 2**62
+COLUMNS = ("index", "visits", "value", "label")
+
+
+def is_several(path: Path) -> bool:
+    """Return whether a path stands for several files of another tool: a folder of parquet files, or a glob pattern."""
+    if path.is_dir():
+        return not partitioned.is_folder(path)
+    return not path.exists() and glob.has_magic(str(path))
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files a path stands for, by name; of a folder all parquet files in it, hidden ones left out.
+
+    Raises:
+        NotFoundError: there are none.
+    """
+    if not is_several(path):
+        return [path]
+    found = sorted(path.rglob("*.parquet") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True)))
+    found = [file for file in found if file.is_file() and not file.name.startswith(("_", "."))]
+    if not found:
+        raise NotFoundError(f"no parquet files at {path}")
+    return found
+
+
+def whole(path: Path, most_rows: int) -> pa.Table:
+    """Return the rows of all files that a path stands for.
+
+    Raises:
+        NotFoundError, CorruptionError, MismatchError, UnsafeError: one cannot be read, or all have too many rows.
+    """
+    found: list[pa.Table] = []
+    rows = 0
+    for file in files_of(path):
+        with tables.opened(file, most_rows) as reader:
+            partitioned.require_no_part(reader.schema, file)
+            if (rows := rows + reader.rows) > most_rows:
+                raise MismatchError(f"{path} holds {rows} rows or more, expected at most {most_rows} (one per sample)")
+            found.append(reader.whole(COLUMNS).replace_schema_metadata())
+    return pa.concat_tables(found, promote_options="permissive")
 
 
 def read(
@@ -22,10 +63,7 @@ def read(
         MismatchError: a column is missing, or a row is unusable; names it.
         NonFiniteError: a visited sample's value is not finite; names the row.
     """
-    for name in ("index", "value"):
-        if name not in table.column_names:
-            found = ", ".join(tables.column_names(path)[:20])
-            raise MismatchError(f"{path} has no column '{name}', expected 'index' and 'value'; found: {found}")
+    require_columns(table.column_names, path)
     index = _integers(table, "index", count, path)
     _require_unique(index, path)
     all_visits, all_value = np.zeros(count, np.int32), np.zeros(count, np.float32)
@@ -37,15 +75,38 @@ def read(
     return all_visits, all_value, _labels(table, index, path, count)
 
 
+def require_columns(names: list[str], path: Path) -> None:
+    """Do nothing if a file has the columns without which it holds no values.
+
+    Raises:
+        MismatchError: one is missing; names it.
+    """
+    for name in ("index", "value"):
+        if name not in names:
+            found = ", ".join(names[:20] if is_several(path) else tables.column_names(path)[:20])
+            raise MismatchError(f"{path} has no column '{name}', expected 'index' and 'value'; found: {found}")
+
+
+def labels_of(table: pa.Table, path: Path) -> Int64[np.ndarray, " n"]:
+    """Return the labels of some rows.
+
+    Raises:
+        MismatchError: a row is unusable; names it.
+    """
+    return _integers(table, "label", 2**62, path)
+
+
 def rows_of(
-    table: pa.Table, path: Path, first: int
+    table: pa.Table, path: Path, first: int, stop: int = MOST_INDEX
 ) -> tuple[Int64[np.ndarray, " n"], Int32[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
     """Return index, visits and value of some rows of another tool's file, `first` rows after its beginning.
+
+    Indices lie below `stop`.
 
     Raises:
         MismatchError, NonFiniteError: a row is unusable; names it.
     """
-    index = _integers(table, "index", MOST_INDEX, path, first)
+    index = _integers(table, "index", stop, path, first)
     visits = np.ones(len(index), np.int64)
     if "visits" in table.column_names:
         visits = _integers(table, "visits", MOST_VISITS + 1, path, first)
@@ -56,7 +117,7 @@ def _labels(table: pa.Table, index: Int64[np.ndarray, " rows"], path: Path, coun
     if "label" not in table.column_names or len(index) < count:
         return None
     labels = np.empty(count, np.int64)
-    labels[index] = _integers(table, "label", 2**62, path)
+    labels[index] = labels_of(table, path)
     return labels
 
 

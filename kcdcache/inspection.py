@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kcdcache import exported, identity, ledger, manifest, tables, values
+from kcdcache import exported, identity, ledger, manifest, partitioned, sources, tables, values
 from kcdcache.errors import MismatchError, NotFoundError, UnfinishedError
 from kcdcache.files import MOST_FILE_BYTES, MOST_JSON_BYTES, digest_of, read_bytes, read_object, sha256_file
 
@@ -80,9 +80,11 @@ def _runs_in(path: Path) -> list[str]:
 
 
 def _parquet_keys(path: Path) -> set[str]:
+    if partitioned.is_folder(path):
+        return partitioned.metadata_keys(path) | {"parquet"}
     if path.suffix != ".parquet" or not path.is_file():
         return set()
-    return tables.metadata_keys(path) | {"parquet"}
+    return partitioned.metadata_keys(path) | {"parquet"}
 
 
 KINDS: Mapping[str, Callable[[Path], bool]] = {
@@ -192,7 +194,9 @@ def _values(path: Path) -> dict[str, Any]:
 
 def _count(path: Path) -> int:
     """Return the samples a values file speaks of: another tool's may leave some out, so its highest index decides."""
-    foreign = values.METADATA_KEY not in tables.metadata_keys(path)
+    if partitioned.is_folder(path):
+        return partitioned.read_seal(path).samples
+    foreign = values.METADATA_KEY not in partitioned.metadata_keys(path)
     table = tables.read(path, columns=values.COLUMNS if foreign else None)
     rows: int = table.num_rows
     if not foreign or table.column_names.count("index") != 1:
@@ -256,8 +260,8 @@ def _store_id(path: Path) -> str | None:
 
 
 def _values_id(path: Path) -> str | None:
-    found = values.read(path, _count(path)).document
-    return None if found is None else str(found["digest"])
+    with sources.opened(path, _count(path), held=0) as (_, document):
+        return None if document is None else str(document["digest"])
 
 
 IDS: Mapping[str, Callable[[Path], str | None]] = {
@@ -266,7 +270,7 @@ IDS: Mapping[str, Callable[[Path], str | None]] = {
     "run": lambda path: (
         sha256_file(path / "summary.json", MOST_JSON_BYTES) if (path / "summary.json").exists() else None
     ),
-    "manifest": lambda path: manifest.read(path).digest,
+    "manifest": manifest.read_digest,
     "values": _values_id,
     "network": lambda path: sha256_file(path.with_suffix(".safetensors"), MOST_FILE_BYTES),
 }

@@ -1,6 +1,6 @@
 """The condensed set of one stage as an immutable value: valid by construction, written once, checked on every read."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float32, Int32, Int64
 
-from kcdcache import records, rules, tables
+from kcdcache import partitioned, records, rules, tables
 from kcdcache.errors import CorruptionError, MismatchError
 from kcdcache.facts import FACTS, FORMAT_VERSION, Facts, Totals, told
 from kcdcache.files import canonical_json, create_exclusive
@@ -18,6 +18,10 @@ from kcdcache.rules import KEPT, MIXED
 
 METADATA_KEY = "kcdcache.manifest"
 MOST_ROWS = 10**8
+_OTHER_KNOWLEDGE = (
+    "the manifest was made for knowledge {}, the store holds {}; give the manifest's own store, or --transfer to use "
+    "it with another teacher's store of the same data"
+)
 
 ARRAYS: dict[str, type] = {
     "index": np.int64, "mixed": np.bool_, "partner": np.int64, "epsilon": np.float32,
@@ -121,13 +125,19 @@ def class_counts(
     return tuple(np.bincount(labels[index], minlength=classes or 0).tolist())
 
 
-def write(path: Path, manifest: Manifest) -> None:
+def write(path: Path, manifest: Manifest, partition_rows: int | None = None) -> None:
     """Write a manifest as parquet, whole or not at all, with the same bytes for the same content.
+
+    About more than `partition_rows` samples it becomes a folder of parts, each about so many of them.
 
     Raises:
         LockedError: something is there already; manifests are never overwritten.
         NoSpaceError: the disk is full.
     """
+    if partition_rows is not None and manifest.count > partition_rows:
+        content = seal_of(manifest.document(), manifest.digest, manifest.count, partition_rows)
+        partitioned.write(path, content, SCHEMA_WRITTEN, lambda span: _cells_of(manifest, span))
+        return
     table = cells(manifest.columns()).replace_schema_metadata(metadata(manifest.document(), manifest.digest))
     create_exclusive(path, tables.encode(table))
 
@@ -144,7 +154,7 @@ def read(path: Path | str, most_rows: int = MOST_ROWS) -> Manifest:
             one that the run wrote there (prints both digests).
     """
     path = Path(path)
-    with tables.opened(path, most_rows) as reader:
+    with partitioned.opened(path, most_rows) as reader:
         reader.check()  # before anything it says is taken up
         document = _document(reader.schema, path)
         blocks = list(_checked(reader, document, path))
@@ -163,13 +173,49 @@ def read_digest(path: Path, most_rows: int = MOST_ROWS) -> str:
         NotFoundError, CorruptionError, MismatchError: as for `read`, but the rules of a manifest are not checked: one
             with the digest of a valid manifest is that manifest.
     """
-    with tables.opened(path, most_rows) as reader:
+    return read_part(path, most_rows)[0]["digest"]
+
+
+def read_part(
+    path: Path, most_rows: int = MOST_ROWS, start: int = 0, stop: int = 0, checked: bool = True
+) -> tuple[dict[str, Any], Int64[np.ndarray, " some"]]:
+    """Return the document of the manifest in a file, and those of its kept samples that lie in [start, stop).
+
+    It is held against its digest only if it is to be `checked`: of several processes that read it one is enough.
+
+    Raises:
+        NotFoundError, CorruptionError, MismatchError: as for `read_digest`; or the samples do not ascend.
+    """
+    found, last = [np.empty(0, np.int64)], -1
+    with partitioned.opened(path, most_rows) as reader:
         reader.check()  # before anything it says is taken up
         document = _document(reader.schema, path)
-        for _ in _checked(reader, document, path):
-            pass
-        records.require(path, records.Facts(reader.rows, document["digest"]))
-    return str(document["digest"])
+        known = ({"index": _column(table, "index", path, 0)} for table in reader.groups(["index"]))
+        for columns in _checked(reader, document, path) if checked else known:
+            index = columns["index"]
+            if (np.diff(index, prepend=last) <= 0).any():
+                raise MismatchError(f"{path}: expected index to be in ascending order, each sample once")
+            last = int(index[-1])
+            found.append(index[np.searchsorted(index, start) : np.searchsorted(index, stop)])
+        if checked:
+            records.require(path, records.Facts(reader.rows, document["digest"]))
+    return document, np.concatenate(found)
+
+
+def arrays(
+    table: pa.Table, path: Path, first: int = 0, names: Collection[str] = tuple(ARRAYS)
+) -> dict[str, np.ndarray]:
+    """Return some columns of rows as they stand in a file, `first` rows after its beginning; `mixed` is read of `part`.
+
+    Raises:
+        CorruptionError: a cell is empty, or of an unknown part.
+    """
+    return {name: _column(table, name, path, first) for name in names}
+
+
+def seal_of(document: Mapping[str, Any], digest: str, count: int, partition_rows: int) -> partitioned.Seal:
+    """Return the record of a folder for a manifest, as yet without parts."""
+    return partitioned.Seal(METADATA_KEY, count, partition_rows, {**document, "digest": digest}, None, ())
 
 
 def require_knowledge(
@@ -188,10 +234,7 @@ def require_knowledge(
     if manifest.knowledge_id == knowledge_id:
         return
     if not transfer:
-        raise MismatchError(
-            f"the manifest was made for knowledge {manifest.knowledge_id}, the store holds {knowledge_id}; give the "
-            "manifest's own store, or --transfer to use it with another teacher's store of the same data"
-        )
+        raise MismatchError(_OTHER_KNOWLEDGE.format(manifest.knowledge_id, knowledge_id))
     for name, found, expected in (
         ("samples", manifest.count, count),
         ("data digest", manifest.data_digest, data_digest),
@@ -201,6 +244,22 @@ def require_knowledge(
                 f"--transfer needs a store of the same data: {name} {found} in the manifest of "
                 f"{manifest.knowledge_id}, {expected} in the store of {knowledge_id}"
             )
+
+
+def require_document(document: Mapping[str, Any], knowledge_id: str) -> None:
+    """Do nothing if a manifest, of which only the document was read, was made for this knowledge.
+
+    Raises:
+        MismatchError: it was not; prints both ids.
+        CorruptionError: the document says something else than a manifest's.
+    """
+    for name, kind in (("knowledge_id", str), ("rows", int), ("stage", int), ("digest", str)):
+        if not isinstance(document.get(name), kind):
+            raise CorruptionError(
+                f"manifest field '{name}': expected {kind.__name__}, found {document.get(name)!r:.80}"
+            )
+    if document["knowledge_id"] != knowledge_id:
+        raise MismatchError(_OTHER_KNOWLEDGE.format(document["knowledge_id"], knowledge_id))
 
 
 def require_usable(manifest: Manifest, skipped: Int64[np.ndarray, " skipped"]) -> None:
@@ -260,11 +319,18 @@ def _document(schema: pa.Schema, path: Path) -> dict[str, Any]:
     return document
 
 
-def _checked(reader: tables.Reader, document: Mapping[str, Any], path: Path) -> Iterator[dict[str, np.ndarray]]:
+def _cells_of(manifest: Manifest, span: partitioned.Span) -> Iterator[pa.Table]:
+    start, stop = np.searchsorted(manifest.index, [span.first, span.stop]).tolist()
+    for first in range(start, stop, tables.ROWS):
+        some = slice(first, min(first + tables.ROWS, stop))
+        yield cells({name: column[some] for name, column in manifest.columns().items()})
+
+
+def _checked(reader: tables.Table, document: Mapping[str, Any], path: Path) -> Iterator[dict[str, np.ndarray]]:
     """Yield the columns of each row group, then hold all of them against the digest."""
     rows, digest = 0, tables.Digest(ARRAYS)
     for table in reader.groups():
-        columns = _arrays(table, path, rows)
+        columns = arrays(table, path, rows)
         digest.add(columns)
         rows += table.num_rows
         yield columns
@@ -281,20 +347,21 @@ def _joined(blocks: list[np.ndarray], kind: type) -> np.ndarray:
     return blocks[0] if len(blocks) == 1 else np.concatenate([np.empty(0, kind), *blocks])
 
 
-def _arrays(table: pa.Table, path: Path, first: int) -> dict[str, Any]:
+def _column(table: pa.Table, name: str, path: Path, first: int) -> np.ndarray:
+    """Return a column of some rows, `first` rows after the beginning of the file."""
+    if name != "mixed":
+        return _filled(table, name, {"partner": -1, "value": 0}.get(name), path)
     part = table.column("part").combine_chunks().dictionary_encode()
     names = part.dictionary.to_pylist()
     codes = part.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    mixed = codes == (names.index(MIXED) if MIXED in names else -2)
+    mixed: np.ndarray = codes == (names.index(MIXED) if MIXED in names else -2)
     known = mixed | (codes == (names.index(KEPT) if KEPT in names else -2))
     if not known.all():
         row = int(np.argmin(known))
         raise CorruptionError(
             f"{path}, row {first + row}: expected part {KEPT} or {MIXED}, found {part[row]}; write it again"
         )
-    filled = {"partner": -1, "value": 0}
-    columns = {name: _filled(table, name, filled.get(name), path) for name in ARRAYS if name != "mixed"}
-    return {**columns, "mixed": mixed}
+    return mixed
 
 
 def _filled(table: pa.Table, name: str, fill: int | None, path: Path) -> np.ndarray:

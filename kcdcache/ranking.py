@@ -61,7 +61,7 @@ class Ranker:
         Raises:
             NonFiniteError: a score is NaN.
         """
-        _pack(self._words[self._filled : self._filled + len(index)], score, index)
+        pack(self._words[self._filled : self._filled + len(index)], score, index)
         self._filled += len(index)
 
     def ranked(self) -> tuple[UInt32[np.ndarray, " n"], UInt32[np.ndarray, " count"]]:
@@ -77,7 +77,12 @@ class Ranker:
         return halves[: len(words)], halves[len(self._words) :]
 
 
-def _pack(words: UInt64[np.ndarray, " n"], score: Float32[np.ndarray, " n"], index: Integer[np.ndarray, " n"]) -> None:
+def pack(words: UInt64[np.ndarray, " n"], score: Float32[np.ndarray, " n"], index: Integer[np.ndarray, " n"]) -> None:
+    """Fill words with the key of each score above the index, so that they sort as a `Ranker` does.
+
+    Raises:
+        NonFiniteError: a score is NaN.
+    """
     for start in range(0, len(words), _AT_ONCE):
         some = slice(start, start + _AT_ONCE)
         try:

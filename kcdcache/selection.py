@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float32, Int64, UInt32
+from jaxtyping import Bool, Float32, Int64, UInt64
 
-from kcdcache import foreign, ranking, tables, values
-from kcdcache.errors import MismatchError, SettingsError
+from kcdcache import cuts, foreign, ranking, tables, values
+from kcdcache.errors import MismatchError
 from kcdcache.files import create_filled
 
 SCHEMA = pa.schema([("index", pa.int64())])
@@ -26,15 +26,18 @@ class Cut(NamedTuple):
 def cut(blocks: Callable[[], Iterable[Float32[np.ndarray, " _"]]], size: int) -> Cut:
     """Return where the `size` highest scores end; `blocks` gives all scores, and is called twice.
 
-    Two histograms of 65,536 counts: of the upper half of every key, then of the lower half where the upper one decides.
+    Two histograms of 65,536 counts each (`cuts.find`).
 
     Raises:
         SettingsError: there are fewer than `size` scores, or `size` is not above 0.
         NonFiniteError: a score is NaN.
     """
-    upper, before = _place(_histogram(blocks(), None), size)
-    lower, inside = _place(_histogram(blocks(), upper), size - before)
-    return Cut(upper << 16 | lower, size - before - inside)
+
+    def keys() -> Iterator[UInt64[np.ndarray, " _"]]:
+        return (ranking.keys(score).astype(np.uint64) for score in blocks())
+
+    found = cuts.find(keys, 32, np.array([size - 1]))
+    return Cut(int(found.keys[0]), size - int(found.before[0]))
 
 
 def masks(blocks: Iterable[Float32[np.ndarray, " _"]], end: Cut) -> Iterator[Bool[np.ndarray, " _"]]:
@@ -78,29 +81,6 @@ def select(
 
     create_filled(out, fill)
     return {**done[0], "key": end.key, "ties": end.ties}
-
-
-def _histogram(blocks: Iterable[Float32[np.ndarray, " _"]], upper: int | None) -> Int64[np.ndarray, " keys"]:
-    """Count the upper halves of the keys or, of those with a given upper half, the lower ones."""
-    counts = np.zeros(2**16, np.int64)
-    for score in blocks:
-        found = ranking.keys(score)
-        halves = found >> np.uint32(16) if upper is None else _lower(found, upper)
-        counts += np.bincount(halves, minlength=2**16)
-    return counts
-
-
-def _lower(found: UInt32[np.ndarray, " rows"], upper: int) -> UInt32[np.ndarray, " some"]:
-    return found[found >> np.uint32(16) == upper] & np.uint32(2**16 - 1)
-
-
-def _place(counts: Int64[np.ndarray, " keys"], size: int) -> tuple[int, int]:
-    """Return the first key up to which there are `size` or more, and how many there are below it."""
-    total = np.cumsum(counts)
-    if not 0 < size <= total[-1]:
-        raise SettingsError(f"cannot select {size} of {total[-1]} samples; ask for at least 1 and at most all")
-    key = int(np.searchsorted(total, size))
-    return key, int(total[key] - counts[key])
 
 
 def _scored(

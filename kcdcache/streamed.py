@@ -1,21 +1,103 @@
 """A manifest made block by block: checked, digested, told of and, if asked for, written, but never whole in memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Int64
 
-from kcdcache import manifest, rules, tables
-from kcdcache.condense import Plan
-from kcdcache.facts import Totals, told
+from kcdcache import hashing, manifest, partitioned, rules, tables
+from kcdcache.errors import MismatchError
+from kcdcache.facts import Facts, Totals, told
 from kcdcache.files import canonical_json
-from kcdcache.values import Source
+from kcdcache.partitioned import Part, Seal, Span
+from kcdcache.team import ALONE, Team
+from kcdcache.values import Block, Source, Values
+
+
+@runtime_checkable
+class Planned(Protocol):
+    """A condensed set whose rows are known before they are written down (`outline.Plan`, `spread.Shared`)."""
+
+    @property
+    def kept(self) -> int:
+        """Its rows."""
+
+    @property
+    def pairs(self) -> int:
+        """Its mixed rows."""
+
+    @property
+    def count(self) -> int:
+        """Samples of the whole data set."""
+
+    def columns(self, block: Block) -> dict[str, np.ndarray]:
+        """Return the rows of the kept ones among some samples, ascending, as the columns of a manifest."""
+
+    def facts(self, **others: Any) -> Facts:
+        """Return what the manifest says beside its rows, with what only the caller knows."""
+
+
+class Tally:
+    """What becomes known of rows while they are written: whether they are valid, their totals and their digest."""
+
+    def __init__(self, checks: rules.Rows, classes: int, digested: bool = True) -> None:
+        """Begin; `classes` is the number of classes, 0 where labels are not known."""
+        self._checks = checks
+        self.totals = Totals()
+        self.counts: Int64[np.ndarray, " classes"] = np.zeros(classes, np.int64)
+        self.digest = tables.Digest(manifest.ARRAYS) if digested else None
+
+    def tables(self, blocks: Iterable[Mapping[str, np.ndarray]], rows: int = tables.ROWS) -> Iterator[pa.Table]:
+        """Yield rows, `label` beside their columns where it is known, as they stand in a file.
+
+        Raises:
+            MismatchError: a row breaks the rules of a manifest.
+        """
+        works = [self._checks.add, *([self.digest.add] if self.digest else [])]
+        with ThreadPoolExecutor(1) as pool:
+            for columns in tables.regrouped(blocks, rows):
+                label = columns.pop("label", None)
+                beside = [pool.submit(work, columns) for work in works]
+                yield manifest.cells(columns)  # which the caller writes meanwhile
+                self.totals = self.totals.plus(columns)
+                self.counts = self.counts if label is None else _counted(self.counts, label)
+                for work in beside:
+                    work.result()
+
+    def made(self, plan: Planned, **facts: Any) -> Facts:
+        """Return what the manifest says beside its rows, all of which were gone through.
+
+        Raises:
+            MismatchError: rows or facts do not fit together, or not the plan.
+        """
+        self._checks.end()
+        if (self.totals.rows, self.totals.mixed) != (plan.kept, plan.pairs):
+            raise MismatchError(
+                f"{self.totals.rows} rows were written, {self.totals.mixed} of them mixed, expected {plan.kept} and "
+                f"{plan.pairs}: the values were changed meanwhile; run the same command again"
+            )
+        found = plan.facts(class_counts=tuple(self.counts.tolist()), **facts)
+        found.require_fit(self.totals.rows, self.totals.mixed)
+        return found
+
+    def join(self, team: Team) -> None:
+        """Take up what the other processes of a team know of their rows."""
+        classes = np.zeros(team.most(len(self.counts)), np.int64)
+        classes[: len(self.counts)] = self.counts
+        rows, mixed, unseen, *_ = self.totals
+        rows, mixed, unseen, *counts = team.total(np.array([rows, mixed, unseen, *classes])).tolist()
+        ends = np.array([np.inf, -np.inf] if self.totals.epsilon is None else self.totals.epsilon)
+        low, high = team.each(ends.view(np.int64)).view(np.float64).T
+        epsilon = (float(low.min()), float(high.max())) if mixed else None
+        self.totals, self.counts = Totals(rows, mixed, unseen, epsilon), np.array(counts, np.int64)
 
 
 def write(
-    plan: Plan, source: Source, sink: BinaryIO | None, *, classes: int, rows: int = tables.ROWS, **facts: Any
+    plan: Planned, source: Source, sink: BinaryIO | None, *, classes: int, rows: int = tables.ROWS, **facts: Any
 ) -> dict[str, Any]:
     """Write the manifest of a plan; return its summary. Without `sink` nothing is written, and all else is the same.
 
@@ -27,35 +109,114 @@ def write(
         CorruptionError, NonFiniteError: the source was changed since the plan was made.
         OSError: the system refuses to write.
     """
-    checks, digest, totals = rules.Blocks(plan.count), tables.Digest(manifest.ARRAYS), Totals()
-    counts = np.zeros(classes if source.labelled else 0, np.int64)
+    tally = Tally(rules.Blocks(plan.count), classes if source.labelled else 0)
+    writer = _written(tally.tables(_rows(plan, source.blocks()), rows), sink)
+    return _ended(writer, tally, tally.made(plan, values=source.fingerprint(), **facts))
+
+
+def write_parts(
+    plan: Planned, source: Source, folder: Path, spans: Sequence[Span], *, partition_rows: int, classes: int,
+    checks: rules.Rows, team: Team = ALONE, **facts: Any,
+) -> tuple[dict[str, Any], Facts, Seal]:  # fmt: skip
+    """Write this process's parts of a plan's manifest; return its summary, its facts and the record to seal it with.
+
+    `spans` are those of this process: consecutive ones, and all of them together are those of the samples. With several
+    processes the digest is taken of the parts when all are written, by each process of some of the columns.
+
+    Raises:
+        MismatchError, CorruptionError, NonFiniteError, OSError: as for `write`.
+    """
+    tally = Tally(checks, classes if source.labelled else 0, digested=team.world == 1)
+    every = partitioned.spans(plan.count, partition_rows)
+    found = np.zeros((len(every), 6), np.int64)
+    blocks = source.blocks(spans[0].first, spans[-1].stop) if spans else iter(())
+    waiting: list[Block] = []
+    for span in spans:
+        rows = _rows(plan, _until(span.stop, blocks, waiting))
+        part = partitioned.write_part(folder, span, manifest.SCHEMA_WRITTEN, tally.tables(rows))
+        found[span.number] = part.rows, part.bytes, *np.frombuffer(bytes.fromhex(part.sha256), np.int64)
+    next(blocks, None)  # the source compares digests at its end
+    tally.join(team)
+    parts = tuple(
+        Part(rows, size, np.array(sha, np.int64).tobytes().hex()) for rows, size, *sha in team.total(found).tolist()
+    )
+    made = tally.made(plan, values=source.fingerprint(), **facts)
+    digests = (
+        {name: tally.digest.of(name) for name in manifest.ARRAYS} if tally.digest else _digests(folder, every, team)
+    )
+    document, kinds = made.document_of(plan.kept), manifest.ARRAYS
+    name = tables.combined(
+        canonical_json(document), {column: (kinds[column], plan.kept, sha) for column, sha in digests.items()}
+    )
+    content = manifest.seal_of(document, name, plan.count, partition_rows)._replace(parts=parts)
+    return told(made, tally.totals, name), made, content
+
+
+def join_parts(
+    plan: Planned, made: Facts, folder: Path, spans: Sequence[Span], sink: BinaryIO | None
+) -> dict[str, Any]:
+    """Write the manifest of parts as one file; return its summary. Without `sink` nothing is written.
+
+    Raises:
+        MismatchError, CorruptionError, OSError: as for `write`.
+    """
+    tally = Tally(rules.Rows(plan.count), 0)
+    writer = _written(tally.tables(_read(folder, spans, tuple(manifest.ARRAYS))), sink)
+    return _ended(writer, tally, made)
+
+
+def _written(blocks: Iterable[pa.Table], sink: BinaryIO | None) -> tables.Writer | None:
     writer = None if sink is None else tables.Writer(sink, manifest.SCHEMA_WRITTEN)
-    with ThreadPoolExecutor(1) as pool:
-        for columns in tables.regrouped(_rows(plan, source), rows):
-            label = columns.pop("label", None)
-            beside = [pool.submit(work, columns) for work in (checks.add, digest.add)]
-            if writer is not None:
-                writer.write(manifest.cells(columns))
-            totals = totals.plus(columns)
-            counts = counts if label is None else _counted(counts, label)
-            for work in beside:
-                work.result()
-    checks.end()
-    made = plan.facts(values=source.fingerprint(), class_counts=tuple(counts.tolist()), **facts)
-    made.require_fit(totals.rows, totals.mixed)
-    document = made.document_of(totals.rows)
-    name = digest.over(canonical_json(document))
+    for table in blocks:
+        if writer is not None:
+            writer.write(table)
+    return writer
+
+
+def _ended(writer: tables.Writer | None, tally: Tally, made: Facts) -> dict[str, Any]:
+    document = made.document_of(tally.totals.rows)
+    assert tally.digest is not None
+    name = tally.digest.over(canonical_json(document))
     if writer is not None:
         writer.close(manifest.metadata(document, name))
-    return told(made, totals, name)
+    return told(made, tally.totals, name)
 
 
-def _rows(plan: Plan, source: Source) -> Iterator[dict[str, np.ndarray]]:
-    for block in source.blocks():
+def _rows(plan: Planned, blocks: Iterable[Block]) -> Iterator[dict[str, np.ndarray]]:
+    for block in blocks:
         columns = plan.columns(block)
         if block.labels is not None:
             columns["label"] = block.labels[columns["index"] - block.first]
         yield columns
+
+
+def _until(stop: int, blocks: Iterator[Block], waiting: list[Block]) -> Iterator[Block]:
+    """Yield the samples up to `stop`; the rest of a block that goes on beyond is left `waiting` for the next call."""
+    reached = 0
+    while reached < stop and (block := waiting.pop() if waiting else next(blocks, None)) is not None:
+        reached = block.first + len(block.values.visits)
+        if reached > stop:
+            waiting.append(_part(block, stop - block.first, reached - block.first))
+            block = _part(block, 0, stop - block.first)
+        yield block
+
+
+def _part(block: Block, start: int, stop: int) -> Block:
+    some = slice(start, stop)
+    labels = None if block.labels is None else block.labels[some]
+    return Block(block.first + start, Values(block.values.visits[some], block.values.value[some]), labels)
+
+
+def _digests(folder: Path, spans: Sequence[Span], team: Team) -> dict[str, bytes]:
+    return hashing.column_digests(team, manifest.ARRAYS, lambda names: _read(folder, spans, names))
+
+
+def _read(folder: Path, spans: Sequence[Span], names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+    stored = ["part" if name == "mixed" else name for name in names]
+    for span in spans:
+        with tables.opened(folder / span.name, span.stop - span.first) as reader:
+            for table in reader.groups(stored):
+                yield manifest.arrays(table, folder / span.name, 0, names)
 
 
 def _counted(counts: Int64[np.ndarray, " classes"], label: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " more"]:

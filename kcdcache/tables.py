@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -54,16 +54,25 @@ class Digest:
             self._rows[name] += little.size
 
     def over(self, header: bytes, names: Sequence[str] | None = None) -> str:
-        """Return the digest of a header and of the rows so far, of all columns or of those named, in that order.
+        """Return the digest of a header and of the rows so far, of all columns or of those named, in that order."""
+        chosen = self._kinds if names is None else names
+        return combined(header, {name: (self._kinds[name], self._rows[name], self.of(name)) for name in chosen})
 
-        It is the SHA-256 of the header's length (8 bytes, little endian), the header, and for each column
-        `name:type:rows;` and the SHA-256 of its bytes (little endian).
-        """
-        state = hashlib.sha256(len(header).to_bytes(8, "little") + header)
-        for name in self._kinds if names is None else names:
-            state.update(f"{name}:{self._kinds[name].str}:{self._rows[name]};".encode())
-            state.update(self._states[name].digest())
-        return state.hexdigest()
+    def of(self, name: str) -> bytes:
+        """Return the SHA-256 of the rows of one column so far."""
+        return self._states[name].digest()
+
+
+def combined(header: bytes, columns: Mapping[str, tuple[Any, int, bytes]]) -> str:
+    """Return the digest of a header and of columns of which numpy type, rows and SHA-256 are known, in their order.
+
+    It is the SHA-256 of the header's length (8 bytes, little endian), the header, and for each column
+    `name:type:rows;` and the SHA-256 of its bytes (little endian).
+    """
+    state = hashlib.sha256(len(header).to_bytes(8, "little") + header)
+    for name, (kind, rows, digest) in columns.items():
+        state.update(f"{name}:{np.dtype(kind).newbyteorder('<').str}:{rows};".encode() + digest)
+    return state.hexdigest()
 
 
 def regrouped(blocks: Iterable[Mapping[str, np.ndarray]], rows: int) -> Iterator[dict[str, np.ndarray]]:
@@ -128,6 +137,26 @@ def encode(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+@runtime_checkable
+class Table(Protocol):
+    """Rows open for reading: of a file (`Reader`), or of several as if they were one (`partitioned.Joined`)."""
+
+    rows: int
+    schema: pa.Schema
+    """with the metadata of the file"""
+
+    def check(self, columns: Sequence[str] | None = None) -> list[str]:
+        """Return the columns to read, after holding all that is claimed of them against the rows."""
+
+    def groups(
+        self, columns: Sequence[str] | None = None, start: int = 0, stop: int | None = None
+    ) -> Iterator[pa.Table]:
+        """Yield rows `start` to `stop` in order."""
+
+    def whole(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return all rows at once."""
+
+
 class Reader:
     """A parquet file open for reading, one row group at a time; each is checked before it is decoded."""
 
@@ -135,7 +164,7 @@ class Reader:
         """Take an open file whose footer was read."""
         self._path, self._stream, self._groups, self._parquet = path, stream, groups, parquet
         self._paths = [parquet.schema.column(position).path for position in range(len(parquet.schema))]
-        self._checked: dict[str, bool] = {}
+        self._honest: set[tuple[int, str]] = set()
         self.rows = sum(group.rows for group in groups)
         self.schema: pa.Schema = parquet.schema_arrow
 
@@ -145,32 +174,27 @@ class Reader:
         Raises:
             CorruptionError, MismatchError, UnsafeError: as for `read`.
         """
-        with _explaining(self._path):
-            names = _require_plain_columns(self.schema, self._path, columns)
-            new = {name: text for name, text in names.items() if name not in self._checked}
-            for group in self._groups if new else ():
-                if group.rows:
-                    _require_honest_group(group, self._paths, new, self._stream)
-        self._checked.update(new)
-        return list(names)
+        return self._check(columns, range(len(self._groups)))
 
-    def groups(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Yield the rows in order, as tables of one row group each; with `columns` only those that are there.
+    def groups(
+        self, columns: Sequence[str] | None = None, start: int = 0, stop: int | None = None
+    ) -> Iterator[pa.Table]:
+        """Yield rows `start` to `stop` in order, as tables of at most one row group each.
+
+        With `columns` only those that are there are read. Row groups without any of the rows are not even looked at.
 
         Raises:
             CorruptionError, MismatchError, UnsafeError: as for `read`.
         """
-        names = self.check(columns)
-        filled = [number for number, group in enumerate(self._groups) if group.rows]
+        spans = list(self._spans(start, self.rows if stop is None else stop))
+        names = self._check(columns, [number for number, _, _ in spans])
         with ThreadPoolExecutor(1) as pool:
-            coming = [pool.submit(self._read, [number], names) for number in filled[:1]]
-            for number in [*filled[1:], None]:
-                if not coming:
-                    return
+            coming = [pool.submit(self._read, [number], names) for number, _, _ in spans[:1]]
+            for place, (_, low, high) in enumerate(spans):
                 table = coming.pop().result()
-                if number is not None:  # the next one is read while the caller works
-                    coming.append(pool.submit(self._read, [number], names))
-                yield table
+                # the next ones are read while the caller works
+                coming += [pool.submit(self._read, [number], names) for number, _, _ in spans[place + 1 : place + 2]]
+                yield table.slice(low, high - low)
 
     def whole(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Return all rows at once.
@@ -180,6 +204,25 @@ class Reader:
         """
         names = self.check(columns)
         return self._read([number for number, group in enumerate(self._groups) if group.rows], names)
+
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Yield each row group that has some of the rows: its number, and where they begin and end in it."""
+        first = 0
+        for number, group in enumerate(self._groups):
+            low, high = max(start - first, 0), min(stop - first, group.rows)
+            if low < high:
+                yield number, low, high
+            first += group.rows
+
+    def _check(self, columns: Sequence[str] | None, numbers: Sequence[int]) -> list[str]:
+        with _explaining(self._path):
+            names = _require_plain_columns(self.schema, self._path, columns)
+            for number in numbers:
+                new = {name: text for name, text in names.items() if (number, name) not in self._honest}
+                if new and self._groups[number].rows:
+                    _require_honest_group(self._groups[number], self._paths, new, self._stream)
+                self._honest.update((number, name) for name in new)
+        return list(names)
 
     def _read(self, numbers: list[int], names: list[str]) -> pa.Table:
         with _explaining(self._path):
@@ -199,7 +242,7 @@ def opened(path: Path, most_rows: int | None = None) -> Iterator[Reader]:
         with _explaining(path):
             groups = pages.read_groups(stream)
             reader = Reader(path, stream, groups, _parquet_file(stream))
-            _require_few_rows(reader.rows, stream, path, most_rows)
+            require_few_rows(reader.rows, os.fstat(stream.fileno()).st_size, path, most_rows)
         yield reader
 
 
@@ -218,16 +261,6 @@ def read(path: Path, most_rows: int | None = None, columns: Sequence[str] | None
     """
     with opened(path, most_rows) as reader:
         return reader.whole(columns)
-
-
-def metadata_keys(path: Path) -> set[str]:
-    """Return the keys of a parquet file's metadata; no column is read.
-
-    Raises:
-        NotFoundError, CorruptionError, UnsafeError: as for `read`.
-    """
-    with opened(path, sys.maxsize) as reader:
-        return {key.decode(errors="replace") for key in reader.schema.metadata or {}}
 
 
 def column_names(path: Path) -> list[str]:
@@ -272,6 +305,17 @@ def require_schema(schema: pa.Schema, expected: pa.Schema, path: Path) -> None:
     )
 
 
+def require_few_rows(rows: int, size: int, path: Path, most_rows: int | None) -> None:
+    """Do nothing if a table of `size` bytes has no more than `most_rows` rows (None: than its bytes make credible).
+
+    Raises:
+        MismatchError: it claims more.
+    """
+    most = max(UNKNOWN_ROWS, ROWS_PER_BYTE * size) if most_rows is None else most_rows
+    if rows > most:
+        raise MismatchError(f"{path} holds {rows} rows, expected at most {most} (one per sample); give the right file")
+
+
 def _listed(columns: list[tuple[str, str]]) -> str:
     return ", ".join(f"{name} {kind}" for name, kind in columns)
 
@@ -306,13 +350,6 @@ def _explaining(path: Path) -> Iterator[None]:
                 raise
             reason = str(error).strip()[:400]
             raise CorruptionError(f"{path} is not an undamaged parquet file: {reason}; write it again") from error
-
-
-def _require_few_rows(rows: int, stream: BinaryIO, path: Path, most_rows: int | None) -> None:
-    size = os.fstat(stream.fileno()).st_size
-    most = max(UNKNOWN_ROWS, ROWS_PER_BYTE * size) if most_rows is None else most_rows
-    if rows > most:
-        raise MismatchError(f"{path} holds {rows} rows, expected at most {most} (one per sample); give the right file")
 
 
 def _require_plain_columns(schema: pa.Schema, path: Path, columns: Sequence[str] | None) -> dict[str, bool]:

@@ -1,7 +1,6 @@
 """The online value estimate of every sample: state, update, merge, score, and its parquet file."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -10,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Float64, Int32, Int64, Shaped
 
-from kcdcache import foreign, records, tables
+from kcdcache import foreign, partitioned, records, tables
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NonFiniteError, SettingsError
 from kcdcache.files import canonical_json, write_atomic
 
@@ -19,13 +18,11 @@ FORMAT_VERSION = 0
 UNSEEN = {"first": np.inf, "last": -np.inf}
 """Score of samples that were never visited, by policy."""
 
-COLUMNS = ("index", "visits", "value", "label")
+COLUMNS = foreign.COLUMNS
 _KINDS: dict[str, type] = {"index": np.int64, "visits": np.int32, "value": np.float32, "label": np.int64}
 _REQUIRED = ("epoch", "knowledge_id", "student")
 _MOST_VISITS = foreign.MOST_VISITS
 _LOOKED_UP = 2**10
-HELD_SAMPLES = 2**23
-"""values of more samples are not held in memory while they are condensed, but read again"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +68,8 @@ class Source(Protocol):
     def labelled(self) -> bool:
         """Whether every sample has a label."""
 
-    def blocks(self) -> Iterator[Block]:
-        """Yield all samples."""
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+        """Yield samples `start` to `stop`, all by default."""
 
     def fingerprint(self) -> str:
         """Return `fingerprint` of the values."""
@@ -90,10 +87,11 @@ class Held:
         """Whether every sample has a label."""
         return self.labels is not None
 
-    def blocks(self) -> Iterator[Block]:
-        """Yield all samples, in views of the arrays."""
-        for first in range(0, len(self.values.visits), tables.ROWS):
-            some = slice(first, first + tables.ROWS)
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+        """Yield samples `start` to `stop`, all by default, in views of the arrays."""
+        end = len(self.values.visits) if stop is None else stop
+        for first in range(start, end, tables.ROWS):
+            some = slice(first, min(first + tables.ROWS, end))
             labels = None if self.labels is None else self.labels[some]
             yield Block(first, Values(self.values.visits[some], self.values.value[some]), labels)
 
@@ -172,16 +170,21 @@ def fingerprint(values: Values) -> str:
     return tables.digest(b"", {"visits": values.visits, "value": values.value})
 
 
-def write(path: Path, values: Values, labels: Int64[np.ndarray, " n"] | None, document: Mapping[str, Any]) -> None:
+def write(
+    path: Path, values: Values, labels: Int64[np.ndarray, " n"] | None, document: Mapping[str, Any],
+    partition_rows: int | None = None,
+) -> None:  # fmt: skip
     """Write values as parquet, atomically and with the same bytes for the same content.
 
-    `document` holds JSON values, among them knowledge_id, student and epoch.
+    `document` holds JSON values, among them knowledge_id, student and epoch. More than `partition_rows` values become a
+    folder of parts of so many, which replaces nothing.
 
     Raises:
         SettingsError: the document lacks a key.
         MismatchError: labels and values differ in length.
         NonFiniteError: a visited sample's value is not finite.
         NoSpaceError: the disk is full; an old file stays as it was.
+        LockedError: something lies where a folder should be made.
     """
     if missing := [key for key in _REQUIRED if key not in document]:
         raise SettingsError(f"values for {path} need '{missing[0]}' in their document; found {sorted(document)}")
@@ -191,6 +194,11 @@ def write(path: Path, values: Values, labels: Int64[np.ndarray, " n"] | None, do
     columns = _columns(values, labels)
     content = {**document, "format_version": FORMAT_VERSION, "count": len(values.visits)}
     content["digest"] = _digest(content, columns)
+    if partition_rows is not None and len(values.visits) > partition_rows:
+        kept = partitioned.Seal(METADATA_KEY, content["count"], partition_rows, content, fingerprint(values), ())
+        schema = pa.schema([(name, pa.from_numpy_dtype(_KINDS[name])) for name in columns])
+        partitioned.write(path, kept, schema, lambda span: _cells_of(columns, span))
+        return
     table = pa.table(columns).replace_schema_metadata({METADATA_KEY: canonical_json(content)})
     write_atomic(path, tables.encode(table))
 
@@ -204,8 +212,7 @@ def read(path: Path | str, count: int) -> ValuesFile:
     Raises:
         NotFoundError: there is no such file.
         CorruptionError: the file is damaged or was changed after it was written.
-        MismatchError: it is for another number of samples, or a row is unusable (names the first such row), or it is
-            not the one that its run wrote there (prints both digests).
+        MismatchError: it is for another number of samples, a row is unusable (named), or its run wrote another one.
         NonFiniteError: a visited sample's value is NaN or infinite; names the row.
     """
     path = Path(path)
@@ -214,29 +221,10 @@ def read(path: Path | str, count: int) -> ValuesFile:
     return found
 
 
-@contextmanager
-def opened(path: Path, count: int, held: int = HELD_SAMPLES) -> Iterator[tuple[Source, dict[str, Any] | None]]:
-    """Yield the values of `count` samples, checked as `read` does, and our document (None: from another tool).
-
-    Our files of more than `held` samples are not held in memory but read one row group at a time, each time anew.
-
-    Raises:
-        NotFoundError, CorruptionError, MismatchError, NonFiniteError: as for `read`.
-    """
-    if count <= held or METADATA_KEY not in tables.metadata_keys(path):
-        found = read(path, count)
-        yield Held(found.values, found.labels), found.document
-        return
-    with ExitStack() as stack:
-        source = records.steady(path, lambda: _checked(stack.enter_context(tables.opened(path, count)), path, count))
-        records.require(path, records.Facts(count, source.fingerprint()))
-        yield source, source.document
-
-
 class Stream:
-    """Our values file as a source: every time it is gone through it is held against its digest."""
+    """Our values file as a source: every time it is gone through whole it is held against its digest."""
 
-    def __init__(self, reader: tables.Reader, path: Path, count: int) -> None:
+    def __init__(self, reader: tables.Table, path: Path, count: int) -> None:
         """Take an open file that should be of ours, of `count` samples.
 
         Raises:
@@ -244,58 +232,96 @@ class Stream:
             MismatchError: it is of a newer format.
         """
         self._reader, self._path, self._count = reader, path, count
-        self._fingerprint = ""
+        self.known = (isinstance(reader, partitioned.Joined) and reader.seal.fingerprint) or ""  # or set from elsewhere
         self.document = tables.document(reader.schema, METADATA_KEY, path) or {}
         if (version := self.document.get("format_version")) != FORMAT_VERSION:
             raise MismatchError(f"{path} has format {version}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache")
         self.labelled = "label" in reader.schema.names
-        self._kinds = {name: kind for name, kind in _KINDS.items() if name != "label" or self.labelled}
-        expected = pa.schema([(name, pa.from_numpy_dtype(kind)) for name, kind in self._kinds.items()])
+        self.kinds = {name: kind for name, kind in _KINDS.items() if name != "label" or self.labelled}
+        expected = pa.schema([(name, pa.from_numpy_dtype(kind)) for name, kind in self.kinds.items()])
         tables.require_schema(reader.schema, expected, path)
 
-    def blocks(self) -> Iterator[Block]:
-        """Yield all samples; what was yielded counts only once all was, because only then the digest was compared.
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+        """Yield samples `start` to `stop`, all by default; what was yielded counts only once all was.
+
+        Only then the digest was compared; of a part of the samples it never is.
 
         Raises:
             CorruptionError: the file is damaged, or its content does not match its digest.
             MismatchError: it is of another number of samples, or a count of visits is negative; names the row.
             NonFiniteError: a value is not finite; names the row.
         """
-        digest, rows, trouble = tables.Digest(self._kinds), 0, None
-        for table in self._reader.groups():
+        digest, rows, trouble = tables.Digest(self.kinds), start, None
+        whole = start == 0 and stop in (None, self._count)
+        for table in self._reader.groups(None, start, None if whole else stop):
             columns = self._columns(table)
-            digest.add({**columns, "index": np.arange(rows, rows + table.num_rows)})  # which it then has to hold
+            index = np.arange(rows, rows + table.num_rows)
+            if whole:
+                digest.add({**columns, "index": index})  # which it then has to hold
+            elif not np.array_equal(columns["index"], index):
+                raise CorruptionError(
+                    f"{self._path} was changed after it was written: its indices are not 0, 1, 2, ..."
+                )
             values = Values(columns["visits"], columns["value"])
             trouble = trouble or _trouble(values, self._path, rows)
             if trouble is None:
                 yield Block(rows, values, columns.get("label"))
             rows += table.num_rows
-        self._require_digest(digest, rows)
+        if whole:
+            self.require_digest({name: (kind, rows, digest.of(name)) for name, kind in self.kinds.items()})
         if trouble is not None:
             raise trouble
 
     def fingerprint(self) -> str:
-        """Return `fingerprint` of the values, as of the last time they were gone through."""
-        return self._fingerprint
+        """Return `fingerprint` of the values, as of the last time they were gone through whole, or as known before."""
+        return self.known
+
+    def require_digest(self, columns: Mapping[str, tuple[type, int, bytes]]) -> None:
+        """Do nothing if the columns, of which type, rows and SHA-256 are given, have the file's digest.
+
+        Raises:
+            CorruptionError: they have not.
+            MismatchError: they are of another number of samples.
+        """
+        header = canonical_json({key: item for key, item in self.document.items() if key != "digest"})
+        if tables.combined(header, columns) != self.document.get("digest"):
+            raise CorruptionError(
+                f"{self._path} was changed after it was written: its content does not match its digest"
+            )
+        self.require_rows(columns["visits"][1])
+        found = tables.combined(b"", {name: columns[name] for name in ("visits", "value")})
+        if self.known not in ("", found):
+            raise CorruptionError(
+                f"{self._path}: its values have the fingerprint {found}, its record tells {self.known}"
+            )
+        self.known = found
+
+    def require_rows(self, rows: int) -> None:
+        """Do nothing if that is the number of samples.
+
+        Raises:
+            MismatchError: it is not.
+        """
+        if rows != self._count:
+            raise MismatchError(f"{self._path} holds values of {rows} samples, expected {self._count}; use its store")
 
     def _columns(self, table: pa.Table) -> dict[str, np.ndarray]:
         if any(column.null_count for column in table.columns):
             raise CorruptionError(f"{self._path} was changed after it was written: it has empty cells; write it again")
-        return {name: table.column(name).to_numpy() for name in self._kinds}
+        return {name: table.column(name).to_numpy() for name in self.kinds}
 
-    def _require_digest(self, digest: tables.Digest, rows: int) -> None:
-        header = canonical_json({key: item for key, item in self.document.items() if key != "digest"})
-        if digest.over(header) != self.document.get("digest"):
-            raise CorruptionError(
-                f"{self._path} was changed after it was written: its content does not match its digest"
-            )
-        if rows != self._count:
-            raise MismatchError(f"{self._path} holds values of {rows} samples, expected {self._count}; use its store")
-        self._fingerprint = digest.over(b"", ("visits", "value"))
+
+def _cells_of(columns: Mapping[str, np.ndarray], span: partitioned.Span) -> Iterator[pa.Table]:
+    for first in range(span.first, span.stop, tables.ROWS):
+        some = slice(first, min(first + tables.ROWS, span.stop))
+        yield pa.table({name: column[some] for name, column in columns.items()})
 
 
 def _read(path: Path, count: int) -> ValuesFile:
-    with tables.opened(path, count) as reader:
+    if foreign.is_several(path):
+        visits, value, labels = foreign.read(foreign.whole(path, count), path, count)
+        return ValuesFile(Values(visits, value), labels, None, True)
+    with partitioned.opened(path, count) as reader:
         if METADATA_KEY.encode() not in (reader.schema.metadata or {}):
             visits, value, labels = foreign.read(reader.whole(COLUMNS), path, count)
             return ValuesFile(Values(visits, value), labels, None, True)
@@ -307,13 +333,6 @@ def _read(path: Path, count: int) -> ValuesFile:
     )
     labels = _joined([block.labels for block in blocks], np.int64) if source.labelled else None
     return ValuesFile(values, labels, source.document, False)
-
-
-def _checked(reader: tables.Reader, path: Path, count: int) -> Stream:
-    source = Stream(reader, path, count)
-    for _ in source.blocks():
-        pass
-    return source
 
 
 def _joined(blocks: list[Any], kind: type) -> Any:
@@ -338,11 +357,11 @@ def _record_ema(visits: Any, mean: Any, value: Any, decay: float) -> Any:
 
 
 RECORDS = {"mean": _record_mean, "last": _record_last, "ema": _record_ema}
-"""What a value is: the running mean of all observations, the latest one, or a moving average."""
+"""What a value is: the mean of all observations, the latest one, or a moving average."""
 
 
 def _weights(visits: Int32[np.ndarray, " n"], exponent: float) -> Float64[np.ndarray, " n"]:
-    """Return visits^exponent, and 1 for none: looked up, because powers take several times longer than all the rest."""
+    """Return visits^exponent, and 1 for none: looked up, because powers take longer than all the rest."""
     highest = int(visits.max(initial=1))
     if highest > len(visits) + _LOOKED_UP:
         return np.maximum(visits, 1).astype(np.float64) ** exponent
@@ -351,15 +370,13 @@ def _weights(visits: Int32[np.ndarray, " n"], exponent: float) -> Float64[np.nda
 
 
 def _require_finite(
-    value: Float32[np.ndarray, " n"], found: Float32[np.ndarray, " n"], seen: Shaped[np.ndarray, " n"], first: int = 0
+    value: Shaped[Any, " n"], found: Shaped[Any, " n"], seen: Shaped[Any, " n"], first: int = 0
 ) -> None:
     bad = seen & ~np.isfinite(found)
     if bad.any():
         index = int(np.argmax(bad))
-        raise NonFiniteError(
-            f"the value of index {first + index} is {value[index]}, expected a finite number whose score fits float32; "
-            "find out in which epoch the student diverged"
-        )
+        at = f"the value of index {first + index} is {value[index]}, expected a finite number whose score fits float32"
+        raise NonFiniteError(f"{at}; find out in which epoch the student diverged")
 
 
 def _columns(values: Values, labels: Int64[np.ndarray, " n"] | None) -> dict[str, np.ndarray]:

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from kcdcache import condense as condense_module
 from kcdcache import manifest, rng, schedule, values
-from kcdcache.condense import condense, epsilons, pair, partition, random_stage
+from kcdcache.condense import condense, pair, partition, random_stage
 from kcdcache.config import CondenseSettings
 from kcdcache.errors import MismatchError, NonFiniteError, SettingsError
 from kcdcache.manifest import Manifest
+from kcdcache.outline import epsilons
 from kcdcache.ranking import order_of
 from kcdcache.values import Values
 

@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 from stores import knowledge, make
 from test_condense import OPTIONS
 
-from kcdcache import commands, condense, condenser, config, manifest, rules, selection, streamed, tables, values
+from kcdcache import (
+    commands,
+    condense,
+    condenser,
+    config,
+    manifest,
+    rules,
+    selection,
+    sources,
+    streamed,
+    tables,
+    values,
+)
 from kcdcache.errors import CorruptionError, MismatchError, NonFiniteError, SettingsError
 
 COUNT = 90
@@ -50,7 +62,7 @@ def both(path, found, option, keep, previous=None, rows=tables.ROWS, excluded=()
     common = {"count": len(found.visits), "stage": 2, "keep": keep, "previous": previous, "excluded": left_out}
     labels = np.arange(len(found.visits)) % 3
     whole = condense.condense(found, option, knowledge_id="k", labels=labels, classes=5, data_digest="d", **common)
-    with values.opened(path, len(found.visits), held=0) as (source, _), open(path.with_name("s"), "wb") as sink:
+    with sources.opened(path, len(found.visits), held=0) as (source, _), open(path.with_name("s"), "wb") as sink:
         assert isinstance(source, values.Stream)
         plan = condense.plan(source, option, **common)
         told = streamed.write(plan, source, sink, classes=5, rows=rows, knowledge_id="k", data_digest="d")
@@ -111,15 +123,24 @@ def test_a_dry_run_tells_memory_temporary_bytes_and_time(tmp_path):
     told, written_ = condensed(tmp_path, 0, dry_run=True)
     assert written_ == b""
     assert (told["temporary_bytes"], told["kept"]) == (round(75 * condenser.BYTES_A_ROW), 75)
-    huge = condenser.estimate(0.5, 10**9)
+    given = {"values": tmp_path, "store": tmp_path, "keep": 0.5, "out": tmp_path}
+    huge = condenser.estimate(config.make(commands.CondenseCommand, given | {"memory_gb": 16}), 10**9)
     assert 9 * 10**9 < huge["memory_bytes"] < 10**10
     assert huge["temporary_bytes"] > 10.5 * 0.5 * 10**9
+
+
+def test_a_dry_run_of_more_than_memory_tells_of_shares_and_what_they_spill(tmp_path):
+    given = {"values": tmp_path, "store": tmp_path, "keep": 0.5, "out": tmp_path, "memory_gb": 1}
+    told = condenser.estimate(config.make(commands.CondenseCommand, given), 10**9)
+    assert told["shares"] == 20
+    assert told["memory_bytes"] == condenser.BASE_BYTES + 10**9
+    assert told["temporary_bytes"] == 16 * 10**9
 
 
 def test_values_changed_while_they_are_condensed_are_refused(place):
     count = 50_000  # more than what is read ahead
     path = written(place / "values.parquet", some_values(5, count), 10_000)
-    with values.opened(path, count, held=0) as (source, _):
+    with sources.opened(path, count, held=0) as (source, _):
         plan = condense.plan(source, config.CondenseSettings(), count=count, stage=1, keep=0.5)
         other = written(place / "other.parquet", some_values(6, count), 10_000).read_bytes()
         with open(path, "r+b") as stream:  # not replaced, which an open file would not see, but overwritten
@@ -139,7 +160,7 @@ def test_a_bad_row_of_a_late_row_group_is_named(place, row, visits, value, error
     content["digest"] = tables.digest(values.canonical_json(content), columns)
     table = pa.table(columns).replace_schema_metadata({values.METADATA_KEY: values.canonical_json(content)})
     regroup(place / "bad.parquet", table, 20)
-    with pytest.raises(error, match=text), values.opened(place / "bad.parquet", COUNT, held=0):
+    with pytest.raises(error, match=text), sources.opened(place / "bad.parquet", COUNT, held=0):
         pass
 
 

@@ -1,0 +1,84 @@
+"""A folder beside a result, in which it is made: locked while its processes live, and gone afterwards."""
+
+import errno
+import glob
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from kcdcache.errors import LockedError
+from kcdcache.files import TEMPORARY_MARK, locked, naming, step, sync_directory
+from kcdcache.team import ALONE, Team
+
+LOCK = "lock"
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+"""what the system says where a folder's name is taken"""
+
+
+@contextmanager
+def beside(path: Path, team: Team = ALONE) -> Iterator[Path]:
+    """Yield a new folder beside `path`, the same one to all processes of a team; the first deletes it in the end.
+
+    What killed processes left there before is deleted first.
+    """
+    if team.first:
+        remove_orphans(path)
+    name = team.told(f"{path.name}{TEMPORARY_MARK}{os.getpid()}-set".encode()).decode()
+    folder = path.with_name(name)
+    if not team.first:
+        team.wait()
+        yield folder
+        team.wait()
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder / LOCK):
+            team.wait()
+            yield folder
+            team.wait()
+            shutil.rmtree(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def place(folder: Path, path: Path) -> None:
+    """Give a finished folder its name, durably, unless something is there already.
+
+    Raises:
+        LockedError: something is.
+    """
+    with naming(path):
+        step()
+        try:
+            os.rename(folder, path)
+        except OSError as error:
+            if error.errno in _TAKEN:
+                raise LockedError(f"{path} exists already: another process wrote it first") from None
+            raise
+        sync_directory(path.parent)
+        step()
+
+
+def remove_orphans(path: Path) -> None:
+    """Delete what killed writers of `path` left beside it; those that still run may need theirs."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}{TEMPORARY_MARK}*"):
+        process = left.name.rpartition(TEMPORARY_MARK)[2].partition("-")[0]
+        if not process.isdecimal() or _runs(int(process)):
+            continue
+        if not left.is_dir():
+            left.unlink(missing_ok=True)
+            continue
+        with suppress(LockedError), locked(left / LOCK):  # who holds it still writes, on another machine
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it runs, but is another user's
+    return True

@@ -1,0 +1,118 @@
+"""Values and a store's records for condensing in shares, and torchrun."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from killing import ROOT, environment
+from stores import knowledge, make
+
+from kcdcache import boxes, commands, condenser, config, manifest, values
+from kcdcache.team import ALONE
+
+COUNT = 150
+
+
+def some_values(seed=0, count=COUNT):
+    """Many equal values, some samples unseen."""
+    random = np.random.default_rng(seed)
+    visits = random.integers(0, 4, count).astype(np.int32)
+    return values.Values(visits, np.where(visits > 0, random.integers(0, 12, count), 0).astype(np.float32))
+
+
+def labels(count=COUNT):
+    return np.arange(count) * 7 % 2
+
+
+def prepared(root):
+    """A store's records; values as one file, in parts and as another tool's files; and a manifest to come from."""
+    make(root / "store")
+    for file in (root / "store").rglob("c.*"):
+        file.unlink()
+    document = {"knowledge_id": knowledge().knowledge_id, "student": "resnet8", "epoch": 3}
+    values.write(root / "values.parquet", some_values(), labels(), document)
+    values.write(root / "values.parts", some_values(), labels(), document, partition_rows=32)
+    theirs(root / "theirs", some_values(), labels(), [50, 53, 0, 47])
+    before = manifest.full(
+        knowledge().knowledge_id, COUNT, labels(), 2, data_digest="dd", excluded=np.arange(0, 150, 5)
+    )
+    manifest.write(root / "before.parquet", before)
+    manifest.write(root / "before.parts", before, partition_rows=40)
+    return root
+
+
+def theirs(folder, found, marks, sizes):
+    """Files of another tool, of so many rows each, in an order that is not that of their names."""
+    folder.mkdir()
+    first = 0
+    for number, size in enumerate(sizes):
+        some = slice(first, first + size)
+        columns = {"index": np.arange(first, first + size), "value": found.value[some].astype(float)}
+        table = pa.table({**columns, "visits": found.visits[some], "label": marks[some]})
+        pq.write_table(table, folder / f"{9 - number}.parquet", row_group_size=20)
+        first += size
+
+
+def launched(processes, words, log, **variables):
+    """A command under torchrun, one process per rank; `words` is what follows `python`."""
+    meeting = ["--nproc-per-node", str(processes), "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", *meeting, *map(str, words)]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    with open(log, "ab") as stream:
+        return subprocess.Popen(launch, stdout=stream, stderr=stream, env=environment(PYTHONPATH=path, **variables))
+
+
+def content(folder):
+    """File -> bytes of a file or folder."""
+    if folder.is_file():
+        return folder.read_bytes()
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def condensed(root, out, case, team=None):
+    """What `kcdcache condense` tells, with the settings of a case; names of inputs are those of `prepared`."""
+    inputs = {name: root / case[name] for name in ("values", "previous") if case.get(name)}
+    given = {"store": root / "store", "keep": 0.6, **case, **inputs, "out": out}
+    return condenser.run(config.make(commands.CondenseCommand, given), team=team or ALONE)
+
+
+def cases(number, seed=7):
+    """So many ways to condense, over all settings and forms of input."""
+    pick = random.Random(seed).choice
+    fields = {name: get_args(field.annotation) for name, field in config.CondenseSettings.model_fields.items()}
+    return [
+        {name: pick(choices) for name, choices in fields.items() if choices}
+        | {name: pick([True, False]) for name in ("augment_kept", "stratify")}
+        | {
+            "values": pick(["values.parquet", "values.parts", "theirs", "theirs/*.parquet"]),
+            "previous": pick([None, "before.parquet", "before.parts"]),
+            "keep": pick([0.01, 0.3, 0.55, 0.79]),
+            "eps_max": pick([0.0, 0.3]),
+            "condense_seed": pick([0, 2**63]),
+            "partition_rows": pick([13, 40, 1000]),
+            "memory_gb": pick([8, 1e-6, 3e-7]),
+        }
+        for _ in range(number)
+    ]
+
+
+def everywhere(root, folder, rows):
+    """Work of one process under torchrun: all cases of a file, each into a set of its number."""
+    boxes.ROWS = rows
+    with together.group_of() as group:
+        team = gloo.Gloo(group.rank, group.world)
+        for number, case in enumerate(json.loads((root / "cases.json").read_text())):
+            condensed(root, folder / str(number), case, team)
+
+
+if __name__ == "__main__":
+    from kcdcache import gloo, together
+
+    everywhere(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

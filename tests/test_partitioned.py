@@ -1,0 +1,399 @@
+"""Tables in parts: the same content and digest as one file, read by all that reads one, and refused where not whole."""
+
+import json
+import os
+import shutil
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from killing import nursery, succeeds
+from pupils import leftovers
+from spreading import COUNT, cases, condensed, content, labels, prepared, some_values, theirs
+
+from kcdcache import (
+    boxes,
+    checks,
+    difference,
+    files,
+    inspection,
+    manifest,
+    partitioned,
+    scratch,
+    sources,
+    tables,
+    values,
+)
+from kcdcache.errors import (
+    CorruptionError,
+    LockedError,
+    MismatchError,
+    NonFiniteError,
+    NotFoundError,
+    SettingsError,
+    UnfinishedError,
+)
+from kcdcache.partitioned import SEAL
+from kcdcache.team import ALONE
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return prepared(tmp_path_factory.mktemp("partitioned"))
+
+
+@pytest.fixture
+def place(made, tmp_path):
+    return Path(shutil.copytree(made, tmp_path / "place"))
+
+
+# ---- the format
+
+
+@given(st.integers(1, 10**12), st.integers(1, 10**9))
+@settings(max_examples=100)
+def test_parts_are_ranges_of_one_size_that_cover_all_samples_once(count, size):
+    if -(-count // size) > 1000:
+        size = -(-count // 1000)
+    spans = partitioned.spans(count, size)
+    assert [span.first for span in spans] == [size * number for number in range(len(spans))]
+    assert [span.stop for span in spans] == [*(span.first for span in spans[1:]), count]
+    assert all(0 < span.stop - span.first <= size for span in spans)
+
+
+def test_parts_are_named_and_hold_their_range_of_samples(place):
+    names = [f"part-{number:05}-of-00004.parquet" for number in range(4)]
+    assert sorted(file.name for file in (place / "before.parts").iterdir()) == [SEAL, *names]
+    for number, name in enumerate(names):
+        index = pq.read_table(place / "before.parts" / name)["index"].to_numpy()
+        expected = [i for i in range(40 * number, min(40 * number + 40, COUNT)) if i % 5]
+        assert index.tolist() == expected
+
+
+def test_other_tools_read_the_parts_as_plain_parquet(place):
+    whole = pq.read_table(place / "values.parquet").replace_schema_metadata()
+    for read in (
+        ds.dataset(place / "values.parts", format="parquet").to_table(),
+        pq.read_table(place / "values.parts"),
+    ):
+        assert read.replace_schema_metadata().equals(whole)
+
+
+def test_the_record_names_every_part_and_the_digest_of_the_single_file(place):
+    for one, many in (("values.parquet", "values.parts"), ("before.parquet", "before.parts")):
+        record = json.loads((place / many / SEAL).read_text())
+        assert record["document"]["digest"] == inspection.id_of(place / one) == inspection.id_of(place / many)
+        for span, part in zip(partitioned.spans(COUNT, record["partition_rows"]), record["parts"], strict=True):
+            file = place / many / span.name
+            assert part["sha256"] == files.sha256_file(file)
+            assert (part["bytes"], part["rows"]) == (file.stat().st_size, pq.read_metadata(file).num_rows)
+
+
+def test_what_was_written_is_what_is_read(place):
+    one, many = (values.read(place / name, COUNT) for name in ("values.parquet", "values.parts"))
+    assert np.array_equal(one.values.visits, many.values.visits)
+    assert np.array_equal(one.values.value, many.values.value)
+    assert np.array_equal(one.labels, many.labels)
+    assert (one.document, many.foreign) == (many.document, False)
+    assert manifest.read(place / "before.parquet").digest == manifest.read(place / "before.parts").digest
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 150), (0, 1), (31, 33), (32, 64), (149, 150), (60, 60), (10, 140)])
+def test_any_range_of_rows_is_read_from_the_parts_that_have_it(place, start, stop):
+    with partitioned.opened(place / "values.parts") as reader:
+        found = [table["index"].to_pylist() for table in reader.groups(["index"], start, stop)]
+    assert [*chain(*found)] == list(range(start, stop))
+    assert all(found)
+
+
+def test_parts_without_the_rows_stay_closed(place):
+    (place / "values.parts/part-00002-of-00005.parquet").write_bytes(
+        bytes((place / "values.parts/part-00002-of-00005.parquet").stat().st_size)
+    )
+    with partitioned.opened(place / "values.parts") as reader:
+        assert sum(map(len, reader.groups(["index"], 0, 64))) == 64
+        with pytest.raises(CorruptionError, match=r"part-00002-of-00005\.parquet is not what was written: its SHA-256"):
+            list(reader.groups(["index"], 0, 65))
+
+
+@pytest.mark.parametrize("group", [1, 7, 100])
+def test_ranges_of_a_single_file_are_cut_out_of_its_row_groups(place, group):
+    table = pa.table({"index": np.arange(50)})
+    pq.write_table(table, place / "one.parquet", row_group_size=group)
+    with tables.opened(place / "one.parquet") as reader:
+        for start, stop in ((0, 50), (3, 4), (6, 15), (49, 50), (50, 60), (9, 9)):
+            found = [part["index"].to_pylist() for part in reader.groups(None, start, stop)]
+            assert [*chain(*found)] == list(range(50))[start:stop]
+
+
+# ---- everything that takes a file takes a folder
+
+
+def test_inspect_verify_and_diff_tell_the_same_of_both_forms(place):
+    for name in ("values", "before"):
+        one, many = (inspection.inspect(place / f"{name}.{form}") for form in ("parquet", "parts"))
+        assert {**one, "path": 0} == {**many, "path": 0}
+        assert checks.verify(place / f"{name}.parts")["problems"] == 0
+    found = difference.run(place / "before.parquet", place / "before.parts")
+    assert found["set"]["identical"] if "set" in found else "identical" in found["note"]
+
+
+# ---- what is refused
+
+
+def changed(folder, change):
+    """Change a sealed record and seal it again."""
+    record = files.read_sealed(folder / SEAL)
+    change(record)
+    (folder / SEAL).write_bytes(files.sealed_json(record))
+
+
+@pytest.mark.parametrize("name", ["values", "before"])
+@pytest.mark.parametrize(
+    ("damage", "error", "text"),
+    [
+        (lambda f: (f / SEAL).unlink(), UnfinishedError, rf"has parts but no {SEAL}, which is written last"),
+        (lambda f: (f / SEAL).write_text("{}"), CorruptionError, "should have the key"),
+        (lambda f: sorted(f.glob("part*"))[1].unlink(), CorruptionError, r"part-00001.* is missing"),
+        (lambda f: longer(sorted(f.glob("part*"))[1]), CorruptionError, r"part-00001.* has \d+ bytes"),
+        (lambda f: flip(sorted(f.glob("part*"))[1]), CorruptionError, r"part-00001.* is not what was written"),
+        (lambda f: swap(f), CorruptionError, r"part-0000[01].* (has|is not what was written)"),
+        (lambda f: changed(f, lambda r: r.update(format_version=9)), MismatchError, "has format 9.*upgrade kcdcache"),
+        (lambda f: changed(f, lambda r: r.update(partition_rows=0)), CorruptionError, "in parts of 0"),
+        (lambda f: changed(f, lambda r: r["parts"].pop()), CorruptionError, "it tells of . parts, expected"),
+        (lambda f: changed(f, lambda r: r.update(samples="all")), CorruptionError, "'samples' should be int"),
+        (lambda f: changed(f, lambda r: r["parts"][0].update(rows=99)), CorruptionError, "what it tells of part-00000"),
+        (lambda f: changed(f, lambda r: r["parts"][0].pop("rows")), CorruptionError, "is damaged"),
+    ],
+    ids=range(12),
+)  # fmt: skip
+def test_a_folder_that_is_not_whole_is_refused(place, name, damage, error, text):
+    folder = place / f"{name}.parts"
+    damage(folder)
+    for look in (
+        lambda: inspection.inspect(folder),
+        lambda: values.read(folder, COUNT) if name == "values" else manifest.read(folder),
+        lambda: condensed(place, place / "out", {"values": "values.parts", "previous": "before.parts"}),
+    ):
+        with pytest.raises(error, match=text):
+            look()
+    assert not (place / "out").exists()
+
+
+def longer(file):
+    file.write_bytes(file.read_bytes() + b"x")
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def swap(folder):
+    one, two = sorted(folder.glob("part*"))[:2]
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    two.write_bytes(first)
+
+
+@pytest.mark.parametrize("change", ["digest", "fingerprint", "rows"])
+def test_a_record_that_tells_other_digests_or_rows_than_the_parts_have_is_refused(place, change):
+    folder = place / "values.parts"
+    if change == "rows":
+        changed(folder, lambda r: r["parts"][4].update(rows=21))
+    else:
+        changed(folder, lambda r: (r if change == "fingerprint" else r["document"]).update({change: "0" * 64}))
+    with pytest.raises(CorruptionError, match=r"not match its digest|its record tells|has 22 rows"):
+        values.read(folder, COUNT)
+
+
+def test_a_single_part_is_no_values_and_no_manifest(place):
+    for name in ("values", "before"):
+        part = next(iter(sorted((place / f"{name}.parts").glob("part*"))))
+        for look in (lambda p=part: inspection.inspect(p), lambda p=part: values.read(p, COUNT)):
+            with pytest.raises(
+                MismatchError, match=rf"one of several parts of a set; give their folder, .*{name}.parts"
+            ):
+                look()
+    with pytest.raises(MismatchError, match="one of several parts of a set; give their folder"):
+        values.read(place / "values.parts" / "part*.parquet", COUNT)
+
+
+def test_a_folder_is_never_written_over_anything(place):
+    found = manifest.read(place / "before.parquet")
+    for name in ("before.parts", "values.parquet"):
+        before = content(place / name)
+        with pytest.raises(LockedError, match="exists already"):
+            manifest.write(place / name, found, partition_rows=9)
+        assert content(place / name) == before
+    assert not leftovers(place)
+
+
+# ---- condensing
+
+
+@pytest.mark.parametrize("rows", [1, 2**20])
+def test_shares_and_files_make_the_bytes_that_memory_does(place, monkeypatch, rows):
+    monkeypatch.setattr(boxes, "ROWS", rows)
+    for number, case in enumerate(cases(25, seed=3 + rows)):
+        shapes = [condensed(place, place / f"{number}-{memory}", case | {"memory_gb": memory}) for memory in (8, 4e-7)]
+        assert content(place / f"{number}-8") == content(place / f"{number}-4e-07"), case
+        assert shapes[0]["digest"] == shapes[1]["digest"]
+        assert shapes[1]["shares"] > 1
+        assert shapes[1]["temporary_bytes"] > 0
+    assert not leftovers(place)
+
+
+@pytest.mark.parametrize("memory", [8, 1e-6])
+def test_the_form_changes_the_files_and_not_the_set(place, memory):
+    case = {"values": "values.parts", "previous": "before.parts", "memory_gb": memory}
+    told = [condensed(place, place / f"{rows}", case | {"partition_rows": rows}) for rows in (7, 150)]
+    assert (
+        told[0]["digest"]
+        == told[1]["digest"]
+        == manifest.read(place / "7").digest
+        == manifest.read(place / "150").digest
+    )
+    assert (place / "7").is_dir()
+    assert (place / "150").is_file()
+
+
+def test_the_same_again_says_so_and_another_set_is_never_overwritten(place):
+    case = {"values": "values.parts", "partition_rows": 40}
+    assert condensed(place, place / "out", case)["already"] is False
+    before = content(place / "out")
+    for memory in (8, 1e-6):
+        assert condensed(place, place / "out", case | {"memory_gb": memory})["already"] is True
+        assert condensed(place, place / "out", case | {"memory_gb": memory, "partition_rows": 200})["already"] is True
+        for rows in (40, 200):
+            with pytest.raises(LockedError, match="out holds another manifest; manifests are never overwritten"):
+                condensed(place, place / "out", case | {"memory_gb": memory, "keep": 0.5, "partition_rows": rows})
+    assert content(place / "out") == before
+    assert not leftovers(place)
+
+
+def test_shares_refuse_what_memory_refuses(place):
+    few = {"values": "values.parts", "memory_gb": 1e-6}
+    with pytest.raises(SettingsError, match=r"keep 0\.001 of 150 samples keeps none"):
+        condensed(place, place / "out", few | {"keep": 0.001})
+    with pytest.raises(SettingsError, match="asks for 135, but only 120 compete"):
+        condensed(place, place / "out", few | {"keep": 0.9, "previous": "before.parts", "candidates": "current"})
+    manifest.write(place / "other.parts", manifest.full("kk", COUNT), partition_rows=40)
+    with pytest.raises(MismatchError, match="the manifest was made for knowledge kk, the store holds"):
+        condensed(place, place / "out", few | {"previous": "other.parts"})
+    assert not leftovers(place)
+
+
+# ---- values of other tools
+
+
+def test_files_that_leave_samples_out_are_unseen_there_in_every_way_to_read_them(place, monkeypatch):
+    monkeypatch.setattr(tables, "ROWS", 10)
+    (place / "few").mkdir()
+    for number, index in enumerate((np.arange(60, 90, 2), np.array([3, 4, 40]), np.arange(120, 130))):
+        pq.write_table(pa.table({"index": index, "value": index / 7}), place / f"few/{number}.parquet")
+    expected = values.read(place / "few", COUNT)
+    assert expected.values.visits.sum() == 28
+    with sources.shared(place / "few/*.parquet", COUNT, ALONE) as (source, document):
+        assert document is None
+        for start, stop in ((0, COUNT), (0, 3), (41, 60), (61, 125), (100, 110), (130, 150), (149, 150)):
+            blocks = list(source.blocks(start, stop))
+            assert [block.first for block in blocks] == sorted({block.first for block in blocks})
+            found = values.Values(*(np.concatenate(columns) for columns in zip(
+                *((block.values.visits, block.values.value) for block in blocks), strict=True)))  # fmt: skip
+            assert np.array_equal(found.visits, expected.values.visits[start:stop])
+            assert np.array_equal(found.value, expected.values.value[start:stop])
+        assert source.fingerprint() == values.fingerprint(expected.values)
+    case = {"values": "few", "keep": 0.5}
+    made = [condensed(place, place / f"few-{m}", case | {"memory_gb": m})["digest"] for m in (8, 1e-6)]
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize(
+    ("columns", "error", "text"),
+    [
+        (
+            {"index": [1, 0], "value": [1.0, 2.0]},
+            MismatchError,
+            r"bad.*expected indices above -1 in ascending",
+        ),
+        ({"index": [0, 150], "value": [1.0, 2.0]}, MismatchError, r"row 1: 'index' is 150, expected .* in \[0, 150\)"),
+        ({"index": [0, 1], "value": [1.0, np.nan]}, NonFiniteError, "row 1: 'value' is nan"),
+        ({"index": [0, 1]}, MismatchError, "no column 'value'"),
+    ],
+)
+def test_bad_rows_of_other_tools_are_named_when_they_are_streamed(place, columns, error, text):
+    pq.write_table(pa.table(columns), place / "bad.parquet")
+    with pytest.raises(error, match=text):
+        condensed(place, place / "out", {"values": "bad.parquet", "memory_gb": 1e-6})
+    assert not leftovers(place)
+
+
+def test_overlapping_files_are_refused_streamed_and_held(place):
+    theirs(place / "twice", some_values(), labels(), [80, 70])
+    shutil.copy(place / "twice/9.parquet", place / "twice/7.parquet")
+    with pytest.raises(MismatchError, match=r"twice holds 230 rows or more, expected at most 150"):
+        condensed(place, place / "out", {"values": "twice"})
+    with pytest.raises(MismatchError, match="two of the files begin with index 0"):
+        condensed(place, place / "out", {"values": "twice", "memory_gb": 1e-6})
+    pq.write_table(pa.table({"index": [5, 6], "value": [1.0, 2.0]}), place / "twice/7.parquet")
+    with pytest.raises(MismatchError, match=r"9\.parquet has index 79, but another file begins with 5"):
+        condensed(place, place / "out", {"values": "twice", "memory_gb": 1e-6})
+    with (
+        pytest.raises(MismatchError, match=r"7\.parquet has index 90, but another file begins with 80"),
+        sources.shared(overlapping(place / "more"), COUNT, ALONE) as (source, _),
+    ):
+        list(source.blocks(0, 80))
+    with pytest.raises(NotFoundError, match="no parquet files at"):
+        condensed(place, place / "out", {"values": "nothing/*.parquet"})
+
+
+def overlapping(folder):
+    """Two files, of which the first goes on beyond the beginning of the second."""
+    folder.mkdir()
+    pq.write_table(pa.table({"index": [5, 90], "value": [1.0, 2.0]}), folder / "7.parquet")
+    pq.write_table(pa.table({"index": [80, 91], "value": [1.0, 2.0]}), folder / "8.parquet")
+    return folder
+
+
+# ---- kills
+
+
+def command(place, out):
+    given = {"values": place / "values.parts", "store": place / "store", "keep": 0.5, "out": out}
+    given |= {"partition-rows": 70, "memory-gb": 2e-6}
+    return ["condense", *(f"--{key}={value}" for key, value in given.items())]
+
+
+def test_killed_at_any_step_it_leaves_nothing_or_the_whole_set_and_runs_again(place):
+    with nursery() as start:
+        succeeds(start, command(place, place / "whole"), place / "log")
+        for step in range(1, 100):
+            out = place / f"out{step}"
+            process = start(command(place, out), place / "log", KCDCACHE_CRASHPOINT=str(step))
+            assert process.ended(120)
+            if process.code == 0:
+                break
+            assert not out.exists() or content(out) == content(place / "whole")
+            succeeds(start, command(place, out), place / "log")
+            assert content(out) == content(place / "whole")
+            assert not leftovers(place)
+    assert step > 15
+
+
+def test_only_folders_of_the_dead_are_deleted(tmp_path):
+    ours, dead = os.getpid(), 2**22 + 1  # larger than any process number
+    for process in (ours, dead):
+        (tmp_path / f"set.tmp-{process}-1").mkdir()
+    with files.locked(tmp_path / f"set.tmp-{dead}-2" / scratch.LOCK):  # on another machine
+        scratch.remove_orphans(tmp_path / "set")
+        assert sorted(path.name for path in tmp_path.iterdir()) == [f"set.tmp-{ours}-1", f"set.tmp-{dead}-2"]
+    scratch.remove_orphans(tmp_path / "set")
+    assert [path.name for path in tmp_path.iterdir()] == [f"set.tmp-{ours}-1"]
