@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from kcdcache import __version__, signals
+from kcdcache import __version__, places, signals
 from kcdcache.errors import KcdcacheError, NoSpaceError
 from kcdcache.files import FULL
 from kcdcache.helptexts import EXAMPLES, SUMMARIES
@@ -127,7 +127,7 @@ def _failed(message: str, exit_code: int, arguments: Sequence[str]) -> int:
 
 def _printable(text: str) -> str:
     """Return text in one line and without control characters: names from files must not steer the terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in places.named(text))
 
 
 def _command(name: str, options: list[click.Parameter], work: Callable[..., dict[str, Any]]) -> click.Command:
@@ -137,7 +137,8 @@ def _command(name: str, options: list[click.Parameter], work: Callable[..., dict
         follower = name == "train" and os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
         _log_to_stderr(quiet or follower)
         with signals.listening() if name in LONG else nullcontext():
-            result = work(**values)
+            here = {key: places.locals_of(value, fresh=name == "verify") for key, value in values.items()}
+            result = places.shown(work(**here))
         if follower:
             return
         click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **result}) if as_json else _readable(result))

@@ -9,7 +9,21 @@ from typing import Any, TypeVar
 
 import torch
 
-from kcdcache import batches, condense, handover, loop, manifest, methods, requery, runs, schedule, store, train, values
+from kcdcache import (
+    batches,
+    condense,
+    handover,
+    loop,
+    manifest,
+    methods,
+    places,
+    requery,
+    runs,
+    schedule,
+    store,
+    train,
+    values,
+)
 from kcdcache.config import TrainSettings
 from kcdcache.data import Dataset
 from kcdcache.errors import SettingsError
@@ -213,6 +227,7 @@ def _by_first(going: _Run, work: Callable[[], T]) -> T:
         going.group.wait()
         return made
     going.group.wait()
+    places.refresh(going.folder.path)
     return work()
 
 

@@ -14,8 +14,10 @@ import kcdcache
 PACKAGE = Path(kcdcache.__file__).parent
 LEVELS = (
     "errors rng shares",
-    "untrusted pages frames helptexts options signals together",
-    "files parallel",
+    "places crashpoints",
+    "untrusted pages frames helptexts options signals together cachefiles remote",
+    "files parallel leases",
+    "mirror",
     "tables records rates decoding chunkfiles rules ranking",
     "foreign",
     "config identity encoding schedule values images archives folder",
