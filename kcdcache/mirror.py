@@ -66,14 +66,14 @@ class BucketMirror:
         key = key.strip("/")
         _require_key(key, self.url)
         path = self._files.base / key
-        self._refresh(key, fresh)
+        self._refresh(key, fresh=fresh)
         if path.suffix in COMPANIONS:
             self._look_around(path)
         return path
 
     def refresh(self, path: Path) -> None:
         """Bring all below a path up to date."""
-        self._refresh(self._key(path), False)
+        self._refresh(self._key(path))
 
     def bring(self, paths: Iterable[Path]) -> None:
         """Fetch the contents of files that are only names yet."""
@@ -140,7 +140,7 @@ class BucketMirror:
     def held(self, path: Path) -> Iterator[None]:
         """Hold the lease of a lock file, and see what its last holder left."""
         with self._holding(path, path.parent):
-            self.refresh(path.parent)
+            self._refresh(self._key(path.parent), alone=True)
             yield
 
     @contextmanager
@@ -167,7 +167,7 @@ class BucketMirror:
             elif (found := lease.look()) is not None and not found[0].get("free"):
                 alone = alone and here_and_alive(found[0]) is False
         with self._holding(lock, lock.parent.parent):
-            self.refresh(lock.parent.parent)
+            self._refresh(self._key(lock.parent.parent), alone=alone)
             yield alone
 
     def require_free(self, path: Path) -> None:
@@ -252,14 +252,18 @@ class BucketMirror:
             return
         self._files.keep_within(size)
 
-    def _refresh(self, prefix: str, fresh: bool) -> None:
-        """Make what is here show what is there: drop, hollow out, and fetch what is small."""
+    def _refresh(self, prefix: str, fresh: bool = False, alone: bool = False) -> None:
+        """Make what is here show what is there: drop, hollow out, and fetch what is small.
+
+        `alone`: no other process writes below, so that clock times which are not there are nobody's.
+        """
         root = self._files.base / prefix
         with self._files.alone():
             there = self._listing(prefix)
             here = {path for path in _files_below(root) if self._mirrored(path)}
             for path in here - there.keys():
-                self._files.drop(path)
+                if alone or path.name != APPENDED or self._files.tag(path) is not None:
+                    self._files.drop(path)
             stale = [
                 path
                 for path, entry in there.items()

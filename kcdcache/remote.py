@@ -177,7 +177,8 @@ class Remote:
         """
         mark = uuid.uuid4().hex
         attributes = {WRITER: mark}
-        condition: Any = {"e_tag": version.tag, "version": version.generation}
+        given = {"e_tag": version.tag, "version": version.generation}
+        condition: Any = {name: value for name, value in given.items() if value is not None}
 
         def once() -> Version:
             try:
