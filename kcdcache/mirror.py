@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from kcdcache.crashpoints import step
 from kcdcache.errors import KcdcacheError, LockedError, UnsafeError
 from kcdcache.files import TEMPORARY_MARK, naming
 from kcdcache.leases import Lease, here_and_alive, holder
-from kcdcache.remote import MOST_CREATED, ChangedError, Entry, Remote, plain
+from kcdcache.remote import MOST_APPENDED, MOST_CREATED, Entry, Remote, plain
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,6 @@ MOST_NAME = 240
 APPENDED = "timing.jsonl"
 """clock times, which grow in place here and are uploaded now and then"""
 FLUSH_SECONDS = 10.0
-MOST_APPENDED = 64 * 2**20
 COMPANIONS = {".json": (".safetensors",), ".safetensors": (".json",), ".parquet": ()}
 """endings of files that are given by themselves, and what lies beside them under the same name"""
 OF_RUN = ("run.json", "files.json")
@@ -330,26 +329,11 @@ class BucketMirror:
             self._sent = time.monotonic()
             for path, lines in list(self._unsent.items()):
                 try:
-                    self._add(self._key(path), lines)
-                except (KcdcacheError, ChangedError) as error:
+                    self._remote.append(self._key(path), lines)
+                except KcdcacheError as error:
                     logger.warning("clock times of %s were not uploaded: %s", self._key(path), error)
                 else:
                     del self._unsent[path]
-
-    def _add(self, key: str, lines: bytes) -> None:
-        """Append to an object that others append to as well."""
-        for _ in range(AT_ONCE):
-            try:
-                before, version = self._remote.read(key, MOST_APPENDED)
-                self._remote.update(key, before + lines, version)
-                return
-            except FileNotFoundError:
-                with suppress(FileExistsError):
-                    self._remote.create(key, lines)
-                    return
-            except ChangedError:
-                continue
-        raise ChangedError(key)
 
 
 def is_scratch(key: str) -> bool:

@@ -6,7 +6,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -48,6 +48,9 @@ SINGLE_BYTES = 64 * 2**20
 """largest object that is uploaded in one request, unless it may only be made where none is"""
 MOST_CREATED = 2**30
 """largest object that can be made only where none is: it goes in one request, from memory"""
+MOST_APPENDED = 64 * 2**20
+"""largest object that lines are added to"""
+MOST_CHANGES = 50
 BLOCK_BYTES = 4 * 2**20
 WRITER = "kcdcachewriter"
 """metadata that tells whose object it is, should the answer to its upload be lost"""
@@ -193,6 +196,25 @@ class Remote:
                     raise ChangedError(key) from None
 
         return self._tried(f"write {key}", once)
+
+    def append(self, key: str, lines: bytes) -> None:
+        """Add lines to an object that others add to as well; each of them is there in the end.
+
+        Raises:
+            UnsafeError: the object has more than MOST_APPENDED bytes.
+        """
+        for _ in range(MOST_CHANGES):
+            try:
+                before, version = self.read(key, MOST_APPENDED)
+                self.update(key, before + lines, version)
+                return
+            except FileNotFoundError:
+                with suppress(FileExistsError):
+                    self.create(key, lines)
+                    return
+            except ChangedError:
+                continue
+        raise RemoteError(f"{self.url}/{key} changes faster than it can be read and written")
 
     def delete(self, key: str) -> None:
         """Delete an object, if there is one."""

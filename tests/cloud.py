@@ -1,4 +1,4 @@
-"""An S3-speaking server on this machine, a proxy before it that breaks what it is told to, and commands that use them."""
+"""An S3-speaking server on this machine, a proxy before it that breaks requests, and what commands need for them."""
 
 import contextlib
 import http.client
@@ -58,7 +58,7 @@ class Server:
         self._process.kill()
         self._process.wait()
 
-    def keys(self, prefix=""):
+    def listed(self, prefix=""):
         return sorted(one["path"] for one in obstore.list(self.store, prefix or None).collect())
 
     def read(self, key):
@@ -76,7 +76,7 @@ class Server:
 
     def promised(self, prefix):
         """The objects below a prefix whose bytes are promised, by name; see `pupils.promised`."""
-        names = [key for key in self.keys(prefix) if ".leases" not in key.split("/")]
+        names = [key for key in self.listed(prefix) if ".leases" not in key.split("/")]
         return {k.removeprefix(f"{prefix}/"): self.read(k) for k in names if k.rsplit("/", 1)[-1] not in UNPROMISED}
 
 
@@ -89,6 +89,8 @@ class Proxy:
 
     def __init__(self, server, faults=lambda method, path, number: None):
         self.faults, self.seen, self.broken = faults, [], []
+        self.deaf = False
+        """whether conditions of requests are not passed on"""
         self._server, self._turn, self._conditional = server, threading.Lock(), threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._http.daemon_threads = True
@@ -106,7 +108,7 @@ class Proxy:
             def answer(self):
                 proxy.handle(self)
 
-            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer  # noqa: N815
 
             def log_message(self, *arguments):
                 pass
@@ -136,7 +138,8 @@ class Proxy:
         conditional = any(name in asked.headers for name in CONDITIONS)
         with self._conditional if conditional else contextlib.nullcontext():
             there = http.client.HTTPConnection("127.0.0.1", self._server.port, timeout=60)
-            there.request(asked.command, asked.path, body, dict(asked.headers))
+            headers = {k: v for k, v in asked.headers.items() if not (self.deaf and k.title() in CONDITIONS)}
+            there.request(asked.command, asked.path, body, headers)
             answer = there.getresponse()
             content = answer.read()
             there.close()
