@@ -140,6 +140,7 @@ class BucketMirror:
         """Hold the lease of a lock file, and see what its last holder left."""
         with self._holding(path, path.parent):
             self._refresh(self._key(path.parent), alone=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             yield
 
     @contextmanager
@@ -167,6 +168,7 @@ class BucketMirror:
                 alone = alone and here_and_alive(found[0]) is False
         with self._holding(lock, lock.parent.parent):
             self._refresh(self._key(lock.parent.parent), alone=alone)
+            lock.parent.mkdir(parents=True, exist_ok=True)
             yield alone
 
     def require_free(self, path: Path) -> None:

@@ -83,7 +83,7 @@ class Server:
 class Proxy:
     """Passes requests on to a server; `faults(method, path, number)` names what goes wrong with one, or None.
 
-    503: it is refused. cut: the connection ends before it is passed on. lost: it is passed on, the answer is not.
+    503, 403: it is refused. cut: the connection ends before it is passed on. lost: it is passed on, the answer is not.
     half: the connection ends in the middle of the answer. slow: the answer comes late.
     """
 
@@ -124,8 +124,8 @@ class Proxy:
                 self.broken.append(fault)
         if fault == "cut":
             return self._end(asked)
-        if fault == "503":
-            return self._tell(asked, 503, {}, b"<Error><Code>SlowDown</Code></Error>")
+        if fault in ("503", "403"):
+            return self._tell(asked, int(fault), {}, b"<Error><Code>SlowDown</Code></Error>")
         status, headers, content = self._passed_on(asked, body)
         if fault == "lost":
             return self._end(asked)
