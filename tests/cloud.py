@@ -105,6 +105,10 @@ class Proxy:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
+            def handle(self):
+                with contextlib.suppress(OSError):  # the other side was killed
+                    super().handle()
+
             def answer(self):
                 proxy.handle(self)
 
