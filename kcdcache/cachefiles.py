@@ -1,4 +1,4 @@
-"""Files of a cache: whole, or hollow (a name and a size whose content is elsewhere), each with what it is a copy of."""
+"""Files of a cache: whole, or hollow (a name and a size whose content is elsewhere)."""
 
 import fcntl
 import json
@@ -14,9 +14,13 @@ from typing import NamedTuple
 from kcdcache.errors import SettingsError
 
 FOLDER, LIMIT = "KCDCACHE_CACHE", "KCDCACHE_CACHE_BYTES"
-"""environment variables: where the cache is, and how many bytes of contents it keeps (all, if unset)"""
+"""environment variables: where the cache is, and how many bytes of contents it keeps of a bucket (all, if unset)"""
+EMPTIED = 0.9
+"""share of the limit that is kept once it was reached, so that not every new file makes the cache be looked through"""
 SMALL_BYTES = 2**20
 """largest file that is checked whenever it is reused, and fetched before it is asked for"""
+LEAST_EMPTIED = 4096
+"""bytes of a file that is worth emptying"""
 SPARED = 64
 """files last used by this process that are never emptied, whatever the limit: they may be in use"""
 HOLLOW_NS = 0
@@ -156,11 +160,13 @@ class CacheFiles:
                 return
             found = sorted(self._contents())
             self._kept = sum(size for _, size, _ in found)
+            if self._kept <= self._limit:
+                return
             spared = set(self._used)
             for _, size, path in found:
-                if self._kept <= self._limit:
+                if self._kept <= EMPTIED * self._limit:
                     return
-                if path not in spared and size > SMALL_BYTES // 2**8 and (tag := self.tag(path)) is not None:
+                if path not in spared and size >= LEAST_EMPTIED and (tag := self.tag(path)) is not None:
                     self.hollow(path, tag.version, size)
                     self._kept -= size
 

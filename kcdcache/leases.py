@@ -1,4 +1,4 @@
-"""Leases on an object store: locks that hold between machines, and go to others when their holder is not heard of."""
+"""Leases on an object store: locks between machines, taken over when their holder is not heard of."""
 
 import functools
 import json

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 AT_ONCE = 16
 """requests under way together"""
+MOST_OBJECTS = 10**6
+"""below what a command is given"""
 LEASES = ".leases"
 """folder beside what is locked, with an object per lease"""
 CHUNK = re.compile(r"c(\.\d+)+")
@@ -294,6 +296,11 @@ class BucketMirror:
     def _listing(self, prefix: str) -> dict[Path, Entry]:
         """Return local path -> entry of all objects at or below a key that are mirrored."""
         found = self._remote.list(prefix)
+        if len(found) > MOST_OBJECTS:
+            raise UnsafeError(
+                f"{self.url}/{prefix} holds {len(found)} objects, expected at most {MOST_OBJECTS}: name the folder "
+                "of a store, run or set"
+            )
         if prefix and (one := self._remote.head(prefix)) is not None:
             found.append(one)
         for entry in found:

@@ -52,6 +52,8 @@ MOST_APPENDED = 64 * 2**20
 """largest object that lines are added to"""
 MOST_CHANGES = 50
 BLOCK_BYTES = 4 * 2**20
+METADATA_SERVICE = "169.254.169.254"
+"""where machines of a provider ask for access; who comes there elsewhere has none"""
 WRITER = "kcdcachewriter"
 """metadata that tells whose object it is, should the answer to its upload be lost"""
 _SECRET = re.compile(r"KEY|SECRET|TOKEN|SAS|PASSWORD|CREDENTIAL", re.I)
@@ -263,10 +265,10 @@ class Remote:
                 f"{self._access}"
             ) from None
         except (BaseError, ConnectionError) as error:
-            raise RemoteError(
-                f"{self.url}: could not {what}: {cleaned(str(error))}; what is there stays as it is, run the same "
-                "command again to resume"
-            ) from None
+            remedy = "what is there stays as it is, run the same command again to resume"
+            if METADATA_SERVICE in str(error):
+                remedy = f"no access was found in the environment: set {self._access}"
+            raise RemoteError(f"{self.url}: could not {what}: {cleaned(str(error))}; {remedy}") from None
 
 
 def place_of(variables: str, environment: Mapping[str, str]) -> str:
