@@ -157,8 +157,8 @@ def connect(
         targets = held.enter_context(StoredTargets(knowledge, rows, fields, memory_bytes=memory_bytes, folder=place))
         again = None
         if requeried is not None:
-            room = {"memory_bytes": memory_bytes, "folder": place}
-            again = held.enter_context(mixes.targets(requeried, manifest, mixing.mix, fields, **room))
+            found = mixes.targets(requeried, manifest, mixing.mix, fields, memory_bytes=memory_bytes, folder=place)
+            again = held.enter_context(found)
         yield replace(plain, targets=targets, requeried=again)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from awscrt import checksums
 from jaxtyping import Int64
 
+from kcdcache import places
 from kcdcache.errors import UnsafeError
 from kcdcache.files import naming
 
@@ -55,6 +56,15 @@ def copy_rows(
     return found == checksum and stored == checksum.to_bytes(CHECKSUM_BYTES, "little")
 
 
+def listed(folder: Path) -> dict[str, int]:
+    """Return name -> bytes of a folder's plain files; symbolic links are not followed, the folder's own neither."""
+    if not folder.is_dir() or folder.is_symlink():
+        return {}
+    with os.scandir(folder) as entries:
+        found = {entry.name: _plain_size(entry) for entry in entries}
+    return {name: size for name, size in found.items() if size is not None}
+
+
 def new_block(row_bytes: int) -> np.ndarray:
     """Return scratch memory for `copy_rows` of rows of at most so many bytes."""
     return np.empty(max(BLOCK_BYTES, row_bytes), np.uint8)
@@ -66,6 +76,7 @@ def open_plain(path: str, flags: int) -> int:
     Raises:
         UnsafeError: it is a symbolic link.
     """
+    places.bring(Path(path))
     try:
         return os.open(path, flags | os.O_NOFOLLOW)
     except OSError as error:
@@ -76,3 +87,10 @@ def open_plain(path: str, flags: int) -> int:
 
 def _bytes(rows: np.ndarray) -> np.ndarray:
     return rows.reshape(-1).view(np.uint8)
+
+
+def _plain_size(entry: os.DirEntry[str]) -> int | None:
+    try:
+        return entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else None
+    except FileNotFoundError:  # a writer's temporary file was renamed since the listing
+        return None

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from kcdcache import __version__, signals
+from kcdcache import __version__, places, signals
 from kcdcache.display import printable, readable
 from kcdcache.errors import KcdcacheError, NoSpaceError, SettingsError
 from kcdcache.files import FULL
@@ -142,7 +142,8 @@ def _command(
         follower = name in TOGETHER and os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
         _log_to_stderr(quiet or follower)
         with signals.listening() if name in LONG else nullcontext():
-            result = work(**values)
+            here = {key: places.locals_of(value, fresh=name == "verify") for key, value in values.items()}
+            result = places.shown(work(**here))
         if follower:
             return
         click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **result}) if as_json else readable(result))

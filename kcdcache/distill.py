@@ -16,6 +16,7 @@ from kcdcache import (
     loop,
     manifest,
     methods,
+    places,
     rates,
     requery,
     runs,
@@ -230,6 +231,7 @@ def _by_first(going: _Run, work: Callable[[], T]) -> T:
         going.group.wait()
         return made
     going.group.wait()
+    places.refresh(going.folder.path)
     return work()
 
 
@@ -309,7 +311,9 @@ def _summary(going: _Run, exported: Path) -> dict[str, Any]:
     rows = (load_checkpoint(going.folder) or ({}, {"rows": []}))[1]["rows"]
     knowledge = going.material.knowledge
     requeries = sum(
-        _points(store.open(path)) for path in sorted(going.folder.path.glob("stages/*/*.requery")) if path.is_dir()
+        (made := store.open(path)).count * made.views
+        for path in sorted(going.folder.path.glob("stages/*/*.requery"))
+        if path.is_dir()
     )
     return runs.outcome(rows, knowledge.knowledge.data.count, going.settings.epochs) | {
         "kind": "train",
@@ -318,7 +322,7 @@ def _summary(going: _Run, exported: Path) -> dict[str, Any]:
         "method": going.settings.method,
         "knowledge_id": knowledge.knowledge_id,
         "teacher_forwards": requeries,
-        "store_teacher_forwards": _points(knowledge),
+        "store_teacher_forwards": knowledge.count * knowledge.views,
         "rows_read": sum(row["rows_read"] for row in rows),
         "bytes_read": sum(row["bytes_read"] for row in rows),
         "kept": len(manifest.read(exported)),
@@ -326,10 +330,6 @@ def _summary(going: _Run, exported: Path) -> dict[str, Any]:
         "seconds": runs.seconds_spent(going.folder),
         "images_per_second": rates.document(rates.logged(going.folder.timing)),
     }
-
-
-def _points(knowledge: store.Store) -> int:
-    return knowledge.count * knowledge.views
 
 
 def _requery(going: _Run, stage: schedule.Stage, current: Manifest) -> Path | None:

@@ -10,6 +10,7 @@ KcdcacheError                    1   input/output error or a fault of ours
 ├── UnsafeError                  8   input that could harm this machine
 ├── UnfinishedError              9   written only in part so far; not usable yet
 ├── NotFoundError               10   a path or name that is not there
+├── RemoteError                 11   an object store does not answer, or refuses
 └── InterruptedRunError    130/143   stopped by a signal; run it again to resume
 """
 
@@ -72,6 +73,12 @@ class NotFoundError(KcdcacheError, FileNotFoundError):
     """A path, name or record that does not exist."""
 
     exit_code = 10
+
+
+class RemoteError(KcdcacheError, ConnectionError):
+    """An object store did not answer in spite of retries, or refused; what it holds stays as it is."""
+
+    exit_code = 11
 
 
 class InterruptedRunError(KcdcacheError, RuntimeError):

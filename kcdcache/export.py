@@ -37,7 +37,7 @@ from kcdcache.commands import ExportCommand
 from kcdcache.data import Dataset
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.exported import Baked, Content, Images
-from kcdcache.files import canonical_json, create_filled, remove_leftovers, write_atomic
+from kcdcache.files import canonical_json, create_filled, remove, remove_leftovers, write_atomic
 from kcdcache.identity import Knowledge
 from kcdcache.images import DECODED_BYTES, DecodedImages, Split
 from kcdcache.layout import Part, StorePlan
@@ -256,7 +256,7 @@ def _write(plan: _Plan, progress: Progress) -> str:
     row[plan.held] = np.arange(len(plan.held))
     samples = exported.Samples(source.labels, source.sample_digest, row)
     write_atomic(out / exported.SAMPLES, exported.encode_samples(samples))
-    (out / exported.MANIFEST).unlink(missing_ok=True)
+    remove(out / exported.MANIFEST)
     manifest.write(out / exported.MANIFEST, chosen)
     subset = replace(source.knowledge, subset={"manifest": chosen.digest, "rows": len(plan.held)})
     fields = list(plan.store.fields)
@@ -353,7 +353,7 @@ def _write_images(plan: _Plan) -> Images:
     for name, split, index in (("train", data.train, plan.needed), ("test", data.test, everything)):
         path = plan.command.out / exported.SPLITS[name]
         path.parent.mkdir(exist_ok=True)
-        path.unlink(missing_ok=True)
+        remove(path)
         create_filled(path, partial(_write_split, split=split, index=index, classes=data.classes))
         kinds[name] = "pixels" if isinstance(split.source, DecodedImages) else "files"
     return Images.model_validate(

@@ -3,12 +3,9 @@
 import errno
 import fcntl
 import hashlib
-import itertools
 import json
 import os
-import re
 import shutil
-import signal
 import socket
 import stat
 import threading
@@ -17,14 +14,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kcdcache import untrusted
+from kcdcache import places, untrusted
+from kcdcache.crashpoints import step
 from kcdcache.errors import (
     CorruptionError,
     KcdcacheError,
     LockedError,
     NoSpaceError,
     NotFoundError,
-    SettingsError,
     UnsafeError,
 )
 
@@ -34,11 +31,6 @@ MOST_FILE_BYTES = 16 * 2**30
 """of a file read whole, such as a checkpoint"""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """what the system calls a full disk, an exhausted quota, and a file larger than allowed"""
-CRASH_POINT = "KCDCACHE_CRASHPOINT"
-"""environment variable, for tests: `n` kills this process (SIGKILL) at the n-th step of the write protocol, `n:NAME`
-fails that step with a system error (ENOSPC, EIO, ...)"""
-
-_steps = itertools.count(1)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -126,6 +118,15 @@ def create_filled(path: Path, fill: Callable[[Path], object]) -> None:
         raise LockedError(f"{path} exists already: another process wrote it first") from None
 
 
+def move(source: Path, path: Path) -> None:
+    """Put a finished, durable file in the place of another on the same disk; the object of a mirrored one too."""
+    if (mirror := places.of(path)) is not None:
+        mirror.place(source, path, exclusive=False)
+    else:
+        os.replace(source, path)
+    sync_directory(path.parent)
+
+
 def append(path: Path, data: bytes) -> None:
     """Add `data` to the end of a file, which is made if need be and after an error holds what it held; not durable.
 
@@ -143,6 +144,16 @@ def append(path: Path, data: bytes) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)
+    if (mirror := places.of(path)) is not None:
+        mirror.appended(path, data)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, if there is one: of a mirrored one the object first."""
+    if (mirror := places.of(path)) is not None:
+        mirror.remove(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 ZEROS = memoryview(bytes(2**22))
@@ -269,11 +280,14 @@ def remove_leftovers(folder: Path) -> list[Path]:
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on the file `path`; the system frees it when the process ends, however it ends.
 
+    Of a mirrored path the lease is held too, and everything beside it is brought up to date.
+
     Raises:
         LockedError: another process holds it; names that process.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", opener=open_own) as stream:
+    file = places.lock_file(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a+", opener=open_own) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -284,7 +298,8 @@ def locked(path: Path) -> Iterator[None]:
         with naming(path, len(me)):
             stream.truncate(0)
             os.write(stream.fileno(), me)  # nothing may wait in a buffer: closing would fail on it again
-        yield
+        with places.held(path):
+            yield
 
 
 def open_own(path: str | Path, flags: int) -> int:
@@ -318,7 +333,9 @@ def _place(
     into: Callable[[Path, Path], None],
 ) -> None:
     """Write a temporary file beside `path`, make it durable, and put it `into` place."""
-    temporary = _temporary(path)
+    temporary, mirror = _temporary(path), places.of(path)
+    if mirror is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path, None if callable(content) else memoryview(content).nbytes):
         try:
             step()
@@ -329,38 +346,16 @@ def _place(
             step()
             _sync_file(temporary)
             step()
-            into(temporary, path)
+            if mirror is None:
+                into(temporary, path)
+            else:
+                mirror.place(temporary, path, exclusive=into is os.link)
             step()
             sync_directory(path.parent)
             step()
         finally:
             with suppress(OSError):  # a read-only disk refuses even this
                 temporary.unlink(missing_ok=True)
-
-
-def step() -> None:
-    """Pass one point of the write protocol; die or fail here if a test asked for it."""
-    if CRASH_POINT not in os.environ:
-        return
-    point, number = _crash_point(os.environ[CRASH_POINT])
-    if next(_steps) != point:
-        return
-    if number is None:
-        os.kill(os.getpid(), signal.SIGKILL)
-    else:
-        raise OSError(number, os.strerror(number))
-
-
-def _crash_point(text: str) -> tuple[int, int | None]:
-    """Return the step of the write protocol to stop at, and the number of the system error to fail with (None: die)."""
-    match = re.fullmatch(r"([1-9][0-9]*)(?::(\w+))?", text)
-    number = getattr(errno, match[2], None) if match and match[2] else None
-    if match is None or (match[2] and not isinstance(number, int)):
-        raise SettingsError(
-            f"{CRASH_POINT} should be n or n:NAME (be killed at the n-th step of writing, or fail there with a system "
-            f"error such as ENOSPC or EIO), found {text!r}; it is for tests, unset it"
-        )
-    return int(match[1]), number
 
 
 def _sync_file(path: Path) -> None:

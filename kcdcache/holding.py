@@ -7,9 +7,11 @@ import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from kcdcache import places
 from kcdcache.errors import LockedError, NotFoundError, SettingsError, UnsafeError
 from kcdcache.files import naming, open_own, read_bytes, remove_leftovers
 from kcdcache.ledger import FOLDER
@@ -88,7 +90,8 @@ def held(root: Path, begin: Callable[[bool], None], shard: Shard = WHOLE) -> Ite
     """Hold the parts of one shard of a store for writing.
 
     `begin(alone)` is called while no other process begins or leaves, with whether nobody else writes the store. What
-    killed writers left is removed by whoever begins or leaves alone.
+    killed writers left is removed by whoever begins or leaves alone. The locks lie in the store; of a mirrored one they
+    lie in the cache, and leases hold between machines.
 
     Raises:
         LockedError: another process holds these parts, or the store is being written in another number of shards.
@@ -96,20 +99,23 @@ def held(root: Path, begin: Callable[[bool], None], shard: Shard = WHOLE) -> Ite
     """
     require_no_links(root, files=False)
     (root / FOLDER).mkdir(parents=True, exist_ok=True)
+    locks = _locks(root)
     with ExitStack() as stack:
-        with _door(root):
-            whole = stack.enter_context(_open(root / FOLDER / "lock"))
+        with _door(locks), places.door(root / FOLDER):
+            whole = stack.enter_context(_open(locks / "lock"))
             mine = _take(root, whole, shard, stack)
+            there = stack.enter_context(places.share(root / FOLDER / _lock_name(shard), partial(_rivals, shard)))
             alone = _locked(whole, fcntl.LOCK_EX)
             if alone:
                 remove_leftovers(root)
+            alone = alone and there
             begin(alone)
             if shard.total > 1:
                 _locked(whole, fcntl.LOCK_SH)
         try:
             yield
         finally:
-            with _door(root):
+            with _door(locks):
                 mine.truncate(0)
                 if _locked(whole, fcntl.LOCK_EX):
                     remove_leftovers(root)
@@ -118,9 +124,9 @@ def held(root: Path, begin: Callable[[bool], None], shard: Shard = WHOLE) -> Ite
 
 
 @contextmanager
-def _door(root: Path) -> Iterator[None]:
+def _door(locks: Path) -> Iterator[None]:
     """Let one process at a time begin or leave."""
-    folder = os.open(root / FOLDER, os.O_RDONLY)
+    folder = os.open(locks, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
         yield
@@ -155,16 +161,30 @@ def _require_same_split(root: Path, shard: Shard) -> None:
                 )
 
 
+def _locks(root: Path) -> Path:
+    """Return the folder of a store's lock files."""
+    return places.lock_file(root / FOLDER / "lock").parent
+
+
+def _lock_name(shard: Shard) -> str:
+    return "lock" if shard.total == 1 else f"lock.{shard.number}-{shard.total}"
+
+
+def _rivals(shard: Shard, name: str) -> bool:
+    """Return whether another lock of a store must not be held beside a shard's."""
+    return shard.total == 1 or not name.endswith(f"-{shard.total}")
+
+
 def _shard_lock(root: Path, shard: Shard) -> Path:
-    return root / FOLDER / f"lock.{shard.number}-{shard.total}"
+    return _locks(root) / _lock_name(shard)
 
 
 def _shard_locks(root: Path) -> list[Path]:
-    return sorted((root / FOLDER).glob("lock.*-*"))
+    return sorted(_locks(root).glob("lock.*-*"))
 
 
 def _holders(root: Path) -> str:
-    texts = [_holder(path) for path in (root / FOLDER / "lock", *_shard_locks(root))]
+    texts = [_holder(path) for path in (_locks(root) / "lock", *_shard_locks(root))]
     return ", ".join(text for text in texts if text) or "another process"
 
 

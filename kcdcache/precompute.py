@@ -18,6 +18,7 @@ from kcdcache import (
     fields,
     layout,
     ledger,
+    places,
     prefetch,
     rates,
     resident,
@@ -357,6 +358,7 @@ def _as_float32(rows: np.ndarray) -> Tensor:
 
 
 def _read_npy(file: Path, count: int, classes: int) -> np.ndarray:
+    places.bring(file)
     try:
         logits: np.ndarray = np.lib.format.open_memmap(file, mode="r")  # not np.load, which takes archives too
     except FileNotFoundError:

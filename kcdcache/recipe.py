@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from kcdcache import config, grid, parallel, steps
+from kcdcache import config, grid, parallel, places, steps
 from kcdcache.config import MachineSettings, Settings, nearest
 from kcdcache.errors import SettingsError
 from kcdcache.files import readable_json, write_atomic
@@ -114,9 +114,10 @@ def run(
 
     def prepare(name: str) -> Job:
         step, seed = named[name]
-        values = resolved(step, recipe, out, spec, seed) | _accepted(step.run, extra)
+        values = _here(resolved(step, recipe, out, spec, seed) | _accepted(step.run, extra))
         title = (step.title or step.name) + ("" if seed is None else f" (seed {seed})")
-        return Job(title=title, command=step.run, values=values, source=f"step '{step.name}'", progress=progress)
+        where = f"step '{step.name}'"
+        return Job(title=title, command=step.run, values=values, source=where, progress=progress, urls=places.urls())
 
     for name in named:  # what is out of range is found before the first step
         model, job = steps.STEPS[named[name][0].run][0], prepare(name)
@@ -142,7 +143,7 @@ def run(
         "failed": failed,
     }
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "results.json", readable_json(results))
+    write_atomic(out / "results.json", readable_json(places.shown(results)))
     return results
 
 
@@ -156,6 +157,8 @@ class Job:
     source: str
     """where the values are from, for errors"""
     progress: Progress
+    urls: tuple[str, ...] = ()
+    """what is mirrored: the process that does the job mirrors it too"""
 
 
 def do(job: Job) -> dict[str, Any]:
@@ -165,6 +168,8 @@ def do(job: Job) -> dict[str, Any]:
         KcdcacheError: as for the step's command.
     """
     logger.info("%s", job.title)
+    for url in job.urls:
+        places.mirrored(url)
     model, work = steps.STEPS[job.command]
     return work(config.make(model, job.values, job.source), job.progress)
 
@@ -321,6 +326,11 @@ def _resolved(value: Any, recipe: Recipe, out: Path, seed: int | None) -> Any:
     if match[2] == ":condensed":
         return str(steps.condensed_set(path))
     return str(path / "values.parquet" if match[2] == ":values" else path)
+
+
+def _here(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a step's settings with the paths of mirrors instead of URLs."""
+    return {key: places.locals_of(value) for key, value in values.items()}
 
 
 def _accepted(command: str, machine: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Making a damaged store whole again: copies of records first, then only the parts that are bad are computed anew."""
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,10 +13,10 @@ from kcdcache.files import (
     MOST_JSON_BYTES,
     canonical_json,
     holds,
+    move,
     sealed_json,
     sha256_bytes,
     sha256_file,
-    sync_directory,
     write_atomic,
 )
 from kcdcache.holding import held
@@ -221,9 +220,7 @@ def _make_again(root: Path, piece: _Piece, means: Means) -> list[str]:
         )
     bad = [file.path for file in made.files if not _as_logged(root / file.path, file)]
     for key in bad:
-        target = root / key
-        os.replace(root / SCRATCH / key, target)
-        sync_directory(target.parent)
+        move(root / SCRATCH / key, root / key)
     return bad + _put(root, piece.record_path(root), data)
 
 

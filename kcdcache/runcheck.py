@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from kcdcache import audit, manifest, records, runs, store, values
+from kcdcache import audit, manifest, places, records, runs, store, values
 from kcdcache.errors import KcdcacheError, LockedError, MismatchError, NotFoundError
 from kcdcache.files import MOST_JSON_BYTES, read_bytes
 from kcdcache.folder import RunFolder
@@ -206,9 +206,11 @@ def _exported(folder: RunFolder, summary: dict[str, Any], sets: dict[int, Manife
 
 
 def _require_still(folder: RunFolder) -> None:
-    if not folder.lock.exists():
+    places.require_free(folder.lock)
+    lock = places.lock_file(folder.lock)
+    if not lock.exists():
         return
-    with open_plain(folder.lock) as stream:
+    with open_plain(lock) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

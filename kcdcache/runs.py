@@ -31,6 +31,7 @@ from kcdcache.files import (
     read_sealed,
     read_written,
     readable_json,
+    remove,
     remove_leftovers,
     sealed_json,
     sha256_bytes,
@@ -164,7 +165,7 @@ def write_manifest(folder: RunFolder, path: Path, made: Manifest) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not folder.stands(path):
-        path.unlink()  # a kill fell before its record: written again, from the start
+        remove(path)  # a kill fell before its record: written again, from the start
     with records.writing(folder.path, {folder.name_of(path): records.Facts(len(made), made.digest)}):
         manifest.write(path, made)
 
@@ -339,4 +340,4 @@ def _remove_other_checkpoints(folder: RunFolder) -> None:
     current = read_sealed(pointer, "file")["file"] if pointer.exists() else None
     for path in folder.checkpoints.glob("*.safetensors"):
         if path.name != current:
-            path.unlink()
+            remove(path)

@@ -9,7 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kcdcache.errors import LockedError
-from kcdcache.files import TEMPORARY_MARK, locked, naming, step, sync_directory
+from kcdcache.crashpoints import step
+from kcdcache.files import TEMPORARY_MARK, locked, naming, sync_directory
 from kcdcache.team import ALONE, Team
 
 LOCK = "lock"

@@ -1,7 +1,6 @@
 """A sealed store opened for reading, and the chunk writing below it; the only importer of zarr."""
 
 import asyncio
-import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from jaxtyping import Float32, Int64, UInt64
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-from kcdcache import chunkfiles, frames, layout, ledger
+from kcdcache import chunkfiles, frames, layout, ledger, places
 from kcdcache.chunkfiles import CHECKSUM_BYTES
 from kcdcache.encoding import Encoding
 from kcdcache.errors import CorruptionError, SettingsError, UnsafeError
@@ -225,6 +224,7 @@ class Store:
     ) -> dict[str, np.ndarray]:
         out = {array.name: allocate((len(rows), *array.row_shape), np.dtype(array.dtype)) for array in arrays}
         tasks = self._tasks(arrays, view, rows)
+        places.bring(*(self.path / chunk.key for chunk, _, _ in tasks))
         shares = [tasks[start::threads] for start in range(threads) if tasks[start::threads]]
         if len(shares) <= 1:
             for share in shares:
@@ -266,9 +266,12 @@ class Store:
 
     def _copy(self, chunk: Chunk, wanted: np.ndarray, target: np.ndarray, block: np.ndarray) -> None:
         """Copy rows out of a chunk file as it lies on disk, and compare all of it with its log entry."""
-        record = self._files[chunk.key]
+        record, file = self._files[chunk.key], self.path / chunk.key
+        what = record.bytes, record.crc32c, wanted, target, block
         try:
-            sound = chunkfiles.copy_rows(self.path / chunk.key, record.bytes, record.crc32c, wanted, target, block)
+            sound = chunkfiles.copy_rows(file, *what)
+            if not sound and places.bring_again(file):
+                sound = chunkfiles.copy_rows(file, *what)
         except FileNotFoundError:
             raise CorruptionError(f"{self.path}/{chunk} is missing; {ledger.REPAIR}") from None
         with self._lock:
@@ -382,19 +385,5 @@ def size_problem(plan: StorePlan, chunk: Chunk, logged: FileRecord | None, found
 
 def listed_sizes(root: Path, plan: StorePlan) -> dict[str, int]:
     """Return key -> bytes of the plain files in every array's folder (symbolic links are not followed)."""
-    sizes: dict[str, int] = {}
-    for array in plan.arrays:
-        folder = root / array.name
-        if not folder.is_dir() or folder.is_symlink():
-            continue
-        with os.scandir(folder) as entries:
-            found = {f"{array.name}/{entry.name}": _plain_size(entry) for entry in entries}
-        sizes |= {key: size for key, size in found.items() if size is not None}
-    return sizes
-
-
-def _plain_size(entry: os.DirEntry[str]) -> int | None:
-    try:
-        return entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else None
-    except FileNotFoundError:  # a writer's temporary file was renamed since the listing
-        return None
+    folders = {array.name: chunkfiles.listed(root / array.name) for array in plan.arrays}
+    return {f"{name}/{file}": size for name, found in folders.items() for file, size in found.items()}

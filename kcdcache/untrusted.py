@@ -8,6 +8,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from kcdcache import places
 from kcdcache.errors import CorruptionError, NotFoundError, UnsafeError
 
 MOST_JSON_BYTES = 64 * 2**20
@@ -25,6 +26,7 @@ def open_plain(path: Path) -> BufferedReader:
         NotFoundError: there is no file.
         UnsafeError: it is a pipe, a device or a socket.
     """
+    places.bring(path)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):

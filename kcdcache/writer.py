@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, UInt64
 
-from kcdcache import layout, ledger
+from kcdcache import layout, ledger, places
 from kcdcache.encoding import Encoding, Statistics
 from kcdcache.errors import CorruptionError, LockedError, NotFoundError, SettingsError, UnfinishedError
-from kcdcache.files import canonical_json, holds, sync_directory, write_atomic
+from kcdcache.files import canonical_json, holds, remove, sync_directory, write_atomic
 from kcdcache.holding import WHOLE, Shard, held
 from kcdcache.identity import FORMAT_VERSION, IDENTITY_FILE, Knowledge, read_store_identity, require_same
 from kcdcache.layout import Chunk, Part, StorePlan
@@ -108,6 +108,7 @@ class Writer:
 
     def seal_last(self) -> int:
         """Seal if all parts of all shards are written; return how many are not."""
+        places.refresh(self.path)  # what shards on other machines wrote meanwhile
         left = len(self._pending(self.parts))
         if not left:
             self.seal()
@@ -124,9 +125,9 @@ class Writer:
     ) -> None:
         """Write chunks and then their log record, with the record's other fields in `described`."""
         name = Record(view, number, ()).name
-        ledger.record_path(self.path, self.growth, name).unlink(missing_ok=True)
+        remove(ledger.record_path(self.path, self.growth, name))
         for chunk in chunks:  # zarr would merge an old last chunk into the new one
-            (self.path / chunk.key).unlink(missing_ok=True)
+            remove(self.path / chunk.key)
         for array in dict.fromkeys(chunk.array for chunk in chunks):
             self._chunks.write(array, view, start, rows[array.name])
         record = Record(view, number, self._chunks.take(chunks), **described)
@@ -289,7 +290,7 @@ def _begin(root: Path, knowledge: Knowledge, plan: StorePlan, alone: bool) -> No
 
 def _forget(root: Path) -> None:
     for path in (IDENTITY_FILE, ledger.plan_path(Path(), 0), ledger.record_path(Path(), 0, ledger.SAMPLES)):
-        (root / path).unlink(missing_ok=True)
+        remove(root / path)
 
 
 def _require_same_knowledge(root: Path, knowledge: Knowledge) -> None:

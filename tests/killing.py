@@ -26,9 +26,11 @@ class Cold:
     """A command as users start it: `python -m kcdcache ...`."""
 
     def __init__(self, words, log, **variables):
+        """Start a command's words, or Python text in their place."""
+        line = ["-c", words] if isinstance(words, str) else ["-m", "kcdcache", *map(str, words)]
         with open(log, "ab") as stream:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "kcdcache", *words], stdout=stream, stderr=stream, env=environment(**variables)
+                [sys.executable, *line], stdout=stream, stderr=stream, env=environment(**variables)
             )
 
     def ended(self, seconds):
@@ -38,6 +40,9 @@ class Cold:
         except subprocess.TimeoutExpired:
             return False
         return True
+
+    def signal(self, number):
+        self._process.send_signal(number)
 
     def kill(self):
         self._process.kill()

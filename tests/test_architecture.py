@@ -13,9 +13,11 @@ import kcdcache
 
 PACKAGE = Path(kcdcache.__file__).parent
 LEVELS = (
-    "errors rng shares display team",
-    "untrusted pages frames helptexts options signals together gloo",
-    "files parallel",
+    "errors rng shares team",
+    "places crashpoints",
+    "untrusted pages frames helptexts options signals together gloo cachefiles remote display",
+    "files parallel leases",
+    "mirror",
     "tables records rates decoding chunkfiles rules ranking scratch boxes cuts",
     "partitioned hashing",
     "foreign",
@@ -63,7 +65,7 @@ LIGHT = [
     "exported",
     "difference",
 ]
-DOORS = {"zarr": "store", "print": "cli", "sys.exit": "cli", "import inside a function": "cli"}
+DOORS = {"zarr": "store", "obstore": "remote", "print": "cli", "sys.exit": "cli", "import inside a function": "cli"}
 """what only one module may do -> that module"""
 
 
@@ -125,7 +127,8 @@ def doings(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             inside = [n for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom) or imports_constant(n)]
             yield from ((n.lineno, "import inside a function") for n in inside)
-    yield from ((line, "zarr") for line, dotted in imported_modules(tree) if dotted.split(".")[0] == "zarr")
+    libraries = ((line, dotted.split(".")[0]) for line, dotted in imported_modules(tree))
+    yield from ((line, name) for line, name in libraries if name in ("zarr", "obstore"))
 
 
 def through_other_doors(path, tree, root):
@@ -202,6 +205,7 @@ def test_the_list_of_levels_names_no_module_twice_and_none_that_is_gone():
         (relative, "values.py", "from . import files", "values.py:1: relative import"),
         (relative, "models/net.py", "from ..files import locked", "relative import"),
         (through_other_doors, "layout.py", "import zarr", "zarr outside store.py"),
+        (through_other_doors, "mirror.py", "import obstore", "obstore outside remote.py"),
         (through_other_doors, "layout.py", "from zarr.storage import LocalStore", "zarr outside store.py"),
         (through_other_doors, "fit.py", "def f():\n    print(1)", "fit.py:2: print outside cli.py"),
         (through_other_doors, "fit.py", "import sys\nsys.exit(1)", "fit.py:2: sys.exit outside cli.py"),
