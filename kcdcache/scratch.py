@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kcdcache.errors import LockedError
 from kcdcache.crashpoints import step
+from kcdcache.errors import LockedError
 from kcdcache.files import TEMPORARY_MARK, locked, naming, sync_directory
 from kcdcache.team import ALONE, Team
 
