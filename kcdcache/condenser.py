@@ -212,7 +212,7 @@ def _placed(made: Path, seal: partitioned.Seal, out: Path, most_rows: int) -> bo
     """
     partitioned.seal(made, seal)
     try:
-        scratch.place(made, out)
+        scratch.place(made, out, partitioned.SEAL)
     except LockedError:
         _require_same(out, seal.document["digest"], most_rows)
         return True

@@ -25,7 +25,7 @@ from kcdcache.errors import (
     UnsafeError,
 )
 
-TEMPORARY_MARK = ".tmp-"
+TEMPORARY_MARK = places.TEMPORARY_MARK
 MOST_JSON_BYTES = untrusted.MOST_JSON_BYTES
 MOST_FILE_BYTES = 16 * 2**30
 """of a file read whole, such as a checkpoint"""

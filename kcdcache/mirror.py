@@ -207,7 +207,8 @@ class BucketMirror:
 
     def _mirrored(self, path: Path) -> bool:
         """Return whether a file here stands for an object, and is not of this machine alone."""
-        return not (TEMPORARY_MARK in path.name or path.suffix == LOG or is_scratch(self._key(path)))
+        key = self._key(path)
+        return not (TEMPORARY_MARK in key or path.suffix == LOG or is_scratch(key))
 
     def _upload(self, temporary: Path, path: Path, exclusive: bool) -> str:
         key = self._key(path)

@@ -125,7 +125,7 @@ def write(path: Path, content: Seal, schema: pa.Schema, blocks: Callable[[Span],
             write_part(made, span, schema, blocks(span)) for span in spans(content.samples, content.partition_rows)
         ]
         seal(made, content._replace(parts=tuple(parts)))
-        scratch.place(made, path)
+        scratch.place(made, path, SEAL)
 
 
 def read_seal(folder: Path) -> Seal:

@@ -11,6 +11,8 @@ from urllib.parse import unquote
 
 from kcdcache.errors import SettingsError
 
+TEMPORARY_MARK = ".tmp-"
+"""in the names of files and folders that are this machine's alone, wherever they lie"""
 SCHEMES = ("s3", "gs", "az")
 """what a cache folder mirrors; file:// is this machine's own disks"""
 _BACKEND = "kcdcache.mirror"
@@ -124,7 +126,8 @@ def of(path: Path | str) -> Mirror | None:
     if not _mirrors:
         return None
     text = os.fspath(path)
-    return next((one for one in _mirrors if text == one.base or text.startswith(one.base + os.sep)), None)
+    found = next((one for one in _mirrors if text == one.base or text.startswith(one.base + os.sep)), None)
+    return None if found is None or TEMPORARY_MARK in text[len(found.base) :] else found
 
 
 def mirrored(url: str) -> None:

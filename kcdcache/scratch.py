@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from kcdcache import places
 from kcdcache.crashpoints import step
 from kcdcache.errors import LockedError
 from kcdcache.files import TEMPORARY_MARK, locked, naming, sync_directory
@@ -44,12 +45,18 @@ def beside(path: Path, team: Team = ALONE) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def place(folder: Path, path: Path) -> None:
+def place(folder: Path, path: Path, last: str) -> None:
     """Give a finished folder its name, durably, unless something is there already.
+
+    In an object store, where no folder can be moved, its files are put there one by one, the one named `last` at last
+    and only where none is: without it the folder is unfinished, and whoever comes next may write it.
 
     Raises:
         LockedError: something is.
     """
+    if (mirror := places.of(path)) is not None:
+        _upload(folder, path, last, mirror)
+        return
     with naming(path):
         step()
         try:
@@ -60,6 +67,20 @@ def place(folder: Path, path: Path) -> None:
             raise
         sync_directory(path.parent)
         step()
+
+
+def _upload(folder: Path, path: Path, last: str, mirror: places.Mirror) -> None:
+    taken = LockedError(f"{path} exists already: another process wrote it first")
+    if path.is_file() or (path / last).exists():
+        raise taken
+    path.mkdir(parents=True, exist_ok=True)
+    for file in sorted(folder.iterdir()):
+        if file.name != last:
+            mirror.place(file, path / file.name, exclusive=False)
+    try:
+        mirror.place(folder / last, path / last, exclusive=True)
+    except FileExistsError:
+        raise taken from None
 
 
 def remove_orphans(path: Path) -> None:

@@ -165,6 +165,32 @@ def test_neither_secrets_nor_paths_of_the_cache_are_kept_anywhere(chain):
         assert b"Signature" not in found
 
 
+def test_a_set_in_parts_is_written_seal_last_and_killed_before_that_is_none(chain, plain):
+    place = "s3://bucket/parts.parquet"
+    words = [*chain.commands["condense"], "--partition-rows", "64"]
+    words[words.index("--out") + 1] = place
+    codes = []
+    for point in (3, 14, 18):
+        codes.append(chain.run(words, KCDCACHE_CRASHPOINT=str(point)))
+        forgotten(chain.cache)
+        assert "parts.parquet/_parts.json" not in chain.server.listed()
+    assert codes == [-9] * 3, chain.log.read_text()
+    assert chain.run(words) == 0, chain.log.read_text()
+    names = [f"part-{number:05}-of-00004.parquet" for number in range(4)]
+    found = [key.rpartition("/")[2] for key in chain.server.listed("parts.parquet") if ".leases" not in key]
+    assert found == ["_parts.json", *names]
+    forgotten(chain.cache)
+    chain.log.write_text("")
+    assert [chain.run(["inspect", where, "--json"]) for where in (place, "s3://bucket/made.parquet")] == [0, 0]
+    one, other = (json.loads(line) for line in chain.log.read_text().splitlines() if line.startswith("{"))
+    assert one["digest"] == other["digest"]
+    assert chain.run(words) == 0  # the same again is accepted
+    chain.server.delete("parts.parquet/_parts.json")
+    assert chain.run(["inspect", place]) != 0
+    assert chain.run(words) == 0
+    assert not [key for key in chain.server.listed() if ".tmp-" in key]
+
+
 def survives(place, plain, name, points):
     """Kill a step at points of its writing, each time going on here or elsewhere by turns; then it ends alike."""
     died = 0

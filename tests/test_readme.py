@@ -119,12 +119,14 @@ def test_quoted_accuracies_are_those_of_the_result_files(name):
         assert f"{100 * row['accuracy_last']:.2f}{spread}" in README or row["step"] == "teacher", row["step"]
 
 
-FAULTS = re.findall(r"^\| ([CKMPS]\d+) .*\| ([^|]*) \|[^|]*\|$", README, re.M)
+FAULTS = re.findall(r"^\| ([CKMOPS]\d+) .*\| ([^|]*) \|[^|]*\|$", README, re.M)
 
 
 def test_every_fault_of_the_list_has_its_row():
     wanted = [
-        f"{kind}{n}" for kind, last in (("C", 11), ("K", 10), ("M", 9), ("P", 6), ("S", 11)) for n in range(1, last + 1)
+        f"{kind}{n}"
+        for kind, last in (("C", 11), ("K", 10), ("M", 9), ("P", 6), ("O", 6), ("S", 11))
+        for n in range(1, last + 1)
     ]
     assert [name for name, _ in FAULTS] == wanted
 
