@@ -21,7 +21,8 @@ ROW_UNIT = 64
 SAMPLES = "labels and digests"
 MOST_SAMPLES = 10**8
 """more than this no data set has: a store that claims more is damaged or hostile"""
-MOST_PARTS = 10**6
+MOST_PARTS = 330_000
+"""of a store: its commit names every part, and is not read with more than 10^6 values"""
 
 GROUP_DOCUMENT: dict[str, Any] = {"attributes": {}, "node_type": "group", "zarr_format": 3}
 COMPRESSIONS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -159,7 +160,7 @@ def plan_store(
     Every array's chunk rows divide the part's rows and padding is at most 2 % of its rows.
 
     Raises:
-        SettingsError: a number is not positive, there is no field, a field comes twice, or a row exceeds 32 MiB.
+        SettingsError: a number is not positive or too large, no field is there or one twice, a row exceeds 32 MiB.
     """
     if min(count, views, batch_size) < 1 or not fields:
         raise SettingsError(
@@ -170,14 +171,15 @@ def plan_store(
         raise SettingsError(f"unknown compression {compression!r}; {nearest(compression, COMPRESSIONS)}")
     rows = _part_rows(count)
     arrays = [_planned(spec, form.field, rows) for form in fields for spec in form.arrays]
-    return StorePlan(count, views, _by_name(fields), rows, _with_samples(arrays, rows), compression, batch_size)
+    named, together = {form.field: form for form in fields}, _with_samples(arrays, rows)
+    return _of_allowed_size(StorePlan(count, views, named, rows, together, compression, batch_size))
 
 
 def grow_plan(plan: StorePlan, views: int, fields: Sequence[Encoding] = ()) -> StorePlan:
     """Return the plan with `views` views in all and new fields beside the old; fields it holds already may be given.
 
     Raises:
-        SettingsError: there would be fewer views, or a field's encoding would change.
+        SettingsError: there would be fewer views or too many, or a field's encoding would change.
     """
     if views < plan.views:
         raise SettingsError(f"a store only grows: it holds {plan.views} views, {views} were asked for")
@@ -188,8 +190,8 @@ def grow_plan(plan: StorePlan, views: int, fields: Sequence[Encoding] = ()) -> S
     new = [form for form in fields if form.field not in plan.fields]
     arrays = [array for array in plan.arrays if array.field is not None]
     arrays += [_planned(spec, form.field, plan.part_rows) for form in new for spec in form.arrays]
-    everything = _by_name([*plan.fields.values(), *new])
-    return replace(plan, views=views, fields=everything, arrays=_with_samples(arrays, plan.part_rows))
+    everything = {form.field: form for form in (*plan.fields.values(), *new)}
+    return _of_allowed_size(replace(plan, views=views, fields=everything, arrays=_with_samples(arrays, plan.part_rows)))
 
 
 def plan_from(document: Mapping[str, Any]) -> StorePlan:
@@ -334,10 +336,6 @@ def _with_samples(arrays: Sequence[ArrayPlan], part_rows: int) -> tuple[ArrayPla
     return together
 
 
-def _by_name(fields: Sequence[Encoding]) -> dict[str, Encoding]:
-    return {form.field: form for form in fields}
-
-
 def _array_bytes(array: ArrayPlan, count: int) -> int:
     return -(-count // array.chunk_rows) * array.chunk_bytes
 
@@ -376,7 +374,7 @@ def _plan_from(document: Mapping[str, Any]) -> StorePlan:
     return StorePlan(
         count=document["count"],
         views=document["views"],
-        fields=_by_name(forms),
+        fields={form.field: form for form in forms},
         part_rows=rows,
         arrays=_with_samples(arrays, rows),
         compression=document["compression"],
@@ -384,12 +382,18 @@ def _plan_from(document: Mapping[str, Any]) -> StorePlan:
     )
 
 
+def _of_allowed_size(plan: StorePlan) -> StorePlan:
+    if plan.count > MOST_SAMPLES or (parts := plan.views * plan.parts_per_view) > MOST_PARTS:
+        told = f"{plan.count} samples" if plan.count > MOST_SAMPLES else f"{plan.views} views in {parts} parts"
+        raise SettingsError(f"a store takes {MOST_SAMPLES} samples and {MOST_PARTS} parts at most, found {told}")
+    return plan
+
+
 def _require_sound(plan: StorePlan) -> None:
     numbers = (plan.count, plan.views, plan.part_rows, plan.batch_size, *(array.chunk_rows for array in plan.arrays))
     if not all(isinstance(number, int) and number > 0 for number in numbers) or plan.compression not in COMPRESSIONS:
         raise ValueError(f"sizes {numbers}, compression {plan.compression!r}")
-    if plan.count > MOST_SAMPLES or plan.views * plan.parts_per_view > MOST_PARTS:
-        raise ValueError(f"{plan.count} samples, {plan.views} views; at most {MOST_SAMPLES}, in {MOST_PARTS} parts")
+    _of_allowed_size(plan)
     for array in plan.arrays:
         if plan.part_rows % array.chunk_rows or array.chunk_bytes > MOST_CHUNK_BYTES:
             raise ValueError(f"chunks of {array.chunk_rows} rows of '{array.name}' in parts of {plan.part_rows} rows")

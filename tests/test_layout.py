@@ -143,3 +143,14 @@ def test_damaged_plans_are_refused(key, value):
 def test_plans_with_unknown_entries_are_refused():
     with pytest.raises(CorruptionError, match="entries this kcdcache does not know"):
         layout.plan_from({**planned().document(), "sharding": True})
+
+
+def test_more_parts_than_a_commit_can_name_are_refused_before_anything_is_computed():
+    field = encoding.parse("float16", "logits", (10,))
+    most = layout.plan_store(10**8, 54, [field])
+    assert most.views * most.parts_per_view == 329_616
+    for ask in (lambda: layout.plan_store(10**8, 55, [field]), lambda: layout.grow_plan(most, 55)):
+        with pytest.raises(SettingsError, match="330000 parts at most, found 55 views in 335720 parts"):
+            ask()
+    with pytest.raises(SettingsError, match=r"takes 100000000 samples.*found 100000001 samples"):
+        layout.plan_store(10**8 + 1, 1, [field])
