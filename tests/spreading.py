@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from killing import ROOT, environment
-from stores import knowledge, make
+from stores import knowledge
 
-from kcdcache import boxes, commands, condenser, config, manifest, values
+from kcdcache import boxes, commands, condenser, config, files, manifest, values
 from kcdcache.team import ALONE
 
 COUNT = 150
@@ -31,11 +31,16 @@ def labels(count=COUNT):
     return np.arange(count) * 7 % 2
 
 
+def identify(store, who):
+    """What condensing reads of a store: whose knowledge it is."""
+    (store / "_kcd").mkdir(parents=True)
+    known = {"format_version": 0, "knowledge": who.document(), "knowledge_id": who.knowledge_id}
+    (store / "_kcd/identity.json").write_bytes(files.canonical_json(known))
+
+
 def prepared(root):
     """A store's records; values as one file, in parts and as another tool's files; and a manifest to come from."""
-    make(root / "store")
-    for file in (root / "store").rglob("c.*"):
-        file.unlink()
+    identify(root / "store", knowledge())
     document = {"knowledge_id": knowledge().knowledge_id, "student": "resnet8", "epoch": 3}
     values.write(root / "values.parquet", some_values(), labels(), document)
     values.write(root / "values.parts", some_values(), labels(), document, partition_rows=32)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from killing import nursery, succeeds
 from pupils import leftovers
-from spreading import cases, condensed, content, labels, launched, prepared, some_values
+from spreading import cases, condensed, content, identify, labels, launched, prepared, some_values
 from stores import knowledge
 
-from kcdcache import files, values
+from kcdcache import values
 
 CASES = 16
 
@@ -52,9 +52,7 @@ def large(tmp_path_factory):
     """Values of many samples, in parts, for a store that is only an identity."""
     root = tmp_path_factory.mktemp("large")
     who = dataclasses.replace(knowledge(), data=dataclasses.replace(knowledge().data, count=LARGE))
-    (root / "store/_kcd").mkdir(parents=True)
-    content_ = {"format_version": 0, "knowledge": who.document(), "knowledge_id": who.knowledge_id}
-    (root / "store/_kcd/identity.json").write_bytes(files.canonical_json(content_))
+    identify(root / "store", who)
     document = {"knowledge_id": who.knowledge_id, "student": "s", "epoch": 1}
     values.write(root / "values", some_values(1, LARGE), labels(LARGE), document, partition_rows=400_000)
     return root
