@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from kcdcache import data as datasets
-from kcdcache import history, mixing, views
+from kcdcache import dataspec, history, mixing, views
 from kcdcache.config import ViewSettings
 from kcdcache.data import Dataset
 from kcdcache.errors import KcdcacheError, MismatchError, NotFoundError
@@ -63,7 +63,7 @@ def require_cheap(spec: str, count: int) -> None:
         SettingsError: the spec is wrong.
         NotFoundError: it would have to be downloaded, or is so large that to hash it takes long.
     """
-    kind, location = datasets.parse(spec)[:2]
+    kind, location = dataspec.parse(spec)[:2]
     if count > MOST_UNASKED:
         raise NotFoundError(f"all {count:,} images would have to be read; give --data if you want that")
     if kind in DOWNLOADED:

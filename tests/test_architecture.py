@@ -14,12 +14,12 @@ import kcdcache
 PACKAGE = Path(kcdcache.__file__).parent
 LEVELS = (
     "errors rng shares display",
-    "untrusted pages frames helptexts options signals together",
+    "untrusted pages frames helptexts options signals together corruption",
     "files parallel",
     "tables records rates decoding chunkfiles rules ranking",
     "foreign",
     "config identity encoding schedule values images archives folder",
-    "facts commands exported grid",
+    "facts commands exported grid dataspec",
     "partial card",
     "data views models losses mixing manifest layout ledger surroundings",
     "selection condense fields attack sampling prefetch",
