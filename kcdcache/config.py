@@ -254,6 +254,10 @@ class TrainSettings(OptimizerSettings, MethodSettings, ScheduleSettings, Condens
     """named set of readings: 'paper', or 'release' (the authors' code); flags given beside it win"""
     cached_views: int | None = Field(default=None, ge=1)
     """use only the first so many of the store's views; all of them if unset"""
+    fidelity: Literal["auto", "on", "off"] = "auto"
+    """measure the finished student on its training samples too: agreement with the teacher, right and wrong labels;
+    with --teacher also agreement on the test split. Costs a forward pass over both splits; auto does so where the data
+    spec corrupts labels or classes. Never changes the student"""
     memory_gb: float = Field(default=8, gt=0)
     """memory for decoded knowledge; above it a memory-mapped file in the run's folder serves. Never changes results"""
 

@@ -9,7 +9,21 @@ from typing import Any, TypeVar
 
 import torch
 
-from kcdcache import batches, condense, handover, loop, manifest, methods, requery, runs, schedule, store, train, values
+from kcdcache import (
+    batches,
+    condense,
+    fidelity,
+    handover,
+    loop,
+    manifest,
+    methods,
+    requery,
+    runs,
+    schedule,
+    store,
+    train,
+    values,
+)
 from kcdcache.config import TrainSettings
 from kcdcache.data import Dataset
 from kcdcache.errors import SettingsError
@@ -23,7 +37,7 @@ from kcdcache.together import ALONE, Group
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-NEUTRAL = {"checkpoint_seconds", "memory_gb", "resident", "graphs", "workers"}
+NEUTRAL = {"checkpoint_seconds", "memory_gb", "resident", "graphs", "workers", "fidelity"}
 """settings that never change a result and so may differ when a run continues"""
 
 
@@ -36,7 +50,7 @@ class Material:
     given: Manifest | None = None
     """condensed set of an earlier run, or None for everything"""
     teacher: Teacher | None = None
-    """needed for mix_target = requery only"""
+    """needed for mix_target = requery, and to measure agreement on test images"""
     requeried: tuple[Path, ...] = ()
     """stores of the teacher's outputs on mixes, made before; used where they fit"""
     baked: Path | None = None
@@ -308,6 +322,7 @@ def _summary(going: _Run, exported: Path) -> dict[str, Any]:
         "kept": len(manifest.read(exported)),
         "condensed_set": str(exported.relative_to(going.folder.path)),
         "seconds": runs.seconds_spent(going.folder),
+        **fidelity.of_run(going.settings, going.material, going.folder, going.device),
     }
 
 
