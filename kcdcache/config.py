@@ -160,6 +160,12 @@ class MethodSettings(Settings):
     """negatives per sample of crd and wcord, drawn from other classes"""
     crd_bank: Literal["whole", "kept"] = "whole"
     """what crd and wcord draw negatives from: the whole data, or only the stage's kept samples"""
+    kr_lambda: float = Field(default=0.05, ge=0)
+    """kr: difference of logarithms up to which two probabilities count as equal; 0 is plain matching"""
+    kr_temperature: float = Field(default=1.0, gt=0)
+    """kr: temperature at which filter norms or pooled activations become a distribution"""
+    kr_schedule: Literal["linear", "constant"] = "linear"
+    """kr: its weight falls linearly over all epochs, or stays"""
     peer: str = ""
     """network that learns beside the student in dml; the student's own architecture if unset"""
 
@@ -265,6 +271,19 @@ class TrainSettings(OptimizerSettings, MethodSettings, ScheduleSettings, Condens
     @classmethod
     def _apply_presets(cls, values: Any) -> Any:
         return with_sampling(with_preset(cls, values))
+
+
+NEUTRAL = {"checkpoint_seconds", "memory_gb", "resident", "graphs", "workers", "fidelity"}
+"""settings of a student's run that never change it and so may differ when it continues"""
+SINCE_RECORDS = ("kr_lambda", "kr_temperature", "kr_schedule")
+"""settings of methods that came later: records leave them out at their defaults, so that older runs go on"""
+
+
+def recorded(settings: TrainSettings) -> dict[str, Any]:
+    """Return a run's settings as its record holds them: all that decide its bytes."""
+    fields = type(settings).model_fields
+    idle = {name for name in SINCE_RECORDS if getattr(settings, name) == fields[name].default}
+    return settings.model_dump(mode="json", exclude=NEUTRAL | idle)
 
 
 class MachineSettings(Settings):

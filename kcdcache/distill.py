@@ -17,6 +17,7 @@ from kcdcache import (
     loop,
     manifest,
     methods,
+    parameters,
     requery,
     runs,
     schedule,
@@ -24,7 +25,7 @@ from kcdcache import (
     train,
     values,
 )
-from kcdcache.config import TrainSettings
+from kcdcache.config import TrainSettings, recorded
 from kcdcache.data import Dataset
 from kcdcache.errors import SettingsError
 from kcdcache.manifest import Manifest
@@ -37,8 +38,6 @@ from kcdcache.together import ALONE, Group
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-NEUTRAL = {"checkpoint_seconds", "memory_gb", "resident", "graphs", "workers", "fidelity"}
-"""settings that never change a result and so may differ when a run continues"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +104,7 @@ def run(
     # before a folder is made for it
     spec.require_known(settings.student, len(material.data.classes), len(material.data.mean))
     fields = methods.reads(settings, settings.student, material.knowledge.knowledge, material.data)
-    methods.require_fields(fields, material.knowledge.fields, settings, settings.student)
+    methods.require_fields(fields, parameters.held(material.knowledge), settings, settings.student)
     folder = RunFolder(path=out)
     material, following = _sorted_out(material, folder)
     views = _views(settings, material, folder)
@@ -332,7 +331,7 @@ def _points(knowledge: store.Store) -> int:
 
 def _requery(going: _Run, stage: schedule.Stage, current: Manifest) -> Path | None:
     """Run the teacher on the stage's mixes in the views it will use, unless that is done or not asked for."""
-    needs = going.fields
+    needs = parameters.per_sample(going.fields)
     if going.material.baked is not None:
         return going.material.baked if needs and current.mixed.any() else None
     if going.settings.mix_target != "requery" or not needs or not current.mixed.any():
@@ -394,4 +393,4 @@ def _record(
         "given": material.given.digest if material.given is not None else None,
         **({"skipped": knowledge.skipped.tolist()} if len(knowledge.skipped) else {}),
     }
-    return settings.model_dump(mode="json", exclude=NEUTRAL), inputs
+    return recorded(settings), inputs

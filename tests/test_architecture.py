@@ -22,7 +22,7 @@ LEVELS = (
     "facts commands exported grid dataspec",
     "partial card",
     "data views models losses mixing manifest layout ledger surroundings",
-    "selection condense screening fields attack sampling prefetch",
+    "selection condense screening parameters fields attack sampling prefetch",
     "terms",
     "catalogue",
     "store streamed teacher methods runs inspection holding",
