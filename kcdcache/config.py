@@ -162,8 +162,8 @@ class MethodSettings(Settings):
     """what crd and wcord draw negatives from: the whole data, or only the stage's kept samples"""
     kr_lambda: float = Field(default=0.05, ge=0)
     """kr: difference of logarithms up to which two probabilities count as equal; 0 is plain matching"""
-    kr_temperature: float = Field(default=1.0, gt=0)
-    """kr: temperature at which filter norms or pooled activations become a distribution"""
+    kr_temperature: float | None = Field(default=None, gt=0)
+    """kr: temperature at which numbers become a distribution; 0.1 for filter norms, 1 for pooled channels if unset"""
     kr_schedule: Literal["linear", "constant"] = "linear"
     """kr: its weight falls linearly over all epochs, or stays"""
     peer: str = ""

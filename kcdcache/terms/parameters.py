@@ -14,10 +14,14 @@ from kcdcache.terms.base import Lesson, Pair, Seen, Term, constant
 class _Represented(Term):
     """What both variants share: the schedule of their weight, softmax temperature and threshold."""
 
+    usual_temperature = 1.0
+    """softmax temperature unless the user gives one"""
+
     def __init__(self, pair: Pair) -> None:
         super().__init__()
         settings = pair.settings
-        self._temperature, self._threshold = settings.kr_temperature, settings.kr_lambda
+        self._temperature = settings.kr_temperature or self.usual_temperature
+        self._threshold = settings.kr_lambda
         self._falls = settings.kr_schedule == "linear"
 
     def weights_at(self, epoch: int, epochs: int) -> tuple[float, float]:
@@ -39,10 +43,12 @@ class FilterStatistics(_Represented):
     Liu et al. (arXiv 1911.05329, abstract) state: distributions of parameters, aggregated over groups of layers, with a
     sparse recoding penalty, apt for small students, to be combined with other methods. Ours: stages as groups, all with
     the same weight, L2 norms, quantiles, softmax, the divergence, its threshold (`kr_lambda`), and that its weight
-    falls linearly (`kr_schedule`).
+    falls linearly (`kr_schedule`). Before batch normalisation a filter's norm does not change what the network
+    computes, only how fast the filter turns; so expect little of it there.
     """
 
     statistics = True
+    usual_temperature = 0.1  # trained filters' norms differ by some tenths: at 1 they would all look alike
 
     def __init__(self, pair: Pair) -> None:
         super().__init__(pair)
