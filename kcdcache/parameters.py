@@ -5,19 +5,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from torch import nn
 
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError
 from kcdcache.files import read_sealed, sealed_json, write_atomic
 from kcdcache.identity import Knowledge
-from kcdcache.losses.parameters import QUANTILES, aggregated
-from kcdcache.models.taps import filters
 
 NAME = "parameters"
 """how `--fields` and messages call it: no field, since it has no rows"""
 DEFAULT = ("logits",)
 """fields of a store of which nothing else is asked"""
 FILE = Path("_kcd") / "parameters.json"
+QUANTILES = 64
+"""numbers that stand for a stage's filters, whatever their count"""
 Profiles = Mapping[str, list[float]]
 """stage -> quantiles of its filters' norms, averaged over its convolutions"""
 
@@ -44,25 +43,14 @@ def per_sample(names: Collection[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name != NAME)
 
 
-def profiles(network: nn.Module) -> dict[str, list[float]]:
-    """Return stage -> QUANTILES numbers of a network's filters (see `losses.parameters`), in float32.
+def write(root: Path, stages: Profiles, knowledge: Knowledge) -> None:
+    """Write the record of a store's teacher, replacing one that is there; the same numbers give the same bytes.
 
     Raises:
-        SettingsError: the network's stages are not known.
-    """
-    return {
-        stage: aggregated([w.detach().cpu() for w in layers]).tolist() for stage, layers in filters(network).items()
-    }
-
-
-def write(root: Path, network: nn.Module, knowledge: Knowledge) -> None:
-    """Write the record of a store's teacher, replacing one that is there; the same teacher gives the same bytes.
-
-    Raises:
-        SettingsError: as for `profiles`.
         NoSpaceError: the disk is full.
     """
-    write_atomic(root / FILE, _record(profiles(network), knowledge))
+    document = {"weights": knowledge.teacher.weights, "quantiles": QUANTILES, "stages": dict(stages)}
+    write_atomic(root / FILE, sealed_json(document))
 
 
 def read(root: Path, knowledge: Knowledge) -> dict[str, list[float]] | None:
@@ -88,8 +76,8 @@ def read(root: Path, knowledge: Knowledge) -> dict[str, list[float]] | None:
     return stages
 
 
-def problem(root: Path, knowledge: Knowledge, network: nn.Module | None = None) -> str | None:
-    """Return what is wrong with a store's record, None for none or a sound one; compared with its teacher if given.
+def problem(root: Path, knowledge: Knowledge, own: Profiles | None = None) -> str | None:
+    """Return what is wrong with a store's record, None for none or a sound one; compared with its teacher's if given.
 
     Another machine may compute other last bits: up to 1e-5 of the largest number is no difference.
     """
@@ -97,19 +85,14 @@ def problem(root: Path, knowledge: Knowledge, network: nn.Module | None = None) 
         found = read(root, knowledge)
     except KcdcacheError as error:
         return str(error)
-    if found is None or network is None:
+    if found is None or own is None:
         return None
-    own = profiles(network)
     if own.keys() == found.keys() and all(np.allclose(own[name], found[name], rtol=1e-5) for name in own):
         return None
     return f"{root / FILE} holds other numbers than this teacher's parameters give; {REMEDY}"
 
 
 REMEDY = "delete it and run `kcdcache precompute --fields parameters` again"
-
-
-def _record(stages: Profiles, knowledge: Knowledge) -> bytes:
-    return sealed_json({"weights": knowledge.teacher.weights, "quantiles": QUANTILES, "stages": dict(stages)})
 
 
 def _sound(numbers: Any) -> bool:

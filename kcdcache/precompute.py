@@ -93,7 +93,7 @@ def run(
         return _planned(plan, knowledge, path) | costs.expected(path, knowledge, plan, job)
     left = fill(path, knowledge, plan, job, progress)
     if parameters.NAME in settings.fields:
-        parameters.write(path, network.module, knowledge)
+        parameters.write(path, teacher.filter_profiles(network.module), knowledge)
     if left:
         logger.info("precompute: shard %s is written; %d parts are left to the other shards", shard, left)
         return {"kind": "store", "store": str(path), "finished": False, "shard": str(shard), "parts_left": left}

@@ -13,8 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-QUANTILES = 64
-"""numbers that stand for a layer's filters, whatever their count"""
+from kcdcache.parameters import QUANTILES
 
 
 def filter_quantiles(weight: Float[Tensor, "filters ..."], count: int = QUANTILES) -> Float[Tensor, " count"]:
