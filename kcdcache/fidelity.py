@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ def require_own(teacher: Teacher, knowledge: Store) -> None:
         )
 
 
+@runtime_checkable
 class Learned(Protocol):
     """What a student learned from."""
 

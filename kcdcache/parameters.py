@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,6 +21,7 @@ Profiles = Mapping[str, list[float]]
 """stage -> quantiles of its filters' norms, averaged over its convolutions"""
 
 
+@runtime_checkable
 class Kept(Protocol):
     """A store, as far as this matters."""
 
