@@ -37,7 +37,7 @@ LEVELS = (
     "pairing tabular findings history",
     "accounts",
     "provenance figures gallery",
-    "stagefigures chain",
+    "stagefigures chain robustness",
     "report",
     "checks recipe export",
     "cli",

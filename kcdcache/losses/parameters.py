@@ -29,7 +29,7 @@ def filter_quantiles(weight: Float[Tensor, "filters ..."], count: int = QUANTILE
     return torch.lerp(norms[below], norms[above], place - below)
 
 
-def aggregated(layers: Sequence[Float[Tensor, "filters ..."]], count: int = QUANTILES) -> Float[Tensor, " count"]:
+def aggregated(layers: Sequence[Float[Tensor, "_ ..."]], count: int = QUANTILES) -> Float[Tensor, " count"]:
     """Return the mean of the layers' filter quantiles: one profile of a group of layers, however many it has."""
     return torch.stack([filter_quantiles(weight, count) for weight in layers]).mean(0)
 

@@ -12,8 +12,9 @@ from kcdcache import fields
 from kcdcache.config import MethodSettings
 from kcdcache.errors import SettingsError
 
-Seen = Mapping[str, Float[Tensor, "rows ..."]]
-"""tap of the student -> its values for the batch, then for extra images; `logits` is among them, perhaps bfloat16"""
+Seen = Mapping[str, Float[Tensor, "..."]]
+"""tap of the student -> its values for the batch, then for extra images; `logits` is among them, perhaps bfloat16; a tap
+`filters:STAGE` is no value of samples but the profile of the student's own filters"""
 
 
 @runtime_checkable
