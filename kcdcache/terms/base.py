@@ -13,8 +13,8 @@ from kcdcache.config import MethodSettings
 from kcdcache.errors import SettingsError
 
 Seen = Mapping[str, Float[Tensor, "..."]]
-"""tap of the student -> its values for the batch, then for extra images; `logits` is among them, perhaps bfloat16; a tap
-`filters:STAGE` is no value of samples but the profile of the student's own filters"""
+"""tap of the student -> its values for the batch, then for extra images; `logits` is among them, perhaps bfloat16; a
+tap `filters:STAGE` is no value of samples but the profile of the student's own filters"""
 
 
 @runtime_checkable
