@@ -32,7 +32,7 @@ def main() -> None:
             draw(panels, rows, student, variant, colour, mark)
     panels[0].set_xlabel("parameters of the teacher / of the student")
     panels[0].set_xscale("log", base=2)
-    panels[0].set_ylabel("test accuracy of the student, % (mean and standard deviation)")
+    panels[0].set_ylabel("test accuracy of the student (%), mean and std")
     panels[1].set_xlabel("accuracy of the teacher minus that of the student alone (points)")
     for axes in panels:
         axes.grid(alpha=0.3)

@@ -49,6 +49,7 @@ def recoded_divergence(
     cross-entropy's own residual P_S - P_T for threshold = 0. Hence 0 for equal distributions, and the support of the
     gradient shrinks as the threshold grows.
     """
+    teacher = teacher.detach()  # what is known of the teacher is not to be moved
     target = teacher.exp()
     rest = soft_threshold(student - teacher, threshold)
     near = rest.clamp(-1, 1)
