@@ -42,7 +42,7 @@ def labels(findings: Findings) -> dict[Key, str]:
 
 
 def references(findings: Findings, asked: str | None = None) -> dict[Key, Key]:
-    """Return row -> the row of the same grid and the same network that it is compared with; none for that row itself.
+    """Return row -> the row of the same grid, network and training data that it is compared with; none for that row.
 
     That is the one asked for, else the one called `kd` (or ...-kd), else the first row of trained students, else the
     first. A row of another network than the one asked for has no reference.
@@ -53,9 +53,9 @@ def references(findings: Findings, asked: str | None = None) -> dict[Key, Key]:
     rows = findings.rows()
     if asked is not None and asked not in (known := [step for _, step in rows]):
         raise SettingsError(f"no row '{asked}' to compare with; {nearest(asked, known)}")
-    alike: dict[tuple[Path, Any], list[Key]] = {}
+    alike: dict[tuple[Path, Any, Any], list[Key]] = {}
     for key, runs in rows.items():
-        alike.setdefault((key[0], runs[0].summary.get("model")), []).append(key)
+        alike.setdefault((key[0], runs[0].summary.get("model"), data_of(runs[0])), []).append(key)
     found: dict[Key, Key] = {}
     for own in alike.values():
         trained = [key for key in own if rows[key][0].stages]
@@ -63,6 +63,11 @@ def references(findings: Findings, asked: str | None = None) -> dict[Key, Key]:
         if best := usual or ([] if asked else trained or own):
             found |= {key: best[0] for key in own if key != best[0]}
     return found
+
+
+def data_of(run: Run) -> Any:
+    """Return the digest of the training data of a run."""
+    return run.sets[0].data_digest if run.sets else run.record["inputs"].get("data")
 
 
 def _is_usual(step: str) -> bool:

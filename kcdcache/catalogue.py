@@ -14,6 +14,7 @@ from kcdcache.terms.ensemble import Ensemble
 from kcdcache.terms.flow import Flow
 from kcdcache.terms.hint import Hint
 from kcdcache.terms.mutual import MutualLearning
+from kcdcache.terms.parameters import FilterStatistics, PooledDistributions
 from kcdcache.terms.relational import Probabilistic, Relational
 from kcdcache.terms.review import Review
 from kcdcache.terms.selfsupervision import SelfSupervision
@@ -147,6 +148,18 @@ METHODS: dict[str, Method] = {
         term=Adaptive,
         gamma=0.1,
         beta=0.9,
+    ),
+    "kr": Method(
+        about="distributions of the filters of every stage, recoded sparsely",
+        source="our reading of Liu et al. 2019 (arXiv 1911.05329), of which no formula could be read",
+        term=FilterStatistics,
+        beta=1.0,
+    ),
+    "kr_activations": Method(
+        about="distributions of the pooled channels of every stage, recoded sparsely",
+        source="our reading of Liu et al. 2019 (arXiv 1911.05329), of which no formula could be read",
+        term=PooledDistributions,
+        beta=1.0,
     ),
     "dml": Method(
         about="a peer network that learns with the student, no teacher",

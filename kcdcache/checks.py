@@ -18,6 +18,7 @@ from kcdcache import (
     layout,
     ledger,
     manifest,
+    parameters,
     precompute,
     repair,
     runcheck,
@@ -146,6 +147,10 @@ def _recompute(
             f"points differ, up to {found['largest']:.3g} (relative; other hardware or versions explain at most "
             f"{TOLERANCE})"
         )
+    if parameters.NAME in parameters.held(knowledge):
+        own = teacher.filter_profiles(network.module)
+        if bad := parameters.problem(knowledge.path, knowledge.knowledge, own):
+            raise CorruptionError(bad)
     return found
 
 

@@ -116,6 +116,7 @@ def open(path: Path | str) -> Condensed:
     if baked is not None:
         blank[chosen.index[chosen.mixed]] = True
     knowledge = Excerpt(record, samples, _commits(record), blank)
+    _require_parameters(record)
     store.check(knowledge)
     _require_held(knowledge, chosen, baked is not None)
     mixes = None if baked is None else record.place(exported.MIXES)
@@ -217,6 +218,14 @@ def _commits(record: Record) -> list[Commit]:
     if len(commits) != 1 or commits[0].plan != record.content.layout:
         raise CorruptionError(f"{root} has another plan than {exported.RECORD} says; export it again")
     return commits
+
+
+def _require_parameters(record: Record) -> None:
+    """Compare what the store inside keeps of the teacher's parameters with the record."""
+    if exported.PARAMETERS in record.content.files:
+        exported.require_file(record, exported.PARAMETERS)
+    elif record.place(exported.PARAMETERS).exists():
+        raise CorruptionError(f"{record.place(exported.PARAMETERS)} was not exported with the rest; delete it")
 
 
 def _require_held(knowledge: Excerpt, chosen: Manifest, baked: bool) -> None:

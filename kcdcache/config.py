@@ -161,6 +161,12 @@ class MethodSettings(Settings):
     """negatives per sample of crd and wcord, drawn from other classes"""
     crd_bank: Literal["whole", "kept"] = "whole"
     """what crd and wcord draw negatives from: the whole data, or only the stage's kept samples"""
+    kr_lambda: float = Field(default=0.05, ge=0)
+    """kr: difference of logarithms up to which two probabilities count as equal; 0 is plain matching"""
+    kr_temperature: float | None = Field(default=None, gt=0)
+    """kr: temperature at which numbers become a distribution; 0.1 for filter norms, 1 for pooled channels if unset"""
+    kr_schedule: Literal["linear", "constant"] = "linear"
+    """kr: its weight falls linearly over all epochs, or stays"""
     peer: str = ""
     """network that learns beside the student in dml; the student's own architecture if unset"""
 
@@ -255,6 +261,10 @@ class TrainSettings(OptimizerSettings, MethodSettings, ScheduleSettings, Condens
     """named set of readings: 'paper', or 'release' (the authors' code); flags given beside it win"""
     cached_views: int | None = Field(default=None, ge=1)
     """use only the first so many of the store's views; all of them if unset"""
+    fidelity: Literal["auto", "on", "off"] = "auto"
+    """measure the finished student on its training samples too: agreement with the teacher, right and wrong labels;
+    with --teacher also agreement on the test split. Costs a forward pass over both splits; auto does so where the data
+    spec corrupts labels or classes. Never changes the student"""
     memory_gb: float = Field(default=8, gt=0)
     """memory for decoded knowledge; above it a memory-mapped file in the run's folder serves. Never changes results"""
 
@@ -271,6 +281,19 @@ class TrainSettings(OptimizerSettings, MethodSettings, ScheduleSettings, Condens
                     f"mix_base 'cumulative' mixes several partners into a sample, {name} '{value}' knows one"
                 )
         return self
+
+
+NEUTRAL = {"checkpoint_seconds", "memory_gb", "resident", "graphs", "workers", "fidelity"}
+"""settings of a student's run that never change it and so may differ when it continues"""
+SINCE_RECORDS = ("kr_lambda", "kr_temperature", "kr_schedule")
+"""settings of methods that came later: records leave them out at their defaults, so that older runs go on"""
+
+
+def recorded(settings: TrainSettings) -> dict[str, Any]:
+    """Return a run's settings as its record holds them: all that decide its bytes."""
+    fields = type(settings).model_fields
+    idle = {name for name in SINCE_RECORDS if getattr(settings, name) == fields[name].default}
+    return settings.model_dump(mode="json", exclude=NEUTRAL | idle)
 
 
 class MachineSettings(Settings):

@@ -2,9 +2,8 @@
 
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import distribution
 from pathlib import Path
@@ -16,9 +15,10 @@ import pyarrow.parquet as pq
 import torchvision
 from jaxtyping import Int64, UInt8
 
-from kcdcache import partial, rng
+from kcdcache import corruption, partial, rng
 from kcdcache.archives import read_npz
-from kcdcache.config import nearest
+from kcdcache.corruption import Corruption
+from kcdcache.dataspec import DataSpec, parse
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, UnsafeError
 from kcdcache.files import canonical_json, sha256_bytes
 from kcdcache.identity import DataIdentity
@@ -49,6 +49,8 @@ class Dataset:
     """class names, in label order"""
     known_statistics: Statistics | None = None
     """published mean and std; None to compute them from the training images"""
+    corruption: Corruption = corruption.NOTHING
+    """what its spec did to the training split, resolved"""
 
     @property
     def usual_views(self) -> Mapping[str, str | int]:
@@ -76,55 +78,13 @@ class Dataset:
         return DataIdentity(count=len(self.train), classes=self.classes, image_size=size, digest=sha256_bytes(content))
 
 
-class DataSpec(NamedTuple):
-    """A parsed data spec."""
-
-    kind: str
-    location: str | None = None
-    """folder or file"""
-    column: str | None = None
-    """label column of a parquet set"""
-    train: int | None = None
-    """how many of the first training images to use; all if None"""
-    test: int | None = None
-    """how many of the first test images to use; all if None"""
-
-    @property
-    def path(self) -> Path:
-        """The location as a path.
-
-        Raises:
-            SettingsError: the spec has none.
-        """
-        if not self.location:
-            raise SettingsError(f"data spec '{self.kind}' needs a path: write {_USAGE[self.kind]}")
-        return Path(self.location).expanduser()
-
-
-def parse(spec: str) -> DataSpec:
-    """Return the parts of a spec KIND[:LOCATION[#COLUMN]][?train=N&test=N].
-
-    Raises:
-        SettingsError: the kind or a limit is unknown, or a limit is not a positive number.
-
-    >>> parse("parquet:/d#fine_label?train=500")
-    DataSpec(kind='parquet', location='/d', column='fine_label', train=500, test=None)
-    """
-    body, _, query = spec.partition("?")
-    kind, _, location = body.partition(":")
-    if kind not in LOADERS:
-        raise SettingsError(f"unknown data '{kind}' in '{spec}'; {nearest(kind, list(LOADERS))}")
-    column = None
-    if kind == "parquet":
-        location, _, column = location.partition("#")
-    return DataSpec(kind, location or None, column or None, **_limits(query, spec))
-
-
 def load(spec: str) -> Dataset:
     """Return the data set a spec names (README lists them): the same spec gives the same samples in the same order.
 
+    Only the training split is corrupted where the spec asks for it.
+
     Raises:
-        SettingsError: the spec is wrong, or a column is unknown or ambiguous; lists the known ones.
+        SettingsError: the spec is wrong, a class has too few samples for it, or a column is unknown or ambiguous.
         NotFoundError: a folder, file or split is missing or empty.
         MismatchError: labels are not 0..C-1, or images and labels do not belong together.
         CorruptionError: an image cannot be decoded; names file and row.
@@ -138,7 +98,10 @@ def load(spec: str) -> Dataset:
         _require_in_range(split, len(classes))
     if (parsed.train is None and parsed.kind != "condensed") or loaded.classes is None:
         _require_all_classes(train, classes, spec)
-    return Dataset(spec, _settled(train), _settled(test), classes, loaded.statistics)
+    sizes = np.bincount(train.labels, minlength=len(classes))
+    train = _corrupted(train, len(classes), parsed.corruption)
+    done = parsed.corruption.settled(sizes)
+    return Dataset(spec, _settled(train), _settled(test), classes, loaded.statistics, done)
 
 
 class _Loaded(NamedTuple):
@@ -146,16 +109,6 @@ class _Loaded(NamedTuple):
     test: Split
     classes: tuple[str, ...] | None = None
     statistics: Statistics | None = None
-
-
-def _limits(query: str, spec: str) -> dict[str, int]:
-    limits = {}
-    for part in query.split("&") if query else ():
-        name, _, value = part.partition("=")
-        if name not in ("train", "test") or not re.fullmatch("[1-9][0-9]*", value):
-            raise SettingsError(f"'{part}' in data spec '{spec}' should be train=N or test=N with N >= 1")
-        limits[name] = int(value)
-    return limits
 
 
 def _first(split: Split, limit: int | None, what: str) -> Split:
@@ -168,9 +121,17 @@ def _first(split: Split, limit: int | None, what: str) -> Split:
     return Split(split.labels[:limit], split.source.first(limit))
 
 
+def _corrupted(split: Split, classes: int, asked: Corruption) -> Split:
+    if not asked:
+        return split
+    rows, labels = corruption.applied(split.labels, classes, asked)
+    source = split.source if len(rows) == len(split) else split.source.taken(rows)
+    return Split(labels, source, split.labels[rows])
+
+
 def _settled(split: Split) -> Split:
     source = split.source
-    return Split(split.labels, decode_once(source)) if type(source) is EncodedImages else split
+    return replace(split, source=decode_once(source)) if type(source) is EncodedImages else split
 
 
 def _require_in_range(split: Split, count: int) -> None:
@@ -396,5 +357,3 @@ LOADERS: dict[str, Callable[[DataSpec], _Loaded]] = {
     "arrays": _arrays,
     "condensed": lambda spec: _Loaded(*partial.load(spec.path)),
 }
-_USAGE = {"folder": "folder:DIR", "parquet": "parquet:DIR[#label_column]", "arrays": "arrays:FILE.npz"}
-_USAGE["condensed"] = "condensed:DIR"

@@ -12,10 +12,12 @@ import torch
 from kcdcache import (
     batches,
     condense,
+    fidelity,
     handover,
     loop,
     manifest,
     methods,
+    parameters,
     places,
     rates,
     requery,
@@ -25,7 +27,7 @@ from kcdcache import (
     train,
     values,
 )
-from kcdcache.config import TrainSettings
+from kcdcache.config import TrainSettings, recorded
 from kcdcache.data import Dataset
 from kcdcache.errors import SettingsError
 from kcdcache.manifest import Manifest
@@ -38,8 +40,6 @@ from kcdcache.together import ALONE, Group
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-NEUTRAL = {"checkpoint_seconds", "memory_gb", "resident", "graphs", "workers"}
-"""settings that never change a result and so may differ when a run continues"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Material:
     given: Manifest | None = None
     """condensed set of an earlier run, or None for everything"""
     teacher: Teacher | None = None
-    """needed for mix_target = requery only"""
+    """needed for mix_target = requery, and to measure agreement on test images"""
     requeried: tuple[Path, ...] = ()
     """stores of the teacher's outputs on mixes, made before; used where they fit"""
     baked: Path | None = None
@@ -106,7 +106,7 @@ def run(
     # before a folder is made for it
     spec.require_known(settings.student, len(material.data.classes), len(material.data.mean))
     fields = methods.reads(settings, settings.student, material.knowledge.knowledge, material.data)
-    methods.require_fields(fields, material.knowledge.fields, settings, settings.student)
+    methods.require_fields(fields, parameters.held(material.knowledge), settings, settings.student)
     folder = RunFolder(path=out)
     material, following = _sorted_out(material, folder)
     views = _views(settings, material, folder)
@@ -329,12 +329,13 @@ def _summary(going: _Run, exported: Path) -> dict[str, Any]:
         "condensed_set": str(exported.relative_to(going.folder.path)),
         "seconds": runs.seconds_spent(going.folder),
         "images_per_second": rates.document(rates.logged(going.folder.timing)),
+        **fidelity.of_run(going.settings, going.material, going.folder, going.device),
     }
 
 
 def _requery(going: _Run, stage: schedule.Stage, current: Manifest) -> Path | None:
     """Run the teacher on the stage's mixes in the views it will use, unless that is done or not asked for."""
-    needs = going.fields
+    needs = parameters.per_sample(going.fields)
     if going.material.baked is not None:
         return going.material.baked if needs and current.mixed.any() else None
     if going.settings.mix_target != "requery" or not needs or not current.mixed.any():
@@ -396,4 +397,4 @@ def _record(
         "given": material.given.digest if material.given is not None else None,
         **({"skipped": knowledge.skipped.tolist()} if len(knowledge.skipped) else {}),
     }
-    return settings.model_dump(mode="json", exclude=NEUTRAL), inputs
+    return recorded(settings), inputs

@@ -1,9 +1,11 @@
 """Accuracy, agreement with the teacher, and calibration."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
 from kcdcache import prefetch, views
@@ -28,12 +30,33 @@ def predict(
     `rule` should be `views.plain` of the training rule: no augmentation. `held` are the split's images by that rule if
     they lie on the device already; else `workers` is as for `prefetch.shown`.
     """
+    with _evaluating(network):
+        shown = _shown(split, rule, device, held, workers)
+        return torch.cat([network(transform(pixels)).float() for pixels in shown])
+
+
+def guesses(
+    network: nn.Module,
+    transform: InputTransform,
+    split: Split,
+    rule: views.ViewRule,
+    device: torch.device,
+    workers: int | None = None,
+) -> Int64[np.ndarray, " n"]:
+    """Return the class that a network names for view 0 of every sample, in eval mode, in float32."""
+    with _evaluating(network):
+        shown = _shown(split, rule, device, None, workers)
+        found = [network(transform(pixels)).float().argmax(1).cpu() for pixels in shown]
+    return torch.cat(found).numpy()
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
     was_training = network.training
     network.eval()
     try:
         with torch.inference_mode():
-            shown = _plain(split, rule, device, held, workers)
-            return torch.cat([network(transform(pixels)).float() for pixels in shown])
+            yield
     finally:
         network.train(was_training)
 
@@ -79,7 +102,7 @@ def measure(
     }
 
 
-def _plain(
+def _shown(
     split: Split, rule: views.ViewRule, device: torch.device, held: views.HeldImages | None, workers: int | None
 ) -> Iterator[Tensor]:
     blocks = [torch.arange(low, min(low + BATCH, len(split))) for low in range(0, len(split), BATCH)]

@@ -26,6 +26,7 @@ from kcdcache import (
     layout,
     manifest,
     matching,
+    parameters,
     partitioned,
     steps,
     store,
@@ -37,7 +38,7 @@ from kcdcache.commands import ExportCommand
 from kcdcache.data import Dataset
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.exported import Baked, Content, Images
-from kcdcache.files import canonical_json, create_filled, remove, remove_leftovers, write_atomic
+from kcdcache.files import canonical_json, create_filled, read_bytes, remove, remove_leftovers, write_atomic
 from kcdcache.identity import Knowledge
 from kcdcache.images import DECODED_BYTES, DecodedImages, Split
 from kcdcache.layout import Part, StorePlan
@@ -264,6 +265,7 @@ def _write(plan: _Plan, progress: Progress) -> str:
         plan, exported.STORE, subset, plan.store, plan.held,
         lambda part: source.load(part.view, plan.held[part.start : part.stop], fields), progress,
     )  # fmt: skip
+    kept = _write_parameters(plan)
     if plan.mixes is not None and plan.baked is not None:
         mixes = replace(source.knowledge, mixes=condensed.mixes_of(chosen, plan.baked, plan.mixes.views))
         index = chosen.index[chosen.mixed]
@@ -272,12 +274,21 @@ def _write(plan: _Plan, progress: Progress) -> str:
     bare = _content(plan, images, {})
     text = card(bare, source.knowledge, manifest.summary(chosen), _command(bare))
     write_atomic(out / exported.CARD, text)
-    names = [exported.CARD, exported.MANIFEST, exported.SAMPLES, exported.SEALS[exported.STORE]]
+    names = [exported.CARD, exported.MANIFEST, exported.SAMPLES, exported.SEALS[exported.STORE], *kept]
     names += [exported.SEALS[exported.MIXES]] if plan.mixes else []
     names += exported.SPLITS.values() if images else []
     content = _content(plan, images, {name: exported.entry_of(out, name) for name in names})
     made = {"python": platform.python_version(), "versions": {name: version(name) for name in LIBRARIES}}
     return exported.write(out, content, made)
+
+
+def _write_parameters(plan: _Plan) -> tuple[str, ...]:
+    """Bring what the store keeps of the teacher's parameters; return the file's name, if there is one to serve with."""
+    held = parameters.read(plan.source.path, plan.source.knowledge)
+    if held is None or plan.baked is not None:
+        return ()
+    write_atomic(plan.command.out / exported.PARAMETERS, read_bytes(plan.source.path / parameters.FILE))
+    return (exported.PARAMETERS,)
 
 
 def _content(plan: _Plan, images: Images | None, files: Mapping[str, tuple[int, str]]) -> Content:

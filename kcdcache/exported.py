@@ -29,6 +29,8 @@ RECORD, CARD, MANIFEST, SAMPLES = "condensed.json", "README.md", "manifest.parqu
 STORE, MIXES, IMAGES = "store", "mixes", "data"
 SEALS = {part: f"{part}/_kcd/commit.0.json" for part in (STORE, MIXES)}
 """what vouches for every file of a store inside: its commit names them all by SHA-256"""
+PARAMETERS = f"{STORE}/_kcd/parameters.json"
+"""what the store keeps of the teacher's parameters, if it does"""
 SPLITS = {split: f"{IMAGES}/{split}-00000-of-00001.parquet" for split in ("train", "test")}
 """where the images lie, as the Hugging Face hub serves them"""
 FORMAT_VERSION = 0
@@ -164,8 +166,8 @@ def _record(path: Path, found: Mapping[str, Any]) -> Record:
         raise ValueError(f"expected format_version, content, id and made, found {', '.join(sorted(found))}")
     if found["id"] != digest_of(document):
         raise ValueError(f"its content does not have the id {found['id']!r:.80}")
-    if set(content.files) != (names := _names(content)):
-        odd = min(set(content.files) ^ names)
+    if set(content.files) - {PARAMETERS} != (names := _names(content)):
+        odd = min((set(content.files) - {PARAMETERS}) ^ names)
         raise ValueError(f"expected the files {', '.join(sorted(names))}; look at {odd!r:.80}")
     return Record(path, found["id"], content, found["made"], _knowledge(content))
 

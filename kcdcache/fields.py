@@ -12,6 +12,7 @@ from torch import Tensor
 from kcdcache.config import nearest
 from kcdcache.errors import SettingsError
 from kcdcache.losses import maps
+from kcdcache.losses.parameters import pooled
 from kcdcache.mixing import mix_values
 
 Look = Literal["plain", "rotated", "boundary"]
@@ -43,8 +44,9 @@ def parse(name: str) -> Field:
 
     `logits`; `penultimate` (the vector the classifier reads); `attention:STAGE:HxW` (the stage's normalised attention
     map at that size); `fsp:STAGE:STAGE` (the Gram matrix of two stages); `maps:STAGE` (the whole feature map, of
-    `STAGE.pre` before its last ReLU); `rotations:logits`, `rotations:penultimate` (on the view turned by 0, 90, 180 and
-    270 degrees); `boundary:images`, `boundary:logits` (an adversarial image just beyond the decision boundary).
+    `STAGE.pre` before its last ReLU); `pooled:STAGE` (the mean of each of its channels); `rotations:logits`,
+    `rotations:penultimate` (on the view turned by 0, 90, 180 and 270 degrees); `boundary:images`, `boundary:logits` (an
+    adversarial image just beyond the decision boundary).
 
     Raises:
         SettingsError: there is none of that name; says which there are.
@@ -59,8 +61,8 @@ def expand(names: Iterable[str], teacher: Callable[[], Taps]) -> tuple[str, ...]
     """Return field names with the short ones replaced, each once, in order.
 
     Short are `rotations` and `boundary` (both parts), `attention` (every stage but the stem, at its own size), `fsp`
-    (consecutive stages) and `maps` (every stage but the stem). `teacher` gives the teacher's taps; it is called only
-    if needed.
+    (consecutive stages), `maps` and `pooled` (every stage but the stem). `teacher` gives the teacher's taps; it is
+    called only if needed.
 
     Raises:
         SettingsError: a name is unknown, or stands for stages and the teacher has none.
@@ -168,6 +170,12 @@ def _maps(name: str, arguments: Sequence[str]) -> Field | None:
     return Field(name=name, taps=(arguments[0],), derive=lambda value: value)
 
 
+def _pooled(name: str, arguments: Sequence[str]) -> Field | None:
+    if len(arguments) != 1 or not STAGE.fullmatch(arguments[0]):
+        return None
+    return Field(name=name, taps=(arguments[0],), derive=pooled)
+
+
 def _rotations(name: str, arguments: Sequence[str]) -> Field | None:
     if list(arguments) not in (["logits"], ["penultimate"]):
         return None
@@ -187,12 +195,16 @@ KINDS: Mapping[str, Callable[[str, Sequence[str]], Field | None]] = {
     "attention": _attention,
     "fsp": _fsp,
     "maps": _maps,
+    "pooled": _pooled,
     "rotations": _rotations,
     "boundary": _boundary,
 }
 """first word of a field's name -> the field made of name and arguments, None if they do not fit"""
 
-FORMS = ("logits", "penultimate", "attention:stage1:32x32", "fsp:stage0:stage1", "maps:stage1", "rotations", "boundary")
+FORMS = (
+    "logits", "penultimate", "attention:stage1:32x32", "fsp:stage0:stage1", "maps:stage1", "pooled:stage1", "rotations",
+    "boundary",
+)  # fmt: skip
 """one name of each kind, for messages"""
 
 SHORT: Mapping[str, Callable[[Taps], list[str]]] = {
@@ -201,5 +213,6 @@ SHORT: Mapping[str, Callable[[Taps], list[str]]] = {
     "attention": lambda taps: [f"attention:{stage}:{taps[stage][1]}x{taps[stage][2]}" for stage in stages(taps)[1:]],
     "fsp": lambda taps: [f"fsp:{first}:{then}" for first, then in zip(stages(taps), stages(taps)[1:], strict=False)],
     "maps": lambda taps: [f"maps:{stage}" for stage in stages(taps)[1:]],
+    "pooled": lambda taps: [f"pooled:{stage}" for stage in stages(taps)[1:]],
 }
 """short name -> the fields it stands for, of a teacher's taps"""

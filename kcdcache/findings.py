@@ -105,6 +105,8 @@ class Grid:
     """step -> how the recipe calls it, in the recipe's order"""
     listed: tuple[str, ...] = ()
     """folders of the training runs it lists"""
+    specs: Mapping[str, str] = field(default_factory=dict)
+    """folder of a run -> its data spec, where that is another than `data`"""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """store's step -> seconds that filling it took"""
 
@@ -195,6 +197,7 @@ def _described(plain: Grid, results: Mapping[str, Any]) -> Grid:
         data=data if isinstance(data, str) else None,
         titles={row["step"]: str(row.get("title") or row["step"]) for row in rows},
         listed=tuple(_folder_name(entry) for entry in trained),
+        specs={_folder_name(entry): entry["data"] for entry in trained if isinstance(entry.get("data"), str)},
         seconds={e["step"]: float(e["seconds"]) for e in stores if isinstance(e.get("seconds"), int | float)},
     )
 

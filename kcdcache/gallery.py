@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from kcdcache import data as datasets
-from kcdcache import history, mixing, views
+from kcdcache import dataspec, history, mixing, views
 from kcdcache.config import ViewSettings
 from kcdcache.data import Dataset
 from kcdcache.errors import KcdcacheError, MismatchError, NotFoundError
@@ -63,7 +63,7 @@ def require_cheap(spec: str, count: int) -> None:
         SettingsError: the spec is wrong.
         NotFoundError: it would have to be downloaded, or is so large that to hash it takes long.
     """
-    kind, location = datasets.parse(spec)[:2]
+    kind, location = dataspec.parse(spec)[:2]
     if count > MOST_UNASKED:
         raise NotFoundError(f"all {count:,} images would have to be read; give --data if you want that")
     if kind in DOWNLOADED:
@@ -83,13 +83,13 @@ def collected(
 ) -> tuple[list[Strip], list[str]]:
     """Return the images of the first of the named runs in each folder, and lines that say why a run has none.
 
-    `specs` tells the data of each folder, `asked` the data spec that somebody named for all of them.
+    `specs` tells the data of each folder of runs, or of a single run; `asked` is what somebody named for all of them.
     """
     found: list[Strip] = []
     notes: list[str] = []
     first = {run.grid: (name, run) for name, run in reversed(runs)}
     for name, run in reversed(first.values()):
-        spec = asked or specs.get(run.grid)
+        spec = asked or specs.get(run.path) or specs.get(run.grid)
         if spec is None:
             notes.append(f"{name}: no images, because its folder has no results.json that names the data; give --data")
             continue

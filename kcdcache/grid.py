@@ -1,5 +1,6 @@
 """Recipes written short: steps repeated for pairs of networks and for variants, spelled out one by one."""
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,18 +13,19 @@ PLACE = re.compile(r"\{(\w+)\}")
 Entry = Mapping[str, Any]
 
 
-def spelled_out(entries: Sequence[Entry], pairs: Sequence[Mapping[str, str]], source: str) -> list[dict[str, Any]]:
+def spelled_out(entries: Sequence[Entry], pairs: Sequence[Mapping[str, Any]], source: str) -> list[dict[str, Any]]:
     """Return the steps of a recipe, each once, in order; `entries` are its [[step]] tables, `pairs` its [[pair]] ones.
 
-    All steps are repeated for every pair, whose entries replace {name} in their texts; steps that come out equal (a
-    teacher that two pairs share) are one. [[step.variant]] tables repeat their step with other settings: their name is
-    appended to the step's with '-', their title to its title.
+    All steps are repeated for every pair, whose entries replace {name} in their texts; an entry that is a list stands
+    for a pair with each of its items. Steps that come out equal (a teacher that two pairs share) are one.
+    [[step.variant]] tables repeat their step with other settings: their name is appended to the step's with '-', their
+    title to its title.
 
     Raises:
         SettingsError: {name} is no entry of a pair, a variant has no name, or two different steps have the same name.
     """
     found: dict[str, dict[str, Any]] = {}
-    for pair in pairs or [{}]:
+    for pair in _single(pairs) or [{}]:
         for entry in entries:
             for variant in _variants(entry, source):
                 step = _filled(variant, pair, bool(pairs), source)
@@ -32,6 +34,16 @@ def spelled_out(entries: Sequence[Entry], pairs: Sequence[Mapping[str, str]], so
                     raise SettingsError(f"{source}: two steps are called '{name}'; names differ by {{...}} of a pair")
                 found[name] = step
     return list(found.values())
+
+
+def _single(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the pairs with every list's items one by one, the last entry changing fastest."""
+    listed = [[item if isinstance(item, list) else [item] for item in pair.values()] for pair in pairs]
+    return [
+        dict(zip(pair, chosen, strict=True))
+        for pair, items in zip(pairs, listed, strict=True)
+        for chosen in itertools.product(*items)
+    ]
 
 
 def _variants(entry: Entry, source: str) -> Iterator[dict[str, Any]]:

@@ -44,15 +44,18 @@ IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Origins(NamedTuple):
-    """Where images came from: files, each with the position of its first image, in order."""
+    """Where images came from: files, each with the number of its first image, in order."""
 
     files: tuple[str, ...]
     starts: tuple[int, ...] = (0,)
+    rows: Int64[np.ndarray, " n"] | None = None
+    """position -> the image's number in the files, where some were left out"""
 
     def place(self, position: int) -> str:
         """Return the file and row of the image at a position, for messages."""
-        number = bisect_right(self.starts, position) - 1
-        return f"{self.files[number]} row {position - self.starts[number]}"
+        number = position if self.rows is None else int(self.rows[position])
+        file = bisect_right(self.starts, number) - 1
+        return f"{self.files[file]} row {number - self.starts[file]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +76,10 @@ class DecodedImages:
     def first(self, count: int) -> "DecodedImages":
         """Return the first `count` images."""
         return replace(self, pixels=self.pixels[:count])
+
+    def taken(self, rows: Int64[np.ndarray, " kept"]) -> "DecodedImages":
+        """Return the images at some positions of a whole split."""
+        return replace(self, pixels=self.pixels[rows], origins=self.origins._replace(rows=rows))
 
     def images(self, index: Int64[np.ndarray, " batch"]) -> UInt8[np.ndarray, "batch height width channels"]:
         """Return a fresh array of the images at the given positions."""
@@ -105,6 +112,11 @@ class EncodedImages:
     def first(self, count: int) -> "EncodedImages":
         """Return the first `count` images."""
         return replace(self, payloads=self.payloads[:count])
+
+    def taken(self, rows: Int64[np.ndarray, " kept"]) -> "EncodedImages":
+        """Return the images at some positions of a whole split."""
+        origins = self.origins and self.origins._replace(rows=rows)
+        return replace(self, payloads=[self.payloads[row] for row in rows.tolist()], origins=origins)
 
     def images(
         self, index: Int64[np.ndarray, " batch"], check: Check | None = None, threads: int | None = None
@@ -206,6 +218,8 @@ class Split:
     """class per image, in [0, classes)"""
     source: DecodedImages | EncodedImages
     """where the images come from"""
+    clean_labels: Int64[np.ndarray, " n"] | None = None
+    """class per image before label noise, where the split was corrupted; for reports, never for training"""
     _known: Known | None = field(default=None, init=False, repr=False)
 
     @property

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kcdcache import exported, identity, ledger, manifest, partitioned, sources, tables, values
+from kcdcache import exported, identity, ledger, manifest, parameters, partitioned, sources, tables, values
 from kcdcache.errors import MismatchError, NotFoundError, UnfinishedError
 from kcdcache.files import MOST_FILE_BYTES, MOST_JSON_BYTES, digest_of, read_bytes, read_object, sha256_file
 
@@ -118,6 +118,7 @@ def _store(path: Path) -> dict[str, Any]:
         "bytes": sum(file.bytes for record in records for file in record.files),
         "files": sum(len(record.files) for record in records),
         "skipped": len(ledger.skipped_samples(records)),
+        "parameters": sorted(parameters.read(path, knowledge) or ()),
         "teacher_accuracy": _teacher_accuracy(plans[-1], records),
         "knowledge_id": knowledge.knowledge_id,
         "knowledge": knowledge.document(),

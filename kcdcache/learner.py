@@ -12,6 +12,7 @@ from kcdcache import values
 from kcdcache.config import MethodSettings, OptimizerSettings
 from kcdcache.data import Dataset
 from kcdcache.errors import SettingsError
+from kcdcache.losses.parameters import aggregated
 from kcdcache.losses.softmax import entropy
 from kcdcache.methods import Head
 from kcdcache.models import spec, taps, weights
@@ -118,15 +119,19 @@ class Learner:
     group: Group = ALONE
     """the processes that train it"""
 
-    def see(self, pixels: Float[Tensor, "batch channels h w"]) -> dict[str, Float[Tensor, "batch ..."]]:
+    def see(self, pixels: Float[Tensor, "batch channels h w"]) -> dict[str, Float[Tensor, "..."]]:
         """Return the logits of pixels in [0, 1], and the values that its method reads, in float32.
 
-        The tap `input` is what the network itself is given: the transformed pixels.
+        The tap `input` is what the network itself is given: the transformed pixels. A tap `filters:STAGE` is no value
+        of a sample but the profile of the stage's own filters.
         """
         inputs = self.transform(pixels)
         wanted = self.head.taps if self.head is not None else ()
         given = {INPUT: inputs} if INPUT in wanted else {}
-        if inner := [name for name in wanted if name != INPUT]:
+        if any(name.startswith(taps.FILTERS) for name in wanted):
+            profiles = {f"{taps.FILTERS}{stage}": layers for stage, layers in taps.filters(self.network).items()}
+            given |= {name: aggregated(profiles[name]) for name in wanted if name in profiles}
+        if inner := [name for name in wanted if name not in given]:
             found = taps.run(self.network, inputs, list(dict.fromkeys(("logits", *inner))))
             return given | {name: value if name == "logits" else value.float() for name, value in found.items()}
         network = self.network if self.compiled is None else self.compiled

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
+from kcdcache import parameters
 from kcdcache.catalogue import LIGHT_RECIPE, LIGHT_STUDENTS, METHODS, Method
 from kcdcache.config import MethodSettings, nearest
 from kcdcache.data import Dataset
@@ -69,6 +70,8 @@ class Head(nn.Module):
         """the student's values the terms read"""
         self.fields: tuple[str, ...] = tuple(dict.fromkeys(name for term in found for name in term.fields))
         """the teacher's fields the terms read"""
+        self.statistics: bool = any(term.statistics for term in found)
+        """whether the terms read the teacher's parameters"""
         self.alone: str = " and ".join(name for name, (_, term) in terms.items() if term.remembers)
         """the methods that only one process can train"""
         # tensors, so that a recorded step reads the epoch's own
@@ -192,7 +195,13 @@ def needed_fields(choice: Choice, head: Head | None) -> tuple[str, ...]:
 
 
 def pair_of(
-    settings: MethodSettings, student: str, knowledge: Knowledge, data: Dataset, kept: np.ndarray, seed: int
+    settings: MethodSettings,
+    student: str,
+    knowledge: Knowledge,
+    data: Dataset,
+    kept: np.ndarray,
+    seed: int,
+    teacher_filters: Mapping[str, Sequence[float]] | None = None,
 ) -> Pair:
     """Return the pair of a store's teacher and a student, on a data set's views.
 
@@ -215,11 +224,12 @@ def pair_of(
         kept=kept,
         settings=settings,
         seed=seed,
+        teacher_filters=teacher_filters,
     )
 
 
 def reads(settings: MethodSettings, student: str, knowledge: Knowledge, data: Dataset) -> tuple[str, ...]:
-    """Return the teacher's fields that a student's run with these settings reads from a store.
+    """Return the teacher's fields that a student's run with these settings reads from a store, `parameters` included.
 
     Raises:
         SettingsError: as for `choose` and `make_head`.
@@ -227,7 +237,8 @@ def reads(settings: MethodSettings, student: str, knowledge: Knowledge, data: Da
     choice = choose(settings)
     everything = np.arange(len(data.train))
     head = make_head(choice, lambda: pair_of(settings, student, knowledge, data, everything, 0))
-    return needed_fields(choice, head)
+    per_teacher = (parameters.NAME,) if head is not None and head.statistics else ()
+    return (*needed_fields(choice, head), *per_teacher)
 
 
 def require_fields(needed: Sequence[str], held: Collection[str], settings: MethodSettings, student: str) -> None:

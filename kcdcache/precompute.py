@@ -18,6 +18,7 @@ from kcdcache import (
     fields,
     layout,
     ledger,
+    parameters,
     places,
     prefetch,
     rates,
@@ -72,7 +73,8 @@ def run(
     """
     rule = views.rule_from(settings, data.train.image_size)
     knowledge = Knowledge(teacher=network.identity, data=data.identity(), views=views.identity_of(rule))
-    names = fields.expand(settings.fields, lambda: teacher.tap_shapes_of(network, rule.height, rule.width))
+    asked = parameters.per_sample(settings.fields) or parameters.DEFAULT
+    names = fields.expand(asked, lambda: teacher.tap_shapes_of(network, rule.height, rule.width))
     shapes = teacher.field_shapes(network, rule.height, rule.width, names, len(data.mean))
     forms = [encoding.parse(fields.encoding_for(name, settings.encoding), name, shapes[name]) for name in names]
     plan = _plan(settings, len(data.train), views_wanted(rule, settings.views), forms, path)
@@ -90,7 +92,10 @@ def run(
     )
     if dry_run:
         return _planned(plan, knowledge, path) | costs.expected(path, knowledge, plan, job)
-    if left := fill(path, knowledge, plan, job, progress):
+    left = fill(path, knowledge, plan, job, progress)
+    if parameters.NAME in settings.fields:
+        parameters.write(path, teacher.filter_profiles(network.module), knowledge)
+    if left:
         logger.info("precompute: shard %s is written; %d parts are left to the other shards", shard, left)
         return {"kind": "store", "store": str(path), "finished": False, "shard": str(shard), "parts_left": left}
     return describe(path)

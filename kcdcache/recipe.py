@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from kcdcache import config, grid, parallel, places, steps
+from kcdcache import config, dataspec, grid, parallel, places, steps
 from kcdcache.config import MachineSettings, Settings, nearest
 from kcdcache.errors import SettingsError
 from kcdcache.files import readable_json, write_atomic
@@ -40,6 +40,8 @@ class Step(Settings):
     """how the table calls it; the name if empty"""
     per_seed: bool = False
     """run once for every seed of the recipe, in its own folder"""
+    data_options: str = ""
+    """what is added to the recipe's data spec for this step, such as noise=0.4 or gamma=0.6; instead of train_images"""
     settings: dict[str, Any] = Field(default_factory=dict)
     """the command's settings; @name stands for a step's result, @name:condensed for a run's condensed set"""
 
@@ -52,7 +54,7 @@ class Recipe(Settings):
     data: str
     """data spec given to every step that takes one"""
     train_images: int | None = Field(default=None, ge=1)
-    """use only the first so many training images"""
+    """use only the first so many training images, in steps without data_options"""
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     """seeds of the steps that run per seed"""
     machine: MachineSettings = Field(default_factory=MachineSettings)
@@ -106,7 +108,6 @@ def run(
         SettingsError: a step's settings are wrong; nothing has been done.
         InterruptedRunError: the user asked to stop; the same call resumes.
     """
-    spec = _limited(data or recipe.data, recipe.train_images)
     given = {**recipe.machine.model_dump(exclude_unset=True), **(machine or {})}
     share = {"threads": max(1, (os.cpu_count() or 1) // jobs)} if jobs > 1 else {}
     extra = config.make(MachineSettings, share | given).model_dump(exclude_unset=True)
@@ -114,7 +115,7 @@ def run(
 
     def prepare(name: str) -> Job:
         step, seed = named[name]
-        values = _here(resolved(step, recipe, out, spec, seed) | _accepted(step.run, extra))
+        values = _here(resolved(step, recipe, out, data or recipe.data, seed) | _accepted(step.run, extra))
         title = (step.title or step.name) + ("" if seed is None else f" (seed {seed})")
         where = f"step '{step.name}'"
         return Job(title=title, command=step.run, values=values, source=where, progress=progress, urls=places.urls())
@@ -134,12 +135,16 @@ def run(
     results = {
         "title": recipe.title,
         "command": command,
-        "data": spec,
+        "data": _limited(data or recipe.data, recipe.train_images),
         "seeds": list(recipe.seeds),
         "jobs": jobs,
         "environment": environment(resolve_device(extra.get("device", "auto")), threads),
         "rows": [_row(step, recipe, found) for step in recipe.step if step.run != "condense"],
-        "runs": [{"step": named[name][0].name, "seed": named[name][1], **summary} for name, summary in found.items()],
+        "runs": [
+            {"step": step.name, "seed": seed, **_told_data(step, data or recipe.data), **found[name]}
+            for name, (step, seed) in named.items()
+            if name in found
+        ],
         "failed": failed,
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -176,9 +181,8 @@ def do(job: Job) -> dict[str, Any]:
 
 def planned(recipe: Recipe, out: Path, data: str | None = None) -> list[dict[str, Any]]:
     """Return every step's resolved settings, in order, without doing anything."""
-    spec = _limited(data or recipe.data, recipe.train_images)
     return [
-        {"step": step.name, "run": step.run, **resolved(step, recipe, out, spec, seed)}
+        {"step": step.name, "run": step.run, **resolved(step, recipe, out, data or recipe.data, seed)}
         for step in recipe.step
         for seed in _seeds(step, recipe)
     ]
@@ -189,7 +193,8 @@ def resolved(step: Step, recipe: Recipe, out: Path, data: str, seed: int | None)
     values = {key: _resolved(value, recipe, out, seed) for key, value in step.settings.items()}
     filled: dict[str, Any] = {PLACES[step.run]: str(place(step, out, seed))}
     if "data" in steps.STEPS[step.run][0].model_fields:
-        filled["data"] = data
+        limited = _limited(data, recipe.train_images)
+        filled["data"] = dataspec.extended(data, step.data_options) if step.data_options else limited
     if seed is not None and "seed" in steps.STEPS[step.run][0].model_fields:
         filled["seed"] = seed
     return filled | values
@@ -339,6 +344,9 @@ def _accepted(command: str, machine: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _limited(spec: str, train_images: int | None) -> str:
-    if train_images is None or "?train=" in spec or "&train=" in spec:
-        return spec
-    return f"{spec}{'&' if '?' in spec else '?'}train={train_images}"
+    return spec if train_images is None else dataspec.extended(spec, f"train={train_images}")
+
+
+def _told_data(step: Step, spec: str) -> dict[str, str]:
+    """Return the data spec of a step that has its own, for the results."""
+    return {"data": dataspec.extended(spec, step.data_options)} if step.data_options else {}

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kcdcache import jobs, layout, ledger, precompute, teacher, writer
+from kcdcache import jobs, layout, ledger, parameters, precompute, teacher, writer
 from kcdcache.data import Dataset
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, SettingsError, UnfinishedError
 from kcdcache.files import (
@@ -81,7 +81,20 @@ def repair(root: Path, means: Means | None, progress: Progress = silent) -> list
                 progress("repair", done + 1, len(bad), _named(piece))
         finally:
             shutil.rmtree(root / SCRATCH, ignore_errors=True)
+        replaced += _restore_parameters(root, means)
     return replaced
+
+
+def _restore_parameters(root: Path, means: Means | None) -> list[str]:
+    """Make the record of the teacher's parameters again if it is damaged; return its path if so."""
+    knowledge = knowledge_of(root)
+    if (bad := parameters.problem(root, knowledge)) is None:
+        return []
+    if means is None:
+        raise SettingsError(f"{bad}: give --teacher and --data to make it again")
+    _require_origin(root, knowledge, means)
+    parameters.write(root, teacher.filter_profiles(means.network.module), knowledge)
+    return [parameters.FILE.as_posix()]
 
 
 def _named(piece: _Piece) -> str:

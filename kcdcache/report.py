@@ -10,7 +10,18 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from kcdcache import __version__, accounts, chain, figures, findings, gallery, history, provenance, stagefigures
+from kcdcache import (
+    __version__,
+    accounts,
+    chain,
+    figures,
+    findings,
+    gallery,
+    history,
+    provenance,
+    robustness,
+    stagefigures,
+)
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.figures import Picture
 from kcdcache.files import read_bytes, readable_json, write_atomic
@@ -123,7 +134,8 @@ def tables_of(found: Findings, reference: str | None = None) -> dict[str, Table]
     made = (
         provenance.troubles(found), accounts.results(found), accounts.differences(found, reference),
         accounts.cost(found), accounts.curves(found), accounts.stages(found), accounts.fates(found),
-        accounts.classes(found), accounts.distances(found), provenance.runs(found), provenance.settings(found),
+        accounts.classes(found), accounts.distances(found), robustness.fidelity(found), robustness.screening(found),
+        provenance.runs(found), provenance.settings(found),
         provenance.identities(found),
     )  # fmt: skip
     return {table.key: table for table in made}
@@ -136,6 +148,7 @@ def _sections(found: Findings, tables: dict[str, Table], data: str | None) -> li
         _results(tables),
         _learning(tables),
         *([_condensation(tables, chosen), _samples(tables, chosen), _images(found, chosen, data)] if chosen else []),
+        _robustness(tables),
         _agreement(found, tables),
         _cost(tables),
         _provenance(tables),
@@ -210,13 +223,29 @@ def _valued(run: Run) -> bool:
 
 
 def _images(found: Findings, chosen: list[tuple[str, Run]], data: str | None) -> Section:
-    strips, notes = gallery.collected(chosen, {grid.path: grid.data for grid in found.grids}, data)
+    specs = {grid.path: grid.data for grid in found.grids}
+    specs |= {grid.path / name: spec for grid in found.grids for name, spec in grid.specs.items()}
+    strips, notes = gallery.collected(chosen, specs, data)
     return Section(
         key="images", title="The images themselves",
         look="Valuable images should look hard, atypical or ambiguous, the least valuable ones plain. Below each stand "
         "its class, its number in the training split and its value in nats. Of several runs in a folder only the first "
         "is shown; give another one alone to see its images.",
         strips=strips, notes=notes,
+    )  # fmt: skip
+
+
+def _robustness(tables: dict[str, Table]) -> Section:
+    fidelity, screening = tables["fidelity"], tables["screening"]
+    marked = [row for row in screening.rows if row.get("precision") is not None or row.get("kept_rare") is not None]
+    pictures = robustness.labelled(fidelity.rows), robustness.screened(marked), robustness.thinned(marked)
+    return Section(
+        key="robustness", title="Wrong labels, rare classes, agreement with the teacher",
+        look="First: does each method gain over plain training on the same data, and does its interval exclude 0? "
+        "Then, where labels are wrong: which rows name the true label, and which the wrong one they were given? Last, "
+        "whether dropping by value screens out wrong labels or rare classes, against what chance would do.",
+        tables=[fidelity] if fidelity.rows else [], pictures=[picture for picture in pictures if picture],
+        folded=[screening] if marked else [],
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int64
 
-ORDER, VIEW, CROP, INIT, RANKING, STAGE0, STEP, SAMPLE = range(1, 9)
+ORDER, VIEW, CROP, INIT, RANKING, STAGE0, STEP, SAMPLE, NOISE = range(1, 10)
 """The purposes an address can name; numbers are part of every store's identity and never change."""
 
 Integers = int | np.integer | Int64[Any, "..."]

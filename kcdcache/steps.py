@@ -14,6 +14,7 @@ from kcdcache import (
     condenser,
     config,
     distill,
+    fidelity,
     inspection,
     manifest,
     matching,
@@ -195,12 +196,14 @@ def _exported_material(command: commands.TrainCommand, settings: config.TrainSet
 def _asked_teacher(
     command: commands.TrainCommand, settings: config.TrainSettings, data: datasets.Dataset, knowledge: store.Store
 ) -> teacher.Teacher | None:
-    """Return the teacher if mixed images are to be shown to it and one is named."""
-    if command.teacher is None or settings.mix_target != "requery":
+    """Return the teacher if mixed images are to be shown to it, or test images, and one is named."""
+    compared = fidelity.wanted(settings, data, knowledge)
+    if command.teacher is None or (settings.mix_target != "requery" and not compared):
         return None
-    return load_teacher(
-        command, data, precision_of(knowledge.knowledge, knowledge.path), command.device, command.threads
-    )
+    precision = precision_of(knowledge.knowledge, knowledge.path)
+    found = load_teacher(command, data, precision, command.device, command.threads)
+    fidelity.require_own(found, knowledge)
+    return found
 
 
 def condense(command: commands.CondenseCommand, progress: Progress, dry_run: bool = False) -> Result:

@@ -22,6 +22,7 @@ from kcdcache.errors import (
     UnsafeError,
 )
 from kcdcache.identity import TeacherIdentity, first_difference
+from kcdcache.losses.parameters import aggregated
 from kcdcache.models import spec as networks
 from kcdcache.models import taps
 from kcdcache.models.transform import InputTransform, transform_from
@@ -167,6 +168,16 @@ def _frozen(
         device=device,
         precision=precision,
     )
+
+
+def filter_profiles(network: nn.Module) -> dict[str, list[float]]:
+    """Return stage -> quantiles of the norms of a network's filters (see `losses.parameters`), computed on the CPU.
+
+    Raises:
+        SettingsError: the network's stages are not known.
+    """
+    found = taps.filters(network)
+    return {stage: aggregated([weight.detach().cpu() for weight in layers]).tolist() for stage, layers in found.items()}
 
 
 def _saved(spec: str) -> Path:

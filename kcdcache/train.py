@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kcdcache import batches, learner, loop, methods, records, resident, sampling, store, values
+from kcdcache import batches, learner, loop, methods, parameters, records, resident, sampling, store, values
 from kcdcache.config import TrainSettings
 from kcdcache.data import Dataset
 from kcdcache.earlier import NOTHING, Earlier
@@ -100,7 +100,8 @@ def views_used(start: int, stop: int, count: int) -> tuple[int, ...]:
 
 def _pair(settings: TrainSettings, lessons: Lessons, knowledge: store.Store, data: Dataset) -> Pair:
     identity, kept = knowledge.knowledge, lessons.manifest.index
-    return methods.pair_of(settings, settings.student, identity, data, kept, settings.seed)
+    known = parameters.read(knowledge.path, identity)
+    return methods.pair_of(settings, settings.student, identity, data, kept, settings.seed, known)
 
 
 def _task(

@@ -339,8 +339,8 @@ def test_specs_that_are_wrong_say_how_to_write_them():
         "cifar:x": "unknown data 'cifar' in 'cifar:x'; did you mean 'cifar10'",
         "folder": "data spec 'folder' needs a path: write folder:DIR",
         "digits:x": "'digits' is embedded and takes no path",
-        "digits?trian=5": r"'trian=5' in data spec .* should be train=N or test=N",
-        "digits?train=0": r"'train=0' in data spec .* with N >= 1",
+        "digits?trian=5": r"unknown option 'trian' in data spec 'digits\?trian=5'; did you mean 'train'",
+        "digits?train=0": r"'train=0' in data spec .*: train should be a whole number of at least 1",
     }.items():
         with pytest.raises(SettingsError, match=message):
             data.load(spec)

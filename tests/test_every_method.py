@@ -8,7 +8,7 @@ import torch
 from lessons import CPU, condensed, digits, opinionated, precomputed
 from pupils import BrokenOffError, distilled, promised, same_files, same_tensors, stop_after
 
-from kcdcache import batches, fields, learner, loop, methods, store, teacher, views
+from kcdcache import batches, fields, learner, loop, methods, parameters, store, teacher, views
 from kcdcache.batches import Mixing, connect
 from kcdcache.catalogue import METHODS
 from kcdcache.config import MethodSettings, OptimizerSettings
@@ -83,7 +83,8 @@ def pupil_of(world, name, kept=None, **changes):
     choice = methods.choose(chosen)
     kept = np.arange(TRAIN) if kept is None else kept
     identity = world.stores["float32"].knowledge
-    head = methods.make_head(choice, lambda: methods.pair_of(chosen, STUDENT, identity, world.data, kept, 0))
+    known = parameters.read(world.stores["float32"].path, identity)
+    head = methods.make_head(choice, lambda: methods.pair_of(chosen, STUDENT, identity, world.data, kept, 0, known))
     return learner.new_learner(STUDENT, world.data, RECIPE, CPU, head=head), choice
 
 

@@ -19,6 +19,9 @@ from kcdcache.models.shufflenet import ShuffleV1, ShuffleV2
 from kcdcache.models.vgg import VGG
 from kcdcache.models.wrn import WideResNet
 
+FILTERS = "filters:"
+"""begins the name under which a student's own filter profile of a stage is asked for, beside its taps"""
+
 
 class Tap(NamedTuple):
     """Where a value is read: the input or the output of one submodule ("" is the network itself)."""
@@ -80,6 +83,30 @@ def stage_taps(module: nn.Module) -> dict[str, Tap]:
     linear = [path for path, inner in module.named_modules() if isinstance(inner, nn.Linear)]
     penultimate = {"penultimate": Tap(linear[-1], "input")} if linear else {}
     return {**stages, **penultimate, "logits": Tap("", "output")}
+
+
+def filters(module: nn.Module) -> dict[str, list[Tensor]]:
+    """Return stage -> weights of its convolutions, shortcuts included, in the order the network lists them.
+
+    A stage has all convolutions after the stage before it, up to and with the submodule that gives its value.
+
+    Raises:
+        SettingsError: the stages of this family are not known.
+    """
+    paths = [path for path, _ in module.named_modules()]
+    ends = {
+        name: max(place for place, path in enumerate(paths) if f"{path}.".startswith(f"{tap.path}."))
+        for name, tap in stage_taps(module).items()
+        if name.startswith("stage") and not name.endswith(".pre")
+    }
+    if not ends:
+        raise SettingsError(f"the stages of {type(module).__name__} are not known, so its filters have no groups")
+    found: dict[str, list[Tensor]] = {name: [] for name in ends}
+    for place, (_, inner) in enumerate(module.named_modules()):
+        following = [name for name, end in ends.items() if place <= end]
+        if isinstance(inner, nn.Conv2d) and following:
+            found[min(following, key=lambda name: ends[name])].append(inner.weight)
+    return {name: layers for name, layers in found.items() if layers}
 
 
 def run(

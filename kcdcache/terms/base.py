@@ -1,6 +1,6 @@
 """What a method is given and what it answers: the pair of networks, a batch as a lesson, a term of the loss."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -12,8 +12,9 @@ from kcdcache import fields
 from kcdcache.config import MethodSettings
 from kcdcache.errors import SettingsError
 
-Seen = Mapping[str, Float[Tensor, "rows ..."]]
-"""tap of the student -> its values for the batch, then for extra images; `logits` is among them, perhaps bfloat16"""
+Seen = Mapping[str, Float[Tensor, "..."]]
+"""tap of the student -> its values for the batch, then for extra images; `logits` is among them, perhaps bfloat16; a
+tap `filters:STAGE` is no value of samples but the profile of the student's own filters"""
 
 
 @runtime_checkable
@@ -72,6 +73,8 @@ class Pair:
     """samples of the current stage"""
     settings: MethodSettings
     seed: int
+    teacher_filters: Mapping[str, Sequence[float]] | None = None
+    """stage -> profile of the teacher's filters (see `parameters`); None where no store is at hand, or it has none"""
 
     @property
     def classes(self) -> int:
@@ -116,6 +119,8 @@ class Term(nn.Module):
     """the student's values it reads, besides the logits"""
     fields: tuple[str, ...] = ()
     """the teacher's fields it reads"""
+    statistics: bool = False
+    """whether it reads what the store keeps of the teacher's parameters"""
     remembers: bool = False
     """whether it keeps something of all samples from step to step, which several processes would not share"""
 

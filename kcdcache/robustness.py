@@ -1,0 +1,278 @@
+"""The tables and figures of a report about wrong labels, rare classes and agreement with the teacher."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kcdcache import accounts, pairing
+from kcdcache.figures import COLOURS, STYLES, Picture, drawn, short
+from kcdcache.findings import Findings, Run
+from kcdcache.tabular import Column, Table
+
+Row = Mapping[str, Any]
+
+SHARES = (
+    "agreement_train", "agreement_test", "accuracy_train", "accuracy_right", "memorised", "recovered",
+    "accuracy_frequent", "accuracy_rare", "calibration_error",
+)  # fmt: skip
+"""entries of a summary that are shares and shown as percentages, the teacher's beginning with `teacher_`"""
+COUNTS = ("kept", "dropped", "enriched", "partners")
+PLAIN = "ce"
+PARTS = (
+    ("accuracy_right", "right labels: named", COLOURS[0]),
+    ("recovered", "wrong labels: the true one named", COLOURS[2]),
+    ("memorised", "wrong labels: the given one named", COLOURS[1]),
+)
+"""entry of a summary, how a figure calls it, its colour"""
+
+
+def fidelity(findings: Findings) -> Table:
+    """Return a row per step that was measured on its training samples, and one per teacher; means over seeds."""
+    names, rows = accounts.labels(findings), findings.rows()
+    measured = {key: [run for run in runs if _number(run, "accuracy_train") is not None] for key, runs in rows.items()}
+    plain = {_setting(runs[0]): runs for runs in measured.values() if runs and _is_plain(runs[0])}
+    found: list[Row] = []
+    taught: set[Any] = set()
+    for key, runs in measured.items():
+        if not runs:
+            continue
+        if (store := runs[0].record["inputs"].get("knowledge_id")) not in taught:
+            taught.add(store)
+            found += _teacher_rows(runs)
+        row = {"row": names[key], "n": len(runs), "data": told(runs[0]), "accuracy": _mean(runs, "accuracy_last")}
+        row |= {name: _mean(runs, name) for name in SHARES}
+        found.append(row | _gain(runs, plain.get(_setting(runs[0]), ())))
+    columns = (
+        Column("row", "row"), Column("n", "n", "count"), Column("data", "training data"),
+        Column("accuracy", "test accuracy %", "percent"), Column("gain", "gain over plain training", "signed"),
+        Column("gain_low", "95 % from", "signed"), Column("gain_high", "to", "signed"),
+        Column("pairs", "pairs", "count"), Column("agreement_test", "agrees with teacher, test %", "percent"),
+        Column("agreement_train", "training %", "percent"),
+        Column("calibration_error", "calibration error %", "percent"),
+        Column("accuracy_train", "given labels named %", "percent"),
+        Column("accuracy_right", "of right labels %", "percent"),
+        Column("memorised", "wrong labels: given named %", "percent"),
+        Column("recovered", "true named %", "percent"),
+        Column("accuracy_frequent", "test, frequent classes %", "percent"),
+        Column("accuracy_rare", "rare classes %", "percent"),
+    )  # fmt: skip
+    note = (
+        "Means over n seeds. The gain is in percentage points of test accuracy over plain training (labels only, "
+        "everything kept) on the same data, seed by seed, with its 95 % interval (Student's t). Columns about labels "
+        "are measured at the end on view 0 of every training sample, in eval mode: how often the given label is named, "
+        "and of samples whose label is wrong, how often the wrong (memorised) and the true one is. Agreement is the "
+        "share of samples on which student and teacher name the same class. Frequent classes are the largest that "
+        "together hold half of the training samples; test images are balanced and clean."
+    )
+    return Table(key="fidelity", title="Generalisation, agreement, calibration, labels", note=note, columns=columns,
+                 rows=found)  # fmt: skip
+
+
+def screening(findings: Findings) -> Table:
+    """Return a row per step and set: what it keeps and drops of wrong labels and of rare classes; means over seeds."""
+    names, found = accounts.labels(findings), []
+    for key, runs in findings.rows().items():
+        by_stage: dict[int, list[Row]] = {}
+        for run in runs:
+            for counts in _sets(run) if run.condenses else ():
+                by_stage.setdefault(counts["stage"], []).append(_shares(counts))
+        for stage, each in sorted(by_stage.items()):
+            means = {name: pairing.spread([one[name] for one in each if one.get(name) is not None]).mean
+                     for name in dict.fromkeys(name for one in each for name in one)}  # fmt: skip
+            found.append({"row": names[key], "data": told(runs[0]), "stage": stage, "n": len(each), **means})
+    columns = (
+        Column("row", "row"), Column("data", "training data"), Column("stage", "set of stage", "count"),
+        Column("n", "n", "count"), Column("kept", "kept", "percent"),
+        Column("precision", "dropped that are wrong %", "percent"), Column("wrong", "by chance %", "percent"),
+        Column("recall", "wrong that are dropped %", "percent"), Column("dropped", "by chance %", "percent"),
+        Column("enriched_wrong", "enriched that are wrong %", "percent"),
+        Column("partners_wrong", "mixed in that are wrong %", "percent"),
+        Column("separation_wrong", "value above that of a right one", "share"),
+        Column("kept_rare", "rare samples kept %", "percent"), Column("kept_frequent", "frequent kept %", "percent"),
+        Column("separation_rare", "value above that of a frequent one", "share"),
+    )  # fmt: skip
+    note = (
+        "Does dropping by value screen out wrong labels? 'dropped that are wrong' is its precision and 'wrong that are "
+        "dropped' its recall, each beside what dropping at random would give. 'value above that of a right one' is the "
+        "chance that a wrongly labelled sample has a higher value than a rightly labelled one at the stage's end: above"
+        " 0.5, dropping the lowest values keeps wrong labels rather than right ones. The last set is exported. Of rare "
+        "classes likewise; with --stratify every class keeps the same share."
+    )
+    return Table(key="screening", title="What each set keeps of wrong labels and rare classes", note=note,
+                 columns=columns, rows=found)  # fmt: skip
+
+
+def told(run: Run) -> str:
+    """Return what was done to a run's training data, in words."""
+    known = run.summary.get("corruption")
+    if not isinstance(known, Mapping):
+        return "as it is"
+    redraw = "" if known.get("redraw", True) else ", the true class excluded"
+    parts = [f"noise {known['noise']}{redraw}"] if "noise" in known else []
+    sizes = f"{known.get('n_max')} to {known.get('n_min')} per class"
+    parts += [f"gamma {known['gamma']} ({sizes})"] if "gamma" in known else []
+    return ", ".join(parts) or "as it is"
+
+
+def labelled(rows: Sequence[Row]) -> Picture | None:
+    """Return how often each row names right labels, true ones that it was not given, and wrong ones that it was."""
+    chosen = [row for row in rows if row.get("memorised") is not None]
+    if not chosen:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for number, (name, label, colour) in enumerate(PARTS):
+            places = [place + 0.27 * (number - 1) for place in range(len(chosen))]
+            axes.barh(places, [100 * (row[name] or 0) for row in chosen], 0.25, color=colour, label=label)
+        axes.set_yticks(range(len(chosen)), [short(row["row"]) for row in chosen])
+        axes.invert_yaxis()
+        axes.set(xlabel="share of training samples of that kind (%)")
+        figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+
+    caption = (
+        "On training samples at the end of training. A robust student names right labels and, where the label is "
+        "wrong, the true one; naming wrong labels it was given is memorising noise."
+    )
+    return drawn("labelled", "Right, recovered and memorised labels", caption, 1.3 + 0.42 * len(chosen), draw)
+
+
+def screened(rows: Sequence[Row]) -> Picture | None:
+    """Return precision and recall of dropping against wrong labels, stage by stage, with what chance would give."""
+    panels = (("precision", "wrong", "of the dropped, wrongly labelled (%)"),
+              ("recall", "dropped", "of the wrongly labelled, dropped (%)"))  # fmt: skip
+    chosen = [row for row in rows if row.get("precision") is not None]
+    if not chosen:
+        return None
+
+    def draw(figure: Figure) -> None:
+        for axes, (name, chance, label) in zip(figure.subplots(1, 2), panels, strict=True):
+            _by_stage(axes, chosen, name, chance)
+            axes.set(xlabel="set of stage", ylabel=label)
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+
+    caption = (
+        "Solid: what was dropped by value; dotted in the same colour: what as many samples dropped at random would "
+        "give. Above its dotted line dropping screens wrong labels out, below it keeps them in."
+    )
+    return drawn("screened", "Does dropping screen out wrong labels?", caption, _tall(chosen), draw)
+
+
+def thinned(rows: Sequence[Row]) -> Picture | None:
+    """Return the share that each set keeps of the samples of rare classes, and of those of frequent ones."""
+    chosen = [row for row in rows if row.get("kept_rare") is not None]
+    if not chosen:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        _by_stage(axes, chosen, "kept_rare", "kept_frequent")
+        axes.set(xlabel="set of stage", ylabel="share kept (%)")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+
+    caption = (
+        "Solid: of the samples of rare classes; dotted in the same colour: of those of frequent classes. A solid line "
+        "above its dotted one means that the set favours rare classes."
+    )
+    return drawn("thinned", "What is kept of rare classes", caption, _tall(chosen), draw)
+
+
+def _by_stage(axes: Axes, rows: Sequence[Row], name: str, other: str) -> None:
+    for place, row in enumerate(dict.fromkeys(row["row"] for row in rows)):
+        own = [one for one in rows if one["row"] == row and one.get(name) is not None]
+        stages, colour = [one["stage"] for one in own], COLOURS[place % len(COLOURS)]
+        style = STYLES[0] if place < len(COLOURS) else STYLES[1]
+        axes.plot(
+            stages, [100 * one[name] for one in own], style, marker="o", markersize=4, color=colour, label=short(row)
+        )
+        axes.plot(stages, [100 * (one.get(other) or 0) for one in own], ":", color=colour)
+    axes.set_xticks(sorted({row["stage"] for row in rows}))
+
+
+def _tall(rows: Sequence[Row]) -> float:
+    return 3.6 + 0.22 * -(-len({row["row"] for row in rows}) // 2)
+
+
+def _setting(run: Run) -> tuple[Any, ...]:
+    """Return what two runs must share for one to be the other's plain training."""
+    return run.grid, run.summary.get("model"), accounts.data_of(run)
+
+
+def _is_plain(run: Run) -> bool:
+    return run.summary.get("method") == PLAIN and not run.condenses and _number(run, "relative_cost") == 1
+
+
+def _gain(ours: Sequence[Run], plain: Sequence[Run]) -> dict[str, Any]:
+    """Return the paired difference in test accuracy to plain training, in percentage points; of itself none."""
+    if not plain or ours[0].step == plain[0].step:
+        return {}
+    here, there = ({run.seed: 100 * float(run.summary["accuracy_last"]) for run in side} for side in (ours, plain))
+    found = pairing.difference(here, there)
+    return (
+        {} if found is None else {"gain": found.mean, "gain_low": found.low, "gain_high": found.high, "pairs": found.n}
+    )
+
+
+def _teacher_rows(runs: Sequence[Run]) -> Iterator[Row]:
+    """Yield the row of the teacher of some runs, as far as their store and test images tell of it."""
+    first = runs[0]
+    if _number(first, "teacher_accuracy_train") is None:
+        return
+    row = {
+        "row": f"teacher of {first.step}",
+        "n": 1,
+        "data": told(first),
+        "accuracy": _number(first, "teacher_accuracy"),
+    }
+    yield row | {name: _number(first, f"teacher_{name}") for name in SHARES}
+
+
+def _shares(counts: Row) -> dict[str, float | None]:
+    """Return a set's counts as shares; empty where nothing of that kind is there to be counted."""
+    total = counts["kept"] + counts["dropped"]
+    found: dict[str, float | None] = {name: counts[name] / total for name in ("kept", "dropped")}
+    if "kept_wrong" in counts:
+        wrong = counts["kept_wrong"] + counts["dropped_wrong"]
+        found |= {
+            "wrong": wrong / total,
+            "precision": _ratio(counts["dropped_wrong"], counts["dropped"]),
+            "recall": _ratio(counts["dropped_wrong"], wrong) if counts["dropped"] else None,
+            "enriched_wrong": _ratio(counts["enriched_wrong"], counts["enriched"]),
+            "partners_wrong": _ratio(counts["partners_wrong"], counts["partners"]),
+            "separation_wrong": counts.get("separation_wrong"),
+        }
+    if "kept_rare" in counts:
+        rare = counts["kept_rare"] + counts["dropped_rare"]
+        found |= {
+            "kept_rare": _ratio(counts["kept_rare"], rare),
+            "kept_frequent": _ratio(counts["kept"] - counts["kept_rare"], total - rare),
+            "separation_rare": counts.get("separation_rare"),
+        }
+    return found
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _sets(run: Run) -> Iterator[Row]:
+    """Yield what a summary tells of a run's sets, entries of another form than ours left out."""
+    known = run.summary.get("sets")
+    for counts in known if isinstance(known, list) else ():
+        if not isinstance(counts, Mapping) or type(counts.get("stage")) is not int:
+            continue
+        kinds = [ending for ending in ("", "_wrong", "_rare") if f"kept{ending}" in counts]
+        numbers = [counts.get(f"{name}{ending}") for ending in kinds for name in COUNTS]
+        if "" in kinds and all(type(n) is int and n >= 0 for n in numbers) and counts["kept"] + counts["dropped"]:
+            yield counts
+
+
+def _number(run: Run, name: str) -> float | None:
+    found = run.summary.get(name)
+    return float(found) if isinstance(found, int | float) else None
+
+
+def _mean(runs: Sequence[Run], name: str) -> float | None:
+    return pairing.spread([found for run in runs if (found := _number(run, name)) is not None]).mean

@@ -1,0 +1,255 @@
+"""Label noise and class imbalance: the laws of facts.md section 2, on labels, on data specs and on recipes."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_data import write_folder, write_hub, write_npz
+
+from kcdcache import corruption, data, dataspec, recipe
+from kcdcache.corruption import Corruption, applied, class_sizes, first_of_each, frequent, noisy
+from kcdcache.errors import SettingsError
+
+MANY = 200_000
+
+# counts of facts.md section 2: those of CIFAR-10, and the sums for 100 classes of 500 to 25
+PUBLISHED = {
+    0.2: [5000, 858, 557, 439, 375, 333, 304, 282, 264, 250],
+    0.6: [5000, 1166, 720, 539, 440, 376, 331, 297, 271, 250],
+    1.0: [5000, 1607, 957, 682, 529, 433, 366, 317, 280, 250],
+    2.0: [5000, 3173, 1972, 1289, 892, 648, 490, 382, 306, 250],
+}
+SUMS = {1.5: 12186, 10: 35188}
+SUMS_OF_100 = {0.2: 4282, 0.6: 5759, 1.0: 8072, 1.5: 11646, 2.0: 15214}
+
+
+def reference_sizes(classes, gamma, n_max, n_min):
+    """a and b by solving the two linear equations a - n b = n c^gamma for c = 1 and c = C."""
+    (a1, b1, r1), (a2, b2, r2) = ((1, -n, n * c**gamma) for n, c in ((n_max, 1), (n_min, classes)))
+    det = a1 * b2 - a2 * b1
+    a, b = (r1 * b2 - r2 * b1) / det, (a1 * r2 - a2 * r1) / det
+    return [round(a / (b + c**gamma)) for c in range(1, classes + 1)]
+
+
+def labels_of(count, classes, seed=0):
+    return np.random.default_rng(seed).integers(0, classes, count)
+
+
+@pytest.mark.parametrize("gamma", PUBLISHED)
+def test_class_sizes_are_those_of_the_protocol(gamma):
+    assert class_sizes(10, gamma, 5000, 250).tolist() == PUBLISHED[gamma]
+
+
+def test_sums_of_class_sizes_are_those_of_the_protocol():
+    assert {gamma: class_sizes(10, gamma, 5000, 250).sum() for gamma in SUMS} == SUMS
+    assert {gamma: class_sizes(100, gamma, 500, 25).sum() for gamma in SUMS_OF_100} == SUMS_OF_100
+
+
+@given(st.integers(2, 60), st.floats(0.05, 6), st.integers(20, 900), st.integers(1, 19))
+def test_class_sizes_fall_from_n_max_to_n_min_and_equal_a_solved_reference(classes, gamma, n_max, n_min):
+    found = class_sizes(classes, gamma, n_max, n_min).tolist()
+    assert (found[0], found[-1]) == (n_max, n_min)
+    assert found == sorted(found, reverse=True)
+    assert max(abs(a - b) for a, b in zip(found, reference_sizes(classes, gamma, n_max, n_min), strict=True)) <= 1
+
+
+def test_equal_bounds_keep_all_classes_alike_and_a_smaller_gamma_is_more_uneven():
+    assert class_sizes(4, 0.6, 7, 7).tolist() == [7, 7, 7, 7]
+    sums = [class_sizes(10, gamma, 5000, 250).sum() for gamma in (0.1, 0.2, 0.6, 1, 2, 10)]
+    assert sums == sorted(sums)
+
+
+def test_the_first_samples_of_each_class_are_kept_in_their_order():
+    labels, sizes = labels_of(300, 5), np.array([30, 20, 0, 7, 1])
+    seen, expected = dict.fromkeys(range(5), 0), []
+    for position, label in enumerate(labels.tolist()):
+        if seen[label] < sizes[label]:
+            expected.append(position)
+        seen[label] += 1
+    assert first_of_each(labels, sizes).tolist() == expected
+    with pytest.raises(SettingsError, match=r"gamma asks for 300 samples of class 1, which has \d+; give n_max and"):
+        first_of_each(labels, np.array([1, 300, 1, 1, 1]))
+
+
+@pytest.mark.parametrize("redraw", [True, False])
+@pytest.mark.parametrize("rate", [0.2, 0.4, 0.6, 1.0])
+def test_labels_become_wrong_at_the_stated_rate_and_evenly_over_the_others(rate, redraw):
+    classes = 10
+    labels, index = labels_of(MANY, classes), np.arange(MANY)
+    found = noisy(labels, index, classes, rate=rate, redraw=redraw)
+    expected = rate * (classes - 1) / classes if redraw else rate
+    deviation = 5 * math.sqrt(expected * (1 - expected) / MANY) + 1e-12
+    assert abs((found != labels).mean() - expected) <= deviation
+    shifts = np.bincount((found - labels)[found != labels] % classes, minlength=classes)[1:]
+    assert abs(shifts / shifts.sum() - 1 / (classes - 1)).max() < 0.005
+    assert found.min() >= 0
+    assert found.max() < classes
+
+
+def test_without_noise_nothing_changes_and_more_noise_only_adds_changes():
+    labels, index = labels_of(2000, 10), np.arange(2000)
+    found = {rate: noisy(labels, index, 10, rate=rate) for rate in (0.0, 0.2, 0.4, 0.6)}
+    assert np.array_equal(found[0.0], labels)
+    for low, high in ((0.2, 0.4), (0.4, 0.6)):
+        changed = found[low] != labels
+        assert np.array_equal(found[high][changed], found[low][changed])
+
+
+def test_a_samples_noise_depends_on_its_number_and_the_seed_alone():
+    labels, index = labels_of(2000, 10), np.arange(2000)
+    whole, some = noisy(labels, index, 10, rate=0.4), np.array([5, 1999, 77])
+    assert np.array_equal(noisy(labels[some], some, 10, rate=0.4), whole[some])
+    assert np.array_equal(noisy(labels, index, 10, rate=0.4), whole)
+    other = noisy(labels, index, 10, rate=0.4, seed=1)
+    assert 0.3 < (other != whole).mean() < 0.8
+
+
+def test_noise_comes_after_imbalance_and_is_that_of_the_whole_split():
+    labels = labels_of(3000, 6)
+    rows, given = applied(labels, 6, Corruption(noise=0.4, gamma=0.6, n_max=200, n_min=10))
+    assert np.bincount(labels[rows]).tolist() == class_sizes(6, 0.6, 200, 10).tolist()
+    everywhere = applied(labels, 6, Corruption(noise=0.4))[1]
+    assert np.array_equal(given, everywhere[rows])
+
+
+def test_the_usual_bounds_are_the_smallest_class_and_a_twentieth_of_it():
+    assert Corruption(gamma=0.6).settled(np.full(10, 5000)) == Corruption(gamma=0.6, n_max=5000, n_min=250)
+    assert Corruption(gamma=0.6).settled(np.array([40, 25, 33])) == Corruption(gamma=0.6, n_max=25, n_min=1)
+    assert Corruption(noise=0.1).settled(np.array([3, 4])) == Corruption(noise=0.1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (Corruption(gamma=1, n_max=5, n_min=9), "class sizes run from n_max down to n_min; found n_max=5, n_min=9"),
+        (Corruption(gamma=1, n_max=10**6), "gamma asks for 1000000 samples of class 0"),
+    ],
+)
+def test_class_sizes_that_cannot_be_are_refused(asked, message):
+    with pytest.raises(SettingsError, match=message):
+        applied(labels_of(100, 4), 4, asked)
+
+
+def test_one_class_cannot_be_corrupted():
+    with pytest.raises(SettingsError, match="need two classes or more"):
+        applied(np.zeros(5, np.int64), 1, Corruption(noise=0.5))
+
+
+def test_frequent_classes_are_the_largest_that_hold_half_of_all():
+    assert frequent(np.array([10, 50, 30, 5, 5])).tolist() == [False, True, False, False, False]
+    assert frequent(np.array([10, 40, 40, 5, 5])).tolist() == [False, True, True, False, False]
+    assert frequent(np.array([5, 5, 5, 5])).tolist() == [True, True, False, False]
+
+
+# data specs
+
+
+def test_a_corrupted_split_keeps_true_labels_and_leaves_the_test_split_alone():
+    clean, found = data.load("digits"), data.load("digits?noise=0.4&noise_seed=7&redraw=false")
+    assert np.array_equal(found.train.clean_labels, clean.train.labels)
+    expected = noisy(clean.train.labels, np.arange(len(clean.train)), 10, rate=0.4, seed=7, redraw=False)
+    assert np.array_equal(found.train.labels, expected)
+    assert found.test.digest() == clean.test.digest()
+    assert found.test.clean_labels is None
+    assert found.corruption == Corruption(noise=0.4, noise_seed=7, redraw=False)
+    assert clean.train.clean_labels is None
+    assert not clean.corruption
+
+
+def test_imbalance_keeps_the_images_that_belong_to_the_labels():
+    clean, found = data.load("digits"), data.load("digits?gamma=0.6&n_max=90&n_min=5")
+    assert np.bincount(found.train.labels).tolist() == class_sizes(10, 0.6, 90, 5).tolist()
+    rows = first_of_each(clean.train.labels, class_sizes(10, 0.6, 90, 5))
+    assert np.array_equal(found.train.images(np.arange(len(rows))), clean.train.images(rows))
+    assert np.array_equal(found.train.digests(), clean.train.digests()[rows])
+    assert found.train.source.place(3) == clean.train.source.place(int(rows[3]))
+
+
+def test_every_option_changes_the_datas_identity():
+    specs = ("", "?noise=0.4", "?noise=0.2", "?noise=0.4&noise_seed=1", "?noise=0.4&redraw=false", "?gamma=0.6",
+             "?gamma=0.6&n_min=2", "?gamma=0.6&noise=0.4")  # fmt: skip
+    found = [data.load(f"digits{spec}").identity().digest for spec in specs]
+    assert len(set(found)) == len(specs)
+    assert data.load("digits?noise=0.4").identity().digest == found[1]
+
+
+@pytest.mark.parametrize("write", [write_hub, write_folder, lambda path: write_npz(path / "a.npz")])
+def test_any_kind_of_data_can_be_corrupted(tmp_path, write):
+    spec = write(tmp_path)
+    clean, found = data.load(spec), data.load(f"{spec}?noise=1&redraw=false&gamma=1&n_max=2&n_min=1")
+    sizes = class_sizes(len(clean.classes), 1, 2, 1)
+    rows = first_of_each(clean.train.labels, sizes)
+    assert np.array_equal(found.train.clean_labels, clean.train.labels[rows])
+    assert (found.train.labels != found.train.clean_labels).all()
+    assert found.train.source.place(1) == clean.train.source.place(int(rows[1]))
+    pairs = zip(found.train.images(np.arange(len(rows))), clean.train.images(rows), strict=True)
+    assert all(np.array_equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("digits?noise=1.5", r"'noise=1.5' in data spec .*: noise should be a number from 0 to 1"),
+        ("digits?noise=nan", r"noise should be a number from 0 to 1"),
+        ("digits?gamma=0", r"gamma should be a number from 0.001 to 20"),
+        ("digits?n_max=0&gamma=1", r"n_max should be a whole number of at least 1"),
+        ("digits?noise=0.4&redraw=yes", r"redraw should be true or false"),
+        ("digits?noise=0.4&noise=0.2", r"gives noise twice"),
+        ("digits?redraw=true", r"redraw in data spec .* does nothing without noise; leave it out"),
+        ("digits?noise=0.4&n_max=5", r"n_max in data spec .* does nothing without gamma; leave it out"),
+        ("digits?nois=0.4", r"unknown option 'nois' in data spec .*; did you mean 'noise'"),
+        ("condensed:x?noise=0.4", r"an exported set has the labels and classes its students saw"),
+    ],
+)
+def test_options_that_are_wrong_or_idle_are_refused(spec, message):
+    with pytest.raises(SettingsError, match=message):
+        dataspec.parse(spec)
+
+
+def test_options_are_added_to_a_spec_whose_limits_stay():
+    assert dataspec.extended("digits", "") == "digits"
+    assert dataspec.extended("digits", "noise=0.4") == "digits?noise=0.4"
+    assert dataspec.extended("digits?test=9&train=50", "train=4000&noise=0.4") == "digits?test=9&train=50&noise=0.4"
+    with pytest.raises(SettingsError, match=r"has noise already, and 'noise=0.4' is to be added; give it once"):
+        dataspec.extended("digits?noise=0.2", "noise=0.4")
+
+
+def test_every_kind_of_data_has_a_loader_and_a_form():
+    assert data.LOADERS.keys() == dataspec.FORMS.keys()
+
+
+# recipes
+
+
+def planned(folder, text, data=None):
+    (folder / "r.toml").write_text(text)
+    return recipe.planned(recipe.load(folder / "r.toml"), folder / "out", data)
+
+
+def test_a_steps_own_data_options_stand_instead_of_train_images(tmp_path):
+    text = 'title = "t"\ndata = "digits?test=9"\ntrain_images = 100\n'
+    text += '[[step]]\nname = "a"\nrun = "fit"\nmodel = "resnet8"\n'
+    text += '[[step]]\nname = "b"\nrun = "fit"\nmodel = "resnet8"\ndata_options = "train=200&noise=0.4"\n'
+    found = [[step["data"] for step in planned(tmp_path, text, given)] for given in (None, "digits?train=50")]
+    assert found[0] == ["digits?test=9&train=100", "digits?test=9&train=200&noise=0.4"]
+    assert found[1] == ["digits?train=50", "digits?train=50&noise=0.4"]
+
+
+def test_lists_in_a_pair_stand_for_a_pair_with_each_item(tmp_path):
+    text = 'title = "t"\ndata = "digits"\n[[pair]]\nname = "clean"\noptions = "train=9"\nwidth = ["8", "14"]\n'
+    text += '[[pair]]\nname = ["n2", "n4"]\noptions = "noise=0.2"\nwidth = ["8", "14"]\n'
+    text += '[[step]]\nname = "{name}-{width}"\nrun = "fit"\nmodel = "resnet{width}"\ndata_options = "{options}"\n'
+    found = [(step["step"], step["model"], step["data"]) for step in planned(tmp_path, text)]
+    assert found == [
+        ("clean-8", "resnet8", "digits?train=9"), ("clean-14", "resnet14", "digits?train=9"),
+        ("n2-8", "resnet8", "digits?noise=0.2"), ("n2-14", "resnet14", "digits?noise=0.2"),
+        ("n4-8", "resnet8", "digits?noise=0.2"), ("n4-14", "resnet14", "digits?noise=0.2"),
+    ]  # fmt: skip
+
+
+def test_a_document_tells_what_is_in_force_only():
+    assert corruption.NOTHING.document() == {}
+    assert Corruption(noise=0.4).document() == {"noise": 0.4, "noise_seed": 12345, "redraw": True}
+    assert Corruption(gamma=0.6, n_max=9, n_min=1).document() == {"gamma": 0.6, "n_max": 9, "n_min": 1}

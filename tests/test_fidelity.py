@@ -1,0 +1,199 @@
+"""What a finished student does on right and wrong labels and rare classes, and what its sets kept of them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lessons import CPU, opinionated, precomputed
+
+from kcdcache import config, data, distill, fidelity, manifest, screening, teacher, values, views
+from kcdcache.errors import MismatchError
+from kcdcache.models import spec
+from kcdcache.models.transform import InputTransform
+from kcdcache.models.weights import load_network
+
+SPEC = "digits?train=180&test=50&noise=0.5"
+SETTINGS = {"student": "lessons:TinyNet", "epochs": 4, "stages": 2, "batch_size": 30, "keep": 0.6}
+
+
+def teacher_of(dataset, seed=1):
+    module = opinionated(spec.build("resnet8", 10, seed))
+    return teacher.freeze(module, InputTransform(dataset.mean, dataset.std), "resnet8", dataset.classes, CPU)
+
+
+def trained(root, spec_, **changes):
+    dataset = data.load(spec_)
+    network = teacher_of(dataset)
+    knowledge = precomputed(root / "store", dataset, network, views=2)
+    with_teacher = changes.pop("with_teacher", False)
+    material = distill.Material(data=dataset, knowledge=knowledge, teacher=network if with_teacher else None)
+    summary = distill.run(config.TrainSettings(**(SETTINGS | changes)), material, out=root / "run", device="cpu")
+    return dataset, knowledge, network, summary, root / "run"
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("noisy"), SPEC, with_teacher=True)
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("uneven"), "digits?gamma=0.6&test=50")
+
+
+def named_by(module, transform, dataset, split, rule):
+    """The class a network names for view 0 of each sample, one image after the other."""
+    module.eval()
+    found = []
+    for position in range(len(split)):
+        index = np.array([position])
+        pixels = views.show(rule, split.images(index), views.parameters(rule, index, 0), CPU)
+        with torch.no_grad():
+            found.append(int(module(transform(pixels)).argmax()))
+    return found
+
+
+def student_of(run, dataset):
+    module = spec.build("lessons:TinyNet", 10)
+    module.load_state_dict(load_network(run, "student")[1])
+    return module, InputTransform(dataset.mean, dataset.std)
+
+
+def share(pairs):
+    found = [a == b for a, b in pairs]
+    return sum(found) / len(found)
+
+
+def test_shares_on_training_samples_equal_a_plain_reference(noisy):
+    dataset, knowledge, network, summary, run = noisy
+    rule = views.rule_of(knowledge.knowledge.views)
+    given_, true = dataset.train.labels.tolist(), dataset.train.clean_labels.tolist()
+    wrong = [a != b for a, b in zip(given_, true, strict=True)]
+    for prefix, pair in (("", student_of(run, dataset)), ("teacher_", (network.module, network.transform))):
+        guess = named_by(*pair, dataset, dataset.train, rule)
+        told = list(zip(guess, given_, true, wrong, strict=True))
+        expected = {
+            "accuracy_train": share((g, a) for g, a, _, _ in told),
+            "accuracy_true": share((g, t) for g, _, t, _ in told),
+            "accuracy_right": share((g, a) for g, a, _, w in told if not w),
+            "memorised": share((g, a) for g, a, _, w in told if w),
+            "recovered": share((g, t) for g, _, t, w in told if w),
+        }
+        assert {name: summary[f"{prefix}{name}"] for name in expected} == pytest.approx(expected, abs=0.006)
+
+
+def test_agreement_is_the_share_of_samples_on_which_both_name_the_same_class(noisy):
+    dataset, knowledge, network, summary, run = noisy
+    rule, own = views.rule_of(knowledge.knowledge.views), student_of(run, dataset)
+    theirs = network.module, network.transform
+    on_train = [named_by(*pair, dataset, dataset.train, rule) for pair in (own, theirs)]
+    on_test = [named_by(*pair, dataset, dataset.test, views.plain(rule)) for pair in (own, theirs)]
+    assert summary["agreement_train"] == pytest.approx(share(zip(*on_train, strict=True)), abs=0.006)
+    assert summary["agreement_test"] == pytest.approx(share(zip(*on_test, strict=True)), abs=0.021)
+    assert summary["teacher_accuracy"] == pytest.approx(
+        share(zip(on_test[1], dataset.test.labels, strict=True)), abs=0.021
+    )
+
+
+def test_the_summary_tells_what_was_done_to_the_data(noisy):
+    dataset, _, _, summary, _ = noisy
+    assert summary["corruption"] == {"noise": 0.5, "noise_seed": 12345, "redraw": True}
+    assert summary["mislabelled"] == int((dataset.train.labels != dataset.train.clean_labels).sum()) > 50
+    assert sum(summary["class_sizes"]) == 180
+
+
+def test_each_set_is_counted_as_its_files_say(noisy):
+    dataset, _, _, summary, run = noisy
+    wrong = dataset.train.labels != dataset.train.clean_labels
+    assert [row["stage"] for row in summary["sets"]] == [0, 1, 2]
+    for row in summary["sets"]:
+        chosen = manifest.read(run / "stages" / str(row["stage"]) / "manifest.parquet")
+        kept = set(chosen.index.tolist())
+        dropped = [sample for sample in range(180) if sample not in kept]
+        mixed = chosen.index[chosen.mixed].tolist()
+        assert (row["kept"], row["dropped"], row["enriched"]) == (len(kept), len(dropped), len(mixed))
+        assert row["dropped_wrong"] == sum(bool(wrong[sample]) for sample in dropped)
+        assert row["kept_wrong"] == sum(bool(wrong[sample]) for sample in kept)
+        assert row["enriched_wrong"] == sum(bool(wrong[sample]) for sample in mixed)
+        partners = set(chosen.partner[chosen.mixed].tolist())
+        assert row["partners_wrong"] == sum(bool(wrong[sample]) for sample in partners)
+        file = run / "stages" / str(row["stage"]) / "values.parquet"
+        if file.exists():
+            value = values.read(file, 180).values.value
+            assert row["separation_wrong"] == pytest.approx(reference_separation(value.tolist(), wrong.tolist()))
+            assert row["value_wrong"] == pytest.approx(np.quantile(value[wrong], (0.1, 0.5, 0.9)))
+    assert summary["sets"][-1]["dropped"] == 72
+
+
+def test_rare_classes_are_measured_where_classes_were_thinned_out(uneven):
+    dataset, knowledge, _, summary, run = uneven
+    sizes = np.bincount(dataset.train.clean_labels, minlength=10)
+    order = sorted(range(10), key=lambda label: (-sizes[label], label))
+    often, held = set(), 0
+    for label in order:
+        if 2 * held < sizes.sum():
+            often.add(label)
+        held += sizes[label]
+    guess = named_by(
+        *student_of(run, dataset), dataset, dataset.test, views.plain(views.rule_of(knowledge.knowledge.views))
+    )
+    pairs = list(zip(guess, dataset.test.labels.tolist(), strict=True))
+    assert summary["accuracy_frequent"] == pytest.approx(share(p for p in pairs if p[1] in often), abs=0.05)
+    assert summary["accuracy_rare"] == pytest.approx(share(p for p in pairs if p[1] not in often), abs=0.05)
+    assert "memorised" not in summary
+    assert summary["mislabelled"] == 0
+    first = summary["sets"][0]
+    assert first["kept_rare"] == sum(int(sizes[label]) for label in range(10) if label not in often)
+    assert "kept_wrong" not in first
+
+
+def test_clean_data_are_measured_only_where_asked(tmp_path):
+    summary = trained(tmp_path / "auto", "digits?train=60&test=20", epochs=2)[3]
+    assert "agreement_train" not in summary
+    summary = trained(tmp_path / "on", "digits?train=60&test=20", epochs=2, fidelity="on")[3]
+    assert {"agreement_train", "accuracy_train"} <= summary.keys()
+    assert not {"sets", "corruption", "memorised", "agreement_test"} & summary.keys()
+    summary = trained(tmp_path / "off", "digits?train=60&test=20&noise=0.5", epochs=2, fidelity="off")[3]
+    assert not {"agreement_train", "corruption"} & summary.keys()
+
+
+def test_asking_for_it_or_not_is_no_other_run(tmp_path):
+    dataset, knowledge, _, summary, run = trained(tmp_path, "digits?train=60&test=20&noise=0.5", epochs=2)
+    material = distill.Material(data=dataset, knowledge=knowledge)
+    settings = config.TrainSettings(**(SETTINGS | {"epochs": 2, "fidelity": "off"}))
+    assert distill.run(settings, material, out=run, device="cpu") == summary
+    assert "fidelity" not in json.loads((run / "run.json").read_text())["settings"]
+
+
+def test_another_teacher_than_the_stores_is_refused(noisy):
+    dataset, knowledge, network, _, _ = noisy
+    fidelity.require_own(network, knowledge)
+    with pytest.raises(
+        MismatchError, match=r"--teacher is resnet8 with weights \w{16}, the store at .* give the store's own"
+    ):
+        fidelity.require_own(teacher_of(dataset, seed=2), knowledge)
+
+
+# separation of marked samples by a score
+
+
+def reference_separation(score, marked):
+    ones = [s for s, m in zip(score, marked, strict=True) if m]
+    others = [s for s, m in zip(score, marked, strict=True) if not m]
+    wins = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a in ones for b in others)
+    return wins / (len(ones) * len(others))
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=40))
+def test_separation_counts_won_pairs(rows):
+    score, marked = np.array([float(s) for s, _ in rows]), np.array([m for _, m in rows])
+    found = screening.separation(score, marked)
+    if marked.all() or not marked.any():
+        assert found is None
+        return
+    assert found == pytest.approx(reference_separation(score.tolist(), marked.tolist()))
+    assert screening.separation(-score, marked) == pytest.approx(1 - found)
+    assert screening.separation(np.exp(score), marked) == pytest.approx(found)

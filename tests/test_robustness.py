@@ -1,0 +1,144 @@
+"""The report's page on wrong labels, rare classes and agreement: real runs on corrupted digits."""
+
+import json
+import math
+import statistics
+
+import pytest
+from lessons import CPU, opinionated, precomputed
+from reporting import Page
+
+from kcdcache import config, data, distill, findings, report, robustness, teacher
+from kcdcache.models import spec
+from kcdcache.models.transform import InputTransform
+
+SPECS = {"noise": "digits?train=150&test=40&noise=0.5", "gamma": "digits?gamma=0.6&n_max=60&n_min=5&test=40"}
+ROWS = {"ce": {"method": "ce", "keep": 1.0}, "kd": {"keep": 1.0}, "kcd": {"keep": 0.5}}
+SCHOOL = {"student": "lessons:TinyNet", "epochs": 4, "stages": 2, "batch_size": 30}
+T_ONE = math.tan(math.pi * (0.975 - 0.5))
+"""97.5 % point of Student's t with 1 degree of freedom"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("robust") / "runs"
+    for name, given in SPECS.items():
+        dataset = data.load(given)
+        module = opinionated(spec.build("resnet8", 10, 1))
+        made = teacher.freeze(module, InputTransform(dataset.mean, dataset.std), "resnet8", dataset.classes, CPU)
+        knowledge = precomputed(root / f"{name}-store", dataset, made, views=2)
+        material = distill.Material(data=dataset, knowledge=knowledge, teacher=made)
+        for row, changes in ROWS.items():
+            for seed in (0, 1):
+                settings = config.TrainSettings(**(SCHOOL | changes | {"seed": seed}))
+                distill.run(settings, material, out=root / f"{name}-{row}-seed{seed}", device="cpu")
+    runs = [
+        {"step": f"{name}-{row}", "seed": seed, "kind": "train", "data": given}
+        for name, given in SPECS.items()
+        for row in ROWS
+        for seed in (0, 1)
+    ]
+    rows = [{"step": f"{name}-{row}", "title": f"{name}: {row}"} for name in SPECS for row in ROWS]
+    results = {"title": "Corrupted digits", "data": "digits", "rows": rows, "runs": runs}
+    (root / "results.json").write_text(json.dumps(results))
+    return root
+
+
+@pytest.fixture(scope="module")
+def known(folder):
+    return findings.read([folder])
+
+
+@pytest.fixture(scope="module")
+def tables(known):
+    return report.tables_of(known)
+
+
+def summaries(folder, step):
+    return [json.loads((folder / f"{step}-seed{seed}" / "summary.json").read_text()) for seed in (0, 1)]
+
+
+def row_of(table, name, **more):
+    (found,) = [row for row in table.rows if row["row"] == name and all(row[k] == v for k, v in more.items())]
+    return found
+
+
+def test_gains_are_over_plain_training_on_the_same_data_seed_by_seed(folder, tables):
+    for name in SPECS:
+        plain, ours = ([run["accuracy_last"] for run in summaries(folder, f"{name}-{row}")] for row in ("ce", "kcd"))
+        each = [100 * (a - b) for a, b in zip(ours, plain, strict=True)]
+        row = row_of(tables["fidelity"], f"{name}: kcd")
+        assert row["gain"] == pytest.approx(statistics.fmean(each))
+        reach = T_ONE * statistics.stdev(each) / math.sqrt(2)
+        assert (row["gain_low"], row["gain_high"]) == pytest.approx((row["gain"] - reach, row["gain"] + reach))
+        assert row["pairs"] == 2
+        assert row_of(tables["fidelity"], f"{name}: ce").get("gain") is None
+
+
+def test_paired_differences_stay_within_the_same_training_data(tables):
+    pairs = {(row["row"], row["reference"]) for row in tables["differences"].rows}
+    assert pairs == {(f"{name}: {row}", f"{name}: kd") for name in SPECS for row in ("ce", "kcd")}
+
+
+def test_shares_are_means_over_seeds_and_each_store_has_one_teacher(folder, tables):
+    row = row_of(tables["fidelity"], "noise: kd")
+    for name in ("agreement_train", "agreement_test", "memorised", "recovered", "calibration_error"):
+        assert row[name] == pytest.approx(statistics.fmean(run[name] for run in summaries(folder, "noise-kd")))
+    assert row["accuracy_rare"] is None
+    teachers = [row for row in tables["fidelity"].rows if row["row"].startswith("teacher of ")]
+    assert [row["data"] for row in teachers] == ["noise 0.5", "gamma 0.6 (60 to 5 per class)"]
+    assert teachers[0]["memorised"] == summaries(folder, "noise-ce")[0]["teacher_memorised"]
+
+
+def test_precision_and_recall_stand_beside_what_chance_gives(folder, tables):
+    for stage in (1, 2):
+        sets = [next(row for row in run["sets"] if row["stage"] == stage) for run in summaries(folder, "noise-kcd")]
+        row = row_of(tables["screening"], "noise: kcd", stage=stage)
+        assert row["precision"] == pytest.approx(statistics.fmean(s["dropped_wrong"] / s["dropped"] for s in sets))
+        wrong = sets[0]["kept_wrong"] + sets[0]["dropped_wrong"]
+        assert row["recall"] == pytest.approx(statistics.fmean(s["dropped_wrong"] / wrong for s in sets))
+        assert row["wrong"] == pytest.approx(wrong / 150)
+        assert row["dropped"] == pytest.approx(sets[0]["dropped"] / 150)
+    first = row_of(tables["screening"], "noise: kcd", stage=0)
+    assert (first["precision"], first["recall"], first["kept"]) == (None, None, 1.0)
+
+
+def test_rare_classes_are_counted_beside_frequent_ones(folder, tables):
+    (counts,) = [row for row in summaries(folder, "gamma-kcd")[0]["sets"] if row["stage"] == 2][:1]
+    row = row_of(tables["screening"], "gamma: kcd", stage=2)
+    total = counts["kept"] + counts["dropped"]
+    rare = counts["kept_rare"] + counts["dropped_rare"]
+    share = row["kept_rare"] * rare + row["kept_frequent"] * (total - rare)
+    assert share == pytest.approx(row["kept"] * total, rel=0.02)
+    assert row.get("precision") is None
+
+
+def test_the_page_shows_tables_figures_and_the_images_of_the_corrupted_data(folder, tmp_path):
+    told = report.write([folder], tmp_path / "r.html", json_file=tmp_path / "r.json")
+    page = Page((tmp_path / "r.html").read_text())
+    assert {"fidelity", "screening"} <= page.tables.keys()
+    keys = [figure["key"] for figure in told["figures"]]
+    assert {"labelled", "screened", "thinned"} <= set(keys)
+    assert any(strip["title"].startswith("Most valuable") for strip in told["images"])
+    again = report.write([folder], tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_bytes() == (tmp_path / "r.html").read_bytes()
+    assert again["tables"] == told["tables"]
+
+
+@pytest.mark.parametrize(
+    "sets", [None, 3, [7], [{"stage": "0"}], [{"stage": 0, "kept": -1}], [{"stage": 0, "kept": 1, "dropped": "x"}]]
+)
+def test_summaries_of_another_form_are_passed_over(known, sets):
+    (run,) = [run for run in known.runs if run.name == "noise-kcd-seed0"]
+    run.summary["sets"], kept = sets, run.summary["sets"]
+    try:
+        assert list(robustness._sets(run)) == []
+    finally:
+        run.summary["sets"] = kept
+    assert len(list(robustness._sets(run))) == 3
+
+
+def test_runs_on_clean_data_have_no_such_page(tables):
+    nothing = report._robustness({**tables, "fidelity": robustness.fidelity(findings.Findings((), (), (), ())),
+                                  "screening": robustness.screening(findings.Findings((), (), (), ()))})  # fmt: skip
+    assert not report._any(nothing)
