@@ -6,6 +6,7 @@ import shutil
 from itertools import chain
 from pathlib import Path
 
+import lessons
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -14,15 +15,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from killing import nursery, succeeds
-from pupils import leftovers
+from pupils import SCHOOL, leftovers, school
+from pupils import command as taught
 from spreading import COUNT, cases, condensed, content, labels, prepared, some_values, theirs
 
 from kcdcache import (
     boxes,
     checks,
+    commands,
+    config,
     difference,
+    export,
     files,
     inspection,
+    loop,
     manifest,
     partitioned,
     scratch,
@@ -142,6 +148,22 @@ def test_inspect_verify_and_diff_tell_the_same_of_both_forms(place):
         assert checks.verify(place / f"{name}.parts")["problems"] == 0
     found = difference.run(place / "before.parquet", place / "before.parts")
     assert found["set"]["identical"] if "set" in found else "identical" in found["note"]
+
+
+def test_a_student_learns_from_a_set_in_parts_as_from_one_file(tmp_path):
+    place = school(tmp_path / "school")
+    chosen = lessons.condensed(place.knowledge, keep=0.6)
+    given = SCHOOL | {"stages": 1, "epochs": 2}
+    for name, rows in (("one.parquet", None), ("many.parquet", 50)):
+        manifest.write(tmp_path / name, chosen, partition_rows=rows)
+        out = tmp_path / name.removesuffix(".parquet")
+        told = taught(place, "train", out=out, manifest=tmp_path / name, **given)
+        assert told["kept"] == 120
+        wanted = {"manifest": tmp_path / name, "store": place.knowledge.path, "out": tmp_path / "export"}
+        planned = export.run(config.make(commands.ExportCommand, wanted), loop.silent, dry_run=True)
+        assert planned["kept"] == 120
+    assert (tmp_path / "many.parquet").is_dir()
+    assert (tmp_path / "one/student.safetensors").read_bytes() == (tmp_path / "many/student.safetensors").read_bytes()
 
 
 # ---- what is refused
