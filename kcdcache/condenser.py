@@ -1,7 +1,6 @@
 """From a values file to a manifest file, standalone: of the knowledge it reads only the store's small records."""
 
 import glob
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,7 +9,7 @@ from kcdcache import condense, identity, inspection, ledger, manifest, ranking, 
 from kcdcache.commands import CondenseCommand
 from kcdcache.config import CondenseSettings, part
 from kcdcache.errors import LockedError, MismatchError
-from kcdcache.files import TEMPORARY_MARK, create_filled
+from kcdcache.files import TEMPORARY_MARK, create_filled, process_runs
 from kcdcache.schedule import kept_count
 
 MOST_TRIED = 2**28
@@ -107,15 +106,5 @@ def _remove_orphans(path: Path) -> None:
     """Delete what killed writers of this file left beside it; those that still run may need theirs."""
     for left in path.parent.glob(f"{glob.escape(path.name)}{TEMPORARY_MARK}*"):
         process = left.name.rpartition(TEMPORARY_MARK)[2].partition("-")[0]
-        if process.isdecimal() and not _runs(int(process)):
+        if process.isdecimal() and not process_runs(int(process)):
             left.unlink(missing_ok=True)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # it runs, but is another user's
-    return True

@@ -15,8 +15,9 @@ PACKAGE = Path(kcdcache.__file__).parent
 LEVELS = (
     "errors rng shares",
     "places crashpoints",
-    "untrusted pages frames helptexts options signals together cachefiles remote",
-    "files parallel leases",
+    "untrusted pages frames helptexts options signals together remote",
+    "files parallel",
+    "cachefiles leases",
     "mirror",
     "tables records rates decoding chunkfiles rules ranking",
     "foreign",
