@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import threading
 import zlib
 from collections import deque
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kcdcache.errors import SettingsError
+from kcdcache.files import TEMPORARY_MARK, process_runs
 
 FOLDER, LIMIT = "KCDCACHE_CACHE", "KCDCACHE_CACHE_BYTES"
 """environment variables: where the cache is, and how many bytes of contents it keeps of a bucket (all, if unset)"""
@@ -23,6 +25,8 @@ LEAST_EMPTIED = 4096
 """bytes of a file that is worth emptying"""
 SPARED = 64
 """files last used by this process that are never emptied, whatever the limit: they may be in use"""
+TEMPORARY = re.compile(re.escape(TEMPORARY_MARK) + r"(\d+)-")
+"""in the name of a temporary file, with the process that writes it"""
 HOLLOW_NS = 0
 """time stamp of a hollow file, which no written file has: name, size and mark come with one rename"""
 READ_AT_ONCE = 2**20
@@ -125,7 +129,7 @@ class CacheFiles:
     def hollow(self, path: Path, version: str, size: int) -> None:
         """Make a file only a name and a size."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{threading.get_ident()}-hollow")
+        temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}-{threading.get_ident()}-hollow")
         with open(temporary, "wb") as stream:
             stream.truncate(size)
         os.utime(temporary, ns=(HOLLOW_NS, HOLLOW_NS))
@@ -142,6 +146,17 @@ class CacheFiles:
                 parent.rmdir()
             except OSError:
                 return
+
+    def clear(self, root: Path) -> None:
+        """Delete what killed processes of this machine left below a folder: temporary files, and empty folders."""
+        with self.alone():
+            for place, _, names in os.walk(root, topdown=False):
+                for name in names:
+                    match = TEMPORARY.search(name)
+                    if match is not None and not process_runs(int(match[1])):
+                        Path(place, name).unlink(missing_ok=True)
+                with suppress(OSError):
+                    os.rmdir(place)
 
     def use(self, path: Path) -> None:
         """Take note that a file is in use."""

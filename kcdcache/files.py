@@ -276,6 +276,17 @@ def remove_leftovers(folder: Path) -> list[Path]:
     return found
 
 
+def process_runs(process: int) -> bool:
+    """Return whether this machine has a process of that number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it runs, but is another user's
+    return True
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on the file `path`; the system frees it when the process ends, however it ends.

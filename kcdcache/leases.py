@@ -13,6 +13,7 @@ from typing import Any
 
 from kcdcache import untrusted
 from kcdcache.errors import CorruptionError, KcdcacheError, LockedError, RemoteError, SettingsError, UnsafeError
+from kcdcache.files import process_runs
 from kcdcache.remote import ChangedError, Remote, Version
 
 logger = logging.getLogger(__name__)
@@ -195,12 +196,8 @@ def here_and_alive(document: dict[str, Any]) -> bool | None:
         process
     ) is not int:
         return None
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+    if not process_runs(process):
         return False
-    except OSError:
-        pass  # it runs, but is another user's
     return _began(process) == document.get("began")
 
 

@@ -68,6 +68,7 @@ class BucketMirror:
         _require_key(key, self.url)
         path = self._files.base / key
         self._refresh(key, fresh=fresh)
+        self._files.clear(path)
         if path.suffix in COMPANIONS:
             self._look_around(path)
         return path
@@ -142,6 +143,7 @@ class BucketMirror:
         """Hold the lease of a lock file, and see what its last holder left."""
         with self._holding(path, path.parent):
             self._refresh(self._key(path.parent), alone=True)
+            self._files.clear(path.parent)
             path.parent.mkdir(parents=True, exist_ok=True)
             yield
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from kcdcache import places
 from kcdcache.crashpoints import step
 from kcdcache.errors import LockedError
-from kcdcache.files import TEMPORARY_MARK, locked, naming, sync_directory
+from kcdcache.files import TEMPORARY_MARK, locked, naming, process_runs, sync_directory
 from kcdcache.team import ALONE, Team
 
 LOCK = "lock"
@@ -87,20 +87,10 @@ def remove_orphans(path: Path) -> None:
     """Delete what killed writers of `path` left beside it; those that still run may need theirs."""
     for left in path.parent.glob(f"{glob.escape(path.name)}{TEMPORARY_MARK}*"):
         process = left.name.rpartition(TEMPORARY_MARK)[2].partition("-")[0]
-        if not process.isdecimal() or _runs(int(process)):
+        if not process.isdecimal() or process_runs(int(process)):
             continue
         if not left.is_dir():
             left.unlink(missing_ok=True)
             continue
         with suppress(LockedError), locked(left / LOCK):  # who holds it still writes, on another machine
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # it runs, but is another user's
-    return True

@@ -15,8 +15,9 @@ PACKAGE = Path(kcdcache.__file__).parent
 LEVELS = (
     "errors rng shares team",
     "places crashpoints",
-    "untrusted pages frames helptexts options signals together corruption gloo cachefiles remote display",
-    "files parallel leases",
+    "untrusted pages frames helptexts options signals together corruption gloo remote display",
+    "files parallel",
+    "cachefiles leases",
     "mirror",
     "tables records rates decoding chunkfiles rules ranking scratch boxes cuts",
     "partitioned hashing",

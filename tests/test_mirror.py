@@ -219,6 +219,16 @@ def test_what_others_replaced_is_seen_by_the_next_command(machine, server):
     assert sorted(path.name for path in machine("b").iterdir()) == ["more"]
 
 
+def test_what_killed_writers_left_in_the_cache_is_gone_at_the_next_command(machine, server):
+    path = machine()
+    (path / "stages" / "0").mkdir(parents=True)
+    (path / "half.tmp-999999999-1").write_bytes(b"x")
+    mine = path / f"file.tmp-{os.getpid()}-1"
+    mine.write_bytes(b"x")
+    machine()
+    assert list(path.rglob("*")) == [mine]
+
+
 def test_a_large_file_is_fetched_when_it_is_opened(machine, server, proxy):
     server.write("s/model.safetensors", bytes(2**20 + 1))
     path = machine() / "model.safetensors"
