@@ -208,8 +208,8 @@ def _gain(ours: Sequence[Run], plain: Sequence[Run]) -> dict[str, Any]:
     """Return the paired difference in test accuracy to plain training, in percentage points; of itself none."""
     if not plain or ours[0].step == plain[0].step:
         return {}
-    sides = ({run.seed: 100 * float(run.summary["accuracy_last"]) for run in side} for side in (ours, plain))
-    found = pairing.difference(*sides)
+    sides = [{run.seed: 100 * float(run.summary["accuracy_last"]) for run in side} for side in (ours, plain)]
+    found = pairing.difference(sides[0], sides[1])
     return (
         {} if found is None else {"gain": found.mean, "gain_low": found.low, "gain_high": found.high, "pairs": found.n}
     )
