@@ -230,7 +230,13 @@ def test_json_and_csv_hold_the_numbers_of_the_page(made, page):
                 text = value if isinstance(value, str) else "" if value is None else None
                 found = plain[name].removeprefix("'")
                 assert float(found) == value if text is None else found == printable(text)
-    assert {*told["tables"]} - {*page.tables} == {"troubles", "curves", "classes"}  # drawn, or nothing to tell
+    assert {*told["tables"]} - {*page.tables} == {
+        "troubles",
+        "curves",
+        "classes",
+        "fidelity",
+        "screening",
+    }  # drawn, or nothing to tell
 
 
 def test_the_page_shows_the_rounded_numbers_of_the_tables(made, page):
