@@ -67,8 +67,8 @@ class BucketMirror:
         key = key.strip("/")
         _require_key(key, self.url)
         path = self._files.base / key
-        self._refresh(key, fresh=fresh)
         self._files.clear(path)
+        self._refresh(key, fresh=fresh)
         if path.suffix in COMPANIONS:
             self._look_around(path)
         return path
@@ -142,8 +142,8 @@ class BucketMirror:
     def held(self, path: Path) -> Iterator[None]:
         """Hold the lease of a lock file, and see what its last holder left."""
         with self._holding(path, path.parent):
-            self._refresh(self._key(path.parent), alone=True)
             self._files.clear(path.parent)
+            self._refresh(self._key(path.parent), alone=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             yield
 
@@ -278,12 +278,10 @@ class BucketMirror:
             small = [path for path in stale if _is_small(path, there[path]) and not self._runs_ahead(path)]
             for path in stale:
                 if not _is_small(path, there[path]):
-                    _require_place(path, self._files.base, self.url)
                     self._files.hollow(path, there[path].tag, there[path].bytes)
             _together(self._take_listed, small)
 
     def _take_listed(self, path: Path) -> None:
-        _require_place(path, self._files.base, self.url)
         try:
             self._take(self._key(path), path)
         except FileNotFoundError:  # deleted since the listing
@@ -309,7 +307,9 @@ class BucketMirror:
         for entry in found:
             _require_key(entry.key, self.url)
         paths = {self._files.base / entry.key: entry for entry in found if not entry.key.endswith("/")}
-        return {path: entry for path, entry in paths.items() if self._mirrored(path) and LEASES not in path.parts}
+        there = {path: entry for path, entry in paths.items() if self._mirrored(path) and LEASES not in path.parts}
+        _require_places(there, self._files.base, self.url)
+        return there
 
     def _look_around(self, path: Path) -> None:
         """Bring what vouches for a single file up to date: its other half, its run's records, its teacher's answers."""
@@ -385,14 +385,12 @@ def _require_key(key: str, url: str) -> None:
         raise UnsafeError(f"{url} has the key {key!r:.200}, which cannot be a file's path; nothing is fetched")
 
 
-def _require_place(path: Path, base: Path, url: str) -> None:
+def _require_places(there: dict[Path, Entry], base: Path, url: str) -> None:
     """Refuse an object whose key is both a file's and a folder's."""
-    for parent in path.parents:
-        if parent == base:
-            break
-        if parent.is_file():
-            raise UnsafeError(
-                f"{url} has objects at and below {parent.relative_to(base)}; a path is a file or a folder"
-            )
-    if path.is_dir():
-        raise UnsafeError(f"{url} has objects at and below {path.relative_to(base)}; a path is a file or a folder")
+    for path in there:
+        for parent in path.parents:
+            if parent == base:
+                break
+            if parent in there:
+                key = parent.relative_to(base).as_posix()
+                raise UnsafeError(f"{url} has objects at and below {key}; a path is a file or a folder")

@@ -80,6 +80,11 @@ class Server:
         return {k.removeprefix(f"{prefix}/"): self.read(k) for k in names if k.rsplit("/", 1)[-1] not in UNPROMISED}
 
 
+class _Listener(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # of five, connections beyond would wait for seconds
+
+
 class Proxy:
     """Passes requests on to a server; `faults(method, path, number)` names what goes wrong with one, or None.
 
@@ -92,8 +97,7 @@ class Proxy:
         self.deaf = False
         """whether conditions of requests are not passed on"""
         self._server, self._turn, self._conditional = server, threading.Lock(), threading.Lock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._http.daemon_threads = True
+        self._http = _Listener(("127.0.0.1", 0), self._handler())
         self.port = self._http.server_port
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
