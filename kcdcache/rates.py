@@ -39,7 +39,7 @@ def rate_of(rates: Iterable[float]) -> Rate | None:
     """Return mean and spread of images per second; None if there are none.
 
     >>> rate_of([1.0, 3.0])
-    Rate(n=2, mean=2.0, std=1.4142135623730951)
+    Rate(n=2, mean=2.0, std=1.4142135623730951, warm_up=None)
     """
     found = list(rates)
     if not found:
