@@ -38,6 +38,7 @@ PARAMETERS = {
     "ShuffleV2": 1355528,
 }
 FAMILIES = ("resnet8", "ResNet50", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2")  # one network of each
+UNPUBLISHED = {"wrn_10_2", "wrn_28_2"}  # of the capacity study; no checkpoint of CRD's authors
 CHECKPOINTS = Path(__file__).parents[2] / "shared/data/published_checkpoints.json"
 with_checkpoints = pytest.mark.skipif(not CHECKPOINTS.exists(), reason="the published shapes are not beside us")
 
@@ -70,17 +71,17 @@ def settled(name, classes=10):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_parameter_count_is_the_published_one(name):
+def test_parameter_count_is_the_known_one(name):
     network = spec.build(name, 100)
     assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS[name]
 
 
-def test_every_network_of_the_zoo_has_a_published_count():
+def test_every_network_of_the_zoo_has_a_known_count():
     assert set(spec.NETWORKS) == set(PARAMETERS)
 
 
 @with_checkpoints
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", sorted(PARAMETERS.keys() - UNPUBLISHED))
 def test_names_and_shapes_are_those_of_the_published_checkpoints(name):
     expected, network = published(name), spec.build(name, 100)
     assert {key: list(value.shape) for key, value in network.state_dict().items()} == expected["state_dict"]
