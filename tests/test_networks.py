@@ -37,6 +37,8 @@ PARAMETERS = {
     "ShuffleV1": 949258,
     "ShuffleV2": 1355528,
 }
+UNPUBLISHED = ("wrn_10_2", "wrn_28_2")
+"""sizes of a family without a published checkpoint: counted by the formula that gives the others of the family"""
 FAMILIES = ("resnet8", "ResNet50", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2")  # one network of each
 CHECKPOINTS = Path(__file__).parents[2] / "shared/data/published_checkpoints.json"
 with_checkpoints = pytest.mark.skipif(not CHECKPOINTS.exists(), reason="the published shapes are not beside us")
@@ -80,7 +82,7 @@ def test_every_network_of_the_zoo_has_a_published_count():
 
 
 @with_checkpoints
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", [name for name in spec.NETWORKS if name not in UNPUBLISHED])
 def test_names_and_shapes_are_those_of_the_published_checkpoints(name):
     expected, network = published(name), spec.build(name, 100)
     assert {key: list(value.shape) for key, value in network.state_dict().items()} == expected["state_dict"]
