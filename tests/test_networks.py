@@ -37,8 +37,6 @@ PARAMETERS = {
     "ShuffleV1": 949258,
     "ShuffleV2": 1355528,
 }
-UNPUBLISHED = ("wrn_10_2", "wrn_28_2")
-"""sizes of a family without a published checkpoint: counted by the formula that gives the others of the family"""
 FAMILIES = ("resnet8", "ResNet50", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2")  # one network of each
 UNPUBLISHED = {"wrn_10_2", "wrn_28_2"}  # of the capacity study; no checkpoint of CRD's authors
 CHECKPOINTS = Path(__file__).parents[2] / "shared/data/published_checkpoints.json"
