@@ -20,7 +20,7 @@ from kcdcache.identity import Knowledge
 from kcdcache.losses import softmax
 from kcdcache.models import spec
 from kcdcache.models.shapes import tap_shapes
-from kcdcache.terms.base import Lesson, Pair, Seen, Term, constant
+from kcdcache.terms.base import Lesson, Pair, Seen, Term, constant, hard_term
 
 PART = re.compile(r"([a-z0-9_]+)(?:\*([0-9.eE+-]+?))?")
 
@@ -201,6 +201,7 @@ def pair_of(
     data: Dataset,
     kept: np.ndarray,
     seed: int,
+    smoothing: float = 0.0,
     teacher_filters: Mapping[str, Sequence[float]] | None = None,
 ) -> Pair:
     """Return the pair of a store's teacher and a student, on a data set's views.
@@ -224,6 +225,7 @@ def pair_of(
         kept=kept,
         settings=settings,
         seed=seed,
+        smoothing=smoothing,
         teacher_filters=teacher_filters,
     )
 
@@ -270,20 +272,11 @@ def basic(logits: Float[Tensor, "batch classes"], lesson: Lesson, weights: Weigh
 
     Source: Hinton et al. 2015; Eq. 1 of the paper with the hard label and T of its reference code.
     """
-    total = weights.gamma * hard_term(logits, lesson, weights)
+    total = weights.gamma * hard_term(logits, lesson, weights.mix_label, weights.smoothing)
     if weights.alpha == 0:
         return total
     assert lesson.probabilities is not None, "a store with logits serves this method"
     return total + weights.alpha * softmax.soft_divergence(logits, lesson.probabilities, weights.temperature)
-
-
-def hard_term(logits: Float[Tensor, "batch classes"], lesson: Lesson, weights: Weights) -> Float[Tensor, " batch"]:
-    """Return the hard-label cross-entropy per sample; with mix_label 'mix' the partner's label counts by epsilon."""
-    own = softmax.cross_entropy(logits, lesson.labels, weights.smoothing)
-    if weights.mix_label == "keep":
-        return own
-    other = softmax.cross_entropy(logits, lesson.partner_labels, weights.smoothing)
-    return torch.where(lesson.mixed, (1 - lesson.epsilon) * own + lesson.epsilon * other, own)
 
 
 def _parsed(text: str, whole: str) -> tuple[str, float | None]:

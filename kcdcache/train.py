@@ -101,7 +101,8 @@ def views_used(start: int, stop: int, count: int) -> tuple[int, ...]:
 def _pair(settings: TrainSettings, lessons: Lessons, knowledge: store.Store, data: Dataset) -> Pair:
     identity, kept = knowledge.knowledge, lessons.manifest.index
     known = parameters.read(knowledge.path, identity)
-    return methods.pair_of(settings, settings.student, identity, data, kept, settings.seed, known)
+    smoothing = settings.label_smoothing
+    return methods.pair_of(settings, settings.student, identity, data, kept, settings.seed, smoothing, known)
 
 
 def _task(

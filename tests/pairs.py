@@ -13,11 +13,12 @@ from kcdcache.terms.base import Pair
 CLASSES, OURS, THEIRS = 4, 6, 10
 
 
-def pair_of(labels, kept=None, student="resnet8", ours=None, image=(3, 8, 8), **settings):
+def pair_of(labels, kept=None, student="resnet8", ours=None, image=(3, 8, 8), smoothing=0.0, **settings):
     """A pair whose penultimate values have 6 and 10 numbers."""
     labels = np.asarray(labels, np.int64)
     return Pair(
-        teacher="T", student=student, image=image, labels=labels, seed=0, settings=MethodSettings(**settings),
+        teacher="T", student=student, image=image, labels=labels, seed=0, smoothing=smoothing,
+        settings=MethodSettings(**settings),
         teacher_taps={"penultimate": (THEIRS,), "logits": (CLASSES,)},
         student_taps=ours or {"penultimate": (OURS,), "logits": (CLASSES,)},
         kept=np.arange(len(labels)) if kept is None else np.asarray(kept, np.int64),

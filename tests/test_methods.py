@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kcdcache.config import MethodSettings
 from kcdcache.errors import SettingsError
-from kcdcache.methods import METHODS, basic, choose, hard_term, method_named
+from kcdcache.methods import METHODS, basic, choose, method_named
+from kcdcache.terms.base import hard_term
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ def sheet():
         probabilities=torch.softmax(random(6, 5, seed=1) / 4, dim=1),
         knowledge={},
     )
+
+
+def hard(logits, sheet, weights):
+    return hard_term(logits, sheet, weights.mix_label, weights.smoothing)
 
 
 def log_softmax(row):
@@ -91,24 +96,24 @@ def test_kd_equals_a_slow_reference_per_sample(sheet, mix_label):
 def test_kd_without_a_soft_share_is_ce(sheet):
     logits = random(6, 5)
     weights = choose(MethodSettings(gamma=1, alpha=0), 0.0).weights
-    assert torch.equal(basic(logits, sheet, weights), hard_term(logits, sheet, weights))
+    assert torch.equal(basic(logits, sheet, weights), hard(logits, sheet, weights))
     blind = replace(sheet, probabilities=None)
-    assert torch.equal(basic(logits, blind, weights), hard_term(logits, sheet, weights))
+    assert torch.equal(basic(logits, blind, weights), hard(logits, sheet, weights))
 
 
 def test_the_kept_label_ignores_the_partner(sheet):
     logits, weights = random(6, 5), choose(MethodSettings(mix_label="keep"), 0.0).weights
     other = replace(sheet, partner_labels=sheet.partner_labels.flip(0), epsilon=torch.full((6,), 0.9))
-    assert torch.equal(hard_term(logits, sheet, weights), hard_term(logits, other, weights))
+    assert torch.equal(hard(logits, sheet, weights), hard(logits, other, weights))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_the_mixed_label_counts_the_partner_by_epsilon(sheet, smoothing):
     logits = random(6, 5) * 2
-    kept = hard_term(logits, sheet, choose(MethodSettings(), smoothing).weights)
+    kept = hard(logits, sheet, choose(MethodSettings(), smoothing).weights)
     swapped = replace(sheet, labels=sheet.partner_labels)
-    partner = hard_term(logits, swapped, choose(MethodSettings(), smoothing).weights)
-    found = hard_term(logits, sheet, choose(MethodSettings(mix_label="mix"), smoothing).weights)
+    partner = hard(logits, swapped, choose(MethodSettings(), smoothing).weights)
+    found = hard(logits, sheet, choose(MethodSettings(mix_label="mix"), smoothing).weights)
     assert torch.equal(found[:4], kept[:4])
     torch.testing.assert_close(
         found[4:], torch.stack([0.8 * kept[4] + 0.2 * partner[4], 0.7 * kept[5] + 0.3 * partner[5]])
@@ -120,5 +125,5 @@ def test_label_smoothing_is_in_the_hard_term_only(sheet):
     logits = random(6, 5)
     plain, smooth = (choose(MethodSettings(gamma=0), smoothing).weights for smoothing in (0.0, 0.3))
     assert torch.equal(basic(logits, sheet, plain), basic(logits, sheet, smooth))
-    hard = [hard_term(logits, sheet, weights) for weights in (plain, smooth)]
-    assert not torch.allclose(*hard)
+    found = [hard(logits, sheet, weights) for weights in (plain, smooth)]
+    assert not torch.allclose(*found)

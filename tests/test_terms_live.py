@@ -60,6 +60,39 @@ def _peers_slope(peer, seen, lesson):
     return ((found - torch.eye(CLASSES)[lesson.labels]) + (found - student)) / 3
 
 
+@pytest.mark.parametrize(("name", "stage", "shape"), [("dml", None, ()), ("one", "stage2", (32, 4, 4))])
+@pytest.mark.parametrize("mix_label", ["keep", "mix"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_what_learns_beside_the_student_is_given_the_students_labels(name, stage, shape, mix_label, smoothing):
+    term, plain = (term_of(name, pair(**given)) for given in ({"smoothing": smoothing, "mix_label": mix_label}, {}))
+    seen, lesson = shown(stage, shape)
+    mixes = {"partner_labels": [2, 3, 3], "epsilon": [0.0, 0.3, 0.2], "mixed": [False, True, True]}
+    vars(lesson).update({key: torch.tensor(value) for key, value in mixes.items()})
+    outputs = term.peer(seen["input"][:3])[None] if name == "dml" else _of_the_ensemble(term, seen, stage)
+    expected = torch.zeros(3)
+    for output in outputs:
+        for i, row in enumerate(rows_of(output)):
+            share = mixes["epsilon"][i] if mix_label == "mix" else 0
+            given = (1 - share) * smoothed(row, LABELS[i], smoothing)
+            given += share * smoothed(row, mixes["partner_labels"][i], smoothing)
+            expected[i] += given - hard(row, LABELS[i])
+    torch.testing.assert_close(term(seen, lesson) - plain(seen, lesson), expected, rtol=1e-4, atol=1e-5)
+    assert expected.any() == (smoothing > 0 or mix_label == "mix")
+
+
+def smoothed(row, label, share):
+    return (1 - share) * hard(row, label) + share * sum(hard(row, c) for c in range(CLASSES)) / CLASSES
+
+
+def _of_the_ensemble(term, seen, stage):
+    """The logits of the two branches and of the ensemble."""
+    shared = seen[stage][:3]
+    branches = [branch(shared) for branch in term.branches]
+    gates = term.gate(shared.mean(dim=(2, 3)))
+    rows = [seen["logits"][:3], *branches]
+    return [*branches, sum(gates[:, k, None] * row for k, row in enumerate(rows))]
+
+
 def test_the_peer_is_the_students_kind_with_weights_of_its_own_unless_another_is_named():
     term = term_of("dml", pair())
     student = spec.build("resnet8", CLASSES, 0)

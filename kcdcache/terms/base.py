@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Float32, Int, Int64
 from torch import Tensor, nn
 
 from kcdcache import fields
 from kcdcache.config import MethodSettings
 from kcdcache.errors import SettingsError
+from kcdcache.losses.softmax import cross_entropy
 
 Seen = Mapping[str, Float[Tensor, "..."]]
 """tap of the student -> its values for the batch, then for extra images; `logits` is among them, perhaps bfloat16; a
@@ -73,6 +75,8 @@ class Pair:
     """samples of the current stage"""
     settings: MethodSettings
     seed: int
+    smoothing: float = 0.0
+    """label smoothing of hard-label terms, in [0, 1)"""
     teacher_filters: Mapping[str, Sequence[float]] | None = None
     """stage -> profile of the teacher's filters (see `parameters`); None where no store is at hand, or it has none"""
 
@@ -135,6 +139,17 @@ class Term(nn.Module):
     def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
         """Return the loss per sample, whose mean over the batch is the method's."""
         raise NotImplementedError
+
+
+def hard_term(
+    logits: Float[Tensor, "batch classes"], lesson: Lesson, mix_label: str, smoothing: float
+) -> Float[Tensor, " batch"]:
+    """Return the hard-label cross-entropy per sample, in nats; with mix_label 'mix' the partner's counts by epsilon."""
+    own = cross_entropy(logits, lesson.labels, smoothing)
+    if mix_label == "keep":
+        return own
+    other = cross_entropy(logits, lesson.partner_labels, smoothing)
+    return torch.where(lesson.mixed, (1 - lesson.epsilon) * own + lesson.epsilon * other, own)
 
 
 def constant(module: nn.Module, name: str, value: Tensor) -> None:

@@ -11,12 +11,11 @@ from torch.nn import functional
 
 from kcdcache.errors import SettingsError
 from kcdcache.losses.mutual import ensemble_divergence
-from kcdcache.losses.softmax import cross_entropy
 from kcdcache.models import spec
 from kcdcache.models.bottleneck import ResNet50
 from kcdcache.models.resnet import ResNet
 from kcdcache.models.wrn import WideResNet
-from kcdcache.terms.base import Lesson, Pair, Seen, Term, constant
+from kcdcache.terms.base import Lesson, Pair, Seen, Term, constant, hard_term
 from kcdcache.terms.mutual import drawn_seed
 
 BRANCHES = 3
@@ -38,7 +37,7 @@ class Ensemble(Term):
 
     Branches are the student's last stage and classifier with initial weights of their own; the ensemble is the mean of
     the three logits by a gate on the shared stage's pooled values. The ramp is exp(-5 (1 - e / R)^2) in epoch
-    e = 1 .. R, R a third of all. Labels are the kept points' own, without smoothing; branches compute in float32.
+    e = 1 .. R, R a third of all. Labels are smoothed and mixed as the student's; branches compute in float32.
     Source: Lan et al., NeurIPS 2018 (arXiv 1806.04606), Eq. 4-8, T = 3. Its gate has a ReLU before the softmax.
     """
 
@@ -46,6 +45,7 @@ class Ensemble(Term):
 
     def __init__(self, pair: Pair) -> None:
         super().__init__()
+        self._labels = pair.settings.mix_label, pair.smoothing
         self._temperature = pair.settings.temperature or 3.0
         self._stage, _ = _tail(pair)
         self.taps = (self._stage,)
@@ -66,7 +66,7 @@ class Ensemble(Term):
         logits = [seen["logits"][:count].float(), *(branch(shared) for branch in self.branches)]
         shares = self.gate(shared.mean(dim=(2, 3)))
         ensemble = (shares[:, :, None] * torch.stack(logits, dim=1)).sum(dim=1)
-        hard = sum(cross_entropy(found, lesson.labels) for found in (*logits[1:], ensemble))
+        hard = sum(hard_term(found, lesson, *self._labels) for found in (*logits[1:], ensemble))
         soft = sum(ensemble_divergence(found, ensemble, self._temperature) for found in logits)
         return hard + self._ramp * soft
 
