@@ -204,7 +204,7 @@ class CondenseSettings(Settings):
     stratify: bool = False
     """keep the same share of every class"""
     condense_seed: int = Field(default=0, ge=0, lt=2**64)
-    """seed of random rankings"""
+    """seed of random rankings and random first sets; a run that draws any takes its own --seed unless this is given"""
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -232,6 +232,14 @@ def with_sampling(values: Any) -> Any:
     """Return a run's raw values over those that the sampling they name presupposes."""
     name = values.get("sampling") if isinstance(values, Mapping) else None
     return {**SAMPLING_PRESETS[name], **values} if isinstance(name, str) and name in SAMPLING_PRESETS else values
+
+
+def with_own_draws(values: Any) -> Any:
+    """Return a run's raw values with its seed as that of the sets it draws at random, so that seeds differ in them."""
+    if not isinstance(values, Mapping) or values.get("condense_seed") is not None:
+        return values
+    draws = values.get("ranking") == "random" or values.get("schedule") == "paper_stage"
+    return {**values, "condense_seed": values["seed"]} if draws and "seed" in values else values
 
 
 class SamplingSettings(Settings):
@@ -271,7 +279,7 @@ class TrainSettings(OptimizerSettings, MethodSettings, ScheduleSettings, Condens
     @model_validator(mode="before")
     @classmethod
     def _apply_presets(cls, values: Any) -> Any:
-        return with_sampling(with_preset(cls, values))
+        return with_own_draws(with_sampling(with_preset(cls, values)))
 
     @model_validator(mode="after")
     def _require_one_partner(self) -> "TrainSettings":

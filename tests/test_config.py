@@ -152,3 +152,17 @@ def test_a_missing_recipe_is_not_found(tmp_path):
 
 def test_paths_come_from_text():
     assert config.make(commands.FitCommand, COMMANDS[commands.FitCommand]).out == Path("run")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"ranking": "random", "seed": 7}, 7),
+        ({"ranking": "random", "seed": 7, "condense_seed": 0}, 0),
+        ({"ranking": "random"}, 0),
+        ({"schedule": "paper_stage", "seed": 7}, 7),
+        ({"seed": 7}, 0),
+    ],
+)
+def test_a_run_that_draws_its_sets_draws_them_with_its_own_seed(given, expected):
+    assert config.TrainSettings(student="resnet8", **given).condense_seed == expected

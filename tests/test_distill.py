@@ -308,6 +308,18 @@ def test_a_seeded_random_stage_begins_the_papers_schedule(place, tmp_path):
     assert not first.mixed.any()
 
 
+@pytest.mark.parametrize("drawn", [{"schedule": "paper_stage"}, {"ranking": "random", "augment_kept": False}])
+def test_sets_drawn_at_random_follow_the_runs_seed_unless_they_have_one_of_their_own(place, tmp_path, drawn):
+    def sets(name, **changes):
+        distilled(place, tmp_path / name, **drawn, **changes, run={"until": 3})
+        return [manifest.read(tmp_path / name / f"stages/{k}/manifest.parquet").index.tolist() for k in (0, 1)]
+
+    first, other, fixed = sets("first", seed=1), sets("other", seed=2), sets("fixed", seed=2, condense_seed=1)
+    place_of_the_draw = 0 if "schedule" in drawn else 1
+    assert first[place_of_the_draw] != other[place_of_the_draw]
+    assert first[place_of_the_draw] == fixed[place_of_the_draw]
+
+
 def test_samples_left_out_are_not_visited(runs):
     kept = manifest.read(runs() / "stages" / "1" / "manifest.parquet")
     found = pq.read_table(runs() / "stages" / "1" / "values.parquet").column("visits").to_numpy()
