@@ -1,8 +1,9 @@
 """The figures of a report as PNG: colours that any colour vision tells apart, axes with units, a caption for each."""
 
 import io
+import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -67,6 +68,33 @@ def short(name: str, most: int = LONGEST) -> str:
     return text if len(text) <= most else f"{text[: most - half - 1]}…{text[-half:]}"
 
 
+def told_apart(names: Sequence[str], most: int = LONGEST) -> dict[str, str]:
+    """Return name -> how a figure calls it: without the `WHAT:` that all begin with, and `short` where that is enough.
+
+    Names that differ stay different: where cutting them to `most` characters would make two of them the same, all of
+    them are cut later.
+
+    >>> told_apart(["noise 0.4, small: KD", "noise 0.4, small: KCD", "teacher"])
+    {'noise 0.4, small: KD': 'KD', 'noise 0.4, small: KCD': 'KCD', 'teacher': 'teacher'}
+    """
+    different = dict.fromkeys(names)
+    heads = {name.rpartition(": ")[0] for name in different if ": " in name}
+    common = f"{heads.pop()}: " if len(heads) == 1 and len(different) > 1 else ""
+    rest = {name: name.removeprefix(common) for name in different}
+    rest = rest if len(set(rest.values())) == len(rest) else {name: name for name in different}
+    longest = max(map(len, rest.values()), default=0)
+    while True:
+        found = {name: short(text, most) for name, text in rest.items()}
+        if len(set(found.values())) == len(found) or most >= longest:
+            return found
+        most *= 2
+
+
+def wrapped(label: str) -> str:
+    """Return a label as it stands beside an axis: in lines of a tick's width."""
+    return textwrap.fill(label, LONGEST)
+
+
 class Line(NamedTuple):
     """Mean over a row's seeds, with the range over them."""
 
@@ -95,10 +123,11 @@ def lines(rows: Sequence[Mapping[str, Any]], x: str, y: str, scale: float = 1.0)
 
 def plot(axes: Axes, found: Sequence[Line], order: Sequence[str], xscale: float = 1.0) -> None:
     """Draw lines, each in the colour of its row, with the range over seeds behind it."""
+    names = told_apart(order)
     for line in found:
         place = order.index(line.name)
         colour, style = COLOURS[place % len(COLOURS)], STYLES[place // len(COLOURS) % len(STYLES)]
-        label = short(line.name) + (f" (n = {line.n})" if line.n > 1 else "")
+        label = names[line.name] + (f" (n = {line.n})" if line.n > 1 else "")
         marker = "o" if len(line.x) <= 30 else ""
         axes.plot(
             line.x * xscale, line.y, style, color=colour, label=label, linewidth=1.6, marker=marker, markersize=3.5
@@ -130,14 +159,14 @@ def accuracy(rows: Sequence[Mapping[str, Any]]) -> Picture:
         plot(right, lines(rows, "seconds_so_far", "test_accuracy", 100), order)
         right.set(xlabel="training time (s)")
         zoomed(left, by_samples)
-        _legend_below(figure, left)
+        legend_below(figure, *left.get_legend_handles_labels())
 
     caption = (
         "Each line is the mean over a row's seeds, the band runs from the worst to the best seed. Left: for the same "
         "number of samples, higher is better; a condensed student stops earlier, because it saw fewer samples. Right: "
         "the same against training time; the teacher's own time is not in it. The first epochs may lie below the axis."
     )
-    return drawn("accuracy", "Accuracy against samples and against time", caption, _height(4.2, order), draw)
+    return drawn("accuracy", "Accuracy against samples and against time", caption, 4.2 + below(order), draw)
 
 
 def training(rows: Sequence[Mapping[str, Any]]) -> Picture:
@@ -157,14 +186,14 @@ def training(rows: Sequence[Mapping[str, Any]]) -> Picture:
         for axes in figure.axes[2:]:
             axes.set(xlabel="epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _legend_below(figure, figure.axes[0])
+        legend_below(figure, *figure.axes[0].get_legend_handles_labels())
 
     caption = (
         "Loss and accuracy on what the student trains on, loss on test images, and how often the student's answer on "
         "its training views is the teacher's. Losses of different methods, and of plain training, are not of one kind "
         "and cannot be compared with each other; their shape can. A jump where a stage begins is the new set."
     )
-    return drawn("training", "Training curves", caption, _height(6.2, order), draw)
+    return drawn("training", "Training curves", caption, 6.2 + below(order), draw)
 
 
 def _log_scale(axes: Axes) -> None:
@@ -190,7 +219,8 @@ def forest(rows: Sequence[Mapping[str, Any]]) -> Picture | None:
                 axes.plot([row["low"], row["high"]], [place, place], color=COLOURS[0], linewidth=2)
             axes.plot([row["mean"]], [place], "o", color=COLOURS[0], markersize=7)
         axes.axvline(0, color="#444444", linewidth=1)
-        labels = [f"{short(row['row'])}\nn = {row['n']}" for row in reversed(chosen)]
+        names = told_apart([row["row"] for row in chosen])
+        labels = [wrapped(f"{names[row['row']]} (n = {row['n']})") for row in reversed(chosen)]
         axes.set_yticks(range(len(chosen)), labels)
         axes.set(ylim=(-0.6, len(chosen) - 0.4), xlabel="accuracy minus the reference's (percentage points)")
 
@@ -225,7 +255,8 @@ def costs(rows: Sequence[Mapping[str, Any]]) -> Picture:
             axes.set(title=label, xlim=(0, 1.5 * max([*numbers, 1e-9])), xticks=[])
             axes.grid(False)
             axes.spines["bottom"].set_visible(False)
-        figure.axes[0].set_yticks(places, [short(row["row"]) for row in rows])
+        names = told_apart([row["row"] for row in rows])
+        figure.axes[0].set_yticks(places, [wrapped(names[row["row"]]) for row in rows])
         figure.axes[0].invert_yaxis()
 
     caption = (
@@ -253,8 +284,9 @@ def distance_matrix(names: Sequence[str], matrix: np.ndarray, by_chance: Sequenc
         image = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=max(0.5, float(matrix.max())))
         axes.grid(False)
         axes.set_title(chance)
-        axes.set_yticks(range(count), [short(name) for name in names])
-        axes.set_xticks(range(count), [short(name) for name in names], rotation=40, ha="right")
+        called = [told_apart(names)[name] for name in names]
+        axes.set_yticks(range(count), called)
+        axes.set_xticks(range(count), called, rotation=40, ha="right")
         for row, column in np.ndindex(count, count) if count <= 16 else ():
             colour = "white" if matrix[row, column] < 0.3 else "black"
             axes.text(column, row, f"{matrix[row, column]:.2f}", ha="center", va="center", color=colour, size=8)
@@ -268,11 +300,20 @@ def distance_matrix(names: Sequence[str], matrix: np.ndarray, by_chance: Sequenc
     return drawn("distances", "Distance between kept sets", caption, min(11.0, 2.6 + 0.42 * count), draw)
 
 
-def _legend_below(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
+def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Put a legend under a figure, in as many columns as fit beside each other."""
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(handles)), fontsize=9)
+        across = min(columns(labels), len(handles))
+        figure.legend(handles, labels, loc="outside lower center", ncols=across, fontsize=9)
 
 
-def _height(plain: float, names: Sequence[str]) -> float:
-    return plain + 0.22 * (-(-len(names) // 3))
+def columns(labels: Iterable[str]) -> int:
+    """Return how many columns of a legend with such labels fit into a figure, 1 to 3."""
+    longest = max(map(len, labels), default=0)
+    return max(1, min(3, int((WIDTH - 0.3) / (0.65 + 0.072 * longest))))
+
+
+def below(names: Sequence[str]) -> float:
+    """Return the height in inches of a legend of some rows."""
+    labels = [f"{name} (n = 3)" for name in told_apart(names).values()]
+    return 0.22 * -(-len(labels) // columns(labels))

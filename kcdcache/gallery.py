@@ -139,7 +139,7 @@ def _require_same(run: Run, data: Dataset) -> None:
 def _group(data: Dataset, stage: Stage, index: Int64[np.ndarray, " few"], title: str, text: str) -> Strip:
     assert stage.values is not None
     shots = [
-        (Shot(png(pixels), (_label(data, sample), f"#{sample}", f"V = {stage.values.value[sample]:.2f}")),)
+        (Shot(png(pixels), (*_labels(data, sample), f"#{sample}", f"V = {stage.values.value[sample]:.2f}")),)
         for sample, pixels in zip(index.tolist(), _pixels(data, index), strict=True)
     ]
     return Strip(title, text, tuple(shots))
@@ -158,8 +158,8 @@ def _mixes(run: Run, data: Dataset) -> Strip | None:
     mixed = mixing.mix_pixels(kept, dropped, torch.from_numpy(epsilon.copy()), run.record["settings"]["mix"])
     shots = [
         (
-            Shot(png(kept[row]), ("kept", _label(data, one), f"#{one}")),
-            Shot(png(dropped[row]), ("dropped", _label(data, other), f"#{other}")),
+            Shot(png(kept[row]), ("kept", *_labels(data, one), f"#{one}")),
+            Shot(png(dropped[row]), ("dropped", *_labels(data, other), f"#{other}")),
             Shot(png(mixed[row]), ("mix", f"{100 * share:.0f} % of the", "dropped one")),
         )
         for row, (one, other, share) in enumerate(zip(*(a.tolist() for a in (index, partner, epsilon)), strict=True))
@@ -192,8 +192,15 @@ def data_uri(content: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
-def _label(data: Dataset, sample: int) -> str:
-    name = printable(data.classes[int(data.train.labels[sample])])
+def _labels(data: Dataset, sample: int) -> tuple[str, ...]:
+    """Return the class that a sample is given, and in a second line its true one where label noise changed it."""
+    given, clean = int(data.train.labels[sample]), data.train.clean_labels
+    true = given if clean is None else int(clean[sample])
+    return (_class(data, given),) if true == given else (_class(data, given), f"truly {_class(data, true)}")
+
+
+def _class(data: Dataset, label: int) -> str:
+    name = printable(data.classes[label])
     return name if len(name) <= 24 else f"{name[:23]}…"
 
 

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kcdcache import accounts, pairing
-from kcdcache.figures import COLOURS, STYLES, Picture, drawn, short
+from kcdcache.figures import COLOURS, STYLES, Picture, below, drawn, legend_below, told_apart, wrapped
 from kcdcache.findings import Findings, Run
 from kcdcache.tabular import Column, Table
 
@@ -34,13 +34,14 @@ def fidelity(findings: Findings) -> Table:
     measured = {key: [run for run in runs if _number(run, "accuracy_train") is not None] for key, runs in rows.items()}
     plain = {_setting(runs[0]): runs for runs in measured.values() if runs and _is_plain(runs[0])}
     found: list[Row] = []
-    taught: set[Any] = set()
+    taught: list[Row] = []
     for key, runs in measured.items():
         if not runs:
             continue
-        if (store := runs[0].record["inputs"].get("knowledge_id")) not in taught:
-            taught.add(store)
-            found += _teacher_rows(runs)
+        teacher = _of_teacher(runs[0])
+        if teacher and teacher not in taught:  # of several stores of one teacher too, whose view 0 is the same
+            taught.append(teacher)
+            found.append({"row": _teachers_name(names[key]), **teacher})
         row = {"row": names[key], "n": len(runs), "data": told(runs[0]), "accuracy": _mean(runs, "accuracy_last")}
         row |= {name: _mean(runs, name) for name in SHARES}
         found.append(row | _gain(runs, plain.get(_setting(runs[0]), ())))
@@ -127,10 +128,11 @@ def labelled(rows: Sequence[Row]) -> Picture | None:
         for number, (name, label, colour) in enumerate(PARTS):
             places = [place + 0.27 * (number - 1) for place in range(len(chosen))]
             axes.barh(places, [100 * (row[name] or 0) for row in chosen], 0.25, color=colour, label=label)
-        axes.set_yticks(range(len(chosen)), [short(row["row"]) for row in chosen])
+        names = told_apart([row["row"] for row in chosen])
+        axes.set_yticks(range(len(chosen)), [wrapped(names[row["row"]]) for row in chosen])
         axes.invert_yaxis()
         axes.set(xlabel="share of training samples of that kind (%)")
-        figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+        legend_below(figure, *axes.get_legend_handles_labels())
 
     caption = (
         "On training samples at the end of training. A robust student names right labels and, where the label is "
@@ -151,7 +153,7 @@ def screened(rows: Sequence[Row]) -> Picture | None:
         for axes, (name, chance, label) in zip(figure.subplots(1, 2), panels, strict=True):
             _by_stage(axes, chosen, name, chance)
             axes.set(xlabel="set of stage", ylabel=label)
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+        legend_below(figure, *figure.axes[0].get_legend_handles_labels())
 
     caption = (
         "Solid: what was dropped by value; dotted in the same colour: what as many samples dropped at random would "
@@ -170,7 +172,7 @@ def thinned(rows: Sequence[Row]) -> Picture | None:
         axes = figure.subplots()
         _by_stage(axes, chosen, "kept_rare", "kept_frequent")
         axes.set(xlabel="set of stage", ylabel="share kept (%)")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+        legend_below(figure, *axes.get_legend_handles_labels())
 
     caption = (
         "Solid: of the samples of rare classes; dotted in the same colour: of those of frequent classes. A solid line "
@@ -180,19 +182,17 @@ def thinned(rows: Sequence[Row]) -> Picture | None:
 
 
 def _by_stage(axes: Axes, rows: Sequence[Row], name: str, other: str) -> None:
-    for place, row in enumerate(dict.fromkeys(row["row"] for row in rows)):
+    for place, (row, label) in enumerate(told_apart([row["row"] for row in rows]).items()):
         own = [one for one in rows if one["row"] == row and one.get(name) is not None]
         stages, colour = [one["stage"] for one in own], COLOURS[place % len(COLOURS)]
         style = STYLES[0] if place < len(COLOURS) else STYLES[1]
-        axes.plot(
-            stages, [100 * one[name] for one in own], style, marker="o", markersize=4, color=colour, label=short(row)
-        )
+        axes.plot(stages, [100 * one[name] for one in own], style, marker="o", markersize=4, color=colour, label=label)
         axes.plot(stages, [100 * (one.get(other) or 0) for one in own], ":", color=colour)
     axes.set_xticks(sorted({row["stage"] for row in rows}))
 
 
 def _tall(rows: Sequence[Row]) -> float:
-    return 3.6 + 0.22 * -(-len({row["row"] for row in rows}) // 2)
+    return 3.6 + below([row["row"] for row in rows])
 
 
 def _setting(run: Run) -> tuple[Any, ...]:
@@ -215,18 +215,18 @@ def _gain(ours: Sequence[Run], plain: Sequence[Run]) -> dict[str, Any]:
     )
 
 
-def _teacher_rows(runs: Sequence[Run]) -> Iterator[Row]:
-    """Yield the row of the teacher of some runs, as far as their store and test images tell of it."""
-    first = runs[0]
-    if _number(first, "teacher_accuracy_train") is None:
-        return
-    row = {
-        "row": f"teacher of {first.step}",
-        "n": 1,
-        "data": told(first),
-        "accuracy": _number(first, "teacher_accuracy"),
-    }
-    yield row | {name: _number(first, f"teacher_{name}") for name in SHARES}
+def _of_teacher(run: Run) -> Row:
+    """Return what a run's summary tells of its teacher, from the store and perhaps test images; empty for nothing."""
+    if _number(run, "teacher_accuracy_train") is None:
+        return {}
+    row = {"n": 1, "data": told(run), "accuracy": _number(run, "teacher_accuracy")}
+    return row | {name: _number(run, f"teacher_{name}") for name in SHARES}
+
+
+def _teachers_name(student: str) -> str:
+    """Return how the teacher of a row is called: as a recipe's `WHAT: variant` rows are."""
+    what, colon, _ = student.rpartition(": ")
+    return f"{what}: the teacher" if colon else f"teacher of {student}"
 
 
 def _shares(counts: Row) -> dict[str, float | None]:

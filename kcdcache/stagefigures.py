@@ -1,5 +1,6 @@
 """Figures of what condensation did: sizes of the sets, values, which samples are kept, left and returned, classes."""
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from kcdcache import history
-from kcdcache.figures import AS_IS, COLOURS, ENRICHED, LEFT_OUT, Picture, drawn, short
+from kcdcache.figures import AS_IS, COLOURS, ENRICHED, LEFT_OUT, Picture, drawn, legend_below, short, told_apart
 from kcdcache.findings import Run
 
 Named = Sequence[tuple[str, Run]]
@@ -20,7 +21,7 @@ MOST_LINES = 600
 MOST_CLASSES = 24
 """classes whose names are shown"""
 TITLE = 38
-"""characters of a panel's title"""
+"""characters of a line of a panel's title, of two panels beside each other"""
 PARTS = (("kept as they are (K_1H)", AS_IS), ("kept and enriched (K_Aug)", ENRICHED), ("dropped (K_0)", LEFT_OUT))
 
 
@@ -214,8 +215,9 @@ def _panels(figure: Figure, found: Named) -> list[tuple[Axes, Run]]:
     grid = list(figure.subplots(-(-len(found) // across), across, squeeze=False).flat)
     for unused in grid[len(found) :]:
         unused.remove()
+    names = told_apart([name for name, _ in found], TITLE * (3 - across))
     for axes, (name, _) in zip(grid, found, strict=False):
-        axes.set_title(short(name, TITLE), fontsize=10)
+        axes.set_title(textwrap.fill(names[name], TITLE * (3 - across)), fontsize=10)
     return [(axes, run) for axes, (_, run) in zip(grid, found, strict=False)]
 
 
@@ -234,5 +236,4 @@ def _legend(figure: Figure) -> None:
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    if entries:
-        figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=3, fontsize=9)
+    legend_below(figure, list(entries.values()), list(entries))

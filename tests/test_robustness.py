@@ -3,12 +3,13 @@
 import json
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 from lessons import CPU, opinionated, precomputed
 from reporting import Page
 
-from kcdcache import config, data, distill, findings, report, robustness, teacher
+from kcdcache import config, data, distill, findings, gallery, report, robustness, teacher
 from kcdcache.models import spec
 from kcdcache.models.transform import InputTransform
 
@@ -85,9 +86,38 @@ def test_shares_are_means_over_seeds_and_each_store_has_one_teacher(folder, tabl
     for name in ("agreement_train", "agreement_test", "memorised", "recovered", "calibration_error"):
         assert row[name] == pytest.approx(statistics.fmean(run[name] for run in summaries(folder, "noise-kd")))
     assert row["accuracy_rare"] is None
-    teachers = [row for row in tables["fidelity"].rows if row["row"].startswith("teacher of ")]
+    teachers = [row for row in tables["fidelity"].rows if row["row"].endswith(": the teacher")]
     assert [row["data"] for row in teachers] == ["noise 0.5", "gamma 0.6 (60 to 5 per class)"]
     assert teachers[0]["memorised"] == summaries(folder, "noise-ce")[0]["teacher_memorised"]
+
+
+def test_stores_of_one_teacher_tell_of_it_once(known, tables):
+    """The teacher of a second store of the same data, as one with other fields of the same network is."""
+    moved = [
+        replace(run, record={**run.record, "inputs": {**run.record["inputs"], "knowledge_id": "other"}})
+        if run.step.endswith("kcd") else run
+        for run in known.runs
+    ]  # fmt: skip
+    assert robustness.fidelity(known._replace(runs=tuple(moved))).rows == tables["fidelity"].rows
+
+
+def test_a_teacher_is_called_as_its_students_are():
+    assert robustness._teachers_name("noise 0.4: KD, everything") == "noise 0.4: the teacher"
+    assert robustness._teachers_name("resnet8-kd") == "teacher of resnet8-kd"
+
+
+def test_images_whose_label_is_wrong_tell_their_true_class(known):
+    run = next(run for run in known.runs if run.name == "noise-kcd-seed0")
+    dataset = data.load(SPECS["noise"])
+    told = 0
+    for strip in gallery.strips(run, dataset):
+        for shot in (shot for shots in strip.shots for shot in shots if not shot.lines[0].startswith("mix")):
+            (number,) = [int(line[1:]) for line in shot.lines if line.startswith("#")]
+            given, true = dataset.train.labels[number], dataset.train.clean_labels[number]
+            assert str(given) in shot.lines
+            assert [line for line in shot.lines if "truly" in line] == ([] if given == true else [f"truly {true}"])
+            told += given != true
+    assert told > 0
 
 
 def test_precision_and_recall_stand_beside_what_chance_gives(folder, tables):
