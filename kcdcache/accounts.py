@@ -44,8 +44,8 @@ def labels(findings: Findings) -> dict[Key, str]:
 def references(findings: Findings, asked: str | None = None) -> dict[Key, Key]:
     """Return row -> the row of the same grid, network and training data that it is compared with; none for that row.
 
-    That is the one asked for, else the one called `kd` (or ...-kd), else the first row of trained students, else the
-    first. A row of another network than the one asked for has no reference.
+    That is the one asked for, else the one called `kd` (or ...-kd), of several one that learned from as many views,
+    else the first row of trained students, else the first. A row of another network than the one asked for has none.
 
     Raises:
         SettingsError: no grid has the row asked for.
@@ -61,8 +61,18 @@ def references(findings: Findings, asked: str | None = None) -> dict[Key, Key]:
         trained = [key for key in own if rows[key][0].stages]
         usual = [key for key in own if (key[1] == asked if asked else _is_usual(key[1]))]
         if best := usual or ([] if asked else trained or own):
-            found |= {key: best[0] for key in own if key != best[0]}
+            near = {knowledge_of(rows[key][0]): key for key in reversed(best)}
+            found |= {
+                key: best[0] if key in best else near.get(knowledge_of(rows[key][0]), best[0])
+                for key in own if key != best[0]
+            }  # fmt: skip
     return found
+
+
+def knowledge_of(run: Run) -> tuple[Any, Any]:
+    """Return what a run learned from: the id of its knowledge, and the number of views it went through."""
+    inputs = run.record["inputs"]
+    return inputs.get("knowledge_id"), inputs.get("views")
 
 
 def data_of(run: Run) -> Any:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kcdcache import layout, ledger, parameters
+from kcdcache import layout, ledger, origin, parameters
 from kcdcache.errors import CorruptionError, KcdcacheError
 from kcdcache.files import sha256_file
 from kcdcache.identity import Knowledge, read_store_identity
@@ -48,6 +48,8 @@ def verify(path: Path | str, *, share: float = 1.0, seed: int = 0) -> Verificati
     if knowledge is not None:
         ledger.check_count(root, plan.count, knowledge, problems.append)
     if knowledge is not None and (bad := parameters.problem(root, knowledge)) is not None:
+        problems.append(bad)
+    if (bad := origin.problem(root)) is not None:
         problems.append(bad)
     files = file_table(commits)
     check_documents(root, plan, len(commits), problems.append)

@@ -10,10 +10,15 @@ from kcdcache.identity import Knowledge
 SIZES = (10**3, 10**4, 10**5, 10**6, 10**7)
 
 
-def card(content: Content, knowledge: Knowledge, summary: Mapping[str, Any], command: str) -> bytes:
-    """Return README.md: the same bytes for the same set; no clock time, host or version in it."""
-    rows = int(summary["kept"])
-    return "\n".join([*_front(content, rows), "", *_text(content, knowledge, summary, command), ""]).encode()
+def card(
+    content: Content, knowledge: Knowledge, summary: Mapping[str, Any], command: str, corruption: Mapping[str, Any]
+) -> bytes:
+    """Return README.md: the same bytes for the same set; no clock time, host or version in it.
+
+    `corruption` is what its store tells of the labels, empty for nothing.
+    """
+    text = _text(content, knowledge, summary, command)
+    return "\n".join([*_front(content, int(summary["kept"])), "", *text, *_corrupted(corruption), ""]).encode()
 
 
 def _front(content: Content, rows: int) -> Sequence[str]:
@@ -82,6 +87,20 @@ def _text(content: Content, knowledge: Knowledge, summary: Mapping[str, Any], co
         "",
         f"`{MANIFEST}` holds the samples' `index` in the original training split, their part, partner and share;",
         "`samples.parquet` maps every index to its row in `store`; `condensed.json` names every file by SHA-256.",
+    ]
+
+
+def _corrupted(corruption: Mapping[str, Any]) -> Sequence[str]:
+    """Return a warning of labels that were made wrong, and of classes thinned out, on purpose."""
+    if not (options := corruption.get("corruption")):
+        return []
+    told = ", ".join(f"{name} {value}" for name, value in sorted(options.items()))
+    return [
+        "",
+        "## Corrupted on purpose",
+        "",
+        f"The training split was changed before the teacher was asked ({_quoted(told)}):",
+        f"{corruption.get('mislabelled', 0):,} of all its samples have a wrong label; do not take them for true.",
     ]
 
 

@@ -116,7 +116,7 @@ def open(path: Path | str) -> Condensed:
     if baked is not None:
         blank[chosen.index[chosen.mixed]] = True
     knowledge = Excerpt(record, samples, _commits(record), blank)
-    _require_parameters(record)
+    _require_optional(record)
     store.check(knowledge)
     _require_held(knowledge, chosen, baked is not None)
     mixes = None if baked is None else record.place(exported.MIXES)
@@ -220,12 +220,13 @@ def _commits(record: Record) -> list[Commit]:
     return commits
 
 
-def _require_parameters(record: Record) -> None:
-    """Compare what the store inside keeps of the teacher's parameters with the record."""
-    if exported.PARAMETERS in record.content.files:
-        exported.require_file(record, exported.PARAMETERS)
-    elif record.place(exported.PARAMETERS).exists():
-        raise CorruptionError(f"{record.place(exported.PARAMETERS)} was not exported with the rest; delete it")
+def _require_optional(record: Record) -> None:
+    """Compare the records of the store inside that a set may do without with what was exported."""
+    for name in exported.OPTIONAL:
+        if name in record.content.files:
+            exported.require_file(record, name)
+        elif record.place(name).exists():
+            raise CorruptionError(f"{record.place(name)} was not exported with the rest; delete it")
 
 
 def _require_held(knowledge: Excerpt, chosen: Manifest, baked: bool) -> None:

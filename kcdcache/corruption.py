@@ -128,9 +128,15 @@ def applied(
     if classes < 2:
         raise SettingsError("label noise and class imbalance need two classes or more")
     if corruption.gamma is not None:
-        full = corruption.settled(np.bincount(labels, minlength=classes))
+        held = np.bincount(labels, minlength=classes)
+        full = corruption.settled(held)
         assert full.n_max is not None
         assert full.n_min is not None
+        if corruption.n_max is None and full.n_max < 2:
+            raise SettingsError(
+                f"gamma has nothing to thin out: class {int(held.argmin())} has only {full.n_max} samples, and n_max "
+                "is the size of the smallest class; use more training images, or give n_max and n_min"
+            )
         if full.n_min > full.n_max or full.n_min < 1:
             raise SettingsError(
                 f"class sizes run from n_max down to n_min; found n_max={full.n_max}, n_min={full.n_min}"

@@ -71,6 +71,19 @@ class Dataset:
     def _statistics(self) -> Statistics:
         return self.known_statistics or statistics(self.train.source)
 
+    def corrupted(self) -> dict[str, Any]:
+        """Return what was done to the training split: options, number of wrong labels, the true ones' digest, sizes of
+        the classes; empty for nothing."""
+        clean = self.train.clean_labels
+        if not self.corruption or clean is None:
+            return {}
+        return {
+            "corruption": self.corruption.document(),
+            "mislabelled": int((self.train.labels != clean).sum()),
+            "true_labels": sha256_bytes(clean.astype("<i8").tobytes()),
+            "class_sizes": np.bincount(clean, minlength=len(self.classes)).tolist(),
+        }
+
     def identity(self) -> DataIdentity:
         """Return what identifies the training split: count, classes, size and a digest over `Split.digests`."""
         content = self.train.digests().astype("<u8").tobytes() + canonical_json(list(self.classes))
@@ -99,7 +112,7 @@ def load(spec: str) -> Dataset:
     if (parsed.train is None and parsed.kind != "condensed") or loaded.classes is None:
         _require_all_classes(train, classes, spec)
     sizes = np.bincount(train.labels, minlength=len(classes))
-    train = _corrupted(train, len(classes), parsed.corruption)
+    train = _corrupted(train, len(classes), parsed.corruption, spec)
     done = parsed.corruption.settled(sizes)
     return Dataset(spec, _settled(train), _settled(test), classes, loaded.statistics, done)
 
@@ -121,10 +134,13 @@ def _first(split: Split, limit: int | None, what: str) -> Split:
     return Split(split.labels[:limit], split.source.first(limit))
 
 
-def _corrupted(split: Split, classes: int, asked: Corruption) -> Split:
+def _corrupted(split: Split, classes: int, asked: Corruption, spec: str) -> Split:
     if not asked:
         return split
-    rows, labels = corruption.applied(split.labels, classes, asked)
+    try:
+        rows, labels = corruption.applied(split.labels, classes, asked)
+    except SettingsError as error:
+        raise SettingsError(f"data spec '{spec}': {error}") from None
     source = split.source if len(rows) == len(split) else split.source.taken(rows)
     return Split(labels, source, split.labels[rows])
 

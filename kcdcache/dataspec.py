@@ -110,7 +110,7 @@ def _options(query: str, spec: str) -> dict[str, str]:
 
 def _require_effect(values: Mapping[str, Any], corruption: Corruption, kind: str, spec: str) -> None:
     for switch, others in SETTINGS_OF.items():
-        idle = [name for name in others if name in values and not getattr(corruption, switch)]
+        idle = [name for name in others if name in values and switch not in values]  # noise=0 may be one of a sweep
         if idle:
             raise SettingsError(f"{idle[0]} in data spec '{spec}' does nothing without {switch}; leave it out")
     if corruption and kind == "condensed":

@@ -26,6 +26,7 @@ from kcdcache import (
     layout,
     manifest,
     matching,
+    origin,
     parameters,
     partitioned,
     steps,
@@ -265,14 +266,14 @@ def _write(plan: _Plan, progress: Progress) -> str:
         plan, exported.STORE, subset, plan.store, plan.held,
         lambda part: source.load(part.view, plan.held[part.start : part.stop], fields), progress,
     )  # fmt: skip
-    kept = _write_parameters(plan)
+    kept = _write_optional(plan)
     if plan.mixes is not None and plan.baked is not None:
         mixes = replace(source.knowledge, mixes=condensed.mixes_of(chosen, plan.baked, plan.mixes.views))
         index = chosen.index[chosen.mixed]
         _fill(plan, exported.MIXES, mixes, plan.mixes, index, lambda part: _mixed(plan, part), progress)
     images = _write_images(plan) if plan.command.with_images and plan.data is not None else None
     bare = _content(plan, images, {})
-    text = card(bare, source.knowledge, manifest.summary(chosen), _command(bare))
+    text = card(bare, source.knowledge, manifest.summary(chosen), _command(bare), origin.corruption_of(source.path))
     write_atomic(out / exported.CARD, text)
     names = [exported.CARD, exported.MANIFEST, exported.SAMPLES, exported.SEALS[exported.STORE], *kept]
     names += [exported.SEALS[exported.MIXES]] if plan.mixes else []
@@ -282,13 +283,13 @@ def _write(plan: _Plan, progress: Progress) -> str:
     return exported.write(out, content, made)
 
 
-def _write_parameters(plan: _Plan) -> tuple[str, ...]:
-    """Bring what the store keeps of the teacher's parameters; return the file's name, if there is one to serve with."""
-    held = parameters.read(plan.source.path, plan.source.knowledge)
-    if held is None or plan.baked is not None:
-        return ()
-    write_atomic(plan.command.out / exported.PARAMETERS, read_bytes(plan.source.path / parameters.FILE))
-    return (exported.PARAMETERS,)
+def _write_optional(plan: _Plan) -> tuple[str, ...]:
+    """Bring what the store tells of its origin and, if they can serve, the teacher's parameters; return the names."""
+    root = plan.source.path
+    served = plan.baked is None and parameters.read(root, plan.source.knowledge) is not None
+    for name in (found := (exported.PARAMETERS,) * served + (exported.ORIGIN,) * (origin.read(root) is not None)):
+        write_atomic(plan.command.out / name, read_bytes(root / Path(name).relative_to(exported.STORE)))
+    return found
 
 
 def _content(plan: _Plan, images: Images | None, files: Mapping[str, tuple[int, str]]) -> Content:

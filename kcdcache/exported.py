@@ -30,6 +30,9 @@ STORE, MIXES, IMAGES = "store", "mixes", "data"
 SEALS = {part: f"{part}/_kcd/commit.0.json" for part in (STORE, MIXES)}
 """what vouches for every file of a store inside: its commit names them all by SHA-256"""
 PARAMETERS = f"{STORE}/_kcd/parameters.json"
+ORIGIN = f"{STORE}/_kcd/origin.json"
+OPTIONAL = (PARAMETERS, ORIGIN)
+"""records of its store that a set has where the store it was taken from has them"""
 """what the store keeps of the teacher's parameters, if it does"""
 SPLITS = {split: f"{IMAGES}/{split}-00000-of-00001.parquet" for split in ("train", "test")}
 """where the images lie, as the Hugging Face hub serves them"""
@@ -166,8 +169,8 @@ def _record(path: Path, found: Mapping[str, Any]) -> Record:
         raise ValueError(f"expected format_version, content, id and made, found {', '.join(sorted(found))}")
     if found["id"] != digest_of(document):
         raise ValueError(f"its content does not have the id {found['id']!r:.80}")
-    if set(content.files) - {PARAMETERS} != (names := _names(content)):
-        odd = min((set(content.files) - {PARAMETERS}) ^ names)
+    if set(content.files) - set(OPTIONAL) != (names := _names(content)):
+        odd = min((set(content.files) - set(OPTIONAL)) ^ names)
         raise ValueError(f"expected the files {', '.join(sorted(names))}; look at {odd!r:.80}")
     return Record(path, found["id"], content, found["made"], _knowledge(content))
 

@@ -1,5 +1,6 @@
 """A finished student on what it learned from: agreement with the teacher, right and wrong labels, rare classes."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -8,31 +9,34 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int64
 
-from kcdcache import evaluate, manifest, screening, values, views
+from kcdcache import evaluate, manifest, origin, runs, screening, values, views
 from kcdcache.config import TrainSettings
 from kcdcache.corruption import frequent
 from kcdcache.data import Dataset
 from kcdcache.errors import MismatchError
-from kcdcache.files import sha256_bytes
 from kcdcache.folder import RunFolder
 from kcdcache.images import Split
 from kcdcache.models import spec
+from kcdcache.models.device import resolve_device
 from kcdcache.models.transform import transform_from
 from kcdcache.models.weights import load_into, load_network
 from kcdcache.store import Store
 from kcdcache.teacher import Teacher
 
+logger = logging.getLogger(__name__)
+
 Labels = Int64[np.ndarray, " n"]
 Marks = Bool[np.ndarray, " n"]
 
 
-def wanted(settings: TrainSettings, data: Dataset, knowledge: Store) -> bool:
-    """Return whether a run is measured on its training samples: asked for, or `auto` and its data are corrupted.
+def wanted(settings: TrainSettings, data: Dataset, knowledge: Store, teacher: bool) -> bool:
+    """Return whether a run is measured on its training samples: asked for, or `auto` and there is a reason to.
 
-    An exported set holds neither all samples nor their true labels: runs on one are not.
+    That is corrupted data, or a teacher which is given and which no mixed images are shown to. An exported set holds
+    neither all samples nor their true labels: runs on one are not measured.
     """
-    asked = settings.fidelity == "on" or (settings.fidelity == "auto" and bool(data.corruption))
-    return asked and knowledge.knowledge.whole
+    reason = bool(data.corruption) or (teacher and settings.mix_target != "requery")
+    return knowledge.knowledge.whole and (settings.fidelity == "on" or (settings.fidelity == "auto" and reason))
 
 
 def require_own(teacher: Teacher, knowledge: Store) -> None:
@@ -67,7 +71,7 @@ class Learned(Protocol):
 
 
 def of_run(settings: TrainSettings, material: Learned, folder: RunFolder, device: torch.device) -> dict[str, Any]:
-    """Return what a run's summary says of its student on the training samples, nothing if that is not `wanted`.
+    """Return what a run's summary says of its data, and of its student on the training samples if that is `wanted`.
 
     One forward pass, in eval mode, of the saved student over view 0 of every training sample, the images that the
     store's first outputs belong to, and one over the test split; of the teacher, if at hand, one over the latter.
@@ -82,13 +86,14 @@ def of_run(settings: TrainSettings, material: Learned, folder: RunFolder, device
     `sets` tells of every stage what `screening.per_set` does.
     """
     data, knowledge = material.data, material.knowledge
-    if not wanted(settings, data, knowledge):
-        return {}
+    source = origin.read(knowledge.path)
+    found = (source.told(knowledge.knowledge.data.digest) if source else {}) | data.corrupted()
+    if not wanted(settings, data, knowledge, material.teacher is not None):
+        return found
     network = _saved(settings, data, folder, device)
     shown = views.rule_of(knowledge.knowledge.views)
     usable = np.setdiff1d(np.arange(len(data.train)), knowledge.skipped)
     ours = evaluate.guesses(*network, data.train, shown, device, settings.workers)[usable]
-    found = corrupted(data)
     found |= _on_train(ours, data.train, usable)
     if "logits" in knowledge.fields:
         theirs = knowledge.read("logits", 0, usable).argmax(1)
@@ -98,18 +103,19 @@ def of_run(settings: TrainSettings, material: Learned, folder: RunFolder, device
     return found | {"sets": _sets(data, folder)} if data.corruption else found
 
 
-def corrupted(data: Dataset) -> dict[str, Any]:
-    """Return what was done to the training split: the options, the number of wrong labels, the true ones' digest."""
-    if not data.corruption:
-        return {}
-    clean, wrong = data.train.clean_labels, mislabelled(data.train)
-    assert clean is not None
-    return {
-        "corruption": data.corruption.document(),
-        "mislabelled": 0 if wrong is None else int(wrong.sum()),
-        "true_labels": sha256_bytes(clean.astype("<i8").tobytes()),
-        "class_sizes": np.bincount(clean, minlength=len(data.classes)).tolist(),
-    }
+def asked_later(
+    settings: TrainSettings, material: Learned, folder: RunFolder, device: str, may_write: bool
+) -> dict[str, Any]:
+    """Return a finished run's summary, after measuring what is asked for now and was not then."""
+    summary = runs.read_summary(folder.path)
+    if not may_write:
+        return summary
+    sought = {"accuracy_train"} | ({"agreement_test"} if material.teacher is not None else set())
+    if not wanted(settings, material.data, material.knowledge, material.teacher is not None) or sought <= set(summary):
+        return summary
+    logger.info("train: measuring the finished student in %s", folder.path)
+    runs.write_summary(folder, summary | of_run(settings, material, folder, resolve_device(device)))
+    return runs.read_summary(folder.path)
 
 
 def mislabelled(split: Split) -> Marks | None:
@@ -133,7 +139,7 @@ def _saved(settings: TrainSettings, data: Dataset, folder: RunFolder, device: to
     return network.to(device).to(memory_format=torch.channels_last), transform_from(document["transform"])
 
 
-def _on_train(guess: Labels, split: Split, usable: Labels) -> dict[str, float]:
+def _on_train(guess: Labels, split: Split, usable: Labels) -> dict[str, float | None]:
     """Return how often a network names the given and the true labels of some training samples."""
     given = split.labels[usable]
     found = {"accuracy_train": _share(guess == given)}
@@ -157,8 +163,8 @@ def _on_test(
     device: torch.device,
     workers: int | None,
     teacher: Teacher | None,
-) -> dict[str, float]:
-    found: dict[str, float] = {}
+) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
     if teacher is None and data.corruption.gamma is None:
         return found
     guess = evaluate.guesses(*network, data.test, plain, device, workers)
@@ -186,8 +192,12 @@ def _sets(data: Dataset, folder: RunFolder) -> list[Mapping[str, Any]]:
 
 
 def _value(path: Path, data: Dataset) -> np.ndarray | None:
-    return values.read(path, len(data.train)).values.value if path.exists() else None
+    """Return the samples' values at a stage's end, NaN of those never visited; None where there are none yet."""
+    if not path.exists():
+        return None
+    found = values.read(path, len(data.train)).values
+    return np.where(found.visits > 0, found.value, np.nan)
 
 
-def _share(found: Marks) -> float:
-    return float(found.mean()) if found.size else 0.0
+def _share(found: Marks) -> float | None:
+    return float(found.mean()) if found.size else None

@@ -76,6 +76,7 @@ def _finish(pupil: learner.Learner, data: Dataset, settings: FitSettings, model:
         "teacher_forwards": 0,
         "seconds": seconds_spent(folder),
         "images_per_second": rates.document(rates.logged(folder.timing)),
+        **data.corrupted(),
     }
     with records.writing(folder.path, dict.fromkeys(("model.safetensors", "model.json"), records.Facts())):
         learner.save(pupil, folder, "model", model, data, {"accuracy": summary["accuracy_last"]})

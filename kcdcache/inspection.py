@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kcdcache import exported, identity, ledger, manifest, parameters, partitioned, sources, tables, values
+from kcdcache import exported, identity, ledger, manifest, origin, parameters, partitioned, sources, tables, values
 from kcdcache.errors import MismatchError, NotFoundError, UnfinishedError
 from kcdcache.files import MOST_FILE_BYTES, MOST_JSON_BYTES, digest_of, read_bytes, read_object, sha256_file
 
@@ -119,10 +119,18 @@ def _store(path: Path) -> dict[str, Any]:
         "files": sum(len(record.files) for record in records),
         "skipped": len(ledger.skipped_samples(records)),
         "parameters": sorted(parameters.read(path, knowledge) or ()),
+        **_origin(path, knowledge),
         "teacher_accuracy": _teacher_accuracy(plans[-1], records),
         "knowledge_id": knowledge.knowledge_id,
         "knowledge": knowledge.document(),
     }
+
+
+def _origin(path: Path, knowledge: identity.Knowledge) -> dict[str, Any]:
+    """Return what a store tells of its labels and of the data its teacher learned from."""
+    found = origin.read(path)
+    told = {} if found is None else found.told(knowledge.data.digest)
+    return {name: value for name, value in told.items() if name != "class_sizes"}  # a thousand numbers
 
 
 def _commits(path: Path) -> list[ledger.Commit]:
@@ -231,6 +239,7 @@ def _condensed(path: Path) -> dict[str, Any]:
         "bytes": _bytes(record),
         "license": content.licence,
         "manifest": manifest.summary(chosen),
+        **(_origin(record.place(exported.STORE), record.knowledge) if exported.ORIGIN in content.files else {}),
         "made": record.made,
         "knowledge_id": content.knowledge_id,
         "knowledge": content.knowledge,

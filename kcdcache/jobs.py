@@ -56,6 +56,8 @@ class Job:
     """told which rows' outputs will be asked for, in order; within what it returns they may be prepared ahead"""
     may_skip: bool | None = None
     """whether samples with outputs that cannot be stored are skipped; None where the user has no such choice"""
+    truth: np.ndarray | None = None
+    """labels by which the outputs are judged, where those given are partly wrong"""
 
 
 class Computed(NamedTuple):
@@ -114,7 +116,11 @@ def _asked(part: Part, plan: StorePlan, job: Job) -> tuple[dict[str, Tensor], fl
             finite = torch.isfinite(logits).all(1)  # a row with a NaN has its maximum there
             guesses.append(torch.where(finite, logits.argmax(1), -1))
     # counted once a part: a number read after every batch would stall the device
-    correct = _agreement(guesses, job.labels[part.start : part.stop]) if guesses else 0.0
+    correct = (
+        _agreement(guesses, (job.labels if job.truth is None else job.truth)[part.start : part.stop])
+        if guesses
+        else 0.0
+    )
     return {field: torch.cat(values) for field, values in pieces.items()}, correct
 
 

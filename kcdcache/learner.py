@@ -311,7 +311,8 @@ def new_record(count: int, device: torch.device, settings: MethodSettings, start
 
 def save(learner: Learner, folder: RunFolder, name: str, model: str, data: Dataset, extra: dict[str, Any]) -> None:
     """Write the network as NAME.safetensors and NAME.json into the run's folder, loadable as a teacher or student."""
-    document = weights.describe_network(model, data.classes, len(data.mean), learner.transform, **extra)
+    known = {"data": data.identity().digest, **extra}
+    document = weights.describe_network(model, data.classes, len(data.mean), learner.transform, **known)
     weights.save_network(folder.path, name, learner.network, document)
 
 

@@ -18,6 +18,7 @@ from kcdcache import (
     fields,
     layout,
     ledger,
+    origin,
     parameters,
     places,
     prefetch,
@@ -90,11 +91,15 @@ def run(
         images=images,
         workers=settings.workers,
     )
+    profiles = teacher.filter_profiles(network.module) if parameters.NAME in settings.fields else None
+    if network.data not in (None, knowledge.data.digest):
+        logger.info("precompute: the teacher learned from other data than these; the store and its runs tell so")
     if dry_run:
         return _planned(plan, knowledge, path) | costs.expected(path, knowledge, plan, job)
     left = fill(path, knowledge, plan, job, progress)
-    if parameters.NAME in settings.fields:
-        parameters.write(path, teacher.filter_profiles(network.module), knowledge)
+    origin.write(path, origin.Origin(data.corrupted(), network.data))
+    if profiles is not None:
+        parameters.write(path, profiles, knowledge)
     if left:
         logger.info("precompute: shard %s is written; %d parts are left to the other shards", shard, left)
         return {"kind": "store", "store": str(path), "finished": False, "shard": str(shard), "parts_left": left}
@@ -129,6 +134,7 @@ def job_for(
     return Job(
         outputs=outputs,
         labels=data.train.labels,
+        truth=data.train.clean_labels,
         digests=data.train.digests(),
         least_accuracy=least_accuracy,
         place=place,
@@ -168,12 +174,14 @@ def import_logits(
     job = Job(
         outputs=lambda view, a, b: {"logits": _as_float32(logits[view, a:b])},
         labels=data.train.labels,
+        truth=data.train.clean_labels,
         digests=data.train.digests(),
         least_accuracy=least_accuracy(settings.min_accuracy, len(data.classes)),
         place=ANYWHERE,
         may_skip=settings.on_nonfinite == "skip",
     )
     fill(path, knowledge, plan, job, progress)
+    origin.write(path, origin.Origin(data.corrupted(), None))
     return describe(path)
 
 

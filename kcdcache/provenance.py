@@ -8,6 +8,9 @@ from kcdcache.findings import Findings, Run
 from kcdcache.runs import latest_environment
 from kcdcache.tabular import Column, Table
 
+SEEDS = ("seed", "condense_seed")
+"""settings in which the runs of one row differ by design"""
+
 
 def troubles(findings: Findings) -> Table:
     """Return a row per run, store or record that was asked for and is in no number, with what is wrong."""
@@ -74,7 +77,7 @@ def mixed_rows(findings: Findings) -> list[str]:
     """Return a line for each row whose runs differ in more than their seed: their mean is of different things."""
     names, lines = labels(findings), []
     for key, found in findings.rows().items():
-        differing = [name for name, value in _settings(found).items() if " | " in value and name != "seed"]
+        differing = [name for name, value in _settings(found).items() if " | " in value and name not in SEEDS]
         if differing:
             lines.append(f"the runs of '{names[key]}' differ in {', '.join(differing)}: their mean is of unlike runs")
     return lines

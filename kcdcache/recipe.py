@@ -41,7 +41,7 @@ class Step(Settings):
     per_seed: bool = False
     """run once for every seed of the recipe, in its own folder"""
     data_options: str = ""
-    """what is added to the recipe's data spec for this step, such as noise=0.4 or gamma=0.6; instead of train_images"""
+    """what is added to the recipe's data spec for this step, such as noise=0.4 or gamma=0.6"""
     settings: dict[str, Any] = Field(default_factory=dict)
     """the command's settings; @name stands for a step's result, @name:condensed for a run's condensed set"""
 
@@ -54,7 +54,7 @@ class Recipe(Settings):
     data: str
     """data spec given to every step that takes one"""
     train_images: int | None = Field(default=None, ge=1)
-    """use only the first so many training images, in steps without data_options"""
+    """use only the first so many training images, but for steps whose data_options have a `train` of their own"""
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     """seeds of the steps that run per seed"""
     machine: MachineSettings = Field(default_factory=MachineSettings)
@@ -141,7 +141,7 @@ def run(
         "environment": environment(resolve_device(extra.get("device", "auto")), threads),
         "rows": [_row(step, recipe, found) for step in recipe.step if step.run != "condense"],
         "runs": [
-            {"step": step.name, "seed": seed, **_told_data(step, data or recipe.data), **found[name]}
+            {"step": step.name, "seed": seed, **_told_data(step, recipe, data or recipe.data), **found[name]}
             for name, (step, seed) in named.items()
             if name in found
         ],
@@ -193,8 +193,7 @@ def resolved(step: Step, recipe: Recipe, out: Path, data: str, seed: int | None)
     values = {key: _resolved(value, recipe, out, seed) for key, value in step.settings.items()}
     filled: dict[str, Any] = {PLACES[step.run]: str(place(step, out, seed))}
     if "data" in steps.STEPS[step.run][0].model_fields:
-        limited = _limited(data, recipe.train_images)
-        filled["data"] = dataspec.extended(data, step.data_options) if step.data_options else limited
+        filled["data"] = _data_of(step, recipe, data)
     if seed is not None and "seed" in steps.STEPS[step.run][0].model_fields:
         filled["seed"] = seed
     return filled | values
@@ -347,6 +346,11 @@ def _limited(spec: str, train_images: int | None) -> str:
     return spec if train_images is None else dataspec.extended(spec, f"train={train_images}")
 
 
-def _told_data(step: Step, spec: str) -> dict[str, str]:
+def _data_of(step: Step, recipe: Recipe, data: str) -> str:
+    """Return a step's data spec; limits of the spec itself go before the step's, and those before the recipe's."""
+    return _limited(dataspec.extended(data, step.data_options) if step.data_options else data, recipe.train_images)
+
+
+def _told_data(step: Step, recipe: Recipe, data: str) -> dict[str, str]:
     """Return the data spec of a step that has its own, for the results."""
-    return {"data": dataspec.extended(spec, step.data_options)} if step.data_options else {}
+    return {"data": _data_of(step, recipe, data)} if step.data_options else {}

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kcdcache import accounts, pairing
+from kcdcache.corruption import NOISE_SEED
 from kcdcache.figures import COLOURS, STYLES, Picture, below, drawn, legend_below, told_apart, wrapped
 from kcdcache.findings import Findings, Run
 from kcdcache.tabular import Column, Table
@@ -15,10 +16,12 @@ Row = Mapping[str, Any]
 
 SHARES = (
     "agreement_train", "agreement_test", "accuracy_train", "accuracy_right", "memorised", "recovered",
-    "accuracy_frequent", "accuracy_rare", "calibration_error",
+    "accuracy_true", "accuracy_frequent", "accuracy_rare", "calibration_error",
 )  # fmt: skip
 """entries of a summary that are shares and shown as percentages, the teacher's beginning with `teacher_`"""
 COUNTS = ("kept", "dropped", "enriched", "partners")
+SEPARATIONS = ("separation_wrong", "separation_rare")
+"""entries of a set that tell how the values at its stage's end, which decide the next set, tell samples apart"""
 PLAIN = "ce"
 PARTS = (
     ("accuracy_right", "right labels: named", COLOURS[0]),
@@ -32,7 +35,7 @@ def fidelity(findings: Findings) -> Table:
     """Return a row per step that was measured on its training samples, and one per teacher; means over seeds."""
     names, rows = accounts.labels(findings), findings.rows()
     measured = {key: [run for run in runs if _number(run, "accuracy_train") is not None] for key, runs in rows.items()}
-    plain = {_setting(runs[0]): runs for runs in measured.values() if runs and _is_plain(runs[0])}
+    plain = {key: runs for key, runs in rows.items() if _is_plain(runs[0])}
     found: list[Row] = []
     taught: list[Row] = []
     for key, runs in measured.items():
@@ -44,24 +47,28 @@ def fidelity(findings: Findings) -> Table:
             found.append({"row": _teachers_name(names[key]), **teacher})
         row = {"row": names[key], "n": len(runs), "data": told(runs[0]), "accuracy": _mean(runs, "accuracy_last")}
         row |= {name: _mean(runs, name) for name in SHARES}
-        found.append(row | _gain(runs, plain.get(_setting(runs[0]), ())))
+        base = None if key in plain else _plain_of(runs[0], plain)
+        found.append(row | ({} if base is None else {"over": names[base], **_gain(runs, plain[base])}))
     columns = (
         Column("row", "row"), Column("n", "n", "count"), Column("data", "training data"),
         Column("accuracy", "test accuracy %", "percent"), Column("gain", "gain over plain training", "signed"),
         Column("gain_low", "95 % from", "signed"), Column("gain_high", "to", "signed"),
-        Column("pairs", "pairs", "count"), Column("agreement_test", "agrees with teacher, test %", "percent"),
+        Column("pairs", "pairs", "count"), Column("over", "plain training is"),
+        Column("agreement_test", "agrees with teacher, test %", "percent"),
         Column("agreement_train", "training %", "percent"),
         Column("calibration_error", "calibration error %", "percent"),
         Column("accuracy_train", "given labels named %", "percent"),
         Column("accuracy_right", "of right labels %", "percent"),
         Column("memorised", "wrong labels: given named %", "percent"),
         Column("recovered", "true named %", "percent"),
+        Column("accuracy_true", "of all: true named %", "percent"),
         Column("accuracy_frequent", "test, frequent classes %", "percent"),
         Column("accuracy_rare", "rare classes %", "percent"),
     )  # fmt: skip
     note = (
         "Means over n seeds. The gain is in percentage points of test accuracy over plain training (labels only, "
-        "everything kept) on the same data, seed by seed, with its 95 % interval (Student's t). Columns about labels "
+        "everything kept) of the same network on the same data for as many epochs, seed by seed, with its 95 % "
+        "interval (Student's t); of several such rows, over the one whose settings differ least. Columns about labels "
         "are measured at the end on view 0 of every training sample, in eval mode: how often the given label is named, "
         "and of samples whose label is wrong, how often the wrong (memorised) and the true one is. Agreement is the "
         "share of samples on which student and teacher name the same class. Frequent classes are the largest that "
@@ -77,8 +84,10 @@ def screening(findings: Findings) -> Table:
     for key, runs in findings.rows().items():
         by_stage: dict[int, list[Row]] = {}
         for run in runs:
-            for counts in _sets(run) if run.condenses else ():
-                by_stage.setdefault(counts["stage"], []).append(_shares(counts))
+            told_apart_by: dict[str, Any] = {}
+            for counts in sorted(_sets(run), key=lambda one: one["stage"]) if run.condenses else ():
+                by_stage.setdefault(counts["stage"], []).append(_shares(counts) | told_apart_by)
+                told_apart_by = {name: counts.get(name) for name in SEPARATIONS}
         for stage, each in sorted(by_stage.items()):
             means = {name: pairing.spread([one[name] for one in each if one.get(name) is not None]).mean
                      for name in dict.fromkeys(name for one in each for name in one)}  # fmt: skip
@@ -97,9 +106,10 @@ def screening(findings: Findings) -> Table:
     note = (
         "Does dropping by value screen out wrong labels? 'dropped that are wrong' is its precision and 'wrong that are "
         "dropped' its recall, each beside what dropping at random would give. 'value above that of a right one' is the "
-        "chance that a wrongly labelled sample has a higher value than a rightly labelled one at the stage's end: above"
-        " 0.5, dropping the lowest values keeps wrong labels rather than right ones. The last set is exported. Of rare "
-        "classes likewise; with --stratify every class keeps the same share."
+        "chance that a wrongly labelled sample has a higher value V than a rightly labelled one at the end of the "
+        "stage before, by which this set was chosen: above 0.5, dropping the lowest values keeps wrong labels rather "
+        "than right ones (sets drawn at random do not heed it). The last set is exported. Of rare classes likewise; "
+        "with --stratify every class keeps the same share."
     )
     return Table(key="screening", title="What each set keeps of wrong labels and rare classes", note=note,
                  columns=columns, rows=found)  # fmt: skip
@@ -111,6 +121,7 @@ def told(run: Run) -> str:
     if not isinstance(known, Mapping):
         return "as it is"
     redraw = "" if known.get("redraw", True) else ", the true class excluded"
+    redraw += "" if known.get("noise_seed", NOISE_SEED) == NOISE_SEED else f", seed {known['noise_seed']}"
     parts = [f"noise {known['noise']}{redraw}"] if "noise" in known else []
     sizes = f"{known.get('n_max')} to {known.get('n_min')} per class"
     parts += [f"gamma {known['gamma']} ({sizes})"] if "gamma" in known else []
@@ -195,19 +206,31 @@ def _tall(rows: Sequence[Row]) -> float:
     return 3.6 + below([row["row"] for row in rows])
 
 
+def _plain_of(run: Run, plain: Mapping[accounts.Key, Sequence[Run]]) -> accounts.Key | None:
+    """Return the row of plain training that a run is to be compared with: same network, data, epochs, then settings."""
+
+    def alike(other: Run) -> tuple[bool, int]:
+        ours, theirs = run.record["settings"], other.record["settings"]
+        shared = sum(name in theirs and theirs[name] == value for name, value in ours.items())
+        return accounts.knowledge_of(run) == accounts.knowledge_of(other), shared
+
+    able = [key for key, runs in plain.items() if _setting(runs[0]) == _setting(run)]
+    return max(able, key=lambda key: alike(plain[key][0]), default=None)
+
+
 def _setting(run: Run) -> tuple[Any, ...]:
     """Return what two runs must share for one to be the other's plain training."""
-    return run.grid, run.summary.get("model"), accounts.data_of(run)
+    return run.grid, run.summary.get("model"), accounts.data_of(run), run.record["settings"].get("epochs")
 
 
 def _is_plain(run: Run) -> bool:
-    return run.summary.get("method") == PLAIN and not run.condenses and _number(run, "relative_cost") == 1
+    """Return whether a run is plain training: a student's on labels alone with everything kept, or a `fit`."""
+    alone = run.summary.get("method") == PLAIN or run.summary.get("kind") == "fit"
+    return alone and not run.condenses and _number(run, "relative_cost") == 1
 
 
 def _gain(ours: Sequence[Run], plain: Sequence[Run]) -> dict[str, Any]:
-    """Return the paired difference in test accuracy to plain training, in percentage points; of itself none."""
-    if not plain or ours[0].step == plain[0].step:
-        return {}
+    """Return the paired difference in test accuracy to plain training, in percentage points."""
     here, there = ({run.seed: 100 * float(run.summary["accuracy_last"]) for run in side} for side in (ours, plain))
     found = pairing.difference(here, there)
     return (
@@ -219,7 +242,8 @@ def _of_teacher(run: Run) -> Row:
     """Return what a run's summary tells of its teacher, from the store and perhaps test images; empty for nothing."""
     if _number(run, "teacher_accuracy_train") is None:
         return {}
-    row = {"n": 1, "data": told(run), "accuracy": _number(run, "teacher_accuracy")}
+    data = {"same": told(run), "other": "other data than the students'"}.get(str(run.summary.get("teacher_data")), "")
+    row = {"n": 1, "data": data, "accuracy": _number(run, "teacher_accuracy")}
     return row | {name: _number(run, f"teacher_{name}") for name in SHARES}
 
 
@@ -241,14 +265,12 @@ def _shares(counts: Row) -> dict[str, float | None]:
             "recall": _ratio(counts["dropped_wrong"], wrong) if counts["dropped"] else None,
             "enriched_wrong": _ratio(counts["enriched_wrong"], counts["enriched"]),
             "partners_wrong": _ratio(counts["partners_wrong"], counts["partners"]),
-            "separation_wrong": counts.get("separation_wrong"),
         }
     if "kept_rare" in counts:
         rare = counts["kept_rare"] + counts["dropped_rare"]
         found |= {
             "kept_rare": _ratio(counts["kept_rare"], rare),
             "kept_frequent": _ratio(counts["kept"] - counts["kept_rare"], total - rare),
-            "separation_rare": counts.get("separation_rare"),
         }
     return found
 

@@ -59,11 +59,17 @@ def per_set(
     wrong: Bool[np.ndarray, " n"] | None,
     rare: Bool[np.ndarray, " n"] | None,
 ) -> dict[str, Any]:
-    """Return `screened` of a stage's set and, of the values at its end, how they tell the marked samples apart."""
+    """Return `screened` of a stage's set and, of the values at its end, how they tell the marked samples apart.
+
+    `value` is NaN for samples that were never visited: those are counted in the set, and left out of what is said of
+    values.
+    """
     found: dict[str, Any] = {"stage": chosen.stage, **screened(chosen, wrong, rare)}
     for name, mark in (("wrong", wrong), ("rare", rare)):
         if mark is not None and value is not None:
-            found[f"separation_{name}"] = separation(value, mark)
-            found[f"value_{name}"] = quantiles(value, mark)
-            found[f"value_not_{name}"] = quantiles(value, ~mark)
+            seen = ~np.isnan(value)
+            known, marked = value[seen], mark[seen]
+            found[f"separation_{name}"] = separation(known, marked)
+            found[f"value_{name}"] = quantiles(known, marked)
+            found[f"value_not_{name}"] = quantiles(known, ~marked)
     return found

@@ -197,7 +197,7 @@ def _asked_teacher(
     command: commands.TrainCommand, settings: config.TrainSettings, data: datasets.Dataset, knowledge: store.Store
 ) -> teacher.Teacher | None:
     """Return the teacher if mixed images are to be shown to it, or test images, and one is named."""
-    compared = fidelity.wanted(settings, data, knowledge)
+    compared = fidelity.wanted(settings, data, knowledge, command.teacher is not None)
     if command.teacher is None or (settings.mix_target != "requery" and not compared):
         return None
     precision = precision_of(knowledge.knowledge, knowledge.path)

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Teacher:
     """where it runs"""
     precision: Precision
     """arithmetic of its forward pass"""
+    data: str | None = None
+    """digest of the training split it learned from, where its folder tells"""
 
 
 def load(
@@ -82,12 +84,15 @@ def load(
         document, state = load_network(record)
         _check_saved(document, record, classes, channels, None if weights_path is None else spec)
         spec, transform, where = document["architecture"], transform_from(document["transform"]), str(record)
+        learned = document.get("data")
     else:
+        learned = None
         state, where = load_weights(weights_path), str(weights_path)
         transform = InputTransform(mean, std, size)
     module = networks.build(spec, len(classes), channels=channels)
     load_into(module, state, where)
-    return _frozen(module, transform, spec, classes, torch.device(device), precision)
+    found = _frozen(module, transform, spec, classes, torch.device(device), precision)
+    return replace(found, data=learned if isinstance(learned, str) else None)
 
 
 def freeze(

@@ -23,7 +23,7 @@ LEVELS = (
     "partitioned hashing",
     "foreign",
     "config identity encoding schedule values images archives folder",
-    "facts commands exported grid sources dataspec parameters",
+    "facts commands exported grid sources dataspec parameters origin",
     "partial card",
     "data views models losses mixing manifest layout ledger surroundings",
     "outline",

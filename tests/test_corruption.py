@@ -208,6 +208,25 @@ def test_options_that_are_wrong_or_idle_are_refused(spec, message):
         dataspec.parse(spec)
 
 
+def test_a_sweep_over_rates_may_begin_at_none():
+    assert not dataspec.parse("digits?noise=0&noise_seed=7&redraw=false").corruption
+    assert data.load("digits?train=50&noise=0&noise_seed=7").identity() == data.load("digits?train=50").identity()
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ("digits?train=5&gamma=2", r"data spec 'digits\?train=5&gamma=2': gamma has nothing to thin out: class \d has "
+                                   r"only 0 samples"),
+        ("digits?train=30&gamma=0.6", r"class \d has only 1 samples, and n_max is the size of the smallest class"),
+        ("digits?gamma=1&n_max=900", r"data spec .*: gamma asks for 900 samples of class 0"),
+    ],
+)  # fmt: skip
+def test_too_few_samples_to_thin_out_are_told_with_the_spec(spec, told):
+    with pytest.raises(SettingsError, match=told):
+        data.load(spec)
+
+
 def test_options_are_added_to_a_spec_whose_limits_stay():
     assert dataspec.extended("digits", "") == "digits"
     assert dataspec.extended("digits", "noise=0.4") == "digits?noise=0.4"
@@ -228,13 +247,16 @@ def planned(folder, text, data=None):
     return recipe.planned(recipe.load(folder / "r.toml"), folder / "out", data)
 
 
-def test_a_steps_own_data_options_stand_instead_of_train_images(tmp_path):
+def test_a_steps_own_limit_stands_instead_of_train_images_and_other_options_are_added(tmp_path):
     text = 'title = "t"\ndata = "digits?test=9"\ntrain_images = 100\n'
     text += '[[step]]\nname = "a"\nrun = "fit"\nmodel = "resnet8"\n'
     text += '[[step]]\nname = "b"\nrun = "fit"\nmodel = "resnet8"\ndata_options = "train=200&noise=0.4"\n'
+    text += '[[step]]\nname = "c"\nrun = "fit"\nmodel = "resnet8"\ndata_options = "noise=0.4"\n'
     found = [[step["data"] for step in planned(tmp_path, text, given)] for given in (None, "digits?train=50")]
-    assert found[0] == ["digits?test=9&train=100", "digits?test=9&train=200&noise=0.4"]
-    assert found[1] == ["digits?train=50", "digits?train=50&noise=0.4"]
+    assert found[0] == [
+        "digits?test=9&train=100", "digits?test=9&train=200&noise=0.4", "digits?test=9&noise=0.4&train=100"
+    ]  # fmt: skip
+    assert found[1] == ["digits?train=50", "digits?train=50&noise=0.4", "digits?train=50&noise=0.4"]
 
 
 def test_lists_in_a_pair_stand_for_a_pair_with_each_item(tmp_path):

@@ -1,8 +1,10 @@
 """What a finished student does on right and wrong labels and rare classes, and what its sets kept of them."""
 
 import json
+import statistics
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
@@ -157,7 +159,23 @@ def test_clean_data_are_measured_only_where_asked(tmp_path):
     assert {"agreement_train", "accuracy_train"} <= summary.keys()
     assert not {"sets", "corruption", "memorised", "agreement_test"} & summary.keys()
     summary = trained(tmp_path / "off", "digits?train=60&test=20&noise=0.5", epochs=2, fidelity="off")[3]
-    assert not {"agreement_train", "corruption"} & summary.keys()
+    assert not {"agreement_train", "accuracy_train", "sets"} & summary.keys()
+    summary = trained(tmp_path / "teacher", "digits?train=60&test=20", epochs=2, with_teacher=True)[3]
+    assert {"agreement_train", "agreement_test"} <= summary.keys()
+
+
+def test_samples_never_visited_have_no_value_to_be_told_apart_by(tmp_path):
+    dataset, _, _, summary, run = trained(
+        tmp_path, "digits?train=200&test=20&noise=0.5", schedule="paper_stage", keep=0.4, epochs=4
+    )
+    found = pq.read_table(run / "stages" / "0" / "values.parquet").to_pydict()
+    wrong = (dataset.train.labels != dataset.train.clean_labels).tolist()
+    seen = [(v, w) for v, n, w in zip(found["value"], found["visits"], wrong, strict=True) if n > 0]
+    assert 0 < len(seen) < 200
+    pairs = [(a > b) + (a == b) / 2 for a, w in seen for b, x in seen if w and not x]
+    first = summary["sets"][0]
+    assert first["separation_wrong"] == pytest.approx(statistics.fmean(pairs))
+    assert min(first["value_wrong"]) > 0
 
 
 def test_asking_for_it_or_not_is_no_other_run(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from lessons import CPU, opinionated, precomputed
 from reporting import Page
 
-from kcdcache import config, data, distill, findings, gallery, report, robustness, teacher
+from kcdcache import accounts, config, data, distill, findings, gallery, report, robustness, teacher
 from kcdcache.models import spec
 from kcdcache.models.transform import InputTransform
 
@@ -27,6 +27,8 @@ def folder(tmp_path_factory):
         dataset = data.load(given)
         module = opinionated(spec.build("resnet8", 10, 1))
         made = teacher.freeze(module, InputTransform(dataset.mean, dataset.std), "resnet8", dataset.classes, CPU)
+        learned_from = dataset.identity().digest if name == "noise" else "0" * 64
+        made = replace(made, data=learned_from)
         knowledge = precomputed(root / f"{name}-store", dataset, made, views=2)
         material = distill.Material(data=dataset, knowledge=knowledge, teacher=made)
         for row, changes in ROWS.items():
@@ -87,8 +89,63 @@ def test_shares_are_means_over_seeds_and_each_store_has_one_teacher(folder, tabl
         assert row[name] == pytest.approx(statistics.fmean(run[name] for run in summaries(folder, "noise-kd")))
     assert row["accuracy_rare"] is None
     teachers = [row for row in tables["fidelity"].rows if row["row"].endswith(": the teacher")]
-    assert [row["data"] for row in teachers] == ["noise 0.5", "gamma 0.6 (60 to 5 per class)"]
+    assert [row["data"] for row in teachers] == ["noise 0.5", "other data than the students'"]
     assert teachers[0]["memorised"] == summaries(folder, "noise-ce")[0]["teacher_memorised"]
+
+
+def changed(run, step=None, summary=(), settings=(), inputs=()):
+    record = {**run.record, "settings": {**run.record["settings"], **dict(settings)}}
+    record["inputs"] = {**record["inputs"], **dict(inputs)}
+    return replace(run, step=step or run.step, summary={**run.summary, **dict(summary)}, record=record)
+
+
+def test_the_gain_is_over_plain_training_of_as_many_epochs_and_the_most_alike_settings(known):
+    runs = [run for run in known.runs if run.step.startswith("noise-")]
+    plain = [run for run in runs if run.step == "noise-ce"]
+    more = [changed(run, "noise-ce-long", {"accuracy_last": 0.9}, {"epochs": 40}) for run in plain]
+    more += [
+        changed(run, "noise-ce-wild", {"accuracy_last": 0.8}, {"learning_rate": 9.0, "momentum": 0.1}) for run in plain
+    ]
+    table = robustness.fidelity(known._replace(runs=(*more, *runs)))
+    named = {row["row"]: row for row in table.rows}
+    kcd = named["noise: kcd"]
+    ours, theirs = (
+        [100 * run.summary["accuracy_last"] for run in runs if run.step == f"noise-{name}"] for name in ("kcd", "ce")
+    )
+    assert kcd["over"] == "noise: ce"
+    assert kcd["gain"] == pytest.approx(statistics.fmean(a - b for a, b in zip(ours, theirs, strict=True)))
+    assert not any("gain" in row for name, row in named.items() if name.startswith("noise-ce") or name == "noise: ce")
+
+
+def test_a_fit_of_the_students_network_is_plain_training_too(known):
+    runs = [run for run in known.runs if run.step.startswith("noise-")]
+    fits = [
+        changed(run, "noise-fit", {"kind": "fit", "method": None, "accuracy_last": 0.25})
+        for run in runs
+        if run.step == "noise-ce"
+    ]
+    others = [run for run in runs if run.step != "noise-ce"]
+    row = row_of(robustness.fidelity(known._replace(runs=(*fits, *others))), "noise: kcd")
+    own = statistics.fmean(100 * run.summary["accuracy_last"] for run in others if run.step == "noise-kcd")
+    assert (row["over"], row["gain"]) == ("noise-fit", pytest.approx(own - 25))
+
+
+def test_rows_are_compared_with_the_usual_row_of_as_many_views(known):
+    runs = [run for run in known.runs if run.step.startswith("noise-")]
+    few = [changed(run, f"noise-few-{run.step[6:]}", inputs={"views": 99}) for run in runs if run.step != "noise-ce"]
+    rows = accounts.references(known._replace(runs=(*runs, *few)))
+    named = {key[1]: reference[1] for key, reference in rows.items()}
+    assert named == {
+        "noise-ce": "noise-kd", "noise-kcd": "noise-kd", "noise-few-kcd": "noise-few-kd", "noise-few-kd": "noise-kd",
+    }  # fmt: skip
+
+
+def test_a_set_stands_beside_how_the_values_it_was_chosen_by_tell_wrong_labels(folder, tables):
+    rows = {row["stage"]: row for row in tables["screening"].rows if row["row"] == "noise: kcd"}
+    assert rows[0].get("separation_wrong") is None
+    for stage in (1, 2):
+        before = [run["sets"][stage - 1]["separation_wrong"] for run in summaries(folder, "noise-kcd")]
+        assert rows[stage]["separation_wrong"] == pytest.approx(statistics.fmean(before))
 
 
 def test_stores_of_one_teacher_tell_of_it_once(known, tables):

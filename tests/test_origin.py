@@ -1,0 +1,183 @@
+"""What a store tells of where it came from: corrupted labels, the teacher's data; and who passes it on."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from lessons import CPU, precomputed, teacher_of
+from torch import nn
+
+from kcdcache import audit, cli, config, data, distill, fit, inspection, origin, precompute, teacher
+from kcdcache.errors import CorruptionError, MismatchError, SettingsError
+from kcdcache.files import sealed_json, write_atomic
+from kcdcache.models.transform import InputTransform
+
+NOISY = "digits?train=120&test=30&noise=0.4"
+CLEAN = "digits?train=120&test=30"
+
+
+def knowing(dataset, learned_from):
+    return replace(teacher_of(dataset), data=learned_from)
+
+
+def test_a_store_tells_what_was_done_and_what_its_teacher_learned_from(tmp_path):
+    dataset = data.load(NOISY)
+    same, other = dataset.identity().digest, data.load(CLEAN).identity().digest
+    for name, learned_from, expected in (("same", same, "same"), ("other", other, "other"), ("none", None, None)):
+        knowledge = precomputed(tmp_path / name, dataset, knowing(dataset, learned_from), views=1)
+        found = origin.read(knowledge.path)
+        assert found.teacher_data == learned_from
+        assert found.corruption["corruption"] == {"noise": 0.4, "noise_seed": 12345, "redraw": True}
+        assert found.corruption["mislabelled"] == int((dataset.train.labels != dataset.train.clean_labels).sum()) > 20
+        told = inspection.inspect(knowledge.path)
+        assert told["mislabelled"] == found.corruption["mislabelled"]
+        assert told.get("teacher_data") == expected
+
+
+def test_a_store_of_clean_data_tells_of_no_corruption(tmp_path):
+    dataset = data.load(CLEAN)
+    knowledge = precomputed(tmp_path, dataset, teacher_of(dataset), views=1)
+    assert origin.read(knowledge.path) == origin.Origin({}, None)
+    assert not {"corruption", "mislabelled", "teacher_data"} & inspection.inspect(knowledge.path).keys()
+    (tmp_path / origin.FILE).unlink()
+    assert origin.read(tmp_path) is None
+    assert origin.corruption_of(tmp_path) == {}
+
+
+def test_what_is_known_is_not_forgotten_and_what_is_not_is_completed(tmp_path):
+    (tmp_path / "_kcd").mkdir()
+    first, known, later = origin.Origin({"a": 1}, None), origin.Origin({"a": 1}, "d"), origin.Origin({"b": 2}, "e")
+    for written, expected in ((first, first), (known, known), (first, known), (later, known)):
+        origin.write(tmp_path, written)
+        assert origin.read(tmp_path) == expected
+
+
+@pytest.mark.parametrize("damage", ["changed", "no object", "cut"])
+def test_a_damaged_record_is_refused_by_readers_and_told_by_verify(tmp_path, damage):
+    dataset = data.load(NOISY)
+    knowledge = precomputed(tmp_path, dataset, teacher_of(dataset), views=1)
+    file = tmp_path / origin.FILE
+    if damage == "changed":
+        file.write_bytes(file.read_bytes().replace(b'"noise":0.4', b'"noise":0.1'))
+    elif damage == "no object":
+        write_atomic(file, sealed_json({"corruption": ["noise"], "teacher_data": None}))
+    else:
+        file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(CorruptionError, match=re.escape(str(file))):
+        origin.read(tmp_path)
+    (problem,) = audit.verify(knowledge.path, share=0).problems
+    assert str(file) in problem
+
+
+def test_the_teachers_data_are_known_from_its_folder(tmp_path):
+    dataset = data.load(CLEAN)
+    fit.run(
+        config.FitSettings(epochs=1, augment="crop", padding=2),
+        dataset,
+        model="resnet8",
+        out=tmp_path / "fit",
+        device="cpu",
+    )
+    given = {"weights_path": None, "classes": dataset.classes, "mean": dataset.mean, "std": dataset.std, "size": None,
+             "device": CPU, "precision": "float32"}  # fmt: skip
+    assert teacher.load(str(tmp_path / "fit"), **given).data == dataset.identity().digest
+    weights = tmp_path / "fit" / "model.safetensors"
+    assert teacher.load("resnet8", **{**given, "weights_path": weights}).data is None
+
+
+def test_a_run_tells_it_measured_or_not_and_is_measured_later_when_asked(tmp_path):
+    dataset = data.load(NOISY)
+    network = knowing(dataset, "0" * 64)
+    knowledge = precomputed(tmp_path / "store", dataset, network, views=1)
+    given = {"student": "lessons:TinyNet", "epochs": 2, "stages": 1, "keep": 1.0}
+    settings = [config.TrainSettings(**given, fidelity=name) for name in ("off", "auto")]
+    plain, asked = (distill.Material(data=dataset, knowledge=knowledge, teacher=t) for t in (None, network))
+    first = distill.run(settings[0], plain, out=tmp_path / "run", device="cpu")
+    assert (first["teacher_data"], first["corruption"]["noise"]) == ("other", 0.4)
+    assert "accuracy_train" not in first
+    assert distill.run(settings[0], asked, out=tmp_path / "run", device="cpu") == first
+    second = distill.run(settings[1], plain, out=tmp_path / "run", device="cpu")
+    assert {"accuracy_train", "memorised", "sets"} <= second.keys()
+    assert "agreement_test" not in second
+    third = distill.run(settings[1], asked, out=tmp_path / "run", device="cpu")
+    assert "agreement_test" in third
+    assert all(third[name] == second[name] for name in second.keys() - {"digest"})
+    assert distill.run(settings[1], plain, out=tmp_path / "run", device="cpu") == third
+    assert inspection.inspect(tmp_path / "run")["finished"]
+
+
+def test_an_exported_set_and_its_runs_tell_of_wrong_labels(tmp_path, capsys):
+    dataset = data.load(NOISY)
+    knowledge = precomputed(tmp_path / "store", dataset, teacher_of(dataset), views=1)
+    words = ["--data", NOISY, "--store", str(knowledge.path), "--student", "lessons:TinyNet", "--epochs", "2"]
+    words += ["--stages", "2", "--keep", "0.5", "--k0", "stage_slice", "--device", "cpu", "-q"]
+    assert cli._outcome(["train", *words, "--out", str(tmp_path / "run")]) == 0
+    made = ["export", "--manifest", str(tmp_path / "run"), "--store", str(knowledge.path), "--data", NOISY]
+    assert cli._outcome([*made, "--with-images", "--out", str(tmp_path / "set"), "-q"]) == 0
+    wrong = int((dataset.train.labels != dataset.train.clean_labels).sum())
+    card = (tmp_path / "set" / "README.md").read_text()
+    assert "## Corrupted on purpose" in card
+    assert f"{wrong} of all its samples have a wrong label" in card
+    assert inspection.inspect(tmp_path / "set")["mislabelled"] == wrong
+    again = ["train", "--condensed", str(tmp_path / "set"), "--data", f"condensed:{tmp_path / 'set'}", "--student"]
+    capsys.readouterr()
+    assert (
+        cli._outcome([*again, "lessons:TinyNet", "--epochs", "1", "--out", str(tmp_path / "of"), "--json", "-q"]) == 0
+    )
+    told = json.loads(capsys.readouterr().out)
+    assert (told["mislabelled"], told["corruption"]["noise"]) == (wrong, 0.4)
+    file = tmp_path / "set" / "store" / origin.FILE
+    file.write_bytes(file.read_bytes().replace(b'"noise":0.4', b'"noise":0.1'))
+    assert cli._outcome([*again, "lessons:TinyNet", "--epochs", "1", "--out", str(tmp_path / "no"), "-q"]) == 3
+
+
+class Perfect(nn.Module):
+    """Names the true class of digits, which the first pixel of each image tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(1, 1)
+
+    def forward(self, x):
+        number = (x[:, 0, 0, 0] * 16).round().long()
+        return nn.functional.one_hot(number.clamp(0, 9), 10).float() * 9
+
+
+@pytest.mark.parametrize("redraw", [True, False])
+def test_a_teacher_is_judged_by_true_labels(tmp_path, redraw):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 200)
+    images = np.zeros((200, 8, 8, 1), np.uint8)
+    images[:, 0, 0, 0] = np.round(labels * 255 / 16)
+    file = tmp_path / "d.npz"
+    np.savez(file, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    dataset = data.load(f"arrays:{file}?noise=0.9&redraw={'true' if redraw else 'false'}")
+    right = (dataset.train.labels == dataset.train.clean_labels).mean()
+    assert right < 0.3
+    network = teacher.freeze(Perfect(), InputTransform((0.0,), (1.0,)), "x:Perfect", dataset.classes, CPU)
+    settings = config.PrecomputeSettings(augment="none", views=1, fields=("logits",))
+    found = precompute.run(settings, dataset, network, tmp_path / "store")
+    assert found["teacher_accuracy"] == [1.0]
+    upside_down = replace(network, module=Wrong())
+    with pytest.raises(MismatchError, match=r"the teacher is right on 0\.00% of the first 200 samples"):
+        precompute.run(settings, dataset, upside_down, tmp_path / "other")
+
+
+class Wrong(Perfect):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+def test_parameters_that_cannot_be_told_are_refused_before_the_teacher_runs(tmp_path):
+    dataset = data.load(CLEAN)
+    module = torch.nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10))
+    network = teacher.freeze(module, InputTransform(dataset.mean, dataset.std), "x:Flat", dataset.classes, CPU)
+    settings = config.PrecomputeSettings(augment="crop", padding=2, views=1, min_accuracy=0,
+                                         fields=("logits", "parameters"))  # fmt: skip
+    for dry_run in (True, False):
+        with pytest.raises(SettingsError, match="so its filters have no groups"):
+            precompute.run(settings, dataset, network, tmp_path / "store", dry_run=dry_run)
+    assert not (tmp_path / "store").exists()
