@@ -76,7 +76,7 @@ def test_the_teachers_data_are_known_from_its_folder(tmp_path):
     dataset = data.load(CLEAN)
     fit.run(
         config.FitSettings(epochs=1, augment="crop", padding=2),
-        dataset,
+        data=dataset,
         model="resnet8",
         out=tmp_path / "fit",
         device="cpu",
