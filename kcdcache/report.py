@@ -237,15 +237,14 @@ def _images(found: Findings, chosen: list[tuple[str, Run]], data: str | None) ->
 
 def _robustness(tables: dict[str, Table]) -> Section:
     fidelity, screening = tables["fidelity"], tables["screening"]
-    marked = [row for row in screening.rows if row.get("precision") is not None or row.get("kept_rare") is not None]
-    pictures = robustness.labelled(fidelity.rows), robustness.screened(marked), robustness.thinned(marked)
+    told = any(row.get("precision") is not None or row.get("kept_rare") is not None for row in screening.rows)
     return Section(
         key="robustness", title="Wrong labels, rare classes, agreement with the teacher",
         look="First: does each method gain over plain training on the same data, and does its interval exclude 0? "
         "Then, where labels are wrong: which rows name the true label, and which the wrong one they were given? Last, "
         "whether dropping by value screens out wrong labels or rare classes, against what chance would do.",
-        tables=[fidelity] if fidelity.rows else [], pictures=[picture for picture in pictures if picture],
-        folded=[screening] if marked else [],
+        tables=[fidelity] if fidelity.rows else [], pictures=robustness.pictures(fidelity, screening),
+        folded=[screening] if told else [],
     )  # fmt: skip
 
 

@@ -44,8 +44,9 @@ def fidelity(findings: Findings) -> Table:
         teacher = _of_teacher(runs[0])
         if teacher and teacher not in taught:  # of several stores of one teacher too, whose view 0 is the same
             taught.append(teacher)
-            found.append({"row": _teachers_name(names[key]), **teacher})
+            found.append({"row": _teachers_name(names[key]), **_group(runs[0]), **teacher})
         row = {"row": names[key], "n": len(runs), "data": told(runs[0]), "accuracy": _mean(runs, "accuracy_last")}
+        row |= _group(runs[0])
         row |= {name: _mean(runs, name) for name in SHARES}
         base = None if key in plain else _plain_of(runs[0], plain)
         found.append(row | ({} if base is None else {"over": names[base], **_gain(runs, plain[base])}))
@@ -91,7 +92,8 @@ def screening(findings: Findings) -> Table:
         for stage, each in sorted(by_stage.items()):
             means = {name: pairing.spread([one[name] for one in each if one.get(name) is not None]).mean
                      for name in dict.fromkeys(name for one in each for name in one)}  # fmt: skip
-            found.append({"row": names[key], "data": told(runs[0]), "stage": stage, "n": len(each), **means})
+            row = {"row": names[key], "data": told(runs[0]), **_group(runs[0]), "stage": stage, "n": len(each)}
+            found.append(row | means)
     columns = (
         Column("row", "row"), Column("data", "training data"), Column("stage", "set of stage", "count"),
         Column("n", "n", "count"), Column("kept", "kept", "percent"),
@@ -115,6 +117,11 @@ def screening(findings: Findings) -> Table:
                  columns=columns, rows=found)  # fmt: skip
 
 
+def _group(run: Run) -> dict[str, str]:
+    """Return what the rows of one figure have in common: what was done to the students' data, and their network."""
+    return {"condition": told(run), "network": str(run.summary.get("model"))}
+
+
 def told(run: Run) -> str:
     """Return what was done to a run's training data, in words."""
     known = run.summary.get("corruption")
@@ -126,6 +133,23 @@ def told(run: Run) -> str:
     sizes = f"{known.get('n_max')} to {known.get('n_min')} per class"
     parts += [f"gamma {known['gamma']} ({sizes})"] if "gamma" in known else []
     return ", ".join(parts) or "as it is"
+
+
+def pictures(fidelity: Table, screening: Table) -> list[Picture]:
+    """Return the figures of both tables: of each kind one per corruption and network, so that rows stay comparable."""
+    marked = [row for row in screening.rows if row.get("precision") is not None or row.get("kept_rare") is not None]
+    found: list[Picture] = []
+    for draw, rows in ((labelled, fidelity.rows), (screened, marked), (thinned, marked)):
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for row in rows:
+            groups.setdefault((row["condition"], row["network"]), []).append(row)
+        made = {group: picture for group, some in groups.items() if (picture := draw(some)) is not None}
+        found += [
+            picture if len(made) == 1 else
+            picture._replace(key=f"{picture.key}-{number}", title=f"{picture.title} {', '.join(group)}")
+            for number, (group, picture) in enumerate(made.items(), 1)
+        ]  # fmt: skip
+    return found
 
 
 def labelled(rows: Sequence[Row]) -> Picture | None:

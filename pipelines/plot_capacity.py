@@ -4,7 +4,7 @@ FOLDER holds the results.json of capacity.toml or capacity_small.toml. A student
 times as many parameters the teacher has, and how much better it is than the student trained alone.
 """
 
-import sys
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,11 @@ MARKS = {"kd": "o-", "kcd": "s--", "kd-unit": "^:", "kd-kr": "d-."}
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    results = read_json(folder / "results.json")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("picture", type=Path, nargs="?", help="FOLDER/capacity.png if not given")
+    given = parser.parse_args()
+    results = read_json(given.folder / "results.json")
     rows = {row["step"]: row for row in results["rows"]}
     students = sorted({step.removeprefix("plain-") for step in rows if step.startswith("plain-")}, key=size)
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True, layout="constrained")
@@ -38,7 +41,7 @@ def main() -> None:
         axes.grid(alpha=0.3)
     figure.suptitle(results["title"], fontsize=10)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
-    figure.savefig(sys.argv[2] if len(sys.argv) > 2 else folder / "capacity.png", dpi=110)
+    figure.savefig(given.picture or given.folder / "capacity.png", dpi=110)
 
 
 def draw(panels: Any, rows: dict[str, Any], student: str, variant: str, colour: str, mark: str) -> None:

@@ -212,6 +212,19 @@ def test_the_page_shows_tables_figures_and_the_images_of_the_corrupted_data(fold
     assert again["tables"] == told["tables"]
 
 
+def test_each_corruption_and_network_has_a_figure_of_its_own(known, tables):
+    twice = known._replace(runs=(*known.runs, *(
+        changed(run, f"other-{run.step}", {"model": "resnet14"}) for run in known.runs if run.step.startswith("noise-")
+    )))  # fmt: skip
+    found = robustness.pictures(robustness.fidelity(twice), robustness.screening(twice))
+    assert [(picture.key, picture.title.rpartition("? ")[2]) for picture in found if "screened" in picture.key] == [
+        ("screened-1", "noise 0.5, lessons:TinyNet"), ("screened-2", "noise 0.5, resnet14"),
+    ]  # fmt: skip
+    single = robustness.pictures(tables["fidelity"], tables["screening"])
+    assert [picture.key for picture in single] == ["labelled", "screened", "thinned"]
+    assert not any("noise" in picture.title for picture in single)
+
+
 @pytest.mark.parametrize(
     "sets", [None, 3, [7], [{"stage": "0"}], [{"stage": 0, "kept": -1}], [{"stage": 0, "kept": 1, "dropped": "x"}]]
 )

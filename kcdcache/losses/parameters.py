@@ -2,9 +2,9 @@
 
 Our reading of "Knowledge Representing: Efficient, Sparse Representation of Prior Knowledge for Knowledge Distillation"
 (Liu et al., arXiv 1911.05329). Its abstract states: the teacher's parameter distribution is the knowledge; it is
-aggregated over groups of layers; a sparse recoding penalty makes the student learn with penalised gradients. Gou et
-al.'s survey adds that the loss is a cross-entropy over groups of layers. No formula of it could be read: norms,
-quantiles, softmax and the penalty below are ours (facts.md section 3).
+aggregated to a more abstract level; a sparse recoding penalty makes the student learn with penalised gradients. That
+the groups are of several layers and the loss a cross-entropy is said by Gou et al.'s survey. No formula of it could be
+read: stages as groups, norms, quantiles, softmax and the penalty below are ours (facts.md section 3).
 """
 
 from collections.abc import Sequence

@@ -40,11 +40,12 @@ class FilterStatistics(_Represented):
     same for every sample: the loss moves the student's weights alone. Of the teacher it needs 64 numbers a stage, which
     the store keeps beside its fields (`precompute --fields parameters`).
 
-    Liu et al. (arXiv 1911.05329, abstract) state: distributions of parameters, aggregated over groups of layers, with a
-    sparse recoding penalty, apt for small students, to be combined with other methods. Ours: stages as groups, all with
-    the same weight, L2 norms, quantiles, softmax, the divergence, its threshold (`kr_lambda`), and that its weight
-    falls linearly (`kr_schedule`). Before batch normalisation a filter's norm does not change what the network
-    computes, only how fast the filter turns; so expect little of it there.
+    Liu et al. (arXiv 1911.05329, abstract) state: distributions of parameters, aggregated to a more abstract level,
+    with a sparse recoding penalty, apt for small students, to be combined with other methods; Gou et al.'s survey adds
+    that groups of layers are compared, by cross-entropy. Ours: stages as groups, all with the same weight, L2 norms,
+    quantiles, softmax, the divergence, its threshold (`kr_lambda`), and that its weight falls linearly
+    (`kr_schedule`). Before batch normalisation a filter's norm does not change what the network computes, only how
+    fast the filter turns; so expect little of it there.
     """
 
     statistics = True
