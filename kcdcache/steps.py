@@ -68,6 +68,7 @@ def fit(command: commands.FitCommand, progress: Progress, dry_run: bool = False)
             "samples": len(data.train),
             "steps": steps,
             "out": str(command.out),
+            **data.corrupted(),
         }
     with together.group_of() as group:
         return fitting.run(
@@ -364,6 +365,7 @@ def _planned_stages(settings: config.TrainSettings, material: distill.Material, 
             }
             for stage in stages
         ],
+        **material.data.corrupted(),
     }
 
 

@@ -1,5 +1,6 @@
 """Label noise and class imbalance: the laws of facts.md section 2, on labels, on data specs and on recipes."""
 
+import json
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_data import write_folder, write_hub, write_npz
 
-from kcdcache import corruption, data, dataspec, recipe
+from kcdcache import cli, corruption, data, dataspec, recipe
 from kcdcache.corruption import Corruption, applied, class_sizes, first_of_each, frequent, noisy
 from kcdcache.errors import SettingsError
 
@@ -275,3 +276,12 @@ def test_a_document_tells_what_is_in_force_only():
     assert corruption.NOTHING.document() == {}
     assert Corruption(noise=0.4).document() == {"noise": 0.4, "noise_seed": 12345, "redraw": True}
     assert Corruption(gamma=0.6, n_max=9, n_min=1).document() == {"gamma": 0.6, "n_max": 9, "n_min": 1}
+
+
+def test_what_will_be_done_to_the_labels_is_told_before_anything_runs(capsys, tmp_path):
+    words = ["fit", "--data", "digits?train=100&noise=0.5", "--model", "resnet8", "--out", str(tmp_path / "t")]
+    assert cli._outcome([*words, "--dry-run", "--json", "-q"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    split = data.load("digits?train=100&noise=0.5").train
+    assert told["mislabelled"] == int((split.labels != split.clean_labels).sum()) > 30
+    assert not (tmp_path / "t").exists()
