@@ -272,8 +272,8 @@ class TrainSettings(OptimizerSettings, MethodSettings, ScheduleSettings, Condens
     fidelity: Literal["auto", "on", "off"] = "auto"
     """measure the finished student on its training samples too: agreement with the teacher, right and wrong labels;
     with --teacher also agreement on the test split. Costs a forward pass over both splits; auto does so where the data
-    spec corrupts labels or classes, or --teacher is given for no other reason. A finished run is measured when its
-    command is given again. Never changes the student"""
+    spec corrupts labels or classes. A finished run is measured when its command is given again. Never changes the
+    student"""
     memory_gb: float = Field(default=8, gt=0)
     """memory for decoded knowledge; above it a memory-mapped file in the run's folder serves. Never changes results"""
 

@@ -29,14 +29,13 @@ Labels = Int64[np.ndarray, " n"]
 Marks = Bool[np.ndarray, " n"]
 
 
-def wanted(settings: TrainSettings, data: Dataset, knowledge: Store, teacher: bool) -> bool:
-    """Return whether a run is measured on its training samples: asked for, or `auto` and there is a reason to.
+def wanted(settings: TrainSettings, data: Dataset, knowledge: Store) -> bool:
+    """Return whether a run is measured on its training samples: asked for, or `auto` and its data are corrupted.
 
-    That is corrupted data, or a teacher which is given and which no mixed images are shown to. An exported set holds
-    neither all samples nor their true labels: runs on one are not measured.
+    An exported set holds neither all samples nor their true labels: runs on one are not.
     """
-    reason = bool(data.corruption) or (teacher and settings.mix_target != "requery")
-    return knowledge.knowledge.whole and (settings.fidelity == "on" or (settings.fidelity == "auto" and reason))
+    asked = settings.fidelity == "on" or (settings.fidelity == "auto" and bool(data.corruption))
+    return asked and knowledge.knowledge.whole
 
 
 def require_own(teacher: Teacher, knowledge: Store) -> None:
@@ -88,7 +87,7 @@ def of_run(settings: TrainSettings, material: Learned, folder: RunFolder, device
     data, knowledge = material.data, material.knowledge
     source = origin.read(knowledge.path)
     found = (source.told(knowledge.knowledge.data.digest) if source else {}) | data.corrupted()
-    if not wanted(settings, data, knowledge, material.teacher is not None):
+    if not wanted(settings, data, knowledge):
         return found
     network = _saved(settings, data, folder, device)
     shown = views.rule_of(knowledge.knowledge.views)
@@ -111,7 +110,7 @@ def asked_later(
     if not may_write:
         return summary
     sought = {"accuracy_train"} | ({"agreement_test"} if material.teacher is not None else set())
-    if not wanted(settings, material.data, material.knowledge, material.teacher is not None) or sought <= set(summary):
+    if not wanted(settings, material.data, material.knowledge) or sought <= set(summary):
         return summary
     logger.info("train: measuring the finished student in %s", folder.path)
     runs.write_summary(folder, summary | of_run(settings, material, folder, resolve_device(device)))

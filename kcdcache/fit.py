@@ -79,7 +79,8 @@ def _finish(pupil: learner.Learner, data: Dataset, settings: FitSettings, model:
         **data.corrupted(),
     }
     with records.writing(folder.path, dict.fromkeys(("model.safetensors", "model.json"), records.Facts())):
-        learner.save(pupil, folder, "model", model, data, {"accuracy": summary["accuracy_last"]})
+        told = {"accuracy": summary["accuracy_last"], "data": data.identity().digest}
+        learner.save(pupil, folder, "model", model, data, told)
     write_summary(folder, summary)
 
 

@@ -311,8 +311,7 @@ def new_record(count: int, device: torch.device, settings: MethodSettings, start
 
 def save(learner: Learner, folder: RunFolder, name: str, model: str, data: Dataset, extra: dict[str, Any]) -> None:
     """Write the network as NAME.safetensors and NAME.json into the run's folder, loadable as a teacher or student."""
-    known = {"data": data.identity().digest, **extra}
-    document = weights.describe_network(model, data.classes, len(data.mean), learner.transform, **known)
+    document = weights.describe_network(model, data.classes, len(data.mean), learner.transform, **extra)
     weights.save_network(folder.path, name, learner.network, document)
 
 

@@ -201,8 +201,8 @@ def pair_of(
     data: Dataset,
     kept: np.ndarray,
     seed: int,
-    smoothing: float = 0.0,
     teacher_filters: Mapping[str, Sequence[float]] | None = None,
+    smoothing: float = 0.0,
 ) -> Pair:
     """Return the pair of a store's teacher and a student, on a data set's views.
 

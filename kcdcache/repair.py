@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kcdcache import jobs, layout, ledger, parameters, precompute, teacher, writer
+from kcdcache import jobs, layout, ledger, origin, parameters, precompute, teacher, writer
 from kcdcache.data import Dataset
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, SettingsError, UnfinishedError
 from kcdcache.files import (
@@ -14,6 +14,7 @@ from kcdcache.files import (
     canonical_json,
     holds,
     move,
+    remove,
     sealed_json,
     sha256_bytes,
     sha256_file,
@@ -81,7 +82,7 @@ def repair(root: Path, means: Means | None, progress: Progress = silent) -> list
                 progress("repair", done + 1, len(bad), _named(piece))
         finally:
             shutil.rmtree(root / SCRATCH, ignore_errors=True)
-        replaced += _restore_parameters(root, means)
+        replaced += _restore_parameters(root, means) + _restore_told(root, means)
     return replaced
 
 
@@ -95,6 +96,19 @@ def _restore_parameters(root: Path, means: Means | None) -> list[str]:
     _require_origin(root, knowledge, means)
     parameters.write(root, teacher.filter_profiles(means.network.module), knowledge)
     return [parameters.FILE.as_posix()]
+
+
+def _restore_told(root: Path, means: Means | None) -> list[str]:
+    """Make the record of where the store came from again if it is damaged or gone; return its path if so."""
+    bad, knowledge = origin.problem(root), knowledge_of(root)
+    if bad is None and (means is None or (root / origin.FILE).exists()):
+        return []
+    if means is None:
+        raise SettingsError(f"{bad}: give --teacher and --data to make it again")
+    _require_origin(root, knowledge, means)
+    remove(root / origin.FILE)
+    origin.write(root, origin.Origin(means.data.corrupted(), means.network.data))
+    return [origin.FILE.as_posix()]
 
 
 def _named(piece: _Piece) -> str:

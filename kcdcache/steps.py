@@ -198,8 +198,10 @@ def _asked_teacher(
     command: commands.TrainCommand, settings: config.TrainSettings, data: datasets.Dataset, knowledge: store.Store
 ) -> teacher.Teacher | None:
     """Return the teacher if mixed images are to be shown to it, or test images, and one is named."""
-    compared = fidelity.wanted(settings, data, knowledge, command.teacher is not None)
+    compared = fidelity.wanted(settings, data, knowledge)
     if command.teacher is None or (settings.mix_target != "requery" and not compared):
+        if command.teacher is not None:
+            logger.info("train: --teacher is not used; it serves --mix-target requery and --fidelity on")
         return None
     precision = precision_of(knowledge.knowledge, knowledge.path)
     found = load_teacher(command, data, precision, command.device, command.threads)

@@ -102,7 +102,7 @@ def _pair(settings: TrainSettings, lessons: Lessons, knowledge: store.Store, dat
     identity, kept = knowledge.knowledge, lessons.manifest.index
     known = parameters.read(knowledge.path, identity)
     smoothing = settings.label_smoothing
-    return methods.pair_of(settings, settings.student, identity, data, kept, settings.seed, smoothing, known)
+    return methods.pair_of(settings, settings.student, identity, data, kept, settings.seed, known, smoothing)
 
 
 def _task(

@@ -160,7 +160,7 @@ def test_clean_data_are_measured_only_where_asked(tmp_path):
     assert not {"sets", "corruption", "memorised", "agreement_test"} & summary.keys()
     summary = trained(tmp_path / "off", "digits?train=60&test=20&noise=0.5", epochs=2, fidelity="off")[3]
     assert not {"agreement_train", "accuracy_train", "sets"} & summary.keys()
-    summary = trained(tmp_path / "teacher", "digits?train=60&test=20", epochs=2, with_teacher=True)[3]
+    summary = trained(tmp_path / "teacher", "digits?train=60&test=20", epochs=2, with_teacher=True, fidelity="on")[3]
     assert {"agreement_train", "agreement_test"} <= summary.keys()
 
 
