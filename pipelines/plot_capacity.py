@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
 from kcdcache.files import read_json
 from kcdcache.models import spec
@@ -35,6 +36,8 @@ def main() -> None:
             draw(panels, rows, student, variant, colour, mark)
     panels[0].set_xlabel("parameters of the teacher / of the student")
     panels[0].set_xscale("log", base=2)
+    panels[0].xaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5)))
+    panels[0].xaxis.set_major_formatter("{x:g}")
     panels[0].set_ylabel("test accuracy of the student (%), mean and std")
     panels[1].set_xlabel("accuracy of the teacher minus that of the student alone (points)")
     for axes in panels:
