@@ -220,7 +220,10 @@ def forest(rows: Sequence[Mapping[str, Any]]) -> Picture | None:
             axes.plot([row["mean"]], [place], "o", color=COLOURS[0], markersize=7)
         axes.axvline(0, color="#444444", linewidth=1)
         names = told_apart([row["row"] for row in chosen])
-        labels = [wrapped(f"{names[row['row']]} (n = {row['n']})") for row in reversed(chosen)]
+        labels = [
+            wrapped(f"{names[row['row']]} (n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{row['n']})")
+            for row in reversed(chosen)
+        ]
         axes.set_yticks(range(len(chosen)), labels)
         axes.set(ylim=(-0.6, len(chosen) - 0.4), xlabel="accuracy minus the reference's (percentage points)")
 
