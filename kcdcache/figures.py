@@ -287,7 +287,8 @@ def distance_matrix(names: Sequence[str], matrix: np.ndarray, by_chance: Sequenc
         image = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=max(0.5, float(matrix.max())))
         axes.grid(False)
         axes.set_title(chance)
-        called = [told_apart(names)[name] for name in names]
+        short_names = told_apart(names)
+        called = [short_names[name] for name in names]
         axes.set_yticks(range(count), called)
         axes.set_xticks(range(count), called, rotation=40, ha="right")
         for row, column in np.ndindex(count, count) if count <= 16 else ():

@@ -116,11 +116,8 @@ def _asked(part: Part, plan: StorePlan, job: Job) -> tuple[dict[str, Tensor], fl
             finite = torch.isfinite(logits).all(1)  # a row with a NaN has its maximum there
             guesses.append(torch.where(finite, logits.argmax(1), -1))
     # counted once a part: a number read after every batch would stall the device
-    correct = (
-        _agreement(guesses, (job.labels if job.truth is None else job.truth)[part.start : part.stop])
-        if guesses
-        else 0.0
-    )
+    labels = job.labels if job.truth is None else job.truth
+    correct = _agreement(guesses, labels[part.start : part.stop]) if guesses else 0.0
     return {field: torch.cat(values) for field, values in pieces.items()}, correct
 
 
