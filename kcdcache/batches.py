@@ -16,7 +16,6 @@ from torch.utils.data import Dataset as TorchDataset
 from kcdcache import fields as teacher_fields
 from kcdcache import mixes, prefetch, sampling, shares, views
 from kcdcache.data import Dataset
-from kcdcache.earlier import NOTHING, Earlier
 from kcdcache.errors import MismatchError
 from kcdcache.knowledge import PlannedRows, StoredTargets, Targets
 from kcdcache.manifest import Manifest, require_knowledge
@@ -56,8 +55,6 @@ class Source:
     requeried: Targets | None = None
     """teacher outputs of mixed points (mix_target = requery)"""
     mixing: Mixing = DEFAULT_MIXING
-    earlier: Earlier = NOTHING
-    """what stages before mixed into samples, where it stays (mix_base = cumulative)"""
     stop: int | None = None
     """first epoch that will not use this source, for which nothing is fetched ahead; None if that is not known"""
 
@@ -129,14 +126,12 @@ def connect(
     memory_bytes: float = MEMORY_BYTES,
     folder: Path | None = None,
     cached_views: int | None = None,
-    earlier: Earlier = NOTHING,
 ) -> Iterator[Source]:
     """Yield what batches are made from: a manifest's images and views with the teacher's fields for them.
 
     Only the rows the manifest needs are read, one view at a time. `requeried` is a store of the teacher's outputs on
     the manifest's mixes. Above `memory_bytes` the rows lie in unlinked memory-mapped files in `folder` (the system's
-    temporary folder unless given). `cached_views` uses only the first so many views. `earlier` are the mixes of stages
-    before, where samples keep them.
+    temporary folder unless given). `cached_views` uses only the first so many views.
 
     Raises:
         MismatchError: data, manifest and store were not made for each other, or a field is missing.
@@ -147,12 +142,12 @@ def connect(
     require_knowledge(manifest, knowledge.knowledge_id)
     rule = views.rule_of(knowledge.knowledge.views)
     held_views = knowledge.views if cached_views is None else min(cached_views, knowledge.views)
-    plain = Source(data=data, rule=rule, views=held_views, manifest=manifest, mixing=mixing, earlier=earlier)
+    plain = Source(data=data, rule=rule, views=held_views, manifest=manifest, mixing=mixing)
     if not fields:
         yield plain
         return
     place = Path(tempfile.gettempdir()) if folder is None else folder
-    rows = np.union1d(needed_rows(manifest, requeried is not None), earlier.partners(manifest.index))
+    rows = needed_rows(manifest, requeried is not None)
     with ExitStack() as held:
         targets = held.enter_context(StoredTargets(knowledge, rows, fields, memory_bytes=memory_bytes, folder=place))
         again = None
@@ -237,7 +232,7 @@ def make_batch(
     labels = source.data.train.labels
     epsilon = torch.from_numpy(plan.epsilon[part]).to(device)
     seen = shown or (_view(source, *one, device) for one in _asked(plan, part))
-    pixels = _as_before(source, plan.view, index, next(seen))
+    pixels = next(seen)
     if len(where):
         other = next(seen)
         spot = torch.from_numpy(where).to(device)
@@ -348,9 +343,6 @@ def _taught(
         return None, {}
     temperature = source.mixing.temperature
     probabilities = (own["logits"] / temperature).softmax(1) if "logits" in own else None
-    for before in source.earlier.rounds(index):
-        share = torch.from_numpy(before.epsilon).to(device)
-        probabilities, own = _mixed_in(source, own, probabilities, before.partner, before.where, share, device)
     if not len(where):
         return probabilities, own
     spot = torch.from_numpy(where).to(device)
@@ -371,27 +363,17 @@ def _mixed_in(
     share: Tensor,
     device: torch.device,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Mix the outputs on partners into those of some points of a batch, which may be mixes already."""
+    """Mix the outputs on partners into those of some points of a batch."""
     assert source.targets is not None
     rule, temperature = source.mixing.target, source.mixing.temperature
     spot = torch.from_numpy(where).to(device)
     other = source.targets.gather(partner, temperature, device)
     if probabilities is not None:
-        so_far = probabilities[spot] if source.earlier else None
-        probabilities[spot] = mix_probabilities(own["logits"][spot], other["logits"], share, rule, temperature, so_far)
+        probabilities[spot] = mix_probabilities(own["logits"][spot], other["logits"], share, rule, temperature)
     if rule == "keep":
         return probabilities, own
     mixed = {name: teacher_fields.mix(name, own[name][spot], other[name], share) for name in own}
     return probabilities, {name: _put(own[name], spot, mixed[name]) for name in own}
-
-
-def _as_before(source: Source, view: int, index: np.ndarray, pixels: Tensor) -> Tensor:
-    """Return a batch's images with all that stages before mixed into them, in the given view."""
-    for before in source.earlier.rounds(index):
-        other = _view(source, before.partner, views.parameters(source.rule, before.partner, view), pixels.device)
-        spot, share = (torch.from_numpy(array).to(pixels.device) for array in (before.where, before.epsilon))
-        pixels[spot] = mix_pixels(pixels[spot], other, share, source.mixing.mix)
-    return pixels
 
 
 def _put(target: Tensor, spot: Tensor, value: Tensor) -> Tensor:

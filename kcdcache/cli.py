@@ -28,10 +28,8 @@ COLLECTED = 100_000
 """objects made between two collections of garbage: imports make many and no garbage, 0.1 s of looking for it"""
 MOST_SHOWN = 4000
 """characters of an error: names from files may have any length"""
-TOGETHER = {"fit", "train", "condense"}
+TOGETHER = {"fit", "train"}
 """commands that several processes under torchrun do together"""
-CONDENSERS = {True: "condenser", False: "jointly"}
-"""whether a process is alone -> the module that condenses"""
 LONG = {"run", "fit", "precompute", "train"}
 """commands that stop at a safe point when asked to, and resume; the others are over at once"""
 
@@ -173,9 +171,10 @@ def _settings_command(name: str) -> click.Command:
 
     def work(dry_run: bool, **values: Any) -> dict[str, Any]:
         settings = config.make(model, {key: value for key, value in values.items() if value is not None})
-        if name == "condense":  # stays free of torch and zarr, unless several processes have to talk to each other
-            alone = os.environ.get("WORLD_SIZE", "1") == "1"
-            return importlib.import_module(f"kcdcache.{CONDENSERS[alone]}").run(settings, dry_run=dry_run)
+        if name == "condense":  # stays free of torch and zarr
+            if os.environ.get("WORLD_SIZE", "1") != "1":
+                raise SettingsError("condense is work for one process; start it without torchrun")
+            return importlib.import_module("kcdcache.condenser").run(settings, dry_run=dry_run)
         if name == "export":
             return importlib.import_module("kcdcache.export").run(settings, _Reporter(), dry_run=dry_run)
         return importlib.import_module("kcdcache.steps").STEPS[name][1](settings, _Reporter(), dry_run=dry_run)

@@ -94,7 +94,7 @@ class CondenseCommand(CondenseSettings):
     partition_rows: int = Field(default=partitioned.ROWS, ge=1)
     """write manifests of more samples than this in parts, each of so many samples"""
     memory_gb: float = Field(default=8, gt=0)
-    """memory of a process for what it keeps of the samples; above it files beside --out serve. Never changes results"""
+    """memory for what is kept of the samples, about 9 bytes for each; more is refused. Never changes results"""
     expect_id: tuple[str, ...] | None = None
     """ids that store, values and previous manifest must have (inspect shows them): refuse anything else"""
 

@@ -141,9 +141,6 @@ class MethodSettings(Settings):
     """distillation temperature; the method's own default if unset (kd: 4)"""
     mix: Literal["convex", "additive_clip"] = "convex"
     """how K_Aug images are mixed: (1-eps) x + eps x0, or x + eps x0 clipped to [0, 1]"""
-    mix_base: Literal["fresh", "cumulative"] = "fresh"
-    """what a stage mixes partners into: the original images, or what earlier stages of the run made of them (as the
-    release does; other runs that take its set mix its last partners into the original images)"""
     mix_target: Literal["linear_prob", "linear_logit", "keep", "requery"] = "linear_prob"
     """teacher target of a mixed point: mixed cached probabilities, mixed cached logits, the kept point's own, or
     the teacher run on the mix"""
@@ -281,15 +278,6 @@ class TrainSettings(OptimizerSettings, MethodSettings, ScheduleSettings, Condens
     @classmethod
     def _apply_presets(cls, values: Any) -> Any:
         return with_own_draws(with_sampling(with_preset(cls, values)))
-
-    @model_validator(mode="after")
-    def _require_one_partner(self) -> "TrainSettings":
-        for name, value in (("mix_target", "requery"), ("mix_label", "mix")):
-            if self.mix_base == "cumulative" and getattr(self, name) == value:
-                raise ValueError(
-                    f"mix_base 'cumulative' mixes several partners into a sample, {name} '{value}' knows one"
-                )
-        return self
 
 
 NEUTRAL = {"checkpoint_seconds", "memory_gb", "resident", "graphs", "workers", "fidelity"}

@@ -210,7 +210,6 @@ def _teach(going: _Run, stage: schedule.Stage, until: int) -> int:
             views=going.views,
             manifest=current,
             requeried=_by_first(going, lambda: _requery(going, stage, current)),
-            earlier=handover.earlier_mixes(going.folder, settings, stage.number, going.group.world),
         ),
         data=going.material.data,
         knowledge=going.material.knowledge,

@@ -1,11 +1,9 @@
-"""What stages of a run hand on: a manifest condensed by hand to the one that begins now, mixes to later ones."""
+"""What stages of a run hand on: a manifest condensed by hand to the one that begins now."""
 
 import logging
 from collections.abc import Sequence
 
 from kcdcache import manifest
-from kcdcache.config import TrainSettings
-from kcdcache.earlier import NOTHING, Earlier
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.manifest import Manifest
 from kcdcache.runs import RunFolder, load_checkpoint, write_manifest
@@ -56,19 +54,6 @@ def _has_placed(folder: RunFolder, stages: Sequence[Stage], chosen: Manifest) ->
             logger.info("train: the given set is that of stage %d already", stage.number)
             return True
     return False
-
-
-def earlier_mixes(folder: RunFolder, settings: TrainSettings, stage: int, processes: int) -> Earlier:
-    """Return the mixes of a run's earlier stages that its samples keep; none unless mix_base says so.
-
-    Raises:
-        SettingsError: several processes train: each holds only the rows of its own points.
-    """
-    if settings.mix_base == "fresh":
-        return NOTHING
-    if processes > 1:
-        raise SettingsError("mix_base 'cumulative' trains in one process; use mix_base fresh, or one process")
-    return Earlier([manifest.read(folder.manifest(number)) for number in range(stage)])
 
 
 def finished_epochs(folder: RunFolder) -> int:

@@ -98,7 +98,7 @@ def full(
 
     Samples in `excluded` (those the store skipped) are left out; `keep` still says 1, a share of what can be kept.
     """
-    index = np.arange(count) if excluded is None else np.setdiff1d(np.arange(count), excluded)
+    index = np.arange(count) if excluded is None else np.setdiff1d(np.arange(count), excluded, assume_unique=True)
     rows = len(index)
     return Manifest(
         **plain(index), rank=np.arange(rows), value=np.zeros(rows, np.float32), visits=np.zeros(rows, np.int32),

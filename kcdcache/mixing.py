@@ -27,17 +27,15 @@ def mix_probabilities(
     epsilon: Float[Tensor, " batch"],
     rule: str,
     temperature: float,
-    so_far: Float[Tensor, "batch classes"] | None = None,
 ) -> Float[Tensor, "batch classes"]:
     """Return the teacher's probabilities at T for mixed points, from the logits of both.
 
     linear_prob: (1-eps) softmax(z/T) + eps softmax(z0/T); linear_logit: softmax of the mixed logits; keep: the own.
-    `so_far` are the kept points' probabilities at T where these are mixes themselves, instead of softmax(z/T).
 
     Source: Eq. 14 read offline; facts.md A10.
     """
-    own = (kept / temperature).softmax(1) if so_far is None else so_far
-    return TARGET_RULES[rule](own, kept / temperature, dropped / temperature, epsilon.view(-1, 1))
+    own = kept / temperature
+    return TARGET_RULES[rule](own.softmax(1), own, dropped / temperature, epsilon.view(-1, 1))
 
 
 TARGET_RULES: Mapping[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {

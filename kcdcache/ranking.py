@@ -1,9 +1,20 @@
-"""Exact orders of many scores, ties by position: packed with their positions into 64-bit words and sorted in place."""
+"""Exact orders of many scores, ties by position, and the rows of a condensed set that follow from such an order.
+
+Scores are packed with their positions into 64-bit words, which are sorted in place.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int64, Integer, UInt32, UInt64
+from jaxtyping import Float32, Float64, Int64, Integer, UInt32, UInt64
 
+from kcdcache.config import CondenseSettings, nearest
 from kcdcache.errors import NonFiniteError, SettingsError
+from kcdcache.facts import Facts
+from kcdcache.manifest import plain
+from kcdcache.values import Block
 
 MOST_POSITIONS = 2**32
 """what half a word can tell apart"""
@@ -48,10 +59,7 @@ class Ranker:
             SettingsError: there are more samples than can be ranked.
         """
         if count > MOST_POSITIONS:
-            raise SettingsError(
-                f"{count} samples cannot be ranked, at most {MOST_POSITIONS} can; select without ranks "
-                "(kcdcache.selection)"
-            )
+            raise SettingsError(f"{count} samples cannot be ranked, at most {MOST_POSITIONS} can")
         self._words = np.empty(count, np.uint64)
         self._filled = 0
 
@@ -92,3 +100,111 @@ def pack(words: UInt64[np.ndarray, " n"], score: Float32[np.ndarray, " n"], inde
             raise
         words[some] <<= np.uint64(32)
         words[some] |= index[some].astype(np.uint64)
+
+
+def numbered(groups: Integer[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]:
+    """Return each row's number within its group, counted from 0; groups are 0 or more.
+
+    >>> numbered(np.array([1, 0, 1])).tolist()
+    [0, 0, 1]
+    """
+    counts = np.bincount(groups)
+    by_group = np.argsort(groups, kind="stable")
+    found = np.empty(len(groups), np.int64)
+    found[by_group] = np.arange(len(groups)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return found
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Outline:
+    """The sizes of a condensed set, and what it was made by."""
+
+    kept: int
+    pairs: int
+    """kept samples with a dropped one mixed in: those of the lowest places"""
+    dropped: int
+    """size of K_0"""
+    settings: CondenseSettings
+    count: int
+    stage: int
+    keep: float
+    parent: str | None
+
+    @property
+    def first(self) -> int:
+        """The first place into whose sample another is mixed."""
+        return self.kept - self.pairs
+
+    def rows(
+        self, block: Block, inside: Int64[np.ndarray, " rows"], place: Int64[np.ndarray, " rows"],
+        partner: Integer[np.ndarray, " mixed"], rank: Integer[np.ndarray, " rows"],
+    ) -> dict[str, np.ndarray]:  # fmt: skip
+        """Return rows as the columns of a manifest: those `inside` a block of samples, at some places.
+
+        `partner` is what is mixed into those at places from `first` on.
+        """
+        columns = plain(inside + block.first)
+        columns["mixed"] = mixed = place >= self.first
+        pairs = place[mixed] - self.first
+        columns["partner"][mixed] = partner
+        columns["epsilon"][mixed] = epsilons(self.settings.eps_grid, self.settings.eps_max, pairs, self.pairs)
+        columns["rank"] = np.asarray(rank, np.int64)
+        visits, value = block.values.visits[inside], block.values.value[inside]
+        return {**columns, "visits": visits, "value": np.where(visits > 0, value, np.float32(0))}
+
+    def facts(self, **others: Any) -> Facts:
+        """Return what the manifest says beside its rows, with what only the caller knows."""
+        rule = {name: getattr(self.settings, name) for name in CondenseSettings.model_fields}
+        return Facts(
+            count=self.count, stage=self.stage, keep=self.keep, dropped=self.dropped, rule=rule, parent=self.parent,
+            **others,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Plan(Outline):
+    """A condensed set whose rows follow from arrays in memory."""
+
+    places: UInt32[np.ndarray, " n"]
+    """place of each sample among the kept ones, best first; `kept` or more for the others"""
+    partner: Integer[np.ndarray, " pairs"]
+    """what is mixed into the kept samples from place `first` on"""
+    rank: Int64[np.ndarray, " kept"] | None
+    """rank by place, where that is not the place itself"""
+
+    def index(self) -> Int64[np.ndarray, " kept"]:
+        """Return the kept samples, ascending."""
+        return np.flatnonzero(self.places < self.kept)
+
+    def columns(self, block: Block) -> dict[str, np.ndarray]:
+        """Return the rows of the kept ones among some samples, ascending, as the columns of a manifest."""
+        places = self.places[block.first : block.first + len(block.values.visits)]
+        inside = np.flatnonzero(places < self.kept)
+        place = places[inside].astype(np.int64)
+        partner = self.partner[place[place >= self.first] - self.first]
+        return self.rows(block, inside, place, partner, place if self.rank is None else self.rank[place])
+
+
+def epsilons(grid: str, eps_max: float, place: Int64[np.ndarray, " n"], count: int) -> Float32[np.ndarray, " n"]:
+    """Return the partner's share in the mixes at some places 0..count-1, growing down the ranks from 0 to eps_max.
+
+    With i = place and L = count: 'zero_based' eps_max i / L, 'one_based' eps_max (i + 1) / L, 'inclusive'
+    eps_max i / (L - 1) (0 for L = 1), 'constant' eps_max.
+
+    Raises:
+        SettingsError: the grid is unknown.
+
+    Source: Eq. 15 of Knowledge Condensation Distillation in the readings of facts.md A4.
+    """
+    if grid not in GRIDS:
+        raise SettingsError(f"unknown eps_grid '{grid}'; {nearest(grid, GRIDS)}")
+    return (eps_max * GRIDS[grid](place.astype(np.float64), count)).astype(np.float32)
+
+
+GRIDS: dict[str, Callable[[Float64[np.ndarray, " count"], int], Float64[np.ndarray, " count"]]] = {
+    "zero_based": lambda i, count: i / max(count, 1),
+    "one_based": lambda i, count: (i + 1) / max(count, 1),
+    "inclusive": lambda i, count: i / max(count - 1, 1),
+    "constant": lambda i, count: np.ones_like(i),
+}
+"""Shape of the mixing share over ranks in [0, 1]: (i = 0 .. L-1, L) -> share of eps_max."""

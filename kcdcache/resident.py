@@ -94,8 +94,6 @@ def obstacle(source: Source, device: torch.device, free: int | None = None) -> s
         return found
     if any(targets is not None and not isinstance(targets, StoredTargets) for targets in _targets(source)):
         return "its targets are not those of a store"
-    if source.earlier:
-        return "its samples keep the mixes of earlier stages"
     return room_obstacle(bytes_of(source), device, free)
 
 

@@ -30,33 +30,12 @@ def require(columns: Columns, count: int) -> None:
     _raise_first([*_own_rules(columns, count), *_set_rules(columns)], columns, 0)
 
 
-class Rows:
-    """Holds the rows of one condensed set as they come against the rules of each by itself; takes no memory."""
+class Blocks:
+    """Holds the rows of one condensed set as they come against all rules; takes one byte for each sample of the set."""
 
     def __init__(self, count: int) -> None:
         """Begin with the rows of a set of `count` samples."""
         self._count, self._rows, self._last = count, 0, -1
-
-    def add(self, columns: Columns) -> None:
-        """Take the next rows.
-
-        Raises:
-            MismatchError: one of them breaks a rule; names the first.
-        """
-        _raise_first(list(_own_rules(columns, self._count, self._last)), columns, self._rows)
-        self._rows += len(columns["index"])
-        self._last = int(columns["index"][-1]) if len(columns["index"]) else self._last
-
-    def end(self) -> None:
-        """Take note that there are no more rows."""
-
-
-class Blocks(Rows):
-    """Holds them against the rules between any two rows as well; takes one byte for each sample of the set."""
-
-    def __init__(self, count: int) -> None:
-        """Begin with the rows of a set of `count` samples."""
-        super().__init__(count)
         self._used = np.zeros(count, np.uint8)
 
     def add(self, columns: Columns) -> None:
@@ -66,7 +45,9 @@ class Blocks(Rows):
             MismatchError: one of them breaks a rule; names the first.
         """
         before = self._rows
-        super().add(columns)
+        _raise_first(list(_own_rules(columns, self._count, self._last)), columns, before)
+        self._rows += len(columns["index"])
+        self._last = int(columns["index"][-1]) if len(columns["index"]) else self._last
         partner = columns["partner"][columns["mixed"]]
         again = np.zeros(len(columns["mixed"]), np.bool_)
         again[columns["mixed"]] = self._marked(partner, _AS_PARTNER)

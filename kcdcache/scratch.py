@@ -1,4 +1,4 @@
-"""A folder beside a result, in which it is made: locked while its processes live, and gone afterwards."""
+"""A folder beside a result, in which it is made: locked while its process lives, and gone afterwards."""
 
 import errno
 import glob
@@ -12,7 +12,6 @@ from kcdcache import places
 from kcdcache.crashpoints import step
 from kcdcache.errors import LockedError
 from kcdcache.files import TEMPORARY_MARK, locked, naming, process_runs, sync_directory
-from kcdcache.team import ALONE, Team
 
 LOCK = "lock"
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
@@ -20,26 +19,14 @@ _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 
 @contextmanager
-def beside(path: Path, team: Team = ALONE) -> Iterator[Path]:
-    """Yield a new folder beside `path`, the same one to all processes of a team; the first deletes it in the end.
-
-    What killed processes left there before is deleted first.
-    """
-    if team.first:
-        remove_orphans(path)
-    name = team.told(f"{path.name}{TEMPORARY_MARK}{os.getpid()}-set".encode()).decode()
-    folder = path.with_name(name)
-    if not team.first:
-        team.wait()
-        yield folder
-        team.wait()
-        return
+def beside(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`, which is deleted in the end; first what killed processes left there is."""
+    remove_orphans(path)
+    folder = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}-set")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with locked(folder / LOCK):
-            team.wait()
             yield folder
-            team.wait()
             shutil.rmtree(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Values opened to be condensed: in memory, read again each time, or by each of several processes only its samples."""
+"""Values opened to be condensed: in memory, or read again each time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from kcdcache import foreign, hashing, partitioned, records, tables, values
-from kcdcache.errors import MismatchError
-from kcdcache.team import ALONE, Team
+from kcdcache import foreign, partitioned, records, tables, values
+from kcdcache.errors import CorruptionError, MismatchError
 from kcdcache.values import Block, Held, Source, Stream, Values
 
 HELD_SAMPLES = 2**23
@@ -32,29 +31,24 @@ def opened(path: Path, count: int, held: int = HELD_SAMPLES) -> Iterator[Opened]
         found = values.read(path, count)
         yield Held(found.values, found.labels), found.document
         return
-    with _stream(path, count) as (source, reader):
-        _look(source, reader, path, ALONE)
-        yield source, source.document
+    with streamed(path, count) as opened_:
+        yield opened_
 
 
 @contextmanager
-def shared(path: Path, count: int, team: Team) -> Iterator[Opened]:
-    """Yield the same without ever holding them: each process of a team goes through its own samples.
+def streamed(path: Path, count: int) -> Iterator[Opened]:
+    """Yield the same without ever holding them.
 
-    Another tool's rows have to be in ascending order of the index, within each file and from file to file. What only
-    all samples together tell, the digest and the fingerprint, stands in the record of partitioned values; else the
-    processes hash one column each.
+    Another tool's rows have to be in ascending order of the index, within each file and from file to file.
 
     Raises:
         NotFoundError, CorruptionError, MismatchError, NonFiniteError: as for `values.read`.
     """
     if not _ours(path):
-        several = Files(foreign.files_of(path), count)
-        several.known = _fingerprint(several, count, team)
-        yield several, None
+        yield Files(foreign.files_of(path), count), None
         return
     with _stream(path, count) as (source, reader):
-        _look(source, reader, path, team)
+        _look(source, reader, path)
         yield source, source.document
 
 
@@ -67,7 +61,7 @@ class Files:
         Raises:
             MismatchError: a column is missing.
         """
-        self._count, self.known = count, ""
+        self._count, self._known = count, ""
         begins, rows, names = [], 0, []
         for path in paths:
             with tables.opened(path, count) as reader:
@@ -85,38 +79,44 @@ class Files:
             raise MismatchError(f"two of the files begin with index {twice[0]}: {self._paths[0].parent}; sort the rows")
         self.labelled = rows == count and all("label" in some for some in names)
 
-    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
-        """Yield samples `start` to `stop`, all by default.
+    def blocks(self) -> Iterator[Block]:
+        """Yield all samples.
 
         Raises:
             MismatchError: indices do not ascend, or lie outside [0, count); names the file.
             NonFiniteError: a value is not finite; names the row.
+            CorruptionError: they are not those of the time before.
         """
-        end = self._count if stop is None else stop
-        reached = start
-        for index, some, labels in self._rows(start, end):
-            low, high = np.searchsorted(index, [start, end])
-            for first in range(reached, int(index[high - 1]) + 1 if low < high else reached, tables.ROWS):
-                last = min(first + tables.ROWS, int(index[high - 1]) + 1)
+        digest = tables.Digest(_FINGERPRINTED)
+        for block in self._blocks():
+            digest.add({"visits": block.values.visits, "value": block.values.value})
+            yield block
+        found = digest.over(b"")
+        if self._known not in ("", found):
+            raise CorruptionError(f"{self._paths[0].parent}: the values were changed meanwhile; run the command again")
+        self._known = found
+
+    def _blocks(self) -> Iterator[Block]:
+        reached = 0
+        for index, some, labels in self._rows():
+            for first in range(reached, int(index[-1]) + 1, tables.ROWS):
+                last = min(first + tables.ROWS, int(index[-1]) + 1)
                 inside = slice(*np.searchsorted(index, [first, last]))
                 yield _filled(first, last, index[inside], Values(some.visits[inside], some.value[inside]),
                               None if labels is None else labels[inside])  # fmt: skip
                 reached = last
         nothing = np.empty(0, np.int64)
-        for first in range(reached, end, tables.ROWS):  # never measured
-            yield _filled(first, min(first + tables.ROWS, end), nothing, values.start(0), None)
+        for first in range(reached, self._count, tables.ROWS):  # never measured
+            yield _filled(first, min(first + tables.ROWS, self._count), nothing, values.start(0), None)
 
     def fingerprint(self) -> str:
-        """Return `values.fingerprint` of them, as taken when they were opened."""
-        return self.known
+        """Return `values.fingerprint` of them, as of the last time they were gone through whole; "" before."""
+        return self._known
 
-    def _rows(self, start: int, stop: int) -> Iterator[tuple[np.ndarray, Values, np.ndarray | None]]:
-        """Yield the rows of the files that may have some of these samples."""
+    def _rows(self) -> Iterator[tuple[np.ndarray, Values, np.ndarray | None]]:
         last = -1
         ends = [*self._begins[1:], self._count]
-        for path, begin, after in zip(self._paths, self._begins, ends, strict=True):
-            if after <= start or begin >= stop:
-                continue
+        for path, after in zip(self._paths, ends, strict=True):
             with tables.opened(path, self._count) as reader:
                 first = 0
                 for table in reader.groups(foreign.COLUMNS):
@@ -124,7 +124,7 @@ class Files:
                     if (np.diff(index, prepend=last) <= 0).any():
                         raise MismatchError(
                             f"{path}, rows from {first}: expected indices above {last} in ascending order, file after "
-                            "file; sort the rows, or condense in one process and in memory (--memory-gb)"
+                            "file; sort the rows, or condense in memory (--memory-gb)"
                         )
                     if (last := int(index[-1])) >= after:
                         raise MismatchError(
@@ -158,33 +158,11 @@ def _stream(path: Path, count: int) -> Iterator[tuple[Stream, tables.Table]]:
         yield records.steady(path, look)
 
 
-def _look(source: Stream, reader: tables.Table, path: Path, team: Team) -> None:
+def _look(source: Stream, reader: tables.Table, path: Path) -> None:
     """Let a source know its fingerprint, and hold it against its digest unless that comes with every part."""
     if source.known:
         source.require_rows(reader.rows)
-    elif team.world == 1:
+    else:
         for _ in source.blocks():
             pass
-    else:
-        _hash_columns(source, reader, team)
     records.require(path, records.Facts(reader.rows, source.fingerprint()))
-
-
-def _hash_columns(source: Stream, reader: tables.Table, team: Team) -> None:
-    def blocks(names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
-        first = 0
-        for table in reader.groups([name for name in names if name != "index"] or ["index"]):
-            columns = {name: table.column(name).to_numpy() for name in names if name != "index"}
-            yield {**columns, "index": np.arange(first, first + table.num_rows)}  # what it has to be is known
-            first += table.num_rows
-
-    found = hashing.column_digests(team, source.kinds, blocks)
-    source.require_digest({name: (source.kinds[name], reader.rows, digest) for name, digest in found.items()})
-
-
-def _fingerprint(several: Files, count: int, team: Team) -> str:
-    def blocks(names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
-        return ({"visits": block.values.visits, "value": block.values.value} for block in several.blocks())
-
-    found = hashing.column_digests(team, _FINGERPRINTED, blocks)
-    return tables.combined(b"", {name: (_FINGERPRINTED[name], count, digest) for name, digest in found.items()})

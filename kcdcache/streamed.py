@@ -1,6 +1,6 @@
 """A manifest made block by block: checked, digested, told of and, if asked for, written, but never whole in memory."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
@@ -9,18 +9,17 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64
 
-from kcdcache import hashing, manifest, partitioned, rules, tables
+from kcdcache import manifest, partitioned, rules, tables
 from kcdcache.errors import MismatchError
 from kcdcache.facts import Facts, Totals, told
 from kcdcache.files import canonical_json
-from kcdcache.partitioned import Part, Seal, Span
-from kcdcache.team import ALONE, Team
+from kcdcache.partitioned import Seal
 from kcdcache.values import Block, Source, Values
 
 
 @runtime_checkable
 class Planned(Protocol):
-    """A condensed set whose rows are known before they are written down (`outline.Plan`, `spread.Shared`)."""
+    """A condensed set whose rows are known before they are written down, as those of `ranking.Plan` are."""
 
     @property
     def kept(self) -> int:
@@ -44,12 +43,12 @@ class Planned(Protocol):
 class Tally:
     """What becomes known of rows while they are written: whether they are valid, their totals and their digest."""
 
-    def __init__(self, checks: rules.Rows, classes: int, digested: bool = True) -> None:
+    def __init__(self, checks: rules.Blocks, classes: int) -> None:
         """Begin; `classes` is the number of classes, 0 where labels are not known."""
         self._checks = checks
         self.totals = Totals()
         self.counts: Int64[np.ndarray, " classes"] = np.zeros(classes, np.int64)
-        self.digest = tables.Digest(manifest.ARRAYS) if digested else None
+        self.digest = tables.Digest(manifest.ARRAYS)
 
     def tables(self, blocks: Iterable[Mapping[str, np.ndarray]], rows: int = tables.ROWS) -> Iterator[pa.Table]:
         """Yield rows, `label` beside their columns where it is known, as they stand in a file.
@@ -57,11 +56,10 @@ class Tally:
         Raises:
             MismatchError: a row breaks the rules of a manifest.
         """
-        works = [self._checks.add, *([self.digest.add] if self.digest else [])]
         with ThreadPoolExecutor(1) as pool:
             for columns in tables.regrouped(blocks, rows):
                 label = columns.pop("label", None)
-                beside = [pool.submit(work, columns) for work in works]
+                beside = [pool.submit(work, columns) for work in (self._checks.add, self.digest.add)]
                 yield manifest.cells(columns)  # which the caller writes meanwhile
                 self.totals = self.totals.plus(columns)
                 self.counts = self.counts if label is None else _counted(self.counts, label)
@@ -84,17 +82,6 @@ class Tally:
         found.require_fit(self.totals.rows, self.totals.mixed)
         return found
 
-    def join(self, team: Team) -> None:
-        """Take up what the other processes of a team know of their rows."""
-        classes = np.zeros(team.most(len(self.counts)), np.int64)
-        classes[: len(self.counts)] = self.counts
-        rows, mixed, unseen, *_ = self.totals
-        rows, mixed, unseen, *counts = team.total(np.array([rows, mixed, unseen, *classes])).tolist()
-        ends = np.array([np.inf, -np.inf] if self.totals.epsilon is None else self.totals.epsilon)
-        low, high = team.each(ends.view(np.int64)).view(np.float64).T
-        epsilon = (float(low.min()), float(high.max())) if mixed else None
-        self.totals, self.counts = Totals(rows, mixed, unseen, epsilon), np.array(counts, np.int64)
-
 
 def write(
     plan: Planned, source: Source, sink: BinaryIO | None, *, classes: int, rows: int = tables.ROWS, **facts: Any
@@ -115,54 +102,25 @@ def write(
 
 
 def write_parts(
-    plan: Planned, source: Source, folder: Path, spans: Sequence[Span], *, partition_rows: int, classes: int,
-    checks: rules.Rows, team: Team = ALONE, **facts: Any,
-) -> tuple[dict[str, Any], Facts, Seal]:  # fmt: skip
-    """Write this process's parts of a plan's manifest; return its summary, its facts and the record to seal it with.
-
-    `spans` are those of this process: consecutive ones, and all of them together are those of the samples. With several
-    processes the digest is taken of the parts when all are written, by each process of some of the columns.
+    plan: Planned, source: Source, folder: Path, *, partition_rows: int, classes: int, **facts: Any
+) -> tuple[dict[str, Any], Seal]:
+    """Write the parts of a plan's manifest; return its summary and the record to seal the folder with.
 
     Raises:
         MismatchError, CorruptionError, NonFiniteError, OSError: as for `write`.
     """
-    tally = Tally(checks, classes if source.labelled else 0, digested=team.world == 1)
-    every = partitioned.spans(plan.count, partition_rows)
-    found = np.zeros((len(every), 6), np.int64)
-    blocks = source.blocks(spans[0].first, spans[-1].stop) if spans else iter(())
+    tally = Tally(rules.Blocks(plan.count), classes if source.labelled else 0)
+    parts, blocks = [], source.blocks()
     waiting: list[Block] = []
-    for span in spans:
+    for span in partitioned.spans(plan.count, partition_rows):
         rows = _rows(plan, _until(span.stop, blocks, waiting))
-        part = partitioned.write_part(folder, span, manifest.SCHEMA_WRITTEN, tally.tables(rows))
-        found[span.number] = part.rows, part.bytes, *np.frombuffer(bytes.fromhex(part.sha256), np.int64)
+        parts.append(partitioned.write_part(folder, span, manifest.SCHEMA_WRITTEN, tally.tables(rows)))
     next(blocks, None)  # the source compares digests at its end
-    tally.join(team)
-    parts = tuple(
-        Part(rows, size, np.array(sha, np.int64).tobytes().hex()) for rows, size, *sha in team.total(found).tolist()
-    )
     made = tally.made(plan, values=source.fingerprint(), **facts)
-    digests = (
-        {name: tally.digest.of(name) for name in manifest.ARRAYS} if tally.digest else _digests(folder, every, team)
-    )
-    document, kinds = made.document_of(plan.kept), manifest.ARRAYS
-    name = tables.combined(
-        canonical_json(document), {column: (kinds[column], plan.kept, sha) for column, sha in digests.items()}
-    )
-    content = manifest.seal_of(document, name, plan.count, partition_rows)._replace(parts=parts)
-    return told(made, tally.totals, name), made, content
-
-
-def join_parts(
-    plan: Planned, made: Facts, folder: Path, spans: Sequence[Span], sink: BinaryIO | None
-) -> dict[str, Any]:
-    """Write the manifest of parts as one file; return its summary. Without `sink` nothing is written.
-
-    Raises:
-        MismatchError, CorruptionError, OSError: as for `write`.
-    """
-    tally = Tally(rules.Rows(plan.count), 0)
-    writer = _written(tally.tables(_read(folder, spans, tuple(manifest.ARRAYS))), sink)
-    return _ended(writer, tally, made)
+    document = made.document_of(plan.kept)
+    name = tally.digest.over(canonical_json(document))
+    content = manifest.seal_of(document, name, plan.count, partition_rows)._replace(parts=tuple(parts))
+    return told(made, tally.totals, name), content
 
 
 def _written(blocks: Iterable[pa.Table], sink: BinaryIO | None) -> tables.Writer | None:
@@ -175,7 +133,6 @@ def _written(blocks: Iterable[pa.Table], sink: BinaryIO | None) -> tables.Writer
 
 def _ended(writer: tables.Writer | None, tally: Tally, made: Facts) -> dict[str, Any]:
     document = made.document_of(tally.totals.rows)
-    assert tally.digest is not None
     name = tally.digest.over(canonical_json(document))
     if writer is not None:
         writer.close(manifest.metadata(document, name))
@@ -205,18 +162,6 @@ def _part(block: Block, start: int, stop: int) -> Block:
     some = slice(start, stop)
     labels = None if block.labels is None else block.labels[some]
     return Block(block.first + start, Values(block.values.visits[some], block.values.value[some]), labels)
-
-
-def _digests(folder: Path, spans: Sequence[Span], team: Team) -> dict[str, bytes]:
-    return hashing.column_digests(team, manifest.ARRAYS, lambda names: _read(folder, spans, names))
-
-
-def _read(folder: Path, spans: Sequence[Span], names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
-    stored = ["part" if name == "mixed" else name for name in names]
-    for span in spans:
-        with tables.opened(folder / span.name, span.stop - span.first) as reader:
-            for table in reader.groups(stored):
-                yield manifest.arrays(table, folder / span.name, 0, names)
 
 
 def _counted(counts: Int64[np.ndarray, " classes"], label: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " more"]:

@@ -10,7 +10,6 @@ import torch
 from kcdcache import batches, learner, loop, methods, parameters, records, resident, sampling, store, values
 from kcdcache.config import TrainSettings
 from kcdcache.data import Dataset
-from kcdcache.earlier import NOTHING, Earlier
 from kcdcache.knowledge import StoredTargets
 from kcdcache.manifest import Manifest
 from kcdcache.runs import RunFolder
@@ -35,8 +34,6 @@ class Lessons:
     manifest: Manifest
     requeried: Path | None = None
     """store of the teacher's outputs on this manifest's mixes, if it was asked for them"""
-    earlier: Earlier = NOTHING
-    """mixes of earlier stages that samples keep"""
 
 
 def run_stage(
@@ -77,7 +74,6 @@ def run_stage(
         memory_bytes=settings.memory_gb * GIB,
         folder=folder.scratch,
         cached_views=lessons.views,
-        earlier=lessons.earlier,
     )
     with connected as source:
         stop = min(until, lessons.stop)

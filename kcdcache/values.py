@@ -68,8 +68,8 @@ class Source(Protocol):
     def labelled(self) -> bool:
         """Whether every sample has a label."""
 
-    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
-        """Yield samples `start` to `stop`, all by default."""
+    def blocks(self) -> Iterator[Block]:
+        """Yield all samples."""
 
     def fingerprint(self) -> str:
         """Return `fingerprint` of the values."""
@@ -87,11 +87,10 @@ class Held:
         """Whether every sample has a label."""
         return self.labels is not None
 
-    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
-        """Yield samples `start` to `stop`, all by default, in views of the arrays."""
-        end = len(self.values.visits) if stop is None else stop
-        for first in range(start, end, tables.ROWS):
-            some = slice(first, min(first + tables.ROWS, end))
+    def blocks(self) -> Iterator[Block]:
+        """Yield all samples, in views of the arrays."""
+        for first in range(0, len(self.values.visits), tables.ROWS):
+            some = slice(first, first + tables.ROWS)
             labels = None if self.labels is None else self.labels[some]
             yield Block(first, Values(self.values.visits[some], self.values.value[some]), labels)
 
@@ -241,34 +240,24 @@ class Stream:
         expected = pa.schema([(name, pa.from_numpy_dtype(kind)) for name, kind in self.kinds.items()])
         tables.require_schema(reader.schema, expected, path)
 
-    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Block]:
-        """Yield samples `start` to `stop`, all by default; what was yielded counts only once all was.
-
-        Only then the digest was compared; of a part of the samples it never is.
+    def blocks(self) -> Iterator[Block]:
+        """Yield all samples; what was yielded counts only once all was: only then the digest was compared.
 
         Raises:
             CorruptionError: the file is damaged, or its content does not match its digest.
             MismatchError: it is of another number of samples, or a count of visits is negative; names the row.
             NonFiniteError: a value is not finite; names the row.
         """
-        digest, rows, trouble = tables.Digest(self.kinds), start, None
-        whole = start == 0 and stop in (None, self._count)
-        for table in self._reader.groups(None, start, None if whole else stop):
+        digest, rows, trouble = tables.Digest(self.kinds), 0, None
+        for table in self._reader.groups():
             columns = self._columns(table)
-            index = np.arange(rows, rows + table.num_rows)
-            if whole:
-                digest.add({**columns, "index": index})  # which it then has to hold
-            elif not np.array_equal(columns["index"], index):
-                raise CorruptionError(
-                    f"{self._path} was changed after it was written: its indices are not 0, 1, 2, ..."
-                )
+            digest.add({**columns, "index": np.arange(rows, rows + table.num_rows)})  # which it then has to hold
             values = Values(columns["visits"], columns["value"])
             trouble = trouble or _trouble(values, self._path, rows)
             if trouble is None:
                 yield Block(rows, values, columns.get("label"))
             rows += table.num_rows
-        if whole:
-            self.require_digest({name: (kind, rows, digest.of(name)) for name, kind in self.kinds.items()})
+        self._require_digest({name: (kind, rows, digest.of(name)) for name, kind in self.kinds.items()})
         if trouble is not None:
             raise trouble
 
@@ -276,13 +265,8 @@ class Stream:
         """Return `fingerprint` of the values, as of the last time they were gone through whole, or as known before."""
         return self.known
 
-    def require_digest(self, columns: Mapping[str, tuple[type, int, bytes]]) -> None:
-        """Do nothing if the columns, of which type, rows and SHA-256 are given, have the file's digest.
-
-        Raises:
-            CorruptionError: they have not.
-            MismatchError: they are of another number of samples.
-        """
+    def _require_digest(self, columns: Mapping[str, tuple[type, int, bytes]]) -> None:
+        """Do nothing if the columns, of which type, rows and SHA-256 are given, have the file's digest."""
         header = canonical_json({key: item for key, item in self.document.items() if key != "digest"})
         if tables.combined(header, columns) != self.document.get("digest"):
             raise CorruptionError(

@@ -349,6 +349,13 @@ def test_condense_needs_neither_torch_nor_zarr(chain):
     assert (chain / "alone.parquet").read_bytes() == (chain / "set.parquet").read_bytes()
 
 
+def test_condense_is_refused_under_torchrun(capsys, chain, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, err = failure(capsys, *condense(chain, out=chain / "m.parquet"))
+    assert (code, "condense is work for one process; start it without torchrun" in err) == (2, True)
+    assert not (chain / "m.parquet").exists()
+
+
 def test_condense_takes_another_tools_values_and_says_so(chain):
     order = np.random.default_rng(0).permutation(200)
     pq.write_table(pa.table({"index": order, "value": order / 200}), chain / "theirs.parquet")

@@ -14,8 +14,7 @@ from kcdcache.condense import condense, pair, partition, random_stage
 from kcdcache.config import CondenseSettings
 from kcdcache.errors import MismatchError, NonFiniteError, SettingsError
 from kcdcache.manifest import Manifest
-from kcdcache.outline import epsilons
-from kcdcache.ranking import order_of
+from kcdcache.ranking import epsilons, order_of
 from kcdcache.values import Values
 
 KNOWLEDGE = "k" * 64
@@ -335,6 +334,18 @@ def test_skipped_samples_are_left_out_and_keep_stays_a_share_of_all() -> None:
     made = run(distinct(10), 0.6, excluded=[9, 0])
     assert made.index.tolist() == [3, 4, 5, 6, 7, 8]
     assert (sorted(made.partner[made.mixed].tolist()), made.dropped) == ([1, 2], 2)
+
+
+@given(st.integers(1, 60), st.data())
+@settings(max_examples=50, deadline=None)
+def test_candidates_are_those_of_numpys_plain_set_difference(count: int, data: Any) -> None:
+    excluded = np.array(sorted(data.draw(st.sets(st.integers(0, 80)))), np.int64)
+    kept = data.draw(st.sets(st.integers(0, count - 1), min_size=1))
+    common = {"knowledge_id": KNOWLEDGE, "count": count}
+    within = manifest.full(**common, excluded=np.setdiff1d(np.arange(count), sorted(kept)))
+    for everyone, previous in ((np.arange(count), None), (np.array(sorted(kept)), within)):
+        found = condense_module._candidates(count, previous, excluded)
+        assert found.tolist() == np.setdiff1d(everyone, excluded).tolist()
 
 
 def test_where_everything_is_kept_skipped_samples_still_are_not() -> None:

@@ -12,15 +12,14 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+from condensing import COUNT, condensed, content, labels, prepared, some_values, theirs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from killing import nursery, succeeds
 from pupils import SCHOOL, leftovers, school
 from pupils import command as taught
-from spreading import COUNT, cases, condensed, content, labels, prepared, some_values, theirs
 
 from kcdcache import (
-    boxes,
     checks,
     commands,
     config,
@@ -46,7 +45,6 @@ from kcdcache.errors import (
     UnfinishedError,
 )
 from kcdcache.partitioned import SEAL
-from kcdcache.team import ALONE
 
 
 @pytest.fixture(scope="module")
@@ -261,21 +259,8 @@ def test_a_folder_is_never_written_over_anything(place):
 # ---- condensing
 
 
-@pytest.mark.parametrize(("rows", "count"), [(7, 10), pytest.param(1, 40, marks=pytest.mark.slow)])
-def test_shares_and_files_make_the_bytes_that_memory_does(place, monkeypatch, rows, count):
-    monkeypatch.setattr(boxes, "ROWS", rows)
-    for number, case in enumerate(cases(count, seed=3 + rows)):
-        shapes = [condensed(place, place / f"{number}-{memory}", case | {"memory_gb": memory}) for memory in (8, 4e-7)]
-        assert content(place / f"{number}-8") == content(place / f"{number}-4e-07"), case
-        assert shapes[0]["digest"] == shapes[1]["digest"]
-        assert shapes[1]["shares"] > 1
-        assert shapes[1]["temporary_bytes"] > 0
-    assert not leftovers(place)
-
-
-@pytest.mark.parametrize("memory", [8, 1e-6])
-def test_the_form_changes_the_files_and_not_the_set(place, memory):
-    case = {"values": "values.parts", "previous": "before.parts", "memory_gb": memory}
+def test_the_form_changes_the_files_and_not_the_set(place):
+    case = {"values": "values.parts", "previous": "before.parts"}
     told = [condensed(place, place / f"{rows}", case | {"partition_rows": rows}) for rows in (7, 150)]
     assert (
         told[0]["digest"]
@@ -291,18 +276,16 @@ def test_the_same_again_says_so_and_another_set_is_never_overwritten(place):
     case = {"values": "values.parts", "partition_rows": 40}
     assert condensed(place, place / "out", case)["already"] is False
     before = content(place / "out")
-    for memory in (8, 1e-6):
-        assert condensed(place, place / "out", case | {"memory_gb": memory})["already"] is True
-        assert condensed(place, place / "out", case | {"memory_gb": memory, "partition_rows": 200})["already"] is True
-        for rows in (40, 200):
-            with pytest.raises(LockedError, match="out holds another manifest; manifests are never overwritten"):
-                condensed(place, place / "out", case | {"memory_gb": memory, "keep": 0.5, "partition_rows": rows})
+    for rows in (40, 200):
+        assert condensed(place, place / "out", case | {"partition_rows": rows})["already"] is True
+        with pytest.raises(LockedError, match="out holds another manifest; manifests are never overwritten"):
+            condensed(place, place / "out", case | {"keep": 0.5, "partition_rows": rows})
     assert content(place / "out") == before
     assert not leftovers(place)
 
 
-def test_shares_refuse_what_memory_refuses(place):
-    few = {"values": "values.parts", "memory_gb": 1e-6}
+def test_what_cannot_be_made_is_refused(place):
+    few = {"values": "values.parts"}
     with pytest.raises(SettingsError, match=r"keep 0\.001 of 150 samples keeps none"):
         condensed(place, place / "out", few | {"keep": 0.001})
     with pytest.raises(SettingsError, match="asks for 135, but only 120 compete"):
@@ -310,6 +293,8 @@ def test_shares_refuse_what_memory_refuses(place):
     manifest.write(place / "other.parts", manifest.full("kk", COUNT), partition_rows=40)
     with pytest.raises(MismatchError, match="the manifest was made for knowledge kk, the store holds"):
         condensed(place, place / "out", few | {"previous": "other.parts"})
+    with pytest.raises(SettingsError, match=r"condensing 150 samples takes 1\.35e-06 GB; give more with --memory-gb"):
+        condensed(place, place / "out", few | {"memory_gb": 1e-6})
     assert not leftovers(place)
 
 
@@ -323,19 +308,15 @@ def test_files_that_leave_samples_out_are_unseen_there_in_every_way_to_read_them
         pq.write_table(pa.table({"index": index, "value": index / 7}), place / f"few/{number}.parquet")
     expected = values.read(place / "few", COUNT)
     assert expected.values.visits.sum() == 28
-    with sources.shared(place / "few/*.parquet", COUNT, ALONE) as (source, document):
+    with sources.streamed(place / "few/*.parquet", COUNT) as (source, document):
         assert document is None
-        for start, stop in ((0, COUNT), (0, 3), (41, 60), (61, 125), (100, 110), (130, 150), (149, 150)):
-            blocks = list(source.blocks(start, stop))
-            assert [block.first for block in blocks] == sorted({block.first for block in blocks})
-            found = values.Values(*(np.concatenate(columns) for columns in zip(
-                *((block.values.visits, block.values.value) for block in blocks), strict=True)))  # fmt: skip
-            assert np.array_equal(found.visits, expected.values.visits[start:stop])
-            assert np.array_equal(found.value, expected.values.value[start:stop])
+        blocks = list(source.blocks())
+        assert [block.first for block in blocks] == sorted({block.first for block in blocks})
+        found = values.Values(*(np.concatenate(columns) for columns in zip(
+            *((block.values.visits, block.values.value) for block in blocks), strict=True)))  # fmt: skip
+        assert np.array_equal(found.visits, expected.values.visits)
+        assert np.array_equal(found.value, expected.values.value)
         assert source.fingerprint() == values.fingerprint(expected.values)
-    case = {"values": "few", "keep": 0.5}
-    made = [condensed(place, place / f"few-{m}", case | {"memory_gb": m})["digest"] for m in (8, 1e-6)]
-    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize(
@@ -353,9 +334,8 @@ def test_files_that_leave_samples_out_are_unseen_there_in_every_way_to_read_them
 )
 def test_bad_rows_of_other_tools_are_named_when_they_are_streamed(place, columns, error, text):
     pq.write_table(pa.table(columns), place / "bad.parquet")
-    with pytest.raises(error, match=text):
-        condensed(place, place / "out", {"values": "bad.parquet", "memory_gb": 1e-6})
-    assert not leftovers(place)
+    with pytest.raises(error, match=text), sources.streamed(place / "bad.parquet", COUNT) as (source, _):
+        list(source.blocks())
 
 
 def test_overlapping_files_are_refused_streamed_and_held(place):
@@ -364,17 +344,19 @@ def test_overlapping_files_are_refused_streamed_and_held(place):
     with pytest.raises(MismatchError, match=r"twice holds 230 rows or more, expected at most 150"):
         condensed(place, place / "out", {"values": "twice"})
     with pytest.raises(MismatchError, match="two of the files begin with index 0"):
-        condensed(place, place / "out", {"values": "twice", "memory_gb": 1e-6})
+        streamed(place / "twice")
     pq.write_table(pa.table({"index": [5, 6], "value": [1.0, 2.0]}), place / "twice/7.parquet")
     with pytest.raises(MismatchError, match=r"9\.parquet has index 19, but another file begins with 5"):
-        condensed(place, place / "out", {"values": "twice", "memory_gb": 1e-6})
-    with (
-        pytest.raises(MismatchError, match=r"7\.parquet has index 90, but another file begins with 80"),
-        sources.shared(overlapping(place / "more"), COUNT, ALONE) as (source, _),
-    ):
-        list(source.blocks(0, 80))
+        streamed(place / "twice")
+    with pytest.raises(MismatchError, match=r"7\.parquet has index 90, but another file begins with 80"):
+        streamed(overlapping(place / "more"))
     with pytest.raises(NotFoundError, match="no parquet files at"):
         condensed(place, place / "out", {"values": "nothing/*.parquet"})
+
+
+def streamed(path):
+    with sources.streamed(path, COUNT) as (source, _):
+        return list(source.blocks())
 
 
 def overlapping(folder):
@@ -390,7 +372,7 @@ def overlapping(folder):
 
 def command(place, out):
     given = {"values": place / "values.parts", "store": place / "store", "keep": 0.5, "out": out}
-    given |= {"partition-rows": 70, "memory-gb": 2e-6}
+    given |= {"partition-rows": 70}
     return ["condense", *(f"--{key}={value}" for key, value in given.items())]
 
 

@@ -1,4 +1,4 @@
-"""Sets made by row groups are those made in memory; rules hold block by block; a selection is the ranking's."""
+"""Sets made by row groups are those made in memory; rules hold block by block."""
 
 import math
 
@@ -18,13 +18,12 @@ from kcdcache import (
     config,
     manifest,
     rules,
-    selection,
     sources,
     streamed,
     tables,
     values,
 )
-from kcdcache.errors import CorruptionError, MismatchError, NonFiniteError, SettingsError
+from kcdcache.errors import CorruptionError, MismatchError, NonFiniteError
 
 COUNT = 90
 DOCUMENT = {"knowledge_id": "k", "student": "s", "epoch": 1}
@@ -129,14 +128,6 @@ def test_a_dry_run_tells_memory_temporary_bytes_and_time(tmp_path):
     assert huge["temporary_bytes"] > 10.5 * 0.5 * 10**9
 
 
-def test_a_dry_run_of_more_than_memory_tells_of_shares_and_what_they_spill(tmp_path):
-    given = {"values": tmp_path, "store": tmp_path, "keep": 0.5, "out": tmp_path, "memory_gb": 1}
-    told = condenser.estimate(config.make(commands.CondenseCommand, given), 10**9)
-    assert told["shares"] == 20
-    assert told["memory_bytes"] == condenser.BASE_BYTES + 10**9
-    assert told["temporary_bytes"] == 16 * 10**9
-
-
 def test_values_changed_while_they_are_condensed_are_refused(place):
     count = 50_000  # more than what is read ahead
     path = written(place / "values.parquet", some_values(5, count), 10_000)
@@ -215,51 +206,3 @@ def test_what_breaks_a_rule_of_the_whole_breaks_it_in_blocks(name, rows):
         rules.require(columns, COUNT)
     with pytest.raises(MismatchError, match="expected"):
         check_blocks(columns, rows)
-
-
-# ---- selection
-
-
-def parts_of(folder, found, sizes, group):
-    """Files of another tool, of so many rows each."""
-    paths, first = [], 0
-    for number, size in enumerate(sizes):
-        some = slice(first, first + size)
-        table = {"index": np.arange(first, first + size), "value": found.value[some], "visits": found.visits[some]}
-        pq.write_table(pa.table(table), folder / f"{number}.parquet", row_group_size=group)
-        paths, first = [*paths, folder / f"{number}.parquet"], first + size
-    return paths
-
-
-@given(
-    st.lists(st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, 1.0, math.inf, -math.inf]), min_size=1),
-    st.integers(1, 9), st.data(),
-)  # fmt: skip
-@settings(max_examples=100, deadline=None)
-def test_the_selected_are_the_first_of_the_ranking(scores, step, data):
-    score = np.array(scores, np.float32)
-    size = data.draw(st.integers(1, len(scores)))
-    blocks = [score[first : first + step] for first in range(0, len(score), step)]
-    chosen = np.concatenate(list(selection.masks(blocks, selection.cut(lambda: blocks, size))))
-    best = sorted(range(len(scores)), key=lambda position: (-scores[position], position))[:size]
-    assert np.flatnonzero(chosen).tolist() == sorted(best)
-
-
-@pytest.mark.parametrize("unseen", ["first", "last"])
-def test_a_selection_from_files_keeps_what_condense_keeps(tmp_path, unseen):
-    found = some_values(8)
-    out = tmp_path / "out.parquet"
-    told = selection.select(parts_of(tmp_path, found, [40, 1, 49], 16), out, size=54, unseen=unseen)
-    option = config.CondenseSettings(unseen=unseen, augment_kept=False)
-    kept = condense.condense(found, option, knowledge_id="k", count=COUNT, stage=1, keep=0.6)
-    assert pq.read_table(out)["index"].to_pylist() == kept.index.tolist()
-    assert told["kept"] == 54
-
-
-def test_a_selection_needs_enough_samples_in_order(tmp_path):
-    parts = parts_of(tmp_path, some_values(8), [40, 50], 16)
-    with pytest.raises(SettingsError, match="cannot select 91 of 90 samples"):
-        selection.select(parts, tmp_path / "out.parquet", size=91)
-    with pytest.raises(MismatchError, match=r"0\.parquet, rows from 0: expected indices above 89 in ascending order"):
-        selection.select(parts[::-1], tmp_path / "out.parquet", size=9)
-    assert not (tmp_path / "out.parquet").exists()

@@ -1,35 +1,31 @@
-"""Condensing and selecting beyond memory: time, peak memory and temporary bytes against the number of samples.
+"""Condensing many samples: time and peak memory against their number.
 
 python pipelines/bench/scale.py
 
-Full condensation with pairing from partitioned parquet: in memory, in shares with files (--memory-gb), and by two
-processes under torchrun; selection without ranks up to a billion samples. Each runs in a process of its own; the peak
-is that of the largest process. Inputs are made part by part under --folder, and deleted. Results are written after
-each row.
+Full condensation with pairing from partitioned parquet, each in a process of its own. Inputs are made part by part
+under --folder, and deleted. Results are written after each row.
 """
 
 import argparse
 import json
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 from launch import measured
 
-from kcdcache import partitioned, selection, tables, values
+from kcdcache import partitioned, tables, values
 from kcdcache.files import canonical_json, write_atomic
 from kcdcache.identity import FORMAT_VERSION, IDENTITY_FILE
 
 KEEP, CLASSES = 0.7, 100
 KINDS = {"index": np.int64, "visits": np.int32, "value": np.float32, "label": np.int64}
-TORCHRUN = ("-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
 
 
 def make(folder, rows, labelled):
     """Values of so many samples in parts as `values.write` writes them, and the identity of a store for them."""
-    from condense import knowledge  # loads torch, whose memory a selection should not be measured with
+    from condense import knowledge  # loads torch, whose memory should not be measured
 
     whole = knowledge(rows)
     document = {"format_version": FORMAT_VERSION, "knowledge": whole.document(), "knowledge_id": whole.knowledge_id}
@@ -71,71 +67,40 @@ def size_of(folder):
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def condense(folder, rows, world, memory_gb):
-    out = folder / f"set{world}-{memory_gb}"
+def condense(folder, rows, memory_gb):
+    out = folder / f"set-{memory_gb}"
     words = ["condense", "--values", folder / "values", "--store", folder / "store", "--keep", KEEP, "--out", out,
              "--partition-rows", min(partitioned.ROWS, max(2**16, rows // 8)), "--memory-gb", memory_gb,
              "--quiet", "--json"]  # fmt: skip
-    start = [sys.executable, "-m", "kcdcache"]
-    if world > 1:
-        start = [sys.executable, *TORCHRUN, "--nproc-per-node", str(world), "-m", "kcdcache"]
-    seconds, peak, output = measured([*start, *words])
+    seconds, peak, output = measured([sys.executable, "-m", "kcdcache", *words])
     told = json.loads(output.splitlines()[-1])
     row = {
-        "what": "condense with pairing", "rows": rows, "processes": world, "shares": told["shares"],
-        "memory_gb": memory_gb, "seconds": seconds, "peak_MiB": peak, "temporary_bytes": told["temporary_bytes"],
+        "what": "condense with pairing", "rows": rows, "memory_gb": memory_gb, "seconds": seconds, "peak_MiB": peak,
         "input_bytes": size_of(folder / "values"), "output_bytes": size_of(out), "digest": told["digest"],
     }  # fmt: skip
     shutil.rmtree(out)
     return row
 
 
-def select(folder, rows):
-    _, peak, output = measured([sys.executable, __file__, "--select-here", folder, "--rows", str(rows)])
-    return {
-        "what": "select without ranks", "rows": rows, "processes": 1, "shares": 1, "memory_gb": None,
-        "seconds": json.loads(output)["seconds"], "peak_MiB": peak, "temporary_bytes": 0,
-        "input_bytes": size_of(folder / "values"), "output_bytes": json.loads(output)["bytes"], "digest": None,
-    }  # fmt: skip
-
-
-def select_here(folder, rows):
-    parts, out = sorted((folder / "values").glob("part-*")), folder / "selected.parquet"
-    began = time.perf_counter()
-    told = selection.select(parts, out, size=int(KEEP * rows))
-    seconds = time.perf_counter() - began
-    assert told["kept"] == int(KEEP * rows)
-    print(json.dumps({"seconds": seconds, "bytes": out.stat().st_size}))
-    out.unlink()
-
-
 def work(given):
     """Yield a row for everything asked for."""
-    for rows in sorted({*given.condense, *given.select}):
+    for rows in sorted(given.condense):
         folder = given.folder / str(rows)
         shutil.rmtree(folder, ignore_errors=True)
         measured([sys.executable, __file__, "--make", folder, "--rows", str(rows),
-                  *(["--labelled"] if rows in given.condense else [])])  # fmt: skip
-        if rows in given.condense:
-            ways = [(1, 8), (1, 20 * rows / 3.9 / 10**9)]  # in memory, and in four shares with files
-            ways += [(2, 8)] if rows in given.together else []
-            found = [condense(folder, rows, *way) for way in ways]
-            if len({row["digest"] for row in found}) > 1:
-                raise SystemExit(f"the sets of {rows} samples differ: {found}")
-            yield from found
-        if rows in given.select:
-            yield select(folder, rows)
+                  "--labelled"])  # fmt: skip
+        yield condense(folder, rows, 8)
         shutil.rmtree(folder)
 
 
 def slopes(rows):
     """Of the straight lines through the logarithms, by least squares, of each way with several sizes."""
     found = {}
-    for key in {(row["what"], row["processes"], row["shares"]) for row in rows}:
-        mine = [row for row in rows if (row["what"], row["processes"], row["shares"]) == key]
+    for key in {row["memory_gb"] for row in rows}:
+        mine = [row for row in rows if row["memory_gb"] == key]
         if len(mine) > 1:
             sizes = np.log([row["rows"] for row in mine])
-            found["{}, {} processes, {} shares".format(*key)] = {
+            found[f"{key} GB"] = {
                 name: float(np.polyfit(sizes, np.log([row[name] for row in mine]), 1)[0])
                 for name in ("seconds", "peak_MiB")
             }
@@ -146,17 +111,12 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, default=Path("/tmp/bench-scale"))
     parser.add_argument("--condense", type=int, nargs="*", default=[10**6, 10**7, 10**8])
-    parser.add_argument("--together", type=int, nargs="*", default=[10**7, 10**8])
-    parser.add_argument("--select", type=int, nargs="*", default=[10**6, 10**7, 10**8, 10**9])
     parser.add_argument("--make", type=Path, dest="made")
-    parser.add_argument("--select-here", type=Path)
     parser.add_argument("--rows", type=int)
     parser.add_argument("--labelled", action="store_true")
     given = parser.parse_args()
     if given.made:
         return make(given.made, given.rows, given.labelled)
-    if given.select_here:
-        return select_here(given.select_here, given.rows)
     name, rows = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), []
     for row in work(given):
         rows.append(row)

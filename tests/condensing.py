@@ -1,21 +1,14 @@
-"""Values and a store's records for condensing in shares, and torchrun."""
+"""Values and a store's records for condensing."""
 
-import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from killing import ROOT, environment
 from stores import knowledge
 
-from kcdcache import boxes, commands, condenser, config, files, manifest, values
-from kcdcache.team import ALONE
+from kcdcache import commands, condenser, config, files, manifest, values
 
 COUNT = 150
 
@@ -65,15 +58,6 @@ def theirs(folder, found, marks, sizes):
         first += size
 
 
-def launched(processes, words, log, **variables):
-    """A command under torchrun, one process per rank; `words` is what follows `python`."""
-    meeting = ["--nproc-per-node", str(processes), "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    launch = [sys.executable, "-m", "torch.distributed.run", *meeting, *map(str, words)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    with open(log, "ab") as stream:
-        return subprocess.Popen(launch, stdout=stream, stderr=stream, env=environment(PYTHONPATH=path, **variables))
-
-
 def content(folder):
     """File -> bytes of a file or folder."""
     if folder.is_file():
@@ -81,11 +65,11 @@ def content(folder):
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def condensed(root, out, case, team=None):
+def condensed(root, out, case):
     """What `kcdcache condense` tells, with the settings of a case; names of inputs are those of `prepared`."""
     inputs = {name: root / case[name] for name in ("values", "previous") if case.get(name)}
     given = {"store": root / "store", "keep": 0.6, **case, **inputs, "out": out}
-    return condenser.run(config.make(commands.CondenseCommand, given), team=team or ALONE)
+    return condenser.run(config.make(commands.CondenseCommand, given))
 
 
 def cases(number, seed=7):
@@ -102,22 +86,6 @@ def cases(number, seed=7):
             "eps_max": pick([0.0, 0.3]),
             "condense_seed": pick([0, 2**63]),
             "partition_rows": pick([13, 40, 1000]),
-            "memory_gb": pick([8, 1e-6, 3e-7]),
         }
         for _ in range(number)
     ]
-
-
-def everywhere(root, folder, rows):
-    """Work of one process under torchrun: all cases of a file, each into a set of its number."""
-    boxes.ROWS = rows
-    with together.group_of() as group:
-        team = gloo.Gloo(group.rank, group.world)
-        for number, case in enumerate(json.loads((root / "cases.json").read_text())):
-            condensed(root, folder / str(number), case, team)
-
-
-if __name__ == "__main__":
-    from kcdcache import gloo, together
-
-    everywhere(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
