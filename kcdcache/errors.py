@@ -14,6 +14,9 @@ KcdcacheError                    1   input/output error or a fault of ours
 └── InterruptedRunError    130/143   stopped by a signal; run it again to resume
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class KcdcacheError(Exception):
     """The root of every error kcdcache raises on purpose; `exit_code` is what the command line ends with."""
@@ -89,3 +92,38 @@ class InterruptedRunError(KcdcacheError, RuntimeError):
     def __init__(self, message: str, exit_code: int = 130) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def first_difference(expected: Any, found: Any, place: str = "") -> tuple[str, Any, Any] | None:
+    """Return (path, expected, found) of the first place where two JSON-like values differ, or None if equal.
+
+    >>> first_difference({"views": {"padding": 4}}, {"views": {"padding": 2}})
+    ('views.padding', 4, 2)
+    """
+    if isinstance(expected, Mapping) and isinstance(found, Mapping):
+        for key in sorted({*expected, *found}, key=str):
+            inner = f"{place}.{key}" if place else str(key)
+            if key not in expected or key not in found:
+                return inner, expected.get(key, "absent"), found.get(key, "absent")
+            if difference := first_difference(expected[key], found[key], inner):
+                return difference
+        return None
+    if isinstance(expected, list | tuple) and isinstance(found, list | tuple):
+        for position, (a, b) in enumerate(zip(expected, found, strict=False)):
+            if difference := first_difference(a, b, f"{place}[{position}]"):
+                return difference
+        if len(expected) != len(found):
+            return f"{place} length", len(expected), len(found)
+        return None
+    return None if expected == found else (place, expected, found)
+
+
+def require_same(expected: Any, found: Any, names: tuple[str, str], remedy: str) -> None:
+    """Do nothing if two identity documents are equal.
+
+    Raises:
+        MismatchError: they differ; prints the first difference with both sides, and the remedy.
+    """
+    if difference := first_difference(expected, found):
+        place, left, right = difference
+        raise MismatchError(f"{names[0]} and {names[1]} differ in {place}: {left!r} against {right!r}; {remedy}")

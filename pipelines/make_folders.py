@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kcdcache import data, rng
+from kcdcache import rng
+from kcdcache.data import datasets
 
 LEAST, MOST = 64, 80
 """pixels of a side: images are enlarged (bicubic) to the most, then cut to sides drawn between the two"""
@@ -24,7 +25,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=60, help="training images of each")
     parser.add_argument("--test", type=int, default=30, help="test images of each")
     chosen = parser.parse_args()
-    loaded = data.load(f"parquet:{chosen.source}#fine_label")
+    loaded = datasets.load(f"parquet:{chosen.source}#fine_label")
     for split, name, count in ((loaded.train, "train", chosen.train), (loaded.test, "val", chosen.test)):
         for label in range(chosen.classes):
             folder = chosen.out / name / loaded.classes[label]

@@ -11,8 +11,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
 
-from kcdcache.files import read_json
-from kcdcache.models import spec
+from kcdcache.files.atomic import read_json
+from kcdcache.networks import registry
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = {"kd": "o-", "kcd": "s--", "kd-unit": "^:", "kd-kr": "d-."}
@@ -65,7 +65,7 @@ def draw(panels: Any, rows: dict[str, Any], student: str, variant: str, colour: 
 
 def size(network: str) -> int:
     """Return a network's parameters for 100 classes."""
-    return sum(parameter.numel() for parameter in spec.build(network, 100).parameters())
+    return sum(parameter.numel() for parameter in registry.build(network, 100).parameters())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from kcdcache import manifest, runs
+from kcdcache.condense import manifest
+from kcdcache.runs import state
 
 # Okabe and Ito's palette: told apart with any colour vision
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -42,7 +43,7 @@ def draw_stages(axes: Axes, run: Path) -> None:
 
 def draw_curves(axes: Axes, folders: list[Path]) -> None:
     for folder, colour in zip(folders, COLOURS, strict=False):
-        rows = [row for row in runs.read_metrics(folder) if "test_accuracy" in row]
+        rows = [row for row in state.read_metrics(folder) if "test_accuracy" in row]
         samples = [row["samples_so_far"] / 1000 for row in rows]
         accuracy = [100 * row["test_accuracy"] for row in rows]
         axes.plot(samples, accuracy, marker="o", markersize=4, color=colour, label=folder.name)

@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from kcdcache import pairing
+from kcdcache.report import statistics
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 SETS = {
@@ -65,7 +65,7 @@ def gains(axes: Axes, conditions: Mapping[str, Runs]) -> None:
             if len(runs.get(name, ())) < len(runs["ce"]):
                 continue
             ours, plain = ({k: 100 * s["accuracy_last"] for k, s in enumerate(runs[v])} for v in (name, "ce"))
-            found = pairing.difference(ours, plain)
+            found = statistics.difference(ours, plain)
             assert found is not None
             y = place + 0.3 * number - 0.15
             axes.plot([found.low, found.high], [y, y], color=COLOURS[number], linewidth=2)

@@ -11,9 +11,9 @@ import json
 import shutil
 from pathlib import Path
 
-from kcdcache import report
-from kcdcache.files import read_json
-from kcdcache.recipe import table
+from kcdcache.files.atomic import read_json
+from kcdcache.recipes.recipe import table
+from kcdcache.report import page
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -40,7 +40,7 @@ def main() -> None:
     names = [entry["step"] + ("" if entry["seed"] is None else f"-seed{entry['seed']}") for entry in results["runs"]]
     runs = [given.folder / name for name in names if (given.folder / name / "metrics.jsonl").exists()]
     (out / "runs.jsonl").write_text("".join(f"{line_of(run)}\n" for run in runs))
-    report.write(runs, out / "report.html")
+    page.write(runs, out / "report.html")
 
 
 if __name__ == "__main__":

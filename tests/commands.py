@@ -5,10 +5,11 @@ from types import SimpleNamespace
 from killing import succeeds
 from pupils import SPEC, digits, lines, promised, same_files, saved_teacher
 
-from kcdcache import ledger, manifest, store
+from kcdcache.condense import manifest
 from kcdcache.errors import NotFoundError, UnfinishedError
-from kcdcache.files import sha256_file
-from kcdcache.runs import read_summary
+from kcdcache.files.atomic import sha256_file
+from kcdcache.runs.state import read_summary
+from kcdcache.store import log, reader
 
 CROPS = {"augment": "crop", "padding": 2}
 STORE = CROPS | {"views": 2, "batch_size": 64, "min_accuracy": 0, "fields": "logits,penultimate"}
@@ -59,7 +60,7 @@ def same_result(root, name, path):
 
 def complete(name, path):
     """Whether readers take what a command left at `path` for finished."""
-    read = {"precompute": store.open, "condense": manifest.read}.get(name, read_summary)
+    read = {"precompute": reader.open, "condense": manifest.read}.get(name, read_summary)
     try:
         read(path)
     except (UnfinishedError, NotFoundError):
@@ -69,5 +70,5 @@ def complete(name, path):
 
 def logged_files_are_whole(path):
     """Whether every file that a store's log vouches for is what was written."""
-    logged = [file for record in ledger.read_log(path, 0) for file in record.files]
+    logged = [file for record in log.read_log(path, 0) for file in record.files]
     return all(sha256_file(path / file.path) == file.sha256 for file in logged)

@@ -8,7 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from stores import knowledge
 
-from kcdcache import commands, condenser, config, files, manifest, values
+from kcdcache import settings
+from kcdcache.commands import condenser
+from kcdcache.condense import manifest, value_files, values
+from kcdcache.files import atomic
 
 COUNT = 150
 
@@ -28,15 +31,15 @@ def identify(store, who):
     """What condensing reads of a store: whose knowledge it is."""
     (store / "_kcd").mkdir(parents=True)
     known = {"format_version": 0, "knowledge": who.document(), "knowledge_id": who.knowledge_id}
-    (store / "_kcd/identity.json").write_bytes(files.canonical_json(known))
+    (store / "_kcd/identity.json").write_bytes(atomic.canonical_json(known))
 
 
 def prepared(root):
     """A store's records; values as one file, in parts and as another tool's files; and a manifest to come from."""
     identify(root / "store", knowledge())
     document = {"knowledge_id": knowledge().knowledge_id, "student": "resnet8", "epoch": 3}
-    values.write(root / "values.parquet", some_values(), labels(), document)
-    values.write(root / "values.parts", some_values(), labels(), document, partition_rows=32)
+    value_files.write(root / "values.parquet", some_values(), labels(), document)
+    value_files.write(root / "values.parts", some_values(), labels(), document, partition_rows=32)
     theirs(root / "theirs", some_values(), labels(), [50, 53, 0, 47])
     before = manifest.full(
         knowledge().knowledge_id, COUNT, labels(), 2, data_digest="dd", excluded=np.arange(0, 150, 5)
@@ -69,13 +72,13 @@ def condensed(root, out, case):
     """What `kcdcache condense` tells, with the settings of a case; names of inputs are those of `prepared`."""
     inputs = {name: root / case[name] for name in ("values", "previous") if case.get(name)}
     given = {"store": root / "store", "keep": 0.6, **case, **inputs, "out": out}
-    return condenser.run(config.make(commands.CondenseCommand, given))
+    return condenser.run(settings.make(settings.CondenseCommand, given))
 
 
 def cases(number, seed=7):
     """So many ways to condense, over all settings and forms of input."""
     pick = random.Random(seed).choice
-    fields = {name: get_args(field.annotation) for name, field in config.CondenseSettings.model_fields.items()}
+    fields = {name: get_args(field.annotation) for name, field in settings.CondenseSettings.model_fields.items()}
     return [
         {name: pick(choices) for name, choices in fields.items() if choices}
         | {name: pick([True, False]) for name in ("augment_kept", "stratify")}

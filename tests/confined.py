@@ -51,7 +51,7 @@ def confinement():
 def _serve():
     import sklearn.datasets  # noqa: F401 -- slow to import, and loaded by every command
 
-    from kcdcache import checks, cli, condenser, inspection, steps  # noqa: F401
+    from kcdcache.report import show  # noqa: F401
 
     for line in sys.stdin.buffer:
         ours, theirs = os.pipe()
@@ -88,10 +88,10 @@ def _obey(request, pipe):
 
 
 def _work(request):
-    from kcdcache import cli
+    from kcdcache.cli import main
 
     if request["text"] is None:
-        cli.main(request["words"])
+        main.main(request["words"])
     exec(compile(request["text"], "<test>", "exec"), {"__name__": "test"})
     raise SystemExit(0)
 

@@ -4,9 +4,13 @@ import re
 
 import numpy as np
 
-from kcdcache import layout, manifest, records, runs, store, values
-from kcdcache.folder import RunFolder
-from kcdcache.models.weights import load_network
+from kcdcache.condense import manifest, value_files
+from kcdcache.files import records
+from kcdcache.networks.weights import load_network
+from kcdcache.runs import state
+from kcdcache.runs.folder import RunFolder
+from kcdcache.store import reader
+from kcdcache.store.plan import all_chunks
 
 PAGE = 4096
 KINDS = (
@@ -75,7 +79,7 @@ def swap(root, one, other):
 
 def place_of(plan, name):
     """How an error about a file of a store names it: a chunk with its samples and view, others by their path."""
-    return next((str(chunk) for chunk in layout.all_chunks(plan) if chunk.key == name), name)
+    return next((str(chunk) for chunk in all_chunks(plan) if chunk.key == name), name)
 
 
 def bits(array):
@@ -84,7 +88,7 @@ def bits(array):
 
 def read_store(root):
     """All that a store says: who made it, how, every stored row, every decoded value, labels, digests, counts."""
-    opened = store.open(root)
+    opened = reader.open(root)
     rows = np.setdiff1d(np.arange(opened.count), opened.skipped)
     stored = {}
     for view in range(opened.views):
@@ -115,13 +119,13 @@ def read_manifest(path):
 
 
 def read_values(path, count):
-    found = values.read(path, count)
+    found = value_files.read(path, count)
     labels = None if found.labels is None else bits(found.labels)
     return bits(found.values.visits), bits(found.values.value), labels, found.document, found.foreign
 
 
 def read_checkpoint(path):
-    found = runs.load_checkpoint(RunFolder(path=path))
+    found = state.load_checkpoint(RunFolder(path=path))
     return found and ({name: bits(tensor.numpy()) for name, tensor in found[0].items()}, found[1])
 
 
@@ -132,11 +136,11 @@ def read_run(path, names):
     count = next(iter(sets.values()))["document"]["count"]
     document, weights = load_network(path, "student")
     return {
-        "record": runs.read_record(folder),
+        "record": state.read_record(folder),
         "files": records.read(path),
         "checkpoint": read_checkpoint(path),
         "manifests": sets,
         "values": {name: read_values(path / name, count) for name in names if name.endswith("values.parquet")},
         "network": (document, {name: bits(tensor.numpy()) for name, tensor in weights.items()}),
-        "summary": runs.read_summary(path) if "summary.json" in names else None,
+        "summary": state.read_summary(path) if "summary.json" in names else None,
     }

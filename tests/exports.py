@@ -3,10 +3,13 @@
 import numpy as np
 from pupils import SCHOOL, SPEC, school
 
-from kcdcache import commands, condense, config, export, loop, manifest, steps
-from kcdcache.config import CondenseSettings
-from kcdcache.files import sha256_file
-from kcdcache.values import Values
+from kcdcache import progress, settings
+from kcdcache.commands import steps
+from kcdcache.condense import manifest, summary
+from kcdcache.condense.values import Values
+from kcdcache.export import write
+from kcdcache.files.atomic import sha256_file
+from kcdcache.settings import CondenseSettings
 
 FIELDS = ("logits", "penultimate")
 ONE_STAGE = SCHOOL | {"stages": 1, "epochs": 2}
@@ -18,7 +21,7 @@ def narrowed(knowledge, keep=0.4):
     random = np.random.default_rng(1).random((2, knowledge.count), np.float32)
     previous = None
     for stage, (share, values) in enumerate(zip((0.6, keep), random, strict=True), 1):
-        previous = condense.condense(
+        previous = summary.condense(
             Values(visits=np.ones(knowledge.count, np.int32), value=values), CondenseSettings(candidates="current"),
             knowledge_id=knowledge.knowledge_id, count=knowledge.count, stage=stage, keep=share, previous=previous,
             labels=knowledge.labels, classes=10, data_digest=identity.digest, excluded=knowledge.skipped,
@@ -37,11 +40,11 @@ def prepared(root, **changes):
 
 def exporting(place, out, dry_run=False, **changes):
     given = {"manifest": place.file, "store": place.knowledge.path, "out": out} | changes
-    return export.run(config.make(commands.ExportCommand, given), dry_run=dry_run)
+    return write.run(settings.make(settings.ExportCommand, given), dry_run=dry_run)
 
 
 def trained(out, **changes):
     """Train as the command does; return the SHA-256 of the student's weights."""
     given = ONE_STAGE | {"data": SPEC, "device": "cpu", "out": out} | changes
-    steps.train(config.make(commands.TrainCommand, given), loop.silent)
+    steps.train(settings.make(settings.TrainCommand, given), progress.silent)
     return sha256_file(out / "student.safetensors")

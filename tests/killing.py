@@ -168,7 +168,9 @@ def _serve():
     """Fork a child per request on stdin; print its number, and its exit code when it ends."""
     import sklearn.datasets  # noqa: F401 -- slow to import, and loaded by every command
 
-    from kcdcache import checks, cli, steps  # noqa: F401
+    from kcdcache.commands import (
+        verify,  # noqa: F401
+    )
 
     child = None
     for line in sys.stdin.buffer:
@@ -176,7 +178,7 @@ def _serve():
             os.waitpid(child, 0)
         child = os.fork()
         if child == 0:
-            _obey(json.loads(line), cli.main)
+            _obey(json.loads(line), main_.main)
         print(child, flush=True)
         ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
         print(ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status, flush=True)

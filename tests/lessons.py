@@ -4,18 +4,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from kcdcache import condense, data, precompute, store, teacher
-from kcdcache.config import CondenseSettings, PrecomputeSettings
-from kcdcache.models import spec
-from kcdcache.models.transform import InputTransform
-from kcdcache.values import Values
+from kcdcache.condense import summary
+from kcdcache.condense.values import Values
+from kcdcache.data import datasets
+from kcdcache.networks import registry
+from kcdcache.networks.input_transform import InputTransform
+from kcdcache.settings import CondenseSettings, PrecomputeSettings
+from kcdcache.store import reader
+from kcdcache.teacher import precompute, teacher
 
 CPU = torch.device("cpu")
 TRAIN, TEST, CLASSES = 150, 40, 10
 
 
 def digits(train=TRAIN, test=TEST):
-    return data.load(f"digits?train={train}&test={test}")
+    return datasets.load(f"digits?train={train}&test={test}")
 
 
 def opinionated(network):
@@ -26,14 +29,14 @@ def opinionated(network):
 
 
 def teacher_of(dataset, seed=1):
-    network = opinionated(spec.build("resnet8", CLASSES, seed))
+    network = opinionated(registry.build("resnet8", CLASSES, seed))
     return teacher.freeze(network, InputTransform(dataset.mean, dataset.std), "resnet8", dataset.classes, CPU)
 
 
 def precomputed(path, dataset, network, **changes):
     given = {"augment": "crop", "padding": 2, "views": 3, "batch_size": 64, "encoding": "float32", "min_accuracy": 0}
     precompute.run(PrecomputeSettings(**(given | changes)), dataset, network, path)
-    return store.open(path)
+    return reader.open(path)
 
 
 def condensed(knowledge, keep=0.6, seed=0, **changes):
@@ -42,7 +45,7 @@ def condensed(knowledge, keep=0.6, seed=0, **changes):
     random = np.random.default_rng(seed).random(count, np.float32)
     settings = CondenseSettings(**changes)
     made = Values(visits=np.ones(count, np.int32), value=random)
-    return condense.condense(
+    return summary.condense(
         made, settings, knowledge_id=knowledge.knowledge_id, count=count, stage=1, keep=keep, labels=knowledge.labels
     )
 

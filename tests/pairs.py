@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from kcdcache.catalogue import METHODS
-from kcdcache.config import MethodSettings
-from kcdcache.terms.base import Pair
+from kcdcache.methods.base import Pair
+from kcdcache.methods.registry import METHODS
+from kcdcache.settings import MethodSettings
 
 CLASSES, OURS, THEIRS = 4, 6, 10
 

@@ -6,8 +6,13 @@ from types import SimpleNamespace
 import torch
 from lessons import CPU, digits, precomputed, teacher_of
 
-from kcdcache import config, distill, loop, steps, store, teacher
-from kcdcache.models.weights import describe_network, save_network
+from kcdcache.commands.steps import STEPS
+from kcdcache.networks.weights import describe_network, save_network
+from kcdcache.progress import silent
+from kcdcache.settings import TrainSettings, make
+from kcdcache.store import reader
+from kcdcache.teacher import teacher
+from kcdcache.training import distill
 
 TRAIN, TEST = 200, 60
 SPEC = f"digits?train={TRAIN}&test={TEST}"
@@ -43,14 +48,14 @@ def school(root, views=3, **changes):
 
 
 def settings(**changes):
-    return config.TrainSettings(**(SCHOOL | changes))
+    return TrainSettings(**(SCHOOL | changes))
 
 
 def distilled(school, out, given=None, run=None, **changes):
     """Train a student through all stages in this process; `run` holds arguments of `distill.run` itself."""
     wanted = settings(**changes)
     asked = school.network if wanted.mix_target == "requery" else None
-    knowledge = store.open(school.knowledge.path)
+    knowledge = reader.open(school.knowledge.path)
     material = distill.Material(data=school.data, knowledge=knowledge, given=given, teacher=asked)
     return distill.run(wanted, material, out=out, device="cpu", **(run or {}))
 
@@ -88,12 +93,12 @@ def stop_after(steps):
 def command(school, name, **given):
     """Call a command's function as the command line does."""
     places = {"store": school.knowledge.path, "data": SPEC, "teacher": str(school.teacher)}
-    model, work = steps.STEPS[name]
+    model, work = STEPS[name]
     mine = {key: value for key, value in places.items() if key in model.model_fields}
     if "from_logits" in given:
         mine.pop("teacher")
     dry_run = given.pop("dry_run", False)
-    return work(config.make(model, mine | given), loop.silent, dry_run=dry_run)
+    return work(make(model, mine | given), silent, dry_run=dry_run)
 
 
 def promised(path):

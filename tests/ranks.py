@@ -57,9 +57,8 @@ class Forked:
 
 def fork(words, logs, port, notes):
     """Become the parent of the processes that torchrun would start; write down their numbers and how each ended."""
-    from kcdcache import cli
 
-    children = [_child(words, logs, rank, port, cli.main) for rank in range(len(logs))]
+    children = [_child(words, logs, rank, port, main_.main) for rank in range(len(logs))]
     with open(notes, "w") as stream:
         print(*children, file=stream, flush=True)
         ended = dict(os.wait() for _ in children)

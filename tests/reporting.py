@@ -8,9 +8,13 @@ import numpy as np
 from lessons import CPU, opinionated, precomputed
 from PIL import Image
 
-from kcdcache import config, data, distill, fit, store, teacher
-from kcdcache.models import spec
-from kcdcache.models.transform import InputTransform
+from kcdcache import settings
+from kcdcache.data import datasets
+from kcdcache.networks import registry
+from kcdcache.networks.input_transform import InputTransform
+from kcdcache.store import reader
+from kcdcache.teacher import teacher
+from kcdcache.training import distill, fit
 
 CLASSES = ("$\\frac{1}{", "<img src=x onerror=document.title='owned'>", "<script>document.title='owned'<", "=1+1\u202e")
 TITLE = "<script>document.title='owned'</script> & \"Tiny\" <b>runs\u202e"
@@ -22,17 +26,17 @@ ROWS_OF_RUNS = {"kd-seed0": 0, "kd-seed1": 1, "kcd-seed0": 0, "kcd-seed1": 1, "k
 def grid(root):
     """Runs of two rows beside a baseline, their store and the results.json of a recipe."""
     spec_ = f"folder:{images(root / 'images')}"
-    dataset = data.load(spec_)
-    network = opinionated(spec.build("resnet8", len(CLASSES), 1))
+    dataset = datasets.load(spec_)
+    network = opinionated(registry.build("resnet8", len(CLASSES), 1))
     frozen = teacher.freeze(network, InputTransform(dataset.mean, dataset.std), "resnet8", dataset.classes, CPU)
     folder = root / "runs <script>"
     precomputed(folder / "store", dataset, frozen)
-    plain = config.FitSettings(epochs=2, batch_size=32)
+    plain = settings.FitSettings(epochs=2, batch_size=32)
     fit.run(plain, data=dataset, model="lessons:TinyNet", out=folder / "base-seed0", device="cpu")
-    material = distill.Material(data=dataset, knowledge=store.open(folder / "store"))
+    material = distill.Material(data=dataset, knowledge=reader.open(folder / "store"))
     for name, seed in ROWS_OF_RUNS.items():
         chosen = SCHOOL | {"seed": seed, "keep": 1.0 if name.startswith("kd") else 0.5}
-        distill.run(config.TrainSettings(**chosen), material, out=folder / name, device="cpu")
+        distill.run(settings.TrainSettings(**chosen), material, out=folder / name, device="cpu")
     rows = [{"step": step, "title": title} for step, title in ROWS.items()]
     runs = [{"step": "store", "seed": None, "kind": "store", "seconds": 1.25}]
     runs += [{"step": name.split("-")[0], "seed": seed, "kind": "train"} for name, seed in ROWS_OF_RUNS.items()]

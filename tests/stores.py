@@ -3,8 +3,11 @@
 import numpy as np
 import torch
 
-from kcdcache import encoding, layout, store, writer
-from kcdcache.identity import DataIdentity, Knowledge, TeacherIdentity, ViewIdentity
+from kcdcache.data.datasets import DataIdentity
+from kcdcache.store import encoding, reader, writer
+from kcdcache.store.identity import Knowledge, TeacherIdentity
+from kcdcache.store.plan import plan_from, plan_store
+from kcdcache.views.rules import ViewIdentity
 
 CLASSES, WIDTH = 7, 5
 
@@ -48,7 +51,7 @@ def creating(path, plan, who=None, **shard):
 
 
 def plan_of(count=150, views=2, text="float16", **settings):
-    return layout.plan_store(count, views, [form(text=text)], **settings)
+    return plan_store(count, views, [form(text=text)], **settings)
 
 
 def make(path, plan=None):
@@ -62,7 +65,7 @@ def small_parts(count, views, part_rows, chunk_rows, text="float16", compression
     document = plan_of(count, views, text, compression=compression).document()
     document["part_rows"] = part_rows
     document["fields"][0]["chunk_rows"] = dict.fromkeys(document["fields"][0]["chunk_rows"], chunk_rows)
-    return layout.plan_from(document)
+    return plan_from(document)
 
 
 def content(path):
@@ -77,4 +80,4 @@ def many_chunks(path):
 def grown(path, **what):
     with writer.grow(path, knowledge(), **what) as growing:
         finish(growing)
-    return store.open(path)
+    return reader.open(path)

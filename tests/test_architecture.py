@@ -197,11 +197,11 @@ def test_the_list_of_levels_names_no_module_twice_and_none_that_is_gone():
 @pytest.mark.parametrize(
     ("rule", "file", "text", "fault"),
     [
-        (upward, "errors.py", "from kcdcache.config import Settings", "errors imports config"),
-        (upward, "errors.py", "import kcdcache.cli", "errors imports cli"),
+        (upward, "errors.py", "from kcdcache.settings import Settings", "errors imports config"),
+        (upward, "errors.py", "import kcdcache.cli.main", "errors imports cli"),
         (upward, "files.py", "from kcdcache import errors, tables", "files imports tables"),
         (upward, "writer.py", "def f():\n    from kcdcache import steps", "writer imports steps"),
-        (upward, "models/net.py", "from kcdcache.losses.softmax import entropy", "models imports losses"),
+        (upward, "models/net.py", "from kcdcache.methods.losses import entropy", "models imports losses"),
         (relative, "values.py", "from . import files", "values.py:1: relative import"),
         (relative, "models/net.py", "from ..files import locked", "relative import"),
         (through_other_doors, "layout.py", "import zarr", "zarr outside store.py"),
@@ -232,8 +232,8 @@ def test_each_rule_finds_what_breaks_it(tmp_path, rule, file, text, fault):
 @pytest.mark.parametrize(
     ("rule", "file", "text"),
     [
-        (upward, "models/net.py", "from kcdcache.models.resnet import ResNet\nfrom kcdcache import config"),
-        (upward, "values.py", "import numpy\nfrom kcdcache.tables import digest"),
+        (upward, "models/net.py", "from kcdcache.networks.resnet import ResNet\nfrom kcdcache import config"),
+        (upward, "values.py", "import numpy\nfrom kcdcache.files.parquet import digest"),
         (through_other_doors, "cli.py", "def f():\n    import json\n    print(json)\n    sys.exit(0)"),
         (through_other_doors, "store.py", "import zarr"),
         (through_other_doors, "fit.py", "def f(name):\n    return importlib.import_module(name)"),
@@ -276,4 +276,4 @@ def test_light_modules_load_neither_torch_nor_zarr(name):
 
 
 def test_the_check_of_light_modules_sees_heavy_ones():
-    assert loaded("kcdcache.store") == ["torch", "zarr", "pydantic"]
+    assert loaded("kcdcache.store.reader") == ["torch", "zarr", "pydantic"]

@@ -8,14 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import content, creating, grown, make, many_chunks, plan_of, small_parts
 
-from kcdcache import audit, store
-from kcdcache.errors import (
-    CorruptionError,
-    KcdcacheError,
-    MismatchError,
-    NotFoundError,
-    UnfinishedError,
-)
+from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, UnfinishedError
+from kcdcache.store import check, reader
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +26,13 @@ def test_unfinished_stores_are_refused_with_the_remedy(tmp_path):
     with creating(tmp_path / "s", plan_of()):
         pass
     with pytest.raises(UnfinishedError, match="run the same `kcdcache precompute` again"):
-        store.open(tmp_path / "s")
+        reader.open(tmp_path / "s")
     with pytest.raises(UnfinishedError, match="no commit record"):
-        audit.verify(tmp_path / "s")
+        check.verify(tmp_path / "s")
 
 
 def test_missing_stores_are_refused(tmp_path):
-    for look in (store.open, audit.verify):
+    for look in (reader.open, check.verify):
         with pytest.raises(NotFoundError, match="no knowledge store at"):
             look(tmp_path / "nowhere")
 
@@ -47,7 +41,7 @@ def test_newer_formats_are_refused(damaged):
     identity = damaged / "_kcd/identity.json"
     identity.write_text(identity.read_text().replace('"format_version":0', '"format_version":1'))
     with pytest.raises(MismatchError, match="has format 1, this kcdcache reads 0; upgrade"):
-        store.open(damaged)
+        reader.open(damaged)
 
 
 def flip(path, bit):
@@ -69,9 +63,9 @@ FILES = st.sampled_from(["logits/c.0.1.0", "logits_rowmax/c.1.2", "labels/c.1", 
 def test_any_flipped_bit_of_a_chunk_is_found(sealed, file, bit):
     data = (sealed / file).read_bytes()
     try:
-        opened = store.open(sealed)
+        opened = reader.open(sealed)
         flip(sealed / file, bit % (8 * len(data)))
-        assert len(audit.verify(sealed).problems) == 1
+        assert len(check.verify(sealed).problems) == 1
         with pytest.raises(CorruptionError, match=rf"{file} \(samples \d+\.\.\d+.*is not what was written"):
             everything(opened)
     finally:
@@ -85,7 +79,7 @@ def test_random_flips_anywhere_are_never_silent(damaged):
         name = names[rng.integers(len(names))]
         flip(damaged / name, int(rng.integers(8 * len(before[name]))))
         with pytest.raises(KcdcacheError, match=r"\w"):
-            everything(store.open(damaged))
+            everything(reader.open(damaged))
         (damaged / name).write_bytes(before[name])
 
 
@@ -104,8 +98,8 @@ def test_missing_and_resized_files_are_found_at_open(damaged, damage, message):
     with pytest.raises(
         CorruptionError, match=rf"logits/c.1.1.0 \(samples 32\.\.63 of view 1\) {message}.*verify STORE --repair"
     ):
-        store.open(damaged)
-    assert len(audit.verify(damaged, share=0).problems) == 1
+        reader.open(damaged)
+    assert len(check.verify(damaged, share=0).problems) == 1
 
 
 @pytest.mark.parametrize(
@@ -121,7 +115,7 @@ def test_missing_and_resized_files_are_found_at_open(damaged, damage, message):
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_damage_after_opening_is_never_a_number(tmp_path, damage, message, compression):
     path = make(tmp_path / "s", small_parts(150, 2, 64, 32, compression=compression))
-    opened = store.open(path)
+    opened = reader.open(path)
     damage(path / "logits/c.1.1.0")
     with pytest.raises(CorruptionError, match=rf"logits/c.1.1.0 \(samples 32\.\.63 of view 1\) {message}"):
         opened.load(1, np.arange(150), ["logits"])
@@ -133,8 +127,8 @@ def test_swapped_chunks_are_found(damaged):
     first.write_bytes(two)
     second.write_bytes(one)
     with pytest.raises(CorruptionError, match=r"samples 0\.\.31 of view 0\) is not what was written"):
-        store.open(damaged).load(0, np.arange(150), ["logits"])
-    assert len(audit.verify(damaged).problems) == 2
+        reader.open(damaged).load(0, np.arange(150), ["logits"])
+    assert len(check.verify(damaged).problems) == 2
 
 
 @pytest.mark.parametrize(
@@ -152,7 +146,7 @@ def test_edited_array_documents_are_refused(damaged, key, value):
     file = damaged / "logits/zarr.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     with pytest.raises(CorruptionError, match=r"zarr.json is not what this store's plan implies"):
-        store.open(damaged)
+        reader.open(damaged)
 
 
 @pytest.mark.parametrize(
@@ -168,22 +162,22 @@ def test_edited_records_are_refused(damaged, file, message):
     text = (damaged / file).read_text()
     (damaged / file).write_text(text.replace("aa", "ab", 1) if "aa" in text else text.replace("2", "1", 1))
     with pytest.raises(CorruptionError, match=message):
-        store.open(damaged)
-    assert any(file.split("/")[-1] in problem for problem in audit.verify(damaged).problems)
+        reader.open(damaged)
+    assert any(file.split("/")[-1] in problem for problem in check.verify(damaged).problems)
 
 
 @pytest.mark.parametrize("file", ["_kcd/plan.0.json", "_kcd/log/0/samples.json", "logits/zarr.json", "zarr.json"])
 def test_missing_records_are_damage(damaged, file):
     (damaged / file).unlink()
     with pytest.raises(CorruptionError, match=f"no file at .*{file}"):
-        store.open(damaged)
+        reader.open(damaged)
 
 
 def test_verification_of_a_sound_store_reads_every_byte(sealed):
-    found = audit.verify(sealed)
+    found = check.verify(sealed)
     chunks = [file for file in sealed.rglob("c.*") if file.is_file()]
     assert found == (len(chunks), len(chunks), sum(file.stat().st_size for file in chunks), ())
-    assert audit.verify(sealed, share=0) == (len(chunks), 0, 0, ())
+    assert check.verify(sealed, share=0) == (len(chunks), 0, 0, ())
 
 
 def test_verification_collects_all_damage(damaged):
@@ -191,7 +185,7 @@ def test_verification_collects_all_damage(damaged):
     flip(damaged / "logits/c.1.3.0", 77)
     (damaged / "_kcd/log/0/v00001-p00000.json").write_text("{}")
     (damaged / "labels/zarr.json").write_text("{}")
-    problems = "\n".join(audit.verify(damaged).problems)
+    problems = "\n".join(check.verify(damaged).problems)
     for name in ("c.0.0.0 ", "c.1.3.0 ", "v00001-p00000.json", "labels/zarr.json"):
         assert name in problems
 
@@ -200,4 +194,4 @@ def test_a_lost_commit_between_others_is_damage(damaged):
     grown(damaged, views=3)
     (damaged / "_kcd/commit.0.json").unlink()
     with pytest.raises(CorruptionError, match=r"holds commit.1.json but not commit.0.json"):
-        store.open(damaged)
+        reader.open(damaged)

@@ -9,8 +9,14 @@ from lessons import condensed as condensed_set
 from lessons import precomputed
 from pupils import SPEC
 
-from kcdcache import batches, checks, condensed, data, manifest, runs, store
+from kcdcache.commands import verify
+from kcdcache.condense import manifest
+from kcdcache.data import datasets
 from kcdcache.errors import SettingsError
+from kcdcache.export import condensed_set as export_condensed_set
+from kcdcache.runs import state
+from kcdcache.store import reader
+from kcdcache.training import batches
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +30,7 @@ def every_target(opened, chosen, requeried=None, **mixing):
     """Index and view -> probabilities that a student is shown."""
     found = {}
     how = batches.Mixing(**mixing)
-    dataset = data.load(SPEC)
+    dataset = datasets.load(SPEC)
     with batches.connect(dataset, opened, chosen, mixing=how, requeried=requeried) as source:
         for epoch in range(3):
             for batch in batches.iterate(source, epoch, batch_size=32):
@@ -54,9 +60,9 @@ def plain_target(place, row, view, temperature, rule):
 @pytest.mark.parametrize(("rule", "temperature"), [("linear_prob", 4.0), ("linear_logit", 2.0), ("keep", 1.0)])
 def test_baked_targets_are_the_mixed_softened_outputs(place, tmp_path, rule, temperature):
     exporting(place, tmp_path / "e", bake=True, temperature=temperature, mix_target=rule)
-    opened = condensed.open(tmp_path / "e")
+    opened = export_condensed_set.open(tmp_path / "e")
     mixing = {"temperature": temperature, "target": rule}
-    found = every_target(opened.knowledge, opened.manifest, store.open(opened.mixes), **mixing)
+    found = every_target(opened.knowledge, opened.manifest, reader.open(opened.mixes), **mixing)
     assert len(found) == 3 * len(place.set)
     for (index, view), probabilities in found.items():
         row = int(np.searchsorted(place.set.index, index))
@@ -64,8 +70,8 @@ def test_baked_targets_are_the_mixed_softened_outputs(place, tmp_path, rule, tem
 
 
 def test_a_baked_set_holds_one_row_for_each_kept_sample(place):
-    opened = condensed.open(place.root / "baked")
-    mixes = store.open(opened.mixes)
+    opened = export_condensed_set.open(place.root / "baked")
+    mixes = reader.open(opened.mixes)
     assert (opened.knowledge.plan.count, mixes.count) == (40, 40)
     assert opened.knowledge.held.tolist() == place.set.index[~place.set.mixed].tolist()
     assert list(opened.knowledge.fields) == list(mixes.fields) == ["logits"]
@@ -78,9 +84,9 @@ def test_a_student_of_baked_targets_is_the_one_of_mixed_targets_up_to_rounding(p
     mixed = {"temperature": 4.0, "learning_rate": 0.01}
     trained(tmp_path / "full", store=place.knowledge.path, manifest=place.file, **mixed)
     trained(tmp_path / "baked", condensed=place.root / "baked", **mixed)
-    losses = [[row["loss"] for row in runs.read_metrics(tmp_path / name)] for name in ("full", "baked")]
+    losses = [[row["loss"] for row in state.read_metrics(tmp_path / name)] for name in ("full", "baked")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    rows = runs.read_metrics(tmp_path / "baked")[0]
+    rows = state.read_metrics(tmp_path / "baked")[0]
     assert rows["rows_read"] == len(place.set) + int(place.set.mixed.sum())
 
 
@@ -112,7 +118,7 @@ def test_a_set_of_mixes_only_is_baked_too(place, tmp_path):
     assert chosen.mixed.all()
     manifest.write(tmp_path / "set.parquet", chosen)
     exporting(place, tmp_path / "e", manifest=tmp_path / "set.parquet", bake=True, temperature=4.0)
-    checks.verify(tmp_path / "e")
+    verify.verify(tmp_path / "e")
     trained(tmp_path / "run", condensed=tmp_path / "e", temperature=4.0)
 
 
@@ -126,8 +132,8 @@ def stored_as(place, tmp_path, encoding):
 def test_baked_targets_are_as_exact_as_the_stores_encoding(place, tmp_path):
     other = stored_as(place, tmp_path, "float16")
     exporting(other, tmp_path / "e", bake=True, temperature=4.0)
-    opened = condensed.open(tmp_path / "e")
-    mixes = store.open(opened.mixes)
+    opened = export_condensed_set.open(tmp_path / "e")
+    mixes = reader.open(opened.mixes)
     assert {side.fields["logits"].encoding.name for side in (opened.knowledge, mixes)} == {"float16"}
     found = every_target(opened.knowledge, other.set, mixes, temperature=4.0)
     wanted = every_target(other.knowledge, other.set, temperature=4.0)

@@ -9,10 +9,14 @@ from hypothesis import strategies as st
 from lessons import CPU, TRAIN, condensed, digits, precomputed, teacher_of
 from torch.utils.data import DataLoader
 
-from kcdcache import batches, manifest, requery, store, teacher, views
-from kcdcache.batches import KnowledgePoints, Mixing, Source, connect, iterate, plan_epoch
+from kcdcache.condense import manifest
 from kcdcache.errors import MismatchError
-from kcdcache.mixing import mix_pixels
+from kcdcache.store import check, reader
+from kcdcache.teacher import teacher
+from kcdcache.training import batches, requery
+from kcdcache.training.batches import KnowledgePoints, Mixing, Source, connect, iterate, plan_epoch
+from kcdcache.views import rules
+from kcdcache.views.mixing import mix_pixels
 
 FIELDS = ("logits", "penultimate")
 TARGETS = ("linear_prob", "linear_logit", "keep")
@@ -32,7 +36,7 @@ def world(tmp_path_factory):
     for mix in ("convex", "additive_clip"):
         with connect(dataset, knowledge, chosen, fields=(), mixing=Mixing(mix=mix)) as source:
             requery.write(source, network, knowledge, root / mix, fields=FIELDS, view_numbers=range(3))
-        mixes[mix] = store.open(root / mix)
+        mixes[mix] = reader.open(root / mix)
     return SimpleNamespace(data=dataset, network=network, knowledge=knowledge, manifest=chosen, mixes=mixes)
 
 
@@ -45,7 +49,7 @@ def connected(world, chosen=None, mix="convex", target="linear_prob", **more):
 
 def without_images(chosen, count=3):
     """A source for what is decided before any image is touched."""
-    rule = views.ViewRule(name="crop", padding=1, fill="zero", height=16, width=16, seed=0)
+    rule = rules.ViewRule(name="crop", padding=1, fill="zero", height=16, width=16, seed=0)
     return Source(data=SOME_DATA, rule=rule, views=count, manifest=chosen)
 
 
@@ -70,9 +74,9 @@ def same(left, right):
 
 
 def view_of_one(world, index, view):
-    rule, one = views.rule_of(world.knowledge.knowledge.views), np.array([index])
+    rule, one = rules.rule_of(world.knowledge.knowledge.views), np.array([index])
     images = torch.from_numpy(world.data.train.images(one))
-    return views.apply(rule, images, views.parameters(rule, one, view))
+    return rules.apply(rule, images, rules.parameters(rule, one, view))
 
 
 def soft(logits):
@@ -205,12 +209,12 @@ def test_an_epoch_uses_its_view_modulo_the_cached_ones(world):
 
 
 def test_a_partner_is_seen_in_its_own_view(world):
-    rule = views.rule_of(world.knowledge.knowledge.views)
+    rule = rules.rule_of(world.knowledge.knowledge.views)
     with connected(world) as source:
         plan = plan_epoch(source, 1, 0)
     mixed = plan.partner >= 0
-    assert np.array_equal(plan.partner_parameters[mixed], views.parameters(rule, plan.partner[mixed], 1))
-    assert np.array_equal(plan.parameters, views.parameters(rule, plan.index, 1))
+    assert np.array_equal(plan.partner_parameters[mixed], rules.parameters(rule, plan.partner[mixed], 1))
+    assert np.array_equal(plan.parameters, rules.parameters(rule, plan.index, 1))
     assert not np.array_equal(plan.parameters[mixed], plan.partner_parameters[mixed])
 
 
@@ -256,7 +260,7 @@ def test_pixels_are_channels_last_in_zero_to_one(world):
 
 def test_only_kept_samples_and_partners_are_read(world, tmp_path):
     partial = condensed(world.knowledge, keep=0.9, k0="stage_slice")
-    knowledge = store.open(world.knowledge.path)
+    knowledge = reader.open(world.knowledge.path)
     expected = sorted({*partial.index.tolist(), *partial.partner[partial.mixed].tolist()})
     assert batches.needed_rows(partial).tolist() == expected
     assert batches.needed_rows(partial, requeried=True).tolist() == partial.index.tolist()
@@ -291,7 +295,7 @@ def test_single_items_are_the_rows_of_the_batches(world):
 
 
 def test_without_fields_nothing_is_taught(world):
-    knowledge = store.open(world.knowledge.path)
+    knowledge = reader.open(world.knowledge.path)
     with connect(world.data, knowledge, world.manifest, fields=()) as source:
         batch = next(iterate(source, 0, batch_size=8))
         item = KnowledgePoints(source)[0]
@@ -312,19 +316,19 @@ def test_other_data_is_refused_by_the_first_sample_that_differs(world):
     images = replace(world.data.train.source, pixels=pixels)
     for other, first in ((changed(world.data, labels=labels), 17), (changed(world.data, source=images), 23)):
         with pytest.raises(MismatchError, match=rf"sample {first} differs \(image, label or order\)"):
-            batches.check_data(world.knowledge, other)
-    assert batches.check_data(world.knowledge, digits()) is None
+            check.check_data(world.knowledge, other)
+    assert check.check_data(world.knowledge, digits()) is None
 
 
 def test_another_class_order_is_refused(world):
     swapped = replace(world.data, classes=("1", "0", *world.data.classes[2:]))
     with pytest.raises(MismatchError, match=r"classes\[0\].*'0'.*'1'.*precompute a new store"):
-        batches.check_data(world.knowledge, swapped)
+        check.check_data(world.knowledge, swapped)
 
 
 def test_another_sample_count_is_refused(world):
     with pytest.raises(MismatchError, match=rf"count.*{TRAIN}.*20"):
-        batches.check_data(world.knowledge, SOME_DATA)
+        check.check_data(world.knowledge, SOME_DATA)
 
 
 def test_a_set_made_for_other_knowledge_is_refused(world):

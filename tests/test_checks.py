@@ -7,9 +7,10 @@ import pytest
 from exports import exporting
 from pupils import SCHOOL, SPEC, command, everything, school
 
-from kcdcache import checks, manifest
+from kcdcache.commands import verify
+from kcdcache.condense import manifest
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, SettingsError
-from kcdcache.files import digest_of
+from kcdcache.files.atomic import digest_of
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +46,16 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("kind", checks.CHECKS)
+@pytest.mark.parametrize("kind", verify.CHECKS)
 def test_what_was_written_is_in_order_and_stays_as_it_is(made, kind):
     before = everything(made)
-    found = checks.verify(made / WHOLE[kind])
+    found = verify.verify(made / WHOLE[kind])
     assert (found["kind"], found["problems"]) == (kind, 0)
     assert everything(made) == before
 
 
 def test_a_run_is_counted_whole(made):
-    found = checks.verify(made / "run")
+    found = verify.verify(made / "run")
     assert found["finished"] is True
     assert found["manifests"] == len(list((made / "run/stages").glob("*/manifest.parquet"))) == 4
     assert found["values"] == 4
@@ -74,7 +75,7 @@ def test_a_run_is_counted_whole(made):
 def test_damage_of_a_store_is_found_by_name(place, file, name):
     flip(place / file)
     with pytest.raises(CorruptionError, match=rf"(?s)problems\n.*{name}"):
-        checks.verify(place / "store", depth=checks.Depth(share=1.0))
+        verify.verify(place / "store", depth=verify.Depth(share=1.0))
 
 
 @pytest.mark.parametrize(
@@ -83,20 +84,20 @@ def test_damage_of_a_store_is_found_by_name(place, file, name):
 def test_damage_of_a_run_is_found_by_name(place, file):
     flip(place / "run" / file)
     with pytest.raises(CorruptionError, match=Path(file).stem):
-        checks.verify(place / "run")
+        verify.verify(place / "run")
 
 
 def test_damage_of_a_checkpoint_is_found(place):
     flip(next((place / "run/checkpoint").glob("*.safetensors")))
     with pytest.raises(CorruptionError, match=r"checkpoint .* is damaged: its SHA-256 is not the one in"):
-        checks.verify(place / "run")
+        verify.verify(place / "run")
 
 
 @pytest.mark.parametrize("kind", ["manifest", "values", "network"])
 def test_damage_of_a_single_file_is_found(place, kind):
     flip(place / WHOLE[kind])
     with pytest.raises(CorruptionError, match=Path(WHOLE[kind]).stem):
-        checks.verify(place / WHOLE[kind])
+        verify.verify(place / WHOLE[kind])
 
 
 def test_random_damage_of_any_file_of_a_run_is_an_error_of_ours(place):
@@ -106,23 +107,23 @@ def test_random_damage_of_any_file_of_a_run_is_an_error_of_ours(place):
         whole = path.read_bytes()
         flip(path, int(random.integers(len(whole))))
         try:
-            checks.verify(place / "run")
+            verify.verify(place / "run")
         except KcdcacheError:
             assert path.name != ".lock"
         else:
             assert path.name in (".lock", "timing.jsonl")
         path.write_bytes(whole)
-    assert checks.verify(place / "run")["problems"] == 0
+    assert verify.verify(place / "run")["problems"] == 0
 
 
 def test_points_are_computed_again_for_stores_only(made):
     with pytest.raises(SettingsError, match="give a store, its --teacher and its --data"):
-        checks.verify(made / "run", teacher=str(made / "teacher"), data=SPEC)
+        verify.verify(made / "run", teacher=str(made / "teacher"), data=SPEC)
 
 
 def test_computing_points_again_needs_the_data_too(made):
     with pytest.raises(SettingsError, match="give a store, its --teacher and its --data"):
-        checks.verify(made / "store", teacher="resnet8")
+        verify.verify(made / "store", teacher="resnet8")
 
 
 def test_another_teacher_than_the_stores_is_refused(place):
@@ -132,7 +133,7 @@ def test_another_teacher_than_the_stores_is_refused(place):
     document["digest"] = digest_of({key: value for key, value in document.items() if key != "digest"})
     record.write_text(json.dumps(document))
     with pytest.raises(MismatchError, match=r"differ in transform.mean\[0\]"):
-        checks.verify(place / "store", teacher=str(place / "teacher"), data=SPEC)
+        verify.verify(place / "store", teacher=str(place / "teacher"), data=SPEC)
 
 
 def test_a_set_changed_by_another_tool_is_corruption(place):
@@ -141,9 +142,9 @@ def test_a_set_changed_by_another_tool_is_corruption(place):
     assert manifest.read(path).knowledge_id.encode() in data
     path.write_bytes(data.replace(manifest.read(path).knowledge_id.encode()[:8], b"00000000"))
     with pytest.raises(CorruptionError, match=r"manifest.parquet was changed after it was written"):
-        checks.verify(path)
+        verify.verify(path)
 
 
 def test_nothing_is_not_found(tmp_path):
     with pytest.raises(NotFoundError, match=r"nothing at .*nowhere"):
-        checks.verify(tmp_path / "nowhere")
+        verify.verify(tmp_path / "nowhere")

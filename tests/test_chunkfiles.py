@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kcdcache import chunkfiles
 from kcdcache.errors import UnsafeError
+from kcdcache.store import reader
 
 ROWS, WIDTH = 50, 6
 VALUES = np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype(np.float16)
@@ -26,7 +26,7 @@ def copied(path, wanted, block_bytes=100, target=None):
     wanted = np.array(wanted, np.int64)
     target = np.zeros((len(wanted), WIDTH), np.float16) if target is None else target
     block = np.empty(block_bytes, np.uint8)
-    return chunkfiles.copy_rows(path, len(CONTENT), CHECKSUM, wanted, target, block), target
+    return reader.copy_rows(path, len(CONTENT), CHECKSUM, wanted, target, block), target
 
 
 @settings(max_examples=60)
@@ -68,8 +68,8 @@ def test_rows_next_to_the_target_are_left_alone(chunk):
 
 
 def test_a_row_larger_than_a_block_still_fits_into_new_scratch_memory():
-    assert len(chunkfiles.new_block(3)) == chunkfiles.BLOCK_BYTES
-    assert len(chunkfiles.new_block(chunkfiles.BLOCK_BYTES + 1)) == chunkfiles.BLOCK_BYTES + 1
+    assert len(reader.new_block(3)) == reader.BLOCK_BYTES
+    assert len(reader.new_block(reader.BLOCK_BYTES + 1)) == reader.BLOCK_BYTES + 1
 
 
 def test_a_symbolic_link_is_refused(tmp_path, chunk):

@@ -17,16 +17,22 @@ import torch
 from stores import content
 
 import kcdcache
-from kcdcache import cli, commands, config, display, manifest, options, recipe, steps
-from kcdcache.files import locked
+from kcdcache import settings as settings_
+from kcdcache.cli import console, help, main
+from kcdcache.cli.options import shown
+from kcdcache.commands import steps
+from kcdcache.condense import manifest
+from kcdcache.files.atomic import locked
+from kcdcache.recipes import recipe
+from kcdcache.settings import CondenseCommand, ExportCommand, FitCommand, PrecomputeCommand, TrainCommand
 
 DATA = "digits?train=200&test=100"
 MODELS = {
-    "fit": commands.FitCommand,
-    "precompute": commands.PrecomputeCommand,
-    "train": commands.TrainCommand,
-    "condense": commands.CondenseCommand,
-    "export": commands.ExportCommand,
+    "fit": FitCommand,
+    "precompute": PrecomputeCommand,
+    "train": TrainCommand,
+    "condense": CondenseCommand,
+    "export": ExportCommand,
 }
 FIELDS = [(name, field) for name, model in MODELS.items() for field in model.model_fields]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(kcdcache.__file__).parent.parent)}
@@ -73,7 +79,7 @@ def arguments(command, **options):
 
 def outcome(capsys, *words):
     """Return (exit code, stdout, stderr) of a command run in this process."""
-    code = cli._outcome([str(word) for word in words])
+    code = main._outcome([str(word) for word in words])
     return code, *capsys.readouterr()
 
 
@@ -105,7 +111,7 @@ def finished(tmp_path_factory):
     """A folder in which every writing command has been run once."""
     place = tmp_path_factory.mktemp("chain")
     for command in WRITING.values():
-        assert cli._outcome([*command(place), "--quiet"]) == 0
+        assert main._outcome([*command(place), "--quiet"]) == 0
     return place
 
 
@@ -121,7 +127,7 @@ def test_help_answers_without_the_heavy_libraries():
     done = alone("--help")
     assert done.returncode == 0
     assert done.stderr == "loaded:\n"
-    assert [name for name in cli.SUMMARIES if f"\n  {name} " in done.stdout] == list(cli.SUMMARIES)
+    assert [name for name in help.SUMMARIES if f"\n  {name} " in done.stdout] == list(help.SUMMARIES)
 
 
 def test_help_of_train_stands_in_sections_and_offers_choices(capsys):
@@ -141,32 +147,32 @@ def test_the_version_is_the_packages(capsys):
     assert outcome(capsys, "--version") == (0, f"kcdcache, version {kcdcache.__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", cli.SUMMARIES)
+@pytest.mark.parametrize("command", help.SUMMARIES)
 def test_help_of_a_command_ends_its_text_with_examples(capsys, command):
     code, out, _ = outcome(capsys, command, "--help")
-    assert (code, cli.SUMMARIES[command].split()[0] in out) == (0, True)
+    assert (code, help.SUMMARIES[command].split()[0] in out) == (0, True)
     assert f"Examples:\n    kcdcache {command}" in out
 
 
 @pytest.mark.parametrize(("command", "name"), FIELDS)
 def test_help_gives_every_settings_flag_text_and_default(command, name):
-    option = next(option for option in cli.BUILDERS[command]().params if option.name == name)
+    option = next(option for option in main.BUILDERS[command]().params if option.name == name)
     field = MODELS[command].model_fields[name]
     assert option.help.startswith(" ".join(field.description.split()))
     if field.is_required():
         assert option.required
     elif field.default is not None:
-        assert option.help.endswith(f"  [default: {options.shown(field.default)}]")
+        assert option.help.endswith(f"  [default: {shown(field.default)}]")
 
 
 def test_every_option_of_every_command_has_help():
-    for name, build in cli.BUILDERS.items():
+    for name, build in main.BUILDERS.items():
         without = [option.name for option in build().params if isinstance(option, click.Option) and not option.help]
         assert (name, without) == (name, [])
 
 
 def test_defaults_are_shown_as_they_are_typed():
-    assert [options.shown(value) for value in (True, False, (0.5, 0.75), ("logits",), 4, "kd")] == [
+    assert [shown(value) for value in (True, False, (0.5, 0.75), ("logits",), 4, "kd")] == [
         "on", "off", "0.5,0.75", "logits", "4", "kd",
     ]  # fmt: skip
 
@@ -230,9 +236,9 @@ def from_flags(command, name, value):
     if isinstance(value, bool):
         words = [flag if value else f"--no-{flag[2:]}"]
     others = {key: given for key, given in REQUIRED[command].items() if key != name}
-    context = cli.BUILDERS[command]().make_context(command, [*arguments(command, **others)[1:], *words])
+    context = main.BUILDERS[command]().make_context(command, [*arguments(command, **others)[1:], *words])
     given = {key: found for key, found in context.params.items() if found is not None}
-    return config.make(MODELS[command], {key: given[key] for key in given if key in MODELS[command].model_fields})
+    return settings_.make(MODELS[command], {key: given[key] for key in given if key in MODELS[command].model_fields})
 
 
 def from_toml(folder, command, name, value):
@@ -240,7 +246,7 @@ def from_toml(folder, command, name, value):
     lines = [f"{key} = {json.dumps(given)}" for key, given in settings.items()]
     text = "\n".join(['title = "t"', 'data = "digits"', "[[step]]", 'name = "a"', f'run = "{command}"', *lines])
     (folder / "recipe.toml").write_text(text)
-    return config.make(MODELS[command], recipe.load(folder / "recipe.toml").step[0].settings)
+    return settings_.make(MODELS[command], recipe.load(folder / "recipe.toml").step[0].settings)
 
 
 @pytest.mark.parametrize(("command", "name", "value"), SAMPLES)
@@ -254,7 +260,7 @@ def test_a_flag_and_a_toml_key_give_equal_settings(tmp_path, command, name, valu
 def test_options_of_a_command_are_the_fields_of_its_settings():
     common = {"as_json", "debug", "quiet", "dry_run"}
     for command, model in MODELS.items():
-        assert {option.name for option in cli.BUILDERS[command]().params} == set(model.model_fields) | common
+        assert {option.name for option in main.BUILDERS[command]().params} == set(model.model_fields) | common
 
 
 # results
@@ -264,7 +270,7 @@ def test_options_of_a_command_are_the_fields_of_its_settings():
 def test_json_is_one_object_and_nothing_else(capsys, chain, command):
     code, out, _ = outcome(capsys, *WRITING[command](chain), "--json")
     assert (code, out.count("\n")) == (0, 1)
-    assert json.loads(out)["schema_version"] == cli.SCHEMA_VERSION
+    assert json.loads(out)["schema_version"] == main.SCHEMA_VERSION
 
 
 @pytest.mark.parametrize(
@@ -512,12 +518,12 @@ def test_control_characters_in_results_are_shown_not_sent(capsys, tmp_path):
 
 
 def test_numbers_are_rounded_for_people_but_not_what_is_given_back():
-    told = display.readable({"loss": 1.23456789, "keep": 0.9396926207, "K_0": 3, "rows": [{"share": 0.1234567}]})
+    told = console.readable({"loss": 1.23456789, "keep": 0.9396926207, "K_0": 3, "rows": [{"share": 0.1234567}]})
     assert told.splitlines() == ["loss: 1.23457", "keep: 0.9396926207", "K_0 (dropped): 3", "rows:", "  share=0.123457"]
 
 
 def test_control_characters_in_a_recipe_are_shown_not_sent():
-    text = display.readable({"table": "t\x1b[2J\nrow", "files": "f\x1b"})
+    text = console.readable({"table": "t\x1b[2J\nrow", "files": "f\x1b"})
     assert text == "t\\x1b[2J\nrow\n\nfiles: f\\x1b"
 
 

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from kcdcache import condense as condense_module
-from kcdcache import manifest, rng, schedule, values
-from kcdcache.condense import condense, pair, partition, random_stage
-from kcdcache.config import CondenseSettings
+from kcdcache import rng
+from kcdcache.condense import manifest, schedule, summary, values
+from kcdcache.condense.manifest import Manifest
+from kcdcache.condense.ranking import epsilons, order_of
+from kcdcache.condense.summary import condense, pair, partition, random_stage
+from kcdcache.condense.values import Values
 from kcdcache.errors import MismatchError, NonFiniteError, SettingsError
-from kcdcache.manifest import Manifest
-from kcdcache.ranking import epsilons, order_of
-from kcdcache.values import Values
+from kcdcache.settings import CondenseSettings
 
 KNOWLEDGE = "k" * 64
 
@@ -264,7 +264,7 @@ def test_manifest_records_where_it_comes_from() -> None:
 
 
 def test_more_dropped_than_kept_points_are_logged_and_only_the_best_serve(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, condense_module.__name__):
+    with caplog.at_level(logging.INFO, summary.__name__):
         made = run(distinct(10), 0.3)
     assert "K_0 has 7 points, K_1 only 3: the best 3 of K_0 serve" in caplog.text
     assert (made.mixed.all(), sorted(made.partner.tolist()), made.dropped) == (True, [4, 5, 6], 7)
@@ -344,7 +344,7 @@ def test_candidates_are_those_of_numpys_plain_set_difference(count: int, data: A
     common = {"knowledge_id": KNOWLEDGE, "count": count}
     within = manifest.full(**common, excluded=np.setdiff1d(np.arange(count), sorted(kept)))
     for everyone, previous in ((np.arange(count), None), (np.array(sorted(kept)), within)):
-        found = condense_module._candidates(count, previous, excluded)
+        found = summary._candidates(count, previous, excluded)
         assert found.tolist() == np.setdiff1d(everyone, excluded).tolist()
 
 

@@ -7,7 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from stores import content, knowledge, make
 
-from kcdcache import commands, condense, condenser, config, manifest, values
+from kcdcache import settings
+from kcdcache.commands import condenser
+from kcdcache.condense import manifest, summary, value_files, values
 from kcdcache.errors import LockedError, MismatchError, NotFoundError, SettingsError
 
 COUNT = 150
@@ -40,19 +42,19 @@ def labels():
 
 def write_values(path, knowledge_id=None, seed=0):
     document = {"knowledge_id": knowledge_id or knowledge().knowledge_id, "student": "resnet8", "epoch": 3}
-    values.write(path, some_values(seed), labels(), document)
+    value_files.write(path, some_values(seed), labels(), document)
     return path
 
 
 def run(place, dry_run=False, **more):
     given = {"values": place / "values.parquet", "store": place / "store", "keep": 0.6, "out": place / "out/m.parquet"}
-    return condenser.run(config.make(commands.CondenseCommand, given | more), dry_run=dry_run)
+    return condenser.run(settings.make(settings.CondenseCommand, given | more), dry_run=dry_run)
 
 
 def test_the_manifest_is_that_of_condense(place):
     found = run(place, eps_max=0.2, ranking="random", condense_seed=3)
-    expected = condense.condense(
-        some_values(), config.CondenseSettings(eps_max=0.2, ranking="random", condense_seed=3),
+    expected = summary.condense(
+        some_values(), settings.CondenseSettings(eps_max=0.2, ranking="random", condense_seed=3),
         knowledge_id=knowledge().knowledge_id, count=COUNT, stage=1, keep=0.6, labels=labels(), classes=2,
         data_digest=knowledge().data.digest,
     )  # fmt: skip

@@ -4,20 +4,20 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from kcdcache import commands, config
+from kcdcache import settings
 from kcdcache.errors import NotFoundError, SettingsError
 
 MODELS = [
     model
-    for model in vars(config).values()
-    if inspect.isclass(model) and issubclass(model, config.Settings) and model is not config.Settings
+    for model in vars(settings).values()
+    if inspect.isclass(model) and issubclass(model, settings.Settings) and model is not settings.Settings
 ]
 FIELDS = [(model, name) for model in MODELS for name in model.model_fields]
 COMMANDS = {
-    commands.FitCommand: {"data": "digits", "model": "resnet8", "out": "run"},
-    commands.PrecomputeCommand: {"data": "digits", "store": "store"},
-    commands.TrainCommand: {"data": "digits", "store": "store", "out": "run"},
-    commands.CondenseCommand: {"values": "v", "store": "store", "keep": 0.5, "out": "m"},
+    settings.FitCommand: {"data": "digits", "model": "resnet8", "out": "run"},
+    settings.PrecomputeCommand: {"data": "digits", "store": "store"},
+    settings.TrainCommand: {"data": "digits", "store": "store", "out": "run"},
+    settings.CondenseCommand: {"values": "v", "store": "store", "keep": 0.5, "out": "m"},
 }
 
 
@@ -29,7 +29,7 @@ def test_every_field_is_described(model, name):
 @pytest.mark.parametrize("model", MODELS)
 def test_every_default_is_allowed_by_its_own_model(model):
     defaults = {name: field.default for name, field in model.model_fields.items() if not field.is_required()}
-    made = config.make(model, {**COMMANDS.get(model, {}), **defaults})
+    made = settings.make(model, {**COMMANDS.get(model, {}), **defaults})
     assert all(getattr(made, name) == value for name, value in defaults.items())
 
 
@@ -44,7 +44,7 @@ def test_there_is_one_default_per_setting():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_settings_are_frozen(model):
-    made = config.make(model, COMMANDS.get(model, {}))
+    made = settings.make(model, COMMANDS.get(model, {}))
     name = next(iter(model.model_fields))
     with pytest.raises(ValidationError, match="Instance is frozen"):
         setattr(made, name, getattr(made, name))
@@ -55,12 +55,12 @@ def test_settings_are_frozen(model):
 )
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(wrong, right):
     with pytest.raises(SettingsError, match=rf"unknown setting '{wrong}' in recipe.toml; did you mean '{right}'\?"):
-        config.make(config.TrainSettings, {wrong: 1}, "recipe.toml")
+        settings.make(settings.TrainSettings, {wrong: 1}, "recipe.toml")
 
 
 def test_an_unknown_key_near_to_nothing_gets_the_whole_list():
     with pytest.raises(SettingsError, match=r"unknown setting 'zzzzzz' in the command line; known: augment, fill"):
-        config.make(config.ViewSettings, {"zzzzzz": 1})
+        settings.make(settings.ViewSettings, {"zzzzzz": 1})
 
 
 @pytest.mark.parametrize(
@@ -80,58 +80,60 @@ def test_an_unknown_key_near_to_nothing_gets_the_whole_list():
 )
 def test_a_value_out_of_range_is_told_with_its_rule_and_what_was_found(key, value, rule):
     with pytest.raises(SettingsError, match=rf"setting '{key}' in x.toml: .*{rule}.*; found {value!r}"):
-        config.make(config.TrainSettings, {key: value}, "x.toml")
+        settings.make(settings.TrainSettings, {key: value}, "x.toml")
 
 
 @pytest.mark.parametrize("key", ["keep", "learning_rate", "temperature", "memory_gb", "eps_max"])
 @pytest.mark.parametrize("value", ["nan", "inf", float("nan"), float("inf")])
 def test_numbers_are_finite(key, value):
     with pytest.raises(SettingsError, match=rf"setting '{key}' in the command line: .*; found "):
-        config.make(config.TrainSettings, {key: value})
+        settings.make(settings.TrainSettings, {key: value})
 
 
 def test_all_mistakes_are_told_at_once():
     with pytest.raises(SettingsError, match=r"(?s)'keep' .*\n.*'epocs' "):
-        config.make(config.TrainSettings, {"epocs": 1, "keep": 2})
+        settings.make(settings.TrainSettings, {"epocs": 1, "keep": 2})
 
 
-@pytest.mark.parametrize("name", config.PRESETS)
+@pytest.mark.parametrize("name", settings.PRESETS)
 def test_a_preset_sets_its_readings(name):
-    made = config.make(config.TrainSettings, {"preset": name})
-    assert {key: getattr(made, key) for key in config.PRESETS[name]} == config.PRESETS[name]
+    made = settings.make(settings.TrainSettings, {"preset": name})
+    assert {key: getattr(made, key) for key in settings.PRESETS[name]} == settings.PRESETS[name]
 
 
-@pytest.mark.parametrize("name", config.PRESETS)
+@pytest.mark.parametrize("name", settings.PRESETS)
 def test_a_flag_given_beside_a_preset_wins(name):
     given = {"schedule": "poster", "mix_label": "mix"}
-    made = config.make(config.TrainSettings, {"preset": name, **given})
-    expected = config.PRESETS[name] | given
+    made = settings.make(settings.TrainSettings, {"preset": name, **given})
+    expected = settings.PRESETS[name] | given
     assert {key: getattr(made, key) for key in expected} == expected
 
 
 def test_the_presets_differ_and_both_differ_from_the_defaults():
-    made = [config.make(config.TrainSettings, {"preset": name} if name else {}) for name in (None, *config.PRESETS)]
+    made = [
+        settings.make(settings.TrainSettings, {"preset": name} if name else {}) for name in (None, *settings.PRESETS)
+    ]
     schedules = [(one.schedule, one.k0, one.mix_target) for one in made]
     assert len(set(schedules)) == 3
 
 
 def test_an_unknown_preset_is_refused():
     with pytest.raises(SettingsError, match=r"setting 'preset' .*'paper' or 'release'; found 'papr'"):
-        config.make(config.TrainSettings, {"preset": "papr"})
+        settings.make(settings.TrainSettings, {"preset": "papr"})
 
 
 def test_a_part_has_the_values_of_the_whole_and_no_more():
-    whole = config.make(
-        commands.TrainCommand, {**COMMANDS[commands.TrainCommand], "keep": 0.4, "preset": "paper", "schedule": "poster"}
+    whole = settings.make(
+        settings.TrainCommand, {**COMMANDS[settings.TrainCommand], "keep": 0.4, "preset": "paper", "schedule": "poster"}
     )
-    inner = config.part(config.TrainSettings, whole)
-    assert type(inner) is config.TrainSettings
-    assert {name: getattr(whole, name) for name in config.TrainSettings.model_fields} == dict(inner)
+    inner = settings.part(settings.TrainSettings, whole)
+    assert type(inner) is settings.TrainSettings
+    assert {name: getattr(whole, name) for name in settings.TrainSettings.model_fields} == dict(inner)
 
 
 def test_toml_becomes_plain_values(tmp_path):
     (tmp_path / "a.toml").write_text('keep = 0.5\nmilestones = [0.5, 0.75]\n[deep]\nname = "ü"\n')
-    found = config.read_toml(tmp_path / "a.toml")
+    found = settings.read_toml(tmp_path / "a.toml")
     assert found == {"keep": 0.5, "milestones": [0.5, 0.75], "deep": {"name": "ü"}}
 
 
@@ -142,16 +144,16 @@ def test_toml_becomes_plain_values(tmp_path):
 def test_what_is_no_toml_is_refused_with_its_place(tmp_path, text, place):
     (tmp_path / "a.toml").write_bytes(text)
     with pytest.raises(SettingsError, match=rf"a.toml is not valid TOML: .*{place}"):
-        config.read_toml(tmp_path / "a.toml")
+        settings.read_toml(tmp_path / "a.toml")
 
 
 def test_a_missing_recipe_is_not_found(tmp_path):
     with pytest.raises(NotFoundError, match=r"no recipe at .*a.toml"):
-        config.read_toml(tmp_path / "a.toml")
+        settings.read_toml(tmp_path / "a.toml")
 
 
 def test_paths_come_from_text():
-    assert config.make(commands.FitCommand, COMMANDS[commands.FitCommand]).out == Path("run")
+    assert settings.make(settings.FitCommand, COMMANDS[settings.FitCommand]).out == Path("run")
 
 
 @pytest.mark.parametrize(
@@ -165,4 +167,4 @@ def test_paths_come_from_text():
     ],
 )
 def test_a_run_that_draws_its_sets_draws_them_with_its_own_seed(given, expected):
-    assert config.TrainSettings(student="resnet8", **given).condense_seed == expected
+    assert settings.TrainSettings(student="resnet8", **given).condense_seed == expected

@@ -9,9 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_data import write_folder, write_hub, write_npz
 
-from kcdcache import cli, corruption, data, dataspec, recipe
-from kcdcache.corruption import Corruption, applied, class_sizes, first_of_each, frequent, noisy
+from kcdcache.cli import main
+from kcdcache.data import datasets, label_noise
+from kcdcache.data.label_noise import Corruption, applied, class_sizes, first_of_each, frequent, noisy
+from kcdcache.data.spec import FORMS, extended, parse
 from kcdcache.errors import SettingsError
+from kcdcache.recipes import recipe
 
 MANY = 200_000
 
@@ -148,7 +151,7 @@ def test_frequent_classes_are_the_largest_that_hold_half_of_all():
 
 
 def test_a_corrupted_split_keeps_true_labels_and_leaves_the_test_split_alone():
-    clean, found = data.load("digits"), data.load("digits?noise=0.4&noise_seed=7&redraw=false")
+    clean, found = datasets.load("digits"), datasets.load("digits?noise=0.4&noise_seed=7&redraw=false")
     assert np.array_equal(found.train.clean_labels, clean.train.labels)
     expected = noisy(clean.train.labels, np.arange(len(clean.train)), 10, rate=0.4, seed=7, redraw=False)
     assert np.array_equal(found.train.labels, expected)
@@ -160,7 +163,7 @@ def test_a_corrupted_split_keeps_true_labels_and_leaves_the_test_split_alone():
 
 
 def test_imbalance_keeps_the_images_that_belong_to_the_labels():
-    clean, found = data.load("digits"), data.load("digits?gamma=0.6&n_max=90&n_min=5")
+    clean, found = datasets.load("digits"), datasets.load("digits?gamma=0.6&n_max=90&n_min=5")
     assert np.bincount(found.train.labels).tolist() == class_sizes(10, 0.6, 90, 5).tolist()
     rows = first_of_each(clean.train.labels, class_sizes(10, 0.6, 90, 5))
     assert np.array_equal(found.train.images(np.arange(len(rows))), clean.train.images(rows))
@@ -171,15 +174,15 @@ def test_imbalance_keeps_the_images_that_belong_to_the_labels():
 def test_every_option_changes_the_datas_identity():
     specs = ("", "?noise=0.4", "?noise=0.2", "?noise=0.4&noise_seed=1", "?noise=0.4&redraw=false", "?gamma=0.6",
              "?gamma=0.6&n_min=2", "?gamma=0.6&noise=0.4")  # fmt: skip
-    found = [data.load(f"digits{spec}").identity().digest for spec in specs]
+    found = [datasets.load(f"digits{spec}").identity().digest for spec in specs]
     assert len(set(found)) == len(specs)
-    assert data.load("digits?noise=0.4").identity().digest == found[1]
+    assert datasets.load("digits?noise=0.4").identity().digest == found[1]
 
 
 @pytest.mark.parametrize("write", [write_hub, write_folder, lambda path: write_npz(path / "a.npz")])
 def test_any_kind_of_data_can_be_corrupted(tmp_path, write):
     spec = write(tmp_path)
-    clean, found = data.load(spec), data.load(f"{spec}?noise=1&redraw=false&gamma=1&n_max=2&n_min=1")
+    clean, found = datasets.load(spec), datasets.load(f"{spec}?noise=1&redraw=false&gamma=1&n_max=2&n_min=1")
     sizes = class_sizes(len(clean.classes), 1, 2, 1)
     rows = first_of_each(clean.train.labels, sizes)
     assert np.array_equal(found.train.clean_labels, clean.train.labels[rows])
@@ -206,12 +209,14 @@ def test_any_kind_of_data_can_be_corrupted(tmp_path, write):
 )
 def test_options_that_are_wrong_or_idle_are_refused(spec, message):
     with pytest.raises(SettingsError, match=message):
-        dataspec.parse(spec)
+        parse(spec)
 
 
 def test_a_sweep_over_rates_may_begin_at_none():
-    assert not dataspec.parse("digits?noise=0&noise_seed=7&redraw=false").corruption
-    assert data.load("digits?train=50&noise=0&noise_seed=7").identity() == data.load("digits?train=50").identity()
+    assert not parse("digits?noise=0&noise_seed=7&redraw=false").corruption
+    assert (
+        datasets.load("digits?train=50&noise=0&noise_seed=7").identity() == datasets.load("digits?train=50").identity()
+    )
 
 
 @pytest.mark.parametrize(
@@ -225,19 +230,19 @@ def test_a_sweep_over_rates_may_begin_at_none():
 )  # fmt: skip
 def test_too_few_samples_to_thin_out_are_told_with_the_spec(spec, told):
     with pytest.raises(SettingsError, match=told):
-        data.load(spec)
+        datasets.load(spec)
 
 
 def test_options_are_added_to_a_spec_whose_limits_stay():
-    assert dataspec.extended("digits", "") == "digits"
-    assert dataspec.extended("digits", "noise=0.4") == "digits?noise=0.4"
-    assert dataspec.extended("digits?test=9&train=50", "train=4000&noise=0.4") == "digits?test=9&train=50&noise=0.4"
+    assert extended("digits", "") == "digits"
+    assert extended("digits", "noise=0.4") == "digits?noise=0.4"
+    assert extended("digits?test=9&train=50", "train=4000&noise=0.4") == "digits?test=9&train=50&noise=0.4"
     with pytest.raises(SettingsError, match=r"has noise already, and 'noise=0.4' is to be added; give it once"):
-        dataspec.extended("digits?noise=0.2", "noise=0.4")
+        extended("digits?noise=0.2", "noise=0.4")
 
 
 def test_every_kind_of_data_has_a_loader_and_a_form():
-    assert data.LOADERS.keys() == dataspec.FORMS.keys()
+    assert datasets.LOADERS.keys() == FORMS.keys()
 
 
 # recipes
@@ -273,15 +278,15 @@ def test_lists_in_a_pair_stand_for_a_pair_with_each_item(tmp_path):
 
 
 def test_a_document_tells_what_is_in_force_only():
-    assert corruption.NOTHING.document() == {}
+    assert label_noise.NOTHING.document() == {}
     assert Corruption(noise=0.4).document() == {"noise": 0.4, "noise_seed": 12345, "redraw": True}
     assert Corruption(gamma=0.6, n_max=9, n_min=1).document() == {"gamma": 0.6, "n_max": 9, "n_min": 1}
 
 
 def test_what_will_be_done_to_the_labels_is_told_before_anything_runs(capsys, tmp_path):
     words = ["fit", "--data", "digits?train=100&noise=0.5", "--model", "resnet8", "--out", str(tmp_path / "t")]
-    assert cli._outcome([*words, "--dry-run", "--json", "-q"]) == 0
+    assert main._outcome([*words, "--dry-run", "--json", "-q"]) == 0
     told = json.loads(capsys.readouterr().out)
-    split = data.load("digits?train=100&noise=0.5").train
+    split = datasets.load("digits?train=100&noise=0.5").train
     assert told["mislabelled"] == int((split.labels != split.clean_labels).sum()) > 30
     assert not (tmp_path / "t").exists()

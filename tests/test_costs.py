@@ -7,10 +7,14 @@ import pytest
 import torch
 from pupils import TRAIN, BrokenOffError, command, everything, school, stop_after
 
-from kcdcache import costs, layout, precompute, rates, store
-from kcdcache.config import PrecomputeSettings
 from kcdcache.errors import MismatchError
-from kcdcache.jobs import Job, Place
+from kcdcache.files import timing
+from kcdcache.settings import PrecomputeSettings
+from kcdcache.store import plan, reader
+from kcdcache.store import plan as plan_
+from kcdcache.store.plan import plan_store
+from kcdcache.teacher import precompute
+from kcdcache.teacher.precompute import Job, Place
 
 CROPS = {"augment": "crop", "padding": 2, "batch_size": 32, "min_accuracy": 0}
 FIELDS = ("logits", "penultimate")
@@ -33,10 +37,10 @@ def chunk_bytes(path, names):
 
 @pytest.mark.parametrize("encoding", ["float16", "float32", "top:3"])
 def test_planned_bytes_are_those_of_the_store_made_after(place, tmp_path, monkeypatch, encoding):
-    monkeypatch.setattr(layout, "MOST_PART_ROWS", 64)
+    monkeypatch.setattr(plan, "MOST_PART_ROWS", 64)
     told = planned(place, tmp_path / "store", encoding=encoding)
     command(place, "precompute", store=tmp_path / "store", **CROPS, views=3, fields=FIELDS, encoding=encoding)
-    made = store.open(tmp_path / "store")
+    made = reader.open(tmp_path / "store")
     assert set(told["bytes_per_field"]) == {*FIELDS, "labels and digests"}
     for field, found in told["bytes_per_field"].items():
         names = [array.name for array in made.plan.arrays if (array.field or "labels and digests") == field]
@@ -49,12 +53,12 @@ def test_planned_bytes_are_those_of_the_store_made_after(place, tmp_path, monkey
 def test_a_compressed_store_takes_at_most_the_planned_bytes(place, tmp_path):
     told = planned(place, tmp_path / "store", compression="zstd")
     command(place, "precompute", store=tmp_path / "store", **CROPS, views=3, fields=FIELDS, compression="zstd")
-    found = sum(chunk_bytes(tmp_path / "store", [array.name]) for array in store.open(tmp_path / "store").plan.arrays)
+    found = sum(chunk_bytes(tmp_path / "store", [array.name]) for array in reader.open(tmp_path / "store").plan.arrays)
     assert found < told["bytes"]
 
 
 def test_shards_plans_add_up_to_the_whole_stores(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(layout, "MOST_PART_ROWS", 64)
+    monkeypatch.setattr(plan, "MOST_PART_ROWS", 64)
     whole = planned(place, tmp_path / "store")["to_do"]
     parts = [planned(place, tmp_path / "store", shard=f"{number}/3") for number in range(3)]
     for key in ("parts", "teacher_forwards", "bytes"):
@@ -65,7 +69,7 @@ def test_shards_plans_add_up_to_the_whole_stores(place, tmp_path, monkeypatch):
 def test_hours_are_forwards_over_the_measured_rate(place, tmp_path):
     told = planned(place, tmp_path / "store")
     rate, to_do = told["images_per_second"], told["to_do"]
-    assert rate["n"] == costs.BATCHES
+    assert rate["n"] == precompute.BATCHES
     assert to_do["teacher_hours"] == pytest.approx(3 * TRAIN / rate["mean"] / 3600, rel=0.01)
     assert to_do["teacher_hours_std"] == pytest.approx(to_do["teacher_hours"] * rate["std"] / rate["mean"], rel=0.1)
 
@@ -77,12 +81,12 @@ def test_a_dry_run_leaves_nothing_and_tells_the_room(place, tmp_path):
 
 
 def test_only_what_is_missing_is_to_do(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(layout, "MOST_PART_ROWS", 64)
+    monkeypatch.setattr(plan, "MOST_PART_ROWS", 64)
     settings = PrecomputeSettings(**CROPS, views=3, fields=FIELDS)
     with pytest.raises(BrokenOffError):
         precompute.run(settings, place.data, place.network, tmp_path / "store", stop_after(5))
     before = everything(tmp_path / "store")
-    whole = layout.parts(precompute._plan(settings, TRAIN, 3, forms_of(place), tmp_path / "other"))
+    whole = plan_.parts(precompute._plan(settings, TRAIN, 3, forms_of(place), tmp_path / "other"))
     assert planned(place, tmp_path / "store")["to_do"]["parts"] == len(whole) - 5
     assert everything(tmp_path / "store") == before
     precompute.run(settings, place.data, place.network, tmp_path / "store")
@@ -101,7 +105,7 @@ def test_another_store_at_the_place_is_refused_by_a_dry_run(place, tmp_path):
 
 
 def test_a_disk_with_too_little_room_is_told(place, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(costs.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(precompute.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     told = planned(place, tmp_path / "store")
     assert told["free_bytes"] == 1000
     assert f"{told['to_do']['bytes']:,} bytes are still to be written, but 1,000 are free" in caplog.text
@@ -110,17 +114,17 @@ def test_a_disk_with_too_little_room_is_told(place, tmp_path, monkeypatch, caplo
 def test_the_first_batches_are_not_timed(place, monkeypatch):
     """A teacher whose first batches take long: set-up is no part of the rate."""
     clock, asked = [0.0], []
-    monkeypatch.setattr(costs.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(precompute.time, "perf_counter", lambda: clock[0])
 
     def outputs(view, start, stop):
-        clock[0] += 100.0 if len(asked) < costs.BEFORE else 0.5
+        clock[0] += 100.0 if len(asked) < precompute.BEFORE else 0.5
         asked.append((view, start, stop))
         return {"logits": torch.zeros(stop - start, 10)}
 
     job = Job(outputs=outputs, labels=np.zeros(1), digests=np.zeros(1), least_accuracy=0.0, place=Place())
-    plan = layout.plan_store(TRAIN, 9, forms_of(place), batch_size=100)
-    found = costs.measured(job, plan, layout.parts(plan))
-    assert found == rates.Rate(costs.BATCHES, 200.0, 0.0)
+    plan = plan_store(TRAIN, 9, forms_of(place), batch_size=100)
+    found = precompute.measured(job, plan, plan_.parts(plan))
+    assert found == timing.Rate(precompute.BATCHES, 200.0, 0.0)
     assert asked[:3] == [(0, 0, 100), (0, 100, 200), (1, 0, 100)]
 
 
@@ -128,17 +132,17 @@ def test_the_first_batches_are_not_timed(place, monkeypatch):
     ("rows", "expected"), [([], None), ([4.0], (1, 4.0, None)), ([1.0, 2.0, 6.0], (3, 3.0, 7**0.5))]
 )
 def test_rates_are_mean_and_sample_deviation(rows, expected):
-    found = rates.rate_of(rows)
+    found = timing.rate_of(rows)
     assert found is None if expected is None else found[:3] == pytest.approx(expected)
 
 
 def test_a_logged_rate_is_that_of_whole_lines(tmp_path):
     file = tmp_path / "timing.jsonl"
-    assert rates.logged(file) is None
+    assert timing.logged(file) is None
     lines = ['{"epoch":0,"samples":100,"seconds":2}', '{"points":30,"seconds":1}', '{"samples":5,"seconds":0}',
              '{"samples":"x","seconds":1}', "[1]", '{"samples":10,"sec']  # fmt: skip
     file.write_text("\n".join(lines))
-    assert rates.logged(file) == rates.Rate(2, 40.0, pytest.approx(200**0.5))
+    assert timing.logged(file) == timing.Rate(2, 40.0, pytest.approx(200**0.5))
 
 
 def test_an_epoch_in_pieces_is_one_stretch_and_what_came_first_is_told_apart(tmp_path):
@@ -146,9 +150,9 @@ def test_an_epoch_in_pieces_is_one_stretch_and_what_came_first_is_told_apart(tmp
     rows = [(0, 60, 6, True), (1, 100, 2, False), (2, 30, 1, False), (2, 70, 4, True), (3, 100, 1, False)]
     names = ("epoch", "samples", "seconds", "warm_up")
     file.write_text("\n".join(json.dumps(dict(zip(names, row, strict=True))) for row in rows[:1]))
-    assert rates.logged(file) == rates.Rate(1, 10.0, None)
+    assert timing.logged(file) == timing.Rate(1, 10.0, None)
     file.write_text("\n".join(json.dumps(dict(zip(names, row, strict=True))) for row in rows))
-    assert rates.logged(file) == rates.Rate(2, 75.0, pytest.approx(1250**0.5), warm_up=(10 + 20) / 2)
+    assert timing.logged(file) == timing.Rate(2, 75.0, pytest.approx(1250**0.5), warm_up=(10 + 20) / 2)
 
 
 def test_commands_tell_images_per_second_of_what_they_logged(place, tmp_path, caplog):

@@ -36,8 +36,12 @@ from lessons import condensed
 from pupils import distilled, school
 from stores import creating, finish, form, grown, knowledge, make, plan_of, small_parts, values, write_part
 
-from kcdcache import audit, checks, encoding, manifest, runcheck, store, writer
+from kcdcache.commands import verify as verify_
+from kcdcache.condense import manifest
 from kcdcache.errors import KcdcacheError, UnfinishedError
+from kcdcache.runs import check as runs_check
+from kcdcache.store import check as store_check
+from kcdcache.store import encoding, reader, writer
 
 SEED = 7
 FLIPS = {
@@ -92,9 +96,9 @@ def filled(root):
 
 
 def a_store(root, undone):
-    plan = store.open(root).plan
+    plan = reader.open(root).plan
     return Subject(
-        root, filled(root), lambda: read_store(root), lambda: audit.verify(root).problems,
+        root, filled(root), lambda: read_store(root), lambda: store_check.verify(root).problems,
         lambda name: place_of(plan, name), undone=undone,
     )  # fmt: skip
 
@@ -125,10 +129,10 @@ def skipping(writing, part, sample):
 def a_manifest(root):
     file = root / "manifest/set.parquet"
     file.parent.mkdir()
-    manifest.write(file, condensed(store.open(root / "float32"), 0.6))
+    manifest.write(file, condensed(reader.open(root / "float32"), 0.6))
 
     def verify():
-        checks.verify(file)
+        verify_.verify(file)
         return ()
 
     return Subject(file.parent, (file.name,), lambda: read_manifest(file), verify, sealed=False)
@@ -144,7 +148,7 @@ def runs_of(root):
     held = Path(shutil.copytree(root / "interrupted", root / "held"))
     files = tuple(name for name in files_of(held) if name.startswith("checkpoint/"))
     checkpoint = Subject(
-        held, files, lambda: read_checkpoint(held), lambda: runcheck.check(held).problems,
+        held, files, lambda: read_checkpoint(held), lambda: runs_check.check(held).problems,
         undone={"checkpoint/latest.json": None},
     )  # fmt: skip
     return {"checkpoint": checkpoint} | made
@@ -155,7 +159,7 @@ def a_run(path):
     sound = read_run(path, names)
     undone = {"checkpoint/latest.json": sound | {"checkpoint": None}, "summary.json": None, "student.json": None}
     return Subject(
-        path, filled(path), lambda: read_run(path, names), lambda: runcheck.check(path).problems, undone=undone
+        path, filled(path), lambda: read_run(path, names), lambda: runs_check.check(path).problems, undone=undone
     )
 
 

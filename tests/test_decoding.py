@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from kcdcache import data, decoding, images
+from kcdcache.data import datasets, images
 from kcdcache.errors import CorruptionError, MismatchError
 
 HIGH, WIDE = 9, 6
@@ -49,7 +49,7 @@ def test_pictures_are_turned_upright_as_pillow_turns_them(orientation, kind, ord
     content = saved(Image.fromarray(COLOURS), kind, exif=turned_by(orientation, order))
     with Image.open(io.BytesIO(content)) as image:
         expected = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    found = decoding.rgb(content, "a.jpg")
+    found = images.rgb(content, "a.jpg")
     assert np.array_equal(found, expected)
     assert found.flags.c_contiguous
     assert images.EncodedImages([content]).size(0) == expected.shape[:2]
@@ -59,7 +59,7 @@ def test_a_tiff_is_turned_once():
     entry = Image.Exif()
     entry[274] = 6
     content = saved(Image.fromarray(COLOURS), "TIFF", exif=entry)
-    assert np.array_equal(decoding.rgb(content, "a.tif"), np.rot90(COLOURS, -1))
+    assert np.array_equal(images.rgb(content, "a.tif"), np.rot90(COLOURS, -1))
     assert images.EncodedImages([content]).size(0) == (WIDE, HIGH)
 
 
@@ -68,20 +68,20 @@ def test_a_tiff_is_turned_once():
 )
 def test_a_damaged_or_unknown_orientation_leaves_the_picture_as_it_is(exif):
     content = saved(Image.fromarray(COLOURS), "WEBP", lossless=True, exif=exif)
-    assert np.array_equal(decoding.rgb(content, "a.webp"), COLOURS)
+    assert np.array_equal(images.rgb(content, "a.webp"), COLOURS)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_grey_becomes_three_equal_channels(kind):
     content = saved(Image.fromarray(SMOOTH[..., 0]), kind)
-    found = decoding.rgb(content, "a")
+    found = images.rgb(content, "a")
     assert (found == found[..., :1]).all()
     assert np.abs(found[..., 0].astype(int) - SMOOTH[..., 0]).max() <= 3
 
 
 def test_cmyk_jpegs_become_rgb_by_full_inks():
     inks = np.concatenate([255 - SMOOTH, np.zeros((HIGH, WIDE, 1), np.uint8)], -1)  # no black: RGB is 255 - CMY
-    found = decoding.rgb(saved(as_cmyk(inks), "JPEG", quality=95), "a.jpg")
+    found = images.rgb(saved(as_cmyk(inks), "JPEG", quality=95), "a.jpg")
     assert np.abs(found.astype(int) - SMOOTH).max() <= 8
 
 
@@ -100,7 +100,7 @@ def test_a_palettes_colours_count_whatever_is_transparent(transparency):
     image = palette_picture()
     options = {} if transparency is None else {"transparency": transparency}
     expected = np.array([[10, 20, 30], [40, 50, 60], [70, 80, 90], [100, 110, 120]], np.uint8)[np.array(image)]
-    assert np.array_equal(decoding.rgb(saved(image, "PNG", **options), "a.png"), expected)
+    assert np.array_equal(images.rgb(saved(image, "PNG", **options), "a.png"), expected)
 
 
 @pytest.mark.parametrize("colours", [COLOURS, GREY])
@@ -108,12 +108,12 @@ def test_transparency_is_left_out(colours):
     alpha = np.arange(HIGH * WIDE, dtype=np.uint8).reshape(HIGH, WIDE, 1)
     content = saved(Image.fromarray(np.concatenate([colours.reshape(HIGH, WIDE, -1), alpha], -1)), "PNG")
     expected = colours if colours.ndim == 3 else np.repeat(GREY[..., None], 3, -1)
-    assert np.array_equal(decoding.rgb(content, "a.png"), expected)
+    assert np.array_equal(images.rgb(content, "a.png"), expected)
 
 
 def test_black_and_white_becomes_0_and_255():
     content = saved(Image.fromarray(GREY > 100), "PNG")
-    assert np.array_equal(decoding.rgb(content, "a.png"), np.repeat((GREY > 100)[..., None] * np.uint8(255), 3, -1))
+    assert np.array_equal(images.rgb(content, "a.png"), np.repeat((GREY > 100)[..., None] * np.uint8(255), 3, -1))
 
 
 DEEP = {
@@ -137,7 +137,7 @@ def test_more_than_8_bits_a_channel_are_refused_by_name(tmp_path, kind):
 def test_a_bitmap_of_16_bits_a_pixel_is_not_deep():
     header = struct.pack("<IiiHHIIiiII", 40, 1, 1, 1, 16, 0, 4, 0, 0, 0, 0)
     content = b"BM" + struct.pack("<IHHI", 58, 0, 0, 54) + header + struct.pack("<HH", 0x7FFF, 0)
-    assert decoding.rgb(content, "a.bmp").tolist() == [[[255, 255, 255]]]
+    assert images.rgb(content, "a.bmp").tolist() == [[[255, 255, 255]]]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -147,7 +147,7 @@ def test_a_file_that_ends_too_early_is_refused_by_name(tmp_path, kind):
             (tmp_path / part / label).mkdir(parents=True)
             pixels = np.random.default_rng(size).integers(0, 256, (size, 40, 3), dtype=np.uint8)
             (tmp_path / part / label / "1.jpg").write_bytes(saved(Image.fromarray(pixels), kind))
-    loaded = data.load(f"folder:{tmp_path}")
+    loaded = datasets.load(f"folder:{tmp_path}")
     file = tmp_path / "train/bee/1.jpg"
     file.write_bytes(file.read_bytes()[: len(file.read_bytes()) // 2])
     assert loaded.train.images(np.array([0]))[0].shape == (40, 40, 3)

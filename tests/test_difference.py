@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from pupils import SPEC
 from test_cli import alone, failure, outcome
 
-from kcdcache import commands, condense, config, difference, loop, manifest, steps
-from kcdcache.config import CondenseSettings
+from kcdcache import progress
+from kcdcache.commands import differ, steps
+from kcdcache.condense import manifest, summary
+from kcdcache.condense.values import Values
 from kcdcache.errors import MismatchError, NotFoundError
-from kcdcache.values import Values
+from kcdcache.settings import CondenseSettings, TrainCommand, make
 
 COUNT, CLASSES = 40, 4
 NUMBERS = st.lists(st.integers(-3, 3), min_size=0, max_size=12)
@@ -26,7 +28,7 @@ def a_set(seed, keep=0.5, count=COUNT, unseen=0, **changes):
     visits[:unseen] = 0
     given = {"knowledge_id": "k", "stage": 1, "labels": np.arange(count) % CLASSES, "classes": CLASSES} | changes
     found = Values(visits=visits, value=random.random(count, np.float32) * (visits > 0))
-    return condense.condense(found, CondenseSettings(), count=count, keep=keep, **given)
+    return summary.condense(found, CondenseSettings(), count=count, keep=keep, **given)
 
 
 def slow_spearman(x, y):
@@ -44,7 +46,7 @@ def slow_spearman(x, y):
 @given(st.data(), NUMBERS)
 def test_rank_correlation_is_spearmans(data, x):
     y = data.draw(st.lists(st.integers(-3, 3), min_size=len(x), max_size=len(x)))
-    found = difference.spearman(np.array(x), np.array(y))
+    found = differ.spearman(np.array(x), np.array(y))
     wanted = slow_spearman(x, y) if len(x) > 1 else None
     assert found == (wanted if wanted is None else pytest.approx(wanted, abs=1e-12))
 
@@ -53,8 +55,8 @@ def test_rank_correlation_is_spearmans(data, x):
 def test_rank_correlation_is_one_under_any_monotone_change(x):
     if len(set(x)) > 1:
         x = np.array(x, np.float64)
-        assert difference.spearman(x, np.exp(x)) == pytest.approx(1)
-        assert difference.spearman(x, -(x**3)) == pytest.approx(-1)
+        assert differ.spearman(x, np.exp(x)) == pytest.approx(1)
+        assert differ.spearman(x, -(x**3)) == pytest.approx(-1)
 
 
 def slow_compare(a, b):
@@ -93,7 +95,7 @@ def slow_compare(a, b):
 @pytest.mark.parametrize("seed", range(3))
 def test_every_number_is_the_one_counted_by_hand(keep, other, unseen, seed):
     a, b = a_set(seed, keep), a_set(seed + 10, other, unseen=unseen, knowledge_id="other")
-    found = difference.compare(a, b)
+    found = differ.compare(a, b)
     wanted = slow_compare(a, b)
     assert found.pop("class_difference") == wanted.pop("class_difference")
     assert found == pytest.approx(wanted)
@@ -101,7 +103,7 @@ def test_every_number_is_the_one_counted_by_hand(keep, other, unseen, seed):
 
 def test_a_set_differs_in_nothing_from_itself():
     a = a_set(0, 0.7)
-    found = difference.compare(a, a)
+    found = differ.compare(a, a)
     assert (found["identical"], found["jaccard"], found["hamming"], found["parts_moved"]) == (True, 1.0, 0.0, 0)
     assert (found["rank_correlation"], found["value_correlation"]) == (pytest.approx(1), pytest.approx(1))
     assert found["same_partner"] == int(a.mixed.sum()) > 0
@@ -109,7 +111,7 @@ def test_a_set_differs_in_nothing_from_itself():
 
 def test_turned_around_it_says_the_same_of_the_other():
     a, b = a_set(1, 0.7), a_set(2, 0.5)
-    there, back = difference.compare(a, b), difference.compare(b, a)
+    there, back = differ.compare(a, b), differ.compare(b, a)
     for name in ("both", "jaccard", "hamming", "rank_correlation", "parts_moved", "same_partner", "dropped_by_both"):
         assert there[name] == pytest.approx(back[name])
     assert (there["only_a"], there["K_1H_to_K_Aug"]) == (back["only_b"], back["K_Aug_to_K_1H"])
@@ -118,12 +120,12 @@ def test_turned_around_it_says_the_same_of_the_other():
 
 def test_what_cannot_be_said_is_none():
     a, b = a_set(0, labels=None, classes=None), a_set(1)
-    assert difference.compare(a, b)["class_difference"] is None
+    assert differ.compare(a, b)["class_difference"] is None
     one = manifest.Manifest(
         **manifest.plain(np.array([3])), rank=np.zeros(1, np.int64), value=np.zeros(1, np.float32),
         visits=np.zeros(1, np.int32), knowledge_id="k", count=COUNT, stage=0, keep=0.5,
     )  # fmt: skip
-    found = difference.compare(one, manifest.full("k", COUNT))
+    found = differ.compare(one, manifest.full("k", COUNT))
     assert (found["both"], found["rank_correlation"], found["value_correlation"]) == (1, None, None)
 
 
@@ -141,7 +143,7 @@ def test_sets_of_other_data_are_not_compared(changes, said):
     if "count" in given:
         given["labels"] = None
     with pytest.raises(MismatchError, match=said):
-        difference.compare(a_set(0, data_digest="d1"), a_set(0, **given))
+        differ.compare(a_set(0, data_digest="d1"), a_set(0, **given))
 
 
 # of files
@@ -154,26 +156,26 @@ def place(tmp_path_factory):
     settings = {"student": "lessons:TinyNet", "epochs": 4, "batch_size": 64, "data": SPEC, "device": "cpu"}
     for name, stages, keep in (("one", 2, 0.5), ("two", 4, 0.4)):
         given = settings | {"store": place.knowledge.path, "out": place.root / name, "stages": stages, "keep": keep}
-        steps.train(config.make(commands.TrainCommand, given), loop.silent)
+        steps.train(make(TrainCommand, given), progress.silent)
     exporting(place, place.root / "set")
     return place
 
 
 def test_runs_are_compared_stage_by_stage(place):
-    found = difference.run(place.root / "one", place.root / "two")
+    found = differ.run(place.root / "one", place.root / "two")
     assert list(found["stages"]) == ["0", "1", "2"]
     assert (found["only_in_a"], found["only_in_b"]) == ([], [3, 4])
     assert found["stages"]["0"]["identical"]
     for number in (1, 2):
         sets = [manifest.read(place.root / name / f"stages/{number}/manifest.parquet") for name in ("one", "two")]
-        assert found["stages"][str(number)] == difference.compare(*sets)
+        assert found["stages"][str(number)] == differ.compare(*sets)
 
 
 def test_a_run_beside_a_set_is_its_last_one_and_an_export_its_manifest(place):
-    wanted = difference.compare(manifest.read(place.root / "two/stages/4/manifest.parquet"), place.set)
-    found = difference.run(place.root / "two", place.root / "set")
+    wanted = differ.compare(manifest.read(place.root / "two/stages/4/manifest.parquet"), place.set)
+    found = differ.run(place.root / "two", place.root / "set")
     assert {name: found[name] for name in wanted} == wanted
-    assert difference.run(place.file, place.root / "set")["identical"]
+    assert differ.run(place.file, place.root / "set")["identical"]
 
 
 def test_the_table_has_a_line_a_stage_and_no_torch_is_loaded(place):
@@ -181,7 +183,7 @@ def test_the_table_has_a_line_a_stage_and_no_torch_is_loaded(place):
     assert (done.returncode, done.stderr) == (0, "loaded: pydantic\n")
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[2:6]] == ["stage", "0", "1", "2"]
-    assert lines[2].split()[1:] == list(difference.COLUMNS)
+    assert lines[2].split()[1:] == list(differ.COLUMNS)
     assert lines[3].split()[1:4] == ["200", "200", "200"]
 
 
@@ -204,6 +206,6 @@ def test_a_run_without_a_set_says_so(place, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/run.json").write_text("{}")
     with pytest.raises(NotFoundError, match="has no condensed set yet"):
-        difference.run(tmp_path / "run", place.file)
+        differ.run(tmp_path / "run", place.file)
     with pytest.raises(NotFoundError, match="have no stage in common"):
-        difference.run(tmp_path / "run", place.root / "one")
+        differ.run(tmp_path / "run", place.root / "one")

@@ -17,11 +17,19 @@ from PIL import Image
 from pupils import same_files
 from stores import finish, form
 
-from kcdcache import batches, cli, data, images, layout, manifest, steps, store, teacher, writer
+from kcdcache.cli import main
+from kcdcache.condense import manifest
+from kcdcache.data import datasets
+from kcdcache.data.images import EncodedImages, decode_once, sample_digest
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError
-from kcdcache.models import spec as networks
-from kcdcache.models.transform import InputTransform
-from kcdcache.models.weights import describe_network, save_network
+from kcdcache.export import condensed_set
+from kcdcache.networks import registry
+from kcdcache.networks.input_transform import InputTransform
+from kcdcache.networks.weights import describe_network, save_network
+from kcdcache.store import check, reader, writer
+from kcdcache.store.plan import plan_store
+from kcdcache.teacher import teacher
+from kcdcache.training import batches
 
 NAMES, PER_CLASS = ("ant", "bee", "cow"), 4
 KINDS = {"decoded": 0, "on demand": 1}
@@ -51,8 +59,8 @@ def worlds(tmp_path_factory):
 
 
 def world(root, growth):
-    dataset = data.load(write_folder(root / "images", growth))
-    network = opinionated(networks.build("resnet8", len(NAMES), 1))
+    dataset = datasets.load(write_folder(root / "images", growth))
+    network = opinionated(registry.build("resnet8", len(NAMES), 1))
     made = teacher.freeze(network, InputTransform(dataset.mean, dataset.std), "resnet8", dataset.classes, CPU)
     (root / "teacher").mkdir()
     document = describe_network("resnet8", dataset.classes, 3, made.transform)
@@ -79,12 +87,12 @@ def copied(world, folder):
 
 
 def load(place):
-    return data.load(f"folder:{place.images}")
+    return datasets.load(f"folder:{place.images}")
 
 
 def outcome(capsys, *words):
     """Return (exit code, stderr) of a command run in this process."""
-    code = cli._outcome([str(word) for word in words])
+    code = main._outcome([str(word) for word in words])
     return code, capsys.readouterr().err
 
 
@@ -116,7 +124,7 @@ def truncated(place):
 
 
 def digest_of(file, label):
-    return f"{images.sample_digest(file.read_bytes(), np.int64(label)):016x}"
+    return f"{sample_digest(file.read_bytes(), np.int64(label)):016x}"
 
 
 def all_of(split):
@@ -124,7 +132,7 @@ def all_of(split):
 
 
 def test_data_is_as_the_tests_below_need_it(worlds):
-    assert [data.load(f"folder:{worlds[kind].images}").train.on_demand for kind in KINDS] == [False, True]
+    assert [datasets.load(f"folder:{worlds[kind].images}").train.on_demand for kind in KINDS] == [False, True]
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["told by a store", "computed here"])
@@ -170,7 +178,7 @@ def test_an_image_of_another_size_is_never_spread_over_its_place(lazy):
     files = [str(lazy.images / f"{number}.png") for number in range(3)]
     for number, file in enumerate(files):
         picture(number).save(file)
-    source = images.decode_once(images.EncodedImages(files), limit_bytes=100)
+    source = decode_once(EncodedImages(files), limit_bytes=100)
     picture(0, 1).save(files[1])
     with pytest.raises(MismatchError, match=r"1.png is \(1, 1\) pixels high and wide, but \(16, 16\) when it was list"):
         source.images(np.arange(3))
@@ -188,7 +196,7 @@ def write_parquet(folder, seeds):
     table = pa.table({"img": column, "label": [number % 2 for number in range(len(rows))]})
     for name in ("train-0", "train-1", "test-0"):
         pq.write_table(table, folder / f"{name}.parquet")
-    return data.load(f"parquet:{folder}").train
+    return datasets.load(f"parquet:{folder}").train
 
 
 def test_a_row_of_a_parquet_file_is_held_to_its_digest(tmp_path):
@@ -227,7 +235,7 @@ def test_a_store_is_matched_without_reading_images_that_are_decoded_on_demand(la
     dataset = load(lazy)
     for file in (lazy.images / "train").rglob("*.png"):
         file.unlink()
-    batches.check_data(lazy.knowledge, dataset)
+    check.check_data(lazy.knowledge, dataset)
     assert dataset.identity() == lazy.knowledge.knowledge.data
     with pytest.raises(NotFoundError, match="has vanished"):
         all_of(dataset.train)
@@ -249,11 +257,11 @@ def test_only_the_images_of_a_condensed_set_are_read_in_training(lazy, capsys):
 
 def test_sample_digests_that_do_not_belong_to_the_stores_identity_are_corruption(lazy, tmp_path):
     dataset, held = load(lazy), lazy.knowledge
-    plan = layout.plan_store(12, 1, [form()])
+    plan = plan_store(12, 1, [form()])
     with writer.create(tmp_path / "s", held.knowledge, plan, held.labels, held.sample_digest + np.uint64(1)) as writing:
         finish(writing)
     with pytest.raises(CorruptionError, match=r"sample digests in the store at .* are not those of its identity"):
-        batches.check_data(store.open(tmp_path / "s"), dataset)
+        check.check_data(reader.open(tmp_path / "s"), dataset)
 
 
 FINGERPRINTS = r"the store at \S+ \(data [0-9a-f]{12}\).*the data folder:\S+ \(([0-9a-f]{12}|decoded on demand)\)"
@@ -309,7 +317,7 @@ def test_classes_renamed_alone_are_refused_by_name(place):
     dataset = load(place)
     renamed = replace(dataset, classes=("bee", "ant", "cow"))
     with pytest.raises(MismatchError, match=r"differ in classes\[0\]: 'ant' against 'bee'; use the data the store"):
-        batches.check_data(place.knowledge, renamed)
+        check.check_data(place.knowledge, renamed)
 
 
 def test_an_image_replaced_between_precompute_and_train_ends_training_with_4(place, capsys):
@@ -349,7 +357,7 @@ def test_precompute_reads_every_image_and_refuses_a_damaged_one_with_3(place, ca
 
 @pytest.mark.parametrize(("command", "left"), [(train, "run/summary.json"), (precompute, "new")])
 def test_an_image_that_vanishes_after_the_listing_ends_a_command_with_10(lazy, capsys, command, left):
-    steps.load_data(f"folder:{lazy.images}")  # listed once per process
+    condensed_set.load_data(f"folder:{lazy.images}")  # listed once per process
     file = lazy.images / "train/bee/1.png"
     file.unlink()
     code, error = outcome(capsys, *command(lazy))

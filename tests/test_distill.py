@@ -25,10 +25,14 @@ from pupils import (
 )
 from safetensors.torch import load_file
 
-from kcdcache import batches, distill, manifest, rng, schedule, store, values
+from kcdcache import rng
+from kcdcache.condense import manifest, value_files
+from kcdcache.condense.schedule import expected_cost, kept_count, plan
 from kcdcache.errors import MismatchError, SettingsError
-from kcdcache.models import spec
-from kcdcache.runs import read_metrics, read_summary
+from kcdcache.networks import registry
+from kcdcache.runs.state import read_metrics, read_summary
+from kcdcache.store import reader
+from kcdcache.training import batches, distill
 
 TARGETS = ["linear_prob", "requery"]
 
@@ -45,7 +49,7 @@ def runs(place):
 
 def plain_kd(data, knowledge, *, epochs, batch, views, padding=2, seed=0):
     """Knowledge distillation as a textbook writes it: no manifest, no stages; also every sample's entropies."""
-    network = spec.build("resnet8", len(data.classes), seed).to(memory_format=torch.channels_last)
+    network = registry.build("resnet8", len(data.classes), seed).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     scale = torch.tensor([1 / std for std in data.std]).view(1, 3, 1, 1)
     shift = torch.tensor([-mean / std for mean, std in zip(data.mean, data.std, strict=True)]).view(1, 3, 1, 1)
@@ -96,7 +100,9 @@ def test_condensing_changes_the_student(plainly, runs):
 
 
 def test_a_value_is_the_mean_of_all_entropies_seen(plainly, runs):
-    found = values.read(runs(student="resnet8", keep=1.0, schedule="end_of_stage") / "values.parquet", TRAIN).values
+    found = value_files.read(
+        runs(student="resnet8", keep=1.0, schedule="end_of_stage") / "values.parquet", TRAIN
+    ).values
     assert found.visits.tolist() == [6] * TRAIN
     np.testing.assert_allclose(found.value, [np.mean(seen) for seen in plainly[1]], rtol=1e-4, atol=1e-6)
 
@@ -201,9 +207,9 @@ def test_a_runs_own_sets_name_their_data(place, runs):
 def test_the_counted_cost_is_the_expected_one(runs, change):
     summary = read_summary(runs(**change))
     asked = settings(**change)
-    stages = schedule.plan(asked.schedule, asked.epochs, asked.stages, asked.keep)
-    assert summary["relative_cost"] == schedule.expected_cost(stages, TRAIN, asked.epochs)
-    visits = values.read(runs(**change) / "values.parquet", TRAIN).values.visits
+    stages = plan(asked.schedule, asked.epochs, asked.stages, asked.keep)
+    assert summary["relative_cost"] == expected_cost(stages, TRAIN, asked.epochs)
+    visits = value_files.read(runs(**change) / "values.parquet", TRAIN).values.visits
     assert visits.sum() == summary["student_samples"]
 
 
@@ -304,7 +310,7 @@ def test_epochs_that_are_no_multiple_of_stages_are_refused(place, tmp_path):
 def test_a_seeded_random_stage_begins_the_papers_schedule(place, tmp_path):
     distilled(place, tmp_path / "run", schedule="paper_stage", run={"until": 1})
     first = manifest.read(tmp_path / "run" / "stages" / "0" / "manifest.parquet")
-    assert len(first) == schedule.kept_count(0.6 ** (1 / 3), TRAIN) < TRAIN
+    assert len(first) == kept_count(0.6 ** (1 / 3), TRAIN) < TRAIN
     assert not first.mixed.any()
 
 
@@ -329,7 +335,7 @@ def test_samples_left_out_are_not_visited(runs):
 
 
 def test_targets_are_read_for_the_stage_alone(place, tmp_path):
-    knowledge = store.open(place.knowledge.path)
+    knowledge = reader.open(place.knowledge.path)
     material = distill.Material(data=place.data, knowledge=knowledge)
     summary = distill.run(settings(), material, out=tmp_path / "run", device="cpu")
     assert (summary["rows_read"], summary["bytes_read"]) == (knowledge.rows_read, knowledge.bytes_read)
@@ -351,7 +357,7 @@ def test_one_view_is_read_once_a_stage(place, tmp_path):
 
 
 def test_plain_training_reads_no_knowledge(place, tmp_path):
-    knowledge = store.open(place.knowledge.path)
+    knowledge = reader.open(place.knowledge.path)
     material = distill.Material(data=place.data, knowledge=knowledge)
     summary = distill.run(settings(method="ce"), material, out=tmp_path / "run", device="cpu")
     assert (summary["rows_read"], knowledge.rows_read) == (0, 0)

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kcdcache import encoding
 from kcdcache.errors import NonFiniteError, SettingsError
+from kcdcache.store import encoding
 
 SCALES = st.sampled_from([1e-6, 1e-3, 1.0, 7.0, 50.0, 3000.0, 1e6])
 

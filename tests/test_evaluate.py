@@ -6,10 +6,11 @@ from hypothesis import strategies as st
 from lessons import CPU, TinyNet, digits
 from torch import nn
 
-from kcdcache import evaluate, views
-from kcdcache.config import ViewSettings
-from kcdcache.losses.softmax import cross_entropy
-from kcdcache.models.transform import InputTransform
+from kcdcache.methods.losses import cross_entropy
+from kcdcache.networks.input_transform import InputTransform
+from kcdcache.settings import ViewSettings
+from kcdcache.training import evaluation
+from kcdcache.views import rules
 
 UNSCALED = InputTransform((0.0,) * 3, (1.0,) * 3)
 
@@ -26,7 +27,7 @@ def network():
 
 
 def plain_rule():
-    return views.plain(views.rule_from(ViewSettings(augment="crop", padding=2), (16, 16)))
+    return rules.plain(rules.rule_from(ViewSettings(augment="crop", padding=2), (16, 16)))
 
 
 def some_logits(count, classes, seed, spread=3.0):
@@ -48,7 +49,7 @@ def reference_calibration_error(logits, labels, bins):
 def test_calibration_error_equals_a_slow_reference(count, classes, bins, seed, spread):
     logits = some_logits(count, classes, seed, spread)
     labels = torch.from_numpy(np.random.default_rng(seed).integers(0, classes, count))
-    found = evaluate.calibration_error(logits, labels, bins)
+    found = evaluation.calibration_error(logits, labels, bins)
     assert found == pytest.approx(reference_calibration_error(logits, labels, bins), abs=1e-9)
     assert 0 <= found <= 1
 
@@ -56,21 +57,21 @@ def test_calibration_error_equals_a_slow_reference(count, classes, bins, seed, s
 def test_calibration_error_by_hand():
     sure, unsure = torch.tensor([100.0, 0.0]), torch.tensor([0.0, 0.0])
     labels = torch.tensor([0, 1, 0, 1])
-    assert evaluate.calibration_error(torch.stack([sure] * 4), labels) == pytest.approx(0.5)
-    assert evaluate.calibration_error(torch.stack([unsure] * 4), labels) == pytest.approx(0)
+    assert evaluation.calibration_error(torch.stack([sure] * 4), labels) == pytest.approx(0.5)
+    assert evaluation.calibration_error(torch.stack([unsure] * 4), labels) == pytest.approx(0)
 
 
 def test_accuracy_and_agreement_count_samples():
     logits, labels = torch.eye(4)[[0, 1, 2, 2]], torch.tensor([0, 1, 2, 3])
-    assert evaluate.accuracy(logits, labels) == 0.75
-    assert evaluate.agreement(logits, 9 * torch.eye(4)[[0, 1, 3, 3]]) == 0.5
+    assert evaluation.accuracy(logits, labels) == 0.75
+    assert evaluation.agreement(logits, 9 * torch.eye(4)[[0, 1, 3, 3]]) == 0.5
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_measuring_leaves_the_network_as_it_was(network, split, training):
     network.train(training)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    evaluate.measure(network, UNSCALED, split, plain_rule(), CPU)
+    evaluation.measure(network, UNSCALED, split, plain_rule(), CPU)
     assert network.training == training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
@@ -78,14 +79,14 @@ def test_measuring_leaves_the_network_as_it_was(network, split, training):
 def test_a_failed_measurement_restores_the_training_mode(split):
     wrong = nn.Sequential(nn.Flatten(), nn.Linear(5, 2)).train()
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        evaluate.predict(wrong, UNSCALED, split, plain_rule(), CPU)
+        evaluation.predict(wrong, UNSCALED, split, plain_rule(), CPU)
     assert wrong.training
 
 
 def test_predictions_are_those_of_single_plain_images_in_eval_mode(network, split, monkeypatch):
-    monkeypatch.setattr(evaluate, "BATCH", 7)
+    monkeypatch.setattr(evaluation, "BATCH", 7)
     transform = InputTransform((0.3, 0.2, 0.1), (0.5, 0.4, 0.3))
-    found = evaluate.predict(network.train(), transform, split, plain_rule(), CPU)
+    found = evaluation.predict(network.train(), transform, split, plain_rule(), CPU)
     network.eval()
     for i in range(len(split)):
         pixels = torch.from_numpy(split.images(np.array([i]))).permute(0, 3, 1, 2) / 255
@@ -93,10 +94,10 @@ def test_predictions_are_those_of_single_plain_images_in_eval_mode(network, spli
 
 
 def test_measurements_are_those_of_the_predictions(network, split):
-    logits = evaluate.predict(network, UNSCALED, split, plain_rule(), CPU)
+    logits = evaluation.predict(network, UNSCALED, split, plain_rule(), CPU)
     labels = torch.from_numpy(split.labels)
-    assert evaluate.measure(network, UNSCALED, split, plain_rule(), CPU) == {
-        "test_accuracy": evaluate.accuracy(logits, labels),
+    assert evaluation.measure(network, UNSCALED, split, plain_rule(), CPU) == {
+        "test_accuracy": evaluation.accuracy(logits, labels),
         "test_loss": pytest.approx(float(cross_entropy(logits, labels).mean())),
-        "test_calibration_error": evaluate.calibration_error(logits, labels),
+        "test_calibration_error": evaluation.calibration_error(logits, labels),
     }

@@ -8,12 +8,17 @@ import torch
 from lessons import CPU, condensed, digits, opinionated, precomputed
 from pupils import BrokenOffError, distilled, promised, same_files, same_tensors, stop_after
 
-from kcdcache import batches, fields, learner, loop, methods, parameters, store, teacher, views
-from kcdcache.batches import Mixing, connect
-from kcdcache.catalogue import METHODS
-from kcdcache.config import MethodSettings, OptimizerSettings
-from kcdcache.models import spec
-from kcdcache.models.transform import InputTransform
+from kcdcache.methods import registry as methods_registry
+from kcdcache.methods.registry import METHODS
+from kcdcache.networks import registry as networks_registry
+from kcdcache.networks.input_transform import InputTransform
+from kcdcache.settings import MethodSettings, OptimizerSettings
+from kcdcache.store import reader
+from kcdcache.store.identity import per_sample, read_parameters
+from kcdcache.teacher import fields, teacher
+from kcdcache.training import batches, learner, loop
+from kcdcache.training.batches import Mixing, connect
+from kcdcache.views import rules
 
 TRAIN, BATCH, STUDENT, TEACHER = 120, 24, "resnet8", "resnet14"
 RECIPE = OptimizerSettings(epochs=4, batch_size=BATCH, learning_rate=0.01)
@@ -28,12 +33,14 @@ class World:
 
     def __init__(self, root):
         self.data = digits(TRAIN, 40)
-        module = opinionated(spec.build(TEACHER, 10, 1))
+        module = opinionated(networks_registry.build(TEACHER, 10, 1))
         transform = InputTransform(self.data.mean, self.data.std)
         self.network = teacher.freeze(module, transform, TEACHER, self.data.classes, CPU)
         bare = precomputed(root / "bare", self.data, self.network, views=1)
         wanted = dict.fromkeys(
-            name for method in CACHED for name in methods.reads(settings_of(method), STUDENT, bare.knowledge, self.data)
+            name
+            for method in CACHED
+            for name in methods_registry.reads(settings_of(method), STUDENT, bare.knowledge, self.data)
         )
         self.root, self.fields = root, ("logits", *(name for name in wanted if name != "logits"))
         self.stores = {
@@ -57,13 +64,13 @@ class Live:
         self._world, self._names = world, names
 
     def prepare(self, view, following):
-        world, rule = self._world, views.rule_of(self._world.stores["float32"].knowledge.views)
+        world, rule = self._world, rules.rule_of(self._world.stores["float32"].knowledge.views)
         size = world.stores["float32"].plan.batch_size
         found = []
         for start in range(0, TRAIN, size):
             index = np.arange(start, min(start + size, TRAIN))
             shown = torch.from_numpy(world.data.train.images(index))
-            pixels = views.apply(rule, shown, views.parameters(rule, index, view))
+            pixels = rules.apply(rule, shown, rules.parameters(rule, index, view))
             # the logits are asked for too, as precompute does, so that the passes are the same
             found.append(teacher.outputs(world.network, pixels, ["logits", *self._names]))
         self._rows = {name: torch.cat([part[name] for part in found]) for name in self._names}
@@ -80,11 +87,13 @@ def world(tmp_path_factory):
 def pupil_of(world, name, kept=None, **changes):
     """A student with the method's own modules, at the start of the first epoch in which its term counts."""
     chosen = settings_of(name, **changes)
-    choice = methods.choose(chosen)
+    choice = methods_registry.choose(chosen)
     kept = np.arange(TRAIN) if kept is None else kept
     identity = world.stores["float32"].knowledge
-    known = parameters.read(world.stores["float32"].path, identity)
-    head = methods.make_head(choice, lambda: methods.pair_of(chosen, STUDENT, identity, world.data, kept, 0, known))
+    known = read_parameters(world.stores["float32"].path, identity)
+    head = methods_registry.make_head(
+        choice, lambda: methods_registry.pair_of(chosen, STUDENT, identity, world.data, kept, 0, known)
+    )
     return learner.new_learner(STUDENT, world.data, RECIPE, CPU, head=head), choice
 
 
@@ -96,7 +105,7 @@ def counting_epoch(head):
 
 def connected(world, pupil, choice, held, chosen):
     """A source of batches with what the method reads."""
-    names, mixing = methods.needed_fields(choice, pupil.head), Mixing(temperature=choice.weights.temperature)
+    names, mixing = methods_registry.needed_fields(choice, pupil.head), Mixing(temperature=choice.weights.temperature)
     return connect(world.data, held, chosen, fields=names, mixing=mixing)
 
 
@@ -115,7 +124,7 @@ def seen_by(pupil, batch):
 def stepped(world, name, lessons, epoch):
     """Weights, modules and losses of a student after an epoch of steps on these lessons."""
     pupil, choice = pupil_of(world, name, world.manifest.index)
-    loss_of = methods.loss_of(choice.weights, pupil.head)
+    loss_of = methods_registry.loss_of(choice.weights, pupil.head)
     torch.manual_seed(5)
     pupil.network.train()
     losses = []
@@ -136,7 +145,7 @@ def taught(world, name, encoding=None):
     held = world.stores[encoding or "float32"]
     chosen = replace(world.manifest, knowledge_id=held.knowledge_id)
     pupil, choice = pupil_of(world, name)
-    names = methods.needed_fields(choice, pupil.head)
+    names = methods_registry.needed_fields(choice, pupil.head)
     epoch = counting_epoch(pupil.head) if pupil.head is not None else 0
     with connected(world, pupil, choice, held, chosen) as source:
         if encoding is None and names:
@@ -181,7 +190,7 @@ def test_gradient_flows_into_the_student_and_its_own_modules_alone(world, name):
     given = {key: value.requires_grad_() for key, value in batch.knowledge.items()}
     if pupil.head is not None:
         pupil.head.begin(counting_epoch(pupil.head), 240)
-    methods.loss_of(choice.weights, pupil.head)(seen_by(pupil, batch), batch).mean().backward()
+    methods_registry.loss_of(choice.weights, pupil.head)(seen_by(pupil, batch), batch).mean().backward()
     assert all(value.grad is None or name == "crd" for value in given.values())
     reached = [parameter.grad is not None and bool(parameter.grad.any()) for _, parameter in pupil.parameters()]
     assert sum(reached) > len(reached) / 2
@@ -195,7 +204,7 @@ def test_methods_join_one_that_shows_the_student_further_images(world, name):
         pupil, choice = pupil_of(world, text)
         batch = first_batch(world, pupil, choice)
         pupil.head.begin(counting_epoch(pupil.head), 240)
-        losses[text] = methods.loss_of(choice.weights, pupil.head)(seen_by(pupil, batch), batch)
+        losses[text] = methods_registry.loss_of(choice.weights, pupil.head)(seen_by(pupil, batch), batch)
     assert losses[name].shape == losses[f"bss+{name}"].shape == (BATCH,)
     assert torch.isfinite(losses[f"bss+{name}"]).all()
 
@@ -231,13 +240,15 @@ def test_values_of_half_precision_and_huge_size_give_no_nan(world, name):
         pupil.head.begin(counting_epoch(pupil.head), 240)
     with loop.forward_precision(CPU, "bfloat16"):
         seen = seen_by(pupil, batch)
-    loss = methods.loss_of(choice.weights, pupil.head)({key: value * 100 for key, value in seen.items()}, batch)
+    loss = methods_registry.loss_of(choice.weights, pupil.head)(
+        {key: value * 100 for key, value in seen.items()}, batch
+    )
     assert torch.isfinite(loss).all()
     loss.mean().backward()
     assert all(p.grad is None or torch.isfinite(p.grad).all() for _, p in pupil.parameters())
 
 
 def test_every_field_of_every_method_is_in_the_store(world):
-    stored = parameters.per_sample(world.fields)
-    assert set(stored) <= set(store.open(world.stores["float32"].path).fields)
+    stored = per_sample(world.fields)
+    assert set(stored) <= set(reader.open(world.stores["float32"].path).fields)
     assert {name.partition(":")[0] for name in stored} == set(fields.KINDS)

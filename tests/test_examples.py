@@ -10,8 +10,9 @@ import pytest
 from killing import environment
 from pupils import PYTHON, SPEC, command, distilled, same_files, school
 
-from kcdcache import manifest, store
-from kcdcache.runs import read_summary
+from kcdcache.condense import manifest
+from kcdcache.runs.state import read_summary
+from kcdcache.store import reader
 
 EXAMPLES = Path(__file__).parent.parent / "pipelines" / "examples"
 SCRIPTS = sorted(path for path in EXAMPLES.iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -72,7 +73,7 @@ def test_an_array_of_jobs_fills_the_store_of_one(place, tmp_path):
         script("precompute_array.sbatch", "--min-accuracy", "0", **places, **array)
     command(place, "precompute", store=tmp_path / "one", views=2, min_accuracy=0, device="cpu", threads=1)
     assert same_files(tmp_path / "one", tmp_path / "two")
-    assert store.open(tmp_path / "two").views == 2
+    assert reader.open(tmp_path / "two").views == 2
 
 
 @pytest.mark.slow

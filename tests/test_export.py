@@ -15,27 +15,25 @@ from lessons import condensed as halved
 from PIL import Image
 from pupils import SPEC, lines
 
-from kcdcache import (
-    batches,
-    card,
-    checks,
-    commands,
-    condensed,
-    config,
-    data,
-    exported,
-    inspection,
-    loop,
-    manifest,
-    runs,
-    steps,
-    store,
-    teacher,
-)
+from kcdcache import progress
+from kcdcache import settings as settings_
+from kcdcache.commands import verify
+from kcdcache.commands.steps import fit, precompute_store, train
+from kcdcache.condense import manifest
+from kcdcache.data import datasets
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError, UnfinishedError
-from kcdcache.files import sha256_file
-from kcdcache.models import spec
-from kcdcache.models.transform import InputTransform
+from kcdcache.export import condensed_set, write
+from kcdcache.export.record import read, write
+from kcdcache.files.atomic import sha256_file
+from kcdcache.networks import registry
+from kcdcache.networks.input_transform import InputTransform
+from kcdcache.report import show
+from kcdcache.runs import state
+from kcdcache.runs.folder import RunFolder
+from kcdcache.settings import FitCommand, PrecomputeCommand, TrainCommand
+from kcdcache.store import reader
+from kcdcache.teacher import teacher
+from kcdcache.training import batches
 
 EVERYTHING = np.arange(200)
 
@@ -76,7 +74,7 @@ def test_a_set_that_spares_nothing_says_so(place, tmp_path, caplog):
 
 
 def test_it_says_of_its_samples_what_the_full_store_says(place):
-    opened = condensed.open(place.root / "plain")
+    opened = condensed_set.open(place.root / "plain")
     ours, theirs = opened.knowledge, place.knowledge
     assert (ours.count, ours.views, ours.knowledge_id) == (theirs.count, theirs.views, theirs.knowledge_id)
     assert np.array_equal(ours.labels, theirs.labels)
@@ -94,7 +92,7 @@ def test_it_says_of_its_samples_what_the_full_store_says(place):
 
 
 def test_other_samples_are_refused_by_name(place):
-    knowledge = condensed.open(place.root / "plain").knowledge
+    knowledge = condensed_set.open(place.root / "plain").knowledge
     missing = np.setdiff1d(EVERYTHING, knowledge.held)
     with pytest.raises(
         MismatchError, match=rf"holds nothing of sample {missing[0]}: an exported set has the 120 of 200"
@@ -103,20 +101,20 @@ def test_other_samples_are_refused_by_name(place):
 
 
 def test_its_manifest_is_the_set_that_was_given(place):
-    assert condensed.open(place.root / "plain").manifest.digest == place.set.digest
+    assert condensed_set.open(place.root / "plain").manifest.digest == place.set.digest
     assert sha256_file(place.root / "plain/manifest.parquet") == sha256_file(place.file)
 
 
 def test_a_runs_folder_stands_for_the_set_it_ended_with(place, tmp_path):
     trained(tmp_path / "run", store=place.knowledge.path, stages=2, keep=0.5)
     exporting(place, tmp_path / "e", manifest=tmp_path / "run")
-    wanted = runs.read_summary(tmp_path / "run")["condensed_set"]
-    assert condensed.open(tmp_path / "e").manifest.digest == manifest.read(tmp_path / "run" / wanted).digest
+    wanted = state.read_summary(tmp_path / "run")["condensed_set"]
+    assert condensed_set.open(tmp_path / "e").manifest.digest == manifest.read(tmp_path / "run" / wanted).digest
 
 
 def test_fewer_views_are_the_first_ones(place, tmp_path):
     exporting(place, tmp_path / "e", views=2, compression="zstd")
-    knowledge = condensed.open(tmp_path / "e").knowledge
+    knowledge = condensed_set.open(tmp_path / "e").knowledge
     assert (knowledge.views, knowledge.plan.compression) == (2, "zstd")
     found = knowledge.read("penultimate", 1, knowledge.held)
     assert np.array_equal(found, place.knowledge.read("penultimate", 1, knowledge.held))
@@ -129,11 +127,11 @@ def test_skipped_samples_stay_known(place, tmp_path):
     logits[17] = np.nan
     np.save(tmp_path / "logits.npy", logits)
     given = {"data": SPEC, "store": tmp_path / "store", "from_logits": tmp_path / "logits.npy", "augment": "none"}
-    steps.precompute_store(commands.PrecomputeCommand(**given, on_nonfinite="skip"), loop.silent)
-    knowledge = store.open(tmp_path / "store")
+    precompute_store(PrecomputeCommand(**given, on_nonfinite="skip"), progress.silent)
+    knowledge = reader.open(tmp_path / "store")
     manifest.write(tmp_path / "set.parquet", narrowed(knowledge))
     exporting(SimpleNamespace(file=tmp_path / "set.parquet", knowledge=knowledge), tmp_path / "e")
-    part = condensed.open(tmp_path / "e").knowledge
+    part = condensed_set.open(tmp_path / "e").knowledge
     assert part.skipped.tolist() == knowledge.skipped.tolist() == [17]
     assert 17 not in part.held
 
@@ -174,25 +172,23 @@ def test_a_set_with_images_trains_and_tests_without_the_data(place, tmp_path):
     full = trained(tmp_path / "full", store=place.knowledge.path, manifest=place.file)
     given = {"data": f"condensed:{place.root / 'pictures'}", "condensed": place.root / "pictures"}
     assert trained(tmp_path / "part", **given) == full
-    metrics = [runs.read_metrics(tmp_path / name) for name in ("full", "part")]
+    metrics = [state.read_metrics(tmp_path / name) for name in ("full", "part")]
     assert [row["test_accuracy"] for row in metrics[0]] == [row["test_accuracy"] for row in metrics[1]]
-    records = [runs.read_record(runs.RunFolder(path=tmp_path / name))["inputs"] for name in ("full", "part")]
+    records = [state.read_record(RunFolder(path=tmp_path / name))["inputs"] for name in ("full", "part")]
     assert records[0] == records[1]
 
 
 def test_stages_are_one_unless_given(place, tmp_path):
     settings = {"student": "lessons:TinyNet", "epochs": 2, "out": tmp_path / "run", "data": SPEC}
-    command = config.make(commands.TrainCommand, settings | {"condensed": place.root / "plain"})
-    planned = steps.train(command, loop.silent, dry_run=True)
+    command = settings_.make(TrainCommand, settings | {"condensed": place.root / "plain"})
+    planned = train(command, progress.silent, dry_run=True)
     assert [(stage["samples"], stage["source"]) for stage in planned["stages"]] == [(80, "given")]
 
 
 def test_a_run_continues_from_it_to_the_same_bytes(place, tmp_path):
     given = {"condensed": place.root / "plain"}
-    command = config.make(
-        commands.TrainCommand, ONE_STAGE | {"data": SPEC, "out": tmp_path / "run", "until": 1} | given
-    )
-    assert steps.train(command, loop.silent)["finished"] is False
+    command = settings_.make(TrainCommand, ONE_STAGE | {"data": SPEC, "out": tmp_path / "run", "until": 1} | given)
+    assert train(command, progress.silent)["finished"] is False
     assert trained(tmp_path / "run", **given) == trained(tmp_path / "once", **given)
 
 
@@ -217,14 +213,14 @@ def test_the_store_inside_is_no_store_by_itself(place, tmp_path):
     with pytest.raises(MismatchError, match=said):
         trained(tmp_path / "run", store=place.root / "plain/store")
     with pytest.raises(MismatchError, match=said):
-        checks.verify(place.root / "plain/store", data=SPEC)
+        verify.verify(place.root / "plain/store", data=SPEC)
     assert not (tmp_path / "run").exists()
 
 
 def test_other_data_is_refused_with_the_first_sample(place, tmp_path):
-    changed = data.load(SPEC)
+    changed = datasets.load(SPEC)
     changed.train.source.pixels[9, 3, 3, 0] ^= 1
-    opened = condensed.open(place.root / "plain")
+    opened = condensed_set.open(place.root / "plain")
     with pytest.raises(MismatchError, match="sample 9 differs"), batches.connect(changed, opened.knowledge, place.set):
         pass
 
@@ -233,8 +229,8 @@ def test_other_data_is_refused_with_the_first_sample(place, tmp_path):
 
 
 def test_images_are_those_of_the_data_set_under_the_same_indices(place):
-    ours, theirs = data.load(f"condensed:{place.root / 'pictures'}"), data.load(SPEC)
-    held = condensed.open(place.root / "pictures").knowledge.held
+    ours, theirs = datasets.load(f"condensed:{place.root / 'pictures'}"), datasets.load(SPEC)
+    held = condensed_set.open(place.root / "pictures").knowledge.held
     assert np.array_equal(ours.train.images(held), theirs.train.images(held))
     assert np.array_equal(ours.train.labels, theirs.train.labels)
     assert np.array_equal(ours.test.images(np.arange(60)), theirs.test.images(np.arange(60)))
@@ -243,23 +239,23 @@ def test_images_are_those_of_the_data_set_under_the_same_indices(place):
 
 
 def test_an_image_that_is_not_there_is_refused_and_never_made_up(place, tmp_path):
-    dataset = data.load(f"condensed:{place.root / 'pictures'}")
-    missing = np.setdiff1d(EVERYTHING, condensed.open(place.root / "pictures").knowledge.held)
+    dataset = datasets.load(f"condensed:{place.root / 'pictures'}")
+    missing = np.setdiff1d(EVERYTHING, condensed_set.open(place.root / "pictures").knowledge.held)
     with pytest.raises(MismatchError, match=rf"sample {missing[0]} is not among the 120 of 200 images"):
         dataset.train.images(missing[:2])
     with pytest.raises(MismatchError, match=r"is not among the 120 of 200 images that the exported set holds"):
-        steps.fit(commands.FitCommand(data=dataset.name, model="resnet8", out=tmp_path / "fit", epochs=1), loop.silent)
+        fit(FitCommand(data=dataset.name, model="resnet8", out=tmp_path / "fit", epochs=1), progress.silent)
 
 
 def test_without_images_the_data_must_be_given(place):
     with pytest.raises(MismatchError, match="was exported without images: give the data set it was made from"):
-        data.load(f"condensed:{place.root / 'plain'}")
+        datasets.load(f"condensed:{place.root / 'plain'}")
 
 
 def test_images_lie_as_the_hub_serves_them(place):
     folder = place.root / "pictures/data"
-    loaded = data.load(f"parquet:{folder}#label")
-    held = condensed.open(place.root / "pictures").knowledge.held
+    loaded = datasets.load(f"parquet:{folder}#label")
+    held = condensed_set.open(place.root / "pictures").knowledge.held
     assert np.array_equal(loaded.train.images(np.arange(120)), place.data.train.images(held))
     assert np.array_equal(loaded.train.labels, place.data.train.labels[held])
     assert loaded.classes == place.data.classes
@@ -296,14 +292,14 @@ KINDS = {"gray": (lambda folder: gray(folder, 1), "crop"), "files": (photographs
 def test_every_kind_of_image_comes_back_as_it_was(tmp_path, kind):
     make, rule = KINDS[kind]
     whole = make(tmp_path)
-    dataset = data.load(whole)
+    dataset = datasets.load(whole)
     knowledge = precomputed(tmp_path / "store", dataset, _teacher(dataset), views=1, size=12, augment=rule)
     chosen = narrowed(knowledge)
     manifest.write(tmp_path / "set.parquet", chosen)
     place = SimpleNamespace(file=tmp_path / "set.parquet", knowledge=knowledge)
     exporting(place, tmp_path / "e", data=whole, with_images=True)
-    ours, again = data.load(f"condensed:{tmp_path / 'e'}"), data.load(whole)
-    held = condensed.open(tmp_path / "e").knowledge.held
+    ours, again = datasets.load(f"condensed:{tmp_path / 'e'}"), datasets.load(whole)
+    held = condensed_set.open(tmp_path / "e").knowledge.held
     assert 0 < len(held) < len(dataset.train)
     for found, wanted in zip(ours.train.images(held), again.train.images(held), strict=True):
         assert np.array_equal(found, wanted)
@@ -314,7 +310,7 @@ def test_every_kind_of_image_comes_back_as_it_was(tmp_path, kind):
 
 
 def _teacher(dataset):
-    network = spec.build("resnet8", 10, 1, channels=len(dataset.mean))
+    network = registry.build("resnet8", 10, 1, channels=len(dataset.mean))
     return teacher.freeze(network, InputTransform(dataset.mean, dataset.std), "resnet8", dataset.classes, CPU)
 
 
@@ -343,7 +339,7 @@ def test_a_finished_export_is_left_as_it_is(place, caplog):
     before = bytes_of(place.root / "plain")
     again = exporting(place, place.root / "plain")
     assert again["already"]
-    assert again["id"] == inspection.id_of(place.root / "plain")
+    assert again["id"] == show.id_of(place.root / "plain")
     assert "export: " in caplog.text
     assert "is finished already" in caplog.text
     assert bytes_of(place.root / "plain") == before
@@ -407,8 +403,8 @@ def test_a_killed_export_is_accepted_by_nobody_and_ends_in_the_same_bytes(place,
         complete = (out / "condensed.json").exists()
         if not complete:
             with pytest.raises((NotFoundError, UnfinishedError)):
-                condensed.open(out)
-            for look in (inspection.inspect, checks.verify):
+                condensed_set.open(out)
+            for look in (show.inspect, verify.verify):
                 with pytest.raises((NotFoundError, UnfinishedError, MismatchError)):
                     look(out)
         succeeds(start, words(place, out), tmp_path / "log")
@@ -421,7 +417,7 @@ def test_a_full_disk_leaves_nothing_that_is_accepted(place, start, tmp_path):
     assert code == 7
     assert "no space left to write" in (tmp_path / "log").read_text()
     succeeds(start, words(place, tmp_path / "e"), tmp_path / "log")
-    checks.verify(tmp_path / "e")
+    verify.verify(tmp_path / "e")
 
 
 # what is told of it
@@ -445,18 +441,18 @@ def test_the_card_has_the_hubs_front_matter_and_nothing_that_changes(place, tmp_
     ("rows", "said"), [(1, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (10**6, "1M<n<10M"), (10**8, "n>10M")]
 )
 def test_the_cards_size_is_one_of_the_hubs(rows, said):
-    assert card._size(rows) == said
+    assert write._size(rows) == said
 
 
 def test_it_is_told_by_inspect_and_expected_by_id(place):
-    found = inspection.inspect(place.root / "baked")
+    found = show.inspect(place.root / "baked")
     assert (found["kind"], found["rows"], found["samples"]) == ("condensed", 40, 200)
     assert found["baked"] == {"temperature": 4.0, "target": "linear_prob", "mix": "convex"}
     assert found["manifest"]["kept"] == 80
     json.dumps(found, allow_nan=False)
-    inspection.require_ids([place.root / "baked"], [found["id"]])
+    show.require_ids([place.root / "baked"], [found["id"]])
     with pytest.raises(MismatchError, match=f"baked has the id {found['id']}, expected 00"):
-        inspection.require_ids([place.root / "baked"], ["00"])
+        show.require_ids([place.root / "baked"], ["00"])
 
 
 def test_an_expected_id_is_compared_before_training(place, tmp_path):
@@ -467,8 +463,8 @@ def test_an_expected_id_is_compared_before_training(place, tmp_path):
 
 def test_versions_are_not_part_of_the_id(place, tmp_path):
     shutil.copytree(place.root / "plain", tmp_path / "e")
-    record = exported.read(tmp_path / "e")
-    assert exported.write(tmp_path / "e", record.content, {"python": "4"}) == record.id
-    assert exported.read(tmp_path / "e").made == {"python": "4"}
+    record = read(tmp_path / "e")
+    assert write(tmp_path / "e", record.content, {"python": "4"}) == record.id
+    assert read(tmp_path / "e").made == {"python": "4"}
     changed = record.content.model_copy(update={"licence": "mit"})
-    assert exported.write(tmp_path / "e", changed, {}) != record.id
+    assert write(tmp_path / "e", changed, {}) != record.id

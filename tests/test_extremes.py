@@ -12,13 +12,18 @@ from hypothesis.extra.numpy import arrays
 from lessons import CPU, opinionated, precomputed
 from pupils import distilled
 
-from kcdcache import commands, condense, config, data, encoding, manifest, teacher, values
+from kcdcache import settings as kcdcache_settings
+from kcdcache.condense import manifest, value_files, values
+from kcdcache.condense.summary import condense
+from kcdcache.data import datasets
 from kcdcache.errors import NotFoundError, SettingsError
-from kcdcache.losses.softmax import cross_entropy, entropy, soft_divergence
-from kcdcache.mixing import mix_probabilities
-from kcdcache.models import spec
-from kcdcache.models.transform import InputTransform
-from kcdcache.runs import read_metrics
+from kcdcache.methods.losses import cross_entropy, entropy, soft_divergence
+from kcdcache.networks import registry
+from kcdcache.networks.input_transform import InputTransform
+from kcdcache.runs.state import read_metrics
+from kcdcache.store import encoding
+from kcdcache.teacher import teacher
+from kcdcache.views.mixing import mix_probabilities
 
 TEMPERATURES = [1e-3, 0.5, 1.0, 4.0, 1e3, 1e6]
 ENCODINGS = ["float32", "float16", "top:1", "top:all"]
@@ -124,8 +129,8 @@ def test_mixed_targets_are_probabilities_at_every_temperature(z, temperature, sh
 def condensed(count, keep, **changes):
     """A set of equal values."""
     known = values.Values(np.ones(count, np.int32), np.full(count, 0.5, np.float32))
-    chosen = config.CondenseSettings(**changes)
-    return condense.condense(known, chosen, knowledge_id="k", count=count, stage=1, keep=keep)
+    chosen = kcdcache_settings.CondenseSettings(**changes)
+    return condense(known, chosen, knowledge_id="k", count=count, stage=1, keep=keep)
 
 
 def test_equal_values_are_kept_in_order_of_their_index():
@@ -143,11 +148,11 @@ def test_hardly_any_samples_make_a_set_as_long_as_one_is_kept(count):
 
 
 @pytest.mark.parametrize("keep", [0, 0.0, -0.1, 1.0001, math.nan, math.inf])
-@pytest.mark.parametrize("model", [config.ScheduleSettings, commands.CondenseCommand])
+@pytest.mark.parametrize("model", [kcdcache_settings.ScheduleSettings, kcdcache_settings.CondenseCommand])
 def test_nothing_and_more_than_everything_cannot_be_kept(model, keep):
-    more = {"values": "v", "store": "s", "out": "o"} if model is commands.CondenseCommand else {}
+    more = {"values": "v", "store": "s", "out": "o"} if model is kcdcache_settings.CondenseCommand else {}
     with pytest.raises(SettingsError, match=r"setting 'keep' in the command line: Input should be .*; found"):
-        config.make(model, {"keep": keep, **more})
+        kcdcache_settings.make(model, {"keep": keep, **more})
 
 
 def test_no_samples_at_all_are_refused(tmp_path):
@@ -164,8 +169,8 @@ def few(root, count, classes):
     labels = np.arange(count + 4) % classes
     columns = {"train_images": images[:count], "train_labels": labels[:count]}
     np.savez(root / "few.npz", **columns, test_images=images[count:], test_labels=labels[count:])
-    dataset = data.load(f"arrays:{root / 'few.npz'}")
-    module = opinionated(spec.build("resnet8", classes, 0))
+    dataset = datasets.load(f"arrays:{root / 'few.npz'}")
+    module = opinionated(registry.build("resnet8", classes, 0))
     network = teacher.freeze(module, InputTransform(dataset.mean, dataset.std), "resnet8", dataset.classes, CPU)
     return SimpleNamespace(data=dataset, knowledge=precomputed(root / "store", dataset, network))
 
@@ -180,7 +185,7 @@ def test_a_whole_run_on_hardly_anything_ends_with_numbers(tmp_path, count, class
     assert len(numbers) > 4
     assert np.isfinite(numbers).all()
     assert summary["kept"] == int(keep * count)
-    found = values.read(tmp_path / "run" / "values.parquet", count).values
+    found = value_files.read(tmp_path / "run" / "values.parquet", count).values
     assert np.isfinite(found.value).all()
     if classes == 1:
         assert (found.value == 0).all()

@@ -14,9 +14,11 @@ from killing import finished, nursery, succeeds
 from pupils import leftovers, lines, promised, saved_teacher
 from stores import content, creating, finish, make, small_parts
 
-from kcdcache import data, ledger, store
+from kcdcache.data import datasets
 from kcdcache.errors import KcdcacheError
-from kcdcache.loop import enough_memory
+from kcdcache.networks.input_transform import enough_memory
+from kcdcache.store import reader
+from kcdcache.store.log import read_log
 
 CODES = {"ENOSPC": 7, "EIO": 1}
 
@@ -109,7 +111,7 @@ def test_zarr_goes_on_writing_after_a_failure_and_the_part_is_not_logged(here, t
         path = tmp_path / str(point)
         text = WRITING.format(path=str(path), point=point)
         assert finished(here.start, text, tmp_path / "log") == 7, (tmp_path / "log").read_text()
-        logged = {file.path for record in ledger.read_log(path, 0) for file in record.files}
+        logged = {file.path for record in read_log(path, 0) for file in record.files}
         there = {name for name in content(path) if name.startswith("logits") and "/c." in name}
         more.append(len(there - logged))
         assert logged_files_are_whole(path)
@@ -246,7 +248,7 @@ def test_nothing_depends_on_the_times_of_files(here, tmp_path, name):
     succeeds(here.start, command, log)
     if name == "precompute":
         succeeds(here.start, ["verify", path, "--read-data"], log)
-        store.open(path).load(1, np.arange(200), ("logits",))
+        reader.open(path).load(1, np.arange(200), ("logits",))
     assert content(path) == before
 
 
@@ -340,7 +342,7 @@ def images(tmp_path_factory):
         root / "images.npz", train_images=pixels, train_labels=labels, test_images=pixels[:20], test_labels=labels[:20]
     )
     spec = f"arrays:{root / 'images.npz'}"
-    saved_teacher(root / "teacher", data.load(spec))
+    saved_teacher(root / "teacher", datasets.load(spec))
     return root, spec
 
 

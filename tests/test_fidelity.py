@@ -11,28 +11,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lessons import CPU, opinionated, precomputed
 
-from kcdcache import config, data, distill, fidelity, manifest, screening, teacher, values, views
+from kcdcache.condense import compare, manifest, value_files
+from kcdcache.data import datasets
 from kcdcache.errors import MismatchError
-from kcdcache.models import spec
-from kcdcache.models.transform import InputTransform
-from kcdcache.models.weights import load_network
+from kcdcache.networks import registry
+from kcdcache.networks.input_transform import InputTransform
+from kcdcache.networks.weights import load_network
+from kcdcache.settings import TrainSettings
+from kcdcache.teacher import teacher
+from kcdcache.training import distill, evaluation
+from kcdcache.views import rules
 
 SPEC = "digits?train=180&test=50&noise=0.5"
 SETTINGS = {"student": "lessons:TinyNet", "epochs": 4, "stages": 2, "batch_size": 30, "keep": 0.6}
 
 
 def teacher_of(dataset, seed=1):
-    module = opinionated(spec.build("resnet8", 10, seed))
+    module = opinionated(registry.build("resnet8", 10, seed))
     return teacher.freeze(module, InputTransform(dataset.mean, dataset.std), "resnet8", dataset.classes, CPU)
 
 
 def trained(root, spec_, **changes):
-    dataset = data.load(spec_)
+    dataset = datasets.load(spec_)
     network = teacher_of(dataset)
     knowledge = precomputed(root / "store", dataset, network, views=2)
     with_teacher = changes.pop("with_teacher", False)
     material = distill.Material(data=dataset, knowledge=knowledge, teacher=network if with_teacher else None)
-    summary = distill.run(config.TrainSettings(**(SETTINGS | changes)), material, out=root / "run", device="cpu")
+    summary = distill.run(TrainSettings(**(SETTINGS | changes)), material, out=root / "run", device="cpu")
     return dataset, knowledge, network, summary, root / "run"
 
 
@@ -52,14 +57,14 @@ def named_by(module, transform, dataset, split, rule):
     found = []
     for position in range(len(split)):
         index = np.array([position])
-        pixels = views.show(rule, split.images(index), views.parameters(rule, index, 0), CPU)
+        pixels = rules.show(rule, split.images(index), rules.parameters(rule, index, 0), CPU)
         with torch.no_grad():
             found.append(int(module(transform(pixels)).argmax()))
     return found
 
 
 def student_of(run, dataset):
-    module = spec.build("lessons:TinyNet", 10)
+    module = registry.build("lessons:TinyNet", 10)
     module.load_state_dict(load_network(run, "student")[1])
     return module, InputTransform(dataset.mean, dataset.std)
 
@@ -71,7 +76,7 @@ def share(pairs):
 
 def test_shares_on_training_samples_equal_a_plain_reference(noisy):
     dataset, knowledge, network, summary, run = noisy
-    rule = views.rule_of(knowledge.knowledge.views)
+    rule = rules.rule_of(knowledge.knowledge.views)
     given_, true = dataset.train.labels.tolist(), dataset.train.clean_labels.tolist()
     wrong = [a != b for a, b in zip(given_, true, strict=True)]
     for prefix, pair in (("", student_of(run, dataset)), ("teacher_", (network.module, network.transform))):
@@ -89,10 +94,10 @@ def test_shares_on_training_samples_equal_a_plain_reference(noisy):
 
 def test_agreement_is_the_share_of_samples_on_which_both_name_the_same_class(noisy):
     dataset, knowledge, network, summary, run = noisy
-    rule, own = views.rule_of(knowledge.knowledge.views), student_of(run, dataset)
+    rule, own = rules.rule_of(knowledge.knowledge.views), student_of(run, dataset)
     theirs = network.module, network.transform
     on_train = [named_by(*pair, dataset, dataset.train, rule) for pair in (own, theirs)]
-    on_test = [named_by(*pair, dataset, dataset.test, views.plain(rule)) for pair in (own, theirs)]
+    on_test = [named_by(*pair, dataset, dataset.test, rules.plain(rule)) for pair in (own, theirs)]
     assert summary["agreement_train"] == pytest.approx(share(zip(*on_train, strict=True)), abs=0.006)
     assert summary["agreement_test"] == pytest.approx(share(zip(*on_test, strict=True)), abs=0.021)
     assert summary["teacher_accuracy"] == pytest.approx(
@@ -124,7 +129,7 @@ def test_each_set_is_counted_as_its_files_say(noisy):
         assert row["partners_wrong"] == sum(bool(wrong[sample]) for sample in partners)
         file = run / "stages" / str(row["stage"]) / "values.parquet"
         if file.exists():
-            value = values.read(file, 180).values.value
+            value = value_files.read(file, 180).values.value
             assert row["separation_wrong"] == pytest.approx(reference_separation(value.tolist(), wrong.tolist()))
             assert row["value_wrong"] == pytest.approx(np.quantile(value[wrong], (0.1, 0.5, 0.9)))
     assert summary["sets"][-1]["dropped"] == 72
@@ -140,7 +145,7 @@ def test_rare_classes_are_measured_where_classes_were_thinned_out(uneven):
             often.add(label)
         held += sizes[label]
     guess = named_by(
-        *student_of(run, dataset), dataset, dataset.test, views.plain(views.rule_of(knowledge.knowledge.views))
+        *student_of(run, dataset), dataset, dataset.test, rules.plain(rules.rule_of(knowledge.knowledge.views))
     )
     pairs = list(zip(guess, dataset.test.labels.tolist(), strict=True))
     assert summary["accuracy_frequent"] == pytest.approx(share(p for p in pairs if p[1] in often), abs=0.05)
@@ -181,18 +186,18 @@ def test_samples_never_visited_have_no_value_to_be_told_apart_by(tmp_path):
 def test_asking_for_it_or_not_is_no_other_run(tmp_path):
     dataset, knowledge, _, summary, run = trained(tmp_path, "digits?train=60&test=20&noise=0.5", epochs=2)
     material = distill.Material(data=dataset, knowledge=knowledge)
-    settings = config.TrainSettings(**(SETTINGS | {"epochs": 2, "fidelity": "off"}))
+    settings = TrainSettings(**(SETTINGS | {"epochs": 2, "fidelity": "off"}))
     assert distill.run(settings, material, out=run, device="cpu") == summary
     assert "fidelity" not in json.loads((run / "run.json").read_text())["settings"]
 
 
 def test_another_teacher_than_the_stores_is_refused(noisy):
     dataset, knowledge, network, _, _ = noisy
-    fidelity.require_own(network, knowledge)
+    evaluation.require_own(network, knowledge)
     with pytest.raises(
         MismatchError, match=r"--teacher is resnet8 with weights \w{16}, the store at .* give the store's own"
     ):
-        fidelity.require_own(teacher_of(dataset, seed=2), knowledge)
+        evaluation.require_own(teacher_of(dataset, seed=2), knowledge)
 
 
 # separation of marked samples by a score
@@ -208,10 +213,10 @@ def reference_separation(score, marked):
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=40))
 def test_separation_counts_won_pairs(rows):
     score, marked = np.array([float(s) for s, _ in rows]), np.array([m for _, m in rows])
-    found = screening.separation(score, marked)
+    found = compare.separation(score, marked)
     if marked.all() or not marked.any():
         assert found is None
         return
     assert found == pytest.approx(reference_separation(score.tolist(), marked.tolist()))
-    assert screening.separation(-score, marked) == pytest.approx(1 - found)
-    assert screening.separation(np.exp(score), marked) == pytest.approx(found)
+    assert compare.separation(-score, marked) == pytest.approx(1 - found)
+    assert compare.separation(np.exp(score), marked) == pytest.approx(found)

@@ -6,11 +6,15 @@ import torch
 from lessons import CPU, digits, opinionated, precomputed
 from pupils import command, saved_teacher
 
-from kcdcache import attack, commands, config, fields, listing, recipe, store, teacher
+from kcdcache import settings
 from kcdcache.errors import SettingsError
-from kcdcache.models import spec, taps
-from kcdcache.models.shapes import tap_shapes
-from kcdcache.models.transform import InputTransform
+from kcdcache.networks import registry, taps
+from kcdcache.networks.input_transform import InputTransform
+from kcdcache.networks.registry import tap_shapes
+from kcdcache.recipes import recipe
+from kcdcache.report import show
+from kcdcache.store import reader
+from kcdcache.teacher import boundary_images, fields, teacher
 
 WRN = tap_shapes("wrn_40_2", 100, 3, 32, 32)
 EVERY = (
@@ -25,7 +29,7 @@ def noise(*shape, seed=0):
 
 @pytest.fixture(scope="module")
 def network():
-    module = opinionated(spec.build("resnet8", 10, 1))
+    module = opinionated(registry.build("resnet8", 10, 1))
     return teacher.freeze(module, InputTransform((0.4,) * 3, (0.3, 0.2, 0.5)), "resnet8", tuple("abcdefghij"), CPU)
 
 
@@ -103,7 +107,7 @@ def pushed_one_by_one(network, image):
     with torch.no_grad():
         logits = scores_of(network)(image[None])[0]
     base = int(logits.argmax())
-    draw = float(attack.image_hash(image[None])[0])
+    draw = float(boundary_images.image_hash(image[None])[0])
     others = [float(p) for p in logits.double().softmax(0)]
     others[base] = 0.0
     total, reached, target = sum(others), 0.0, None
@@ -127,7 +131,7 @@ def pushed_one_by_one(network, image):
 def test_boundary_samples_equal_the_attack_done_one_by_one(network):
     pixels = noise(12, 3, 16, 16, seed=3)
     std = torch.tensor(network.transform.std).view(3, 1, 1)
-    made = attack.boundary(scores_of(network), pixels, std)
+    made = boundary_images.boundary(scores_of(network), pixels, std)
     flipped = 0
     for row, image in enumerate(pixels):
         wanted, base = pushed_one_by_one(network, image)
@@ -153,24 +157,24 @@ def test_a_boundary_sample_depends_on_its_own_image_alone(network):
 def test_targets_are_other_classes_drawn_by_their_probabilities():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(4000, 1)
     draw = (torch.arange(4000) + 0.5) / 4000
-    found = attack.draw_target(logits, torch.zeros(4000, dtype=torch.long), draw).bincount(minlength=4)
+    found = boundary_images.draw_target(logits, torch.zeros(4000, dtype=torch.long), draw).bincount(minlength=4)
     share = torch.tensor([0.0, *np.exp([1, 0, -1]) / np.exp([1, 0, -1]).sum()])
     assert (found / 4000 - share).abs().max() < 1e-3
     certain = torch.tensor([[200.0, -200.0, -200.0], [0.0, -1e4, 50.0]])
-    ends = attack.draw_target(certain, certain.argmax(1), torch.tensor([0.0, 1 - 2**-24]))
+    ends = boundary_images.draw_target(certain, certain.argmax(1), torch.tensor([0.0, 1 - 2**-24]))
     assert (ends != certain.argmax(1)).all()
 
 
 def test_the_hash_of_images_is_even_and_sees_every_pixel():
     images = noise(3000, 3, 8, 8, seed=5)
-    found = attack.image_hash(images)
+    found = boundary_images.image_hash(images)
     assert found.min() >= 0
     assert found.max() < 1
     counts = (found * 10).long().bincount(minlength=10)
     assert counts.min() > 200  # 300 expected
     changed = images[0].repeat(192, 1, 1, 1)
     changed.view(192, -1)[range(192), range(192)] += 1 / 255
-    assert len({float(value) for value in attack.image_hash(changed)} | {float(found[0])}) == 193
+    assert len({float(value) for value in boundary_images.image_hash(changed)} | {float(found[0])}) == 193
 
 
 def test_mixing_is_what_is_said_for_each_kind():
@@ -212,7 +216,7 @@ def test_a_store_of_every_field_reads_back_and_grows(place, network):
     told = precompute(place, "every", fields=("attention", "fsp", "maps:stage3", "rotations", "boundary"), views=2)
     assert told["views"] == 2
     assert told["fields"]["boundary:images"] == "uint8"
-    held = store.open(place[0] / "every")
+    held = reader.open(place[0] / "every")
     names = list(held.fields)
     assert len(names) == 2 + 3 + 3 + 1 + 2 + 2
     rows = held.load(1, np.arange(200), names)
@@ -220,7 +224,7 @@ def test_a_store_of_every_field_reads_back_and_grows(place, network):
     assert images.dtype == np.uint8
     assert images.shape == (200, 3, 16, 16)
     assert precompute(place, "again", fields=names, views=2)["knowledge_id"] == told["knowledge_id"]
-    again = store.open(place[0] / "again").load(1, np.arange(200), names)
+    again = reader.open(place[0] / "again").load(1, np.arange(200), names)
     assert all(np.array_equal(rows[name], again[name]) for name in rows)
 
 
@@ -248,9 +252,9 @@ def test_recipes_write_for_as_the_command_line_does(tmp_path):
     (tmp_path / "it.toml").write_text(f'title = "it"\ndata = "digits"\n[[step]]\n{step}')
     assert recipe.load(tmp_path / "it.toml").step[0].settings["for"] == "at"
     values = {"data": "digits", "store": tmp_path, "for": "at"}
-    assert config.make(commands.PrecomputeCommand, values).for_ == "at"
+    assert settings.make(settings.PrecomputeCommand, values).for_ == "at"
     with pytest.raises(SettingsError, match="unknown setting 'fo' in the command line; did you mean 'for'"):
-        config.make(commands.PrecomputeCommand, {"data": "digits", "store": tmp_path, "fo": "at"})
+        settings.make(settings.PrecomputeCommand, {"data": "digits", "store": tmp_path, "fo": "at"})
 
 
 def test_a_store_beyond_the_budget_is_refused_before_anything_is_written(place, caplog):
@@ -264,7 +268,7 @@ def test_a_store_beyond_the_budget_is_refused_before_anything_is_written(place, 
 
 
 def test_the_listing_counts_what_a_store_takes(place):
-    told = listing.listing("resnet8", "resnet8", 10, 16)
+    told = show.listing("resnet8", "resnet8", 10, 16)
     by_name = {row["method"]: row for row in told["methods"]}
     names = by_name["at"]["reads"]
     held = precomputed(place[0] / "listed", digits(), teacher_of_place(), views=1, fields=names, encoding="float16")
@@ -276,6 +280,6 @@ def test_the_listing_counts_what_a_store_takes(place):
 
 
 def teacher_of_place():
-    module = opinionated(spec.build("resnet8", 10, 1))
+    module = opinionated(registry.build("resnet8", 10, 1))
     dataset = digits()
     return teacher.freeze(module, InputTransform(dataset.mean, dataset.std), "resnet8", dataset.classes, CPU)

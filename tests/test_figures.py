@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from kcdcache import figures
+from kcdcache.report import figures
 
 NAMES = st.text(st.sampled_from("ab :,…"), max_size=90)
 

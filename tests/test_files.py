@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kcdcache import crashpoints, files
 from kcdcache.errors import CorruptionError, LockedError, NoSpaceError, NotFoundError
+from kcdcache.files import atomic
 
 JSON = st.recursive(
     st.none()
@@ -32,16 +32,16 @@ def names(folder):
 
 @given(JSON)
 def test_canonical_json_reads_back(value):
-    assert json.loads(files.canonical_json(value)) == value
+    assert json.loads(atomic.canonical_json(value)) == value
 
 
 @given(st.dictionaries(st.text(), JSON, min_size=2))
 def test_canonical_json_does_not_depend_on_the_order_of_keys(value):
-    assert files.canonical_json(dict(reversed(value.items()))) == files.canonical_json(value)
+    assert atomic.canonical_json(dict(reversed(value.items()))) == atomic.canonical_json(value)
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("write", [files.canonical_json, files.readable_json, files.digest_of])
+@pytest.mark.parametrize("write", [atomic.canonical_json, atomic.readable_json, atomic.digest_of])
 def test_json_refuses_what_is_no_number(write, number):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write({"a": [number]})
@@ -50,18 +50,18 @@ def test_json_refuses_what_is_no_number(write, number):
 def test_digests_are_sha256(tmp_path):
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of "abc", FIPS 180-2
     (tmp_path / "abc").write_bytes(b"abc")
-    assert files.sha256_bytes(b"abc") == files.sha256_file(tmp_path / "abc") == known
-    assert files.digest_of({"b": 1, "a": None}) == files.sha256_bytes(b'{"a":null,"b":1}')
+    assert atomic.sha256_bytes(b"abc") == atomic.sha256_file(tmp_path / "abc") == known
+    assert atomic.digest_of({"b": 1, "a": None}) == atomic.sha256_bytes(b'{"a":null,"b":1}')
 
 
 def test_a_missing_file_has_no_digest(tmp_path):
     with pytest.raises(NotFoundError, match=r"no file at .*nothing"):
-        files.sha256_file(tmp_path / "nothing")
+        atomic.sha256_file(tmp_path / "nothing")
 
 
 def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
     for data in (b"old and longer", b"new"):
-        files.write_atomic(tmp_path / "a", data)
+        atomic.write_atomic(tmp_path / "a", data)
     assert (tmp_path / "a").read_bytes() == b"new"
     assert names(tmp_path) == ["a"]
 
@@ -75,7 +75,7 @@ FAILING = (
 
 def failing(path, function, point):
     """Return what a process says that writes `path` and is failed at a step of that."""
-    environment = {**os.environ, crashpoints.CRASH_POINT: point}
+    environment = {**os.environ, atomic.CRASH_POINT: point}
     words = [sys.executable, "-c", FAILING, str(path), function]
     return subprocess.run(words, capture_output=True, text=True, env=environment, check=True).stdout
 
@@ -111,7 +111,7 @@ def test_each_system_error_says_what_it_is_about(tmp_path, function, error, said
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "x", "1:", "1:ENOSUCH", "1:errorcode", "1:ENOSPC:2", " 1"])
 def test_a_malformed_crash_point_is_refused(tmp_path, text):
-    environment = {**os.environ, crashpoints.CRASH_POINT: text}
+    environment = {**os.environ, atomic.CRASH_POINT: text}
     words = [sys.executable, "-c", FAILING, str(tmp_path / "a"), "write_atomic"]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
     assert "SettingsError: KCDCACHE_CRASHPOINT should be n or n:NAME (be killed at the n-th step" in done.stderr
@@ -120,14 +120,14 @@ def test_a_malformed_crash_point_is_refused(tmp_path, text):
 
 def test_lines_are_appended(tmp_path):
     for line in (b"one\n", b"two\n"):
-        files.append(tmp_path / "a", line)
+        atomic.append(tmp_path / "a", line)
     assert (tmp_path / "a").read_bytes() == b"one\ntwo\n"
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path):
     path, contents = tmp_path / "a", [bytes([letter]) * 100_000 for letter in range(20)]
-    files.write_atomic(path, contents[0])
-    writer = threading.Thread(target=lambda: [files.write_atomic(path, data) for data in contents])
+    atomic.write_atomic(path, contents[0])
+    writer = threading.Thread(target=lambda: [atomic.write_atomic(path, data) for data in contents])
     writer.start()
     seen = []
     while writer.is_alive():
@@ -146,12 +146,12 @@ def test_a_killed_writer_leaves_the_old_file_or_the_whole_new_one(tmp_path, func
     code = (
         f"import sys; from pathlib import Path; from kcdcache import files; files.{function}(Path(sys.argv[1]), b'new')"
     )
-    environment = {**os.environ, crashpoints.CRASH_POINT: str(point)}
+    environment = {**os.environ, atomic.CRASH_POINT: str(point)}
     done = subprocess.run([sys.executable, "-c", code, str(path)], env=environment, check=False)
     assert done.returncode == -signal.SIGKILL
     found = path.read_bytes() if path.exists() else None
     assert found == ((b"old" if function == "write_atomic" else None) if point < 4 else b"new")
-    files.remove_leftovers(tmp_path)
+    atomic.remove_leftovers(tmp_path)
     assert names(tmp_path) == ([] if found is None else ["a"])
 
 
@@ -161,14 +161,14 @@ def test_leftovers_are_removed_at_any_depth_and_nothing_else(tmp_path):
     left = [tmp_path / "a.tmp-12-3", tmp_path / "x/y/b.json.tmp-9-9"]
     for path in kept + left:
         path.write_bytes(b"")
-    assert files.remove_leftovers(tmp_path) == left
+    assert atomic.remove_leftovers(tmp_path) == left
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in left)
 
 
 def create(path, number, outcomes):
     try:
-        files.create_exclusive(path, str(number).encode() * 1000)
+        atomic.create_exclusive(path, str(number).encode() * 1000)
     except LockedError as error:
         outcomes.append(str(error))
     else:
@@ -213,9 +213,9 @@ def test_of_racing_processes_exactly_one_creates_the_file(tmp_path):
 
 
 def test_an_existing_file_is_never_overwritten(tmp_path):
-    files.create_exclusive(tmp_path / "a", b"first")
+    atomic.create_exclusive(tmp_path / "a", b"first")
     with pytest.raises(LockedError, match=r"a exists already: another process wrote it first"):
-        files.create_exclusive(tmp_path / "a", b"second")
+        atomic.create_exclusive(tmp_path / "a", b"second")
     assert (tmp_path / "a").read_bytes() == b"first"
     assert names(tmp_path) == ["a"]
 
@@ -264,12 +264,12 @@ def test_space_that_is_not_there_cannot_be_reserved(tmp_path):
 def test_a_system_error_while_reading_names_the_file():
     """The start of the address space is not mapped, which the system calls an input/output error."""
     with pytest.raises(OSError, match=r"Input/output error: '/proc/self/mem'"):
-        files.sha256_file(Path("/proc/self/mem"))
+        atomic.sha256_file(Path("/proc/self/mem"))
 
 
 def test_other_system_errors_stay_what_they_are(tmp_path):
     with pytest.raises(FileNotFoundError, match="No such file") as caught:
-        files.write_atomic(tmp_path / "nowhere/a", b"")
+        atomic.write_atomic(tmp_path / "nowhere/a", b"")
     assert not isinstance(caught.value, NoSpaceError)
 
 
@@ -277,12 +277,12 @@ def test_other_system_errors_stay_what_they_are(tmp_path):
 def test_damaged_json_names_the_file(tmp_path, data):
     (tmp_path / "a.json").write_bytes(data)
     with pytest.raises(CorruptionError, match=r"a.json should hold JSON: "):
-        files.read_json(tmp_path / "a.json")
+        atomic.read_json(tmp_path / "a.json")
 
 
 def test_missing_json_is_not_found(tmp_path):
     with pytest.raises(NotFoundError, match=r"no file at .*a.json"):
-        files.read_json(tmp_path / "a.json")
+        atomic.read_json(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize(
@@ -291,13 +291,13 @@ def test_missing_json_is_not_found(tmp_path):
 def test_an_object_has_the_keys_it_should_have(tmp_path, data, message):
     (tmp_path / "a.json").write_text(data)
     with pytest.raises(CorruptionError, match=rf"a.json should .*{message}"):
-        files.read_object(tmp_path / "a.json", "a")
+        atomic.read_object(tmp_path / "a.json", "a")
 
 
 def test_an_object_reads_back_as_written(tmp_path):
     value = {"a": [1, 2.5, None, "ü"], "b": {"c": True}}
-    files.write_atomic(tmp_path / "a.json", files.readable_json(value))
-    assert files.read_object(tmp_path / "a.json", "a", "b") == value
+    atomic.write_atomic(tmp_path / "a.json", atomic.readable_json(value))
+    assert atomic.read_object(tmp_path / "a.json", "a", "b") == value
 
 
 HOLD = (
@@ -320,16 +320,16 @@ def test_a_lock_names_its_holder_and_ends_with_it_however_it_ends(tmp_path):
             pytest.raises(
                 LockedError, match=rf"run is being written by process {process.pid} on .*wait for it or stop"
             ),
-            files.locked(tmp_path / "run/.lock"),
+            atomic.locked(tmp_path / "run/.lock"),
         ):
             pass
         process.send_signal(signal.SIGKILL)
         process.wait()
-    with files.locked(tmp_path / "run/.lock"):
+    with atomic.locked(tmp_path / "run/.lock"):
         assert (tmp_path / "run/.lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
 def test_a_lock_is_free_after_an_error(tmp_path):
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="inside"), files.locked(Path(tmp_path / ".lock")):
+        with pytest.raises(RuntimeError, match="inside"), atomic.locked(Path(tmp_path / ".lock")):
             raise RuntimeError("inside")

@@ -9,24 +9,28 @@ from lessons import precomputed
 from pupils import BrokenOffError, command, digits, everything, loaded, same_files, same_tensors, school, stop_after
 from safetensors.torch import load_file
 
-from kcdcache import config, distill, evaluate, fit, loop, rng, views
-from kcdcache.data import load
+from kcdcache import rng
+from kcdcache.data.datasets import load
 from kcdcache.errors import NonFiniteError, SettingsError
-from kcdcache.models import spec
-from kcdcache.runs import read_metrics
+from kcdcache.networks import registry
+from kcdcache.progress import silent
+from kcdcache.runs.state import read_metrics
+from kcdcache.settings import FitSettings, TrainSettings
+from kcdcache.training import distill, evaluation, fit
+from kcdcache.views import rules
 
 CROPS = {"augment": "crop", "padding": 2}
 RECIPE = CROPS | {"epochs": 4, "batch_size": 32}
 SMALL = digits(120, 40)
 
 
-def fitted(out, model="lessons:TinyNet", data=SMALL, progress=loop.silent, **changes):
-    return fit.run(config.FitSettings(**(RECIPE | changes)), data=data, model=model, out=out, progress=progress)
+def fitted(out, model="lessons:TinyNet", data=SMALL, progress=silent, **changes):
+    return fit.run(FitSettings(**(RECIPE | changes)), data=data, model=model, out=out, progress=progress)
 
 
 def plain_training(data, epochs, batch, views):
     """Cross-entropy as a textbook writes it."""
-    network = spec.build("resnet8", 10, 0).to(memory_format=torch.channels_last)
+    network = registry.build("resnet8", 10, 0).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     scale = torch.tensor([1 / std for std in data.std]).view(1, 3, 1, 1)
     shift = torch.tensor([-mean / std for mean, std in zip(data.mean, data.std, strict=True)]).view(1, 3, 1, 1)
@@ -89,8 +93,8 @@ def test_other_settings_or_another_network_are_refused(tmp_path):
 def test_the_saved_network_is_a_teacher_of_the_accuracy_it_claims(tmp_path):
     summary = fitted(tmp_path / "run", model="resnet8", epochs=2)
     network = loaded(tmp_path / "run", SMALL)
-    rule = views.plain(views.rule_from(config.FitSettings(**RECIPE), (16, 16)))
-    measured = evaluate.measure(network.module, network.transform, SMALL.test, rule, network.device)
+    rule = rules.plain(rules.rule_from(FitSettings(**RECIPE), (16, 16)))
+    measured = evaluation.measure(network.module, network.transform, SMALL.test, rule, network.device)
     assert measured["test_accuracy"] == summary["accuracy_last"] == read_metrics(tmp_path / "run")[-1]["test_accuracy"]
     assert summary["calibration_error"] == measured["test_calibration_error"]
     assert json.loads((tmp_path / "run" / "model.json").read_bytes())["accuracy"] == summary["accuracy_last"]
@@ -148,7 +152,7 @@ def test_teacher_and_students_reach_what_such_networks_should(tmp_path):
     assert summary["accuracy_last"] > 0.97
     knowledge = precomputed(tmp_path / "store", data, loaded(tmp_path / "teacher", data), views=18, encoding="float16")
     for keep in (1.0, 0.7):
-        settings = config.TrainSettings(student="resnet8", epochs=18, stages=6, keep=keep, evaluate_every=6)
+        settings = TrainSettings(student="resnet8", epochs=18, stages=6, keep=keep, evaluate_every=6)
         material = distill.Material(data=data, knowledge=knowledge)
         found = distill.run(settings, material, out=tmp_path / f"student {keep}", device="cpu")
         assert found["accuracy_last"] > 0.95

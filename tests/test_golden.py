@@ -11,9 +11,14 @@ from damaging import files_of
 from pupils import same_files
 from stores import content, creating, finish
 
-from kcdcache import audit, checks, runcheck, runs, store, surroundings
+from kcdcache import environment
+from kcdcache.commands import verify
 from kcdcache.errors import MismatchError, UnfinishedError
-from kcdcache.folder import RunFolder
+from kcdcache.runs import check as runs_check
+from kcdcache.runs import state
+from kcdcache.runs.folder import RunFolder
+from kcdcache.store import check as store_check
+from kcdcache.store import reader
 
 spec = importlib.util.spec_from_file_location("golden_make", Path(__file__).parent / "golden/make.py")
 make = importlib.util.module_from_spec(spec)
@@ -55,26 +60,26 @@ def test_decoded_values_are_those_written(read, name):
 
 @pytest.mark.parametrize("name", [*make.STORES, *make.requeried(GOLDEN)])
 def test_golden_stores_are_in_order(name):
-    assert audit.verify(GOLDEN / name).problems == ()
+    assert store_check.verify(GOLDEN / name).problems == ()
 
 
 @pytest.mark.parametrize(
     "name", [*make.MANIFESTS, "values.parquet", "fitted", *(f"finished/{name}" for name in make.RUNS)]
 )
 def test_other_golden_files_are_in_order(name):
-    checks.verify(GOLDEN / name)
+    verify.verify(GOLDEN / name)
 
 
 @pytest.mark.parametrize("name", make.RUNS)
 def test_golden_runs_that_were_interrupted_are_in_order(name):
-    found = runcheck.check(GOLDEN / "interrupted" / name)
+    found = runs_check.check(GOLDEN / "interrupted" / name)
     assert (found.problems, found.finished) == ((), False)
 
 
 def test_an_unfinished_golden_store_is_refused_then_resumed_to_the_bytes_of_its_finished_twin(place):
     path, twin = place / make.UNFINISHED, place / "stores/float16-none"
     with pytest.raises(UnfinishedError, match="no commit record"):
-        store.open(path)
+        reader.open(path)
     with creating(path, make.plan()) as writing:
         assert len(writing.pending()) == len(writing.parts) - 1
         finish(writing)
@@ -92,16 +97,16 @@ def test_an_interrupted_golden_run_is_resumed(place, name):
     with pytest.raises(MismatchError, match="--allow-env-change continues anyway"):
         make.train(place, path, name)
     summary = make.train(place, path, name, allow_env_change=True)
-    finished = runs.read_summary(place / "finished" / name)
+    finished = state.read_summary(place / "finished" / name)
     assert {key: summary[key] for key in ("epochs", "count", "kept")} == {
         key: finished[key] for key in ("epochs", "count", "kept")
     }
-    assert runcheck.check(path).problems == ()
+    assert runs_check.check(path).problems == ()
 
 
 def same_environment(path):
-    known = runs.latest_environment(runs.read_record(RunFolder(path=path)))
-    return not surroundings.changed(known, surroundings.environment(torch.device("cpu"), 1))
+    known = state.latest_environment(state.read_record(RunFolder(path=path)))
+    return not environment.changed(known, environment.environment(torch.device("cpu"), 1))
 
 
 @pytest.mark.parametrize("name", make.RUNS)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kcdcache import history, manifest
+from kcdcache.condense import compare, manifest
 
 sets = st.integers(1, 6).flatmap(
     lambda count: st.lists(st.lists(st.integers(0, 2), min_size=count, max_size=count), min_size=1, max_size=40)
@@ -29,7 +29,7 @@ def fate_of(kept):
 
 @given(sets)
 def test_every_sample_has_the_fate_of_its_own_walk(parts):
-    found = history.fates(parts)
+    found = compare.fates(parts)
     for sample in range(parts.shape[1]):
         fates = [fate for fate, mask in found.items() if mask[sample]]
         assert fates == [fate_of([bool(part) for part in parts[:, sample]])]
@@ -42,12 +42,12 @@ def test_turnover_counts_one_by_one(parts):
         now = {sample for sample, part in enumerate(row) if part}
         expected.append((len(now & before), len(before - now), len((now - before) & seen), len(now - seen)))
         seen, before = seen | now, now
-    assert [tuple(row) for row in history.turnover(parts)] == expected
+    assert [tuple(row) for row in compare.turnover(parts)] == expected
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=30))
 def test_percentiles_count_what_lies_below(numbers):
-    found = history.percentiles(np.array(numbers, np.float32))
+    found = compare.percentiles(np.array(numbers, np.float32))
     for number, place in zip(numbers, found, strict=True):
         below = sum(other < number for other in numbers) + (numbers.count(number) - 1) / 2
         assert place == pytest.approx(below / max(1, len(numbers) - 1))
@@ -67,13 +67,13 @@ def chosen(index, count=10, mixed=()):
 
 
 def test_parts_say_dropped_kept_and_enriched():
-    assert history.parts([chosen([0]), chosen([2, 3], mixed=[3])])[:, :4].tolist() == [[1, 0, 0, 0], [0, 0, 1, 2]]
-    assert history.part_of(chosen([1, 4, 9], mixed=[4])).tolist() == [0, 1, 0, 0, 2, 0, 0, 0, 0, 1]
+    assert compare.parts([chosen([0]), chosen([2, 3], mixed=[3])])[:, :4].tolist() == [[1, 0, 0, 0], [0, 0, 1, 2]]
+    assert compare.part_of(chosen([1, 4, 9], mixed=[4])).tolist() == [0, 1, 0, 0, 2, 0, 0, 0, 0, 1]
 
 
 def test_hamming_is_what_one_set_keeps_and_the_other_does_not():
     a, b, c = (chosen(index) for index in ([0, 1, 2], [0, 1, 2], [2, 3]))
-    assert history.hamming([a, b, c]).tolist() == [[0, 0, 0.3], [0, 0, 0.3], [0.3, 0.3, 0]]
+    assert compare.hamming([a, b, c]).tolist() == [[0, 0, 0.3], [0, 0, 0.3], [0.3, 0.3, 0]]
 
 
 def test_distance_by_chance_is_that_of_random_sets():
@@ -82,5 +82,5 @@ def test_distance_by_chance_is_that_of_random_sets():
         len(set(random.permutation(10)[:7].tolist()) ^ set(random.permutation(10)[:4].tolist())) / 10
         for _ in range(9000)
     ]
-    assert history.by_chance(one, other) == pytest.approx(0.54)
+    assert compare.by_chance(one, other) == pytest.approx(0.54)
     assert np.mean(drawn) == pytest.approx(0.54, abs=0.01)

@@ -10,17 +10,19 @@ import pytest
 from numcodecs import Zstd
 from stores import make, plan_of
 
-from kcdcache import frames, layout, ledger, manifest, store
+from kcdcache.condense import manifest
 from kcdcache.errors import CorruptionError, MismatchError, UnsafeError
-from kcdcache.files import read_json, sealed_json, sha256_bytes, sha256_file
+from kcdcache.files.atomic import read_json, sealed_json, sha256_bytes, sha256_file
+from kcdcache.store import log, reader
+from kcdcache.store.plan import plan_from
 
 
 def resealed(root, key, data):
     """Replace a chunk file and everything that vouches for it, as an attacker who knows the format would."""
     (root / key).write_bytes(data)
-    commit = read_json(ledger.commit_path(root, 0))
+    commit = read_json(log.commit_path(root, 0))
     for entry in commit["log"]:
-        path = ledger.record_path(root, 0, entry[0])
+        path = log.record_path(root, 0, entry[0])
         record = read_json(path)
         for file in record["files"]:
             if file["path"] == key:
@@ -28,7 +30,7 @@ def resealed(root, key, data):
                 file.update(bytes=len(data), sha256=sha256_bytes(data), crc32c=crc)
         write_resealed(path, record)
         entry[1] = sha256_file(path)
-    write_resealed(ledger.commit_path(root, 0), commit)
+    write_resealed(log.commit_path(root, 0), commit)
 
 
 def write_resealed(path, document):
@@ -42,16 +44,16 @@ def first_chunk(root):
 @pytest.mark.parametrize("size", [1, 200, 255, 256, 300, 65791, 65792, 70000, 2**20])
 def test_claimed_size_of_a_zstd_frame_is_read_from_its_header(size):
     frame = bytes(Zstd(level=1).encode(bytes(size)))
-    assert frames.content_bytes(frame) == size
+    assert reader.content_bytes(frame) == size
     for other in (frame[:-1], frame + b"\0", frame * 2, frame[:8], b"", bytes(100), frame[1:]):
-        assert frames.content_bytes(other) is None
+        assert reader.content_bytes(other) is None
 
 
 def test_a_chunk_that_claims_another_size_is_never_decoded(tmp_path):
     root = make(tmp_path / "s", plan_of(compression="zstd"))
     bomb = bytes(Zstd(level=1).encode(bytes(2**26)))
     resealed(root, first_chunk(root), bomb + google_crc32c.value(bomb).to_bytes(4, "little"))
-    opened = store.open(root)
+    opened = reader.open(root)
     with pytest.raises(UnsafeError, match="holds a zstd frame of 67108864 bytes, its plan implies"):
         opened.load(0, np.arange(opened.count), ("logits",))
 
@@ -60,13 +62,13 @@ def test_a_resealed_harmless_chunk_is_read(tmp_path):
     root = make(tmp_path / "s", plan_of(compression="zstd"))
     key = first_chunk(root)
     resealed(root, key, (root / key).read_bytes())
-    opened = store.open(root)
+    opened = reader.open(root)
     assert len(opened.load(0, np.arange(opened.count), ("logits",))["logits"]) == opened.count
 
 
 def test_a_chunk_turned_into_a_link_after_opening_is_refused(tmp_path):
     root = make(tmp_path / "s")
-    opened = store.open(root)
+    opened = reader.open(root)
     chunk = root / first_chunk(root)
     chunk.rename(tmp_path / "elsewhere")
     chunk.symlink_to(tmp_path / "elsewhere")
@@ -76,11 +78,11 @@ def test_a_chunk_turned_into_a_link_after_opening_is_refused(tmp_path):
 
 def test_a_plan_of_endless_chunks_is_refused_before_they_are_listed(tmp_path):
     root = make(tmp_path / "s")
-    plan = ledger.read_plan(root, 0) | {"views": 10**5}
-    ledger.write_plan(root, 0, plan)
-    write_resealed(ledger.commit_path(root, 0), read_json(ledger.commit_path(root, 0)) | {"plan": plan})
+    plan = log.read_plan(root, 0) | {"views": 10**5}
+    log.write_plan(root, 0, plan)
+    write_resealed(log.commit_path(root, 0), read_json(log.commit_path(root, 0)) | {"plan": plan})
     with pytest.raises(CorruptionError, match=r"was changed or belongs to another store|chunk files, its log names"):
-        store.open(root)
+        reader.open(root)
 
 
 def test_a_parquet_file_of_endless_rows_is_refused_before_they_are_decoded(tmp_path):
@@ -116,6 +118,6 @@ def test_a_record_too_large_or_too_deep_is_not_read(tmp_path):
 @pytest.mark.parametrize("change", [{"count": 10**8 + 1, "part_rows": 128 * 10**4}, {"views": 10**6 + 1}], ids=str)
 def test_a_plan_of_more_than_any_data_set_has_is_refused(change):
     document = plan_of(count=128).document()
-    layout.plan_from(document | {"count": 10**8, "part_rows": 128 * 10**4, "views": 1})
+    plan_from(document | {"count": 10**8, "part_rows": 128 * 10**4, "views": 1})
     with pytest.raises(CorruptionError, match=r"takes 100000000 samples and 330000 parts at most"):
-        layout.plan_from(document | {"views": 1} | change)
+        plan_from(document | {"views": 1} | change)

@@ -19,10 +19,13 @@ from PIL import Image
 from pupils import SPEC, lines
 from test_hostile_records import TEXTS
 
-from kcdcache import checks, condensed, data, exported, store
-from kcdcache.checks import Depth
+from kcdcache.commands import verify
+from kcdcache.commands.verify import Depth
+from kcdcache.data import datasets
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, UnsafeError
-from kcdcache.files import digest_of, sealed_json, sha256_file
+from kcdcache.export import condensed_set, record
+from kcdcache.files.atomic import digest_of, sealed_json, sha256_file
+from kcdcache.store import reader
 
 WHOLE = Depth(share=1.0)
 IMAGES = {"data": SPEC, "with_images": True}
@@ -56,18 +59,18 @@ def names_of(folder):
 
 def everything(folder):
     """All that training takes from an exported set: rows, samples, manifest, baked targets, images."""
-    opened = condensed.open(folder)
+    opened = condensed_set.open(folder)
     found = {"manifest": opened.manifest.digest, "labels": bits(opened.knowledge.labels)}
     stores = {"own": (opened.knowledge, opened.knowledge.held)}
     if opened.mixes is not None:
-        mixes = store.open(opened.mixes)
+        mixes = reader.open(opened.mixes)
         stores["mixes"] = mixes, np.arange(mixes.count)
     for kind, (held, rows) in stores.items():
         for view in range(held.views):
             for name, values in held.load(view, rows, list(held.fields)).items():
                 found[kind, name, view] = bits(values)
     if opened.record.content.images is not None:
-        dataset = data.load(f"condensed:{folder}")
+        dataset = datasets.load(f"condensed:{folder}")
         found["images"] = bits(dataset.train.images(opened.knowledge.held)), dataset.identity()
         found["test"] = dataset.test.digest(), dataset.mean, dataset.std
     return found
@@ -85,11 +88,11 @@ def test_no_flipped_bit_of_any_file_is_silent(made, tmp_path, export):
         content = (folder / name).read_bytes()
         put(folder / name, flip(content, chance.randrange(8 * len(content))))
         with pytest.raises(KcdcacheError):
-            checks.verify(folder, depth=WHOLE)
+            verify.verify(folder, depth=WHOLE)
         with suppress(KcdcacheError):
             assert everything(folder) == whole, name  # what it damaged is not read for training
         put(folder / name, content)
-    checks.verify(folder, depth=WHOLE)
+    verify.verify(folder, depth=WHOLE)
 
 
 @pytest.mark.parametrize("how", [how for how in DAMAGE if how != "flipped"])
@@ -101,7 +104,7 @@ def test_no_damage_of_any_file_is_silent(made, root, how):
         if (root / name).exists() and (root / name).read_bytes() == content:
             continue
         with pytest.raises(KcdcacheError):
-            checks.verify(root, depth=WHOLE)
+            verify.verify(root, depth=WHOLE)
         with suppress(KcdcacheError):
             assert everything(root) == whole, name
         put(root / name, content)
@@ -109,19 +112,19 @@ def test_no_damage_of_any_file_is_silent(made, root, how):
 
 def test_files_of_another_export_are_refused(made, root):
     for name in names_of(made.root / "other"):
-        if (made.root / "other" / name).read_bytes() == (root / name).read_bytes() or name == exported.RECORD:
+        if (made.root / "other" / name).read_bytes() == (root / name).read_bytes() or name == record.RECORD:
             continue
         content = (root / name).read_bytes()
         shutil.copy(made.root / "other" / name, root / name)
         with pytest.raises(KcdcacheError):
-            checks.verify(root, depth=WHOLE)
+            verify.verify(root, depth=WHOLE)
         put(root / name, content)
 
 
 def test_two_chunks_swapped_are_found(root):
     swap(root, "store/logits/c.0.0.0", "store/logits/c.1.0.0")
     with pytest.raises(CorruptionError, match=r"logits/c\.0\.0\.0 .*is not what was written"):
-        checks.verify(root, depth=WHOLE)
+        verify.verify(root, depth=WHOLE)
     with pytest.raises(CorruptionError, match="is not what was written"):
         everything(root)
 
@@ -131,7 +134,7 @@ def test_all_damage_is_listed_at_once(root):
         put(root / name, (root / name).read_bytes()[:-1])
     (root / "store/logits/c.0.0.0").unlink()
     with pytest.raises(CorruptionError, match=r"3 problems") as caught:
-        checks.verify(root)
+        verify.verify(root)
     for name in ("README.md has", "samples.parquet has", "c.0.0.0 (samples 0..119 of view 0) is missing"):
         assert name in str(caught.value)
 
@@ -141,14 +144,14 @@ def test_all_damage_is_listed_at_once(root):
 
 def reseal(root, change=lambda content: None, files=True, **more):
     """Change a record as an attacker would who knows the format: its digests fit again."""
-    document = json.loads((root / exported.RECORD).read_bytes())
+    document = json.loads((root / record.RECORD).read_bytes())
     document.pop("digest")
     content = document["content"]
     if files:
-        content["files"] = {name: list(exported.entry_of(root, name)) for name in content["files"]}
+        content["files"] = {name: list(record.entry_of(root, name)) for name in content["files"]}
     change(content)
     document["id"] = digest_of(content)
-    (root / exported.RECORD).write_bytes(sealed_json(document | more))
+    (root / record.RECORD).write_bytes(sealed_json(document | more))
 
 
 def setting(*path, value):
@@ -213,7 +216,7 @@ HOSTILE = {
 @pytest.mark.parametrize("how", HOSTILE)
 def test_a_forged_record_is_refused(root, how):
     reseal(root, HOSTILE[how], files=False)
-    for look in (checks.verify, everything):
+    for look in (verify.verify, everything):
         with pytest.raises((CorruptionError, MismatchError, UnsafeError)):
             look(root)
 
@@ -232,21 +235,21 @@ def test_a_forged_record_is_refused(root, how):
 def test_a_forged_frame_is_refused(root, more, error, said):
     reseal(root, **more)
     with pytest.raises(error, match=said):
-        exported.read(root)
+        record.read(root)
 
 
 def test_resealed_without_change_is_read(root):
     reseal(root)
     assert everything(root)
-    checks.verify(root, depth=WHOLE)
+    verify.verify(root, depth=WHOLE)
 
 
 def rewritten(root, change):
     """Change the table of all samples, and the record that vouches for it."""
-    table = pq.read_table(root / exported.SAMPLES)
+    table = pq.read_table(root / record.SAMPLES)
     columns = {name: table[name].to_numpy().copy() for name in table.column_names}
     change(columns)
-    (root / exported.SAMPLES).write_bytes(exported.encode_samples(exported.Samples(**columns)))
+    (root / record.SAMPLES).write_bytes(record.encode_samples(record.Samples(**columns)))
     reseal(root)
 
 
@@ -276,7 +279,7 @@ FORGED = {
 def test_a_forged_table_of_samples_is_refused(root, how):
     rewritten(root, FORGED[how])
     with pytest.raises(CorruptionError, match=r"samples.parquet|store holds no row of sample|store has \d+ rows"):
-        condensed.open(root)
+        condensed_set.open(root)
 
 
 def test_labels_that_are_not_the_stores_are_found(root):
@@ -286,9 +289,9 @@ def test_labels_that_are_not_the_stores_are_found(root):
 
     rewritten(root, relabel)
     with pytest.raises(CorruptionError, match=r"its labels are not those in samples\.parquet"):
-        checks.verify(root)
+        verify.verify(root)
     with pytest.raises(CorruptionError, match=r"has other labels than samples\.parquet"):
-        data.load(f"condensed:{root}")
+        datasets.load(f"condensed:{root}")
 
 
 # forged images
@@ -296,7 +299,7 @@ def test_labels_that_are_not_the_stores_are_found(root):
 
 def repictured(root, change, split="train"):
     """Change the table of images, and the record that vouches for it."""
-    path = root / exported.SPLITS[split]
+    path = root / record.SPLITS[split]
     table = pq.read_table(path)
     rows = {name: table[name].to_pylist() for name in table.column_names}
     change(rows)
@@ -339,18 +342,18 @@ def test_forged_images_are_refused(root, how):
     change, said = PICTURES[how]
     repictured(root, change)
     with pytest.raises((CorruptionError, UnsafeError), match=said):
-        data.load(f"condensed:{root}")
+        datasets.load(f"condensed:{root}")
 
 
 def test_another_test_image_is_refused(root):
     repictured(root, put_image(0, BLACK), "test")
     with pytest.raises(CorruptionError, match="is not the test split that was exported"):
-        data.load(f"condensed:{root}")
+        datasets.load(f"condensed:{root}")
 
 
 def test_images_of_one_set_do_not_serve_another_store(made, tmp_path):
     """Digests tell: the data set's own samples are those of the set, whatever store it is used with."""
-    dataset = data.load(f"condensed:{made.root / 'pictures'}")
+    dataset = datasets.load(f"condensed:{made.root / 'pictures'}")
     with pytest.raises(MismatchError, match=r"sample \d+ (differs|is not among)"):
         dataset.train.expect(dataset.train.digests() + np.uint64(1), "elsewhere")
 
@@ -369,7 +372,7 @@ def commands_on(root, out):
 
 @pytest.mark.parametrize("text", [name for name in TEXTS if name not in ("very deep", "a NUL")])
 def test_a_record_of_hostile_json_is_refused_in_little_memory(run, root, tmp_path, text):
-    (root / exported.RECORD).write_bytes(TEXTS[text])
+    (root / record.RECORD).write_bytes(TEXTS[text])
     for words in commands_on(root, tmp_path / "run"):
         done = run(*words)
         assert done.code in (3, 4, 8), done.output
@@ -378,7 +381,7 @@ def test_a_record_of_hostile_json_is_refused_in_little_memory(run, root, tmp_pat
 
 @pytest.mark.parametrize("what", ["fifo", "/dev/zero", "sparse"])
 def test_files_that_never_end_are_not_waited_for(run, root, tmp_path, what):
-    for name in (exported.RECORD, exported.SAMPLES, exported.MANIFEST, exported.SPLITS["train"], exported.CARD):
+    for name in (record.RECORD, record.SAMPLES, record.MANIFEST, record.SPLITS["train"], record.CARD):
         content = (root / name).read_bytes()
         (root / name).unlink()
         if what == "fifo":
@@ -400,15 +403,15 @@ def test_a_chunk_behind_a_link_is_not_read(root, tmp_path):
     shutil.move(chunk, tmp_path / "elsewhere")
     chunk.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CorruptionError, match=r"c\.0\.0\.0 .*is missing"):
-        condensed.open(root)
+        condensed_set.open(root)
 
 
 def test_nothing_is_written_into_a_folder_with_links(made, tmp_path):
     out = tmp_path / "e"
     exporting(made, out)
-    (out / exported.RECORD).unlink()
-    (out / exported.SAMPLES).unlink()
-    (out / exported.SAMPLES).symlink_to(tmp_path / "mine")
+    (out / record.RECORD).unlink()
+    (out / record.SAMPLES).unlink()
+    (out / record.SAMPLES).symlink_to(tmp_path / "mine")
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(UnsafeError, match="is a symbolic link; nothing is written in a folder that holds one"):
         exporting(made, out)
@@ -416,9 +419,9 @@ def test_nothing_is_written_into_a_folder_with_links(made, tmp_path):
 
 
 def test_a_pinned_id_finds_what_was_rewritten_with_fitting_digests(made, root):
-    promised = exported.read(root).id
-    put(root / exported.CARD, b"# forged")
+    promised = record.read(root).id
+    put(root / record.CARD, b"# forged")
     reseal(root)
-    checks.verify(root)
-    assert exported.read(root).id != promised
-    assert sha256_file(root / exported.MANIFEST) == sha256_file(made.root / "pictures/manifest.parquet")
+    verify.verify(root)
+    assert record.read(root).id != promised
+    assert sha256_file(root / record.MANIFEST) == sha256_file(made.root / "pictures/manifest.parquet")

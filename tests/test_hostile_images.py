@@ -9,7 +9,7 @@ import pytest
 from confined import confinement
 from PIL import Image
 
-from kcdcache import archives, data, decoding
+from kcdcache.data import datasets, images
 from kcdcache.errors import CorruptionError, MismatchError, UnsafeError
 
 SIDE = 12_000
@@ -60,7 +60,7 @@ def test_an_image_whose_size_alone_is_asked_for_is_held_to_the_bound(tmp_path):
     file = class_folders(tmp_path / "d", "-.png")  # the first of its class, which tells the size of all
     file.write_bytes(saved(Image.new("1", (8_000, 8_001))))
     with pytest.raises(UnsafeError, match=r"-\.png has 8000 x 8001 pixels, expected at most 64000000 in all"):
-        data.load(f"folder:{tmp_path}/d")
+        datasets.load(f"folder:{tmp_path}/d")
 
 
 def test_an_image_file_that_never_ends_is_refused(run, tmp_path):
@@ -90,20 +90,20 @@ def test_an_animated_image_is_refused(tmp_path, kind):
     frames = [Image.new("L", (8, 8), level) for level in (0, 90, 200)]
     class_folders(tmp_path / "d").write_bytes(saved(frames[0], format=kind, save_all=True, append_images=frames[1:]))
     with pytest.raises(MismatchError, match=r"1\.png is animated: it holds 3 images, expected one"):
-        data.load(f"folder:{tmp_path}/d")
+        datasets.load(f"folder:{tmp_path}/d")
 
 
 def test_a_photograph_with_smaller_copies_is_no_animation():
     frames = [Image.new("RGB", (8, 8), (level,) * 3) for level in (40, 90)]
     content = saved(frames[0], format="MPO", save_all=True, append_images=frames[1:])
-    assert decoding.rgb(content, "photo").mean() == 40
+    assert images.rgb(content, "photo").mean() == 40
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PPM", "PCX"])
 def test_a_file_of_a_format_that_no_training_set_needs_is_no_image(tmp_path, kind):
     class_folders(tmp_path / "d").write_bytes(saved(Image.new("RGB", (8, 8)), format=kind))
     with pytest.raises(CorruptionError, match=r"1\.png is not a readable image"):
-        data.load(f"folder:{tmp_path}/d")
+        datasets.load(f"folder:{tmp_path}/d")
 
 
 def npz(file, method=zipfile.ZIP_DEFLATED, **changes):
@@ -128,7 +128,7 @@ ARRAYS = {"images": np.zeros((4, 8, 8, 3), np.uint8), "labels": np.array([0, 1, 
 def test_archives_of_plain_arrays_are_read_as_numpy_does(tmp_path, method):
     file = npz(tmp_path / "a.npz", method, classes=np.array(["ant", "bee"]), order=np.arange(6).reshape(2, 3).T)
     expected = np.load(file)
-    found = archives.read_npz(file)
+    found = datasets.read_npz(file)
     assert set(found) == set(expected.files)
     assert all(np.array_equal(found[name], expected[name]) for name in found)
 
@@ -161,7 +161,7 @@ def test_an_archive_whose_list_of_arrays_is_huge_is_refused_in_little_memory(run
 
 def test_an_archive_packed_as_numpy_never_does_is_refused(tmp_path):
     with pytest.raises(UnsafeError, match=r"'train_images\.npy' is compressed in a way numpy never does"):
-        data.load(f"arrays:{npz(tmp_path / 'a.npz', zipfile.ZIP_LZMA)}")
+        datasets.load(f"arrays:{npz(tmp_path / 'a.npz', zipfile.ZIP_LZMA)}")
 
 
 @pytest.mark.parametrize("at", [0, 60, 300])
@@ -171,7 +171,7 @@ def test_a_damaged_archive_is_named(tmp_path, at):
     content[at] ^= 255
     file.write_bytes(content)
     with pytest.raises(CorruptionError, match=r"a\.npz is not a readable \.npz file"):
-        data.load(f"arrays:{file}")
+        datasets.load(f"arrays:{file}")
 
 
 @pytest.mark.parametrize("what", ["fifo", "/dev/zero"])

@@ -12,11 +12,16 @@ from pupils import distilled, school
 from stores import creating, finish, make, plan_of
 from test_hostile import first_chunk, resealed, write_resealed
 
-from kcdcache import frames, manifest, records, runcheck, runs, steps
+from kcdcache.condense import manifest
+from kcdcache.data.datasets import DataIdentity
 from kcdcache.errors import CorruptionError, UnsafeError
-from kcdcache.files import read_json, sha256_file
-from kcdcache.folder import RunFolder
-from kcdcache.identity import DataIdentity, Knowledge, TeacherIdentity, ViewIdentity
+from kcdcache.files import records
+from kcdcache.files.atomic import read_json, sha256_file
+from kcdcache.runs import check, state
+from kcdcache.runs.folder import RunFolder
+from kcdcache.store import reader
+from kcdcache.store.identity import Knowledge, TeacherIdentity
+from kcdcache.views.rules import ViewIdentity
 
 STEERING = "\x1b]0;owned\x07\x9b2J\r\x08\u202e\u200b\ufeff"
 FORGED = "a\nproblems: 0"
@@ -130,8 +135,8 @@ def test_a_checkpoint_is_only_looked_for_in_its_folder(folder, tmp_path, name):
     (tmp_path / "victim.safetensors").write_bytes(next(folder.checkpoints.glob("*.safetensors")).read_bytes())
     write_resealed(pointer, read_json(pointer) | {"file": name})
     with pytest.raises(CorruptionError, match=r"latest\.json names the file .*, which no checkpoint is called"):
-        runs.load_checkpoint(folder)
-    assert any("which no checkpoint is called" in problem for problem in runcheck.check(folder.path).problems)
+        state.load_checkpoint(folder)
+    assert any("which no checkpoint is called" in problem for problem in check.check(folder.path).problems)
 
 
 HEADERS = {
@@ -152,21 +157,21 @@ def test_a_checkpoint_with_a_hostile_header_is_refused(folder, header):
     write_resealed(pointer, {"file": file.name, "sha256": sha256_file(file)})
     expected = UnsafeError if header in ("endless", "long") else CorruptionError
     with pytest.raises(expected, match=f"{file.name}"):
-        runs.load_checkpoint(folder)
+        state.load_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
     "name", ["../../x/manifest.parquet", "/etc/passwd", "stages/0/../../x", 3, None, "stages/0/values.parquet"]
 )
 def test_a_summary_names_condensed_sets_of_its_own_run_only(folder, name):
-    runs.write_summary(folder, {"condensed_set": name})
+    state.write_summary(folder, {"condensed_set": name})
     with pytest.raises(CorruptionError, match=r"summary\.json names the condensed set"):
-        steps.condensed_set(folder.path)
+        state.condensed_set(folder.path)
 
 
 def test_a_summary_that_names_its_own_condensed_set_is_followed(folder):
-    runs.write_summary(folder, {"condensed_set": "stages/12/manifest.parquet"})
-    assert steps.condensed_set(folder.path) == folder.path / "stages/12/manifest.parquet"
+    state.write_summary(folder, {"condensed_set": "stages/12/manifest.parquet"})
+    assert state.condensed_set(folder.path) == folder.path / "stages/12/manifest.parquet"
 
 
 @pytest.mark.parametrize(
@@ -187,22 +192,22 @@ def test_a_record_of_files_names_files_of_the_run_only(folder, change):
 @pytest.mark.parametrize("line", [b"[]", b"{}", b'{"seconds":"1"}', b'{"seconds":1e999}', b"[" * 900, b"", b"3"])
 def test_odd_lines_of_clock_times_count_nothing(folder, line):
     folder.timing.write_bytes(b'{"seconds":2}\n' + line + b'\n{"seconds":1.5}\n')
-    assert runs.seconds_spent(folder) == 3.5
+    assert state.seconds_spent(folder) == 3.5
 
 
 def test_odd_lines_of_metrics_are_named(folder):
     folder.metrics.write_bytes(b'{"epoch":0}\n[]\n')
     with pytest.raises(CorruptionError, match=r"metrics\.jsonl, line 2 should hold a JSON object"):
-        runs.read_metrics(folder.path)
+        state.read_metrics(folder.path)
     folder.metrics.write_bytes(b'{"epoch":0}\n{"epoch":NaN}\n')
     with pytest.raises(CorruptionError, match=r"metrics\.jsonl, line 2 should hold JSON"):
-        runs.read_metrics(folder.path)
+        state.read_metrics(folder.path)
 
 
 def payloads(size):
     """Chunk payloads that hold other frames than the one planned of `size` bytes, and what is said of each."""
     planned, bomb = bytes(Zstd(level=1).encode(bytes(size))), bytearray(Zstd(level=1).encode(bytes(2**31 - 1)))
-    assert frames.content_bytes(bytes(bomb)) == 2**31 - 1
+    assert reader.content_bytes(bytes(bomb)) == 2**31 - 1
     lying = bytearray(bomb)
     lying[6:10] = size.to_bytes(4, "little")
     skippable = bytes.fromhex("502a4d18") + (8).to_bytes(4, "little") + bytes(8)

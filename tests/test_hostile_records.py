@@ -11,12 +11,13 @@ from pupils import SCHOOL, SPEC, distilled, lines, school
 from stores import content, creating, grown, make, plan_of
 from test_hostile import first_chunk, write_resealed
 
-from kcdcache import checks, inspection, ledger, store
+from kcdcache.commands import verify
 from kcdcache.errors import CorruptionError, UnsafeError
-from kcdcache.files import canonical_json, read_json
-from kcdcache.identity import knowledge_from
-from kcdcache.repair import repair
-from kcdcache.untrusted import parse_json
+from kcdcache.files.atomic import canonical_json, parse_json, read_json
+from kcdcache.report import show
+from kcdcache.store import log, reader
+from kcdcache.store.identity import knowledge_from
+from kcdcache.teacher.repair import repair
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_an_array_document_of_null_is_refused(tmp_path):
     root = make(tmp_path / "s")
     (root / "logits/zarr.json").write_bytes(b"null")
     with pytest.raises(CorruptionError, match="is not what this store's plan implies"):
-        store.open(root)
+        reader.open(root)
 
 
 @pytest.mark.parametrize(
@@ -130,18 +131,18 @@ def test_array_documents_with_anything_of_their_own_are_refused_at_open(tmp_path
     document = json.loads((root / "logits/zarr.json").read_bytes())
     (root / "logits/zarr.json").write_text(json.dumps(document | change))
     with pytest.raises(CorruptionError, match="is not what this store's plan implies"):
-        store.open(root)
+        reader.open(root)
 
 
 def replanned(root, **changes):
     """Change a store's plan and everything that vouches for it."""
-    plan = read_json(ledger.plan_path(root, 0))
+    plan = read_json(log.plan_path(root, 0))
     field = changes.pop("field", {})
     plan["fields"][0] |= field
     plan = {key: value for key, value in (plan | changes).items() if key != "digest"}
-    write_resealed(ledger.plan_path(root, 0), plan)
-    commit = read_json(ledger.commit_path(root, 0))
-    write_resealed(ledger.commit_path(root, 0), commit | {"plan": plan})
+    write_resealed(log.plan_path(root, 0), plan)
+    commit = read_json(log.commit_path(root, 0))
+    write_resealed(log.commit_path(root, 0), commit | {"plan": plan})
     return root
 
 
@@ -160,14 +161,14 @@ def test_plans_that_claim_the_impossible_are_refused(run, tmp_path, changes):
     done = run("verify", root)
     assert (done.code, "plan" in done.output) == (3, True), done.output
     with suppress(CorruptionError):
-        inspection.inspect(root)
+        show.inspect(root)
 
 
 def test_log_records_cannot_name_files_elsewhere(run, tmp_path):
     root = make(tmp_path / "s")
-    commit = read_json(ledger.commit_path(root, 0))
+    commit = read_json(log.commit_path(root, 0))
     for name in ("../../../../../../etc/x", "/etc/passwd", "http://example.org/x", "a\0b"):
-        write_resealed(ledger.commit_path(root, 0), commit | {"log": [[name, "0" * 64]]})
+        write_resealed(log.commit_path(root, 0), commit | {"log": [[name, "0" * 64]]})
         done = run("verify", root)
         assert done.code in (3, 8), done.output
         assert "internal error" not in done.output
@@ -178,7 +179,7 @@ def test_a_folder_of_chunks_that_is_a_link_is_refused(tmp_path):
     (root / "logits").rename(tmp_path / "elsewhere")
     (root / "logits").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CorruptionError, match="is missing"):
-        store.open(root)
+        reader.open(root)
 
 
 @pytest.mark.parametrize("what", ["fifo", "/dev/zero", "/dev/stdin"])
@@ -194,7 +195,7 @@ def test_a_chunk_that_is_a_pipe_or_device_is_refused(run, tmp_path, what):
 def test_hard_links_are_plain_files(tmp_path):
     root = make(tmp_path / "s")
     os.link(root / first_chunk(root), tmp_path / "other")
-    assert store.open(root).count == 150
+    assert reader.open(root).count == 150
 
 
 def training(made, out):
@@ -281,7 +282,7 @@ with holding.held(Path({str(root)!r}), lambda alone: None{shard}):
 
 def test_a_commit_that_names_a_record_again_and_again_is_refused(run, tmp_path):
     root = make(tmp_path / "s")
-    path = ledger.commit_path(root, 0)
+    path = log.commit_path(root, 0)
     commit = read_json(path)
     write_resealed(path, commit | {"log": commit["log"][:1] * 100_000})
     done = run("verify", root)
@@ -291,7 +292,7 @@ def test_a_commit_that_names_a_record_again_and_again_is_refused(run, tmp_path):
 @pytest.mark.slow
 def test_a_commit_with_a_million_log_entries_is_refused_in_little_memory(run, tmp_path):
     root = make(tmp_path / "s")
-    path = ledger.commit_path(root, 0)
+    path = log.commit_path(root, 0)
     write_resealed(path, read_json(path) | {"log": [[f"v{n:05}-p00000", "0" * 64] for n in range(10**6)]})
     done = run("verify", root)
     assert (done.code, "expected at most 67108864" in done.output) == (8, True), done.output
@@ -300,7 +301,7 @@ def test_a_commit_with_a_million_log_entries_is_refused_in_little_memory(run, tm
 @pytest.mark.slow
 def test_a_commit_with_many_records_that_are_not_there_is_refused_in_little_memory(run, tmp_path):
     root = make(tmp_path / "s")
-    path = ledger.commit_path(root, 0)
+    path = log.commit_path(root, 0)
     write_resealed(path, read_json(path) | {"log": [[f"v{n:05}-p00000", "0" * 64] for n in range(300_000)]})
     done = run("verify", root)
     assert done.code == 3, done.output
@@ -318,21 +319,21 @@ def test_a_commit_with_many_records_that_are_not_there_is_refused_in_little_memo
 )  # fmt: skip
 def test_commits_of_wrong_types_are_damaged(tmp_path, change):
     root = make(tmp_path / "s")
-    path = ledger.commit_path(root, 0)
+    path = log.commit_path(root, 0)
     write_resealed(path, read_json(path) | change)
-    for look in (inspection.inspect, store.open, checks.verify):
+    for look in (show.inspect, reader.open, verify.verify):
         with pytest.raises(CorruptionError, match=r"commit\.0\.json is damaged: "):
             look(root)
 
 
 def test_a_store_of_fewer_samples_than_its_data_is_refused(run, tmp_path):
     root = make(tmp_path / "s")
-    commit = read_json(ledger.commit_path(root, 0))
+    commit = read_json(log.commit_path(root, 0))
     data = commit["identity"]["knowledge"]["data"] | {"count": 151}
     claimed = knowledge_from(commit["identity"]["knowledge"] | {"data": data})
     document = commit["identity"] | {"knowledge": claimed.document(), "knowledge_id": claimed.knowledge_id}
     (root / "_kcd/identity.json").write_bytes(canonical_json(document))
-    write_resealed(ledger.commit_path(root, 0), commit | {"identity": document})
+    write_resealed(log.commit_path(root, 0), commit | {"identity": document})
     with pytest.raises(CorruptionError, match="has 150 samples, its identity 151"):
-        store.open(root)
+        reader.open(root)
     assert "has 150 samples, its identity 151" in run("verify", root).output

@@ -21,8 +21,9 @@ from forging import (
 )
 from numcodecs import Zstd
 
-from kcdcache import manifest, tables
+from kcdcache.condense import manifest
 from kcdcache.errors import CorruptionError, MismatchError, UnsafeError
+from kcdcache.files import parquet as files_parquet
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def refused(run, path, code, text):
 
 def test_a_forged_file_without_a_lie_is_read(tmp_path):
     (tmp_path / "t.parquet").write_bytes(one_column([page(integers(5, 6, 7), 3)], 3))
-    assert tables.read(tmp_path / "t.parquet").to_pydict() == {"index": [5, 6, 7]}
+    assert files_parquet.read(tmp_path / "t.parquet").to_pydict() == {"index": [5, 6, 7]}
 
 
 def test_a_million_rows_fit_the_memory_that_the_hostile_files_get(run, tmp_path):
@@ -74,9 +75,9 @@ def test_endless_rows_are_refused_where_nobody_knows_how_many_there_should_be(ru
 
 
 def test_a_condensed_set_that_its_size_makes_plausible_may_be_longer(tmp_path):
-    rows = tables.UNKNOWN_ROWS + 1
+    rows = files_parquet.UNKNOWN_ROWS + 1
     path = table_of(tmp_path / "t.parquet", {"index": np.random.default_rng(0).integers(0, 2**30, rows)})
-    assert tables.read(path).num_rows == rows
+    assert files_parquet.read(path).num_rows == rows
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_a_zstd_page_that_becomes_more_than_it_claims_is_damage(tmp_path):
     data = Zstd(1).encode(bytes(2**26))
     (tmp_path / "t.parquet").write_bytes(one_column([page(data, 3, 24)], 3, codec=ZSTD))
     with pytest.raises(CorruptionError, match=r"t\.parquet is not an undamaged parquet file"):
-        tables.read(tmp_path / "t.parquet")
+        files_parquet.read(tmp_path / "t.parquet")
 
 
 @pytest.mark.parametrize(
@@ -136,14 +137,14 @@ def test_a_zstd_page_that_becomes_more_than_it_claims_is_damage(tmp_path):
 def test_a_page_header_that_two_readers_could_read_differently_is_refused(tmp_path, more):
     (tmp_path / "t.parquet").write_bytes(one_column([page(integers(5), 1, more=[more])], 1))
     with pytest.raises(CorruptionError, match=r"field [25] of a footer or page header follows field [49]"):
-        tables.read(tmp_path / "t.parquet")
+        files_parquet.read(tmp_path / "t.parquet")
 
 
 def test_texts_in_an_encoding_that_repeats_them_are_refused(tmp_path):
     data = page(bytes(16), 1, encoding=DELTA_BYTE_ARRAY)
     (tmp_path / "t.parquet").write_bytes(one_column([data], 1, kind=BYTE_ARRAY))
     with pytest.raises((UnsafeError, MismatchError), match=r"encoding 7|should hold numbers, found binary"):
-        tables.read(tmp_path / "t.parquet")
+        files_parquet.read(tmp_path / "t.parquet")
 
 
 def entry(rows=1):
@@ -179,7 +180,7 @@ def test_a_footer_as_long_as_a_huge_file_is_not_read(run, tmp_path):
 def test_columns_that_are_no_numbers_are_refused_before_they_are_decoded(tmp_path):
     path = table_of(tmp_path / "t.parquet", {"index": pa.array([[1, 2]]), "value": [1.0]})
     with pytest.raises(MismatchError, match="column 'index' should hold numbers, found list"):
-        tables.read(path)
+        files_parquet.read(path)
 
 
 def test_columns_nobody_asked_for_are_not_decoded(run, tmp_path):
@@ -191,7 +192,7 @@ def test_columns_nobody_asked_for_are_not_decoded(run, tmp_path):
 def test_many_columns_are_refused(tmp_path):
     path = table_of(tmp_path / "t.parquet", {f"c{number}": [1] for number in range(65)})
     with pytest.raises(UnsafeError, match="has 65 columns, expected at most 64"):
-        tables.read(path)
+        files_parquet.read(path)
 
 
 def test_arrow_extension_types_run_no_code(tmp_path):
@@ -202,7 +203,7 @@ def test_arrow_extension_types_run_no_code(tmp_path):
     })  # fmt: skip
     schema = pa.schema([plain, ("value", pa.float32())])
     pq.write_table(pa.table([[0], [1.0]], schema=schema), tmp_path / "t.parquet")
-    assert tables.read(tmp_path / "t.parquet").to_pydict() == {"index": [0], "value": [1.0]}
+    assert files_parquet.read(tmp_path / "t.parquet").to_pydict() == {"index": [0], "value": [1.0]}
     assert not canary.exists()
 
 

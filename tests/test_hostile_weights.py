@@ -13,8 +13,8 @@ from lessons import CLASSES, digits
 from pupils import SPEC, loaded, saved_teacher
 
 from kcdcache.errors import CorruptionError, MismatchError, SettingsError, UnsafeError
-from kcdcache.files import canonical_json, digest_of, sha256_file
-from kcdcache.models import spec, weights
+from kcdcache.files.atomic import canonical_json, digest_of, sha256_file
+from kcdcache.networks import registry, weights
 
 
 class Trap:
@@ -41,7 +41,7 @@ def canary(tmp_path):
 
 
 def trap(canary):
-    state = spec.build("resnet8", CLASSES).state_dict()
+    state = registry.build("resnet8", CLASSES).state_dict()
     return {"state_dict": state, "note": Trap(canary)}
 
 
@@ -152,7 +152,7 @@ def test_weights_larger_than_any_network_are_not_read(tmp_path):
 
 
 def test_a_tensor_that_repeats_one_number_10_12_times_is_refused_before_it_is_copied(run, tmp_path):
-    state = spec.build("resnet8", CLASSES).state_dict()
+    state = registry.build("resnet8", CLASSES).state_dict()
     torch.save(state | {"fc.weight": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "t.pt")
     done = run("precompute", "--data", SPEC, "--teacher", "resnet8", "--weights", tmp_path / "t.pt", "--store", "s")
     assert (done.code, "[1000000, 1000000]" in done.output or "1000000 classes" in done.output) == (4, True), (
@@ -206,7 +206,7 @@ def test_a_saved_network_cannot_name_a_module_to_import(run, tmp_path, canary):
 
 
 def test_tensors_of_a_good_file_still_load(tmp_path):
-    state = spec.build("resnet8", CLASSES).state_dict()
+    state = registry.build("resnet8", CLASSES).state_dict()
     torch.save({"model": state}, tmp_path / "t.pt")
     (tmp_path / "t.safetensors").write_bytes(safetensors.torch.save(state))
     for name in ("t.pt", "t.safetensors"):

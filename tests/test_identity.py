@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stores import knowledge, make
 
-from kcdcache import identity
+from kcdcache import errors
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError
+from kcdcache.store import identity
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 3) | st.text(max_size=2),
@@ -26,7 +27,7 @@ def test_every_field_decides_the_knowledge_id(part, name):
     ours = knowledge()
     changed = replace(ours, **{part: replace(getattr(ours, part), **{name: CHANGES[part][name]})})
     assert changed.knowledge_id != ours.knowledge_id
-    difference = identity.first_difference(ours.document(), changed.document())
+    difference = errors.first_difference(ours.document(), changed.document())
     assert difference[0].startswith(f"{part}.{name}")
 
 
@@ -80,8 +81,8 @@ def test_a_damaged_identity_is_refused(damage):
 
 @given(VALUES, VALUES)
 def test_there_is_a_first_difference_exactly_where_values_differ(left, right):
-    assert identity.first_difference(left, left) is None
-    assert (identity.first_difference(left, right) is None) == (left == right)
+    assert errors.first_difference(left, left) is None
+    assert (errors.first_difference(left, right) is None) == (left == right)
 
 
 @pytest.mark.parametrize(
@@ -97,12 +98,12 @@ def test_there_is_a_first_difference_exactly_where_values_differ(left, right):
     ],
 )
 def test_the_first_difference_is_named_by_its_place(left, right, found):
-    assert identity.first_difference(left, right) == found
+    assert errors.first_difference(left, right) == found
 
 
 def test_a_mismatch_prints_both_sides_and_the_remedy():
     with pytest.raises(MismatchError, match=r"the store and the run differ in a\.b: 1 against 'x'; start anew"):
-        identity.require_same({"a": {"b": 1}}, {"a": {"b": "x"}}, ("the store", "the run"), "start anew")
+        errors.require_same({"a": {"b": 1}}, {"a": {"b": "x"}}, ("the store", "the run"), "start anew")
 
 
 def test_a_stores_identity_is_read_without_its_arrays(tmp_path):
@@ -110,7 +111,7 @@ def test_a_stores_identity_is_read_without_its_arrays(tmp_path):
     for file in path.rglob("c.*"):
         file.unlink()
     found = identity.read_store_identity(path)
-    assert identity.first_difference(knowledge().document(), found.document()) is None
+    assert errors.first_difference(knowledge().document(), found.document()) is None
     assert found.knowledge_id == knowledge().knowledge_id
 
 

@@ -6,8 +6,11 @@ import pyarrow.parquet as pq
 import pytest
 from stores import creating, finish, form, grown, knowledge, make, many_chunks, small_parts, write_part
 
-from kcdcache import inspection, layout, ledger, manifest, store, values, writer
+from kcdcache.condense import manifest, value_files, values
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, UnfinishedError
+from kcdcache.report import show
+from kcdcache.store import plan, reader, writer
+from kcdcache.store.log import read_commits
 
 DOCUMENT = {"knowledge_id": "kk", "student": "resnet8", "epoch": 3}
 
@@ -19,13 +22,13 @@ def small(tmp_path):
 
 def some_values(path, count=4):
     found = values.Values(np.array([0, 1, 2, 3][:count], np.int32), np.array([0, 0.5, 1, 1.5][:count], np.float32))
-    values.write(path, found, np.zeros(count, np.int64), DOCUMENT)
+    value_files.write(path, found, np.zeros(count, np.int64), DOCUMENT)
     return path
 
 
 def test_a_sealed_store_is_told_in_full(small):
-    found = inspection.inspect(small)
-    opened = store.open(small)
+    found = show.inspect(small)
+    opened = reader.open(small)
     assert (found["kind"], found["sealed"], found["growing_to"], found["growths"]) == ("store", True, None, 1)
     assert (found["samples"], found["views"], found["points"]) == (150, 2, 300)
     assert found["fields"] == {"logits": "float16"}
@@ -36,14 +39,14 @@ def test_a_sealed_store_is_told_in_full(small):
 
 def test_files_and_bytes_are_those_on_disk(small):
     chunks = [file for file in small.rglob("c.*") if file.is_file()]
-    found = inspection.inspect(small)
+    found = show.inspect(small)
     assert (found["files"], found["bytes"]) == (len(chunks), sum(file.stat().st_size for file in chunks))
 
 
 def test_an_unfinished_store_tells_what_is_done_and_pending(tmp_path):
     with creating(tmp_path / "s", small_parts(150, 2, 64, 32)) as writing:
         write_part(writing, writing.pending()[0])
-    found = inspection.inspect(tmp_path / "s")
+    found = show.inspect(tmp_path / "s")
     assert (found["sealed"], found["parts"]) == (False, {"done": 1, "pending": 5})
     assert found["teacher_accuracy"] == {"0": 1 / 64}
 
@@ -51,7 +54,7 @@ def test_an_unfinished_store_tells_what_is_done_and_pending(tmp_path):
 def test_a_growing_store_tells_what_it_has_and_what_it_grows_to(small):
     with writer.grow(small, knowledge(), views=3, fields=[form("penultimate")]) as growing:
         write_part(growing, growing.pending()[0])
-    found = inspection.inspect(small)
+    found = show.inspect(small)
     assert (found["sealed"], found["views"], found["growing_to"]["views"]) == (True, 2, 3)
     assert (list(found["fields"]), list(found["growing_to"]["fields"])) == (["logits"], ["logits", "penultimate"])
     assert found["parts"] == {"done": 7, "pending": len(growing.parts) - 1}
@@ -60,32 +63,32 @@ def test_a_growing_store_tells_what_it_has_and_what_it_grows_to(small):
 @pytest.mark.parametrize(("views", "fields"), [(2, ["penultimate"]), (5, []), (5, ["penultimate"])])
 def test_parts_are_counted_as_the_layout_lists_them(small, views, fields):
     grown(small, views=views, fields=[form(name) for name in fields])
-    found = inspection.inspect(small)
-    last, first = (layout.plan_from(commit.plan) for commit in reversed(ledger.read_commits(small)))
-    assert found["parts"] == {"done": len(layout.parts(first)) + len(layout.parts(last, first)), "pending": 0}
+    found = show.inspect(small)
+    last, first = (plan.plan_from(commit.plan) for commit in reversed(read_commits(small)))
+    assert found["parts"] == {"done": len(plan.parts(first)) + len(plan.parts(last, first)), "pending": 0}
 
 
 def test_accuracy_counts_a_part_logged_twice_once(small):
     grown(small, fields=[form("penultimate")])
-    assert inspection.inspect(small)["teacher_accuracy"] == {"0": 3 / 150, "1": 6 / 150}
+    assert show.inspect(small)["teacher_accuracy"] == {"0": 3 / 150, "1": 6 / 150}
 
 
 def test_a_store_killed_before_its_plan_says_what_to_do(small):
     for file in [*small.glob("_kcd/commit.*"), *small.glob("_kcd/plan.*")]:
         file.unlink()
     with pytest.raises(UnfinishedError, match="no plan yet; run the same `kcdcache precompute` again"):
-        inspection.inspect(small)
+        show.inspect(small)
 
 
 def test_a_changed_store_is_not_described(small):
     log = small / "_kcd/log/0/v00000-p00000.json"
     log.write_text(log.read_text().replace('"correct":1', '"correct":9'))
     with pytest.raises(CorruptionError, match=r"v00000-p00000.json is not the file that commit.0.json sealed"):
-        inspection.inspect(small)
+        show.inspect(small)
 
 
 def test_values_are_told_with_their_range(tmp_path):
-    found = inspection.inspect(some_values(tmp_path / "v.parquet"))
+    found = show.inspect(some_values(tmp_path / "v.parquet"))
     assert (found["kind"], found["from"], found["samples"], found["visited"]) == ("values", "kcdcache", 4, 3)
     assert (found["visits"], found["value_range"], found["value_mean"]) == ([0, 3], [0.5, 1.5], 1.0)
     assert (found["student"], found["epoch"]) == ("resnet8", 3)
@@ -93,13 +96,13 @@ def test_values_are_told_with_their_range(tmp_path):
 
 def test_values_of_another_tool_say_so(tmp_path):
     pq.write_table(pa.table({"index": [2, 0, 1], "value": [0.1, 0.2, 0.3]}), tmp_path / "v.parquet")
-    found = inspection.inspect(tmp_path / "v.parquet")
+    found = show.inspect(tmp_path / "v.parquet")
     assert (found["from"], found["samples"], found["visited"]) == ("another tool", 3, 3)
 
 
 def test_values_of_a_subset_from_another_tool_are_told(tmp_path):
     pq.write_table(pa.table({"index": [1000, 20], "value": [0.1, 0.2]}), tmp_path / "v.parquet")
-    found = inspection.inspect(tmp_path / "v.parquet")
+    found = show.inspect(tmp_path / "v.parquet")
     assert (found["samples"], found["visited"]) == (1001, 2)
 
 
@@ -107,20 +110,20 @@ def test_values_of_a_subset_from_another_tool_are_told(tmp_path):
 def test_values_of_another_tool_with_a_wrong_index_are_refused(tmp_path, index):
     pq.write_table(pa.table({"index": index, "value": [0.1, 0.2]}), tmp_path / "v.parquet")
     with pytest.raises(MismatchError, match=r"v.parquet.*'?index'?"):
-        inspection.inspect(tmp_path / "v.parquet")
+        show.inspect(tmp_path / "v.parquet")
 
 
 def test_values_without_rows_are_told(tmp_path):
     empty = pa.table({"index": pa.array([], pa.int64()), "value": pa.array([], pa.float32())})
     pq.write_table(empty, tmp_path / "v.parquet")
-    found = inspection.inspect(tmp_path / "v.parquet")
+    found = show.inspect(tmp_path / "v.parquet")
     assert (found["samples"], found["visits"], found["value_range"]) == (0, None, None)
 
 
 def test_a_manifest_is_told_as_its_summary(tmp_path):
     made = manifest.full("kk", 6, np.array([0, 1, 2, 0, 1, 0]), 3)
     manifest.write(tmp_path / "m.parquet", made)
-    found = inspection.inspect(tmp_path / "m.parquet")
+    found = show.inspect(tmp_path / "m.parquet")
     place = {"path": str(tmp_path / "m.parquet"), "id": made.digest}
     assert found == {"kind": "manifest", **place, **manifest.summary(made)}
     assert (found["kept"], found["class_min"], found["class_max"]) == (6, 1, 3)
@@ -128,31 +131,31 @@ def test_a_manifest_is_told_as_its_summary(tmp_path):
 
 def test_nothing_is_not_found(tmp_path):
     with pytest.raises(NotFoundError, match=r"nothing at .*nowhere"):
-        inspection.inspect(tmp_path / "nowhere")
+        show.inspect(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "table.csv"])
 def test_a_file_of_another_kind_is_refused(tmp_path, name):
     (tmp_path / name).write_text("hello")
     with pytest.raises(MismatchError, match=f"{name} is no store, manifest, values file, run or network"):
-        inspection.inspect(tmp_path / name)
+        show.inspect(tmp_path / name)
 
 
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(MismatchError, match="is no store, manifest"):
-        inspection.inspect(tmp_path)
+        show.inspect(tmp_path)
 
 
 def test_garbage_in_a_parquet_file_is_corruption(tmp_path):
     (tmp_path / "v.parquet").write_bytes(np.random.default_rng(0).bytes(500))
     with pytest.raises(CorruptionError, match=r"v.parquet is not an undamaged parquet file"):
-        inspection.inspect(tmp_path / "v.parquet")
+        show.inspect(tmp_path / "v.parquet")
 
 
 def test_weights_without_their_record_are_not_a_network(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(NotFoundError, match=r"has no model.json beside it"):
-        inspection.inspect(tmp_path / "model.safetensors")
+        show.inspect(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", "{}", '{"a": ', "\x00\xff"])
@@ -162,7 +165,7 @@ def test_damaged_records_of_a_run_or_store_are_errors_of_ours(tmp_path, content)
         path.parent.mkdir(parents=True)
         path.write_text(content)
         with pytest.raises(KcdcacheError, match=r"json"):
-            inspection.inspect(tmp_path / file.replace("/", "-"))
+            show.inspect(tmp_path / file.replace("/", "-"))
 
 
 def test_everything_told_is_json(tmp_path):
@@ -170,16 +173,16 @@ def test_everything_told_is_json(tmp_path):
     some_values(tmp_path / "v.parquet")
     manifest.write(tmp_path / "m.parquet", manifest.full("kk", 6))
     for name in ("store", "v.parquet", "m.parquet"):
-        json.dumps(inspection.inspect(tmp_path / name), allow_nan=False)
+        json.dumps(show.inspect(tmp_path / name), allow_nan=False)
 
 
 def test_a_half_written_growth_can_be_finished_after_an_inspection(small):
     with writer.grow(small, knowledge(), views=3) as growing:
         write_part(growing, growing.pending()[0])
-    inspection.inspect(small)
+    show.inspect(small)
     with writer.grow(small, knowledge(), views=3) as growing:
         finish(growing)
-    assert inspection.inspect(small)["views"] == 3
+    assert show.inspect(small)["views"] == 3
 
 
 def test_a_recipes_folder_is_told_as_one(tmp_path):
@@ -191,4 +194,4 @@ def test_a_recipes_folder_is_told_as_one(tmp_path):
         r"is a folder of 4 runs \(kd-seed0, kd-seed1, teacher, ...\): name one of them, or make a report of all with"
     )
     with pytest.raises(MismatchError, match=expected):
-        inspection.inspect(tmp_path)
+        show.inspect(tmp_path)

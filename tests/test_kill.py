@@ -11,8 +11,9 @@ import pytest
 from killing import Cold, finished, killed, nursery, succeeds, survived
 from pupils import SPEC, digits, distilled, leftovers, lines, loaded, same_files, saved_teacher
 
-from kcdcache import distill, store
 from kcdcache.errors import LockedError, UnfinishedError
+from kcdcache.runs import state
+from kcdcache.store import reader
 
 CROPS = {"augment": "crop", "padding": 2}
 STORE = CROPS | {"views": 24, "batch_size": 64, "min_accuracy": 0, "fields": "logits,penultimate"}
@@ -118,7 +119,7 @@ def test_a_killed_store_is_not_readable_before_it_is_finished(place, start, tmp_
     words = precompute(place, tmp_path / "store")
     assert killed(start, words, tmp_path / "log", tmp_path / "store", "v00002*.json", 0)
     with pytest.raises(UnfinishedError, match="run the same `kcdcache precompute` again"):
-        store.open(tmp_path / "store")
+        reader.open(tmp_path / "store")
 
 
 def test_stages_by_hand_survive_kills(place, start, wholes, tmp_path):
@@ -237,11 +238,11 @@ def test_what_survived_is_what_this_process_makes(place, wholes, tmp_path):
     )  # fmt: skip
     assert made["finished"]
     assert same_files(wholes("train"), tmp_path / "run")
-    assert distill.read_summary(tmp_path / "run") == made
+    assert state.read_summary(tmp_path / "run") == made
 
 
 class Here:
     """What `distilled` needs of a school."""
 
     def __init__(self, data, network, path):
-        self.data, self.network, self.knowledge = data, network, store.open(path)
+        self.data, self.network, self.knowledge = data, network, reader.open(path)

@@ -14,9 +14,9 @@ from lessons import precomputed
 from pupils import SPEC, digits, leftovers, lines, loaded, same_files, saved_teacher
 from safetensors import safe_open
 
-from kcdcache import methods
-from kcdcache.catalogue import METHODS
-from kcdcache.config import MethodSettings
+from kcdcache.methods import registry
+from kcdcache.methods.registry import METHODS
+from kcdcache.settings import MethodSettings
 
 STUDENT = "resnet8"
 RUN = {
@@ -42,7 +42,9 @@ def place(tmp_path_factory):
     network = loaded(saved_teacher(root / "teacher", data), data)
     bare = precomputed(root / "bare", data, network, views=1)
     wanted = dict.fromkeys(
-        field for name in METHODS for field in methods.reads(MethodSettings(method=name), STUDENT, bare.knowledge, data)
+        field
+        for name in METHODS
+        for field in registry.reads(MethodSettings(method=name), STUDENT, bare.knowledge, data)
     )
     precomputed(root / "store", data, network, views=2, fields=tuple(wanted))
     return root

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from lessons import CPU
 from stores import form, make, plan_of, small_parts
 
-from kcdcache import layout, store
 from kcdcache.errors import CorruptionError, MismatchError
-from kcdcache.knowledge import StoredTargets
+from kcdcache.store import plan, reader
+from kcdcache.store.rows import StoredTargets
 
 COUNT, PLENTY = 150, 1e9
 ENCODINGS = ("float16", "float32", "top:3")
@@ -30,7 +30,7 @@ def stores(tmp_path_factory):
 
 
 def two_fields(path):
-    return store.open(make(path, layout.plan_store(COUNT, 2, [form("logits"), form("penultimate")])))
+    return reader.open(make(path, plan.plan_store(COUNT, 2, [form("logits"), form("penultimate")])))
 
 
 def holding(knowledge, folder, index=EVERY_THIRD, memory_bytes=PLENTY, fields=("logits",), **more):
@@ -45,7 +45,7 @@ def gathered(targets, view, index, temperature=4.0):
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("memory_bytes", [0, PLENTY])
 def test_gathered_rows_are_the_stores(stores, tmp_path, encoding, memory_bytes):
-    knowledge, index = store.open(stores[encoding]), np.array([147, 0, 63, 66, 0, 9])
+    knowledge, index = reader.open(stores[encoding]), np.array([147, 0, 63, 66, 0, 9])
     with holding(knowledge, tmp_path, memory_bytes=memory_bytes) as targets:
         for view in (0, 1, 0):
             found = gathered(targets, view, index)
@@ -57,7 +57,7 @@ def test_gathered_rows_are_the_stores(stores, tmp_path, encoding, memory_bytes):
     st.lists(st.sampled_from(EVERY_THIRD.tolist()), max_size=20), st.lists(st.integers(0, 1), min_size=1, max_size=4)
 )
 def test_any_batch_of_any_size_is_the_stores(stores, index, views):
-    knowledge, wanted = store.open(stores["float16"]), np.array(index, np.int64)
+    knowledge, wanted = reader.open(stores["float16"]), np.array(index, np.int64)
     with holding(knowledge, Path("unused")) as targets:
         for view, size in zip(views, (len(wanted), 3, 1, len(wanted)), strict=False):
             found = gathered(targets, view, wanted[:size])["logits"].numpy()
@@ -75,7 +75,7 @@ def test_all_fields_of_a_batch_come_together(tmp_path):
 
 
 def test_only_the_needed_rows_are_read_and_held(stores, tmp_path):
-    knowledge = store.open(stores["float32"])
+    knowledge = reader.open(stores["float32"])
     with holding(knowledge, tmp_path) as targets:
         targets.prepare(0, None)
         targets.prepare(0, None)
@@ -86,7 +86,7 @@ def test_only_the_needed_rows_are_read_and_held(stores, tmp_path):
 
 def test_gathering_before_a_view_is_prepared_is_refused(stores, tmp_path):
     with (
-        holding(store.open(stores["float32"]), tmp_path) as targets,
+        holding(reader.open(stores["float32"]), tmp_path) as targets,
         pytest.raises(AssertionError, match="prepare comes first"),
     ):
         targets.gather(np.array([3]), 1.0, CPU)
@@ -94,7 +94,7 @@ def test_gathering_before_a_view_is_prepared_is_refused(stores, tmp_path):
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_a_second_batch_leaves_the_first_as_it_was(stores, tmp_path, encoding):
-    with holding(store.open(stores[encoding]), tmp_path) as targets:
+    with holding(reader.open(stores[encoding]), tmp_path) as targets:
         first = gathered(targets, 0, [0, 3, 6])["logits"]
         before = first.clone()
         second = gathered(targets, 0, [30, 33, 36])["logits"]
@@ -105,7 +105,7 @@ def test_a_second_batch_leaves_the_first_as_it_was(stores, tmp_path, encoding):
 
 @pytest.mark.parametrize("memory_bytes", [0, PLENTY])
 def test_the_next_view_is_fetched_ahead_and_then_used(stores, tmp_path, memory_bytes):
-    knowledge = store.open(shutil.copytree(stores["float16"], tmp_path / "store"))
+    knowledge = reader.open(shutil.copytree(stores["float16"], tmp_path / "store"))
     expected = knowledge.read("logits", 1, EVERY_THIRD)
     with holding(knowledge, tmp_path, memory_bytes=memory_bytes) as targets:
         read, limit = knowledge.rows_read, time.monotonic() + 60
@@ -119,7 +119,7 @@ def test_the_next_view_is_fetched_ahead_and_then_used(stores, tmp_path, memory_b
 
 
 def test_fetching_ahead_leaves_the_current_view_alone(stores, tmp_path):
-    knowledge = store.open(stores["float32"])
+    knowledge = reader.open(stores["float32"])
     with holding(knowledge, tmp_path) as targets:
         for view, following in ((0, 1), (1, 0), (0, 1)):
             targets.prepare(view, following)
@@ -128,7 +128,7 @@ def test_fetching_ahead_leaves_the_current_view_alone(stores, tmp_path):
 
 
 def test_a_failure_while_fetching_ahead_shows_when_the_view_is_wanted(stores, tmp_path):
-    knowledge = store.open(shutil.copytree(stores["float16"], tmp_path / "store"))
+    knowledge = reader.open(shutil.copytree(stores["float16"], tmp_path / "store"))
     (knowledge.path / "logits/c.1.0.0").unlink()
     with holding(knowledge, tmp_path) as targets:
         targets.prepare(0, 1)
@@ -144,7 +144,7 @@ def mapped_from(folder):
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
 def test_above_the_memory_budget_unlinked_files_serve_and_vanish(stores, tmp_path):
-    knowledge = store.open(stores["float16"])
+    knowledge = reader.open(stores["float16"])
     with holding(knowledge, tmp_path, memory_bytes=0) as targets:
         targets.prepare(0, 1)
         assert list(tmp_path.iterdir()) == []
@@ -157,7 +157,7 @@ def test_above_the_memory_budget_unlinked_files_serve_and_vanish(stores, tmp_pat
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
 @pytest.mark.parametrize(("share", "mapped"), [(0.99, True), (1.0, False)])
 def test_the_budget_counts_the_current_and_the_next_view(stores, tmp_path, share, mapped):
-    knowledge = store.open(stores["float16"])
+    knowledge = reader.open(stores["float16"])
     needed = 2 * len(EVERY_THIRD) * (7 * 2 + 4)  # seven classes in float16 beside the row's maximum in float32
     with holding(knowledge, tmp_path, memory_bytes=share * needed) as targets:
         targets.prepare(0, 1)
@@ -166,7 +166,7 @@ def test_the_budget_counts_the_current_and_the_next_view(stores, tmp_path, share
 
 @pytest.mark.parametrize("memory_bytes", [0, PLENTY])
 def test_no_rows_at_all_are_no_error(stores, tmp_path, memory_bytes):
-    with holding(store.open(stores["float16"]), tmp_path, np.arange(0), memory_bytes) as targets:
+    with holding(reader.open(stores["float16"]), tmp_path, np.arange(0), memory_bytes) as targets:
         assert gathered(targets, 0, np.arange(0))["logits"].shape == (0, 7)
 
 
@@ -176,11 +176,11 @@ def test_a_field_the_store_lacks_is_refused_with_the_remedy(stores, tmp_path):
         r"add it with `kcdcache precompute --fields penultimate`"
     )
     with pytest.raises(MismatchError, match=message):
-        holding(store.open(stores["float16"]), tmp_path, fields=("logits", "penultimate"))
+        holding(reader.open(stores["float16"]), tmp_path, fields=("logits", "penultimate"))
 
 
 def test_samples_and_views_can_lie_elsewhere_in_the_store(tmp_path):
-    knowledge = store.open(make(tmp_path / "store", plan_of(5, 2)))
+    knowledge = reader.open(make(tmp_path / "store", plan_of(5, 2)))
     index, slots = np.array([10, 20, 30, 40, 900]), {7: 0, 3: 1}
     with holding(knowledge, tmp_path, index, rows=np.arange(5), slots=slots, count=1000) as targets:
         found = gathered(targets, 3, [900, 10])["logits"].numpy()
@@ -195,7 +195,7 @@ def addresses(targets):
 
 @pytest.mark.parametrize("memory_bytes", [0, PLENTY])
 def test_the_next_view_but_one_is_read_into_the_arrays_of_the_current(tmp_path, memory_bytes):
-    knowledge = store.open(make(tmp_path / "store", small_parts(COUNT, 4, 64, 32)))
+    knowledge = reader.open(make(tmp_path / "store", small_parts(COUNT, 4, 64, 32)))
     with holding(knowledge, tmp_path, memory_bytes=memory_bytes) as targets:
         used = []
         for view in range(4):
@@ -208,7 +208,7 @@ def test_the_next_view_but_one_is_read_into_the_arrays_of_the_current(tmp_path, 
 
 
 def test_a_view_fetched_ahead_in_vain_leaves_its_arrays_to_the_next(tmp_path):
-    knowledge = store.open(make(tmp_path / "store", small_parts(COUNT, 4, 64, 32)))
+    knowledge = reader.open(make(tmp_path / "store", small_parts(COUNT, 4, 64, 32)))
     (knowledge.path / "logits/c.3.0.0").unlink()
     with holding(knowledge, tmp_path) as targets:
         for view, following in ((0, 1), (2, 3), (1, 0)):  # of view 3 nobody learns that it is missing
@@ -218,7 +218,7 @@ def test_a_view_fetched_ahead_in_vain_leaves_its_arrays_to_the_next(tmp_path):
 
 
 def test_the_last_view_is_held_alone(stores, tmp_path):
-    with holding(store.open(stores["float16"]), tmp_path) as targets:
+    with holding(reader.open(stores["float16"]), tmp_path) as targets:
         targets.prepare(0, 1)
         first = weakref.ref(targets.rows["logits"])
         targets.prepare(1, None)
@@ -226,7 +226,7 @@ def test_the_last_view_is_held_alone(stores, tmp_path):
 
 
 def test_batches_handed_out_stay_as_they_were_through_turns_of_the_view(stores, tmp_path):
-    with holding(store.open(stores["float16"]), tmp_path) as targets:
+    with holding(reader.open(stores["float16"]), tmp_path) as targets:
         targets.prepare(0, 1)
         held = targets.gather(EVERY_THIRD, 1.0, CPU)["logits"]
         before = held.clone()
@@ -237,7 +237,7 @@ def test_batches_handed_out_stay_as_they_were_through_turns_of_the_view(stores, 
 
 
 def test_rows_still_encoded_come_in_buffers_that_are_used_again(stores, tmp_path):
-    knowledge = store.open(stores["float16"])
+    knowledge = reader.open(stores["float16"])
     with holding(knowledge, tmp_path) as targets:
         targets.prepare(0, None)
         first, second = targets.take(np.array([0, 3, 6])), targets.take(np.array([9, 12]))
@@ -249,7 +249,7 @@ def test_rows_still_encoded_come_in_buffers_that_are_used_again(stores, tmp_path
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("memory_bytes", [0, PLENTY])
 def test_slices_of_a_planned_epoch_are_the_stores(stores, tmp_path, encoding, memory_bytes):
-    knowledge, order = store.open(stores[encoding]), np.random.default_rng(0).permutation(EVERY_THIRD)
+    knowledge, order = reader.open(stores[encoding]), np.random.default_rng(0).permutation(EVERY_THIRD)
     with holding(knowledge, tmp_path, memory_bytes=memory_bytes) as targets:
         targets.prepare(1, None)
         planned = targets.plan(order)
@@ -259,7 +259,7 @@ def test_slices_of_a_planned_epoch_are_the_stores(stores, tmp_path, encoding, me
 
 
 def test_a_decoded_slice_of_an_epoch_can_be_changed_and_stays_as_it_is(stores, tmp_path):
-    with holding(store.open(stores["float16"]), tmp_path) as targets:
+    with holding(reader.open(stores["float16"]), tmp_path) as targets:
         targets.prepare(0, None)
         planned = targets.plan(EVERY_THIRD)
         first = planned.gather(slice(0, 8), 1.0, CPU)["logits"]
@@ -271,7 +271,7 @@ def test_a_decoded_slice_of_an_epoch_can_be_changed_and_stays_as_it_is(stores, t
 
 
 def test_a_planned_batch_allocates_nothing_of_its_size(tmp_path):
-    knowledge = store.open(make(tmp_path / "store", plan_of(20_000, 1)))
+    knowledge = reader.open(make(tmp_path / "store", plan_of(20_000, 1)))
     with holding(knowledge, tmp_path, np.arange(20_000)) as targets:
         targets.prepare(0, None)
         planned = targets.plan(np.random.default_rng(0).permutation(20_000))
@@ -284,7 +284,7 @@ def test_a_planned_batch_allocates_nothing_of_its_size(tmp_path):
 
 
 def test_an_epoch_planned_for_another_view_or_samples_is_refused(stores, tmp_path):
-    with holding(store.open(stores["float16"]), tmp_path) as targets:
+    with holding(reader.open(stores["float16"]), tmp_path) as targets:
         targets.prepare(0, None)
         with pytest.raises(AssertionError, match="only the samples asked for"):
             targets.plan(np.array([0, 1]))

@@ -6,22 +6,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
-from kcdcache import encoding, layout
 from kcdcache.errors import CorruptionError, SettingsError
+from kcdcache.store import encoding
+from kcdcache.store import plan as plan_
+from kcdcache.store.plan import all_chunks, array_document, grow_plan, part_chunks, plan_from, plan_store, sample_chunks
 
 COUNTS = st.one_of(st.integers(1, 1100), st.integers(1024, 70_000), st.integers(70_000, 2_000_000))
 TEXTS = st.sampled_from(["float16", "float32", "top:1"])
 
 
 def planned(count=50_000, views=2, classes=100, text="float16", **settings):
-    return layout.plan_store(count, views, [encoding.parse(text, "logits", (classes,))], **settings)
+    return plan_store(count, views, [encoding.parse(text, "logits", (classes,))], **settings)
 
 
 @settings(deadline=None, max_examples=300)
 @given(COUNTS, TEXTS, st.integers(1, 50_000), st.integers(1, 400_000), st.integers(1, 40))
 def test_every_plan_keeps_its_promises(count, text, classes, width, views):
     features = encoding.parse("float16", "penultimate", (width,))
-    plan = layout.plan_store(count, views, [encoding.parse(text, "logits", (classes,)), features])
+    plan = plan_store(count, views, [encoding.parse(text, "logits", (classes,)), features])
     assert plan.part_rows <= 16384
     assert plan.part_rows >= 4096 or plan.parts_per_view == 1
     assert count > 16384 or plan.parts_per_view == 1
@@ -35,11 +37,11 @@ def test_every_plan_keeps_its_promises(count, text, classes, width, views):
 @settings(deadline=None, max_examples=100)
 @given(st.integers(1, 70_000), st.integers(1, 3), TEXTS, st.integers(1, 200_000))
 def test_parts_and_their_chunks_cover_everything_once(count, views, text, width):
-    plan = layout.plan_store(count, views, [encoding.parse("float16", "penultimate", (width,))])
-    parts = layout.parts(plan)
+    plan = plan_store(count, views, [encoding.parse("float16", "penultimate", (width,))])
+    parts = plan_.parts(plan)
     assert [(part.view, part.start) for part in parts] == sorted((part.view, part.start) for part in parts)
-    covered = [chunk for part in parts for chunk in layout.part_chunks(plan, part)] + layout.sample_chunks(plan)
-    assert sorted(covered) == sorted(layout.all_chunks(plan))
+    covered = [chunk for part in parts for chunk in part_chunks(plan, part)] + sample_chunks(plan)
+    assert sorted(covered) == sorted(all_chunks(plan))
     assert len({chunk.key for chunk in covered}) == len(covered)
     assert sum(chunk.stop - chunk.start for chunk in covered) == count * (views * len(plan.arrays_of(plan.fields)) + 2)
 
@@ -48,7 +50,7 @@ def test_parts_and_their_chunks_cover_everything_once(count, views, text, width)
 @given(COUNTS, st.integers(1, 5), TEXTS, st.sampled_from(["none", "zstd"]), st.integers(1, 999))
 def test_reading_back_a_plans_document_gives_the_plan(count, views, text, compression, batch):
     plan = planned(count, views, 10, text, compression=compression, batch_size=batch)
-    again = layout.plan_from(json.loads(json.dumps(plan.document())))
+    again = plan_from(json.loads(json.dumps(plan.document())))
     assert again == plan
     assert again.layout_id == plan.layout_id
 
@@ -68,7 +70,7 @@ def test_plans_print_what_they_will_cost():
 
 def test_batches_split_a_part_where_it_starts():
     plan = planned(20_000, 1, 10, batch_size=6000)
-    last = layout.parts(plan)[-1]
+    last = plan_.parts(plan)[-1]
     assert plan.batches(last) == [(10048, 16048), (16048, 20000)]
 
 
@@ -79,17 +81,17 @@ def test_layout_id_changes_with_every_setting(change):
 
 def test_growing_writes_only_what_is_new():
     before = planned(100, 2, 10)
-    plan = layout.grow_plan(before, 3, [encoding.parse("float32", "penultimate", (4,))])
-    fields = [(part.view, part.fields) for part in layout.parts(plan, before)]
+    plan = grow_plan(before, 3, [encoding.parse("float32", "penultimate", (4,))])
+    fields = [(part.view, part.fields) for part in plan_.parts(plan, before)]
     assert fields == [(0, ("penultimate",)), (1, ("penultimate",)), (2, ("logits", "penultimate"))]
-    assert layout.parts(before, before) == []
+    assert plan_.parts(before, before) == []
 
 
 def test_stores_do_not_shrink_or_change_encodings():
     with pytest.raises(SettingsError, match="holds 2 views, 1 were asked for"):
-        layout.grow_plan(planned(), 1)
+        grow_plan(planned(), 1)
     with pytest.raises(SettingsError, match=r"'logits' is stored as float16 \(100,\), not float32"):
-        layout.grow_plan(planned(), 2, [encoding.parse("float32", "logits", (100,))])
+        grow_plan(planned(), 2, [encoding.parse("float32", "logits", (100,))])
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
@@ -97,7 +99,7 @@ def test_stores_do_not_shrink_or_change_encodings():
 def test_array_documents_are_those_zarr_writes(tmp_path, compression, position):
     plan = planned(50, 2, 10, compression=compression)
     array = plan.arrays[position]
-    document = layout.array_document(plan, array)
+    document = array_document(plan, array)
     zstd = [ZstdCodec(level=1)] if compression == "zstd" else []
     zarr.create_array(
         tmp_path / "a",
@@ -130,27 +132,27 @@ def test_impossible_plans_are_refused(change, message):
 def test_arrays_of_one_name_are_refused():
     forms = [encoding.parse("float32", field, (3,)) for field in ("logits", "labels")]
     with pytest.raises(SettingsError, match="two arrays of a store would be called 'labels'"):
-        layout.plan_store(10, 1, forms)
+        plan_store(10, 1, forms)
 
 
 @pytest.mark.parametrize("key", ["count", "views", "part_rows", "fields", "compression", "batch_size"])
 @pytest.mark.parametrize("value", [None, -1, "x", [{}]])
 def test_damaged_plans_are_refused(key, value):
     with pytest.raises(CorruptionError, match="a store's plan is damaged"):
-        layout.plan_from({**planned().document(), key: value})
+        plan_from({**planned().document(), key: value})
 
 
 def test_plans_with_unknown_entries_are_refused():
     with pytest.raises(CorruptionError, match="entries this kcdcache does not know"):
-        layout.plan_from({**planned().document(), "sharding": True})
+        plan_from({**planned().document(), "sharding": True})
 
 
 def test_more_parts_than_a_commit_can_name_are_refused_before_anything_is_computed():
     field = encoding.parse("float16", "logits", (10,))
-    most = layout.plan_store(10**8, 54, [field])
+    most = plan_store(10**8, 54, [field])
     assert most.views * most.parts_per_view == 329_616
-    for ask in (lambda: layout.plan_store(10**8, 55, [field]), lambda: layout.grow_plan(most, 55)):
+    for ask in (lambda: plan_store(10**8, 55, [field]), lambda: grow_plan(most, 55)):
         with pytest.raises(SettingsError, match="330000 parts at most, found 55 views in 335720 parts"):
             ask()
     with pytest.raises(SettingsError, match=r"takes 100000000 samples.*found 100000001 samples"):
-        layout.plan_store(10**8 + 1, 1, [field])
+        plan_store(10**8 + 1, 1, [field])

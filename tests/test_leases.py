@@ -10,10 +10,10 @@ import pytest
 from cloud import Proxy, Server, access
 from killing import Cold
 
-from kcdcache import leases
 from kcdcache.errors import LockedError, RemoteError, SettingsError
-from kcdcache.leases import Lease
-from kcdcache.remote import Remote
+from kcdcache.files import leases
+from kcdcache.files.leases import Lease
+from kcdcache.files.remote import Remote
 
 KEY = "store/_kcd/.leases/lock"
 ELSEWHERE = "from kcdcache import leases\nleases._machine = lambda: 'another machine'\n"

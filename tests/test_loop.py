@@ -10,14 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lessons import CPU, condensed, digits, precomputed, teacher_of
 
-from kcdcache import batches, evaluate, learner, loop, methods, runs, views
-from kcdcache.config import MethodSettings, OptimizerSettings
+from kcdcache import progress
 from kcdcache.errors import NonFiniteError
-from kcdcache.losses.softmax import entropy
+from kcdcache.methods import registry
+from kcdcache.methods.losses import entropy
+from kcdcache.runs import state
+from kcdcache.runs.folder import RunFolder
+from kcdcache.settings import MethodSettings, OptimizerSettings
+from kcdcache.training import batches, evaluation, learner, loop
+from kcdcache.views import rules
 
 STUDENT = "lessons:TinyNet"
 EPOCHS, STEPS = 3, 5
-KD = methods.choose(MethodSettings()).weights
+KD = registry.choose(MethodSettings()).weights
 
 
 class StoppedError(Exception):
@@ -61,16 +66,16 @@ def task_of(world, pupil, chosen, *, stop_at=None, log=None, clock=None, source=
 
     def loss(seen, batch):
         logits = seen["logits"]
-        found = methods.basic(logits, batch, KD)
+        found = registry.basic(logits, batch, KD)
         if log is not None:
             log.extend(zip(batch.index.tolist(), entropy(logits.detach()).tolist(), found.tolist(), strict=True))
         return found
 
-    plain = views.plain(world.source.rule)
+    plain = rules.plain(world.source.rule)
     return loop.Task(
         batches=parts,
         loss=loss,
-        evaluate=lambda: evaluate.measure(pupil.network, pupil.transform, world.data.test, plain, CPU),
+        evaluate=lambda: evaluation.measure(pupil.network, pupil.transform, world.data.test, plain, CPU),
         details=lambda epoch: {"view": epoch % 2},
         clock=clock,
     )
@@ -80,8 +85,8 @@ def train(world, path, chosen=None, stop=EPOCHS, record="mean", mixed_too=True, 
     path.mkdir(exist_ok=True)
     chosen = chosen or settings_of()
     pupil = new_pupil(world, chosen, record, mixed_too)
-    folder = runs.RunFolder(path=path)
-    loop.run(pupil, task_of(world, pupil, chosen, **task), chosen, folder, stop, loop.silent)
+    folder = RunFolder(path=path)
+    loop.run(pupil, task_of(world, pupil, chosen, **task), chosen, folder, stop, progress.silent)
     return pupil
 
 
@@ -204,11 +209,11 @@ def test_accuracies_count_the_samples_of_the_epoch(world, tmp_path):
     def watched(seen, batch):
         logits = seen["logits"]
         guesses.append((logits.argmax(1), batch.labels, batch.probabilities.argmax(1)))
-        return methods.basic(logits, batch, KD)
+        return registry.basic(logits, batch, KD)
 
     pupil = new_pupil(world, frozen)
     task = replace(task_of(world, pupil, frozen), loss=watched)
-    loop.run(pupil, task, frozen, runs.RunFolder(path=tmp_path), 1, loop.silent)
+    loop.run(pupil, task, frozen, RunFolder(path=tmp_path), 1, progress.silent)
     guess, label, taught = (torch.cat(part) for part in zip(*guesses, strict=True))
     row = metrics(tmp_path)[0]
     assert row["train_accuracy"] == pytest.approx(float((guess == label).double().mean()))
@@ -243,7 +248,7 @@ def test_a_diverged_loss_stops_the_run_and_keeps_the_last_good_checkpoint(world,
     with pytest.raises(NonFiniteError, match=message):
         train(world, tmp_path, wild)
     assert not (tmp_path / "metrics.jsonl").exists()
-    held = runs.load_checkpoint(runs.RunFolder(path=tmp_path))
+    held = state.load_checkpoint(RunFolder(path=tmp_path))
     assert (held is None) == (checkpoint_seconds > 0)
     assert held is None or torch.isfinite(held[0]["sum.loss"])
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from kcdcache.losses.softmax import cross_entropy, entropy, soft_divergence
+from kcdcache.methods.losses import cross_entropy, entropy, soft_divergence
 
 FAR = torch.tensor([[1e4, -1e4, 0.0], [0.0, -105.0, -300.0], [-1e4, -1e4, -1e4], [1e4, 1e4 - 1, 0.0]])
 

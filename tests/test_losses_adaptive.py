@@ -6,8 +6,8 @@ import torch
 from test_losses import probabilities, reference_divergence, reference_entropy
 from test_losses_maps import close, drawn, tensor
 
-from kcdcache.losses.adaptive import entropy_weighted, entropy_weights
-from kcdcache.losses.softmax import logit_divergence
+from kcdcache.methods.logits import entropy_weighted, entropy_weights
+from kcdcache.methods.losses import logit_divergence
 
 
 def reference_weights(student, teacher, temperature):

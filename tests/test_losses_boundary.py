@@ -4,7 +4,7 @@ import torch
 from test_losses_maps import close, drawn, tensor
 from test_losses_mutual import reference_logits
 
-from kcdcache.losses.boundary import base_weights, boundary_divergence
+from kcdcache.methods.boundary import base_weights, boundary_divergence
 
 
 def reference_boundary(student, teacher, weights, temperature):

@@ -7,7 +7,7 @@ import torch
 from test_losses_maps import close, drawn, tensor
 from test_losses_relations import dot, unit
 
-from kcdcache.losses.contrast import dual_contrast, log_partition, nce, sinkhorn_distance
+from kcdcache.methods.contrast import dual_contrast, log_partition, nce, sinkhorn_distance
 
 
 def reference_nce(positive, negatives, count, z):

@@ -6,8 +6,8 @@ import torch
 from test_losses import probabilities
 from test_losses_maps import close, drawn, tensor
 
-from kcdcache.losses.decoupled import decoupled
-from kcdcache.losses.softmax import soft_divergence
+from kcdcache.methods.logits import decoupled
+from kcdcache.methods.losses import soft_divergence
 
 LABELS = torch.tensor([0, 2, 5, 5, 1])
 

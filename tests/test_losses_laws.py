@@ -23,7 +23,8 @@ from test_losses_mutual import reference_logits
 from test_losses_relations import reference_angle, reference_distance, reference_probabilistic, reference_similarity
 from test_losses_selfsupervision import reference_rotated_divergence, reference_rotation_similarity
 
-from kcdcache.losses import adaptive, boundary, contrast, decoupled, maps, mutual, relations, selfsupervision, softmax
+from kcdcache.methods import boundary, contrast, feature_maps, logits, losses, online, relations, self_supervision
+from kcdcache.teacher import fields
 
 MAP, CODE, LOGITS, VIEWS, SCORES = (3, 4, 4), (6,), (5,), (4, 6), (8,)
 HALVES = [torch.float16, torch.bfloat16]
@@ -40,16 +41,16 @@ class Case(NamedTuple):
 
 
 def attended(student, teacher, labels):
-    return maps.attention_transfer(maps.attention(student), maps.attention(teacher))
+    return feature_maps.attention_transfer(fields.attention(student), fields.attention(teacher))
 
 
 def flows(student, teacher, labels):
     student = student.float()  # which stands for two maps here
-    return maps.fsp(maps.fsp_matrix(student, student), maps.fsp_matrix(teacher, teacher))
+    return feature_maps.fsp(fields.fsp_matrix(student, student), fields.fsp_matrix(teacher, teacher))
 
 
 def rotations(student, teacher, labels):
-    return selfsupervision.rotation_similarity(student[:, 1:], student[:, 0], teacher[:, 1:], teacher[:, 0], 0.5, 0.75)
+    return self_supervision.rotation_similarity(student[:, 1:], student[:, 0], teacher[:, 1:], teacher[:, 0], 0.5, 0.75)
 
 
 def over(loss, *settings):
@@ -62,11 +63,13 @@ def labelled(loss, *settings):
 
 
 CASES = {
-    "hint": Case(over(maps.hint), over(reference_error), MAP),
+    "hint": Case(over(feature_maps.hint), over(reference_error), MAP),
     "attention": Case(attended, lambda s, t, y: reference_error(reference_attention(s), reference_attention(t)), MAP),
     "fsp": Case(flows, lambda s, t, y: reference_error(reference_matrix(s, s), reference_matrix(t, t)), MAP),
-    "variational": Case(over(maps.variational, tensor(VARIANCES)), over(reference_variational), MAP, zero=False),
-    "hierarchical": Case(over(maps.hierarchical_context), over(reference_context), MAP),
+    "variational": Case(
+        over(feature_maps.variational, tensor(VARIANCES)), over(reference_variational), MAP, zero=False
+    ),
+    "hierarchical": Case(over(feature_maps.hierarchical_context), over(reference_context), MAP),
     "similarity": Case(over(relations.similarity_preserving), over(reference_similarity), CODE),
     "distance": Case(over(relations.distance_wise), over(reference_distance), CODE),
     "angle": Case(over(relations.angle_wise), over(reference_angle), CODE),
@@ -84,27 +87,27 @@ CASES = {
         zero=False,
     ),
     "sinkhorn": Case(over(contrast.sinkhorn_distance, 0.1, 10), None, CODE, zero=False),
-    "decoupled": Case(
-        labelled(decoupled.decoupled, 1.0, 8.0, 3.0), labelled(reference_decoupled, 1.0, 8.0, 3.0), LOGITS
-    ),
+    "decoupled": Case(labelled(logits.decoupled, 1.0, 8.0, 3.0), labelled(reference_decoupled, 1.0, 8.0, 3.0), LOGITS),
     # the weight is a constant to the gradient, so the reference's slope is another
-    "entropy weighted": Case(over(adaptive.entropy_weighted, 4.0, 3.0), None, LOGITS),
+    "entropy weighted": Case(over(logits.entropy_weighted, 4.0, 3.0), None, LOGITS),
     "rotations": Case(
         rotations,
         lambda s, t, y: reference_rotation_similarity(s[:, 1:], s[:, 0], t[:, 1:], t[:, 0], 0.5, 0.75),
         VIEWS,
     ),
     "rotated": Case(
-        labelled(selfsupervision.rotated_divergence, 4.0, 1.0), labelled(reference_rotated_divergence, 4.0, 1.0), (3, 5)
+        labelled(self_supervision.rotated_divergence, 4.0, 1.0),
+        labelled(reference_rotated_divergence, 4.0, 1.0),
+        (3, 5),
     ),
     "boundary": Case(
         lambda s, t, y: boundary.boundary_divergence(s, t, (y > 0).float(), 3.0),
         lambda s, t, y: reference_boundary(s, t, (y > 0) * 1.0, 3.0),
         LOGITS,
     ),
-    "mutual": Case(over(mutual.mutual), over(reference_logits, 1.0), LOGITS),
-    "ensemble": Case(over(mutual.ensemble_divergence, 3.0), over(reference_logits, 3.0), LOGITS),
-    "logits": Case(over(softmax.logit_divergence, 4.0), over(reference_logits, 4.0), LOGITS),
+    "mutual": Case(over(online.mutual), over(reference_logits, 1.0), LOGITS),
+    "ensemble": Case(over(online.ensemble_divergence, 3.0), over(reference_logits, 3.0), LOGITS),
+    "logits": Case(over(losses.logit_divergence, 4.0), over(reference_logits, 4.0), LOGITS),
 }
 ALL = list(CASES)
 ZERO = [name for name in ALL if CASES[name].zero]
@@ -225,6 +228,6 @@ def test_extreme_flow_matrices_have_gradients_that_bfloat16_holds():
 def test_extreme_variances_stay_finite(raw):
     raw = torch.full((3,), raw, requires_grad=True)
     mean = EXTREMES["large"](2, MAP).requires_grad_()
-    maps.variational(mean, -mean.detach(), raw).mean().backward()
+    feature_maps.variational(mean, -mean.detach(), raw).mean().backward()
     assert torch.isfinite(raw.grad).all()
     assert torch.isfinite(mean.grad).all()

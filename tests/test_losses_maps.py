@@ -5,15 +5,8 @@ import pytest
 import torch
 
 from kcdcache.errors import MismatchError
-from kcdcache.losses.maps import (
-    attention,
-    attention_transfer,
-    fsp,
-    fsp_matrix,
-    hierarchical_context,
-    hint,
-    variational,
-)
+from kcdcache.methods.feature_maps import attention_transfer, fsp, hierarchical_context, hint, variational
+from kcdcache.teacher.fields import attention, fsp_matrix
 
 VARIANCES = np.array([-3.0, 0.0, 2.0])
 

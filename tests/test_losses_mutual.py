@@ -5,8 +5,8 @@ from test_losses import probabilities
 from test_losses_decoupled import divergence
 from test_losses_maps import close, drawn, tensor
 
-from kcdcache.losses.mutual import ensemble_divergence, mutual
-from kcdcache.losses.softmax import logit_divergence, soft_divergence
+from kcdcache.methods.losses import logit_divergence, soft_divergence
+from kcdcache.methods.online import ensemble_divergence, mutual
 
 
 def reference_logits(student, teacher, temperature):

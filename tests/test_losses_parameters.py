@@ -5,13 +5,8 @@ import pytest
 import torch
 from test_losses_maps import close, drawn, tensor
 
-from kcdcache.losses.parameters import (
-    aggregated,
-    filter_quantiles,
-    pooled,
-    recoded_divergence,
-    soft_threshold,
-)
+from kcdcache.methods.filter_statistics import recoded_divergence, soft_threshold
+from kcdcache.teacher.fields import aggregated, filter_quantiles, pooled
 
 
 def reference_quantiles(weight, count):

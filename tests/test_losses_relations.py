@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_losses_maps import close, drawn, tensor
 
-from kcdcache.losses.relations import angle_wise, distance_wise, probabilistic, similarity_preserving
+from kcdcache.methods.relations import angle_wise, distance_wise, probabilistic, similarity_preserving
 
 LOSSES = [similarity_preserving, distance_wise, angle_wise, probabilistic]
 

@@ -8,7 +8,7 @@ from test_losses_decoupled import divergence
 from test_losses_maps import close, drawn, tensor
 from test_losses_relations import dot, unit
 
-from kcdcache.losses.selfsupervision import rotated_divergence, rotation_similarity, rotation_task, selected
+from kcdcache.methods.self_supervision import rotated_divergence, rotation_similarity, rotation_task, selected
 
 LABELS = np.array([0, 3, 2, 2, 4])
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kcdcache import manifest, values
+from kcdcache.condense import manifest, value_files, values
+from kcdcache.condense.manifest import Manifest
 from kcdcache.errors import CorruptionError, KcdcacheError, LockedError, MismatchError, NotFoundError
-from kcdcache.manifest import Manifest
 
 
 def make(**changes: Any) -> Manifest:
@@ -211,8 +211,8 @@ def test_no_damaged_byte_gives_a_wrong_manifest(written: Path) -> None:
 
 
 def rewrite(path: Path, table: pa.Table, **document: Any) -> None:
-    content = {**json.loads(pq.read_table(path).schema.metadata[b"kcdcache.manifest"]), **document}
-    pq.write_table(table.replace_schema_metadata({"kcdcache.manifest": json.dumps(content)}), path)
+    content = {**json.loads(pq.read_table(path).schema.metadata[b"kcdcache.condense.manifest"]), **document}
+    pq.write_table(table.replace_schema_metadata({"kcdcache.condense.manifest": json.dumps(content)}), path)
 
 
 def test_edited_column_is_refused(written: Path) -> None:
@@ -257,7 +257,7 @@ def test_newer_format_is_refused(written: Path) -> None:
 
 def test_parquet_that_is_no_manifest_says_how_to_make_one(tmp_path: Path) -> None:
     document = {"knowledge_id": "k", "student": "s", "epoch": 1}
-    values.write(tmp_path / "values.parquet", values.start(3), None, document)
+    value_files.write(tmp_path / "values.parquet", values.start(3), None, document)
     with pytest.raises(MismatchError, match=r"is a parquet file but no manifest .*`kcdcache condense`"):
         manifest.read(tmp_path / "values.parquet")
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kcdcache.config import MethodSettings
 from kcdcache.errors import SettingsError
-from kcdcache.methods import METHODS, basic, choose, method_named
-from kcdcache.terms.base import hard_term
+from kcdcache.methods.base import hard_term
+from kcdcache.methods.registry import METHODS, basic, choose, method_named
+from kcdcache.settings import MethodSettings
 
 
 @dataclass(frozen=True)

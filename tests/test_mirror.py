@@ -13,9 +13,11 @@ from cloud import Proxy, Server, access
 from killing import environment
 from stores import content, creating, finish, knowledge, make, small_parts, write_part
 
-from kcdcache import audit, files, places, store
 from kcdcache.errors import CorruptionError, LockedError, RemoteError, SettingsError, UnsafeError
-from kcdcache.holding import Shard
+from kcdcache.files import atomic, places
+from kcdcache.store import check
+from kcdcache.store.reader import open
+from kcdcache.store.writer import Shard
 
 PLAN = small_parts(150, 2, 64, 32)
 """3 parts a view, 2 chunks a part"""
@@ -107,16 +109,16 @@ def test_a_record_that_another_machine_wrote_first_is_kept(machine, server):
     path = machine() / "made"
     server.write("s/made", b"theirs")
     with pytest.raises(LockedError, match="another process wrote it first"):
-        files.create_exclusive(path, b"ours")
+        atomic.create_exclusive(path, b"ours")
     assert path.read_bytes() == server.read("s/made") == b"theirs"
 
 
 def test_files_are_deleted_there_too(machine, server):
     path = machine() / "folder" / "file"
-    files.write_atomic(path, b"x")
+    atomic.write_atomic(path, b"x")
     assert server.listed() == ["s/folder/file"]
-    files.remove(path)
-    files.remove(path)
+    atomic.remove(path)
+    atomic.remove(path)
     assert server.listed() == []
     assert not path.parent.exists()
 
@@ -124,8 +126,8 @@ def test_files_are_deleted_there_too(machine, server):
 def test_clock_times_of_several_machines_are_all_kept(machine, server, tmp_path):
     for name in ("a", "b", "a"):
         path = machine(name) / "timing.jsonl"
-        with files.locked(path.with_name(".lock")):
-            files.append(path, f"{name}\n".encode())
+        with atomic.locked(path.with_name(".lock")):
+            atomic.append(path, f"{name}\n".encode())
     assert server.read("s/timing.jsonl") == b"a\nb\na\n"
     assert (machine("c") / "timing.jsonl").read_bytes() == b"a\nb\na\n"
 
@@ -133,9 +135,9 @@ def test_clock_times_of_several_machines_are_all_kept(machine, server, tmp_path)
 def test_a_full_disk_under_the_cache_is_told_as_one(machine, monkeypatch):
     path = machine() / "file"
     monkeypatch.setenv("KCDCACHE_CRASHPOINT", "1:ENOSPC")
-    monkeypatch.setattr("kcdcache.crashpoints._steps", iter(range(1, 100)))
+    monkeypatch.setattr("kcdcache.files.atomic._steps", iter(range(1, 100)))
     with pytest.raises(OSError, match="no space left to write") as caught:
-        files.write_atomic(path, b"x")
+        atomic.write_atomic(path, b"x")
     assert caught.value.exit_code == 7
     assert errno.ENOSPC  # the mirror passes it on as it is
 
@@ -146,12 +148,12 @@ def test_a_full_disk_under_the_cache_is_told_as_one(machine, monkeypatch):
 def test_opening_fetches_no_chunk_and_loading_those_it_needs(machine, proxy, plain):
     make(machine("writer"), PLAN)
     path = machine("reader")
-    opened = store.open(path)
+    opened = open(path)
     assert fetched(proxy) == []
     rows = np.array([3, 40])
     found = opened.load(0, rows, ("logits",))
     assert fetched(proxy) == ["c.0.0", "c.0.0.0", "c.0.1", "c.0.1.0"]
-    for name, values in store.open(plain).load(0, rows, ("logits",)).items():
+    for name, values in open(plain).load(0, rows, ("logits",)).items():
         assert np.array_equal(found[name], values)
     opened.load(0, rows, ("logits",))
     assert len(fetched(proxy)) == 4  # they are kept
@@ -159,8 +161,8 @@ def test_opening_fetches_no_chunk_and_loading_those_it_needs(machine, proxy, pla
 
 def test_what_the_cache_holds_is_not_fetched_by_the_next_command(machine, proxy):
     make(machine("writer"), PLAN)
-    store.open(machine("reader")).load(0, ALL, ("logits",))
-    store.open(machine("reader")).load(0, ALL, ("logits",))
+    open(machine("reader")).load(0, ALL, ("logits",))
+    open(machine("reader")).load(0, ALL, ("logits",))
     assert fetched(proxy) == []
     assert [method for method, _ in proxy.seen] == ["GET", "HEAD"]  # one listing, and whether the name is a file's
 
@@ -168,13 +170,13 @@ def test_what_the_cache_holds_is_not_fetched_by_the_next_command(machine, proxy)
 def test_a_damaged_copy_in_the_cache_is_fetched_again(machine, server, plain):
     make(machine("writer"), PLAN)
     path = machine("reader")
-    expected = store.open(path).load(0, ALL, ("logits",))
+    expected = open(path).load(0, ALL, ("logits",))
     for file in path.rglob("*"):
         if file.is_file():
             data = bytearray(file.read_bytes())
             data[len(data) // 2] ^= 1
             file.write_bytes(bytes(data))
-    found = store.open(machine("reader")).load(0, ALL, ("logits",))
+    found = open(machine("reader")).load(0, ALL, ("logits",))
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
@@ -182,7 +184,7 @@ def test_a_damaged_copy_in_the_cache_is_fetched_again(machine, server, plain):
 def test_a_cut_or_lengthened_copy_in_the_cache_is_fetched_again(machine, size):
     make(machine("writer"), PLAN)
     path = machine("reader")
-    opened = store.open(path)
+    opened = open(path)
     expected = opened.load(0, ALL, ("logits",))
     with open(path / "logits" / "c.0.1.0", "r+b") as stream:
         stream.truncate(size)
@@ -195,22 +197,22 @@ def test_damage_in_the_bucket_is_found_as_on_a_disk(machine, server):
     whole = server.read(CHUNK)
     server.write(CHUNK, whole[:-1])
     with pytest.raises(CorruptionError, match=r"logits/c\.0\.1\.0 .* has \d+ bytes, \d+ were written"):
-        store.open(machine("a"))
+        open(machine("a"))
     server.delete(CHUNK)
     with pytest.raises(CorruptionError, match=r"logits/c\.0\.1\.0 .* is missing"):
-        store.open(machine("b"))
+        open(machine("b"))
     server.write(CHUNK, bytes([whole[0] ^ 1]) + whole[1:])
-    opened = store.open(machine("c"))
+    opened = open(machine("c"))
     with pytest.raises(CorruptionError, match=r"logits/c\.0\.1\.0 .* is not what was written"):
         opened.load(0, ALL, ("logits",))
-    assert len(audit.verify(opened.path).problems) == 1
+    assert len(check.verify(opened.path).problems) == 1
     server.delete(CHUNK)
     with pytest.raises(CorruptionError, match="is missing"):
         opened.load(0, ALL, ("logits",))
 
 
 def test_what_others_replaced_is_seen_by_the_next_command(machine, server):
-    files.write_atomic(machine("a") / "file", b"one")
+    atomic.write_atomic(machine("a") / "file", b"one")
     assert (machine("b") / "file").read_bytes() == b"one"
     server.write("s/file", b"two")
     server.write("s/more", b"x")
@@ -234,18 +236,18 @@ def test_a_large_file_is_fetched_when_it_is_opened(machine, server, proxy):
     path = machine() / "model.safetensors"
     assert path.stat().st_size == 2**20 + 1
     assert ("GET", "/bucket/s/model.safetensors") not in proxy.seen
-    assert files.read_bytes(path) == bytes(2**20 + 1)
+    assert atomic.read_bytes(path) == bytes(2**20 + 1)
     assert ("GET", "/bucket/s/model.safetensors") in proxy.seen
 
 
 def test_the_cache_keeps_to_its_limit_and_reading_goes_on(machine, monkeypatch, plain):
-    monkeypatch.setattr("kcdcache.cachefiles.SPARED", 2)
+    monkeypatch.setattr("kcdcache.files.cachefiles.SPARED", 2)
     make(machine("writer"), PLAN)
     path = machine("reader", KCDCACHE_CACHE_BYTES=40_000)
     kept = []
     for round_ in range(3):
         for view in (0, 1):
-            found, expected = (store.open(p).load(view, ALL, ("logits",)) for p in (path, plain))
+            found, expected = (open(p).load(view, ALL, ("logits",)) for p in (path, plain))
             assert all(np.array_equal(found[name], expected[name]) for name in expected)
         kept.append(sum(f.stat().st_blocks for f in path.rglob("c.*")))
         assert round_ < 3
@@ -253,15 +255,15 @@ def test_the_cache_keeps_to_its_limit_and_reading_goes_on(machine, monkeypatch, 
 
 
 def test_the_least_recently_used_contents_go_first(machine, server, monkeypatch):
-    monkeypatch.setattr("kcdcache.cachefiles.SPARED", 1)
+    monkeypatch.setattr("kcdcache.files.cachefiles.SPARED", 1)
     for name in ("a", "b", "c", "d"):
         server.write(f"s/x/c.{ord(name)}", os.urandom(10_000))
     path = machine(KCDCACHE_CACHE_BYTES=25_000)
     chunks = [path / "x" / f"c.{ord(name)}" for name in ("a", "b", "c", "d")]
     for chunk in (chunks[0], chunks[1], chunks[0], chunks[2], chunks[3]):
-        files.read_bytes(chunk)
+        atomic.read_bytes(chunk)
     assert [chunk.stat().st_mtime_ns == 0 for chunk in chunks] == [True, True, False, False]
-    assert files.read_bytes(chunks[1]) == server.read(f"s/x/c.{ord('b')}")
+    assert atomic.read_bytes(chunks[1]) == server.read(f"s/x/c.{ord('b')}")
 
 
 # writers on several machines
@@ -330,7 +332,7 @@ def test_a_reader_beside_a_writer_of_the_same_machine_disturbs_nothing(machine, 
         over.set()
         reader.join()
     assert same(server, plain)
-    store.open(path).load(1, ALL, ("logits",))
+    open(path).load(1, ALL, ("logits",))
 
 
 # names

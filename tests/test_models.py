@@ -8,16 +8,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from kcdcache.errors import (
-    CorruptionError,
-    MismatchError,
-    NotFoundError,
-    SettingsError,
-    UnfinishedError,
-    UnsafeError,
-)
-from kcdcache.models import spec, taps, weights
-from kcdcache.models.transform import InputTransform, transform_from
+from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, UnfinishedError, UnsafeError
+from kcdcache.networks import registry, taps, weights
+from kcdcache.networks.input_transform import InputTransform, transform_from
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -26,34 +19,37 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def test_weights_are_a_function_of_the_seed_and_the_global_generator_is_untouched():
     before = torch.get_rng_state()
-    digests = [weights.digest_weights(spec.build("resnet8", 10, seed=s).state_dict()) for s in (7, 7, 8, 7 + 2**32)]
+    digests = [weights.digest_weights(registry.build("resnet8", 10, seed=s).state_dict()) for s in (7, 7, 8, 7 + 2**32)]
     assert torch.equal(before, torch.get_rng_state())
     torch.rand(5)
-    again = weights.digest_weights(spec.build("resnet8", 10, seed=7).state_dict())
+    again = weights.digest_weights(registry.build("resnet8", 10, seed=7).state_dict())
     assert again == digests[0] == digests[1]
     assert len(set(digests)) == 3
 
 
 def test_torchvision_network_is_built_by_name_with_its_penultimate():
-    network = spec.build("torchvision:resnet18", 7, seed=1).eval()
+    network = registry.build("torchvision:resnet18", 7, seed=1).eval()
     found = taps.run(network, noise(1, 3, 64, 64), ["stage4", "penultimate", "logits"])
     assert [tuple(value.shape[1:]) for value in found.values()] == [(512, 2, 2), (512,), (7,)]
     torch.testing.assert_close(network.fc(found["penultimate"]), found["logits"])
 
 
 def test_torchvision_network_that_warns_by_itself_is_built():
-    assert taps.run(spec.build("torchvision:googlenet", 7), noise(2, 3, 64, 64), ["logits"])["logits"].shape == (2, 7)
+    assert taps.run(registry.build("torchvision:googlenet", 7), noise(2, 3, 64, 64), ["logits"])["logits"].shape == (
+        2,
+        7,
+    )
 
 
-@pytest.mark.skipif(spec.timm is not None, reason="timm is installed")
+@pytest.mark.skipif(registry.timm is not None, reason="timm is installed")
 def test_missing_timm_names_the_extra():
     with pytest.raises(SettingsError, match=r"kcdcache\[timm\]"):
-        spec.build("timm:resnet18", 10)
+        registry.build("timm:resnet18", 10)
 
 
-@pytest.mark.skipif(spec.timm is None, reason="timm is not installed")
+@pytest.mark.skipif(registry.timm is None, reason="timm is not installed")
 def test_timm_network_is_built_by_name():
-    found = taps.run(spec.build("timm:resnet18", 10, channels=1).eval(), noise(1, 1, 64, 64), ["penultimate"])
+    found = taps.run(registry.build("timm:resnet18", 10, channels=1).eval(), noise(1, 1, 64, 64), ["penultimate"])
     assert found["penultimate"].shape == (1, 512)
 
 
@@ -71,11 +67,11 @@ def number(num_classes):
 def test_users_own_factory_is_imported_and_called(tmp_path, monkeypatch):
     (tmp_path / "networks_of_mine.py").write_text(FACTORIES)
     monkeypatch.syspath_prepend(tmp_path)
-    assert taps.run(spec.build("networks_of_mine:tiny", 5), noise(2, 3, 2, 2), ["logits"])["logits"].shape == (2, 5)
+    assert taps.run(registry.build("networks_of_mine:tiny", 5), noise(2, 3, 2, 2), ["logits"])["logits"].shape == (2, 5)
     with pytest.raises(SettingsError, match="no function 'tinny'; did you mean 'tiny'"):
-        spec.build("networks_of_mine:tinny", 5)
+        registry.build("networks_of_mine:tinny", 5)
     with pytest.raises(SettingsError, match=r"networks_of_mine:number should return a torch\.nn\.Module.* int"):
-        spec.build("networks_of_mine:number", 5)
+        registry.build("networks_of_mine:number", 5)
 
 
 @pytest.mark.parametrize(
@@ -90,17 +86,17 @@ def test_users_own_factory_is_imported_and_called(tmp_path, monkeypatch):
 )
 def test_unknown_network_gets_a_hint(name, message):
     with pytest.raises(SettingsError, match=message):
-        spec.build(name, 10)
+        registry.build(name, 10)
 
 
 def test_torchvision_refuses_other_channels():
     with pytest.raises(SettingsError, match="takes 3 channels, the images have 1"):
-        spec.build("torchvision:resnet18", 10, channels=1)
+        registry.build("torchvision:resnet18", 10, channels=1)
 
 
 def test_unknown_tap_gets_a_hint():
     with pytest.raises(SettingsError, match=r"no value 'stage9'; did you mean 'stage"):
-        taps.run(spec.build("resnet8", 10), noise(1, 3, 8, 8), ["stage9"])
+        taps.run(registry.build("resnet8", 10), noise(1, 3, 8, 8), ["stage9"])
 
 
 def hooks_of(network):
@@ -108,7 +104,7 @@ def hooks_of(network):
 
 
 def test_hooks_are_removed_also_when_the_network_fails():
-    network = spec.build("resnet8", 10)
+    network = registry.build("resnet8", 10)
     taps.run(network, noise(1, 3, 8, 8), ["stage1", "penultimate"])
     with pytest.raises(RuntimeError, match="channels"):
         taps.run(network, noise(1, 2, 8, 8), ["stage1", "penultimate"])
@@ -203,20 +199,20 @@ WRAPPINGS = {
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 def test_checkpoint_loads_from_every_wrapping(wrapping, tmp_path):
-    source, target = spec.build("resnet8", 10, seed=1), spec.build("resnet8", 10, seed=2)
+    source, target = registry.build("resnet8", 10, seed=1), registry.build("resnet8", 10, seed=2)
     path = save_torch(tmp_path / "net.pth", WRAPPINGS[wrapping](source.state_dict()))
     weights.load_into(target, weights.load_weights(path), str(path))
     assert weights.digest_weights(target.state_dict()) == weights.digest_weights(source.state_dict())
 
 
 def test_safetensors_file_loads(tmp_path):
-    state = spec.build("resnet8", 10, seed=1).state_dict()
+    state = registry.build("resnet8", 10, seed=1).state_dict()
     safetensors.torch.save_file(state, tmp_path / "net.safetensors")
     assert weights.digest_weights(weights.load_weights(tmp_path / "net.safetensors")) == weights.digest_weights(state)
 
 
 def test_checkpoint_older_than_batch_counters_loads():
-    source, target = spec.build("resnet8", 10, seed=1), spec.build("resnet8", 10, seed=2)
+    source, target = registry.build("resnet8", 10, seed=1), registry.build("resnet8", 10, seed=2)
     old = {name: value for name, value in source.state_dict().items() if not name.endswith("num_batches_tracked")}
     weights.load_into(target, old, "old.pth")
     assert weights.digest_weights(target.state_dict()) == weights.digest_weights(source.state_dict())
@@ -266,7 +262,7 @@ def test_garbage_is_corruption(data, suffix, tmp_path):
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 def test_truncated_checkpoint_is_corruption(share, tmp_path):
-    path = save_torch(tmp_path / "net.pth", spec.build("resnet8", 10).state_dict())
+    path = save_torch(tmp_path / "net.pth", registry.build("resnet8", 10).state_dict())
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     with pytest.raises(CorruptionError, match="not a whole torch file"):
         weights.load_weights(path)
@@ -285,18 +281,18 @@ def test_checkpoint_without_weights_says_what_it_holds(tmp_path):
 
 
 def test_wrong_class_count_is_named():
-    state = spec.build("wrn_16_2", 100).state_dict()
+    state = registry.build("wrn_16_2", 100).state_dict()
     with pytest.raises(MismatchError, match="they are for 100 classes, the network here has 10"):
-        weights.load_into(spec.build("wrn_16_2", 10), state, "net.pth")
+        weights.load_into(registry.build("wrn_16_2", 10), state, "net.pth")
 
 
 def test_wrong_architecture_names_the_first_differences():
     with pytest.raises(
         MismatchError, match=r"another architecture; 27 .* missing, first 'bn1\.weight'|another arch.* first"
     ):
-        weights.load_into(spec.build("resnet20", 10), spec.build("wrn_16_2", 10).state_dict(), "net.pth")
+        weights.load_into(registry.build("resnet20", 10), registry.build("wrn_16_2", 10).state_dict(), "net.pth")
     with pytest.raises(MismatchError, match=r"first 'conv1\.weight': \[16, 3, 3, 3\] expected, \[32, 3, 3, 3\] found"):
-        weights.load_into(spec.build("resnet8", 10), spec.build("resnet8x4", 10).state_dict(), "net.pth")
+        weights.load_into(registry.build("resnet8", 10), registry.build("resnet8x4", 10).state_dict(), "net.pth")
 
 
 def test_weight_digest_ignores_layout_and_order_but_sees_everything_else():
@@ -312,7 +308,7 @@ TRANSFORM = InputTransform((0.5,) * 3, (0.25,) * 3)
 
 
 def save(folder, name="model", seed=1, **extra):
-    network = spec.build("resnet8", 3, seed=seed)
+    network = registry.build("resnet8", 3, seed=seed)
     weights.save_network(folder, name, network, weights.describe_network("resnet8", "abc", 3, TRANSFORM, **extra))
     return network
 

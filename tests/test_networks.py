@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from kcdcache.errors import MismatchError
-from kcdcache.models import spec, taps, weights
+from kcdcache.networks import registry, taps, weights
 
 PARAMETERS = {
     "resnet8": 83892,
@@ -57,7 +57,7 @@ def stages(network):
 
 def settled(name, classes=10):
     """Return a network in evaluation whose normalisations all differ, as after training."""
-    network = spec.build(name, classes, seed=3).eval()
+    network = registry.build(name, classes, seed=3).eval()
     generator = torch.Generator().manual_seed(1)
     for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
         for values, low, high in (
@@ -72,18 +72,18 @@ def settled(name, classes=10):
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_count_is_the_known_one(name):
-    network = spec.build(name, 100)
+    network = registry.build(name, 100)
     assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS[name]
 
 
 def test_every_network_of_the_zoo_has_a_known_count():
-    assert set(spec.NETWORKS) == set(PARAMETERS)
+    assert set(registry.NETWORKS) == set(PARAMETERS)
 
 
 @with_checkpoints
 @pytest.mark.parametrize("name", sorted(PARAMETERS.keys() - UNPUBLISHED))
 def test_names_and_shapes_are_those_of_the_published_checkpoints(name):
-    expected, network = published(name), spec.build(name, 100)
+    expected, network = published(name), registry.build(name, 100)
     assert {key: list(value.shape) for key, value in network.state_dict().items()} == expected["state_dict"]
     assert stages(network) == [f"stage{n}" for n in range(len(expected["features"]) - 1)]
     with torch.no_grad():
@@ -98,18 +98,18 @@ def test_checkpoint_in_the_published_layout_loads(name, tmp_path):
     state = {key: noise(*shape, seed=number) for number, (key, shape) in enumerate(shapes.items()) if shape}
     state |= {key: torch.tensor(7) for key, shape in shapes.items() if not shape}
     torch.save({"epoch": 240, "model": state, "best_acc": torch.tensor(70.4)}, tmp_path / "net.pth")
-    network = spec.build(name, 100)
+    network = registry.build(name, 100)
     weights.load_into(network, weights.load_weights(tmp_path / "net.pth"), "net.pth")
     assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
 
 
 @pytest.mark.parametrize(("name", "other"), [*zip(FAMILIES, FAMILIES[1:] + FAMILIES[:1], strict=True)])
 def test_weights_that_do_not_fit_get_one_clear_error(name, other):
-    network, state = spec.build(name, 10), spec.build(name, 7).state_dict()
+    network, state = registry.build(name, 10), registry.build(name, 7).state_dict()
     with pytest.raises(MismatchError, match=r"^the weights in net\.pth do not fit .*: they are for 7 classes, .* 10$"):
         weights.load_into(network, state, "net.pth")
     with pytest.raises(MismatchError, match=r"do not fit .*: another architecture; \d+ .*, first '"):
-        weights.load_into(network, spec.build(other, 10).state_dict(), "net.pth")
+        weights.load_into(network, registry.build(other, 10).state_dict(), "net.pth")
     state = network.state_dict()
     lost = next(key for key in reversed(state) if key.endswith("running_var"))
     del state[lost]
@@ -135,7 +135,7 @@ def test_weights_that_do_not_fit_get_one_clear_error(name, other):
     ],
 )
 def test_other_sides_and_channels_work(name, side, last):
-    network = spec.build(name, 10, channels=1).eval()
+    network = registry.build(name, 10, channels=1).eval()
     found = taps.run(network, noise(2, 1, side, side), [stages(network)[-1], "logits"])
     assert [tuple(value.shape) for value in found.values()] == [(2, *last), (2, 10)]
 
@@ -347,7 +347,7 @@ ACTIVATED = ("resnet8", "ResNet50", "vgg11", "ShuffleV1", "torchvision:resnet18"
 
 @pytest.mark.parametrize("name", ACTIVATED)
 def test_the_relu_of_a_value_before_activation_is_its_stage(name):
-    network = spec.build(name, 10).train()
+    network = registry.build(name, 10).train()
     before = [tap for tap in taps.stage_taps(network) if tap.endswith(".pre")]
     found = taps.run(network, noise(4, 3, 16, 16), [*before, *stages(network)])
     for tap in before:
@@ -357,7 +357,7 @@ def test_the_relu_of_a_value_before_activation_is_its_stage(name):
 
 @pytest.mark.parametrize("name", [*FAMILIES, "torchvision:resnet18"])
 def test_every_tap_carries_gradients_and_together_they_reach_every_parameter(name):
-    network = spec.build(name, 10).train()
+    network = registry.build(name, 10).train()
     found = taps.run(network, noise(4, 3, 16, 16), list(taps.stage_taps(network)))
     assert all(value.requires_grad for value in found.values())
     sum(value.square().mean() for value in found.values()).backward()
@@ -367,8 +367,8 @@ def test_every_tap_carries_gradients_and_together_they_reach_every_parameter(nam
 @pytest.mark.parametrize("name", [*FAMILIES, "torchvision:resnet18"])
 def test_tapping_changes_neither_logits_nor_gradients(name):
     results = []
-    for names in (["logits"], list(taps.stage_taps(spec.build(name, 10)))):
-        network = spec.build(name, 10, seed=1).train()
+    for names in (["logits"], list(taps.stage_taps(registry.build(name, 10)))):
+        network = registry.build(name, 10, seed=1).train()
         logits = taps.run(network, noise(2, 3, 16, 16), names)["logits"]
         logits.square().sum().backward()
         results.append([logits, *(parameter.grad for parameter in network.parameters())])
@@ -391,13 +391,13 @@ def test_tapping_changes_neither_logits_nor_gradients(name):
     ],
 )
 def test_weights_start_with_the_published_spread(name, kernel, spread):
-    weight = spec.build(name, 100, seed=1).get_submodule(kernel).weight
+    weight = registry.build(name, 100, seed=1).get_submodule(kernel).weight
     assert weight.std().item() == pytest.approx(spread, rel=0.03)
     assert weight.mean().item() == pytest.approx(0, abs=spread / 20)
 
 
 @pytest.mark.parametrize("name", ["wrn_16_2", "vgg8", "MobileNetV2"])
 def test_biases_start_at_zero_and_normalisations_at_identity(name):
-    network = spec.build(name, 100, seed=1)
+    network = registry.build(name, 100, seed=1)
     assert all(torch.all(value == 0) for key, value in network.named_parameters() if key.endswith("bias"))
     assert all(torch.all(module.weight == 1) for module in network.modules() if isinstance(module, nn.BatchNorm2d))

@@ -11,10 +11,12 @@ from lessons import CLASSES, CPU, opinionated, precomputed
 from pupils import BrokenOffError, same_files, stop_after
 from touchy import EVERYONE, SKIP, TRAIN, a_white_sample, live, made, place_for, whole_in
 
-from kcdcache import inspection, layout, ledger, store, teacher
 from kcdcache.errors import NonFiniteError, SettingsError, UnfinishedError
-from kcdcache.models import spec
-from kcdcache.models.transform import InputTransform
+from kcdcache.networks import registry
+from kcdcache.networks.input_transform import InputTransform
+from kcdcache.report import show
+from kcdcache.store import log, plan, reader
+from kcdcache.teacher import teacher
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +45,15 @@ def test_it_is_refused_by_default_with_sample_view_and_remedy(place, tmp_path):
     with pytest.raises(NonFiniteError, match=said):
         made(place, tmp_path / "store")
     with pytest.raises(UnfinishedError, match="not finished"):
-        store.open(tmp_path / "store")
+        reader.open(tmp_path / "store")
 
 
 def test_skipping_says_which_samples_and_where(place, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "kcdcache"):
         told = made(place, tmp_path / "store", fields=("logits", "penultimate"), **SKIP)
     assert told["skipped"] == 2
-    assert store.open(tmp_path / "store").skipped.tolist() == place.white
-    assert inspection.inspect(tmp_path / "store")["skipped"] == 2
+    assert reader.open(tmp_path / "store").skipped.tolist() == place.white
+    assert show.inspect(tmp_path / "store")["skipped"] == 2
     for field in ("logits", "penultimate"):
         for view in (0, 2):
             shown = shown_in(place, view)
@@ -61,7 +63,7 @@ def test_skipping_says_which_samples_and_where(place, tmp_path, caplog):
 
 
 def test_the_log_names_the_skipped_of_each_part_and_counts_only_finite_values(place):
-    records = {record.view: record for record in ledger.read_log(place.knowledge.path, 0)}
+    records = {record.view: record for record in log.read_log(place.knowledge.path, 0)}
     for view in range(3):
         shown = shown_in(place, view)
         outputs = live(place, view, EVERYONE)
@@ -80,10 +82,10 @@ def test_the_log_names_the_skipped_of_each_part_and_counts_only_finite_values(pl
 @pytest.mark.parametrize("encoding", ["float32", "float16", "top:3"])
 def test_nothing_plausible_is_stored_of_a_skipped_sample(place, tmp_path, encoding):
     made(place, tmp_path / "store", fields=("logits", "penultimate"), encoding=encoding, **SKIP)
-    knowledge = store.open(tmp_path / "store")
+    knowledge = reader.open(tmp_path / "store")
     index = shown_in(place, 0)[0]
     for array in knowledge.plan.arrays_of(knowledge.fields):
-        chunk = next(chunk for chunk in layout.chunks(knowledge.plan, [array], 0, 0, TRAIN) if chunk.stop > index)
+        chunk = next(chunk for chunk in plan.chunks(knowledge.plan, [array], 0, 0, TRAIN) if chunk.stop > index)
         raw = np.frombuffer((knowledge.path / chunk.key).read_bytes()[:-4], array.dtype)
         row = raw.reshape(array.chunk_rows, *array.row_shape)[index - chunk.start]
         assert (row == 0xFFFF).all() if array.dtype == "uint16" else np.isnan(row).all(), array.name
@@ -112,12 +114,12 @@ def test_skipping_broken_off_and_resumed_gives_the_same_bytes(place, tmp_path, p
 
 def test_a_growth_may_skip_more(place, tmp_path):
     made(place, tmp_path / "store", views=1, **SKIP)
-    first = store.open(tmp_path / "store").skipped.tolist()
+    first = reader.open(tmp_path / "store").skipped.tolist()
     with pytest.raises(NonFiniteError, match="in view 2"):
         made(place, tmp_path / "store")
-    assert store.open(tmp_path / "store").skipped.tolist() == first
+    assert reader.open(tmp_path / "store").skipped.tolist() == first
     made(place, tmp_path / "store", **SKIP)
-    assert (len(first), store.open(tmp_path / "store").skipped.tolist()) == (1, place.white)
+    assert (len(first), reader.open(tmp_path / "store").skipped.tolist()) == (1, place.white)
 
 
 def test_where_all_is_finite_skipping_changes_no_byte(tmp_path):
@@ -139,18 +141,18 @@ def test_more_than_one_in_a_hundred_is_refused_however_they_are_spread(tmp_path)
         made(many, tmp_path / "cut", progress=stop_after(2), **SKIP)
     with pytest.raises(NonFiniteError, match=said):  # the two of the views written before count
         made(many, tmp_path / "cut", **SKIP)
-    assert not ledger.commit_path(tmp_path / "cut", 0).exists()
-    assert [record.view for record in ledger.read_log(tmp_path / "cut", 0)] == [None, 0, 1]
+    assert not log.commit_path(tmp_path / "cut", 0).exists()
+    assert [record.view for record in log.read_log(tmp_path / "cut", 0)] == [None, 0, 1]
 
 
 def test_a_teacher_with_a_broken_weight_cannot_be_skipped_over(place, tmp_path):
-    network = opinionated(spec.build("resnet8", CLASSES, 1))
+    network = opinionated(registry.build("resnet8", CLASSES, 1))
     with torch.no_grad():
         network.layer2[0].conv1.weight[3, 1, 1, 1] = torch.inf
     broken = teacher.freeze(network, InputTransform(place.data.mean, place.data.std), "r", place.data.classes, CPU)
     with pytest.raises(NonFiniteError, match=r"200 of 200 samples have outputs that cannot be stored"):
         made(SimpleNamespace(data=place.data, network=broken), tmp_path / "store", **SKIP)
-    assert [record.view for record in ledger.read_log(tmp_path / "store", 0)] == [None]  # at its first part
+    assert [record.view for record in log.read_log(tmp_path / "store", 0)] == [None]  # at its first part
 
 
 def test_a_writer_that_skips_too_much_is_never_sealed(tmp_path):
@@ -179,6 +181,6 @@ def test_features_beyond_float16_are_refused_with_the_way_out(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "kcdcache"):
         made(bright, tmp_path / "skip", encoding="float16", **fields, **SKIP)
     assert "exceeds float16's 65504 for 1 samples, which are skipped" in caplog.text
-    assert store.open(tmp_path / "skip").skipped.tolist() == bright.white
+    assert reader.open(tmp_path / "skip").skipped.tolist() == bright.white
     assert made(bright, tmp_path / "whole", encoding="float32", **fields)["skipped"] == 0
-    assert store.open(tmp_path / "whole").read("penultimate", 0, np.array(bright.white)).max() > 65504
+    assert reader.open(tmp_path / "whole").read("penultimate", 0, np.array(bright.white)).max() > 65504

@@ -10,10 +10,16 @@ import torch
 from lessons import CPU, precomputed, teacher_of
 from torch import nn
 
-from kcdcache import audit, cli, config, data, distill, fit, inspection, origin, precompute, teacher
+from kcdcache.cli import main
+from kcdcache.data import datasets
 from kcdcache.errors import CorruptionError, MismatchError, SettingsError
-from kcdcache.files import sealed_json, write_atomic
-from kcdcache.models.transform import InputTransform
+from kcdcache.files.atomic import sealed_json, write_atomic
+from kcdcache.networks.input_transform import InputTransform
+from kcdcache.report import show
+from kcdcache.settings import FitSettings, PrecomputeSettings, TrainSettings
+from kcdcache.store import check, identity
+from kcdcache.teacher import precompute, teacher
+from kcdcache.training import distill, fit
 
 NOISY = "digits?train=120&test=30&noise=0.4"
 CLEAN = "digits?train=120&test=30"
@@ -24,42 +30,46 @@ def knowing(dataset, learned_from):
 
 
 def test_a_store_tells_what_was_done_and_what_its_teacher_learned_from(tmp_path):
-    dataset = data.load(NOISY)
-    same, other = dataset.identity().digest, data.load(CLEAN).identity().digest
+    dataset = datasets.load(NOISY)
+    same, other = dataset.identity().digest, datasets.load(CLEAN).identity().digest
     for name, learned_from, expected in (("same", same, "same"), ("other", other, "other"), ("none", None, None)):
         knowledge = precomputed(tmp_path / name, dataset, knowing(dataset, learned_from), views=1)
-        found = origin.read(knowledge.path)
+        found = identity.read_origin(knowledge.path)
         assert found.teacher_data == learned_from
         assert found.corruption["corruption"] == {"noise": 0.4, "noise_seed": 12345, "redraw": True}
         assert found.corruption["mislabelled"] == int((dataset.train.labels != dataset.train.clean_labels).sum()) > 20
-        told = inspection.inspect(knowledge.path)
+        told = show.inspect(knowledge.path)
         assert told["mislabelled"] == found.corruption["mislabelled"]
         assert told.get("teacher_data") == expected
 
 
 def test_a_store_of_clean_data_tells_of_no_corruption(tmp_path):
-    dataset = data.load(CLEAN)
+    dataset = datasets.load(CLEAN)
     knowledge = precomputed(tmp_path, dataset, teacher_of(dataset), views=1)
-    assert origin.read(knowledge.path) == origin.Origin({}, None)
-    assert not {"corruption", "mislabelled", "teacher_data"} & inspection.inspect(knowledge.path).keys()
-    (tmp_path / origin.FILE).unlink()
-    assert origin.read(tmp_path) is None
-    assert origin.corruption_of(tmp_path) == {}
+    assert identity.read_origin(knowledge.path) == identity.Origin({}, None)
+    assert not {"corruption", "mislabelled", "teacher_data"} & show.inspect(knowledge.path).keys()
+    (tmp_path / identity.ORIGIN_FILE).unlink()
+    assert identity.read_origin(tmp_path) is None
+    assert identity.corruption_of(tmp_path) == {}
 
 
 def test_what_is_known_is_not_forgotten_and_what_is_not_is_completed(tmp_path):
     (tmp_path / "_kcd").mkdir()
-    first, known, later = origin.Origin({"a": 1}, None), origin.Origin({"a": 1}, "d"), origin.Origin({"b": 2}, "e")
+    first, known, later = (
+        identity.Origin({"a": 1}, None),
+        identity.Origin({"a": 1}, "d"),
+        identity.Origin({"b": 2}, "e"),
+    )
     for written, expected in ((first, first), (known, known), (first, known), (later, known)):
-        origin.write(tmp_path, written)
-        assert origin.read(tmp_path) == expected
+        identity.write_origin(tmp_path, written)
+        assert identity.read_origin(tmp_path) == expected
 
 
 @pytest.mark.parametrize("damage", ["changed", "no object", "cut"])
 def test_a_damaged_record_is_refused_by_readers_and_told_by_verify(tmp_path, damage):
-    dataset = data.load(NOISY)
+    dataset = datasets.load(NOISY)
     knowledge = precomputed(tmp_path, dataset, teacher_of(dataset), views=1)
-    file = tmp_path / origin.FILE
+    file = tmp_path / identity.ORIGIN_FILE
     if damage == "changed":
         file.write_bytes(file.read_bytes().replace(b'"noise":0.4', b'"noise":0.1'))
     elif damage == "no object":
@@ -67,15 +77,15 @@ def test_a_damaged_record_is_refused_by_readers_and_told_by_verify(tmp_path, dam
     else:
         file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(CorruptionError, match=re.escape(str(file))):
-        origin.read(tmp_path)
-    (problem,) = audit.verify(knowledge.path, share=0).problems
+        identity.read_origin(tmp_path)
+    (problem,) = check.verify(knowledge.path, share=0).problems
     assert str(file) in problem
 
 
 def test_the_teachers_data_are_known_from_its_folder(tmp_path):
-    dataset = data.load(CLEAN)
+    dataset = datasets.load(CLEAN)
     fit.run(
-        config.FitSettings(epochs=1, augment="crop", padding=2),
+        FitSettings(epochs=1, augment="crop", padding=2),
         data=dataset,
         model="resnet8",
         out=tmp_path / "fit",
@@ -89,11 +99,11 @@ def test_the_teachers_data_are_known_from_its_folder(tmp_path):
 
 
 def test_a_run_tells_it_measured_or_not_and_is_measured_later_when_asked(tmp_path):
-    dataset = data.load(NOISY)
+    dataset = datasets.load(NOISY)
     network = knowing(dataset, "0" * 64)
     knowledge = precomputed(tmp_path / "store", dataset, network, views=1)
     given = {"student": "lessons:TinyNet", "epochs": 2, "stages": 1, "keep": 1.0}
-    settings = [config.TrainSettings(**given, fidelity=name) for name in ("off", "auto")]
+    settings = [TrainSettings(**given, fidelity=name) for name in ("off", "auto")]
     plain, asked = (distill.Material(data=dataset, knowledge=knowledge, teacher=t) for t in (None, network))
     first = distill.run(settings[0], plain, out=tmp_path / "run", device="cpu")
     assert (first["teacher_data"], first["corruption"]["noise"]) == ("other", 0.4)
@@ -106,32 +116,32 @@ def test_a_run_tells_it_measured_or_not_and_is_measured_later_when_asked(tmp_pat
     assert "agreement_test" in third
     assert all(third[name] == second[name] for name in second.keys() - {"digest"})
     assert distill.run(settings[1], plain, out=tmp_path / "run", device="cpu") == third
-    assert inspection.inspect(tmp_path / "run")["finished"]
+    assert show.inspect(tmp_path / "run")["finished"]
 
 
 def test_an_exported_set_and_its_runs_tell_of_wrong_labels(tmp_path, capsys):
-    dataset = data.load(NOISY)
+    dataset = datasets.load(NOISY)
     knowledge = precomputed(tmp_path / "store", dataset, teacher_of(dataset), views=1)
     words = ["--data", NOISY, "--store", str(knowledge.path), "--student", "lessons:TinyNet", "--epochs", "2"]
     words += ["--stages", "2", "--keep", "0.5", "--k0", "stage_slice", "--device", "cpu", "-q"]
-    assert cli._outcome(["train", *words, "--out", str(tmp_path / "run")]) == 0
+    assert main._outcome(["train", *words, "--out", str(tmp_path / "run")]) == 0
     made = ["export", "--manifest", str(tmp_path / "run"), "--store", str(knowledge.path), "--data", NOISY]
-    assert cli._outcome([*made, "--with-images", "--out", str(tmp_path / "set"), "-q"]) == 0
+    assert main._outcome([*made, "--with-images", "--out", str(tmp_path / "set"), "-q"]) == 0
     wrong = int((dataset.train.labels != dataset.train.clean_labels).sum())
     card = (tmp_path / "set" / "README.md").read_text()
     assert "## Corrupted on purpose" in card
     assert f"{wrong} of all its samples have a wrong label" in card
-    assert inspection.inspect(tmp_path / "set")["mislabelled"] == wrong
+    assert show.inspect(tmp_path / "set")["mislabelled"] == wrong
     again = ["train", "--condensed", str(tmp_path / "set"), "--data", f"condensed:{tmp_path / 'set'}", "--student"]
     capsys.readouterr()
     assert (
-        cli._outcome([*again, "lessons:TinyNet", "--epochs", "1", "--out", str(tmp_path / "of"), "--json", "-q"]) == 0
+        main._outcome([*again, "lessons:TinyNet", "--epochs", "1", "--out", str(tmp_path / "of"), "--json", "-q"]) == 0
     )
     told = json.loads(capsys.readouterr().out)
     assert (told["mislabelled"], told["corruption"]["noise"]) == (wrong, 0.4)
-    file = tmp_path / "set" / "store" / origin.FILE
+    file = tmp_path / "set" / "store" / identity.ORIGIN_FILE
     file.write_bytes(file.read_bytes().replace(b'"noise":0.4', b'"noise":0.1'))
-    assert cli._outcome([*again, "lessons:TinyNet", "--epochs", "1", "--out", str(tmp_path / "no"), "-q"]) == 3
+    assert main._outcome([*again, "lessons:TinyNet", "--epochs", "1", "--out", str(tmp_path / "no"), "-q"]) == 3
 
 
 class Perfect(nn.Module):
@@ -154,11 +164,11 @@ def test_a_teacher_is_judged_by_true_labels(tmp_path, redraw):
     images[:, 0, 0, 0] = np.round(labels * 255 / 16)
     file = tmp_path / "d.npz"
     np.savez(file, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
-    dataset = data.load(f"arrays:{file}?noise=0.9&redraw={'true' if redraw else 'false'}")
+    dataset = datasets.load(f"arrays:{file}?noise=0.9&redraw={'true' if redraw else 'false'}")
     right = (dataset.train.labels == dataset.train.clean_labels).mean()
     assert right < 0.3
     network = teacher.freeze(Perfect(), InputTransform((0.0,), (1.0,)), "x:Perfect", dataset.classes, CPU)
-    settings = config.PrecomputeSettings(augment="none", views=1, fields=("logits",))
+    settings = PrecomputeSettings(augment="none", views=1, fields=("logits",))
     found = precompute.run(settings, dataset, network, tmp_path / "store")
     assert found["teacher_accuracy"] == [1.0]
     upside_down = replace(network, module=Wrong())
@@ -172,10 +182,10 @@ class Wrong(Perfect):
 
 
 def test_parameters_that_cannot_be_told_are_refused_before_the_teacher_runs(tmp_path):
-    dataset = data.load(CLEAN)
+    dataset = datasets.load(CLEAN)
     module = torch.nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10))
     network = teacher.freeze(module, InputTransform(dataset.mean, dataset.std), "x:Flat", dataset.classes, CPU)
-    settings = config.PrecomputeSettings(augment="crop", padding=2, views=1, min_accuracy=0,
+    settings = PrecomputeSettings(augment="crop", padding=2, views=1, min_accuracy=0,
                                          fields=("logits", "parameters"))  # fmt: skip
     for dry_run in (True, False):
         with pytest.raises(SettingsError, match="so its filters have no groups"):

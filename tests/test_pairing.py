@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kcdcache import pairing
 from kcdcache.errors import SettingsError
+from kcdcache.report import statistics
 
 T_TWO = 4.302652729911275
 """97.5 % point of Student's t with 2 degrees of freedom: sqrt(2) * 0.95 / sqrt(1 - 0.95^2)"""
@@ -15,7 +15,7 @@ seeded = st.dictionaries(st.integers(0, 5), numbers, min_size=1)
 
 
 def test_the_interval_by_hand():
-    found = pairing.difference({0: 0.71, 1: 0.73, 2: 0.69}, {0: 0.70, 1: 0.70, 2: 0.68})
+    found = statistics.difference({0: 0.71, 1: 0.73, 2: 0.69}, {0: 0.70, 1: 0.70, 2: 0.68})
     pairs = [0.01, 0.03, 0.01]
     mean = sum(pairs) / 3
     std = math.sqrt(sum((pair - mean) ** 2 for pair in pairs) / 2)
@@ -25,18 +25,18 @@ def test_the_interval_by_hand():
 
 
 def test_only_seeds_that_both_have_are_paired():
-    found = pairing.difference({0: 1.0, 1: 5.0, 7: 90.0}, {0: 0.5, 1: 4.0, 3: -90.0})
+    found = statistics.difference({0: 1.0, 1: 5.0, 7: 90.0}, {0: 0.5, 1: 4.0, 3: -90.0})
     assert (found.n, found.mean) == (2, pytest.approx(0.75))
-    assert pairing.difference({0: 1.0}, {1: 1.0}) is None
+    assert statistics.difference({0: 1.0}, {1: 1.0}) is None
 
 
 def test_one_pair_has_a_difference_and_no_interval():
-    assert pairing.difference({4: 2.0}, {4: 1.5}) == (1, 0.5, None, None, None)
+    assert statistics.difference({4: 2.0}, {4: 1.5}) == (1, 0.5, None, None, None)
 
 
 @given(seeded, seeded)
 def test_exchanging_both_sides_turns_the_sign(left, right):
-    one, other = pairing.difference(left, right), pairing.difference(right, left)
+    one, other = statistics.difference(left, right), statistics.difference(right, left)
     if one is None:
         assert other is None
         assert not left.keys() & right.keys()
@@ -49,23 +49,23 @@ def test_the_interval_covers_the_true_difference_as_often_as_it_says():
     random, covered = np.random.default_rng(3), 0
     for _ in range(2000):
         noise = random.normal(0.3, 2.0, 4)
-        found = pairing.difference(dict(enumerate(noise)), dict.fromkeys(range(4), 0.0))
+        found = statistics.difference(dict(enumerate(noise)), dict.fromkeys(range(4), 0.0))
         covered += found.low <= 0.3 <= found.high
     assert covered / 2000 == pytest.approx(0.95, abs=0.015)
 
 
 @given(st.lists(numbers, min_size=2, max_size=9))
 def test_spread_is_numpys_with_n_minus_1(found):
-    n, mean, std = pairing.spread(found)
+    n, mean, std = statistics.spread(found)
     assert (n, mean, std) == pytest.approx((len(found), np.mean(found), np.std(found, ddof=1)), abs=1e-9)
 
 
 def test_spread_of_one_and_of_none():
-    assert pairing.spread([0.5]) == (1, 0.5, None)
-    assert pairing.spread([]) == (0, None, None)
+    assert statistics.spread([0.5]) == (1, 0.5, None)
+    assert statistics.spread([]) == (0, None, None)
 
 
 @pytest.mark.parametrize("confidence", [0, 1, 95])
 def test_a_confidence_outside_0_to_1_is_refused(confidence):
     with pytest.raises(SettingsError, match=rf"between 0 and 1, found {confidence}"):
-        pairing.difference({0: 1.0}, {0: 1.0}, confidence)
+        statistics.difference({0: 1.0}, {0: 1.0}, confidence)

@@ -19,22 +19,10 @@ from killing import nursery, succeeds
 from pupils import SCHOOL, leftovers, school
 from pupils import command as taught
 
-from kcdcache import (
-    checks,
-    commands,
-    config,
-    difference,
-    export,
-    files,
-    inspection,
-    loop,
-    manifest,
-    partitioned,
-    scratch,
-    sources,
-    tables,
-    values,
-)
+from kcdcache import progress
+from kcdcache import settings as kcdcache_settings
+from kcdcache.commands import differ, verify
+from kcdcache.condense import manifest, value_files, values
 from kcdcache.errors import (
     CorruptionError,
     LockedError,
@@ -44,7 +32,10 @@ from kcdcache.errors import (
     SettingsError,
     UnfinishedError,
 )
-from kcdcache.partitioned import SEAL
+from kcdcache.export import write
+from kcdcache.files import atomic, parquet
+from kcdcache.files.parquet import SEAL
+from kcdcache.report import show
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +56,7 @@ def place(made, tmp_path):
 def test_parts_are_ranges_of_one_size_that_cover_all_samples_once(count, size):
     if -(-count // size) > 1000:
         size = -(-count // 1000)
-    spans = partitioned.spans(count, size)
+    spans = parquet.spans(count, size)
     assert [span.first for span in spans] == [size * number for number in range(len(spans))]
     assert [span.stop for span in spans] == [*(span.first for span in spans[1:]), count]
     assert all(0 < span.stop - span.first <= size for span in spans)
@@ -92,15 +83,15 @@ def test_other_tools_read_the_parts_as_plain_parquet(place):
 def test_the_record_names_every_part_and_the_digest_of_the_single_file(place):
     for one, many in (("values.parquet", "values.parts"), ("before.parquet", "before.parts")):
         record = json.loads((place / many / SEAL).read_text())
-        assert record["document"]["digest"] == inspection.id_of(place / one) == inspection.id_of(place / many)
-        for span, part in zip(partitioned.spans(COUNT, record["partition_rows"]), record["parts"], strict=True):
+        assert record["document"]["digest"] == show.id_of(place / one) == show.id_of(place / many)
+        for span, part in zip(parquet.spans(COUNT, record["partition_rows"]), record["parts"], strict=True):
             file = place / many / span.name
-            assert part["sha256"] == files.sha256_file(file)
+            assert part["sha256"] == atomic.sha256_file(file)
             assert (part["bytes"], part["rows"]) == (file.stat().st_size, pq.read_metadata(file).num_rows)
 
 
 def test_what_was_written_is_what_is_read(place):
-    one, many = (values.read(place / name, COUNT) for name in ("values.parquet", "values.parts"))
+    one, many = (value_files.read(place / name, COUNT) for name in ("values.parquet", "values.parts"))
     assert np.array_equal(one.values.visits, many.values.visits)
     assert np.array_equal(one.values.value, many.values.value)
     assert np.array_equal(one.labels, many.labels)
@@ -110,7 +101,7 @@ def test_what_was_written_is_what_is_read(place):
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 150), (0, 1), (31, 33), (32, 64), (149, 150), (60, 60), (10, 140)])
 def test_any_range_of_rows_is_read_from_the_parts_that_have_it(place, start, stop):
-    with partitioned.opened(place / "values.parts") as reader:
+    with parquet.opened(place / "values.parts") as reader:
         found = [table["index"].to_pylist() for table in reader.groups(["index"], start, stop)]
     assert [*chain(*found)] == list(range(start, stop))
     assert all(found)
@@ -120,7 +111,7 @@ def test_parts_without_the_rows_stay_closed(place):
     (place / "values.parts/part-00002-of-00005.parquet").write_bytes(
         bytes((place / "values.parts/part-00002-of-00005.parquet").stat().st_size)
     )
-    with partitioned.opened(place / "values.parts") as reader:
+    with parquet.opened(place / "values.parts") as reader:
         assert sum(map(len, reader.groups(["index"], 0, 64))) == 64
         with pytest.raises(CorruptionError, match=r"part-00002-of-00005\.parquet is not what was written: its SHA-256"):
             list(reader.groups(["index"], 0, 65))
@@ -130,7 +121,7 @@ def test_parts_without_the_rows_stay_closed(place):
 def test_ranges_of_a_single_file_are_cut_out_of_its_row_groups(place, group):
     table = pa.table({"index": np.arange(50)})
     pq.write_table(table, place / "one.parquet", row_group_size=group)
-    with tables.opened(place / "one.parquet") as reader:
+    with parquet.opened_file(place / "one.parquet") as reader:
         for start, stop in ((0, 50), (3, 4), (6, 15), (49, 50), (50, 60), (9, 9)):
             found = [part["index"].to_pylist() for part in reader.groups(None, start, stop)]
             assert [*chain(*found)] == list(range(50))[start:stop]
@@ -141,10 +132,10 @@ def test_ranges_of_a_single_file_are_cut_out_of_its_row_groups(place, group):
 
 def test_inspect_verify_and_diff_tell_the_same_of_both_forms(place):
     for name in ("values", "before"):
-        one, many = (inspection.inspect(place / f"{name}.{form}") for form in ("parquet", "parts"))
+        one, many = (show.inspect(place / f"{name}.{form}") for form in ("parquet", "parts"))
         assert {**one, "path": 0} == {**many, "path": 0}
-        assert checks.verify(place / f"{name}.parts")["problems"] == 0
-    found = difference.run(place / "before.parquet", place / "before.parts")
+        assert verify.verify(place / f"{name}.parts")["problems"] == 0
+    found = differ.run(place / "before.parquet", place / "before.parts")
     assert found["set"]["identical"] if "set" in found else "identical" in found["note"]
 
 
@@ -158,7 +149,9 @@ def test_a_student_learns_from_a_set_in_parts_as_from_one_file(tmp_path):
         told = taught(place, "train", out=out, manifest=tmp_path / name, **given)
         assert told["kept"] == 120
         wanted = {"manifest": tmp_path / name, "store": place.knowledge.path, "out": tmp_path / "export"}
-        planned = export.run(config.make(commands.ExportCommand, wanted), loop.silent, dry_run=True)
+        planned = write.run(
+            kcdcache_settings.make(kcdcache_settings.ExportCommand, wanted), progress.silent, dry_run=True
+        )
         assert planned["kept"] == 120
     assert (tmp_path / "many.parquet").is_dir()
     assert (tmp_path / "one/student.safetensors").read_bytes() == (tmp_path / "many/student.safetensors").read_bytes()
@@ -169,9 +162,9 @@ def test_a_student_learns_from_a_set_in_parts_as_from_one_file(tmp_path):
 
 def changed(folder, change):
     """Change a sealed record and seal it again."""
-    record = files.read_sealed(folder / SEAL)
+    record = atomic.read_sealed(folder / SEAL)
     change(record)
-    (folder / SEAL).write_bytes(files.sealed_json(record))
+    (folder / SEAL).write_bytes(atomic.sealed_json(record))
 
 
 @pytest.mark.parametrize("name", ["values", "before"])
@@ -197,8 +190,8 @@ def test_a_folder_that_is_not_whole_is_refused(place, name, damage, error, text)
     folder = place / f"{name}.parts"
     damage(folder)
     for look in (
-        lambda: inspection.inspect(folder),
-        lambda: values.read(folder, COUNT) if name == "values" else manifest.read(folder),
+        lambda: show.inspect(folder),
+        lambda: value_files.read(folder, COUNT) if name == "values" else manifest.read(folder),
         lambda: condensed(place, place / "out", {"values": "values.parts", "previous": "before.parts"}),
     ):
         with pytest.raises(error, match=text):
@@ -231,19 +224,19 @@ def test_a_record_that_tells_other_digests_or_rows_than_the_parts_have_is_refuse
     else:
         changed(folder, lambda r: (r if change == "fingerprint" else r["document"]).update({change: "0" * 64}))
     with pytest.raises(CorruptionError, match=r"not match its digest|its record tells|has 22 rows"):
-        values.read(folder, COUNT)
+        value_files.read(folder, COUNT)
 
 
 def test_a_single_part_is_no_values_and_no_manifest(place):
     for name in ("values", "before"):
         part = next(iter(sorted((place / f"{name}.parts").glob("part*"))))
-        for look in (lambda p=part: inspection.inspect(p), lambda p=part: values.read(p, COUNT)):
+        for look in (lambda p=part: show.inspect(p), lambda p=part: value_files.read(p, COUNT)):
             with pytest.raises(
                 MismatchError, match=rf"one of several parts of a set; give their folder, .*{name}.parts"
             ):
                 look()
     with pytest.raises(MismatchError, match="one of several parts of a set; give their folder"):
-        values.read(place / "values.parts" / "part*.parquet", COUNT)
+        value_files.read(place / "values.parts" / "part*.parquet", COUNT)
 
 
 def test_a_folder_is_never_written_over_anything(place):
@@ -302,13 +295,13 @@ def test_what_cannot_be_made_is_refused(place):
 
 
 def test_files_that_leave_samples_out_are_unseen_there_in_every_way_to_read_them(place, monkeypatch):
-    monkeypatch.setattr(tables, "ROWS", 10)
+    monkeypatch.setattr(parquet, "ROWS", 10)
     (place / "few").mkdir()
     for number, index in enumerate((np.arange(60, 90, 2), np.array([3, 4, 40]), np.arange(120, 130))):
         pq.write_table(pa.table({"index": index, "value": index / 7}), place / f"few/{number}.parquet")
-    expected = values.read(place / "few", COUNT)
+    expected = value_files.read(place / "few", COUNT)
     assert expected.values.visits.sum() == 28
-    with sources.streamed(place / "few/*.parquet", COUNT) as (source, document):
+    with value_files.streamed(place / "few/*.parquet", COUNT) as (source, document):
         assert document is None
         blocks = list(source.blocks())
         assert [block.first for block in blocks] == sorted({block.first for block in blocks})
@@ -334,7 +327,7 @@ def test_files_that_leave_samples_out_are_unseen_there_in_every_way_to_read_them
 )
 def test_bad_rows_of_other_tools_are_named_when_they_are_streamed(place, columns, error, text):
     pq.write_table(pa.table(columns), place / "bad.parquet")
-    with pytest.raises(error, match=text), sources.streamed(place / "bad.parquet", COUNT) as (source, _):
+    with pytest.raises(error, match=text), value_files.streamed(place / "bad.parquet", COUNT) as (source, _):
         list(source.blocks())
 
 
@@ -355,7 +348,7 @@ def test_overlapping_files_are_refused_streamed_and_held(place):
 
 
 def streamed(path):
-    with sources.streamed(path, COUNT) as (source, _):
+    with value_files.streamed(path, COUNT) as (source, _):
         return list(source.blocks())
 
 
@@ -397,8 +390,8 @@ def test_only_folders_of_the_dead_are_deleted(tmp_path):
     ours, dead = os.getpid(), 2**22 + 1  # larger than any process number
     for process in (ours, dead):
         (tmp_path / f"set.tmp-{process}-1").mkdir()
-    with files.locked(tmp_path / f"set.tmp-{dead}-2" / scratch.LOCK):  # on another machine
-        scratch.remove_orphans(tmp_path / "set")
+    with atomic.locked(tmp_path / f"set.tmp-{dead}-2" / atomic.LOCK):  # on another machine
+        atomic.remove_orphans(tmp_path / "set")
         assert {path.name for path in tmp_path.iterdir()} == {f"set.tmp-{ours}-1", f"set.tmp-{dead}-2"}
-    scratch.remove_orphans(tmp_path / "set")
+    atomic.remove_orphans(tmp_path / "set")
     assert [path.name for path in tmp_path.iterdir()] == [f"set.tmp-{ours}-1"]

@@ -23,11 +23,18 @@ from pupils import (
 )
 from torch import nn
 
-from kcdcache import batches, checks, layout, loop, manifest, precompute, requery, store, teacher, views
-from kcdcache.config import PrecomputeSettings
+from kcdcache.commands import verify
+from kcdcache.condense import manifest
 from kcdcache.errors import MismatchError, NonFiniteError, NotFoundError, SettingsError, UnfinishedError
-from kcdcache.models import spec, weights
-from kcdcache.models.transform import InputTransform
+from kcdcache.networks import registry, weights
+from kcdcache.networks.input_transform import InputTransform
+from kcdcache.progress import silent
+from kcdcache.settings import PrecomputeSettings
+from kcdcache.store import check, reader
+from kcdcache.store import plan as plan_
+from kcdcache.teacher import precompute, teacher
+from kcdcache.training import requery
+from kcdcache.views import rules
 
 FIELDS = ("logits", "penultimate")
 CROPS = {"augment": "crop", "padding": 2, "batch_size": 64, "min_accuracy": 0}
@@ -39,19 +46,19 @@ def place(tmp_path_factory):
     return school(tmp_path_factory.mktemp("school"), fields=FIELDS)
 
 
-def run(place, path, network=None, progress=loop.silent, data=None, **changes):
+def run(place, path, network=None, progress=silent, data=None, **changes):
     wanted = PrecomputeSettings(**(CROPS | {"views": 3, "encoding": "float32", "fields": FIELDS} | changes))
     return precompute.run(wanted, data or place.data, network or place.network, path, progress)
 
 
 def live(place, view, index, batch=64):
     """The teacher's outputs on the store's fixed batches, computed here."""
-    rule = views.rule_of(place.knowledge.knowledge.views)
+    rule = rules.rule_of(place.knowledge.knowledge.views)
     parts = []
     for start in range(0, len(index), batch):
         chosen = index[start : start + batch]
         images = torch.from_numpy(place.data.train.images(chosen))
-        pixels = views.apply(rule, images, views.parameters(rule, chosen, view))
+        pixels = rules.apply(rule, images, rules.parameters(rule, chosen, view))
         parts.append(teacher.outputs(place.network, pixels, FIELDS))
     return {field: torch.cat([part[field] for part in parts]).numpy() for field in FIELDS}
 
@@ -78,7 +85,7 @@ def test_broken_off_and_resumed_gives_the_same_bytes(place, tmp_path, parts):
     with pytest.raises(BrokenOffError):
         run(place, tmp_path / "store", progress=stop_after(parts))
     with pytest.raises(UnfinishedError, match="run the same `kcdcache precompute` again"):
-        store.open(tmp_path / "store")
+        reader.open(tmp_path / "store")
     run(place, tmp_path / "store")
     assert same_files(place.knowledge.path, tmp_path / "store")
     assert not leftovers(tmp_path)
@@ -103,10 +110,10 @@ def test_a_finished_store_changes_no_byte(place, tmp_path):
 
 def test_views_and_fields_grow_to_the_same_values(place, tmp_path):
     run(place, tmp_path / "store", views=1, fields=("logits",))
-    before = store.open(tmp_path / "store")
+    before = reader.open(tmp_path / "store")
     run(place, tmp_path / "store", views=2, fields=("logits",))
     run(place, tmp_path / "store", views=3)
-    grown, everyone = store.open(tmp_path / "store"), np.arange(TRAIN)
+    grown, everyone = reader.open(tmp_path / "store"), np.arange(TRAIN)
     assert (grown.views, len(grown.commits)) == (3, 3)
     for field in FIELDS:
         for view in range(3):
@@ -121,7 +128,7 @@ def test_a_growth_broken_off_leaves_the_store_readable_and_resumes(place, tmp_pa
         run(place, path, views=1)
     with pytest.raises(BrokenOffError):
         run(place, tmp_path / "cut", progress=stop_after(1))
-    assert store.open(tmp_path / "cut").views == 1
+    assert reader.open(tmp_path / "cut").views == 1
     for path in (tmp_path / "cut", tmp_path / "whole"):
         run(place, path)
     assert same_files(tmp_path / "whole", tmp_path / "cut")
@@ -216,14 +223,14 @@ def test_the_demanded_accuracy_is_the_users(place, tmp_path):
 
 
 def test_a_teacher_of_nothing_is_caught_by_name(place, tmp_path):
-    network = opinionated(spec.build("resnet8", CLASSES, 1))
+    network = opinionated(registry.build("resnet8", CLASSES, 1))
     with torch.no_grad():
         network.fc.bias[3] = torch.nan
     broken = teacher.freeze(network, InputTransform(place.data.mean, place.data.std), "r", place.data.classes, CPU)
     with pytest.raises(NonFiniteError, match=r"logits.*0"):
         run(place, tmp_path / "store", network=broken)
     with pytest.raises(UnfinishedError, match="not finished"):
-        store.open(tmp_path / "store")
+        reader.open(tmp_path / "store")
 
 
 def test_more_views_than_there_are_is_refused(place, tmp_path):
@@ -252,7 +259,7 @@ def test_imported_logits_are_the_computed_ones(place, tmp_path):
     everyone = np.arange(TRAIN)
     logits = np.stack([place.knowledge.read("logits", view, everyone) for view in range(3)])
     told = imported(place, tmp_path / "store", logits)
-    found = store.open(tmp_path / "store")
+    found = reader.open(tmp_path / "store")
     for view in range(3):
         assert np.array_equal(found.read("logits", view, everyone), logits[view])
         assert found.measurements(view)["correct"] == place.knowledge.measurements(view)["correct"]
@@ -263,7 +270,7 @@ def test_imported_logits_are_the_computed_ones(place, tmp_path):
 def test_one_view_may_be_imported_without_its_axis(place, tmp_path):
     logits = place.knowledge.read("logits", 0, np.arange(TRAIN)).astype(np.float64)
     imported(place, tmp_path / "store", logits)
-    found = store.open(tmp_path / "store")
+    found = reader.open(tmp_path / "store")
     assert found.views == 1
     assert np.array_equal(found.read("logits", 0, np.arange(TRAIN)), logits.astype(np.float32))
 
@@ -299,11 +306,11 @@ def test_what_is_no_array_is_refused(place, tmp_path):
 def test_imported_logits_cannot_be_asked_again(place, tmp_path):
     imported(place, tmp_path / "store", place.knowledge.read("logits", 0, np.arange(TRAIN)))
     with pytest.raises(MismatchError, match="were imported from elsewhere"):
-        checks.verify(tmp_path / "store", data=SPEC, teacher=str(place.teacher))
+        verify.verify(tmp_path / "store", data=SPEC, teacher=str(place.teacher))
 
 
 def test_verify_computes_points_again(place):
-    found = checks.verify(place.knowledge.path, data=SPEC, teacher=str(place.teacher), depth=checks.Depth(points=150))
+    found = verify.verify(place.knowledge.path, data=SPEC, teacher=str(place.teacher), depth=verify.Depth(points=150))
     assert found["recomputed"]["differing"] == 0
     assert found["recomputed"]["points"] >= 150
     assert found["recomputed"]["largest"] == 0
@@ -311,14 +318,14 @@ def test_verify_computes_points_again(place):
 
 
 def test_verify_computes_all_points_when_asked_for_more(place):
-    found = checks.recheck(place.knowledge, place.data, place.network, points=10**9)
+    found = verify.recheck(place.knowledge, place.data, place.network, points=10**9)
     assert (found["points"], found["differing"]) == (3 * TRAIN, 0)
 
 
 def test_verify_refuses_another_teacher(place, tmp_path):
     other = saved_teacher(tmp_path / "teacher", place.data, seed=3)
     with pytest.raises(MismatchError, match=r"weights.*give the teacher the store was made with"):
-        checks.verify(place.knowledge.path, data=SPEC, teacher=str(other))
+        verify.verify(place.knowledge.path, data=SPEC, teacher=str(other))
 
 
 def test_recheck_sees_a_teacher_whose_identity_lies(place):
@@ -327,7 +334,7 @@ def test_recheck_sees_a_teacher_whose_identity_lies(place):
         changed = teacher_of(place.data)
         changed.module.fc.weight[2, :4] += 0.5
     lying = replace(changed, identity=place.network.identity)
-    found = checks.recheck(place.knowledge, place.data, lying, points=150)
+    found = verify.recheck(place.knowledge, place.data, lying, points=150)
     assert found["differing"] == found["points"]
     assert found["largest"] > 0.01
 
@@ -336,9 +343,9 @@ def test_requery_says_what_the_teacher_says_of_the_mixes(place, tmp_path):
     chosen = condensed(place.knowledge, keep=0.6)
     manifest.write(tmp_path / "set.parquet", chosen)
     told = command(place, "precompute", manifest=tmp_path / "set.parquet", fields=FIELDS)
-    found = store.open(requery.path_for(tmp_path / "set.parquet"))
+    found = reader.open(requery.path_for(tmp_path / "set.parquet"))
     rows = np.flatnonzero(chosen.mixed)
-    rule = views.rule_of(place.knowledge.knowledge.views)
+    rule = rules.rule_of(place.knowledge.knowledge.views)
     for view in range(3):
         kept, dropped = (crops(place, rule, index[rows], view) for index in (chosen.index, chosen.partner))
         share = torch.from_numpy(chosen.epsilon[rows]).view(-1, 1, 1, 1)
@@ -352,7 +359,7 @@ def test_requery_says_what_the_teacher_says_of_the_mixes(place, tmp_path):
 
 def crops(place, rule, index, view):
     images = torch.from_numpy(place.data.train.images(index))
-    return views.apply(rule, images, views.parameters(rule, index, view))
+    return rules.apply(rule, images, rules.parameters(rule, index, view))
 
 
 def test_requery_again_changes_no_byte_and_does_not_run(place, tmp_path):
@@ -391,7 +398,7 @@ def test_time_spent_is_logged_apart_from_what_is_promised(place):
 def test_stores_batches_are_a_fixed_partition(place):
     """What a student's store says must not depend on where a precompute was cut: bounds never cross a part's start."""
     plan = place.knowledge.plan
-    bounds = [pair for part in layout.parts(plan) for pair in plan.batches(part)]
+    bounds = [pair for part in plan_.parts(plan) for pair in plan.batches(part)]
     assert bounds == [(0, 64), (64, 128), (128, 192), (192, 200)] * 3
 
 
@@ -400,11 +407,11 @@ def test_a_teachers_file_of_weights_is_the_teacher_in_a_folder(place, tmp_path):
     path.write_bytes((place.teacher / "model.safetensors").read_bytes())
     options = CROPS | {"views": 1, "encoding": "float32", "store": tmp_path / "store"}
     command(place, "precompute", teacher="resnet8", weights=path, **options)
-    assert store.open(tmp_path / "store").knowledge_id == place.knowledge.knowledge_id
+    assert reader.open(tmp_path / "store").knowledge_id == place.knowledge.knowledge_id
     assert weights.load_weights(path).keys() == place.network.module.state_dict().keys()
 
 
 def test_data_that_is_not_the_stores_is_refused_by_verify(place):
     with pytest.raises(MismatchError, match=r"count.*200.*150"):
-        checks.verify(place.knowledge.path, data="digits?train=150&test=60", teacher=str(place.teacher))
-    assert batches.check_data(place.knowledge, place.data) is None
+        verify.verify(place.knowledge.path, data="digits?train=150&test=60", teacher=str(place.teacher))
+    assert check.check_data(place.knowledge, place.data) is None

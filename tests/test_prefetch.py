@@ -11,11 +11,16 @@ from lessons import CPU, condensed, opinionated, precomputed
 from PIL import Image
 from pupils import BrokenOffError, same_files, stop_after
 
-from kcdcache import batches, data, distill, evaluate, layout, manifest, precompute, prefetch, teacher, views
-from kcdcache.config import PrecomputeSettings, TrainSettings, ViewSettings
+from kcdcache.condense import manifest
+from kcdcache.data import datasets
 from kcdcache.errors import CorruptionError, MismatchError
-from kcdcache.models import spec as networks
-from kcdcache.models.transform import InputTransform
+from kcdcache.networks import registry
+from kcdcache.networks.input_transform import InputTransform
+from kcdcache.settings import PrecomputeSettings, TrainSettings, ViewSettings
+from kcdcache.store import plan
+from kcdcache.teacher import precompute, teacher
+from kcdcache.training import batches, distill, evaluation
+from kcdcache.views import prefetch, rules
 
 NAMES = ("ant", "bee", "cow")
 SEEN = {"augment": "resized-crop-flip", "size": 16}
@@ -43,20 +48,20 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def loaded(place):
-    return data.load(f"folder:{place}")
+    return datasets.load(f"folder:{place}")
 
 
 def rule_of(dataset):
-    return views.rule_from(ViewSettings(**SEEN), dataset.train.image_size)
+    return rules.rule_from(ViewSettings(**SEEN), dataset.train.image_size)
 
 
 def teacher_of(dataset):
-    network = opinionated(networks.build("resnet8", len(NAMES), 1))
+    network = opinionated(registry.build("resnet8", len(NAMES), 1))
     return teacher.freeze(network, InputTransform(dataset.mean, dataset.std), "resnet8", dataset.classes, CPU)
 
 
 def asked_of(rule, *batches_of):
-    return [prefetch.Asked(np.array(index), views.parameters(rule, np.array(index), 3)) for index in batches_of]
+    return [prefetch.Asked(np.array(index), rules.parameters(rule, np.array(index), 3)) for index in batches_of]
 
 
 def one_by_one(dataset, rule, asked):
@@ -65,7 +70,7 @@ def one_by_one(dataset, rule, asked):
         shown = []
         for sample, row in zip(index.tolist(), parameters, strict=True):
             with Image.open(dataset.train.source.payloads[sample]) as image:
-                shown.append(views.apply(rule, [torch.from_numpy(np.array(image.convert("RGB")))], row[None]))
+                shown.append(rules.apply(rule, [torch.from_numpy(np.array(image.convert("RGB")))], row[None]))
         yield torch.cat(shown)
 
 
@@ -90,15 +95,15 @@ def test_the_crop_is_taken_from_the_original_image(loaded):
     rule = rule_of(loaded)
     for sample in (0, 19, 45):
         image = loaded.train.images(np.array([sample]))[0]
-        drawn = views.parameters(rule, np.array([sample]), 2)
-        boxes, flips = views._boxes(drawn, *(np.array([float(side)]) for side in image.shape[:2]))
+        drawn = rules.parameters(rule, np.array([sample]), 2)
+        boxes, flips = rules._boxes(drawn, *(np.array([float(side)]) for side in image.shape[:2]))
         top, left, high, wide = boxes[0].tolist()
         assert high <= image.shape[0]
         assert wide <= image.shape[1]
         assert high * wide >= 0.07 * image[..., 0].size
         expected = resized(image[top : top + high, left : left + wide] / 255, 16, 16)
         expected = expected[:, ::-1] if flips[0] else expected
-        found = views.show(rule, [image], drawn, CPU)[0].permute(1, 2, 0).numpy()
+        found = rules.show(rule, [image], drawn, CPU)[0].permute(1, 2, 0).numpy()
         assert np.abs(found - expected).max() < 1e-5
 
 
@@ -120,7 +125,7 @@ def triangle(length, side):
 
 
 def test_evaluation_takes_the_centre_of_the_image_enlarged_by_256_over_224(loaded):
-    rule = views.plain(rule_of(loaded))
+    rule = rules.plain(rule_of(loaded))
     for sample in (2, 30):
         image = loaded.train.images(np.array([sample]))[0]
         high, wide = image.shape[:2]
@@ -128,7 +133,7 @@ def test_evaluation_takes_the_centre_of_the_image_enlarged_by_256_over_224(loade
         size = round(high * scale), round(wide * scale)
         whole = resized(image / 255, *size)
         top, left = (size[0] - 16) // 2, (size[1] - 16) // 2
-        found = views.show(rule, [image], np.zeros((1, 0), np.int64), CPU)[0].permute(1, 2, 0).numpy()
+        found = rules.show(rule, [image], np.zeros((1, 0), np.int64), CPU)[0].permute(1, 2, 0).numpy()
         assert np.abs(found - whole[top : top + 16, left : left + 16]).max() < 1e-5
 
 
@@ -137,7 +142,7 @@ def test_training_shows_the_views_the_teacher_saw_bit_for_bit(loaded, tmp_path):
     network = teacher_of(loaded)
     knowledge = precomputed(tmp_path / "store", loaded, network, views=2, batch_size=20, encoding="float32", **SEEN)
     everything = manifest.full(knowledge.knowledge_id, 60, loaded.train.labels, 3)
-    with batches.connect(data.load(loaded.name), knowledge, everything) as source:
+    with batches.connect(datasets.load(loaded.name), knowledge, everything) as source:
         for epoch in (0, 1):
             pixels, kept = torch.empty(60, 3, 16, 16), torch.empty(60, 3)
             for batch in batches.iterate(source, epoch, batch_size=13, workers=3):
@@ -153,7 +158,7 @@ def test_a_store_and_a_test_accuracy_do_not_depend_on_the_number_of_workers(load
         precomputed(tmp_path / str(workers), loaded, network, views=2, batch_size=7, workers=workers, **SEEN)
     assert same_files(tmp_path / "1", tmp_path / "4")
     one, four = (
-        evaluate.predict(network.module, network.transform, loaded.test, views.plain(rule), CPU, workers=count)
+        evaluation.predict(network.module, network.transform, loaded.test, rules.plain(rule), CPU, workers=count)
         for count in (1, 4)
     )
     assert torch.equal(one, four)
@@ -261,7 +266,7 @@ def test_rows_that_were_announced_are_those_asked_for(loaded):
 
 
 def test_a_store_broken_off_leaves_no_thread_and_resumes_to_the_same_bytes(loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr(layout, "MOST_PART_ROWS", 16)
+    monkeypatch.setattr(plan, "MOST_PART_ROWS", 16)
     network, given = teacher_of(loaded), {"views": 2, "batch_size": 7, "min_accuracy": 0, **SEEN}
     settings = PrecomputeSettings(**given)
     with pytest.raises(BrokenOffError):

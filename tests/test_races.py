@@ -13,8 +13,10 @@ import pytest
 from killing import ROOT, environment, finished, nursery, succeeds
 from pupils import SPEC, digits, leftovers, lines, saved_teacher
 
-from kcdcache import identity, inspection, manifest, store, values
+from kcdcache.condense import manifest, value_files
 from kcdcache.errors import LockedError, NotFoundError, UnfinishedError
+from kcdcache.report import show
+from kcdcache.store import identity, reader
 
 STORE = {"augment": "crop", "padding": 2, "views": 8, "batch_size": 64, "min_accuracy": 0}
 TRAIN = {"student": "lessons:TinyNet", "epochs": 6, "stages": 3, "batch_size": 32, "keep": 0.6, "threads": 1}
@@ -183,7 +185,7 @@ def test_a_manifest_appears_whole(place, start, tmp_path):
     whole = manifest.read(tmp_path / "alone.parquet").digest
     for turn in range(4):
         out = tmp_path / f"{turn}.parquet"
-        with Looking(lambda path=out: (manifest.read(path).digest, inspection.inspect(path)["kept"])) as looking:
+        with Looking(lambda path=out: (manifest.read(path).digest, show.inspect(path)["kept"])) as looking:
             succeeds(start, condense(place, out), tmp_path / "log")
             while len(looking.seen) < 2 and looking.is_alive():
                 pass
@@ -194,10 +196,10 @@ def look_at_run(path):
     """Return what stands in a run: its manifests, the epoch of its values, what `inspect` tells."""
     if not (path / "run.json").exists():  # a folder in which only the lock lies is nothing yet
         raise NotFoundError
-    told = inspection.inspect(path)
+    told = show.inspect(path)
     sets = [manifest.read(path / f"stages/{stage['stage']}/manifest.parquet").digest for stage in told["stages"]]
     assert sets[: len(told["stages"])] == [stage["digest"] for stage in told["stages"]]
-    found = values.read(path / "values.parquet", 200) if (path / "values.parquet").exists() else None
+    found = value_files.read(path / "values.parquet", 200) if (path / "values.parquet").exists() else None
     return told["finished"], told["epochs_done"], tuple(sets), found and (found.document["epoch"], total(found))
 
 
@@ -230,19 +232,19 @@ def epochs_of(run):
 def look_at_store(path):
     if not (path / identity.IDENTITY_FILE).exists():
         raise NotFoundError
-    told = inspection.inspect(path)
+    told = show.inspect(path)
     if not told["sealed"]:
         with pytest.raises(UnfinishedError, match="run the same"):
             raise_if_unsealed(path)
         return told["parts"]["done"]
-    opened = store.open(path)
+    opened = reader.open(path)
     rows = opened.load(opened.views - 1, np.arange(opened.count), ("logits",))
     return "sealed", {name: array.tobytes() for name, array in rows.items()}
 
 
 def raise_if_unsealed(path):
     """It may have been sealed since it was inspected."""
-    store.open(path)
+    reader.open(path)
     raise UnfinishedError("run the same")
 
 

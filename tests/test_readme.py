@@ -11,13 +11,19 @@ from pathlib import Path
 import click
 import pytest
 
-from kcdcache import cli, config, data, distill, listing, precompute, store, teacher
-from kcdcache.catalogue import METHODS
-from kcdcache.models import spec
-from kcdcache.models.taps import TAPS
-from kcdcache.models.transform import InputTransform
-from kcdcache.runs import read_metrics
-from kcdcache.sampling import SAMPLING
+from kcdcache.cli import help, main
+from kcdcache.data import datasets
+from kcdcache.methods.registry import METHODS
+from kcdcache.networks import registry
+from kcdcache.networks.input_transform import InputTransform
+from kcdcache.networks.taps import TAPS
+from kcdcache.report import show
+from kcdcache.runs.state import read_metrics
+from kcdcache.settings import PrecomputeSettings, TrainSettings, make
+from kcdcache.store import reader
+from kcdcache.teacher import precompute, teacher
+from kcdcache.training import distill
+from kcdcache.training.sampling import SAMPLING
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -30,14 +36,14 @@ MODULES = sorted(path for path in (ROOT / "kcdcache").rglob("*.py") if path.name
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Three epochs of KD from a store, as `kcdcache train` does them."""
-    folder, digits = tmp_path_factory.mktemp("readme"), data.load("digits")
+    folder, digits = tmp_path_factory.mktemp("readme"), datasets.load("digits")
     transform = InputTransform(digits.mean, digits.std)
-    network = teacher.freeze(spec.build("resnet8", 10, seed=7), transform, "resnet8", digits.classes, "cpu")
+    network = teacher.freeze(registry.build("resnet8", 10, seed=7), transform, "resnet8", digits.classes, "cpu")
     rules = {"augment": "crop", "padding": 2, "views": 3, "min_accuracy": 0.0}
-    precompute.run(config.make(config.PrecomputeSettings, rules), digits, network, folder / "store")
+    precompute.run(make(PrecomputeSettings, rules), digits, network, folder / "store")
     settings = {"student": "resnet8", "epochs": 3, "stages": 1, "keep": 1.0, "milestones": ()}
-    material = distill.Material(data=digits, knowledge=store.open(folder / "store"))
-    distill.run(config.make(config.TrainSettings, settings), material, out=folder / "run")
+    material = distill.Material(data=digits, knowledge=reader.open(folder / "store"))
+    distill.run(make(TrainSettings, settings), material, out=folder / "run")
     return folder
 
 
@@ -53,7 +59,7 @@ def test_own_training_loop_gives_the_losses_of_train(trained):
 
 
 def test_a_method_and_a_network_are_added_as_the_readme_shows(trained, monkeypatch):
-    monkeypatch.setattr(spec, "NETWORKS", dict(spec.NETWORKS))
+    monkeypatch.setattr(registry, "NETWORKS", dict(registry.NETWORKS))
     code = next(text for kind, text in BLOCKS if kind == "python" and "METHODS[" in text)
     code = code.replace("runs/digits/store", str(trained / "store")).replace("runs/shallow", str(trained / "shallow"))
     before = dict(METHODS), dict(TAPS)
@@ -70,7 +76,7 @@ def test_a_method_and_a_network_are_added_as_the_readme_shows(trained, monkeypat
 
 
 def test_the_table_of_methods_is_the_catalogue():
-    told = listing.listing("wrn_40_2", "wrn_16_2", 100, 32)["methods"]
+    told = show.listing("wrn_40_2", "wrn_16_2", 100, 32)["methods"]
     rows = re.findall(r"^\| `(\w+)` \| [^|]* \| [^|]* \| ([\d,]+) \|$", README, re.M)
     assert {name: int(size.replace(",", "")) for name, size in rows} == {row["method"]: row["bytes"] for row in told}
 
@@ -88,13 +94,13 @@ def test_own_training_loop_is_about_25_lines():
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_parse(line):
     words = shlex.split(line, comments=True)[1:]
-    command = cli.BUILDERS[words[0]]()
+    command = main.BUILDERS[words[0]]()
     with click.Context(command, info_name=words[0]) as context:
         command.parse_args(context, words[1:])
 
 
 def test_readme_names_every_command():
-    assert {line.split()[1] for line in COMMANDS} == set(cli.SUMMARIES)
+    assert {line.split()[1] for line in COMMANDS} == set(help.SUMMARIES)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)

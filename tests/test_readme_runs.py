@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from test_readme import COMMANDS
 
-from kcdcache import cli, store
-from kcdcache.runs import read_metrics
+from kcdcache.cli import main
+from kcdcache.runs.state import read_metrics
+from kcdcache.store import reader
 
 CHAIN = [line for line in COMMANDS if line.split()[1] != "run"]
 SMALL = {
@@ -54,7 +55,7 @@ def chain(tmp_path_factory):
         for line in CHAIN:
             with open("told.json", "w") as stream:
                 patch.setattr("sys.stdout", stream)
-                assert cli._outcome([*as_here(line), "--json", "-q"]) == 0, line
+                assert main._outcome([*as_here(line), "--json", "-q"]) == 0, line
             told[line] = json.loads((folder / "told.json").read_text())
     return folder, told
 
@@ -70,7 +71,7 @@ def test_a_whole_store_gains_in_every_view_what_crd_and_at_read(chain):
     attention = [f"attention:stage{stage}:{side}x{side}" for stage, side in ((1, 8), (2, 4), (3, 2))]
     assert sorted(after["fields"]) == sorted(["logits", "penultimate", *attention])
     assert before["views"] == after["views"] == 2
-    rows = store.open(folder / "runs" / "store").load(1, np.arange(48), list(after["fields"]))
+    rows = reader.open(folder / "runs" / "store").load(1, np.arange(48), list(after["fields"]))
     assert all(np.isfinite(values).all() for values in rows.values())
 
 

@@ -12,8 +12,11 @@ import pytest
 from killing import POLL, Cold, environment
 from stores import content
 
-from kcdcache import config, loop, manifest, recipe
+from kcdcache import settings
+from kcdcache.condense import manifest
 from kcdcache.errors import NotFoundError, SettingsError
+from kcdcache.progress import silent
+from kcdcache.recipes import recipe
 
 HEAD = 'title = "Tiny"\ndata = "digits?train=200&test=100"\nseeds = [0, 1]\n'
 TEACHER = '[[step]]\nname = "teacher"\ntitle = "the teacher"\nrun = "fit"\nmodel = "resnet8"\nepochs = 2\n'
@@ -39,7 +42,7 @@ def written(folder, text):
 
 
 def carried_out(folder, out, **more):
-    return recipe.run(recipe.load(written(folder, TINY)), out, progress=loop.silent, **more)
+    return recipe.run(recipe.load(written(folder, TINY)), out, progress=silent, **more)
 
 
 @pytest.fixture(scope="module")
@@ -255,13 +258,13 @@ def test_a_recipe_broken_off_anywhere_resumes_to_the_same_bytes(finished, tmp_pa
     tiny = recipe.load(written(tmp_path, TINY))
     with pytest.raises(BrokenOffError, match=r"^$"):
         recipe.run(tiny, tmp_path / "out", progress=progress)
-    recipe.run(tiny, tmp_path / "out", progress=loop.silent)
+    recipe.run(tiny, tmp_path / "out", progress=silent)
     assert timeless(settled(tmp_path / "out")) == timeless(settled(finished[0]))
 
 
 def test_machine_settings_reach_the_steps_that_take_them(tmp_path):
     text = HEAD + "[machine]\nthreads = 1\n" + TEACHER.replace("epochs = 2", "epochs = 1")
-    recipe.run(recipe.load(written(tmp_path, text)), tmp_path / "out", progress=loop.silent)
+    recipe.run(recipe.load(written(tmp_path, text)), tmp_path / "out", progress=silent)
     assert json.loads((tmp_path / "out/teacher/run.json").read_text())["environment"]["threads"] == 1
 
 
@@ -269,7 +272,7 @@ def test_a_settings_error_names_its_step(tmp_path):
     tiny = recipe.load(written(tmp_path, TINY))
     wrong = tiny.model_copy(update={"step": (tiny.step[0].model_copy(update={"settings": {"epochs": -1}}),)})
     with pytest.raises(SettingsError, match=r"setting 'epochs' in step 'teacher'"):
-        recipe.run(wrong, tmp_path / "out", progress=loop.silent)
+        recipe.run(wrong, tmp_path / "out", progress=silent)
     assert not (tmp_path / "out").exists()
 
 
@@ -341,7 +344,7 @@ FAILING = TINY.replace('name = "kcd"', 'name = "kcd"\nlearning_rate = 1e30') + (
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_failing_step_stops_none_but_those_that_need_it(tmp_path, jobs):
     failing = recipe.load(written(tmp_path, FAILING))
-    results = recipe.run(failing, tmp_path / "out", jobs=jobs, progress=loop.silent)
+    results = recipe.run(failing, tmp_path / "out", jobs=jobs, progress=silent)
     failed = {failure["run"]: failure for failure in results["failed"]}
     assert set(failed) == {f"{name}-seed{seed}" for name in ("kcd", "smaller", "reuse") for seed in (0, 1)}
     assert failed["kcd-seed0"]["exit_code"] == 5
@@ -372,16 +375,16 @@ def test_a_recipe_at_several_jobs_that_is_stopped_resumes_to_the_same_bytes(fini
     os.kill(started._process.pid, number)
     assert started.ended(120)
     assert started.code == (143 if number == signal.SIGTERM else -9)
-    resumed = recipe.run(recipe.load(tmp_path / "tiny.toml"), tmp_path / "out", jobs=1, progress=loop.silent)
+    resumed = recipe.run(recipe.load(tmp_path / "tiny.toml"), tmp_path / "out", jobs=1, progress=silent)
     while (
         any("is being written by" in failure["error"] for failure in resumed["failed"]) and time.monotonic() < deadline
     ):
-        resumed = recipe.run(recipe.load(tmp_path / "tiny.toml"), tmp_path / "out", jobs=1, progress=loop.silent)
+        resumed = recipe.run(recipe.load(tmp_path / "tiny.toml"), tmp_path / "out", jobs=1, progress=silent)
     assert resumed["failed"] == []
     shutil.rmtree(tmp_path / "out/logs")
     assert timeless(settled(tmp_path / "out")) == timeless(settled(finished[0]))
 
 
 def test_recipes_are_frozen():
-    assert config.Settings in recipe.Recipe.__mro__
+    assert settings.Settings in recipe.Recipe.__mro__
     assert recipe.Recipe.model_config["frozen"]

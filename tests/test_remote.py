@@ -5,9 +5,9 @@ import threading
 import pytest
 from cloud import SECRET, Proxy, Server, access
 
-from kcdcache import remote
 from kcdcache.errors import RemoteError, SettingsError, UnsafeError
-from kcdcache.remote import ChangedError, Remote
+from kcdcache.files import remote
+from kcdcache.files.remote import ChangedError, Remote
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,11 @@ import torch
 from pupils import SPEC, digits, everything, loaded, saved_teacher, school
 from pupils import TRAIN as COUNT
 
-from kcdcache import audit, checks, config, precompute, repair, store
+from kcdcache.commands import verify
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, SettingsError, UnfinishedError
+from kcdcache.settings import PrecomputeSettings
+from kcdcache.store import check, reader
+from kcdcache.teacher import precompute, repair
 
 FILES = [
     "_kcd/identity.json",
@@ -66,7 +69,7 @@ def place(tmp_path_factory):
 
 def grow(made, path, text, **changes):
     given = {"augment": "crop", "padding": 2, "batch_size": 64, "min_accuracy": 0, "encoding": text}
-    precompute.run(config.PrecomputeSettings(**given | changes), made.data, made.network, path)
+    precompute.run(PrecomputeSettings(**given | changes), made.data, made.network, path)
 
 
 @pytest.fixture
@@ -95,12 +98,12 @@ def test_whatever_is_bad_is_found_and_made_again_to_the_same_bytes(place, damage
     replaced = repair.repair(damaged, means(place))
     assert replaced == ([file] if how != "linked" or not file.endswith(".json") else [])
     assert everything(damaged) == whole
-    assert audit.verify(damaged).problems == ()
+    assert check.verify(damaged).problems == ()
 
 
 def assert_found(path, file):
     try:
-        problems = audit.verify(path).problems
+        problems = check.verify(path).problems
     except KcdcacheError as error:
         problems = [str(error)]
     assert any(file in problem or Path(file).name in problem for problem in problems), problems
@@ -111,7 +114,7 @@ def test_swapped_chunks_are_put_right(place, damaged):
     for left, right in (("logits/c.0.0.0", "logits/c.1.0.0"), ("logits_rowmax/c.0.0", "logits_rowmax/c.2.0")):
         (damaged / left).write_bytes(whole[right])
         (damaged / right).write_bytes(whole[left])
-    assert len(audit.verify(damaged).problems) == 4
+    assert len(check.verify(damaged).problems) == 4
     assert len(repair.repair(damaged, means(place))) == 4
     assert everything(damaged) == whole
 
@@ -216,7 +219,7 @@ def test_a_store_may_be_damaged_while_it_grows(place, damaged):
         if next(stop):
             raise KeyboardInterrupt
 
-    settings = config.PrecomputeSettings(
+    settings = PrecomputeSettings(
         augment="crop", padding=2, batch_size=64, min_accuracy=0, views=9, fields=("logits", "penultimate")
     )
     with pytest.raises(KeyboardInterrupt):
@@ -225,19 +228,19 @@ def test_a_store_may_be_damaged_while_it_grows(place, damaged):
     assert repair.repair(damaged, means(place)) == ["logits/c.1.0.0"]
     assert (damaged / "logits/c.1.0.0").read_bytes() == whole["logits/c.1.0.0"]
     precompute.run(settings, place.data, place.network, damaged)
-    assert store.open(damaged).views == 9
-    assert audit.verify(damaged).problems == ()
+    assert reader.open(damaged).views == 9
+    assert check.verify(damaged).problems == ()
 
 
 def test_only_stores_are_repaired(place):
     with pytest.raises(SettingsError, match=r"--repair makes stores again, .*model.json is a network"):
-        checks.mend(place.teacher / "model.json")
+        verify.mend(place.teacher / "model.json")
 
 
 def test_verify_repairs_from_the_command_line(place, damaged):
     (damaged / "logits/c.0.0.0").unlink()
     (damaged / "_kcd/identity.json").unlink()
-    found = checks.mend(damaged, data=SPEC, teacher=str(place.teacher), device="cpu")
+    found = verify.mend(damaged, data=SPEC, teacher=str(place.teacher), device="cpu")
     assert sorted(found["repaired"]) == ["_kcd/identity.json", "logits/c.0.0.0"]
     assert found["problems"] == 0
     assert found["files_read"] == found["files"]
@@ -245,14 +248,14 @@ def test_verify_repairs_from_the_command_line(place, damaged):
 
 @pytest.mark.parametrize(("share", "read"), [(0.0, 0), (0.05, 1), (0.5, 6), (1.0, 11)])
 def test_as_many_files_are_read_as_asked_for(place, share, read):
-    found = audit.verify(place.knowledge.path, share=share)
+    found = check.verify(place.knowledge.path, share=share)
     assert (found.files, found.read, found.problems) == (11, read, ())
     assert bool(found.bytes) == bool(read)
 
 
 def test_other_seeds_read_other_files(place, damaged):
     (damaged / "logits/c.1.0.0").write_bytes(flip((damaged / "logits/c.1.0.0").read_bytes()))
-    hits = [bool(audit.verify(damaged, share=0.5, seed=seed).problems) for seed in range(12)]
+    hits = [bool(check.verify(damaged, share=0.5, seed=seed).problems) for seed in range(12)]
     assert any(hits)
     assert not all(hits)
 
@@ -260,4 +263,4 @@ def test_other_seeds_read_other_files(place, damaged):
 @pytest.mark.parametrize("text", ["0", "0%", "-1", "101%", "half", "nan", ""])
 def test_a_share_is_a_share(text):
     with pytest.raises(SettingsError, match="--sample takes a share above 0 and at most 100%"):
-        checks.parse_share(text)
+        verify.parse_share(text)

@@ -17,10 +17,16 @@ import pytest
 from PIL import Image
 from reporting import CLASSES, ROWS, ROWS_OF_RUNS, SCHOOL, TITLE, Page, grid
 
-from kcdcache import cli, config, data, distill, findings, gallery, provenance, report, store
+from kcdcache import settings
+from kcdcache.cli import main
+from kcdcache.data import datasets
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError
-from kcdcache.files import digest_of, readable_json
-from kcdcache.tabular import printable
+from kcdcache.files.atomic import digest_of, readable_json
+from kcdcache.report import images, load, tables
+from kcdcache.report.page import tables_of, write
+from kcdcache.report.tables import printable
+from kcdcache.store import reader
+from kcdcache.training import distill
 
 T_ONE = math.tan(math.pi * (0.975 - 0.5))
 """97.5 % point of Student's t with 1 degree of freedom, which is Cauchy's distribution"""
@@ -41,7 +47,7 @@ def place(tmp_path_factory):
 def made(place, tmp_path_factory):
     """A report of the whole grid with everything beside it: what `write` returned, and the files."""
     folder = tmp_path_factory.mktemp("made")
-    told = report.write([place.folder], folder / "r.html", json_file=folder / "r.json", csv=folder / "tables")
+    told = write([place.folder], folder / "r.html", json_file=folder / "r.json", csv=folder / "tables")
     return folder, told
 
 
@@ -65,7 +71,7 @@ def few(place, tmp_path):
 @pytest.fixture(scope="module")
 def known(place):
     """All that is known of the whole grid."""
-    return findings.read([place.folder])
+    return load.read([place.folder])
 
 
 def rows(told, table):
@@ -74,8 +80,8 @@ def rows(told, table):
 
 def numbers(*paths, **more):
     """What a report of some paths would say, without its figures."""
-    found = findings.read([Path(path) for path in paths])
-    return {"tables": {key: table.document() for key, table in report.tables_of(found, **more).items()}}
+    found = load.read([Path(path) for path in paths])
+    return {"tables": {key: table.document() for key, table in tables_of(found, **more).items()}}
 
 
 def summary(place, name):
@@ -93,7 +99,7 @@ def kept_of(place, name):
 
 
 def written(paths, out, **more):
-    return report.write([Path(path) for path in paths], out / "again.html", **more)
+    return write([Path(path) for path in paths], out / "again.html", **more)
 
 
 # numbers
@@ -132,15 +138,15 @@ def test_rows_are_compared_with_those_of_their_own_network(known):
         dataclasses.replace(run, summary=run.summary | {"model": "other"}) if run.step == "kcd" else run
         for run in known.runs
     )
-    found = report.tables_of(known._replace(runs=runs))["differences"].rows
+    found = tables_of(known._replace(runs=runs))["differences"].rows
     assert {(row["row"], row["reference"]) for row in found} == {(ROWS["base"], ROWS["kd"])}
 
 
 def test_the_reference_can_be_named(known):
-    found = report.tables_of(known, "base")["differences"].rows
+    found = tables_of(known, "base")["differences"].rows
     assert {row["reference"] for row in found} == {ROWS["base"]}
     with pytest.raises(SettingsError, match=r"no row 'kdd' to compare with; did you mean 'kd'\?"):
-        report.tables_of(known, "kdd")
+        tables_of(known, "kdd")
 
 
 def test_curves_are_the_epochs_of_metrics_and_timing(place, made):
@@ -171,7 +177,7 @@ def test_stages_and_fates_are_counted_from_the_parquet_files(place, made):
 
 
 def test_classes_are_counted_from_the_files_and_the_labels(place, made):
-    labels = data.load(place.data).train.labels
+    labels = datasets.load(place.data).train.labels
     for stage, kept in enumerate(kept_of(place, "kcd-seed0")):
         found = [r for r in rows(made[1], "classes") if (r["run"], r["stage"]) == ("kcd-seed0", stage)]
         assert [row["kept"] for row in found] == np.bincount(labels[sorted(kept)], minlength=4).tolist()
@@ -327,7 +333,7 @@ def test_the_same_runs_give_the_same_bytes(place, tmp_path):
 
 def test_a_mix_shown_is_the_mix_of_the_images_shown(place, known):
     run = next(run for run in known.runs if run.name == "kcd-seed0")
-    strip = gallery.strips(run, data.load(place.data))[-1]
+    strip = images.strips(run, datasets.load(place.data))[-1]
     assert strip.title == "Mixed into K_Aug"
     shares = []
     for kept, dropped, mix in strip.shots:
@@ -341,8 +347,8 @@ def test_a_mix_shown_is_the_mix_of_the_images_shown(place, known):
 
 def test_the_images_shown_are_those_of_the_numbers_below_them(place, known):
     run = next(run for run in known.runs if run.name == "kcd-seed1")
-    dataset = data.load(place.data)
-    best, worst, *_ = gallery.strips(run, dataset)
+    dataset = datasets.load(place.data)
+    best, worst, *_ = images.strips(run, dataset)
     file = pq.read_table(place.folder / "kcd-seed1" / "stages" / "2" / "values.parquet").to_pydict()
     score = [value * visits**0.03 for value, visits in zip(file["value"], file["visits"], strict=True)]
     ranked = sorted(range(120), key=lambda sample: -score[sample])
@@ -368,14 +374,14 @@ def decoded(uri):
 )
 def test_where_there_are_no_images_it_is_said_why(known, spec, why):
     run = next(run for run in known.runs if run.name == "kcd-seed0")
-    strips, (note,) = gallery.collected([("the run", run)], {run.grid: None}, spec)
+    strips, (note,) = images.collected([("the run", run)], {run.grid: None}, spec)
     assert strips == []
     assert re.match(f"the run: no images, because .*{why}", note)
 
 
 def test_the_data_that_results_json_names_is_used(place, known):
     chosen = [(run.name, run) for run in known.runs if run.condenses]
-    strips, notes = gallery.collected(chosen, {grid.path: grid.data for grid in known.grids})
+    strips, notes = images.collected(chosen, {grid.path: grid.data for grid in known.grids})
     assert notes == []
     assert {strip.title.partition("(")[2] for strip in strips[:2]} == {"kcd-seed0)"}
     assert not [strip for strip in strips if "kcd-seed1" in strip.title]
@@ -391,7 +397,7 @@ def test_without_results_json_runs_are_found(copy):
 @pytest.mark.parametrize(("spec", "count"), [("cifar100:/nowhere", 100), ("folder:/any", 200_001)])
 def test_nothing_is_downloaded_and_nothing_huge_is_read_for_pictures_nobody_asked_for(spec, count):
     with pytest.raises(NotFoundError, match="give --data"):
-        gallery.require_cheap(spec, count)
+        images.require_cheap(spec, count)
 
 
 # what is not in the numbers
@@ -402,8 +408,8 @@ def troubles(told):
 
 
 def test_unfinished_damaged_and_missing_runs_are_told_and_the_rest_stands(place, copy, tmp_path):
-    material = distill.Material(data=data.load(place.data), knowledge=store.open(copy / "store"))
-    distill.run(config.TrainSettings(**SCHOOL), material, out=copy / "kcd-seed9", until=3, device="cpu")
+    material = distill.Material(data=datasets.load(place.data), knowledge=reader.open(copy / "store"))
+    distill.run(settings.TrainSettings(**SCHOOL), material, out=copy / "kcd-seed9", until=3, device="cpu")
     (copy / "kcd-seed0" / "summary.json").unlink()
     for name in ("kcd-seed1", "kcd-seed2"):
         flip(copy / name / "stages" / "1" / "values.parquet")
@@ -475,8 +481,8 @@ def test_a_grid_without_any_finished_run_still_has_a_page(few, tmp_path):
 
 def test_rows_of_unlike_runs_are_told(copy):
     (copy / "kd-seed1").rename(copy / "kcd-seed7")
-    found = findings.read([copy])
-    assert provenance.mixed_rows(found) == [f"the runs of '{ROWS['kcd']}' differ in keep: their mean is of unlike runs"]
+    found = load.read([copy])
+    assert tables.mixed_rows(found) == [f"the runs of '{ROWS['kcd']}' differ in keep: their mean is of unlike runs"]
 
 
 # what it is asked
@@ -518,20 +524,20 @@ def test_nothing_but_a_report_is_overwritten(place, tmp_path):
         ({"out": tmp_path / "r.html", "json_file": tmp_path / "r.txt"}, "end its name in .json"),
     ):
         with pytest.raises((MismatchError, SettingsError), match=match):
-            report.write([run], **given)
+            write([run], **given)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
 def test_the_command_writes_the_page_and_prints_the_table(place, tmp_path, capsys):
     arguments = ["report", str(place.folder / "base-seed0"), "--out", str(tmp_path / "r.html"), "-q"]
     with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
+        main.main(arguments)
     printed = capsys.readouterr().out
     assert stop.value.code == 0
     assert printed.splitlines()[0] == printable(TITLE)
     assert printed.splitlines()[-1] == f"files: {tmp_path / 'r.html'}"
     with pytest.raises(SystemExit):
-        cli.main([*arguments, "--json", "--json-file", str(tmp_path / "r.json")])
+        main.main([*arguments, "--json", "--json-file", str(tmp_path / "r.json")])
     told = json.loads(capsys.readouterr().out)
     assert told["tables"] == json.loads((tmp_path / "r.json").read_text())["tables"]
 

@@ -12,27 +12,20 @@ from lessons import CPU, TinyNet, condensed, digits, precomputed, teacher_of
 from pupils import distilled, same_files, school
 from torch import nn
 
-from kcdcache import (
-    batches,
-    capture,
-    evaluate,
-    learner,
-    loop,
-    manifest,
-    methods,
-    precompute,
-    requery,
-    resident,
-    store,
-    views,
-)
-from kcdcache.config import MethodSettings, OptimizerSettings, PrecomputeSettings
-from kcdcache.data import Split
+from kcdcache import progress
+from kcdcache.condense import manifest
+from kcdcache.data.images import EncodedImages, Split
 from kcdcache.errors import NonFiniteError, SettingsError
-from kcdcache.images import EncodedImages
-from kcdcache.runs import RunFolder, load_checkpoint
+from kcdcache.methods import registry
+from kcdcache.runs.folder import RunFolder
+from kcdcache.runs.state import load_checkpoint
+from kcdcache.settings import MethodSettings, OptimizerSettings, PrecomputeSettings
+from kcdcache.store import reader
+from kcdcache.teacher import precompute
+from kcdcache.training import batches, device_batches, evaluation, learner, loop, requery
+from kcdcache.views import prefetch, rules
 
-KD = methods.choose(MethodSettings()).weights
+KD = registry.choose(MethodSettings()).weights
 COLUMNS = ("logits", "penultimate")
 COUNT, SIZE, SEED = 110, 14, 5
 ENCODINGS = ("float32", "float16", "top:3")
@@ -51,7 +44,7 @@ def world(tmp_path_factory):
     assert 0 < chosen.mixed.sum() < len(chosen)
     with batches.connect(dataset, stores["float32"], chosen, fields=()) as source:
         requery.write(source, network, stores["float32"], root / "mixes", fields=COLUMNS, view_numbers=range(3))
-    mixes = store.open(root / "mixes")
+    mixes = reader.open(root / "mixes")
     return SimpleNamespace(data=dataset, stores=stores, manifest=chosen, mixes=mixes)
 
 
@@ -76,7 +69,7 @@ def as_bytes(tensor):
 
 
 def assert_same_batches(source, epochs=(0, 1, 4), start=0):
-    feed = resident.Feed(source, CPU, batch_size=SIZE, seed=SEED)
+    feed = device_batches.Feed(source, CPU, batch_size=SIZE, seed=SEED)
     for epoch in epochs:
         streamed = list(batches.iterate(source, epoch, batch_size=SIZE, seed=SEED, start=start))
         held = list(feed.iterate(epoch, start))
@@ -113,22 +106,22 @@ def test_an_epoch_continues_at_any_batch(world):
 def test_views_of_held_images_are_those_of_single_batches(name, fill):
     images = np.random.default_rng(0).integers(0, 256, (20, 9, 7, 3), dtype=np.uint8)
     padding = 0 if name == "none" else 3
-    rule = views.ViewRule(name=name, padding=padding, fill=fill, height=9, width=7, seed=2**63 + 5)
-    held = views.HeldImages(rule, images, CPU)
+    rule = rules.ViewRule(name=name, padding=padding, fill=fill, height=9, width=7, seed=2**63 + 5)
+    held = rules.HeldImages(rule, images, CPU)
     chosen = np.array([3, 3, 19, 0])
-    for view in range(min(views.count(rule), 12)):
-        expected = views.parameters(rule, np.arange(20), view)
+    for view in range(min(rules.count(rule), 12)):
+        expected = rules.parameters(rule, np.arange(20), view)
         assert np.array_equal(held.parameters(view).numpy(), expected)
         found = held.views(torch.from_numpy(chosen), held.parameters(view))
-        assert torch.equal(found, views.apply(rule, torch.from_numpy(images[chosen]), expected[chosen]))
+        assert torch.equal(found, rules.apply(rule, torch.from_numpy(images[chosen]), expected[chosen]))
 
 
 def test_measurements_are_the_same_on_held_images(world):
     pupil = learner.new_learner("resnet8", world.data, OptimizerSettings(), CPU)
-    rule = views.plain(views.rule_of(world.stores["float32"].knowledge.views))
-    held = resident.hold(world.data.test, rule, CPU)
+    rule = rules.plain(rules.rule_of(world.stores["float32"].knowledge.views))
+    held = device_batches.hold(world.data.test, rule, CPU)
     given = (pupil.network, pupil.transform, world.data.test, rule, CPU)
-    assert torch.equal(evaluate.predict(*given, held), evaluate.predict(*given))
+    assert torch.equal(evaluation.predict(*given, held), evaluation.predict(*given))
 
 
 @pytest.fixture(scope="module")
@@ -168,13 +161,13 @@ def learned(world, source, path, resident_data, stop_at=None, device=CPU, studen
         calls.append(len(batch.index))
         if len(calls) == stop_at:
             raise BrokenOffError
-        return methods.basic(seen["logits"], batch, KD)
+        return registry.basic(seen["logits"], batch, KD)
 
-    supplied = resident.supply(chosen, source, pupil)._asdict()
+    supplied = device_batches.supply(chosen, source, pupil)._asdict()
     assert (supplied["feed"] is not None) == (resident_data == "on")
     folder = RunFolder(path=path)
     path.mkdir(exist_ok=True)
-    loop.run(pupil, loop.Task(**supplied, loss=loss, details=lambda epoch: {}), chosen, folder, 3, loop.silent)
+    loop.run(pupil, loop.Task(**supplied, loss=loss, details=lambda epoch: {}), chosen, folder, 3, progress.silent)
     return (path / "metrics.jsonl").read_bytes(), load_checkpoint(folder)
 
 
@@ -210,7 +203,7 @@ def test_a_diverged_run_names_the_same_batch_either_way(world, tmp_path):
 
 def test_work_is_done_once_a_call_before_and_after_it_is_recorded():
     calls = []
-    replay = capture.Replay(lambda: calls.append(len(calls)), CPU)
+    replay = loop.Replay(lambda: calls.append(len(calls)), CPU)
     for key in (0.1, 0.1, 0.1, 0.1, 0.2, 0.1):
         replay(key)
     assert calls == list(range(6))
@@ -247,8 +240,8 @@ def test_data_that_cannot_lie_on_the_device_are_refused_or_streamed(world):
     settings = OptimizerSettings(resident="on")
     pupil = learner.new_learner("resnet8", world.data, settings, CPU)
     with connected(world) as source:
-        needed = resident.bytes_of(source)
-        assert resident.obstacle(source, CPU, needed) is None
+        needed = device_batches.bytes_of(source)
+        assert device_batches.obstacle(source, CPU, needed) is None
         resized = replace(source.rule, name="resized-crop-flip", padding=0)
         cases = {
             "its targets are not those of a store": replace(source, targets=LiveTargets()),
@@ -258,30 +251,30 @@ def test_data_that_cannot_lie_on_the_device_are_refused_or_streamed(world):
             ),
         }
         for reason, other in cases.items():
-            assert resident.obstacle(other, CPU) == reason
+            assert device_batches.obstacle(other, CPU) == reason
             with pytest.raises(SettingsError, match=f"--resident on: .* the device, {reason}; use --resident auto"):
-                resident.supply(settings, other, pupil)
-            assert resident.supply(OptimizerSettings(), other, pupil).feed is None
-        told = resident.obstacle(source, CPU, needed - 1)
+                device_batches.supply(settings, other, pupil)
+            assert device_batches.supply(OptimizerSettings(), other, pupil).feed is None
+        told = device_batches.obstacle(source, CPU, needed - 1)
         assert told == f"it would take {needed:,} bytes of {needed - 1:,} that may be taken"
 
 
 def test_auto_takes_a_gpu_and_leaves_a_cpu():
     gpu = torch.device("cuda")
-    assert [resident.wanted("auto", None, device) for device in (CPU, gpu)] == [False, True]
-    assert not resident.wanted("auto", "no room", gpu)
-    assert [resident.wanted(asked, None, gpu) for asked in ("on", "off")] == [True, False]
+    assert [prefetch.wanted("auto", None, device) for device in (CPU, gpu)] == [False, True]
+    assert not prefetch.wanted("auto", "no room", gpu)
+    assert [prefetch.wanted(asked, None, gpu) for asked in ("on", "off")] == [True, False]
 
 
 def test_what_the_data_take_is_counted(world):
     whole = manifest.full(world.stores["float16"].knowledge_id, COUNT)
     with connected(world, "float16", chosen=whole) as source:
-        feed = resident.Feed(source, CPU, batch_size=SIZE)
+        feed = device_batches.Feed(source, CPU, batch_size=SIZE)
         feed.begin(0, 0)
         tensors = [feed._images._pixels, *feed._own._rows.values()]
-        test = resident.hold(world.data.test, views.plain(source.rule), CPU)._pixels
+        test = device_batches.hold(world.data.test, rules.plain(source.rule), CPU)._pixels
         held = sum(tensor.nbytes for tensor in [*tensors, test])
-        assert held <= resident.bytes_of(source) <= 1.2 * held
+        assert held <= device_batches.bytes_of(source) <= 1.2 * held
 
 
 @pytest.mark.slow

@@ -8,9 +8,10 @@ import pytest
 from lessons import condensed, precomputed, teacher_of
 from pupils import SCHOOL, TRAIN, command, digits, distilled, school
 
-from kcdcache import manifest, matching, values
+from kcdcache.condense import manifest, value_files
 from kcdcache.errors import MismatchError, SettingsError
-from kcdcache.runs import read_metrics
+from kcdcache.runs.state import read_metrics
+from kcdcache.training import distill
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_a_reused_set_is_taught_as_it_is(place, small_set, tmp_path):
 
 def test_a_reused_sets_values_are_of_its_own_samples(place, small_set, tmp_path):
     distilled(place, tmp_path / "run", given=small_set, stages=1, epochs=2, run={"until": 99})
-    found = values.read(tmp_path / "run" / "values.parquet", TRAIN).values
+    found = value_files.read(tmp_path / "run" / "values.parquet", TRAIN).values
     assert np.array_equal(np.flatnonzero(found.visits), small_set.index)
     assert set(found.visits[small_set.index].tolist()) == {2}
 
@@ -97,7 +98,7 @@ def test_a_transfer_to_other_data_is_refused(place, small_set, tmp_path):
     elsewhere = precomputed(tmp_path / "store", dataset, place.network)
     bound = replace(small_set, data_digest=place.data.identity().digest)
     with pytest.raises(MismatchError, match="--transfer needs a store of the same data: data digest"):
-        matching.accept(bound, elsewhere, transfer=True)
+        distill.accept(bound, elsewhere, transfer=True)
     smaller = precomputed(tmp_path / "smaller", digits(150, 50), place.network)
     with pytest.raises(MismatchError, match=r"--transfer needs a store of the same data: samples 200 .* 150"):
-        matching.accept(bound, smaller, transfer=True)
+        distill.accept(bound, smaller, transfer=True)

@@ -9,9 +9,15 @@ import pytest
 from lessons import CPU, opinionated, precomputed
 from reporting import Page
 
-from kcdcache import accounts, config, data, distill, findings, gallery, report, robustness, teacher
-from kcdcache.models import spec
-from kcdcache.models.transform import InputTransform
+from kcdcache.data import datasets
+from kcdcache.networks import registry
+from kcdcache.networks.input_transform import InputTransform
+from kcdcache.report import images, load, robustness
+from kcdcache.report.page import _any, _robustness, tables_of, write
+from kcdcache.report.tables import references
+from kcdcache.settings import TrainSettings
+from kcdcache.teacher import teacher
+from kcdcache.training import distill
 
 SPECS = {"noise": "digits?train=150&test=40&noise=0.5", "gamma": "digits?gamma=0.6&n_max=60&n_min=5&test=40"}
 ROWS = {"ce": {"method": "ce", "keep": 1.0}, "kd": {"keep": 1.0}, "kcd": {"keep": 0.5}}
@@ -24,8 +30,8 @@ T_ONE = math.tan(math.pi * (0.975 - 0.5))
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("robust") / "runs"
     for name, given in SPECS.items():
-        dataset = data.load(given)
-        module = opinionated(spec.build("resnet8", 10, 1))
+        dataset = datasets.load(given)
+        module = opinionated(registry.build("resnet8", 10, 1))
         made = teacher.freeze(module, InputTransform(dataset.mean, dataset.std), "resnet8", dataset.classes, CPU)
         learned_from = dataset.identity().digest if name == "noise" else "0" * 64
         made = replace(made, data=learned_from)
@@ -33,7 +39,7 @@ def folder(tmp_path_factory):
         material = distill.Material(data=dataset, knowledge=knowledge, teacher=made)
         for row, changes in ROWS.items():
             for seed in (0, 1):
-                settings = config.TrainSettings(**(SCHOOL | changes | {"seed": seed}))
+                settings = TrainSettings(**(SCHOOL | changes | {"seed": seed}))
                 distill.run(settings, material, out=root / f"{name}-{row}-seed{seed}", device="cpu")
     runs = [
         {"step": f"{name}-{row}", "seed": seed, "kind": "train", "data": given}
@@ -49,12 +55,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def known(folder):
-    return findings.read([folder])
+    return load.read([folder])
 
 
 @pytest.fixture(scope="module")
 def tables(known):
-    return report.tables_of(known)
+    return tables_of(known)
 
 
 def summaries(folder, step):
@@ -133,7 +139,7 @@ def test_a_fit_of_the_students_network_is_plain_training_too(known):
 def test_rows_are_compared_with_the_usual_row_of_as_many_views(known):
     runs = [run for run in known.runs if run.step.startswith("noise-")]
     few = [changed(run, f"noise-few-{run.step[6:]}", inputs={"views": 99}) for run in runs if run.step != "noise-ce"]
-    rows = accounts.references(known._replace(runs=(*runs, *few)))
+    rows = references(known._replace(runs=(*runs, *few)))
     named = {key[1]: reference[1] for key, reference in rows.items()}
     assert named == {
         "noise-ce": "noise-kd", "noise-kcd": "noise-kd", "noise-few-kcd": "noise-few-kd", "noise-few-kd": "noise-kd",
@@ -165,9 +171,9 @@ def test_a_teacher_is_called_as_its_students_are():
 
 def test_images_whose_label_is_wrong_tell_their_true_class(known):
     run = next(run for run in known.runs if run.name == "noise-kcd-seed0")
-    dataset = data.load(SPECS["noise"])
+    dataset = datasets.load(SPECS["noise"])
     told = 0
-    for strip in gallery.strips(run, dataset):
+    for strip in images.strips(run, dataset):
         for shot in (shot for shots in strip.shots for shot in shots if not shot.lines[0].startswith("mix")):
             (number,) = [int(line[1:]) for line in shot.lines if line.startswith("#")]
             given, true = dataset.train.labels[number], dataset.train.clean_labels[number]
@@ -201,13 +207,13 @@ def test_rare_classes_are_counted_beside_frequent_ones(folder, tables):
 
 
 def test_the_page_shows_tables_figures_and_the_images_of_the_corrupted_data(folder, tmp_path):
-    told = report.write([folder], tmp_path / "r.html", json_file=tmp_path / "r.json")
+    told = write([folder], tmp_path / "r.html", json_file=tmp_path / "r.json")
     page = Page((tmp_path / "r.html").read_text())
     assert {"fidelity", "screening"} <= page.tables.keys()
     keys = [figure["key"] for figure in told["figures"]]
     assert {"labelled", "screened", "thinned"} <= set(keys)
     assert any(strip["title"].startswith("Most valuable") for strip in told["images"])
-    again = report.write([folder], tmp_path / "again.html")
+    again = write([folder], tmp_path / "again.html")
     assert (tmp_path / "again.html").read_bytes() == (tmp_path / "r.html").read_bytes()
     assert again["tables"] == told["tables"]
 
@@ -239,6 +245,6 @@ def test_summaries_of_another_form_are_passed_over(known, sets):
 
 
 def test_runs_on_clean_data_have_no_such_page(tables):
-    nothing = report._robustness({**tables, "fidelity": robustness.fidelity(findings.Findings((), (), (), ())),
-                                  "screening": robustness.screening(findings.Findings((), (), (), ()))})  # fmt: skip
-    assert not report._any(nothing)
+    nothing = _robustness({**tables, "fidelity": robustness.fidelity(load.Findings((), (), (), ())),
+                                  "screening": robustness.screening(load.Findings((), (), (), ()))})  # fmt: skip
+    assert not _any(nothing)

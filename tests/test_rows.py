@@ -11,10 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pupils import distilled, school
 
-from kcdcache import commands, condense, condenser, config, manifest, rng, runs, tables, values
+from kcdcache import rng
+from kcdcache import settings as kcdcache_settings
+from kcdcache.commands import condenser
+from kcdcache.condense import manifest, summary, value_files, values
 from kcdcache.errors import CorruptionError, MismatchError, NonFiniteError
-from kcdcache.files import canonical_json
-from kcdcache.runs import RunFolder
+from kcdcache.files import parquet
+from kcdcache.files.atomic import canonical_json
+from kcdcache.runs import state
+from kcdcache.runs.folder import RunFolder
 
 COUNT = 40
 ORDER = ("index", "mixed", "partner", "epsilon", "rank", "value", "visits", "weight")
@@ -24,8 +29,8 @@ def chosen(seed):
     """A condensed set of random values: half of 40 samples, all of them mixed but one."""
     random = np.random.default_rng(seed)
     found = values.Values(np.ones(COUNT, np.int32), random.random(COUNT, np.float32))
-    kept = condense.condense(
-        found, config.CondenseSettings(), knowledge_id="k", count=COUNT, stage=1, keep=0.55,
+    kept = summary.condense(
+        found, kcdcache_settings.CondenseSettings(), knowledge_id="k", count=COUNT, stage=1, keep=0.55,
         labels=np.arange(COUNT) % 4, classes=4,
     )  # fmt: skip
     assert 0 < kept.mixed.sum() < len(kept)
@@ -35,7 +40,7 @@ def chosen(seed):
 def forge(path, columns, document):
     """Write a manifest file of any content, with a digest that fits it: what a skilled hand would leave."""
     document = {key: value for key, value in document.items() if key != "digest"}
-    digest = tables.digest(canonical_json(document), {name: columns[name] for name in ORDER})
+    digest = parquet.digest(canonical_json(document), {name: columns[name] for name in ORDER})
     empty = columns["partner"] == -1
     cells = {
         "index": columns["index"], "part": np.where(columns["mixed"], "K_Aug", "K_1H"),
@@ -43,9 +48,9 @@ def forge(path, columns, document):
         "value": pa.array(columns["value"], mask=columns["visits"] == 0), "visits": columns["visits"],
         "weight": columns["weight"],
     }  # fmt: skip
-    metadata = {"kcdcache.manifest": canonical_json(document | {"digest": digest})}
+    metadata = {"kcdcache.condense.manifest": canonical_json(document | {"digest": digest})}
     table = pa.table({name: pa.array(cell) for name, cell in cells.items()}).replace_schema_metadata(metadata)
-    path.write_bytes(tables.encode(table))
+    path.write_bytes(parquet.encode(table))
 
 
 def copies(kept):
@@ -198,9 +203,9 @@ def forge_values(path, **changed):
     columns = {
         "index": np.arange(COUNT), "visits": np.ones(COUNT, np.int32), "value": np.ones(COUNT, np.float32),
     } | changed  # fmt: skip
-    digest = tables.digest(canonical_json(DOCUMENT), columns)
-    metadata = {values.METADATA_KEY: canonical_json(DOCUMENT | {"digest": digest})}
-    path.write_bytes(tables.encode(pa.table(columns).replace_schema_metadata(metadata)))
+    digest = parquet.digest(canonical_json(DOCUMENT), columns)
+    metadata = {value_files.METADATA_KEY: canonical_json(DOCUMENT | {"digest": digest})}
+    path.write_bytes(parquet.encode(pa.table(columns).replace_schema_metadata(metadata)))
 
 
 def with_row(row, number, kind):
@@ -211,7 +216,7 @@ def with_row(row, number, kind):
 
 def test_values_forged_faithfully_are_read(tmp_path):
     forge_values(tmp_path / "v.parquet")
-    assert values.read(tmp_path / "v.parquet", COUNT).values.visits.sum() == COUNT
+    assert value_files.read(tmp_path / "v.parquet", COUNT).values.visits.sum() == COUNT
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
@@ -220,13 +225,13 @@ def test_a_value_that_is_no_number_is_named_when_values_are_read(tmp_path, numbe
     changed = {"value": with_row(11, number, np.float32), "visits": with_row(11, visits, np.int32)}
     forge_values(tmp_path / "v.parquet", **changed)
     with pytest.raises(NonFiniteError, match=rf"v\.parquet, row 11: 'value' is {number}, expected a finite float32"):
-        values.read(tmp_path / "v.parquet", COUNT)
+        value_files.read(tmp_path / "v.parquet", COUNT)
 
 
 def test_visits_below_none_are_named_when_values_are_read(tmp_path):
     forge_values(tmp_path / "v.parquet", visits=with_row(12, -3, np.int32))
     with pytest.raises(MismatchError, match=r"v\.parquet, row 12: 'visits' is -3, expected 0 or more"):
-        values.read(tmp_path / "v.parquet", COUNT)
+        value_files.read(tmp_path / "v.parquet", COUNT)
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +253,7 @@ def test_condense_takes_no_value_that_is_no_number(place, tmp_path, ranking, num
         "out": tmp_path / "m.parquet",
     }
     with pytest.raises(NonFiniteError, match=rf"v\.parquet, row 33: 'value' is {number}, expected a finite float32"):
-        condenser.run(config.make(commands.CondenseCommand, given | {"ranking": ranking}))
+        condenser.run(kcdcache_settings.make(kcdcache_settings.CondenseCommand, given | {"ranking": ranking}))
     assert not (tmp_path / "m.parquet").exists()
 
 
@@ -256,9 +261,9 @@ def test_a_set_of_values_that_are_no_numbers_cannot_be_made():
     found = values.Values(np.ones(COUNT, np.int32), with_row(5, np.nan, np.float32))
     common = {"knowledge_id": "k", "count": COUNT, "stage": 1, "keep": 1.0}
     with pytest.raises(NonFiniteError, match="the value of index 5 is nan"):
-        condense.condense(found, config.CondenseSettings(), **common)
+        summary.condense(found, kcdcache_settings.CondenseSettings(), **common)
     with pytest.raises(MismatchError, match="row 5, index 5: expected value to be a finite number, found nan"):
-        condense.condense(found, config.CondenseSettings(ranking="random"), **common)
+        summary.condense(found, kcdcache_settings.CondenseSettings(ranking="random"), **common)
 
 
 # ---- a loss that is no number
@@ -277,7 +282,7 @@ def test_a_diverged_run_names_epoch_step_and_the_samples_of_its_first_bad_batch(
     assert 0 < step < 7
     assert named == sorted(batch.tolist())[:16]
     assert NonFiniteError.exit_code == 5
-    assert runs.load_checkpoint(RunFolder(path=tmp_path / "run")) is None
+    assert state.load_checkpoint(RunFolder(path=tmp_path / "run")) is None
     assert not list((tmp_path / "run").glob("values.parquet"))
 
 
@@ -287,6 +292,6 @@ def test_nothing_of_a_run_holds_a_number_that_is_none(place, tmp_path):
         for column in pq.read_table(path).columns:
             if pa.types.is_floating(column.type):
                 assert np.isfinite(column.drop_null().to_numpy()).all(), path
-    tensors, record = runs.load_checkpoint(RunFolder(path=tmp_path / "run"))
+    tensors, record = state.load_checkpoint(RunFolder(path=tmp_path / "run"))
     assert all(torch.isfinite(value).all() for value in tensors.values())
     json.dumps(record, allow_nan=False)

@@ -9,10 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from pupils import SCHOOL, command, distilled, school
 
-from kcdcache import checks, manifest, runcheck, runs, values
+from kcdcache.commands import verify
+from kcdcache.condense import manifest, value_files, values
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError
-from kcdcache.files import sealed_json
-from kcdcache.runs import RunFolder
+from kcdcache.files.atomic import sealed_json
+from kcdcache.runs import check, state
+from kcdcache.runs.folder import RunFolder
 
 FLIPS = 400
 
@@ -82,7 +84,7 @@ def test_a_stale_manifest_is_refused_by_every_reader_with_both_digests(made, pla
             reader()
         assert name == "read" or not (place / "new").exists()
     with pytest.raises(CorruptionError, match=said):
-        checks.verify(place / "begun")
+        verify.verify(place / "begun")
     assert not (place / "out.parquet").exists()
 
 
@@ -108,15 +110,15 @@ def test_a_manifest_of_another_stage_of_the_same_run_is_refused(made, place):
 @pytest.mark.parametrize("name", ["values.parquet", "stages/1/values.parquet"])
 def test_values_of_another_run_are_refused_with_both_digests(made, place, name):
     mine, theirs = place / "begun" / name, place / "other" / name
-    was, now = (values.fingerprint(values.read(path, 200).values) for path in (mine, theirs))
+    was, now = (values.fingerprint(value_files.read(path, 200).values) for path in (mine, theirs))
     shutil.copy(theirs, mine)
     said = rf"{name} holds {now} with 200 rows, the run wrote {was} with 200 rows"
     given = {"values": mine, "keep": 0.4, "out": place / "out.parquet"}
-    for reader in (lambda: values.read(mine, 200), lambda: command(made, "condense", **given)):
+    for reader in (lambda: value_files.read(mine, 200), lambda: command(made, "condense", **given)):
         with pytest.raises(MismatchError, match=said):
             reader()
     with pytest.raises(CorruptionError, match=said):
-        checks.verify(place / "begun")
+        verify.verify(place / "begun")
 
 
 def test_the_set_a_run_began_with_is_held_to_its_record(made, place):
@@ -125,7 +127,7 @@ def test_the_set_a_run_began_with_is_held_to_its_record(made, place):
     assert manifest.read(place / "reuse/given.parquet").digest == given.digest
     shutil.copy(place / "other/stages/2/manifest.parquet", place / "reuse/given.parquet")
     with pytest.raises(CorruptionError, match=r"given\.parquet holds \w{64} .* the run wrote " + given.digest):
-        checks.verify(place / "reuse")
+        verify.verify(place / "reuse")
 
 
 @pytest.mark.parametrize("name", ["summary.json", "run.json", "files.json", "checkpoint"])
@@ -137,7 +139,7 @@ def test_a_part_of_another_run_is_refused(place, name):
         shutil.copy(place / "other" / name, place / "run" / name)
     said = r"holds \w{64} .*the run wrote \w{64}" if name == "summary.json" else r"is of run \w{64}, .* of \w{64}"
     with pytest.raises(CorruptionError, match=said):
-        checks.verify(place / "run")
+        verify.verify(place / "run")
 
 
 def test_another_runs_checkpoint_is_not_continued(made, place):
@@ -173,7 +175,7 @@ def test_files_without_a_record_are_refused(made, place):
     with pytest.raises(CorruptionError, match=said):
         continued(made, place / "begun")
     with pytest.raises(CorruptionError, match=rf"(?s){said}.*student\.safetensors is not in files\.json"):
-        checks.verify(place / "begun")
+        verify.verify(place / "begun")
 
 
 def test_a_manifest_put_into_a_run_by_hand_is_refused(made, place):
@@ -195,7 +197,7 @@ def test_every_entry_of_the_record_counts(place, key):
     with pytest.raises(KcdcacheError, match=r"stages/1/manifest\.parquet .*the run wrote|recorded was 0{64}"):
         manifest.read(place / "run/stages/1/manifest.parquet")
     with pytest.raises(CorruptionError, match=r"stages/1/manifest\.parquet"):
-        checks.verify(place / "run")
+        verify.verify(place / "run")
 
 
 # ---- damage anywhere in the folder
@@ -226,7 +228,7 @@ def damage(path):
 def test_damage_is_told_by_file(place, name):
     damage(place / "run" / name)
     with pytest.raises(CorruptionError, match=DAMAGE[name]):
-        checks.verify(place / "run")
+        verify.verify(place / "run")
 
 
 @pytest.mark.parametrize("name", [*DAMAGE, "checkpoint"])
@@ -238,50 +240,50 @@ def test_what_is_missing_is_told_by_file(place, name):
         path.unlink()
     if name == "run.json":
         with pytest.raises(MismatchError, match="is no store, manifest, values file, run or network"):
-            checks.verify(place / "run")
+            verify.verify(place / "run")
         return
     told = {"files.json": "is not in files.json", "checkpoint": "checkpoint/latest.json is missing"}
     with pytest.raises(CorruptionError, match=told.get(name, Path(name).name)):
-        checks.verify(place / "run")
+        verify.verify(place / "run")
 
 
 def test_all_damage_is_told_at_once(place):
     others = set(DAMAGE) - {"files.json", "run.json", "checkpoint/latest.json"}  # the measures of the others
     for name in others:
         damage(place / "run" / name)
-    found = runcheck.check(place / "run")
+    found = check.check(place / "run")
     for name in others:
         assert any(name in problem for problem in found.problems), name
     with pytest.raises(CorruptionError, match=rf"{len(found.problems)} problems\n"):
-        checks.verify(place / "run")
+        verify.verify(place / "run")
 
 
 def test_a_summary_is_held_to_what_it_sums_up(place):
     """Its own digest and its entry in the record made to fit: the files it sums up still tell otherwise."""
     folder = RunFolder(path=place / "run")
-    true = runs.read_summary(folder.path)
+    true = state.read_summary(folder.path)
     changes = {
         "accuracy_last": 0.99, "relative_cost": 0.1, "kept": 3, "condensed_set": "stages/1/manifest.parquet",
         "seconds": 1e-3, "rows_read": 1, "best_epoch": 77,
     }  # fmt: skip
     for name, wrong in changes.items():
-        runs.write_summary(folder, true | {name: wrong})
+        state.write_summary(folder, true | {name: wrong})
         with pytest.raises(CorruptionError, match=rf"summary.json, {name}: {wrong}, but the run's other files give"):
-            checks.verify(folder.path)
-    runs.write_summary(folder, true)
-    assert checks.verify(folder.path)["problems"] == 0
+            verify.verify(folder.path)
+    state.write_summary(folder, true)
+    assert verify.verify(folder.path)["problems"] == 0
 
 
 def test_a_store_of_mixes_belongs_to_the_manifest_beside_it(place):
     shutil.rmtree(place / "run/stages/2/manifest.requery")
     shutil.copytree(place / "run/stages/1/manifest.requery", place / "run/stages/2/manifest.requery")
     with pytest.raises(CorruptionError, match=r"the teacher's outputs on manifest \w{64}, beside it lies \w{64}"):
-        checks.verify(place / "run")
+        verify.verify(place / "run")
 
 
 def test_runs_as_they_were_written_are_in_order(place):
     for name, finished in (("run", True), ("begun", False), ("other", True), ("fit", True)):
-        found = checks.verify(place / name)
+        found = verify.verify(place / name)
         assert (found["problems"], found["finished"]) == (0, finished)
 
 
@@ -289,7 +291,7 @@ def test_runs_as_they_were_written_are_in_order(place):
 def test_damage_of_a_fitted_run_is_found(place, name):
     damage(place / "fit" / name)
     with pytest.raises(CorruptionError, match=name):
-        checks.verify(place / "fit")
+        verify.verify(place / "fit")
 
 
 # ---- random bits and lengths
@@ -327,7 +329,9 @@ def test_no_flipped_bit_of_a_manifest_is_silent(place, capsys):
             continue
         harmless += 1
         assert same(found, good)
-        assert pq.read_schema(outside).metadata[b"kcdcache.manifest"] == metadata[b"kcdcache.manifest"]
+        assert (
+            pq.read_schema(outside).metadata[b"kcdcache.condense.manifest"] == metadata[b"kcdcache.condense.manifest"]
+        )
     with capsys.disabled():
         print(f"\n{FLIPS} flips: {harmless} changed nothing that is read, the others were refused")
     assert harmless < FLIPS / 4
@@ -345,9 +349,9 @@ def test_no_flipped_bit_of_a_checkpoint_is_silent(place):
         for bit in positions:
             path.write_bytes(flipped(data, bit))
             with pytest.raises(CorruptionError, match=r"checkpoint .* is damaged|latest\.json"):
-                runs.load_checkpoint(folder)
+                state.load_checkpoint(folder)
         path.write_bytes(data)
-    assert runs.load_checkpoint(folder)[1]["epoch"] == 5
+    assert state.load_checkpoint(folder)[1]["epoch"] == 5
 
 
 LENGTHS = {
@@ -380,7 +384,7 @@ def test_verify_finds_every_flipped_bit_of_a_runs_manifest(place):
     for bit in np.random.default_rng(8).choice(8 * len(data), FLIPS, replace=False).tolist():
         path.write_bytes(flipped(data, bit))
         with pytest.raises(CorruptionError, match=r"stages/2/manifest\.parquet"):
-            checks.verify(place / "run")
+            verify.verify(place / "run")
 
 
 @pytest.mark.parametrize("name", LENGTHS)
@@ -395,4 +399,4 @@ def test_crafted_files_are_never_wrong_rows(place, name):
     assert "copy.parquet" in said if found is None else same(found, good)
     assert found is None or name == "two joined"  # its last footer is good and tells of the first half
     with pytest.raises(CorruptionError, match=r"stages/2/manifest\.parquet"):
-        checks.verify(place / "run")
+        verify.verify(place / "run")

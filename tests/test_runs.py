@@ -8,10 +8,13 @@ import torch
 from lessons import precomputed
 from pupils import distilled, everything, promised, same_files, school, settings
 
-from kcdcache import runs, store, surroundings
+from kcdcache import environment
 from kcdcache.errors import CorruptionError, LockedError, MismatchError, NotFoundError, SettingsError, UnfinishedError
-from kcdcache.files import locked
-from kcdcache.runs import RunFolder, load_checkpoint, read_metrics, read_summary, save_checkpoint
+from kcdcache.files.atomic import locked
+from kcdcache.runs import state
+from kcdcache.runs.folder import RunFolder
+from kcdcache.runs.state import load_checkpoint, read_metrics, read_summary, save_checkpoint
+from kcdcache.store import reader
 
 CHANGES = {
     "epochs": 9, "keep": 0.5, "stages": 2, "schedule": "poster", "student": "resnet8", "learning_rate": 0.01,
@@ -73,9 +76,9 @@ def test_another_thread_count_is_refused_unless_allowed(place, tmp_path):
 def test_another_version_is_refused_unless_allowed(place, tmp_path):
     distilled(place, tmp_path / "run", run={"until": 1})
     file, folder = tmp_path / "run" / "run.json", RunFolder(path=tmp_path / "run")
-    record = runs.read_record(folder)
+    record = state.read_record(folder)
     record["environment"]["versions"]["torch"] = "1.0"
-    runs.write_record(folder, record["settings"], record["inputs"], [record["environment"]])
+    state.write_record(folder, record["settings"], record["inputs"], [record["environment"]])
     with pytest.raises(MismatchError, match=r"versions\.torch.*1\.0"):
         distilled(place, tmp_path / "run")
     distilled(place, tmp_path / "run", run={"until": 2, "allow_env_change": True})
@@ -107,7 +110,7 @@ def test_the_record_names_what_decided_the_run(place, begun):
     assert record["inputs"]["given"] is None
     assert record["settings"]["keep"] == 0.6
     assert {"checkpoint_seconds", "memory_gb"}.isdisjoint(record["settings"])
-    assert set(surroundings.COMPARED) <= set(record["environment"])
+    assert set(environment.COMPARED) <= set(record["environment"])
 
 
 def test_a_damaged_checkpoint_is_found(place, tmp_path):
@@ -198,7 +201,7 @@ def test_an_outcome_is_arithmetic_on_the_rows():
         {"epoch": 2, "samples_so_far": 22, "test_accuracy": 0.7, "test_calibration_error": 0.1},
         {"epoch": 3, "samples_so_far": 28, "test_accuracy": 0.5, "test_calibration_error": 0.3},
     ]
-    found = runs.outcome(rows, 10, 4)
+    found = state.outcome(rows, 10, 4)
     assert (found["accuracy_last"], found["accuracy_best"], found["best_epoch"]) == (0.5, 0.7, 2)
     assert (found["relative_cost"], found["student_samples"], found["calibration_error"]) == (0.7, 28, 0.3)
 
@@ -208,16 +211,16 @@ def test_clock_times_stand_apart(begun):
         assert b"seconds" not in data, name
     rows = [json.loads(line) for line in (begun / "timing.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [0, 1, 2]
-    assert runs.seconds_spent(RunFolder(path=begun)) == pytest.approx(sum(row["seconds"] for row in rows))
+    assert state.seconds_spent(RunFolder(path=begun)) == pytest.approx(sum(row["seconds"] for row in rows))
 
 
 def test_a_torn_last_line_of_clock_times_is_forgiven(begun, tmp_path):
     folder = RunFolder(path=tmp_path)
     (tmp_path / "timing.jsonl").write_bytes(b'{"seconds":1.5}\n{"seco')
-    assert runs.seconds_spent(folder) == 1.5
+    assert state.seconds_spent(folder) == 1.5
     for _ in range(2):
-        runs.add_timing(folder, {"seconds": 2.0})
-    assert runs.seconds_spent(folder) == 3.5  # the first went into the torn line
+        state.add_timing(folder, {"seconds": 2.0})
+    assert state.seconds_spent(folder) == 3.5  # the first went into the torn line
 
 
 def test_a_grown_store_continues_a_run_as_it_began(place, begun, tmp_path):
@@ -225,7 +228,7 @@ def test_a_grown_store_continues_a_run_as_it_began(place, begun, tmp_path):
     other = school(tmp_path)
     distilled(other, tmp_path / "run", run={"until": 3})
     precomputed(other.knowledge.path, other.data, other.network, views=4)
-    assert store.open(other.knowledge.path).views == 4
+    assert reader.open(other.knowledge.path).views == 4
     distilled(other, tmp_path / "run")
     distilled(place, tmp_path / "whole")
     assert same_files(tmp_path / "whole", tmp_path / "run")

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from lessons import TinyNet
 from pupils import command, distilled, same_files, school
 
-from kcdcache import rng, sampling, signals, values
-from kcdcache.config import SamplingSettings, TrainSettings, make
+from kcdcache import interrupt, rng
+from kcdcache.condense import value_files
+from kcdcache.condense.manifest import Manifest, full
+from kcdcache.condense.values import Values
 from kcdcache.errors import InterruptedRunError, SettingsError
-from kcdcache.manifest import Manifest, full
-from kcdcache.sampling import SAMPLING, Sampler
-from kcdcache.values import Values
+from kcdcache.settings import SamplingSettings, TrainSettings, make
+from kcdcache.training import sampling
+from kcdcache.training.sampling import SAMPLING, Sampler
 
 COUNT = 400
 NAMES = tuple(SAMPLING)
@@ -265,11 +267,11 @@ def whole(place):
 def test_a_run_stopped_inside_an_epoch_goes_on_with_the_same_points(place, whole, tmp_path, name):
     BELL[:] = [23]  # inside the fourth epoch: its points depend on values that have changed since it began
     with (
-        signals.listening(),
+        interrupt.listening(),
         pytest.raises(InterruptedRunError, match=r"epoch [345], step [1-4] is in the checkpoint of"),
     ):
         distilled(place, tmp_path / "run", **chosen(name))
-    with signals.listening():
+    with interrupt.listening():
         distilled(place, tmp_path / "run", **chosen(name))
     assert same_files(whole(name), tmp_path / "run")
 
@@ -297,7 +299,7 @@ def test_the_cost_counts_what_was_visited(whole, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_values_count_the_visits(whole, name):
-    found = values.read(whole(name) / "values.parquet", 200).values
+    found = value_files.read(whole(name) / "values.parquet", 200).values
     rows = [json.loads(line) for line in (whole(name) / "metrics.jsonl").read_text().splitlines()]
     assert found.visits.sum() == sum(row["samples"] for row in rows)
 
@@ -306,7 +308,7 @@ def test_a_recorded_loss_is_the_students_own(place, whole, tmp_path):
     """The last loss of a sample whose epoch had one batch is that of the network before that step."""
     settings = {"observed": "loss", "record": "last", "student": "lessons:TinyNet", "keep": 1.0, "batch_size": 200}
     distilled(place, tmp_path / "one", **settings, epochs=2, stages=1, run={"until": 1})
-    found = values.read(tmp_path / "one" / "values.parquet", 200).values
+    found = value_files.read(tmp_path / "one" / "values.parquet", 200).values
     metrics = json.loads((tmp_path / "one" / "metrics.jsonl").read_text().splitlines()[0])
     assert found.value.mean() == pytest.approx(metrics["loss"], rel=1e-5)
     assert found.value.std() > 0

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kcdcache import schedule
+from kcdcache.condense import schedule
+from kcdcache.condense.schedule import kept_count, plan
 from kcdcache.errors import SettingsError
-from kcdcache.schedule import kept_count, plan
 
 ROOT = 0.7 ** (1 / 6)
 SPLITS = st.tuples(st.sampled_from(sorted(schedule.SCHEDULES)), st.integers(1, 8), st.integers(1, 8))

@@ -10,8 +10,9 @@ import zarr
 from damaging import flip
 from stores import creating, finish, form, grown, knowledge, many_chunks, plan_of, small_parts
 
-from kcdcache import layout, store
 from kcdcache.errors import CorruptionError
+from kcdcache.store import reader
+from kcdcache.store.plan import all_chunks, array_document
 
 ts = pytest.importorskip("tensorstore", reason="tensorstore (test-only) cannot be imported here", exc_type=ImportError)
 
@@ -54,7 +55,7 @@ def path(tmp_path, request, compression):
 
 
 def test_every_array_is_the_same_bits_to_it_to_zarr_and_to_us(path):
-    opened = store.open(path)
+    opened = reader.open(path)
     assert len(opened.plan.arrays) >= 4
     for array in opened.plan.arrays:
         here = read_here(opened, array)
@@ -67,22 +68,22 @@ def test_a_store_as_precompute_plans_it_reads_the_same(tmp_path, compression):
     plan = plan_of(3000, 2, compression=compression)
     with creating(tmp_path / "s", plan, knowledge(3000)) as writing:
         finish(writing)
-    opened = store.open(tmp_path / "s")
+    opened = reader.open(tmp_path / "s")
     for array in plan.arrays:
         assert same(read_there(tmp_path / "s", array.name), read_here(opened, array))
 
 
 def test_rows_in_any_order_are_the_same(path):
-    opened, index = store.open(path), np.random.default_rng(0).permutation(150)[:40]
+    opened, index = reader.open(path), np.random.default_rng(0).permutation(150)[:40]
     array = open_there(path, "logits")
     there = np.asarray(array[1, index.tolist()].read().result())
     assert same(there, opened.load(1, np.arange(150), ["logits"])["logits"][index])
 
 
 def test_its_metadata_says_what_ours_does(path):
-    for array in store.open(path).plan.arrays:
+    for array in reader.open(path).plan.arrays:
         found = open_there(path, array.name)
-        document = layout.array_document(store.open(path).plan, array)
+        document = array_document(reader.open(path).plan, array)
         assert list(found.shape) == document["shape"]
         assert found.dtype.name == document["data_type"]
         assert list(found.chunk_layout.read_chunk.shape) == document["chunk_grid"]["configuration"]["chunk_shape"]
@@ -90,7 +91,7 @@ def test_its_metadata_says_what_ours_does(path):
 
 @pytest.mark.parametrize("place", ["first", "middle", "checksum"])
 def test_a_flipped_bit_is_an_error_to_it_too(path, place):
-    for chunk in layout.all_chunks(store.open(path).plan)[::5]:
+    for chunk in all_chunks(reader.open(path).plan)[::5]:
         file = path / chunk.key
         data = file.read_bytes()
         bit = {"first": 0, "middle": 4 * len(data), "checksum": 8 * len(data) - 1}[place]
@@ -118,4 +119,4 @@ def test_only_the_log_knows_that_two_chunks_were_swapped(tmp_path):
     shutil.copy(path / "logits/c.1.2.0", path / "logits/c.1.1.0")
     assert not same(read_there(path, "logits"), before)
     with pytest.raises(CorruptionError, match=r"logits/c.1.1.0 .* is not what was written"):
-        store.open(path).load(1, np.arange(150), ["logits"])
+        reader.open(path).load(1, np.arange(150), ["logits"])

@@ -10,9 +10,10 @@ from killing import finished, nursery, succeeds
 from pupils import SPEC, digits, leftovers, lines, same_files, saved_teacher
 from stores import content, creating, grown, knowledge, make, plan_of, small_parts, write_part
 
-from kcdcache import audit, ledger, store, writer
 from kcdcache.errors import LockedError, MismatchError, NotFoundError, SettingsError, UnfinishedError
-from kcdcache.holding import Shard, held, parse_shard, shard_of
+from kcdcache.store import check, reader, writer
+from kcdcache.store.log import FOLDER, commit_path
+from kcdcache.store.writer import Shard, held, parse_shard, shard_of
 
 STORE = {"augment": "crop", "padding": 2, "views": 12, "batch_size": 64, "min_accuracy": 0, "threads": 1}
 PLAN = small_parts(150, 2, 64, 32)
@@ -56,7 +57,7 @@ def is_whole(place, path):
     assert same_files(place / "store", path)
     assert not leftovers(path)
     assert not list(path.rglob("lock.*"))
-    assert audit.verify(path).problems == ()
+    assert check.verify(path).problems == ()
     return True
 
 
@@ -104,7 +105,7 @@ def test_a_shard_that_dies_leaves_its_parts_to_one_process(workers, place, tmp_p
     assert finished(workers[0], words, log) == 0
     assert "6 parts are left to the other shards" in log.read_text()
     with pytest.raises(UnfinishedError, match="no commit record"):
-        store.open(tmp_path / "store")
+        reader.open(tmp_path / "store")
     succeeds(workers[0], precompute(place, tmp_path / "store"), log)
     assert is_whole(place, tmp_path / "store")
 
@@ -237,15 +238,15 @@ def test_processes_of_a_launcher_share_a_store_without_being_told(workers, place
 
 
 def test_seal_ends_what_the_last_process_did_not(place, tmp_path):
-    whole, path = store.open(place / "store"), tmp_path / "store"
+    whole, path = reader.open(place / "store"), tmp_path / "store"
     shutil.copytree(place / "store", path)
     assert writer.seal(path) is False
-    ledger.commit_path(path, 0).unlink()
+    commit_path(path, 0).unlink()
     with pytest.raises(UnfinishedError, match="is not finished"):
-        store.open(path)
+        reader.open(path)
     assert writer.seal(path) is True
     assert is_whole(place, path)
-    assert store.open(path).knowledge_id == whole.knowledge_id
+    assert reader.open(path).knowledge_id == whole.knowledge_id
 
 
 def test_seal_ends_a_growth_too(tmp_path):
@@ -253,19 +254,19 @@ def test_seal_ends_a_growth_too(tmp_path):
     with writer.grow(tmp_path / "store", knowledge(), views=2) as growing:
         for part in growing.pending():
             write_part(growing, part)
-    assert store.open(tmp_path / "store").views == 1
+    assert reader.open(tmp_path / "store").views == 1
     assert writer.seal(tmp_path / "store") is True
-    assert store.open(tmp_path / "store").views == 2
+    assert reader.open(tmp_path / "store").views == 2
 
 
 def test_seal_refuses_a_store_with_parts_missing(place, tmp_path):
     path = tmp_path / "store"
     shutil.copytree(place / "store", path)
-    ledger.commit_path(path, 0).unlink()
-    next((path / ledger.FOLDER / "log/0").glob("v*.json")).unlink()
+    commit_path(path, 0).unlink()
+    next((path / FOLDER / "log/0").glob("v*.json")).unlink()
     with pytest.raises(UnfinishedError, match=r"1 of \d+ parts of .* are not written yet"):
         writer.seal(path)
-    assert not ledger.commit_path(path, 0).exists()
+    assert not commit_path(path, 0).exists()
 
 
 def test_seal_names_what_is_no_store(tmp_path):

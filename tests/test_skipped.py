@@ -10,9 +10,13 @@ from lessons import condensed, precomputed
 from pupils import SCHOOL, BrokenOffError, command, distilled, everything, once, same_files, stop_after
 from touchy import EVERYONE, SKIP, TRAIN, a_white_sample, made, place_for, whole_in
 
-from kcdcache import checks, cli, ledger, manifest, repair, schedule, store, values
+from kcdcache.cli import main
+from kcdcache.commands import verify
+from kcdcache.condense import manifest, schedule, value_files
 from kcdcache.errors import MismatchError
-from kcdcache.runs import read_metrics, read_summary
+from kcdcache.runs.state import read_metrics, read_summary
+from kcdcache.store import log, reader
+from kcdcache.teacher import repair
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,7 @@ def test_no_set_of_a_run_keeps_or_mixes_in_a_skipped_sample(place, runs, options
 
 
 def test_the_first_stage_visits_everybody_else(place, runs):
-    first = values.read(runs() / "stages/0/values.parquet", TRAIN).values
+    first = value_files.read(runs() / "stages/0/values.parquet", TRAIN).values
     assert np.flatnonzero(first.visits == 0).tolist() == place.white
     assert set(first.visits[np.setdiff1d(EVERYONE, place.white)].tolist()) == {2}
 
@@ -147,7 +151,7 @@ def test_a_given_set_without_skipped_samples_is_condensed_further_without_them(p
 
 def test_a_run_whose_store_skips_more_since_is_not_continued(place, tmp_path):
     made(place, tmp_path / "store", views=1, **SKIP)
-    mine = SimpleNamespace(data=place.data, knowledge=store.open(tmp_path / "store"))
+    mine = SimpleNamespace(data=place.data, knowledge=reader.open(tmp_path / "store"))
     with pytest.raises(BrokenOffError):
         distilled(mine, tmp_path / "run", run={"progress": stop_after(1)})
     made(place, tmp_path / "store", **SKIP)
@@ -156,14 +160,14 @@ def test_a_run_whose_store_skips_more_since_is_not_continued(place, tmp_path):
 
 
 def test_verify_computes_all_but_the_skipped_again(place):
-    found = checks.recheck(place.knowledge, place.data, place.network, points=10**6)
+    found = verify.recheck(place.knowledge, place.data, place.network, points=10**6)
     assert found == {"points": 3 * (TRAIN - 2), "differing": 0, "largest": 0.0}
 
 
 def test_verify_passes_over_a_batch_that_was_skipped_whole(tmp_path):
     tail = place_for(tmp_path / "tail", [TRAIN - 1])
     made(tail, tmp_path / "store", augment="none", views=1, batch_size=TRAIN - 1, **SKIP)
-    found = checks.recheck(store.open(tmp_path / "store"), tail.data, tail.network, points=10**6)
+    found = verify.recheck(reader.open(tmp_path / "store"), tail.data, tail.network, points=10**6)
     assert (found["points"], found["differing"]) == (TRAIN - 1, 0)
 
 
@@ -190,7 +194,7 @@ def logits_with(path, **broken):
 
 def precompute_from(file, place, out, *words):
     fixed = ["precompute", "--data", place.spec, "--augment", "crop", "--min-accuracy", "0", "--encoding", "float16"]
-    return cli._outcome([*fixed, "--from-logits", str(file), "--store", str(out), *words])
+    return main._outcome([*fixed, "--from-logits", str(file), "--store", str(out), *words])
 
 
 def test_imported_logits_are_held_to_the_same_on_the_command_line(place, tmp_path, capsys):
@@ -201,7 +205,7 @@ def test_imported_logits_are_held_to_the_same_on_the_command_line(place, tmp_pat
     assert precompute_from(file, place, tmp_path / "store", "--on-nonfinite", "skip", "--json") == 0
     told = capsys.readouterr()
     assert '"skipped": 2' in told.out
-    knowledge = store.open(tmp_path / "store")
+    knowledge = reader.open(tmp_path / "store")
     assert knowledge.skipped.tolist() == [5, 11]
     assert knowledge.read("logits", 0, np.array([3]))[0, 4] == 1e5
 
@@ -209,6 +213,6 @@ def test_imported_logits_are_held_to_the_same_on_the_command_line(place, tmp_pat
 def test_an_unfinished_store_tells_what_it_skipped_so_far(place, tmp_path):
     with pytest.raises(BrokenOffError):
         made(place, tmp_path / "store", progress=stop_after(1), **SKIP)
-    assert ledger.read_skipped(tmp_path / "store").tolist() == np.intersect1d(place.white, whole_in(0)).tolist() != []
+    assert log.read_skipped(tmp_path / "store").tolist() == np.intersect1d(place.white, whole_in(0)).tolist() != []
     made(place, tmp_path / "store", **SKIP)
-    assert ledger.read_skipped(tmp_path / "store").tolist() == place.white
+    assert log.read_skipped(tmp_path / "store").tolist() == place.white

@@ -22,12 +22,17 @@ from hypothesis.stateful import (
 )
 from stores import creating, finish, form, knowledge, small_parts, values, write_part
 
-from kcdcache import audit, commands, condenser, config, layout, ledger, manifest, repair, store, writer
-from kcdcache import values as value_files
+from kcdcache import settings as kcdcache_settings
+from kcdcache.commands import condenser
+from kcdcache.condense import manifest, value_files
+from kcdcache.condense import values as condense_values
+from kcdcache.condense.schedule import kept_count
 from kcdcache.errors import KcdcacheError, UnfinishedError
-from kcdcache.files import TEMPORARY_MARK
-from kcdcache.holding import WHOLE, Shard
-from kcdcache.schedule import kept_count
+from kcdcache.files.atomic import TEMPORARY_MARK
+from kcdcache.store import check, log, reader, writer
+from kcdcache.store.plan import plan_from
+from kcdcache.store.writer import WHOLE, Shard
+from kcdcache.teacher import repair
 
 COUNT = 40
 FORMS = [("float16", "none"), ("float32", "zstd"), ("top:3", "none")]
@@ -243,7 +248,7 @@ class StoreMachine(RuleBasedStateMachine):
     def reopen(self):
         self.opened = None
         with suppress(KcdcacheError):
-            self.opened = store.open(self.path)
+            self.opened = reader.open(self.path)
 
     @precondition(lambda self: self.opened is not None)
     @rule(data=st.data())
@@ -273,7 +278,7 @@ class StoreMachine(RuleBasedStateMachine):
             return
         disturbed = self.disturbing()
         try:
-            opened = store.open(self.path)
+            opened = reader.open(self.path)
             rows = {view: opened.load(view, np.arange(COUNT), list(opened.fields)) for view in range(opened.views)}
             labels = opened.labels
         except UnfinishedError:
@@ -294,13 +299,13 @@ class StoreMachine(RuleBasedStateMachine):
     def verify(self):
         disturbed = self.disturbing()
         try:
-            problems = audit.verify(self.path).problems
+            problems = check.verify(self.path).problems
         except KcdcacheError:
             assert disturbed or self.sealed is None
             return
         assert bool(problems) == bool(disturbed)
         if all("/c." in name for name in disturbed):
-            plan = layout.plan_from(ledger.read_plan(self.path, len(self.sealed)))
+            plan = plan_from(log.read_plan(self.path, len(self.sealed)))
             for name in disturbed:
                 assert any(place_of(plan, name) in problem for problem in problems)
 
@@ -311,8 +316,10 @@ class StoreMachine(RuleBasedStateMachine):
         made, out = self.folder / f"{seed}.values", self.folder / f"{seed}-{keep}.parquet"
         random = np.random.default_rng(seed).random(COUNT, np.float32)
         known = {"knowledge_id": knowledge(COUNT).knowledge_id, "student": "s", "epoch": 1}
-        value_files.write(made, value_files.Values(np.ones(COUNT, np.int32), random), None, known)
-        command = config.make(commands.CondenseCommand, {"values": made, "store": self.path, "keep": keep, "out": out})
+        value_files.write(made, condense_values.Values(np.ones(COUNT, np.int32), random), None, known)
+        command = kcdcache_settings.make(
+            kcdcache_settings.CondenseCommand, {"values": made, "store": self.path, "keep": keep, "out": out}
+        )
         with self.damage_may_refuse():
             told = condenser.run(command)
             assert told["already"] == (out in self.manifests)

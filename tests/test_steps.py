@@ -2,8 +2,15 @@ import numpy as np
 import pytest
 from pupils import SCHOOL, SPEC, command, school
 
-from kcdcache import commands, config, listing, loop, methods, schedule, steps
+from kcdcache import progress
+from kcdcache.commands import steps
+from kcdcache.condense import schedule
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError
+from kcdcache.export import condensed_set
+from kcdcache.methods import registry
+from kcdcache.report import show
+from kcdcache.runs import state
+from kcdcache.settings import FitCommand, MethodSettings, PrecomputeCommand, TrainSettings
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +28,7 @@ def imported(place, tmp_path_factory):
 
 def import_from(file, out, **more):
     given = {"data": SPEC, "store": out, "from_logits": file, "augment": "none"}
-    return steps.precompute_store(commands.PrecomputeCommand(**(given | more)), loop.silent)
+    return steps.precompute_store(PrecomputeCommand(**(given | more)), progress.silent)
 
 
 def test_steps_are_the_commands_that_write():
@@ -31,7 +38,7 @@ def test_steps_are_the_commands_that_write():
 
 
 def test_data_is_loaded_once():
-    assert steps.load_data(SPEC) is steps.load_data(SPEC)
+    assert condensed_set.load_data(SPEC) is condensed_set.load_data(SPEC)
 
 
 def test_a_dry_fit_counts_steps(tmp_path):
@@ -41,9 +48,7 @@ def test_a_dry_fit_counts_steps(tmp_path):
 
 
 def command_fit(folder, **more):
-    return steps.fit(
-        commands.FitCommand(data=SPEC, model="resnet8", out=folder / "out", **more), loop.silent, dry_run=True
-    )
+    return steps.fit(FitCommand(data=SPEC, model="resnet8", out=folder / "out", **more), progress.silent, dry_run=True)
 
 
 def test_a_dry_train_lists_the_stages_of_the_schedule(place, tmp_path):
@@ -78,7 +83,7 @@ def test_few_views_for_many_epochs_are_noted(place, tmp_path, caplog):
 @pytest.mark.parametrize(("method", "rate"), [("ce", 0.01), ("kd", 0.01), ("at+kd", 0.01), ("reviewkd", 0.02)])
 @pytest.mark.parametrize("student", ["MobileNetV2", "ShuffleV1", "ShuffleV2"])
 def test_light_students_learn_at_their_authors_rate_unless_told_another(method, rate, student):
-    wanted = config.TrainSettings(student=student, method=method)
+    wanted = TrainSettings(student=student, method=method)
     assert steps._with_recipe(wanted, {"student", "method"}).learning_rate == rate
     told = wanted.model_copy(update={"learning_rate": 0.3})
     assert steps._with_recipe(told, {"learning_rate"}).learning_rate == 0.3
@@ -86,9 +91,9 @@ def test_light_students_learn_at_their_authors_rate_unless_told_another(method, 
 
 @pytest.mark.parametrize("joined", ["kd+reviewkd", "reviewkd+kd"])
 def test_a_methods_own_rate_wins_over_the_usual_one_in_any_order(joined):
-    settings = config.MethodSettings(method=joined)
-    assert methods.recipe(settings, "ShuffleV2") == {"learning_rate": 0.02, "batch_size": 128, "nesterov": True}
-    assert methods.recipe(settings, "resnet8") == {"learning_rate": 0.1, "batch_size": 128, "nesterov": True}
+    settings = MethodSettings(method=joined)
+    assert registry.recipe(settings, "ShuffleV2") == {"learning_rate": 0.02, "batch_size": 128, "nesterov": True}
+    assert registry.recipe(settings, "resnet8") == {"learning_rate": 0.1, "batch_size": 128, "nesterov": True}
 
 
 def test_the_authors_settings_are_told_where_they_hold(place, tmp_path, caplog):
@@ -105,17 +110,17 @@ def test_the_authors_settings_are_told_where_they_hold(place, tmp_path, caplog):
 def test_the_listing_tells_the_recipe_of_the_pair():
     rates = {}
     for student in ("resnet8", "ShuffleV2"):
-        rows = listing.listing("resnet8", student, 10, 16)["methods"]
+        rows = show.listing("resnet8", student, 10, 16)["methods"]
         rates[student] = {row["method"]: row["recipe"].get("learning_rate") for row in rows}
     assert (rates["resnet8"]["kd"], rates["resnet8"]["reviewkd"]) == (None, 0.1)
     assert (rates["ShuffleV2"]["kd"], rates["ShuffleV2"]["reviewkd"]) == (0.01, 0.02)
 
 
 def test_digits_are_cropped_where_no_views_are_named(tmp_path):
-    settings = commands.FitCommand(data=SPEC, model="resnet8", out=tmp_path)
-    assert steps._usual_views(settings, steps.load_data(SPEC)) == {"augment": "crop", "padding": 2}
-    named = commands.FitCommand(data=SPEC, model="resnet8", out=tmp_path, augment="none")
-    assert steps._usual_views(named, steps.load_data(SPEC)) == {}
+    settings = FitCommand(data=SPEC, model="resnet8", out=tmp_path)
+    assert steps._usual_views(settings, condensed_set.load_data(SPEC)) == {"augment": "crop", "padding": 2}
+    named = FitCommand(data=SPEC, model="resnet8", out=tmp_path, augment="none")
+    assert steps._usual_views(named, condensed_set.load_data(SPEC)) == {}
 
 
 def test_the_precision_of_a_teacher_is_the_stores(place):
@@ -142,9 +147,9 @@ def test_an_import_refuses_flags_it_would_ignore(tmp_path, flag):
 
 
 def test_an_import_must_say_which_views_it_is_of(tmp_path):
-    given = commands.PrecomputeCommand(data=SPEC, store=tmp_path / "s", from_logits=tmp_path / "logits.npy")
+    given = PrecomputeCommand(data=SPEC, store=tmp_path / "s", from_logits=tmp_path / "logits.npy")
     with pytest.raises(SettingsError, match=r"--from-logits needs --augment: say which views"):
-        steps.precompute_store(given, loop.silent)
+        steps.precompute_store(given, progress.silent)
 
 
 def test_a_missing_file_to_import_is_not_found(tmp_path):
@@ -154,9 +159,9 @@ def test_a_missing_file_to_import_is_not_found(tmp_path):
 
 def test_the_condensed_set_of_a_run_is_what_it_exported(place, tmp_path):
     out = tmp_path / "out"
-    assert steps.condensed_set(out) == out / "(its condensed set)"
+    assert state.condensed_set(out) == out / "(its condensed set)"
     command(place, "train", out=out, until=1, **SCHOOL)
-    assert steps.condensed_set(out) == out / "(its condensed set)"
+    assert state.condensed_set(out) == out / "(its condensed set)"
     found = command(place, "train", out=out, **SCHOOL)
-    assert steps.condensed_set(out) == out / found["condensed_set"]
-    assert steps.condensed_set(out).is_file()
+    assert state.condensed_set(out) == out / found["condensed_set"]
+    assert state.condensed_set(out).is_file()

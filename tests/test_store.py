@@ -7,10 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stores import CLASSES, form, knowledge, make, many_chunks, small_parts, values
 
-from kcdcache import store
-from kcdcache.errors import (
-    SettingsError,
-)
+from kcdcache.errors import SettingsError
+from kcdcache.store import identity, reader
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +20,7 @@ def sealed(tmp_path_factory):
 @given(st.integers(1, 90), st.sampled_from(["float16", "float32", "top:3", "top:7"]), st.sampled_from(["none", "zstd"]))
 def test_what_is_written_is_read_whatever_the_size(tmp_path_factory, count, text, compression):
     plan = small_parts(count, 2, 32, 8, text, compression)
-    opened = store.open(make(tmp_path_factory.mktemp("any") / "store", plan))
+    opened = reader.open(make(tmp_path_factory.mktemp("any") / "store", plan))
     for view in range(2):
         expected = plan.fields["logits"].encode(values("logits", view, count))
         found = opened.load(view, np.arange(count), ["logits"])
@@ -33,10 +31,10 @@ def test_what_is_written_is_read_whatever_the_size(tmp_path_factory, count, text
 
 
 def test_an_open_store_tells_what_it_holds(sealed):
-    opened = store.open(sealed)
+    opened = reader.open(sealed)
     assert (opened.count, opened.views, opened.path) == (150, 2, sealed)
-    assert opened.fields == {"logits": store.Field(form(), (CLASSES,))}
-    assert opened.knowledge == store.read_store_identity(sealed)
+    assert opened.fields == {"logits": reader.Field(form(), (CLASSES,))}
+    assert opened.knowledge == identity.read_store_identity(sealed)
     assert opened.knowledge_id == knowledge().knowledge_id
     assert opened.layout_id == small_parts(150, 2, 64, 32).layout_id
     assert opened.row_bytes(["logits"]) == 2 * CLASSES + 4
@@ -45,7 +43,7 @@ def test_an_open_store_tells_what_it_holds(sealed):
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_wanted_rows_come_in_order_and_only_their_chunks_are_read(sealed, threads):
-    opened = store.open(sealed)
+    opened = reader.open(sealed)
     rows = np.array([0, 5, 31, 33, 149])
     found = opened.load(1, rows, ["logits"], threads=threads)
     expected = form().encode(values("logits", 1))
@@ -58,20 +56,20 @@ def test_the_caller_may_bring_the_memory(sealed, tmp_path):
     def allocate(shape, dtype):
         return np.memmap(tmp_path / f"{dtype}", dtype=dtype, mode="w+", shape=shape)
 
-    found = store.open(sealed).load(0, np.arange(10, 20), ["logits"], allocate=allocate)
+    found = reader.open(sealed).load(0, np.arange(10, 20), ["logits"], allocate=allocate)
     assert isinstance(found["logits"], np.memmap)
     np.testing.assert_array_equal(found["logits"], form().encode(values("logits", 0))["logits"][10:20])
 
 
 def test_no_rows_are_no_reads(sealed):
-    opened = store.open(sealed)
+    opened = reader.open(sealed)
     assert opened.load(0, np.arange(0), ["logits"])["logits"].shape == (0, CLASSES)
     assert opened.bytes_read == 0
 
 
 def test_decoded_values_come_in_any_order_with_duplicates(sealed):
     index = np.array([149, 3, 3, 77])
-    found = store.open(sealed).read("logits", 0, index)
+    found = reader.open(sealed).read("logits", 0, index)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, values("logits", 0).numpy()[index], atol=0.02)
 
@@ -88,14 +86,14 @@ def test_decoded_values_come_in_any_order_with_duplicates(sealed):
 )
 def test_what_a_store_does_not_hold_is_refused(sealed, view, rows, field, message):
     with pytest.raises(SettingsError, match=message):
-        store.open(sealed).load(view, np.array(rows), [field])
+        reader.open(sealed).load(view, np.array(rows), [field])
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 @pytest.mark.parametrize("text", ["float16", "float32", "top:3"])
 def test_zarr_itself_reads_the_same_bits(tmp_path, text, compression):
     path = make(tmp_path / "store", small_parts(150, 2, 64, 32, text, compression))
-    opened, group = store.open(path), zarr.open_group(path, mode="r")
+    opened, group = reader.open(path), zarr.open_group(path, mode="r")
     for array in opened.plan.arrays:
         found = group[array.name]
         if array.field is None:

@@ -12,13 +12,20 @@ import torch
 from lessons import CPU, TRAIN, condensed, digits, precomputed, teacher_of
 from torch.nn import functional
 
-from kcdcache import batches, learner, loop, manifest, methods, requery, rng, runs, store, teacher, views
-from kcdcache.batches import Mixing, connect
-from kcdcache.config import OptimizerSettings
+from kcdcache import progress, rng, settings
+from kcdcache.condense import manifest
+from kcdcache.methods import registry
+from kcdcache.runs import folder
+from kcdcache.settings import OptimizerSettings
+from kcdcache.store import reader
+from kcdcache.teacher import teacher
+from kcdcache.training import batches, learner, loop, requery
+from kcdcache.training.batches import Mixing, connect
+from kcdcache.views import rules
 
 FIELDS = ("logits",)
 VIEWS, EPOCHS, BATCH, SEED = 2, 4, 28, 11
-WEIGHTS = methods.choose(methods.MethodSettings()).weights
+WEIGHTS = registry.choose(settings.MethodSettings()).weights
 TEMPERATURE = WEIGHTS.temperature
 RECIPE = OptimizerSettings(epochs=EPOCHS, batch_size=BATCH, seed=SEED, learning_rate=0.02, checkpoint_seconds=1e9)
 ENCODINGS = ("float16", "top:4", "top:10")
@@ -26,8 +33,8 @@ ENCODINGS = ("float16", "top:4", "top:10")
 
 def run_teacher(world, view, index):
     """The teacher's logits on these samples' own view, as one batch."""
-    rule = views.rule_of(world.knowledge.knowledge.views)
-    pixels = views.apply(rule, torch.from_numpy(world.data.train.images(index)), views.parameters(rule, index, view))
+    rule = rules.rule_of(world.knowledge.knowledge.views)
+    pixels = rules.apply(rule, torch.from_numpy(world.data.train.images(index)), rules.parameters(rule, index, view))
     return teacher.outputs(world.network, pixels, FIELDS)
 
 
@@ -116,24 +123,24 @@ def taught_by_the_package(world, source, path):
     pupil = new_pupil(world)
     task = loop.Task(
         batches=lambda epoch, start: epoch_of(source, epoch),
-        loss=methods.loss_of(WEIGHTS, None),
+        loss=registry.loss_of(WEIGHTS, None),
         evaluate=dict,
         details=lambda epoch: {},
     )
     path.mkdir()
-    loop.run(pupil, task, RECIPE, runs.RunFolder(path=path), EPOCHS, loop.silent)
+    loop.run(pupil, task, RECIPE, folder.RunFolder(path=path), EPOCHS, progress.silent)
     return pupil.network.state_dict(), [row["loss"] for row in pupil.rows]
 
 
 def live_epoch_of(world, epoch):
     """The whole set's epoch without `batches`: order, views, teacher in the loop, its softened output."""
-    rule, order = views.rule_of(world.knowledge.knowledge.views), rng.epoch_order(SEED, epoch, np.arange(TRAIN))
+    rule, order = rules.rule_of(world.knowledge.knowledge.views), rng.epoch_order(SEED, epoch, np.arange(TRAIN))
     live = LiveInFixedBatches(world)
     live.prepare(epoch % VIEWS, None)
     for index in np.split(order, range(BATCH, TRAIN, BATCH)):
         images = torch.from_numpy(world.data.train.images(index))
         yield SimpleNamespace(
-            pixels=views.apply(rule, images, views.parameters(rule, index, epoch % VIEWS)),
+            pixels=rules.apply(rule, images, rules.parameters(rule, index, epoch % VIEWS)),
             labels=torch.from_numpy(world.data.train.labels[index]),
             probabilities=torch.softmax(live.gather(index, TEMPERATURE, CPU)["logits"] / TEMPERATURE, dim=1),
         )
@@ -226,7 +233,7 @@ def test_requeried_mixes_equal_a_live_teacher_on_the_mixed_images(world, tmp_pat
         requery.write(
             plain, world.network, world.knowledge, tmp_path / "mixes", fields=FIELDS, view_numbers=range(VIEWS)
         )
-    with connected(world, target="requery", requeried=store.open(tmp_path / "mixes")) as source:
+    with connected(world, target="requery", requeried=reader.open(tmp_path / "mixes")) as source:
         live = replace(source, targets=LiveOnOwnBatches(world), requeried=LiveOnMixes(world, source))
         weights, losses = taught_by_a_plain_loop(world, source, VIEWS)
         expected, expected_losses = taught_by_a_plain_loop(world, live, VIEWS)
@@ -298,7 +305,7 @@ def test_losses_with_other_encodings_differ_as_their_targets_do(world, coarser, 
         for stored, now in zip(epoch_of(source, 1), epoch_of(live, 1), strict=True):
             with torch.no_grad():
                 logits = pupil.network(pupil.transform(stored.pixels))
-            found, expected = (methods.basic(logits, batch, WEIGHTS).double() for batch in (stored, now))
+            found, expected = (registry.basic(logits, batch, WEIGHTS).double() for batch in (stored, now))
             p, q = now.probabilities.double(), stored.probabilities.double()
             entropies = [-(x * x.clamp_min(1e-300).log()).sum(1) for x in (p, q)]
             steepest = torch.log_softmax(logits.double() / TEMPERATURE, 1).abs().amax(1)

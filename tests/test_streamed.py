@@ -11,19 +11,11 @@ from hypothesis import strategies as st
 from stores import knowledge, make
 from test_condense import OPTIONS
 
-from kcdcache import (
-    commands,
-    condense,
-    condenser,
-    config,
-    manifest,
-    rules,
-    sources,
-    streamed,
-    tables,
-    values,
-)
+from kcdcache import settings as kcdcache_settings
+from kcdcache.commands import condenser
+from kcdcache.condense import manifest, streamed, summary, value_files, values
 from kcdcache.errors import CorruptionError, MismatchError, NonFiniteError
+from kcdcache.files import atomic, parquet
 
 COUNT = 90
 DOCUMENT = {"knowledge_id": "k", "student": "s", "epoch": 1}
@@ -37,7 +29,7 @@ def some_values(seed=0, count=COUNT):
 
 def written(path, found, group=None):
     """Our values file, of row groups of so many rows."""
-    values.write(path, found, np.arange(len(found.visits)) % 3, DOCUMENT)
+    value_files.write(path, found, np.arange(len(found.visits)) % 3, DOCUMENT)
     if group is not None:
         regroup(path, pq.read_table(path), group)
     return path
@@ -55,15 +47,15 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("streamed")
 
 
-def both(path, found, option, keep, previous=None, rows=tables.ROWS, excluded=()):
+def both(path, found, option, keep, previous=None, rows=parquet.ROWS, excluded=()):
     """(the bytes of the set made in memory, those of the set made by row groups of values and of `rows` rows)."""
     left_out = np.array(excluded, np.int64)
     common = {"count": len(found.visits), "stage": 2, "keep": keep, "previous": previous, "excluded": left_out}
     labels = np.arange(len(found.visits)) % 3
-    whole = condense.condense(found, option, knowledge_id="k", labels=labels, classes=5, data_digest="d", **common)
-    with sources.opened(path, len(found.visits), held=0) as (source, _), open(path.with_name("s"), "wb") as sink:
-        assert isinstance(source, values.Stream)
-        plan = condense.plan(source, option, **common)
+    whole = summary.condense(found, option, knowledge_id="k", labels=labels, classes=5, data_digest="d", **common)
+    with value_files.opened(path, len(found.visits), held=0) as (source, _), open(path.with_name("s"), "wb") as sink:
+        assert isinstance(source, value_files.Stream)
+        plan = summary.plan(source, option, **common)
         told = streamed.write(plan, source, sink, classes=5, rows=rows, knowledge_id="k", data_digest="d")
     path.with_name("m").unlink(missing_ok=True)
     manifest.write(path.with_name("m"), whole)
@@ -79,7 +71,7 @@ def both(path, found, option, keep, previous=None, rows=tables.ROWS, excluded=()
 def test_row_groups_make_the_same_bytes_as_memory_under_all_settings(
     place, options, seed, group, size, second, excluded
 ):
-    found, option = some_values(seed), config.CondenseSettings(**options)
+    found, option = some_values(seed), kcdcache_settings.CondenseSettings(**options)
     path = written(place / "values.parquet", found, group)
     previous = manifest.full("k", COUNT) if second else None
     one, two = both(path, found, option, size / COUNT, previous, excluded=sorted(excluded))
@@ -89,7 +81,7 @@ def test_row_groups_make_the_same_bytes_as_memory_under_all_settings(
 def test_small_groups_of_the_set_hold_the_same_rows_and_digest(place):
     found = some_values(3)
     path = written(place / "values.parquet", found, 7)
-    one, two = both(path, found, config.CondenseSettings(), 0.6, rows=5)
+    one, two = both(path, found, kcdcache_settings.CondenseSettings(), 0.6, rows=5)
     assert pq.ParquetFile(two).metadata.num_row_groups == 11
     assert manifest.read(one).digest == manifest.read(two).digest == manifest.read_digest(two)
 
@@ -97,7 +89,7 @@ def test_small_groups_of_the_set_hold_the_same_rows_and_digest(place):
 @pytest.mark.slow
 def test_more_than_one_full_row_group_makes_the_same_bytes(place):
     found = some_values(4, 3 * 2**20)
-    one, two = both(written(place / "values.parquet", found), found, config.CondenseSettings(), 0.8)
+    one, two = both(written(place / "values.parquet", found), found, kcdcache_settings.CondenseSettings(), 0.8)
     assert pq.ParquetFile(two).metadata.num_row_groups == 3
     assert one.read_bytes() == two.read_bytes()
 
@@ -106,10 +98,10 @@ def condensed(folder, held, dry_run=False, count=150):
     """What the command tells, and the bytes of its set, where files of more than `held` samples are streamed."""
     make(folder / "store")
     document = DOCUMENT | {"knowledge_id": knowledge().knowledge_id}
-    values.write(folder / "values.parquet", some_values(1, 150), np.arange(150) % 2, document)
+    value_files.write(folder / "values.parquet", some_values(1, 150), np.arange(150) % 2, document)
     out = folder / "m.parquet"
     command = {"values": folder / "values.parquet", "store": folder / "store", "keep": 0.5, "out": out}
-    told = condenser.run(config.make(commands.CondenseCommand, command), dry_run=dry_run, held=held)
+    told = condenser.run(kcdcache_settings.make(kcdcache_settings.CondenseCommand, command), dry_run=dry_run, held=held)
     return told, out.read_bytes() if out.exists() else b""
 
 
@@ -123,7 +115,9 @@ def test_a_dry_run_tells_memory_temporary_bytes_and_time(tmp_path):
     assert written_ == b""
     assert (told["temporary_bytes"], told["kept"]) == (round(75 * condenser.BYTES_A_ROW), 75)
     given = {"values": tmp_path, "store": tmp_path, "keep": 0.5, "out": tmp_path}
-    huge = condenser.estimate(config.make(commands.CondenseCommand, given | {"memory_gb": 16}), 10**9)
+    huge = condenser.estimate(
+        kcdcache_settings.make(kcdcache_settings.CondenseCommand, given | {"memory_gb": 16}), 10**9
+    )
     assert 9 * 10**9 < huge["memory_bytes"] < 10**10
     assert huge["temporary_bytes"] > 10.5 * 0.5 * 10**9
 
@@ -131,8 +125,8 @@ def test_a_dry_run_tells_memory_temporary_bytes_and_time(tmp_path):
 def test_values_changed_while_they_are_condensed_are_refused(place):
     count = 50_000  # more than what is read ahead
     path = written(place / "values.parquet", some_values(5, count), 10_000)
-    with sources.opened(path, count, held=0) as (source, _):
-        plan = condense.plan(source, config.CondenseSettings(), count=count, stage=1, keep=0.5)
+    with value_files.opened(path, count, held=0) as (source, _):
+        plan = summary.plan(source, kcdcache_settings.CondenseSettings(), count=count, stage=1, keep=0.5)
         other = written(place / "other.parquet", some_values(6, count), 10_000).read_bytes()
         with open(path, "r+b") as stream:  # not replaced, which an open file would not see, but overwritten
             stream.write(other)
@@ -148,10 +142,10 @@ def test_a_bad_row_of_a_late_row_group_is_named(place, row, visits, value, error
     columns = {"index": np.arange(COUNT), "visits": np.ones(COUNT, np.int32), "value": np.ones(COUNT, np.float32)}
     columns["visits"][row], columns["value"][row] = visits, value
     content = DOCUMENT | {"format_version": 0, "count": COUNT}
-    content["digest"] = tables.digest(values.canonical_json(content), columns)
-    table = pa.table(columns).replace_schema_metadata({values.METADATA_KEY: values.canonical_json(content)})
+    content["digest"] = parquet.digest(atomic.canonical_json(content), columns)
+    table = pa.table(columns).replace_schema_metadata({value_files.METADATA_KEY: atomic.canonical_json(content)})
     regroup(place / "bad.parquet", table, 20)
-    with pytest.raises(error, match=text), sources.opened(place / "bad.parquet", COUNT, held=0):
+    with pytest.raises(error, match=text), value_files.opened(place / "bad.parquet", COUNT, held=0):
         pass
 
 
@@ -159,15 +153,15 @@ def test_a_bad_row_of_a_late_row_group_is_named(place, row, visits, value, error
 
 
 def valid():
-    found = condense.condense(
-        some_values(7), config.CondenseSettings(), knowledge_id="k", count=COUNT, stage=1, keep=0.6
+    found = summary.condense(
+        some_values(7), kcdcache_settings.CondenseSettings(), knowledge_id="k", count=COUNT, stage=1, keep=0.6
     )
     return {name: column.copy() for name, column in found.columns().items()}
 
 
 def check_blocks(columns, rows):
-    checks = rules.Blocks(COUNT)
-    for block in tables.regrouped([columns], rows):
+    checks = manifest.Blocks(COUNT)
+    for block in parquet.regrouped([columns], rows):
         checks.add(block)
     checks.end()
 
@@ -194,7 +188,7 @@ def lost(columns):
 @pytest.mark.parametrize("rows", [1, 7, 20, 1000])
 def test_valid_rows_pass_in_blocks_of_any_size(rows):
     check_blocks(valid(), rows)
-    rules.require(valid(), COUNT)
+    manifest.require(valid(), COUNT)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])
@@ -203,6 +197,6 @@ def test_what_breaks_a_rule_of_the_whole_breaks_it_in_blocks(name, rows):
     columns = valid()
     BREAKS[name](columns)
     with pytest.raises(MismatchError, match="expected"):
-        rules.require(columns, COUNT)
+        manifest.require(columns, COUNT)
     with pytest.raises(MismatchError, match="expected"):
         check_blocks(columns, rows)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from kcdcache import tables
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError
+from kcdcache.files import parquet
 
 COLUMNS = st.dictionaries(
     st.sampled_from("abc"),
@@ -25,7 +25,7 @@ COLUMNS = st.dictionaries(
 
 def written(path, **columns):
     table = pa.table(columns or {"index": [0, 1, 2], "name": ["a", "b", "a"], "value": [0.5, 1.5, None]})
-    path.write_bytes(tables.encode(table))
+    path.write_bytes(parquet.encode(table))
     return table
 
 
@@ -41,14 +41,14 @@ def slow_digest(header, columns):
 
 @given(st.binary(max_size=9), COLUMNS)
 def test_the_digest_is_that_of_names_types_lengths_and_bytes(header, columns):
-    assert tables.digest(header, columns) == slow_digest(header, columns)
+    assert parquet.digest(header, columns) == slow_digest(header, columns)
 
 
 def test_the_digest_does_not_depend_on_byte_order_or_stride():
     column = np.arange(10, dtype=np.int64)
     doubled = np.repeat(column, 2)[::2]
-    expected = tables.digest(b"", {"a": column})
-    assert tables.digest(b"", {"a": column.astype(">i8")}) == tables.digest(b"", {"a": doubled}) == expected
+    expected = parquet.digest(b"", {"a": column})
+    assert parquet.digest(b"", {"a": column.astype(">i8")}) == parquet.digest(b"", {"a": doubled}) == expected
 
 
 @pytest.mark.parametrize(
@@ -63,12 +63,12 @@ def test_the_digest_does_not_depend_on_byte_order_or_stride():
     ],
 )
 def test_the_digest_depends_on_everything(other):
-    assert tables.digest(*other) != tables.digest(b"h", {"a": np.zeros(3, np.int32)})
+    assert parquet.digest(*other) != parquet.digest(b"h", {"a": np.zeros(3, np.int32)})
 
 
 def test_a_table_reads_back(tmp_path):
     table = written(tmp_path / "t.parquet")
-    assert tables.read(tmp_path / "t.parquet").equals(table)
+    assert parquet.read(tmp_path / "t.parquet").equals(table)
 
 
 def test_equal_tables_have_equal_bytes():
@@ -77,7 +77,7 @@ def test_equal_tables_have_equal_bytes():
         pa.table(columns),
         pa.table({name: pa.array(list(column), pa.array(column).type) for name, column in columns.items()}),
     )
-    assert tables.encode(one) == tables.encode(two)
+    assert parquet.encode(one) == parquet.encode(two)
 
 
 def test_any_flipped_byte_of_the_pages_is_found(tmp_path):
@@ -86,11 +86,11 @@ def test_any_flipped_byte_of_the_pages_is_found(tmp_path):
     whole = path.read_bytes()
     length = int.from_bytes(whole[-8:-4], "little")
     pages = np.random.default_rng(1).integers(40, len(whole) - 8 - length, 100)
-    right, found = tables.read(path), 0
+    right, found = parquet.read(path), 0
     for place in pages:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
         with contextlib.suppress(CorruptionError):
-            assert tables.read(path).equals(right)  # a byte of a page's header that no reader looks at
+            assert parquet.read(path).equals(right)  # a byte of a page's header that no reader looks at
             found -= 1
         found += 1
     assert found > 90
@@ -100,31 +100,31 @@ def test_any_flipped_byte_of_the_pages_is_found(tmp_path):
 def test_what_is_no_parquet_is_corruption(tmp_path, data):
     (tmp_path / "t.parquet").write_bytes(data)
     with pytest.raises(CorruptionError, match=r"t.parquet is not an undamaged parquet file: .*; write it again"):
-        tables.read(tmp_path / "t.parquet")
+        parquet.read(tmp_path / "t.parquet")
 
 
 def test_a_missing_table_is_not_found(tmp_path):
     with pytest.raises(NotFoundError, match=r"no file at .*t.parquet"):
-        tables.read(tmp_path / "t.parquet")
+        parquet.read(tmp_path / "t.parquet")
 
 
 def test_too_many_rows_are_refused(tmp_path):
     written(tmp_path / "t.parquet", index=np.arange(5))
-    assert tables.read(tmp_path / "t.parquet", most_rows=5).num_rows == 5
+    assert parquet.read(tmp_path / "t.parquet", most_rows=5).num_rows == 5
     with pytest.raises(MismatchError, match=r"t.parquet holds 5 rows, expected at most 4"):
-        tables.read(tmp_path / "t.parquet", most_rows=4)
+        parquet.read(tmp_path / "t.parquet", most_rows=4)
 
 
 def with_metadata(path, text):
     table = pa.table({"a": [1]}).replace_schema_metadata({"key": text})
     pq.write_table(table, path)
-    return tables.read(path)
+    return parquet.read(path)
 
 
 def test_the_document_is_the_object_under_the_key(tmp_path):
     table = with_metadata(tmp_path / "t", '{"a": 1}')
-    assert tables.document(table.schema, "key", tmp_path) == {"a": 1}
-    assert tables.document(table.schema, "other", tmp_path) is None
+    assert parquet.document(table.schema, "key", tmp_path) == {"a": 1}
+    assert parquet.document(table.schema, "other", tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_the_document_is_the_object_under_the_key(tmp_path):
 def test_a_damaged_document_is_refused(tmp_path, text, message):
     table = with_metadata(tmp_path / "t", text)
     with pytest.raises(CorruptionError, match=rf"its metadata 'key' {message}"):
-        tables.document(table.schema, "key", tmp_path / "t")
+        parquet.document(table.schema, "key", tmp_path / "t")
 
 
 @pytest.mark.parametrize(
@@ -150,9 +150,9 @@ def test_other_columns_than_expected_are_refused_by_name(tmp_path, columns, odd)
     with pytest.raises(
         CorruptionError, match=rf"expected the columns index int64, value float, found .*look at '{odd}'"
     ):
-        tables.require_schema(pa.table(columns).schema, expected, tmp_path)
+        parquet.require_schema(pa.table(columns).schema, expected, tmp_path)
 
 
 def test_the_expected_columns_pass(tmp_path):
     schema = pa.schema([("index", pa.int64()), ("value", pa.float32())])
-    tables.require_schema(schema, schema, tmp_path)
+    parquet.require_schema(schema, schema, tmp_path)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kcdcache.tabular import SHOWN, Column, Table, printable, shown
+from kcdcache.report.tables import SHOWN, Column, Table, printable, shown
 
 
 def table(rows, kind="number"):

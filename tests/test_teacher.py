@@ -4,18 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from kcdcache import teacher as teachers
-from kcdcache.errors import (
-    CorruptionError,
-    MismatchError,
-    NotFoundError,
-    SettingsError,
-    UnfinishedError,
-    UnsafeError,
-)
-from kcdcache.files import digest_of
-from kcdcache.models import spec, weights
-from kcdcache.models.transform import InputTransform
+from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, UnfinishedError, UnsafeError
+from kcdcache.files.atomic import digest_of
+from kcdcache.networks import registry, weights
+from kcdcache.networks.input_transform import InputTransform
+from kcdcache.teacher import teacher as teacher_
+from kcdcache.teacher.teacher import field_shapes, freeze, outputs
 
 CLASSES = ("ant", "bee", "cat")
 TRANSFORM = InputTransform((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
@@ -28,14 +22,14 @@ def pixels(batch: int, side: int = 8) -> torch.Tensor:
 
 def trained(seed: int = 1, classes: int = 3) -> nn.Module:
     """A network whose running statistics are not those of its start, left in train mode."""
-    network = spec.build("resnet8", classes, seed=seed).train()
+    network = registry.build("resnet8", classes, seed=seed).train()
     for _ in range(3):
         network(TRANSFORM(pixels(8)))
     return network
 
 
 def frozen(network: nn.Module, precision="float32", transform=TRANSFORM):
-    return teachers.freeze(network, transform, "resnet8", CLASSES, "cpu", precision)
+    return freeze(network, transform, "resnet8", CLASSES, "cpu", precision)
 
 
 def saved(folder, name="model", architecture="resnet8", classes=CLASSES, channels=3, network=None):
@@ -48,7 +42,7 @@ def saved(folder, name="model", architecture="resnet8", classes=CLASSES, channel
 
 def load(source, file=None, classes=CLASSES, channels=3, precision="float32"):
     mean, std = (0.0,) * channels, (1.0,) * channels
-    return teachers.load(
+    return teacher_.load(
         str(source), weights_path=file, classes=classes, mean=mean, std=std, size=None, device="cpu",
         precision=precision, channels=channels,
     )  # fmt: skip
@@ -56,7 +50,7 @@ def load(source, file=None, classes=CLASSES, channels=3, precision="float32"):
 
 def test_outputs_are_those_of_the_network_in_eval_mode():
     network = trained()
-    found = teachers.outputs(frozen(network), pixels(4), FIELDS)
+    found = outputs(frozen(network), pixels(4), FIELDS)
     network.eval()
     with torch.no_grad():
         expected = network(TRANSFORM(pixels(4)))
@@ -70,9 +64,9 @@ def test_row_does_not_depend_on_its_batch_and_statistics_stay():
     assert network.training
     teacher = frozen(network)
     teacher.module.train()
-    together = teachers.outputs(teacher, pixels(6), ["logits"])["logits"]
+    together = outputs(teacher, pixels(6), ["logits"])["logits"]
     for row in range(6):
-        alone = teachers.outputs(teacher, pixels(6)[row : row + 1], ["logits"])["logits"][0]
+        alone = outputs(teacher, pixels(6)[row : row + 1], ["logits"])["logits"][0]
         torch.testing.assert_close(alone, together[row], rtol=1e-5, atol=1e-5)
     assert weights.digest_weights(teacher.module.state_dict()) == teacher.identity.weights
 
@@ -109,8 +103,8 @@ def test_saved_teacher_is_the_teacher_and_brings_its_transform(tmp_path):
     teacher = load(tmp_path)
     assert teacher.identity == frozen(network).identity
     assert teacher.transform == TRANSFORM
-    expected = teachers.outputs(frozen(network), pixels(4), ["logits"])["logits"]
-    assert torch.equal(teachers.outputs(teacher, pixels(4), ["logits"])["logits"], expected)
+    expected = outputs(frozen(network), pixels(4), ["logits"])["logits"]
+    assert torch.equal(outputs(teacher, pixels(4), ["logits"])["logits"], expected)
 
 
 def test_student_of_a_run_and_a_json_file_are_teachers_too(tmp_path):
@@ -178,7 +172,7 @@ def tiny(num_classes):
 def test_user_may_name_the_code_of_a_saved_network(tmp_path, monkeypatch):
     (tmp_path / "teacher_of_mine.py").write_text(FACTORY)
     monkeypatch.syspath_prepend(tmp_path)
-    saved(tmp_path / "fit", architecture="teacher_of_mine:tiny", network=spec.build("teacher_of_mine:tiny", 3))
+    saved(tmp_path / "fit", architecture="teacher_of_mine:tiny", network=registry.build("teacher_of_mine:tiny", 3))
     assert load("teacher_of_mine:tiny", tmp_path / "fit").transform == TRANSFORM
     with pytest.raises(MismatchError, match="holds a network 'teacher_of_mine:tiny', not 'resnet8'"):
         load("resnet8", tmp_path / "fit")
@@ -195,8 +189,8 @@ def test_document_of_the_wrong_type_is_corruption(tmp_path):
 
 def test_bfloat16_gives_float32_near_the_exact_outputs():
     network = trained()
-    exact = teachers.outputs(frozen(network), pixels(4), FIELDS)
-    rough = teachers.outputs(frozen(network, "bfloat16"), pixels(4), FIELDS)
+    exact = outputs(frozen(network), pixels(4), FIELDS)
+    rough = outputs(frozen(network, "bfloat16"), pixels(4), FIELDS)
     for field in FIELDS:
         assert rough[field].dtype == torch.float32
         assert not torch.equal(rough[field], exact[field])
@@ -204,7 +198,7 @@ def test_bfloat16_gives_float32_near_the_exact_outputs():
 
 
 def test_outputs_can_be_used_in_training():
-    logits = teachers.outputs(frozen(trained()), pixels(4), ["logits"])["logits"]
+    logits = outputs(frozen(trained()), pixels(4), ["logits"])["logits"]
     student = torch.zeros(4, 3, requires_grad=True)
     (student * logits).sum().backward()
     assert torch.equal(student.grad, logits)
@@ -212,34 +206,34 @@ def test_outputs_can_be_used_in_training():
 
 def test_memory_layout_of_the_pixels_does_not_change_a_bit():
     teacher = frozen(trained())
-    plain = teachers.outputs(teacher, pixels(4), ["logits"])["logits"]
-    last = teachers.outputs(teacher, pixels(4).to(memory_format=torch.channels_last), ["logits"])["logits"]
+    plain = outputs(teacher, pixels(4), ["logits"])["logits"]
+    last = outputs(teacher, pixels(4).to(memory_format=torch.channels_last), ["logits"])["logits"]
     assert torch.equal(plain, last)
 
 
 def test_fields_come_as_asked_and_unknown_ones_get_a_hint():
     teacher = frozen(trained())
-    assert list(teachers.outputs(teacher, pixels(2), ["penultimate"])) == ["penultimate"]
+    assert list(outputs(teacher, pixels(2), ["penultimate"])) == ["penultimate"]
     with pytest.raises(SettingsError, match="unknown field 'logit'; did you mean 'logits'"):
-        teachers.outputs(teacher, pixels(2), ["logit"])
+        outputs(teacher, pixels(2), ["logit"])
 
 
 def test_field_shapes_are_those_of_a_row():
-    shapes = teachers.field_shapes(frozen(trained()), 8, 12, FIELDS)
+    shapes = field_shapes(frozen(trained()), 8, 12, FIELDS)
     assert shapes == {"logits": (3,), "penultimate": (64,)}
 
 
 def test_network_with_another_number_of_logits_is_refused():
     with pytest.raises(MismatchError, match="resnet8 gives 5 logits, the data has 3 classes"):
-        teachers.outputs(frozen(trained(classes=5)), pixels(2), ["logits"])
+        outputs(frozen(trained(classes=5)), pixels(2), ["logits"])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_gives_the_outputs_of_the_cpu():
     network = trained()
-    on_gpu = teachers.freeze(network, TRANSFORM, "resnet8", CLASSES, "cuda")
-    found = teachers.outputs(on_gpu, pixels(4), FIELDS)
-    for field, expected in teachers.outputs(frozen(network), pixels(4), FIELDS).items():
+    on_gpu = freeze(network, TRANSFORM, "resnet8", CLASSES, "cuda")
+    found = outputs(on_gpu, pixels(4), FIELDS)
+    for field, expected in outputs(frozen(network), pixels(4), FIELDS).items():
         torch.testing.assert_close(found[field].cpu(), expected, rtol=1e-4, atol=1e-4)
     assert on_gpu.identity == frozen(network).identity
 
@@ -248,7 +242,7 @@ def test_the_student_of_an_unfinished_run_does_not_teach(tmp_path):
     (tmp_path / "student.safetensors").write_bytes(b"")
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(UnfinishedError, match="is not finished; run its command again before it teaches"):
-        teachers.load(
+        teacher_.load(
             str(tmp_path), weights_path=None, classes=("a", "b"), mean=(0.5,), std=(0.5,), size=None, device="cpu",
             precision="float32", channels=1,
         )  # fmt: skip

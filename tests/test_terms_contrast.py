@@ -8,11 +8,10 @@ import pytest
 import torch
 from pairs import OURS, THEIRS, lesson_of, pair_of, term_of
 
-from kcdcache import methods
-from kcdcache.config import MethodSettings
 from kcdcache.errors import SettingsError
-from kcdcache.terms.contrast import SIZE, Memory, Others
-from kcdcache.terms.wasserstein import ENTROPY, ITERATIONS, ball
+from kcdcache.methods import registry
+from kcdcache.methods.contrast import ENTROPY, ITERATIONS, SIZE, Memory, Others, ball
+from kcdcache.settings import MethodSettings
 
 LABELS = [2, 0, 1, 0, 3, 2, 2, 1]
 INDEX, K = [6, 1, 4], 5
@@ -296,10 +295,10 @@ def test_ball_leaves_its_inside_and_shortens_the_rest():
 
 
 def test_crd_with_kd_has_the_weights_of_repdistiller():
-    choice = methods.choose(MethodSettings(method="crd+kd"))
+    choice = registry.choose(MethodSettings(method="crd+kd"))
     assert (choice.weights.gamma, choice.weights.alpha, choice.weights.temperature) == (1.0, 1.0, 4.0)
     assert choice.parts == {"crd": 0.8, "kd": 0.0}
-    alone = methods.choose(MethodSettings(method="crd"))
+    alone = registry.choose(MethodSettings(method="crd"))
     assert (alone.weights.gamma, alone.weights.alpha, alone.parts) == (1.0, 0.0, {"crd": 0.8})
     settings = MethodSettings()
     assert (settings.crd_negatives, settings.crd_bank) == (16384, "whole")

@@ -8,12 +8,13 @@ from lessons import CPU, digits
 from pairs import CLASSES, divergence, lesson_of, pair_of, rows_of, softmax, term_of
 from pupils import same_tensors, weights_of
 
-from kcdcache import learner, methods
-from kcdcache.config import MethodSettings, OptimizerSettings
 from kcdcache.errors import SettingsError
-from kcdcache.models import spec
-from kcdcache.models.shapes import tap_shapes
-from kcdcache.terms.base import Term
+from kcdcache.methods import registry as methods_registry
+from kcdcache.methods.base import Term
+from kcdcache.networks import registry as networks_registry
+from kcdcache.networks.registry import tap_shapes
+from kcdcache.settings import MethodSettings, OptimizerSettings
+from kcdcache.training import learner
 
 LABELS = [2, 0, 1]
 
@@ -36,7 +37,7 @@ def shown(stage=None, shape=(), rows=3):
 def test_dml_equals_a_slow_reference_and_holds_each_target_constant():
     term, (seen, lesson) = term_of("dml", pair()), shown()
     found = term(seen, lesson)
-    again = spec.build("resnet8", CLASSES)
+    again = networks_registry.build("resnet8", CLASSES)
     again.load_state_dict(term_of("dml", pair()).peer.state_dict())
     again.train()
     peer = again(seen["input"].detach()[:3])
@@ -95,13 +96,13 @@ def _of_the_ensemble(term, seen, stage):
 
 def test_the_peer_is_the_students_kind_with_weights_of_its_own_unless_another_is_named():
     term = term_of("dml", pair())
-    student = spec.build("resnet8", CLASSES, 0)
+    student = networks_registry.build("resnet8", CLASSES, 0)
     assert type(term.peer) is type(student)
     assert not torch.equal(term.peer.conv1.weight, student.conv1.weight)
     assert same_tensors(weights_of(term.peer), weights_of(term_of("dml", pair()).peer))
     assert not torch.equal(term.peer.conv1.weight, term_of("dml", pair(), seed=1).peer.conv1.weight)
     other = term_of("dml", pair(peer="wrn_16_1")).peer
-    assert type(other) is type(spec.build("wrn_16_1", CLASSES))
+    assert type(other) is type(networks_registry.build("wrn_16_1", CLASSES))
     with pytest.raises(SettingsError, match="unknown network 'resnet9'; did you mean 'resnet"):
         term_of("dml", pair(peer="resnet9"))
 
@@ -164,7 +165,7 @@ def test_branches_start_apart_and_follow_the_seed():
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet8x4", "wrn_16_2", "ResNet50", "torchvision:resnet18"])
 def test_a_branch_is_the_students_own_end(name):
-    network = spec.build(name, CLASSES)
+    network = networks_registry.build(name, CLASSES)
     term = term_of("one", pair(name))
     torch.manual_seed(0)
     pixels = torch.randn(2, 3, 8, 8)
@@ -200,11 +201,11 @@ def test_a_batch_of_one_sample_is_served(method, stage):
 
 @pytest.mark.parametrize("method", ["dml", "one"])
 def test_live_methods_read_no_field_and_say_so(method):
-    assert methods.METHODS[method].live
-    choice = methods.choose(MethodSettings(method=method))
+    assert methods_registry.METHODS[method].live
+    choice = methods_registry.choose(MethodSettings(method=method))
     assert (choice.weights.gamma, choice.weights.alpha, choice.parts) == (1.0, 0.0, {method: 1.0})
-    head = methods.make_head(choice, pair)
-    assert methods.needed_fields(choice, head) == ()
+    head = methods_registry.make_head(choice, pair)
+    assert methods_registry.needed_fields(choice, head) == ()
 
 
 class Curious(Term):
@@ -217,7 +218,7 @@ class Curious(Term):
 def test_the_tap_input_is_what_the_network_is_given(taps):
     data = digits()
     pupil = learner.new_learner(
-        "resnet8", data, OptimizerSettings(), CPU, head=methods.Head({"a": (1.0, Curious(taps))})
+        "resnet8", data, OptimizerSettings(), CPU, head=methods_registry.Head({"a": (1.0, Curious(taps))})
     )
     pixels = torch.rand(3, 3, 16, 16)
     given = []

@@ -8,14 +8,16 @@ import torch
 from lessons import CPU, digits, precomputed
 from plain import PLAIN, plain
 
-from kcdcache import fields, methods, teacher
-from kcdcache.catalogue import METHODS
-from kcdcache.config import MethodSettings
 from kcdcache.errors import SettingsError
-from kcdcache.models import spec, taps
-from kcdcache.models.shapes import tap_shapes
-from kcdcache.models.transform import InputTransform
-from kcdcache.terms.base import Pair
+from kcdcache.methods import registry as methods_registry
+from kcdcache.methods.base import Pair
+from kcdcache.methods.registry import METHODS
+from kcdcache.networks import registry as networks_registry
+from kcdcache.networks import taps
+from kcdcache.networks.input_transform import InputTransform
+from kcdcache.networks.registry import tap_shapes
+from kcdcache.settings import MethodSettings
+from kcdcache.teacher import fields, teacher
 
 NAMES = ("fitnet", "sp", "vid", "fsp", "reviewkd", "rkd", "pkt")
 BATCH = 4
@@ -186,12 +188,12 @@ def test_the_fields_of_each_method_are_those_of_its_paper():
 def test_a_store_is_asked_for_the_same_fields(tmp_path):
     data = digits(12, 10)
     network = teacher.freeze(
-        spec.build("wrn_40_2", 10, 1), InputTransform(data.mean, data.std), "wrn_40_2", data.classes, CPU
+        networks_registry.build("wrn_40_2", 10, 1), InputTransform(data.mean, data.std), "wrn_40_2", data.classes, CPU
     )
     knowledge = precomputed(tmp_path / "store", data, network, views=1).knowledge
     pair = pair_of("wrn_40_2", "wrn_16_2")
     for name in NAMES:
-        found = methods.reads(MethodSettings(method=name), "wrn_16_2", knowledge, data)
+        found = methods_registry.reads(MethodSettings(method=name), "wrn_16_2", knowledge, data)
         assert found == METHODS[name].term(pair).fields
 
 
@@ -234,7 +236,7 @@ def gradients_of(name, theirs, ours):
     """A step's gradients: those of the student, and those of the term's own parameters."""
     pair = pair_of(theirs, ours)
     torch.manual_seed(3)
-    term, student = METHODS[name].term(pair), spec.build(ours, 100, 0).train()
+    term, student = METHODS[name].term(pair), networks_registry.build(ours, 100, 0).train()
     lesson = lesson_of(pair, term.fields)
     seen = taps.run(student, torch.randn(BATCH, 3, 32, 32), ["logits", *term.taps])
     loss = term(seen, lesson)
@@ -283,7 +285,7 @@ def test_weights_and_recipes_are_those_of_the_papers():
     assert {name: METHODS[name].beta for name in NAMES} == betas
     assert {(METHODS[name].gamma, METHODS[name].alpha) for name in NAMES} == {(1, 0)}
     recipe = {"learning_rate": 0.1, "batch_size": 128, "nesterov": True}
-    assert methods.recipe(MethodSettings(method="reviewkd"), "wrn_16_2") == recipe
+    assert methods_registry.recipe(MethodSettings(method="reviewkd"), "wrn_16_2") == recipe
     assert all(METHODS[name].recipe == {} for name in NAMES if name != "reviewkd")
 
 

@@ -10,28 +10,33 @@ import torch
 from lessons import CPU, TinyNet, digits, precomputed
 from pairs import divergence, rows_of, softmax
 
-from kcdcache import audit, config, distill, methods, parameters, precompute, repair, store, teacher
 from kcdcache.errors import CorruptionError, MismatchError, SettingsError
-from kcdcache.files import sealed_json
-from kcdcache.learner import Learner, make_optimizer
-from kcdcache.models import spec, taps
-from kcdcache.models.shapes import tap_shapes
-from kcdcache.models.transform import InputTransform
-from kcdcache.terms.base import Pair
-from kcdcache.terms.parameters import FilterStatistics, PooledDistributions
+from kcdcache.files.atomic import sealed_json
+from kcdcache.methods import registry as methods_registry
+from kcdcache.methods.base import Pair
+from kcdcache.methods.filter_statistics import FilterStatistics, PooledDistributions
+from kcdcache.networks import registry as networks_registry
+from kcdcache.networks import taps
+from kcdcache.networks.input_transform import InputTransform
+from kcdcache.networks.registry import tap_shapes
+from kcdcache.settings import MethodSettings, OptimizerSettings, PrecomputeSettings, TrainSettings, recorded
+from kcdcache.store import check, identity, reader
+from kcdcache.teacher import precompute, repair, teacher
+from kcdcache.training import distill
+from kcdcache.training.learner import Learner, make_optimizer
 
 TRANSFORM = InputTransform((0.5,) * 3, (0.25,) * 3)
 
 
 def network_of(name, seed=0):
-    return spec.build(name, 10, seed)
+    return networks_registry.build(name, 10, seed)
 
 
 def pair_of(theirs, ours, profiles=None, **settings):
     return Pair(
         teacher=theirs, student=ours, teacher_taps=tap_shapes(theirs, 10, 3, 16, 16), image=(3, 16, 16),
         student_taps=tap_shapes(ours, 10, 3, 16, 16), labels=np.zeros(4, np.int64), kept=np.arange(4), seed=0,
-        settings=config.MethodSettings(**settings), teacher_filters=profiles,
+        settings=MethodSettings(**settings), teacher_filters=profiles,
     )  # fmt: skip
 
 
@@ -42,10 +47,10 @@ def lesson_of(rows=4, **knowledge):
 
 def seen_by(network, term, rows=4, seed=3):
     """What a student of that network shows a term, through the learner itself."""
-    head = methods.Head({"kr": (1.0, term)})
+    head = methods_registry.Head({"kr": (1.0, term)})
     pupil = Learner(
         network=network, transform=TRANSFORM, device=CPU, head=head,
-        optimizer=make_optimizer(network, config.OptimizerSettings(), head),
+        optimizer=make_optimizer(network, OptimizerSettings(), head),
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     return pupil.see(torch.rand(rows, 3, 16, 16, generator=generator))
@@ -173,26 +178,26 @@ def world(tmp_path_factory):
 
 def kept_by(world, name="kept"):
     held = world.store(name, ("parameters",))
-    return held, held.path / parameters.FILE
+    return held, held.path / identity.PARAMETERS_FILE
 
 
 def test_a_store_keeps_about_a_thousand_bytes_of_numbers_per_teacher(world):
     held, file = kept_by(world)
-    found = parameters.read(held.path, held.knowledge)
+    found = identity.read_parameters(held.path, held.knowledge)
     known = reference_profiles(world.network.module)
     for stage, numbers in known.items():
         assert np.allclose(found[stage], numbers, rtol=1e-5)
     assert 4 * sum(len(found[stage]) for stage in known) == 768
     assert tuple(held.fields) == ("logits",)
-    assert parameters.held(held) == ("logits", "parameters")
+    assert identity.held(held) == ("logits", "parameters")
     assert file.stat().st_size < 8192
 
 
 def test_the_record_is_added_to_a_store_that_is_there_and_written_the_same_again(world):
     held = world.store("grown")
-    assert parameters.read(held.path, held.knowledge) is None
+    assert identity.read_parameters(held.path, held.knowledge) is None
     before = {path: path.read_bytes() for path in held.path.rglob("*") if path.is_file()}
-    file = held.path / parameters.FILE
+    file = held.path / identity.PARAMETERS_FILE
     world.store("grown", ("parameters",))
     first = file.read_bytes()
     world.store("grown", ("logits", "parameters"))
@@ -202,7 +207,7 @@ def test_the_record_is_added_to_a_store_that_is_there_and_written_the_same_again
 
 def test_a_run_without_the_record_says_how_to_add_it(world):
     held = world.store("plain")
-    settings = config.TrainSettings(student="resnet8", method="kd+kr", epochs=2, stages=1)
+    settings = TrainSettings(student="resnet8", method="kd+kr", epochs=2, stages=1)
     with pytest.raises(
         MismatchError, match=r"reads logits, parameters; the store lacks parameters and holds logits. Add"
     ):
@@ -213,7 +218,7 @@ def test_a_run_without_the_record_says_how_to_add_it(world):
 @pytest.mark.parametrize("method", ["kr", "kd+kr"])
 def test_a_run_learns_with_it_through_a_condensation(world, method):
     held, _ = kept_by(world)
-    settings = config.TrainSettings(
+    settings = TrainSettings(
         student="resnet8", method=method, epochs=2, stages=2, keep=0.5, batch_size=20, mix_target="requery"
     )
     material = distill.Material(data=world.data, knowledge=held, teacher=world.network)
@@ -224,8 +229,8 @@ def test_a_run_learns_with_it_through_a_condensation(world, method):
 
 
 def test_settings_of_kr_are_recorded_where_they_are_not_the_usual_ones():
-    assert config.recorded(config.TrainSettings(kr_lambda=0.3))["kr_lambda"] == 0.3
-    assert "kr_temperature" not in config.recorded(config.TrainSettings(kr_lambda=0.3))
+    assert recorded(TrainSettings(kr_lambda=0.3))["kr_lambda"] == 0.3
+    assert "kr_temperature" not in recorded(TrainSettings(kr_lambda=0.3))
 
 
 DAMAGE = {
@@ -242,13 +247,13 @@ def test_damage_of_the_record_is_found_and_mended(world, tmp_path, damage):
     sound = file.read_bytes()
     file.write_bytes(change(sound))
     with pytest.raises(CorruptionError, match=message):
-        parameters.read(held.path, held.knowledge)
-    assert str(file) in "".join(audit.verify(held.path).problems)
+        identity.read_parameters(held.path, held.knowledge)
+    assert str(file) in "".join(check.verify(held.path).problems)
     with pytest.raises(SettingsError, match="give --teacher and --data to make it again"):
         repair.repair(held.path, None)
     assert repair.repair(held.path, repair.Means(data=world.data, network=world.network)) == ["_kcd/parameters.json"]
     assert file.read_bytes() == sound
-    assert not audit.verify(held.path).problems
+    assert not check.verify(held.path).problems
 
 
 def test_the_record_of_another_teacher_is_refused_and_its_numbers_are_compared_with_the_teachers(world):
@@ -256,11 +261,11 @@ def test_the_record_of_another_teacher_is_refused_and_its_numbers_are_compared_w
     known = held.knowledge
     other = replace(known, teacher=replace(known.teacher, weights="b" * 64))
     with pytest.raises(MismatchError, match=r"is of weights '[0-9a-f]+', the store's are bbbb"):
-        parameters.read(held.path, other)
+        identity.read_parameters(held.path, other)
     own = teacher.filter_profiles(world.network.module)
-    assert parameters.problem(held.path, known, own) is None
+    assert identity.parameters_problem(held.path, known, own) is None
     own["stage2"][5] *= 1.01
-    assert "holds other numbers than this teacher's" in parameters.problem(held.path, known, own)
+    assert "holds other numbers than this teacher's" in identity.parameters_problem(held.path, known, own)
 
 
 @pytest.mark.parametrize("numbers", [[0.5] * 63, [-1.0] * 64, [1] * 64, ["1"] * 64, None])
@@ -269,16 +274,16 @@ def test_records_of_other_numbers_are_refused(world, numbers):
     document = {"weights": held.knowledge.teacher.weights, "quantiles": 64, "stages": {"stage1": numbers}}
     file.write_bytes(sealed_json(document))
     with pytest.raises(CorruptionError, match="should hold 64 numbers of at least 0 per stage"):
-        parameters.read(held.path, held.knowledge)
+        identity.read_parameters(held.path, held.knowledge)
     file.unlink()
 
 
 def test_for_asks_precompute_for_the_record_and_a_dry_run_writes_none(world):
-    settings = config.PrecomputeSettings(augment="none", views=1, min_accuracy=0, fields=("parameters",))
+    settings = PrecomputeSettings(augment="none", views=1, min_accuracy=0, fields=("parameters",))
     precompute.run(settings, world.data, world.network, world.root / "dry", dry_run=True)
     assert not (world.root / "dry").exists()
-    found = methods.reads(
-        config.MethodSettings(method="kd+kr+kr_activations"), "resnet8", world.store("plain").knowledge, world.data
+    found = methods_registry.reads(
+        MethodSettings(method="kd+kr+kr_activations"), "resnet8", world.store("plain").knowledge, world.data
     )
     assert found == ("logits", "pooled:stage1", "pooled:stage2", "pooled:stage3", "parameters")
 
@@ -289,4 +294,4 @@ def test_pooled_fields_are_the_means_of_the_teachers_maps(world):
     for stage in ("stage1", "stage2", "stage3"):
         maps = held.read(f"maps:{stage}", 0, index)
         assert np.allclose(held.read(f"pooled:{stage}", 0, index), maps.mean((2, 3)), atol=1e-5)
-    assert isinstance(held, store.Store)
+    assert isinstance(held, reader.Store)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from pairs import CLASSES, OURS, THEIRS, divergence, lesson_of, pair_of, rows_of, softmax, term_of
 
-from kcdcache import methods
-from kcdcache.config import MethodSettings
 from kcdcache.errors import SettingsError
+from kcdcache.methods import registry
+from kcdcache.settings import MethodSettings
 
 LABELS = [2, 0, 1, 3]
 PAIR = pair_of([2, 0, 1, 3, 1, 1])
@@ -164,7 +164,7 @@ def test_sskd_sends_no_gradient_into_the_cache_and_both_projections_theirs():
 
 
 def test_sskd_weighs_labels_and_logits_as_its_release():
-    choice = methods.choose(MethodSettings(method="sskd"))
+    choice = registry.choose(MethodSettings(method="sskd"))
     assert (choice.weights.gamma, choice.weights.alpha, choice.weights.temperature) == (0.1, 0.9, 4.0)
     assert choice.parts == {"sskd": 1.0}
 
@@ -220,7 +220,7 @@ def test_bss_attacks_the_64_base_samples_that_differ_most():
 def test_bss_shows_the_cached_boundary_images():
     _, lesson = boundaries()
     assert torch.equal(term_of("bss", PAIR).extra(lesson), lesson.knowledge["boundary:images"])
-    choice = methods.choose(MethodSettings(method="bss"))
+    choice = registry.choose(MethodSettings(method="bss"))
     assert (choice.weights.gamma, choice.weights.alpha, choice.weights.temperature) == (1.0, 0.0, 3.0)
 
 
@@ -245,7 +245,7 @@ def test_dkd_warms_up_over_twenty_epochs():
     term = term_of("dkd", PAIR)
     for epoch, share in ((0, 0.05), (9, 0.5), (19, 1.0), (20, 1.0), (239, 1.0)):
         assert term.weights_at(epoch, 240) == (1.0, pytest.approx(share))
-    choice = methods.choose(MethodSettings(method="dkd"))
+    choice = registry.choose(MethodSettings(method="dkd"))
     assert (choice.weights.gamma, choice.weights.alpha, choice.weights.temperature) == (1.0, 0.0, 4.0)
 
 
@@ -261,6 +261,6 @@ def test_eakd_equals_a_slow_reference_with_entropies_at_3_whatever_the_temperatu
 
 
 def test_eakd_has_its_authors_weights_and_no_other_soft_term():
-    choice = methods.choose(MethodSettings(method="eakd"))
+    choice = registry.choose(MethodSettings(method="eakd"))
     assert (choice.weights.gamma, choice.weights.alpha, choice.weights.temperature) == (0.1, 0.0, 4.0)
     assert choice.terms == {"eakd": 0.9}

@@ -17,9 +17,12 @@ from pupils import SPEC, digits, lines, loaded, precomputed, same_files, saved_t
 from ranks import PLAIN, Forked, PlainNet
 from safetensors.torch import load_file
 
-from kcdcache import batches, difference, learner, manifest, requery, sampling, shares, store, together, values
-from kcdcache.config import MethodSettings, OptimizerSettings
+from kcdcache.commands import differ
+from kcdcache.condense import manifest, value_files
 from kcdcache.errors import SettingsError
+from kcdcache.settings import MethodSettings, OptimizerSettings
+from kcdcache.store import reader
+from kcdcache.training import batches, learner, processes, requery, sampling
 
 UNEVEN = 33
 """batch size that leaves two samples of 200 to the last batch, which is none for two of four processes"""
@@ -106,7 +109,7 @@ def test_they_visit_and_keep_the_same_samples(trained, world):
         one, many = (manifest.read(trained.runs[n] / f"stages/{stage}/manifest.parquet") for n in (1, world))
         assert np.array_equal(one.index, many.index)
         assert np.array_equal(one.partner, many.partner)
-    one, many = (values.read(trained.runs[n] / "values.parquet", 200).values for n in (1, world))
+    one, many = (value_files.read(trained.runs[n] / "values.parquet", 200).values for n in (1, world))
     assert np.array_equal(one.visits, many.visits)
     np.testing.assert_allclose(many.value, one.value, rtol=1e-6)
 
@@ -152,7 +155,7 @@ def test_two_processes_run_twice_make_the_same_bytes_and_keep_almost_the_sets_of
     for world, name in ((1, "one"), (2, "two"), (2, "again")):
         done(start, training(place, runs[name], TINY), world, tmp_path / f"{name}.log")
     assert same_files(runs["two"], runs["again"])
-    stages = difference.run(runs["one"], runs["two"])["stages"]
+    stages = differ.run(runs["one"], runs["two"])["stages"]
     assert stages["0"]["jaccard"] == 1
     assert 0.2 < stages["2"]["jaccard"] < 1
 
@@ -226,7 +229,7 @@ def test_processes_draw_their_own_dropout_masks_also_after_a_stop():
     drawn = []
     for rank in range(4):
         pupil = learner.new_learner(
-            TINY, digits(200, 60), OptimizerSettings(), torch.device("cpu"), group=together.Group(rank, 4)
+            TINY, digits(200, 60), OptimizerSettings(), torch.device("cpu"), group=processes.Group(rank, 4)
         )
         pupil.restore(pupil.tensors() | {"rng": torch.stack(states)}, pupil.state())
         drawn.append(torch.rand(3))
@@ -237,7 +240,7 @@ def test_processes_draw_their_own_dropout_masks_also_after_a_stop():
 
 
 def source_of(place, views=None, chosen=None):
-    knowledge, data = store.open(place / "store"), digits(200, 60)
+    knowledge, data = reader.open(place / "store"), digits(200, 60)
     chosen = chosen or manifest.full(
         knowledge.knowledge_id, 200, data.train.labels, 10, data_digest=knowledge.knowledge.data.digest
     )
@@ -267,7 +270,7 @@ def test_of_one_view_all_rows_are_read_once_and_kept(place):
 
 def test_the_next_epochs_rows_are_fetched_ahead_if_they_are_known(place):
     knowledge, connected = source_of(place)
-    share, limit = shares.deal(200, UNEVEN, 1, 4).points, time.monotonic() + 60
+    share, limit = processes.deal(200, UNEVEN, 1, 4).points, time.monotonic() + 60
     with connected as source:
         later = sampling.everything(source.manifest, 0, 1).part(share)
         given = {"batch_size": UNEVEN, "rank": 1, "world": 4}
@@ -280,7 +283,7 @@ def test_the_next_epochs_rows_are_fetched_ahead_if_they_are_known(place):
 
 @pytest.mark.parametrize(("count", "batch_size", "world"), [(200, 33, 4), (5, 3, 3), (2, 8, 4), (64, 16, 4), (0, 4, 2)])
 def test_a_deal_gives_every_point_to_one_process(count, batch_size, world):
-    dealt = [shares.deal(count, batch_size, rank, world) for rank in range(world)]
+    dealt = [processes.deal(count, batch_size, rank, world) for rank in range(world)]
     for step, low in enumerate(range(0, count, batch_size)):
         whole = list(range(low, min(low + batch_size, count)))
         for rank, (points, parts) in enumerate(dealt):
@@ -294,7 +297,7 @@ def test_a_deal_gives_every_point_to_one_process(count, batch_size, world):
 @pytest.fixture(scope="module")
 def sets(place):
     """What epochs may be made of: everything, or a condensed set, whose mixes the teacher was perhaps asked about."""
-    knowledge, data = store.open(place / "store"), digits(200, 60)
+    knowledge, data = reader.open(place / "store"), digits(200, 60)
     mixed = condensed(knowledge)
     network = loaded(place / "teacher", data)
     with batches.connect(data, knowledge, mixed, fields=()) as source:
@@ -309,9 +312,9 @@ def sets(place):
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_batches_of_all_processes_together_are_those_of_one(place, sets, kind, world):
     def made(rank, world):
-        knowledge, data = store.open(place / "store"), digits(200, 60)
+        knowledge, data = reader.open(place / "store"), digits(200, 60)
         chosen, asked = sets[kind]
-        mixes = None if asked is None else store.open(asked)
+        mixes = None if asked is None else reader.open(asked)
         with batches.connect(data, knowledge, chosen, requeried=mixes) as source:
             return list(batches.iterate(source, 1, batch_size=UNEVEN, seed=3, rank=rank, world=world))
 
@@ -344,7 +347,7 @@ def test_a_process_without_a_sample_counts_nothing(place):
     ],
 )
 def test_what_processes_cannot_share_is_refused(change, message):
-    chosen, group = OptimizerSettings(**change), together.Group(1, 4)
+    chosen, group = OptimizerSettings(**change), processes.Group(1, 4)
     with pytest.raises(SettingsError, match=message):
         learner.new_learner("resnet8", digits(200, 60), chosen, torch.device("cpu"), group=group)
 
@@ -360,7 +363,7 @@ def test_what_processes_cannot_share_is_refused(change, message):
 def test_a_place_that_is_none_is_refused(variables):
     with (
         pytest.raises(SettingsError, match=r"which is no place among processes of torchrun; start it with `torchrun"),
-        together.group_of(variables),
+        processes.group_of(variables),
     ):
         pass
 
@@ -375,7 +378,7 @@ def test_observations_settle_to_those_of_one_process():
     for one in (record, held):
         one.observe(logits, logits[:, 0], index, mixed)
     assert held.visits.sum() == 0
-    held.settle(together.ALONE)
+    held.settle(processes.ALONE)
     assert torch.equal(held.visits, record.visits)
     assert torch.equal(held.value, record.value)
     assert held.pending == []

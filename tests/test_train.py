@@ -8,11 +8,18 @@ import torch
 from lessons import condensed, opinionated, precomputed
 from pupils import TRAIN, BrokenOffError, distilled, once, promised, same_files, school, settings, stop_after
 
-from kcdcache import distill, manifest, methods, rng, store, train, values
-from kcdcache.config import TrainSettings
+from kcdcache import rng
+from kcdcache.condense import manifest, value_files
 from kcdcache.errors import MismatchError, NonFiniteError, SettingsError
-from kcdcache.models import spec, weights
-from kcdcache.runs import read_metrics, read_summary
+from kcdcache.methods import registry as methods_registry
+from kcdcache.networks import registry as networks_registry
+from kcdcache.networks import weights
+from kcdcache.runs import folder
+from kcdcache.runs.state import load_checkpoint, read_metrics, read_summary
+from kcdcache.settings import TrainSettings
+from kcdcache.store import reader
+from kcdcache.training import distill
+from kcdcache.training.stage import views_used
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +62,8 @@ def test_how_values_are_recorded_decides_what_is_kept(runs, change):
 
 def test_without_mixed_values_only_points_kept_as_they_are_are_counted(runs):
     run = runs(record_mixed=False)
-    first = values.read(run / "stages" / "0" / "values.parquet", TRAIN).values.visits
-    second = values.read(run / "stages" / "1" / "values.parquet", TRAIN).values.visits
+    first = value_files.read(run / "stages" / "0" / "values.parquet", TRAIN).values.visits
+    second = value_files.read(run / "stages" / "1" / "values.parquet", TRAIN).values.visits
     chosen = manifest.read(run / "stages" / "1" / "manifest.parquet")
     expected = np.zeros(TRAIN, int)
     expected[chosen.index[~chosen.mixed]] = 2
@@ -66,7 +73,7 @@ def test_without_mixed_values_only_points_kept_as_they_are_are_counted(runs):
 
 def test_values_name_their_student_knowledge_and_epoch(place, runs):
     for stage, epoch in ((0, 2), (1, 4), (2, 6)):
-        found = values.read(runs() / "stages" / str(stage) / "values.parquet", TRAIN)
+        found = value_files.read(runs() / "stages" / str(stage) / "values.parquet", TRAIN)
         assert found.document["epoch"] == epoch
         assert found.document["student"] == settings().student
         assert found.document["knowledge_id"] == place.knowledge.knowledge_id
@@ -87,7 +94,7 @@ def test_the_student_saved_is_the_one_measured(place, runs):
     run = runs(student="resnet8")
     document, state = weights.load_network(run, "student")
     assert (document["architecture"], document["epoch"]) == ("resnet8", 6)
-    network = spec.build("resnet8", 10)
+    network = networks_registry.build("resnet8", 10)
     weights.load_into(network, state, "student")
     network.eval()
     pixels = torch.from_numpy(place.data.test.images(np.arange(60))).permute(0, 3, 1, 2).float() / 255
@@ -98,9 +105,9 @@ def test_the_student_saved_is_the_one_measured(place, runs):
 
 
 def test_views_used_are_those_of_the_epochs():
-    assert train.views_used(0, 40, 1) == (0,)
-    assert train.views_used(38, 42, 40) == (0, 1, 38, 39)
-    assert train.views_used(2, 100, 3) == (0, 1, 2)
+    assert views_used(0, 40, 1) == (0,)
+    assert views_used(38, 42, 40) == (0, 1, 38, 39)
+    assert views_used(2, 100, 3) == (0, 1, 2)
 
 
 def test_weights_of_the_manifest_weigh_the_loss(place, tmp_path):
@@ -163,7 +170,7 @@ def test_a_diverged_student_keeps_its_last_good_checkpoint(place, tmp_path):
     assert not (tmp_path / "run" / "student.safetensors").exists()
     kept = tmp_path / "run" / "checkpoint" / "latest.json"
     if kept.exists():
-        state, record = distill.load_checkpoint(distill.RunFolder(path=tmp_path / "run"))
+        state, record = load_checkpoint(folder.RunFolder(path=tmp_path / "run"))
         assert record["step"] >= 1
         assert all(torch.isfinite(value).all() for name, value in state.items() if name.startswith("sum."))
 
@@ -179,12 +186,12 @@ def test_defaults_are_the_papers_recipe():
     plain = TrainSettings()
     assert (plain.epochs, plain.batch_size, plain.learning_rate, plain.momentum) == (240, 64, 0.05, 0.9)
     assert (plain.weight_decay, plain.keep, plain.stages, plain.cost_exponent) == (5e-4, 0.7, 6, 0.03)
-    resolved = methods.choose(plain).weights
+    resolved = methods_registry.choose(plain).weights
     assert (resolved.gamma, resolved.alpha, resolved.temperature) == (0.1, 0.9, 4.0)
 
 
 def test_opinionated_teachers_are_not_uniform(place):
     """Else every test here would compare students of one and the same flat target."""
-    probabilities = torch.from_numpy(store.open(place.knowledge.path).read("logits", 0, np.arange(TRAIN))).softmax(1)
+    probabilities = torch.from_numpy(reader.open(place.knowledge.path).read("logits", 0, np.arange(TRAIN))).softmax(1)
     assert probabilities.max(1).values.mean() > 0.2
-    assert opinionated(spec.build("resnet8", 10, 1)).fc.weight.abs().max() > 1
+    assert opinionated(networks_registry.build("resnet8", 10, 1)).fc.weight.abs().max() > 1

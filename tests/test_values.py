@@ -10,16 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kcdcache import tables, values
-from kcdcache.errors import (
-    CorruptionError,
-    KcdcacheError,
-    MismatchError,
-    NonFiniteError,
-    NotFoundError,
-    SettingsError,
-)
-from kcdcache.values import Values
+from kcdcache.condense import value_files, values
+from kcdcache.condense.values import Values
+from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NonFiniteError, NotFoundError, SettingsError
+from kcdcache.files import parquet
 
 DOCUMENT = {"knowledge_id": "k" * 64, "student": "resnet8", "epoch": 4}
 NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32)
@@ -150,8 +144,8 @@ def test_reading_gives_back_what_was_written(tmp_path_factory, rows: list[tuple[
     path = tmp_path_factory.mktemp("values") / "values.parquet"
     known = make([f for f, _, _ in rows], [v for _, v, _ in rows])
     labels = np.array([label for _, _, label in rows]) if labelled else None
-    values.write(path, known, labels, DOCUMENT)
-    found = values.read(path, len(rows))
+    value_files.write(path, known, labels, DOCUMENT)
+    found = value_files.read(path, len(rows))
     assert equal(found.values, known)
     assert (found.labels is None) != labelled
     assert labels is None or np.array_equal(found.labels, labels)
@@ -162,25 +156,25 @@ def test_reading_gives_back_what_was_written(tmp_path_factory, rows: list[tuple[
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
     known = make([1, 2, 0, 4], [0.5, 0.25, 0.0, 1.5])
-    values.write(tmp_path / "values.parquet", known, np.array([0, 1, 0, 1]), DOCUMENT)
+    value_files.write(tmp_path / "values.parquet", known, np.array([0, 1, 0, 1]), DOCUMENT)
     return tmp_path / "values.parquet"
 
 
 def test_same_content_gives_same_bytes(written: Path, tmp_path: Path) -> None:
-    found = values.read(written, 4)
+    found = value_files.read(written, 4)
     other = tmp_path / "other.parquet"
-    values.write(other, found.values, found.labels, {key: DOCUMENT[key] for key in reversed(DOCUMENT)})
+    value_files.write(other, found.values, found.labels, {key: DOCUMENT[key] for key in reversed(DOCUMENT)})
     assert other.read_bytes() == written.read_bytes()
 
 
 def test_no_damaged_byte_gives_wrong_values(written: Path) -> None:
-    data, good = written.read_bytes(), values.read(written, 4)
+    data, good = written.read_bytes(), value_files.read(written, 4)
     for position in range(0, len(data), 3):
         damaged = bytearray(data)
         damaged[position] ^= 1 << position % 8
         written.write_bytes(damaged)
         try:
-            found = values.read(written, 4)
+            found = value_files.read(written, 4)
         except KcdcacheError:
             continue
         assert found.foreign or (equal(found.values, good.values) and found.document == good.document)
@@ -190,7 +184,7 @@ def test_no_damaged_byte_gives_wrong_values(written: Path) -> None:
 def test_truncated_file_is_corrupt(written: Path) -> None:
     written.write_bytes(written.read_bytes()[:-20])
     with pytest.raises(CorruptionError, match=r"values\.parquet is not an undamaged parquet file"):
-        values.read(written, 4)
+        value_files.read(written, 4)
 
 
 def test_edited_values_are_refused(written: Path) -> None:
@@ -198,58 +192,58 @@ def test_edited_values_are_refused(written: Path) -> None:
     edited = table.set_column(2, "value", pa.array([9.0, 9.0, 9.0, 9.0], pa.float32()))
     pq.write_table(edited.replace_schema_metadata(table.schema.metadata), written)
     with pytest.raises(CorruptionError, match="does not match its digest"):
-        values.read(written, 4)
+        value_files.read(written, 4)
 
 
 def test_reordered_rows_of_our_file_are_refused(written: Path) -> None:
     pq.write_table(pq.read_table(written).take([1, 0, 2, 3]), written)
     with pytest.raises(CorruptionError, match="does not match its digest"):
-        values.read(written, 4)
+        value_files.read(written, 4)
 
 
 def test_added_column_in_our_file_is_refused(written: Path) -> None:
     pq.write_table(pq.read_table(written).append_column("extra", pa.array([1, 2, 3, 4])), written)
     with pytest.raises(CorruptionError, match="look at 'extra'"):
-        values.read(written, 4)
+        value_files.read(written, 4)
 
 
 def test_values_of_another_count_are_refused(written: Path) -> None:
     with pytest.raises(MismatchError, match="holds values of 4 samples, expected 5"):
-        values.read(written, 5)
+        value_files.read(written, 5)
     with pytest.raises(MismatchError, match="holds 4 rows, expected at most 3"):
-        values.read(written, 3)
+        value_files.read(written, 3)
 
 
 def test_newer_format_is_refused(written: Path) -> None:
     table = pq.read_table(written)
-    document = {**json.loads(table.schema.metadata[b"kcdcache.values"]), "format_version": 9}
-    pq.write_table(table.replace_schema_metadata({"kcdcache.values": json.dumps(document)}), written)
+    document = {**json.loads(table.schema.metadata[b"kcdcache.condense.values"]), "format_version": 9}
+    pq.write_table(table.replace_schema_metadata({"kcdcache.condense.values": json.dumps(document)}), written)
     with pytest.raises(MismatchError, match="has format 9, this kcdcache reads 0"):
-        values.read(written, 4)
+        value_files.read(written, 4)
 
 
 @pytest.mark.parametrize("text", [b"{", b"[]"])
 def test_damaged_metadata_is_refused(written: Path, text: bytes) -> None:
-    pq.write_table(pq.read_table(written).replace_schema_metadata({"kcdcache.values": text}), written)
+    pq.write_table(pq.read_table(written).replace_schema_metadata({"kcdcache.condense.values": text}), written)
     with pytest.raises(CorruptionError, match=r"metadata 'kcdcache\.values'"):
-        values.read(written, 4)
+        value_files.read(written, 4)
 
 
 def test_missing_file_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"no file at .*nothing\.parquet"):
-        values.read(tmp_path / "nothing.parquet", 4)
+        value_files.read(tmp_path / "nothing.parquet", 4)
 
 
 def test_document_names_what_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="need 'student' in their document"):
-        values.write(tmp_path / "v", values.start(1), None, {"knowledge_id": "k", "epoch": 1})
+        value_files.write(tmp_path / "v", values.start(1), None, {"knowledge_id": "k", "epoch": 1})
 
 
 def test_only_finite_values_and_matching_labels_are_written(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="the value of index 1 is inf"):
-        values.write(tmp_path / "v", make([1, 1], [0, np.inf]), None, DOCUMENT)
+        value_files.write(tmp_path / "v", make([1, 1], [0, np.inf]), None, DOCUMENT)
     with pytest.raises(MismatchError, match="3 labels for 2 values"):
-        values.write(tmp_path / "v", values.start(2), np.arange(3), DOCUMENT)
+        value_files.write(tmp_path / "v", values.start(2), np.arange(3), DOCUMENT)
     assert not (tmp_path / "v").exists()
 
 
@@ -257,13 +251,13 @@ def test_only_finite_values_and_matching_labels_are_written(tmp_path: Path) -> N
 def test_file_of_another_tool_is_accepted_in_any_order_and_type(tmp_path: Path, kind: pa.DataType) -> None:
     index, visits = pa.array([3, 0, 2], kind), pa.array([7, 1, 0], kind)
     path = foreign(tmp_path / "f", index=index, value=pa.array([0.5, 2.0, 8.0]), visits=visits, name=["a", "b", "c"])
-    found = values.read(path, 5)
+    found = value_files.read(path, 5)
     assert equal(found.values, make([1, 0, 0, 7, 0], [2.0, 0, 0, 0.5, 0]))
     assert (found.foreign, found.document, found.labels) == (True, None, None)
 
 
 def test_another_tool_may_leave_out_visits_and_give_labels(tmp_path: Path) -> None:
-    found = values.read(foreign(tmp_path / "f", index=[1, 0], value=[3, 4], label=[7, 8]), 2)
+    found = value_files.read(foreign(tmp_path / "f", index=[1, 0], value=[3, 4], label=[7, 8]), 2)
     assert equal(found.values, make([1, 1], [4, 3]))
     assert found.labels.tolist() == [8, 7]
 
@@ -287,21 +281,21 @@ def test_another_tool_may_leave_out_visits_and_give_labels(tmp_path: Path) -> No
 )
 def test_unusable_rows_of_another_tool_are_named(tmp_path: Path, columns: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        values.read(foreign(tmp_path / "f", **columns), 5)
+        value_files.read(foreign(tmp_path / "f", **columns), 5)
 
 
 def test_fingerprint_is_the_same_from_memory_our_file_and_another_tools(written: Path, tmp_path: Path) -> None:
-    ours = values.read(written, 4).values
+    ours = value_files.read(written, 4).values
     other = foreign(tmp_path / "f", index=[3, 1, 0], value=[1.5, 0.25, 0.5], visits=[4, 2, 1])
     expected = values.fingerprint(make([1, 2, 0, 4], [0.5, 0.25, 0.0, 1.5]))
-    assert values.fingerprint(ours) == values.fingerprint(values.read(other, 4).values) == expected
+    assert values.fingerprint(ours) == values.fingerprint(value_files.read(other, 4).values) == expected
 
 
 def test_digest_separates_header_names_and_columns() -> None:
     one, two = np.array([1, 2]), np.array([3])
     digests = {
-        tables.digest(b"", {"a": one, "b": two}), tables.digest(b"", {"b": one, "a": two}),
-        tables.digest(b"x", {"a": one, "b": two}), tables.digest(b"", {"a": one}),
-        tables.digest(b"", {"a": one.astype(np.int32), "b": two}),
+        parquet.digest(b"", {"a": one, "b": two}), parquet.digest(b"", {"b": one, "a": two}),
+        parquet.digest(b"x", {"a": one, "b": two}), parquet.digest(b"", {"a": one}),
+        parquet.digest(b"", {"a": one.astype(np.int32), "b": two}),
     }  # fmt: skip
     assert len(digests) == 5

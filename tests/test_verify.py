@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from pupils import SCHOOL, SPEC, digits, distilled, everything, lines, saved_teacher, school
 
-from kcdcache import cli, inspection
+from kcdcache.cli import main
 from kcdcache.errors import MismatchError
+from kcdcache.report import show
 
 KINDS = {
     "store": "store",
@@ -33,7 +34,7 @@ def place(made, tmp_path):
 
 def told(capsys, *words):
     """The exit code and the JSON result of a command, or its error text."""
-    code = cli._outcome([*map(str, words), "--json", "-q"])
+    code = main._outcome([*map(str, words), "--json", "-q"])
     out, err = capsys.readouterr()
     return code, json.loads(out) if code == 0 else err
 
@@ -131,9 +132,9 @@ def test_the_id_is_told_and_expected(capsys, place, kind):
 def test_a_store_rewritten_with_fitting_digests_has_another_id(place, tmp_path):
     """Digests find damage; only an id from a trusted place finds a store that was replaced whole."""
     other = school(tmp_path, views=3, encoding="float16")
-    assert inspection.id_of(other.knowledge.path) != inspection.id_of(place / "store")
+    assert show.id_of(other.knowledge.path) != show.id_of(place / "store")
     with pytest.raises(MismatchError, match="it is not what was promised"):
-        inspection.require_ids([other.knowledge.path], [inspection.id_of(place / "store")])
+        show.require_ids([other.knowledge.path], [show.id_of(place / "store")])
 
 
 def train(place, **more):
@@ -147,7 +148,7 @@ def condense(place, **more):
 
 
 def test_train_and_condense_take_only_what_was_promised(capsys, place):
-    ids = {kind: inspection.id_of(place / path) for kind, path in KINDS.items()}
+    ids = {kind: show.id_of(place / path) for kind, path in KINDS.items()}
     chosen = {"manifest": place / KINDS["manifest"]}
     both = f"{ids['store']},{ids['manifest']}"
     code, error = told(capsys, *train(place, **chosen, expect_id=ids["store"]))
@@ -162,6 +163,6 @@ def test_train_and_condense_take_only_what_was_promised(capsys, place):
 
 
 def test_an_expected_id_is_no_part_of_a_run(capsys, place):
-    assert told(capsys, *train(place, expect_id=inspection.id_of(place / "store")))[0] == 0
+    assert told(capsys, *train(place, expect_id=show.id_of(place / "store")))[0] == 0
     assert told(capsys, *train(place))[0] == 0
     assert "expect_id" not in (place / "new/run.json").read_text()

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from torchvision.transforms import CenterCrop, Resize
 from torchvision.transforms.functional import resized_crop
 
-from kcdcache import rng, views
-from kcdcache.config import ViewSettings
+from kcdcache import rng
 from kcdcache.errors import MismatchError, SettingsError
-from kcdcache.views import ViewRule
+from kcdcache.settings import ViewSettings
+from kcdcache.views import rules as rules_
+from kcdcache.views.rules import ViewRule, _boxes, apply, identity_of, parameters, plain, rule_from, rule_of
 
 RULES = ("none", "crop", "crop-flip", "resized-crop-flip")
 rule_names = st.sampled_from(RULES)
@@ -54,9 +55,9 @@ def chi_square(counts: np.ndarray) -> float:
 def test_apply_equals_a_reference_pixel_by_pixel(name, fill, padding, high, wide, channels, seed):
     rule = ViewRule(name=name, padding=padding, fill=fill, height=high, width=wide, seed=seed)
     images = make_images(3, high, wide, channels)
-    chosen = views.parameters(rule, np.arange(3), seed % views.count(rule))
+    chosen = parameters(rule, np.arange(3), seed % rules_.count(rule))
     expected = [reference_crop(i.numpy(), row.tolist(), padding, fill) for i, row in zip(images, chosen, strict=True)]
-    assert np.array_equal(views.apply(rule, images, chosen).numpy(), np.stack(expected))
+    assert np.array_equal(apply(rule, images, chosen).numpy(), np.stack(expected))
 
 
 @settings(max_examples=30)
@@ -64,9 +65,9 @@ def test_apply_equals_a_reference_pixel_by_pixel(name, fill, padding, high, wide
 def test_views_replay_in_any_order_and_batch_split(name, order, cut):
     rule, images = make_rule(name), make_images(8)
     view = 0 if name == "none" else 7
-    whole = views.apply(rule, images, views.parameters(rule, np.arange(8), view))
+    whole = apply(rule, images, parameters(rule, np.arange(8), view))
     for part in (np.array(order[:cut]), np.array(order[cut:])):
-        again = views.apply(rule, images[torch.from_numpy(part)], views.parameters(rule, part, view))
+        again = apply(rule, images[torch.from_numpy(part)], parameters(rule, part, view))
         assert torch.equal(again, whole[torch.from_numpy(part)])
 
 
@@ -74,7 +75,7 @@ def test_views_replay_in_any_order_and_batch_split(name, order, cut):
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1), st.integers(0, 2), st.sampled_from(["crop", "crop-flip"]))
 def test_views_of_a_sample_never_repeat_before_the_set_is_used_up(index, seed, padding, name):
     rule = make_rule(name, padding, seed=seed)
-    rows = [views.parameters(rule, np.array([index]), view)[0].tolist() for view in range(views.count(rule))]
+    rows = [parameters(rule, np.array([index]), view)[0].tolist() for view in range(rules_.count(rule))]
     side = range(2 * padding + 1)
     expected = product(side, side, (0, 1)) if name == "crop-flip" else product(side, side)
     assert sorted(rows) == [list(row) for row in expected]
@@ -82,32 +83,32 @@ def test_views_of_a_sample_never_repeat_before_the_set_is_used_up(index, seed, p
 
 @pytest.mark.parametrize("view", [0, 1, 17])
 def test_parameters_of_an_epoch_are_uniform_over_samples(view):
-    rows = views.parameters(make_rule(padding=2), np.arange(20_000), view)
+    rows = parameters(make_rule(padding=2), np.arange(20_000), view)
     cells = (rows[:, 0] * 5 + rows[:, 1]) * 2 + rows[:, 2]
     assert chi_square(np.bincount(cells, minlength=50)) < 49 + 5 * 98**0.5
 
 
 @pytest.mark.parametrize(("name", "expected"), [("none", 1), ("crop", 25), ("crop-flip", 50)])
 def test_count_is_the_size_of_the_finite_set(name, expected):
-    assert views.count(make_rule(name)) == expected
+    assert rules_.count(make_rule(name)) == expected
 
 
 def test_resized_crops_have_no_end():
-    assert views.count(make_rule("resized-crop-flip")) is None
-    assert views.parameters(make_rule("resized-crop-flip"), np.arange(2), 10**9).shape == (2, 4)
+    assert rules_.count(make_rule("resized-crop-flip")) is None
+    assert parameters(make_rule("resized-crop-flip"), np.arange(2), 10**9).shape == (2, 4)
 
 
 def test_a_view_beyond_the_set_is_refused():
     with pytest.raises(SettingsError, match=r"view 50 does not exist: 'crop-flip' with padding 2 has 50 views"):
-        views.parameters(make_rule(), np.arange(3), 50)
+        parameters(make_rule(), np.arange(3), 50)
     with pytest.raises(SettingsError, match="view -1 does not exist"):
-        views.parameters(make_rule("resized-crop-flip"), np.arange(3), -1)
+        parameters(make_rule("resized-crop-flip"), np.arange(3), -1)
 
 
 @given(rule_names, st.sampled_from(["zero", "reflect"]))
 def test_views_are_in_range_in_channels_last_memory(name, fill):
     rule, images = make_rule(name, fill=fill), make_images(4)
-    out = views.apply(rule, images, views.parameters(rule, np.arange(4), 0))
+    out = apply(rule, images, parameters(rule, np.arange(4), 0))
     assert out.shape == (4, 3, 6, 6)
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert 0 <= out.min() <= out.max() <= 1
@@ -116,24 +117,24 @@ def test_views_are_in_range_in_channels_last_memory(name, fill):
 @pytest.mark.parametrize("name", ["crop", "crop-flip", "resized-crop-flip"])
 def test_numpy_and_torch_parameters_give_equal_views(name):
     rule, images = make_rule(name), make_images(4)
-    chosen = views.parameters(rule, np.arange(4), 2)
-    assert torch.equal(views.apply(rule, images, chosen), views.apply(rule, images, torch.from_numpy(chosen)))
+    chosen = parameters(rule, np.arange(4), 2)
+    assert torch.equal(apply(rule, images, chosen), apply(rule, images, torch.from_numpy(chosen)))
 
 
 def test_the_rule_none_keeps_every_level():
     images = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1)
     rule = make_rule("none", size=16)
-    out = views.apply(rule, images, views.parameters(rule, np.arange(1), 0))
+    out = apply(rule, images, parameters(rule, np.arange(1), 0))
     assert np.array_equal(out.numpy().ravel(), np.arange(256, dtype=np.float32) * np.float32(1 / 255))
 
 
 def test_none_resizes_other_sizes_as_imagenet_is_evaluated():
     image, rule = make_images(1, 40, 50)[0], make_rule("none", size=28)
-    out = views.apply(rule, [image], np.zeros((1, 0), np.int64))[0]
+    out = apply(rule, [image], np.zeros((1, 0), np.int64))[0]
     pixels = image.permute(2, 0, 1).to(torch.float32) / 255
     expected = CenterCrop(28)(Resize(32, antialias=True)(pixels))
     assert torch.allclose(out, expected, atol=1e-5)
-    assert torch.equal(out, views.apply(rule, image[None], np.zeros((1, 0), np.int64))[0])
+    assert torch.equal(out, apply(rule, image[None], np.zeros((1, 0), np.int64))[0])
 
 
 def reference_box(words: list[int], high: int, wide: int) -> tuple[int, int, int, int]:
@@ -154,8 +155,8 @@ def reference_box(words: list[int], high: int, wide: int) -> tuple[int, int, int
 @given(st.integers(0, 2**64 - 1), st.integers(3, 60), st.integers(3, 60))
 def test_resized_crops_equal_those_of_torchvision(seed, high, wide):
     rule, images = make_rule("resized-crop-flip", size=12, seed=seed), make_images(2, high, wide)
-    chosen = views.parameters(rule, np.arange(2), 5)
-    out = views.apply(rule, list(images), chosen)
+    chosen = parameters(rule, np.arange(2), 5)
+    out = apply(rule, list(images), chosen)
     for image, view, words in zip(images, out, chosen.tolist(), strict=True):
         pixels = image.permute(2, 0, 1).to(torch.float32) / 255
         expected = resized_crop(pixels, *reference_box(words, high, wide), [12, 12], antialias=True)
@@ -164,15 +165,15 @@ def test_resized_crops_equal_those_of_torchvision(seed, high, wide):
 
 
 def test_extreme_shapes_fall_back_to_a_central_crop():
-    chosen = views.parameters(make_rule("resized-crop-flip"), np.arange(200), 0)
-    boxes, _ = views._boxes(chosen, np.full(200, 4.0), np.full(200, 400.0))
+    chosen = parameters(make_rule("resized-crop-flip"), np.arange(200), 0)
+    boxes, _ = _boxes(chosen, np.full(200, 4.0), np.full(200, 400.0))
     assert boxes.tolist() == [list(reference_box(words, 4, 400)) for words in chosen.tolist()]
     assert [0, 197, 4, 5] in boxes.tolist()
 
 
 def test_resized_crops_flip_half_and_cover_the_scales():
-    chosen = views.parameters(make_rule("resized-crop-flip"), np.arange(4000), 0)
-    boxes, flips = views._boxes(chosen, np.full(4000, 100.0), np.full(4000, 100.0))
+    chosen = parameters(make_rule("resized-crop-flip"), np.arange(4000), 0)
+    boxes, flips = _boxes(chosen, np.full(4000, 100.0), np.full(4000, 100.0))
     area = boxes[:, 2] * boxes[:, 3] / 1e4
     assert abs(flips.mean() - 0.5) < 0.04
     assert 0.075 < area.min() < 0.1
@@ -183,62 +184,62 @@ def test_images_of_differing_size_become_one_batch():
     images = [make_images(1, 9, 20)[0], make_images(1, 31, 8)[0]]
     for name in ("none", "resized-crop-flip"):
         rule = make_rule(name)
-        assert views.apply(rule, images, views.parameters(rule, np.arange(2), 0)).shape == (2, 3, 6, 6)
+        assert apply(rule, images, parameters(rule, np.arange(2), 0)).shape == (2, 3, 6, 6)
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_an_empty_batch_has_empty_views(name):
     rule, images = make_rule(name), make_images(0)
-    chosen = views.parameters(rule, np.arange(0), 0)
-    assert views.apply(rule, images, chosen).shape == (0, 3, 6, 6)
+    chosen = parameters(rule, np.arange(0), 0)
+    assert apply(rule, images, chosen).shape == (0, 3, 6, 6)
 
 
 def test_different_seeds_give_different_views():
-    first, second = (views.parameters(make_rule(seed=seed), np.arange(500), 0) for seed in (1, 2))
+    first, second = (parameters(make_rule(seed=seed), np.arange(500), 0) for seed in (1, 2))
     assert (first == second).all(axis=1).mean() < 0.08
 
 
 def test_a_crop_of_images_of_another_size_is_refused():
     with pytest.raises(MismatchError, match="'crop' was made for 6x6 images; found 5x6"):
-        views.apply(make_rule("crop"), make_images(1, 5), np.zeros((1, 2), np.int64))
+        apply(make_rule("crop"), make_images(1, 5), np.zeros((1, 2), np.int64))
     with pytest.raises(MismatchError, match="found a list"):
-        views.apply(make_rule("crop"), [make_images(1)[0]], np.zeros((1, 2), np.int64))
+        apply(make_rule("crop"), [make_images(1)[0]], np.zeros((1, 2), np.int64))
     with pytest.raises(MismatchError, match="2 images came with parameters for 1"):
-        views.apply(make_rule("none"), list(make_images(2)), np.zeros((1, 0), np.int64))
+        apply(make_rule("none"), list(make_images(2)), np.zeros((1, 0), np.int64))
 
 
 def test_an_unknown_rule_names_the_nearest():
     with pytest.raises(SettingsError, match="unknown view rule 'crop-flop'; did you mean 'crop-flip'"):
-        views.count(make_rule("crop-flop"))
+        rules_.count(make_rule("crop-flop"))
 
 
 def test_a_rule_takes_the_size_of_the_images():
-    rule = views.rule_from(ViewSettings(padding=4, fill="reflect", view_seed=3), (32, 24))
+    rule = rule_from(ViewSettings(padding=4, fill="reflect", view_seed=3), (32, 24))
     assert rule == ViewRule(name="crop-flip", padding=4, fill="reflect", height=32, width=24, seed=3)
-    assert views.identity_of(rule).size == (32, 24)
-    assert views.plain(rule) == ViewRule(name="none", padding=0, fill="zero", height=32, width=24, seed=0)
+    assert identity_of(rule).size == (32, 24)
+    assert plain(rule) == ViewRule(name="none", padding=0, fill="zero", height=32, width=24, seed=0)
 
 
 @given(rule_names, st.integers(0, 9), st.integers(0, 2**64 - 1))
 def test_a_recorded_rule_is_the_rule(name, padding, seed):
     rule = ViewRule(name=name, padding=padding, fill="reflect", height=20, width=30, seed=seed)
-    assert views.rule_of(views.identity_of(rule)) == rule
+    assert rule_of(identity_of(rule)) == rule
 
 
 def test_settings_a_rule_does_not_use_leave_its_identity_alone():
     rules = [
-        views.rule_from(ViewSettings(augment="none", padding=p, fill=f, view_seed=s), (8, 8))
+        rule_from(ViewSettings(augment="none", padding=p, fill=f, view_seed=s), (8, 8))
         for p, f, s in ((0, "zero", 0), (4, "reflect", 9))
     ]
-    assert rules[0] == rules[1] == views.plain(rules[0])
+    assert rules[0] == rules[1] == plain(rules[0])
 
 
 def test_rules_that_cannot_work_say_what_would():
     with pytest.raises(SettingsError, match="need --size, for example --augment resized-crop-flip --size 224"):
-        views.rule_from(ViewSettings(augment="crop"), None)
+        rule_from(ViewSettings(augment="crop"), None)
     with pytest.raises(SettingsError, match="images differ in size; use --augment resized-crop-flip --size 224"):
-        views.rule_from(ViewSettings(augment="crop", size=32), None)
+        rule_from(ViewSettings(augment="crop", size=32), None)
     with pytest.raises(SettingsError, match="images are 16x16; use --augment resized-crop-flip"):
-        views.rule_from(ViewSettings(augment="crop", size=32), (16, 16))
+        rule_from(ViewSettings(augment="crop", size=32), (16, 16))
     with pytest.raises(SettingsError, match="reflected padding is at most 3 on these images; found padding 4"):
-        views.rule_from(ViewSettings(fill="reflect"), (4, 9))
+        rule_from(ViewSettings(fill="reflect"), (4, 9))

@@ -23,13 +23,9 @@ from stores import (
     write_part,
 )
 
-from kcdcache import audit, inspection, ledger, store, writer
-from kcdcache.errors import (
-    LockedError,
-    MismatchError,
-    SettingsError,
-    UnfinishedError,
-)
+from kcdcache.errors import LockedError, MismatchError, SettingsError, UnfinishedError
+from kcdcache.report import show
+from kcdcache.store import check, log, reader, writer
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +49,7 @@ def test_constant_values_are_written_too(tmp_path):
     with creating(tmp_path / "s", plan) as writing:
         writing.write_part(writing.pending()[0], {"logits": np.zeros((10, CLASSES), np.float32)}, {})
         writing.seal()
-    assert store.open(tmp_path / "s").read("logits", 0, np.arange(10)).sum() == 0
+    assert reader.open(tmp_path / "s").read("logits", 0, np.arange(10)).sum() == 0
 
 
 def test_writing_twice_gives_the_same_bytes(sealed, tmp_path):
@@ -137,8 +133,8 @@ def test_a_store_in_which_nothing_was_computed_is_begun_anew(tmp_path):
     other = knowledge(weights="bb")
     with creating(tmp_path / "s", plan_of(views=3), other) as writing:
         finish(writing)
-    assert store.open(tmp_path / "s").knowledge_id == other.knowledge_id
-    assert store.open(tmp_path / "s").views == 3
+    assert reader.open(tmp_path / "s").knowledge_id == other.knowledge_id
+    assert reader.open(tmp_path / "s").views == 3
 
 
 def test_other_peoples_folders_are_left_alone(tmp_path):
@@ -186,7 +182,7 @@ def test_growing_by_views_keeps_the_old_ones(damaged):
         )
     changed = {name for name, data in before.items() if content(damaged)[name] != data}
     assert changed == {"logits/zarr.json", "logits_rowmax/zarr.json"}
-    assert audit.verify(damaged).problems == ()
+    assert check.verify(damaged).problems == ()
     assert opened.measurements(3) == {"samples": 150, "correct": 12}
 
 
@@ -197,7 +193,7 @@ def test_growing_by_a_field_keeps_the_old_ones(damaged):
         np.testing.assert_array_equal(
             opened.read("penultimate", view, np.arange(150)), values("penultimate", view).numpy()
         )
-    assert audit.verify(damaged).problems == ()
+    assert check.verify(damaged).problems == ()
     assert opened.measurements(0) == {"samples": 150, "correct": 3}
 
 
@@ -211,14 +207,14 @@ def test_growing_twice_and_in_both_ways(damaged):
 
 
 def test_the_sealed_state_stays_readable_while_growing(damaged):
-    old = store.open(damaged).read("logits", 1, np.arange(150))
+    old = reader.open(damaged).read("logits", 1, np.arange(150))
     with writer.grow(damaged, knowledge(), views=3) as growing:
         write_part(growing, growing.pending()[0])
-    opened = store.open(damaged)
+    opened = reader.open(damaged)
     assert opened.views == 2
     np.testing.assert_array_equal(opened.read("logits", 1, np.arange(150)), old)
-    assert audit.verify(damaged).problems == ()
-    assert inspection.inspect(damaged)["growing_to"]["views"] == 3
+    assert check.verify(damaged).problems == ()
+    assert show.inspect(damaged)["growing_to"]["views"] == 3
     with pytest.raises(MismatchError, match=r"the growth under way at .* differ in views: 3 against 4"):
         grown(damaged, views=4)
     assert grown(damaged, views=3).views == 3
@@ -248,7 +244,7 @@ def test_readers_beside_a_growing_writer_see_whole_states(damaged):
 
     def watch():
         while not done.is_set():
-            opened = store.open(damaged)
+            opened = reader.open(damaged)
             last = opened.views - 1
             seen.append(np.abs(opened.read("logits", last, np.arange(150)) - expected[last]).max())
 
@@ -262,7 +258,7 @@ def test_readers_beside_a_growing_writer_see_whole_states(damaged):
 
 
 def test_log_records_keep_statistics_and_no_clock_or_host(sealed):
-    record = ledger.read_record(ledger.record_path(sealed, 0, "v00001-p00002"))
+    record = log.read_record(log.record_path(sealed, 0, "v00001-p00002"))
     mine = values("logits", 1)[128:]
     assert record.statistics["logits"] == {
         "count": 22 * CLASSES,

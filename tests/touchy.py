@@ -7,9 +7,11 @@ import torch
 from lessons import CLASSES, CPU, digits
 from torch import nn
 
-from kcdcache import data, precompute, teacher, views
-from kcdcache.config import PrecomputeSettings
-from kcdcache.models.transform import InputTransform
+from kcdcache.data import datasets
+from kcdcache.networks.input_transform import InputTransform
+from kcdcache.settings import PrecomputeSettings
+from kcdcache.teacher import precompute, teacher
+from kcdcache.views import rules
 
 TRAIN, TEST = 200, 60
 CROPS = {"augment": "crop", "padding": 2, "batch_size": 64, "min_accuracy": 0, "views": 3, "encoding": "float32"}
@@ -42,9 +44,9 @@ def touchy(dataset):
 
 def whole_in(view):
     """The samples whose crop in a view is the whole image: a white one has no black border there."""
-    rule = views.ViewRule(name="crop", height=16, width=16, padding=2, fill="zero", seed=0)
+    rule = rules.ViewRule(name="crop", height=16, width=16, padding=2, fill="zero", seed=0)
     white = torch.full((TRAIN, 16, 16, 3), 255, dtype=torch.uint8)
-    pixels = views.apply(rule, white, views.parameters(rule, EVERYONE, view))
+    pixels = rules.apply(rule, white, rules.parameters(rule, EVERYONE, view))
     return np.flatnonzero(pixels.amin((1, 2, 3)).numpy() == 1)
 
 
@@ -64,7 +66,7 @@ def painted(path, white, level=255):
 def place_for(root, white, level=255):
     root.mkdir(exist_ok=True)
     text = painted(root / "painted.npz", white, level)
-    dataset = data.load(text)
+    dataset = datasets.load(text)
     return SimpleNamespace(root=root, spec=text, data=dataset, network=touchy(dataset), white=sorted(white))
 
 
@@ -82,7 +84,7 @@ def made(place, path, progress=None, **changes):
 
 def live(place, view, index, field="logits"):
     """The teacher's outputs in the batches the store was made with."""
-    rule = views.rule_of(place.knowledge.knowledge.views)
+    rule = rules.rule_of(place.knowledge.knowledge.views)
     parts = [
         precompute.view_pixels(place.data, rule, part, view, CPU) for part in np.split(index, range(64, TRAIN, 64))
     ]

@@ -18,7 +18,10 @@ from measure import alternating, median, ratio, started, write
 from reading import BATCH, kept_rows, raw_read
 from trust import make
 
-from kcdcache import chunkfiles, condense, config, manifest, store, tables, values
+from kcdcache import settings
+from kcdcache.condense import manifest, summary, values
+from kcdcache.files import parquet
+from kcdcache.store import reader
 
 
 def line(what, tried, seconds, name, reference, bar, repetitions):
@@ -30,17 +33,17 @@ def line(what, tried, seconds, name, reference, bar, repetitions):
 
 def starting(given):
     """Starting a stage into memory that is there: blocks of other sizes, one thread or two."""
-    opened = store.open(make(given.folder / "store", given.rows, 1000, 2, "float16"))
+    opened = reader.open(make(given.folder / "store", given.rows, 1000, 2, "float16"))
     kept = kept_rows(opened.count, 0.7)
     held = {2: np.empty((len(kept), 1000), np.float16), 1: np.empty(len(kept), np.float32)}
 
     def load(block, threads):
         def work():
-            before, chunkfiles.BLOCK_BYTES = chunkfiles.BLOCK_BYTES, block
+            before, reader.BLOCK_BYTES = reader.BLOCK_BYTES, block
             try:
                 opened.load(0, kept, ("logits",), threads, lambda shape, dtype: held[len(shape)])
             finally:
-                chunkfiles.BLOCK_BYTES = before
+                reader.BLOCK_BYTES = before
 
         return work
 
@@ -63,21 +66,21 @@ def rows_of_a_manifest(keep):
     visits = random.choice(np.array([40, 80, 120, 160, 200, 240], np.int32), 1_280_000)
     found = values.Values(visits, random.gamma(1.0, 1.0, len(visits)).astype(np.float32))
     labels = random.integers(0, 1000, len(visits))
-    made = condense.condense(
-        found, config.CondenseSettings(), knowledge_id="k", count=len(visits), stage=1, keep=keep, labels=labels
+    made = summary.condense(
+        found, settings.CondenseSettings(), knowledge_id="k", count=len(visits), stage=1, keep=keep, labels=labels
     )
     return manifest.cells(made.columns())
 
 
 def encoded(table, level=1, compression="zstd", **encodings):
     """The table in our form but for the compression, its level, or some columns' encodings."""
-    plain = {field.name: field.type for field in table.schema if not tables._is_text(field.type)}
-    kinds = {name: tables._encoding(kind) for name, kind in plain.items()} | encodings
+    plain = {field.name: field.type for field in table.schema if not parquet._is_text(field.type)}
+    kinds = {name: parquet._encoding(kind) for name, kind in plain.items()} | encodings
     sink = pa.BufferOutputStream()
     pq.write_table(
         table.replace_schema_metadata(), sink, compression=compression, write_page_checksum=True, store_schema=False,
         compression_level=level if compression in ("zstd", "brotli") else None, column_encoding=kinds,
-        use_dictionary=[name for name in table.schema.names if name not in plain], row_group_size=tables.ROWS,
+        use_dictionary=[name for name in table.schema.names if name not in plain], row_group_size=parquet.ROWS,
     )  # fmt: skip
     return sink.getvalue()
 
@@ -129,7 +132,7 @@ def reading(given):
     def read(buffer, **how):
         return lambda: pq.ParquetFile(pa.BufferReader(buffer), **how).read()
 
-    ours = tables.encode(table)
+    ours = parquet.encode(table)
     forms = {
         "ours": (ours, {"page_checksum_verification": True}),
         "ours, checksums not compared": (ours, {}),

@@ -17,9 +17,12 @@ import numpy as np
 from launch import measured
 from measure import alternating, median, ratio, started, write
 
-from kcdcache import ranking, tables, values
-from kcdcache.files import canonical_json, write_atomic
-from kcdcache.identity import FORMAT_VERSION, IDENTITY_FILE, DataIdentity, Knowledge, TeacherIdentity, ViewIdentity
+from kcdcache.condense import ranking, value_files
+from kcdcache.data.datasets import DataIdentity
+from kcdcache.files import parquet
+from kcdcache.files.atomic import canonical_json, write_atomic
+from kcdcache.store.identity import FORMAT_VERSION, IDENTITY_FILE, Knowledge, TeacherIdentity
+from kcdcache.views.rules import ViewIdentity
 
 KEEP, CLASSES, MIB = 0.7, 100, 2**20
 
@@ -41,19 +44,19 @@ def make(folder, rows):
     write_atomic(path, canonical_json(document))
     content = {"knowledge_id": whole.knowledge_id, "student": "none", "epoch": 1, "format_version": 0, "count": rows}
     kinds = {"index": np.int64, "visits": np.int32, "value": np.float32, "label": np.int64}
-    digest, random = tables.Digest(kinds), np.random.default_rng(0)
+    digest, random = parquet.Digest(kinds), np.random.default_rng(0)
     with open(folder / "values.parquet", "wb") as sink:
-        writer = tables.Writer(sink, table_of(block(random, 0, 1)).schema)
-        for first in range(0, rows, tables.ROWS):
-            columns = block(random, first, min(tables.ROWS, rows - first))
+        writer = parquet.Writer(sink, table_of(block(random, 0, 1)).schema)
+        for first in range(0, rows, parquet.ROWS):
+            columns = block(random, first, min(parquet.ROWS, rows - first))
             digest.add(columns)
             writer.write(table_of(columns))
         content["digest"] = digest.over(canonical_json(content))
-        writer.close({values.METADATA_KEY: canonical_json(content)})
+        writer.close({value_files.METADATA_KEY: canonical_json(content)})
 
 
 def table_of(columns):
-    return tables.pa.table(columns)
+    return parquet.pa.table(columns)
 
 
 def block(random, first, rows):

@@ -18,8 +18,9 @@ import torch
 from measure import started, write
 from PIL import Image
 
-from kcdcache import images, prefetch, views
-from kcdcache.config import ViewSettings
+from kcdcache.data import images
+from kcdcache.settings import ViewSettings
+from kcdcache.views import prefetch, rules
 
 CPU = torch.device("cpu")
 BLOCK = prefetch.BLOCK
@@ -44,20 +45,20 @@ def photographs(folder, count):
 def asked(rule, count, batch):
     index = np.arange(count)
     return [
-        prefetch.Asked(part, views.parameters(rule, part, 0)) for part in np.split(index, range(batch, count, batch))
+        prefetch.Asked(part, rules.parameters(rule, part, 0)) for part in np.split(index, range(batch, count, batch))
     ]
 
 
 def by_itself(split, rule, batches):
     """One after the other, in the consumer's thread."""
     for index, parameters in batches:
-        yield views.show(rule, split.images(index, threads=1), parameters, CPU)
+        yield rules.show(rule, split.images(index, threads=1), parameters, CPU)
 
 
 def before(split, rule, batches):
     """As before views were made ahead: a batch is decoded by threads, and resized in the consumer's thread."""
     for index, parameters in batches:
-        yield views.show(rule, split.images(index), parameters, CPU)
+        yield rules.show(rule, split.images(index), parameters, CPU)
 
 
 def by_threads(workers):
@@ -108,7 +109,7 @@ def begin(split, rule):
 
 def made(index, parameters):
     split, rule = HELD
-    return views.show(rule, split.images(index, threads=1), parameters, CPU).share_memory_()
+    return rules.show(rule, split.images(index, threads=1), parameters, CPU).share_memory_()
 
 
 def consumed(way, supply, step):
@@ -149,7 +150,7 @@ def main():
     shutil.rmtree(chosen.folder, ignore_errors=True)
     chosen.folder.mkdir(parents=True)
     split = photographs(chosen.folder, chosen.count)
-    rule = views.rule_from(ViewSettings(augment="resized-crop-flip", size=224), None)
+    rule = rules.rule_from(ViewSettings(augment="resized-crop-flip", size=224), None)
     batches = asked(rule, chosen.count, chosen.batch)
     torch.set_num_threads(1)  # with more, threads of torch would fight with those that decode
     ways = {"in the consumer's thread": by_itself, "as before (decoded by threads, resized by the consumer)": before}

@@ -14,10 +14,13 @@ from made import CPU, Run, half_mixed, images, mixing, store_of, whole
 from measure import alternating, median, ratio, started, write
 from torch.nn import functional
 
-from kcdcache import batches, learner, manifest, resident, teacher, views
-from kcdcache.config import MethodSettings, OptimizerSettings
-from kcdcache.models import spec
-from kcdcache.models.transform import InputTransform
+from kcdcache.condense import manifest
+from kcdcache.networks import registry
+from kcdcache.networks.input_transform import InputTransform
+from kcdcache.settings import MethodSettings, OptimizerSettings
+from kcdcache.teacher import teacher
+from kcdcache.training import batches, device_batches, learner
+from kcdcache.views import rules
 
 PAIRS = (("resnet32x4", "resnet8x4"), ("wrn_40_2", "wrn_16_2"), ("resnet56", "resnet20"))
 EPOCHS = 10**6  # never the last one: the test split is measured at the end only
@@ -34,7 +37,7 @@ class LiveTargets:
 
     def gather(self, index, temperature, device):
         shown = self._dataset.train.images(index)
-        pixels = views.show(self._rule, shown, views.parameters(self._rule, index, self._view), device)
+        pixels = rules.show(self._rule, shown, rules.parameters(self._rule, index, self._view), device)
         return teacher.outputs(self._network, pixels, ("logits",))
 
 
@@ -50,7 +53,9 @@ def run_of(given, source, student, method, name, values):
     settings, dataset = settings_of(given), source.data
     record = learner.new_record(len(dataset.train), CPU, MethodSettings()) if values else None
     pupil = learner.new_learner(student, dataset, settings, CPU, record)
-    return Run(pupil, source, settings, method, given.folder / "runs" / name, resident.supply(settings, source, pupil))
+    return Run(
+        pupil, source, settings, method, given.folder / "runs" / name, device_batches.supply(settings, source, pupil)
+    )
 
 
 def connected(dataset, knowledge, chosen, fields=("logits",)):
@@ -59,7 +64,7 @@ def connected(dataset, knowledge, chosen, fields=("logits",)):
 
 def bare_steps(given, student, classes, count):
     """Forward, backward and step of the same student on one batch in memory, as often as an epoch has batches."""
-    network = spec.build(student, classes, 0).to(memory_format=torch.channels_last).train()
+    network = registry.build(student, classes, 0).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
     pixels = torch.randn(given.batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(given.batch) % classes
@@ -110,7 +115,7 @@ def live_row(given, teacher_name, student):
     """The epoch with the teacher in the loop against the one from the store, and what forward passes predict."""
     dataset = images(given.live_count)
     knowledge = store_of(dataset, given.folder / f"store-{teacher_name}")
-    module = spec.build(teacher_name, len(dataset.classes), 0)
+    module = registry.build(teacher_name, len(dataset.classes), 0)
     network = teacher.freeze(module, InputTransform(dataset.mean, dataset.std), teacher_name, dataset.classes, CPU)
     forwards = alternating(given.repetitions, teacher=forward(given, teacher_name), student=forward(given, student))
     with connected(dataset, knowledge, whole(knowledge)) as stored:
@@ -127,7 +132,7 @@ def live_row(given, teacher_name, student):
 
 
 def forward(given, name):
-    network = spec.build(name, 100, 0).to(memory_format=torch.channels_last).eval()
+    network = registry.build(name, 100, 0).to(memory_format=torch.channels_last).eval()
     pixels = torch.randn(given.batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
 
     def work():

@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from measure import alternating, median, ratio, started, write
 
-from kcdcache import condense, config, manifest, tables, values
+from kcdcache import settings
+from kcdcache.condense import manifest, summary, values
+from kcdcache.files import parquet
 
 COUNT, KEEPS = 1_280_000, (0.7, 0.5)  # of the second every row is mixed: two more numbers in each
 
@@ -23,13 +25,13 @@ def default(table):
 
 def compared(what, table, repetitions):
     """Rows of the result for one table. Both kinds are written to and read from memory, and read as they come."""
-    ours, theirs = tables.encode(table), default(table)
+    ours, theirs = parquet.encode(table), default(table)
 
     def read_ours():
         return pq.ParquetFile(pa.BufferReader(ours), page_checksum_verification=True).read()
 
     seconds = alternating(
-        repetitions, write_ours=lambda: tables.encode(table), write_default=lambda: default(table),
+        repetitions, write_ours=lambda: parquet.encode(table), write_default=lambda: default(table),
         read_ours=read_ours, read_default=lambda: pq.ParquetFile(pa.BufferReader(theirs)).read(),
     )  # fmt: skip
     rows, bytes_a_row = table.num_rows, len(ours) / table.num_rows
@@ -59,8 +61,8 @@ def main():
     columns = {"index": np.arange(given.count), "visits": visits, "value": found.value, "label": labels}
     rows = []
     for keep in KEEPS:
-        made = condense.condense(
-            found, config.CondenseSettings(), knowledge_id="k", count=given.count, stage=1, keep=keep, labels=labels
+        made = summary.condense(
+            found, settings.CondenseSettings(), knowledge_id="k", count=given.count, stage=1, keep=keep, labels=labels
         )
         what = f"manifest of {len(made)} rows, {made.mixed.mean():.0%} mixed"
         rows += compared(what, manifest.cells(made.columns()), given.repetitions)

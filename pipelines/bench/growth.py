@@ -18,8 +18,8 @@ from made import images, store_of, whole
 from measure import median, started, write
 from precompute import network_of
 
-from kcdcache import precompute
-from kcdcache.config import PrecomputeSettings
+from kcdcache.settings import PrecomputeSettings
+from kcdcache.teacher import precompute
 
 NETWORK = "resnet8"
 

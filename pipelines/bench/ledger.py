@@ -14,14 +14,17 @@ from pathlib import Path
 import numpy as np
 from measure import median, started, write
 
-from kcdcache import encoding, layout, ledger, store, writer
+from kcdcache.data.datasets import DataIdentity
 from kcdcache.errors import KcdcacheError
-from kcdcache.identity import DataIdentity, Knowledge, TeacherIdentity, ViewIdentity
-from kcdcache.ledger import FileRecord, Record
+from kcdcache.store import encoding, log, reader, writer
+from kcdcache.store.identity import Knowledge, TeacherIdentity
+from kcdcache.store.log import FileRecord, Record
+from kcdcache.store.plan import MOST_PART_ROWS, chunk_file_bytes, part_chunks, plan_store
+from kcdcache.views.rules import ViewIdentity
 
 PARTS_A_VIEW = 25
 CLASSES = 10
-COUNT = PARTS_A_VIEW * layout.MOST_PART_ROWS
+COUNT = PARTS_A_VIEW * MOST_PART_ROWS
 KNOWLEDGE = Knowledge(
     teacher=TeacherIdentity(architecture="bench", weights="0" * 64, transform={}, precision="float32"),
     data=DataIdentity(count=COUNT, classes=tuple(map(str, range(CLASSES))), image_size=(32, 32), digest="0" * 64),
@@ -36,13 +39,13 @@ def filled(root, plan):
     with writer.create(root, KNOWLEDGE, plan, labels, digests) as made:
         for part in made.parts:
             files = []
-            for chunk in layout.part_chunks(plan, part):
-                size = layout.chunk_file_bytes(chunk.array)
+            for chunk in part_chunks(plan, part):
+                size = chunk_file_bytes(chunk.array)
                 with open(root / chunk.key, "wb") as stream:
                     stream.truncate(size)
                 files.append(FileRecord(chunk.key, size, "0" * 64, 0))
             began = time.perf_counter()
-            ledger.write_record(root, 0, Record(part.view, part.number, tuple(files)))
+            log.write_record(root, 0, Record(part.view, part.number, tuple(files)))
             seconds.append(time.perf_counter() - began)
         began = time.perf_counter()
         made.seal()
@@ -52,15 +55,15 @@ def filled(root, plan):
 def measured(folder, parts):
     root = folder / f"parts{parts}"
     shutil.rmtree(root, ignore_errors=True)
-    plan = layout.plan_store(COUNT, parts // PARTS_A_VIEW, [encoding.parse("float16", "logits", (CLASSES,))])
+    plan = plan_store(COUNT, parts // PARTS_A_VIEW, [encoding.parse("float16", "logits", (CLASSES,))])
     row = {"parts": parts, "chunk_files": plan.chunk_count, "points": plan.count * plan.views}
     try:
         seconds, seal = filled(root, plan)
         row |= {"record_ms": 1000 * median(seconds), "seal_s": seal}
-        row["commit_bytes"] = ledger.commit_path(root, 0).stat().st_size
+        row["commit_bytes"] = log.commit_path(root, 0).stat().st_size
         row["record_bytes"] = median([path.stat().st_size for path in (root / "_kcd/log/0").glob("v*.json")])
         began = time.perf_counter()
-        store.open(root)
+        reader.open(root)
         row["open_s"] = time.perf_counter() - began
     except KcdcacheError as error:
         row["refused"] = str(error)[:300]

@@ -3,12 +3,19 @@
 import numpy as np
 import torch
 
-from kcdcache import batches, condense, encoding, layout, loop, manifest, methods, runs, store, views, writer
-from kcdcache.config import CondenseSettings, MethodSettings, ViewSettings
-from kcdcache.data import Dataset
-from kcdcache.identity import Knowledge, TeacherIdentity
-from kcdcache.images import DecodedImages, Origins, Split
-from kcdcache.values import Values
+from kcdcache import progress
+from kcdcache.condense import manifest, summary
+from kcdcache.condense.values import Values
+from kcdcache.data.datasets import Dataset
+from kcdcache.data.images import DecodedImages, Origins, Split
+from kcdcache.methods import registry
+from kcdcache.runs.folder import RunFolder
+from kcdcache.settings import CondenseSettings, MethodSettings, ViewSettings
+from kcdcache.store import encoding, reader, writer
+from kcdcache.store.identity import Knowledge, TeacherIdentity
+from kcdcache.store.plan import plan_store
+from kcdcache.training import batches, loop
+from kcdcache.views import rules
 
 CPU = torch.device("cpu")
 
@@ -28,11 +35,11 @@ def images(count, test=64, classes=100, side=32):
 
 def store_of(dataset, path, count_views=2, text="float16"):
     """A sealed store of random peaked logits of the data set's crop-flip views."""
-    rule = views.rule_from(ViewSettings(), dataset.train.image_size)
+    rule = rules.rule_from(ViewSettings(), dataset.train.image_size)
     teacher = TeacherIdentity(architecture="none", weights="none", transform={}, precision="float32")
-    knowledge = Knowledge(teacher=teacher, data=dataset.identity(), views=views.identity_of(rule))
+    knowledge = Knowledge(teacher=teacher, data=dataset.identity(), views=rules.identity_of(rule))
     classes = len(dataset.classes)
-    plan = layout.plan_store(len(dataset.train), count_views, [encoding.parse(text, "logits", (classes,))])
+    plan = plan_store(len(dataset.train), count_views, [encoding.parse(text, "logits", (classes,))])
     random = torch.Generator().manual_seed(0)
     with writer.create(path, knowledge, plan, dataset.train.labels, dataset.train.digests()) as writing:
         for part in writing.pending():
@@ -40,7 +47,7 @@ def store_of(dataset, path, count_views=2, text="float16"):
             told = {"logits": encoding.statistics(values)}
             writing.write_part(part, plan.fields["logits"].encode(values, part.start), told)
         writing.seal()
-    return store.open(path)
+    return reader.open(path)
 
 
 def whole(knowledge):
@@ -54,7 +61,7 @@ def half_mixed(knowledge):
     """The manifest of two thirds of the samples: the other third is mixed into half of those kept."""
     random = np.random.default_rng(1)
     values = Values(visits=np.ones(knowledge.count, np.int32), value=random.random(knowledge.count, np.float32))
-    return condense.condense(
+    return summary.condense(
         values, CondenseSettings(), knowledge_id=knowledge.knowledge_id, count=knowledge.count, stage=1,
         keep=2 / 3, labels=knowledge.labels,
     )  # fmt: skip
@@ -64,17 +71,17 @@ class Run:
     """A run whose epochs are trained one at a time, by the package's own loop, in a folder."""
 
     def __init__(self, pupil, source, settings, method, folder, supply):
-        weights = methods.choose(MethodSettings(method=method)).weights
+        weights = registry.choose(MethodSettings(method=method)).weights
         folder.mkdir(parents=True)
-        self._pupil, self._settings, self._folder = pupil, settings, runs.RunFolder(path=folder)
+        self._pupil, self._settings, self._folder = pupil, settings, RunFolder(path=folder)
         self._task = loop.Task(
             **supply._asdict(),
-            loss=methods.loss_of(weights, None),
+            loss=registry.loss_of(weights, None),
             details=lambda epoch: {"view": source.view_of(epoch)},
         )
 
     def __call__(self):
-        loop.run(self._pupil, self._task, self._settings, self._folder, self._pupil.epoch + 1, loop.silent)
+        loop.run(self._pupil, self._task, self._settings, self._folder, self._pupil.epoch + 1, progress.silent)
 
 
 def mixing():

@@ -9,7 +9,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from kcdcache.surroundings import processor_name
+from kcdcache.environment import processor_name
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "bench"
 LIBRARIES = ("kcdcache", "torch", "zarr", "numpy", "pyarrow", "awscrt")

@@ -24,8 +24,8 @@ import zarr
 from measure import RESULTS, alternating, median, started, write
 from trust import make
 
-from kcdcache import store
-from kcdcache.knowledge import StoredTargets
+from kcdcache.store import reader
+from kcdcache.store.rows import StoredTargets
 
 BATCH, CPU = 256, torch.device("cpu")
 
@@ -38,7 +38,7 @@ class Ours:
     """Batches as `iterate` reads them: those of an epoch are planned at once, before the first."""
 
     def __init__(self, folder, values, memory_bytes):
-        rows = store.open(folder / "store")
+        rows = reader.open(folder / "store")
         every = np.arange(rows.count)
         self.targets = StoredTargets(rows, every, ("logits",), memory_bytes=memory_bytes, folder=folder)
         self.targets.prepare(0, None)
@@ -215,7 +215,7 @@ def main():
     given = parser.parse_args()
     try:
         path = make(given.folder / "store", given.rows, given.classes, 1, "float16")
-        values = store.open(path).load(0, np.arange(given.rows), ("logits",))["logits"]
+        values = reader.open(path).load(0, np.arange(given.rows), ("logits",))["logits"]
         rows = []
         for name in PEERS:
             read = opened(name, given.folder, values)

@@ -11,20 +11,21 @@ import torch
 from made import CPU, images
 from measure import alternating, median, ratio, started, write
 
-from kcdcache import precompute, teacher, views
-from kcdcache.config import PrecomputeSettings
-from kcdcache.models import spec
-from kcdcache.models.transform import InputTransform
+from kcdcache.networks import registry
+from kcdcache.networks.input_transform import InputTransform
+from kcdcache.settings import PrecomputeSettings
+from kcdcache.teacher import precompute, teacher
+from kcdcache.views import rules
 
 
 def network_of(name, dataset):
-    module = spec.build(name, len(dataset.classes), 0)
+    module = registry.build(name, len(dataset.classes), 0)
     return teacher.freeze(module, InputTransform(dataset.mean, dataset.std), name, dataset.classes, CPU)
 
 
 def bare_forward(network, dataset, settings):
     """Return what runs the network over one view's batches, transformed and laid out beforehand; keeps no output."""
-    rule = views.rule_from(settings, dataset.train.image_size)
+    rule = rules.rule_from(settings, dataset.train.image_size)
     starts = range(0, len(dataset.train), settings.batch_size)
     index = torch.arange(len(dataset.train)).numpy()
     shown = [index[start : start + starts.step] for start in starts]

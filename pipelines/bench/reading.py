@@ -20,8 +20,8 @@ import torch
 from measure import RESULTS, alternating, median, ratio, started, write
 from trust import make
 
-from kcdcache import store
-from kcdcache.knowledge import StoredTargets
+from kcdcache.store import reader
+from kcdcache.store.rows import StoredTargets
 
 CPU, BATCH, VIEWS = torch.device("cpu"), 256, 3
 STEP = 120  # batches of one round
@@ -186,7 +186,7 @@ def private_memory(given, turns):
 
 def probe(given):
     """In a process of its own: what preparing views adds to the private memory at its highest, watched all the time."""
-    opened = store.open(given.folder / "store")
+    opened = reader.open(given.folder / "store")
     kept = kept_rows(opened.count, given.share)
     with StoredTargets(opened, kept, ("logits",), memory_bytes=PLENTY, folder=given.folder) as targets:
         before = _private()
@@ -249,7 +249,7 @@ def main():
         probe(given)
         return
     try:
-        opened = store.open(make(given.folder / "store", given.rows, given.classes, VIEWS, "float16"))
+        opened = reader.open(make(given.folder / "store", given.rows, given.classes, VIEWS, "float16"))
         kept = kept_rows(opened.count, given.share)
         rows = starting(opened, kept, given.repetitions, given.folder)
         rows += batches(opened, kept, given.folder, 10 * given.repetitions)

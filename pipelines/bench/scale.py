@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 from launch import measured
 
-from kcdcache import partitioned, tables, values
-from kcdcache.files import canonical_json, write_atomic
-from kcdcache.identity import FORMAT_VERSION, IDENTITY_FILE
+from kcdcache import settings
+from kcdcache.condense import value_files
+from kcdcache.files import parquet
+from kcdcache.files.atomic import canonical_json, write_atomic
+from kcdcache.store.identity import FORMAT_VERSION, IDENTITY_FILE
 
 KEEP, CLASSES = 0.7, 100
 KINDS = {"index": np.int64, "visits": np.int32, "value": np.float32, "label": np.int64}
@@ -33,24 +35,24 @@ def make(folder, rows, labelled):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, canonical_json(document))
     kinds = {name: kind for name, kind in KINDS.items() if labelled or name != "label"}
-    schema = tables.pa.schema([(name, tables.pa.from_numpy_dtype(kind)) for name, kind in kinds.items()])
-    digest, random, parts = tables.Digest(kinds), np.random.default_rng(0), []
+    schema = parquet.pa.schema([(name, parquet.pa.from_numpy_dtype(kind)) for name, kind in kinds.items()])
+    digest, random, parts = parquet.Digest(kinds), np.random.default_rng(0), []
     (folder / "values").mkdir()
 
     def blocks(span):
-        for first in range(span.first, span.stop, tables.ROWS):
-            columns = block(random, first, min(tables.ROWS, span.stop - first), labelled)
+        for first in range(span.first, span.stop, parquet.ROWS):
+            columns = block(random, first, min(parquet.ROWS, span.stop - first), labelled)
             digest.add(columns)
-            yield tables.pa.table(columns)
+            yield parquet.pa.table(columns)
 
-    for span in partitioned.spans(rows, partitioned.ROWS):
-        parts.append(partitioned.write_part(folder / "values", span, schema, blocks(span)))
+    for span in parquet.spans(rows, settings.PART_ROWS):
+        parts.append(parquet.write_part(folder / "values", span, schema, blocks(span)))
     content = {"knowledge_id": whole.knowledge_id, "student": "none", "epoch": 1, "format_version": 0, "count": rows}
     content["digest"] = digest.over(canonical_json(content))
     fingerprint = digest.over(b"", ("visits", "value"))
-    partitioned.seal(
+    parquet.seal(
         folder / "values",
-        partitioned.Seal(values.METADATA_KEY, rows, partitioned.ROWS, content, fingerprint, tuple(parts)),
+        parquet.Seal(value_files.METADATA_KEY, rows, settings.PART_ROWS, content, fingerprint, tuple(parts)),
     )
 
 
@@ -70,7 +72,7 @@ def size_of(folder):
 def condense(folder, rows, memory_gb):
     out = folder / f"set-{memory_gb}"
     words = ["condense", "--values", folder / "values", "--store", folder / "store", "--keep", KEEP, "--out", out,
-             "--partition-rows", min(partitioned.ROWS, max(2**16, rows // 8)), "--memory-gb", memory_gb,
+             "--partition-rows", min(settings.PART_ROWS, max(2**16, rows // 8)), "--memory-gb", memory_gb,
              "--quiet", "--json"]  # fmt: skip
     seconds, peak, output = measured([sys.executable, "-m", "kcdcache", *words])
     told = json.loads(output.splitlines()[-1])

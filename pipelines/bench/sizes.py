@@ -12,7 +12,7 @@ import torch
 from measure import started, write
 from trust import make
 
-from kcdcache import encoding, store
+from kcdcache.store import encoding, reader
 
 SHAPES = (
     (1_280_000, 1000, "float16"),
@@ -63,7 +63,7 @@ def limit(text, classes):
 
 
 def measured(folder, count, classes, text, tested):
-    opened = store.open(make(folder / "store", count, classes, 1, text))
+    opened = reader.open(make(folder / "store", count, classes, 1, text))
     arrays = opened.plan.arrays_of(("logits",))
     places = [folder / "store" / array.name for array in arrays]
     disk = sum(file.stat().st_size for place in places for file in place.glob("c.*"))

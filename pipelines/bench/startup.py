@@ -20,13 +20,11 @@ def material(folder, count):
     """A store of `count` tiny images and values of all of them."""
     from made import images, store_of
 
-    from kcdcache import values
-
     dataset = images(count, side=1)
     held = store_of(dataset, folder / "store", 1)
     random = np.random.default_rng(2)
-    found = values.Values(visits=np.ones(count, np.int32), value=random.random(count, np.float32))
-    values.write(
+    found = Values(visits=np.ones(count, np.int32), value=random.random(count, np.float32))
+    value_files.write(
         folder / "values.parquet",
         found,
         dataset.train.labels,

@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from measure import alternating, median, ratio, started, write
 
-from kcdcache import encoding, layout, store, writer
-from kcdcache.identity import DataIdentity, Knowledge, TeacherIdentity, ViewIdentity
+from kcdcache.data.datasets import DataIdentity
+from kcdcache.store import encoding, reader, writer
+from kcdcache.store.identity import Knowledge, TeacherIdentity
+from kcdcache.store.plan import plan_store
+from kcdcache.views.rules import ViewIdentity
 
 
-class Unchecked(store.Store):
+class Unchecked(reader.Store):
     """The same reader with the comparison of checksums left out."""
 
     def _copy(self, chunk, wanted, target, block):
@@ -34,7 +37,7 @@ class Unchecked(store.Store):
 
 def make(path, rows, classes, views, text):
     """A sealed store of random peaked logits; every part holds the same numbers, which no reader can tell."""
-    plan = layout.plan_store(rows, views, [encoding.parse(text, "logits", (classes,))])
+    plan = plan_store(rows, views, [encoding.parse(text, "logits", (classes,))])
     knowledge = Knowledge(
         teacher=TeacherIdentity(architecture="none", weights="none", transform={}, precision="float32"),
         data=DataIdentity(count=rows, classes=("a", "b"), image_size=(1, 1), digest="none"),
@@ -52,8 +55,8 @@ def make(path, rows, classes, views, text):
 
 
 def opening(path, repetitions):
-    opened = store.open(path)
-    seconds = alternating(repetitions, open=lambda: store.open(path))["open"]
+    opened = reader.open(path)
+    seconds = alternating(repetitions, open=lambda: reader.open(path))["open"]
     chunks, records = opened.plan.chunk_count, len(opened._records)
     return {
         "what": f"open {opened.count} rows x {opened.views} views ({chunks} chunk files, {records} records)",
@@ -65,8 +68,8 @@ def opening(path, repetitions):
 
 
 def reading(path, repetitions, threads, share):
-    checked = store.open(path)
-    unchecked = Unchecked(checked.path, checked.knowledge, store.ledger.read_commits(path))
+    checked = reader.open(path)
+    unchecked = Unchecked(checked.path, checked.knowledge, reader.ledger.read_commits(path))
     rows = np.sort(np.random.default_rng(1).permutation(checked.count)[: int(share * checked.count)])
     held = {}
 

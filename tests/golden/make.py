@@ -22,10 +22,14 @@ from damaging import files_of, read_manifest, read_run, read_store, read_values
 from lessons import CPU, condensed, digits, precomputed
 from stores import creating, finish, form, knowledge, make, small_parts, values, write_part
 
-from kcdcache import config, distill, encoding, fit, manifest, store, teacher, writer
-from kcdcache import values as value_files
-from kcdcache.files import canonical_json, sha256_bytes
-from kcdcache.models.weights import load_network
+from kcdcache.condense import manifest, value_files
+from kcdcache.condense import values as condense_values
+from kcdcache.files.atomic import canonical_json, sha256_bytes
+from kcdcache.networks.weights import load_network
+from kcdcache.settings import FitSettings, TrainSettings
+from kcdcache.store import encoding, reader, writer
+from kcdcache.teacher import teacher
+from kcdcache.training import distill, fit
 
 FOLDER = HERE / "v0"
 ENCODINGS, COMPRESSIONS = ("float16", "float32", "top:3"), ("none", "zstd")
@@ -76,7 +80,7 @@ def write_with_gap(writing, part, sample):
 def write_learning(root):
     """A fitted network, a store it made of digits, condensed sets, values, and runs that learned from them."""
     data = digits(TRAIN, TEST)
-    fitting = config.FitSettings(augment="crop", padding=2, epochs=2, batch_size=32)
+    fitting = FitSettings(augment="crop", padding=2, epochs=2, batch_size=32)
     fit.run(fitting, data=data, model="lessons:TinyNet", out=root / "fitted", device="cpu", threads=1)
     network = teacher_in(root, data)
     known = precomputed(root / "stores/digits", data, network, views=2, encoding="float16")
@@ -90,7 +94,7 @@ def write_learning(root):
         manifest.write(root / name, chosen)
     random = np.random.default_rng(0).random(TRAIN, np.float32)
     known_by = {"knowledge_id": known.knowledge_id, "student": "lessons:TinyNet", "epoch": 1}
-    measured = value_files.Values(np.arange(TRAIN, dtype=np.int32), np.where(np.arange(TRAIN) > 0, random, 0))
+    measured = condense_values.Values(np.arange(TRAIN, dtype=np.int32), np.where(np.arange(TRAIN) > 0, random, 0))
     value_files.write(root / "values.parquet", measured, known.labels, known_by)
     for name in RUNS:
         train(root, root / "finished" / name, name, until=EPOCHS // 2)
@@ -110,8 +114,8 @@ def train(root, out, name, **how):
     """Train, or continue, one of the runs; `how` are further arguments of `distill.run`."""
     data = digits(TRAIN, TEST)
     asked = teacher_in(root, data) if name == "requery" else None
-    material = distill.Material(data=data, knowledge=store.open(root / "stores/digits"), given=None, teacher=asked)
-    settings = config.TrainSettings(**STUDENT, **RUNS[name])
+    material = distill.Material(data=data, knowledge=reader.open(root / "stores/digits"), given=None, teacher=asked)
+    settings = TrainSettings(**STUDENT, **RUNS[name])
     return distill.run(settings, material, out=out, device="cpu", **({"threads": 1} | how))
 
 
@@ -134,7 +138,7 @@ def read_all(root):
 
 
 def told_of_store(path):
-    opened, said = store.open(path), read_store(path)
+    opened, said = reader.open(path), read_store(path)
     said["rows"] = {str(key): value for key, value in said["rows"].items() if key[0] != "decoded"}
     first = {field: opened.read(field, 0, np.array([0]))[0].ravel()[:3].tolist() for field in opened.fields}
     return {"samples": opened.count, "views": opened.views, "first_values": first} | told(said)

@@ -1,0 +1,209 @@
+"""Exact orders of many scores, ties by position, and the rows of a condensed set that follow from such an order.
+
+Scores are packed with their positions into 64-bit words, which are sorted in place.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int64, Integer, UInt32, UInt64
+
+from kcdcache.condense.manifest import Facts, plain
+from kcdcache.condense.value_files import Block
+from kcdcache.errors import NonFiniteError, SettingsError
+from kcdcache.settings import CondenseSettings, nearest
+
+MOST_POSITIONS = 2**32
+"""what half a word can tell apart"""
+BYTES_A_SAMPLE = 8
+"""memory of a ranker"""
+_AT_ONCE = 2**16
+"""scores packed in one go, so that what stands between stays in the processor's cache"""
+_LOW = np.uint64(MOST_POSITIONS - 1)
+
+
+def keys(score: Float32[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
+    """Return 32-bit keys that are in ascending order where the scores are in descending order, -0 equal to 0.
+
+    Raises:
+        NonFiniteError: a score is NaN; infinities are fine.
+    """
+    if np.isnan(score).any():
+        raise NonFiniteError(f"the score at position {np.argmax(np.isnan(score))} is NaN, expected a number")
+    bits = (score + np.float32(0)).view(np.uint32)  # adding 0 makes -0 and +0 tie
+    flipped = (bits.view(np.int32) >> 31).view(np.uint32) | np.uint32(1 << 31)  # all bits of negative numbers
+    return ~(bits ^ flipped)
+
+
+def order_of(score: Float32[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    """Return positions from the highest score to the lowest, ties by position, as a `Ranker` orders them.
+
+    Raises:
+        NonFiniteError: a score is NaN; infinities are fine.
+    """
+    ranker = Ranker(len(score))
+    ranker.add(np.arange(len(score)), score)
+    return ranker.ranked()[0].astype(np.int64)
+
+
+class Ranker:
+    """Orders the scores of up to `count` samples that come in blocks, in 8 bytes for each."""
+
+    def __init__(self, count: int) -> None:
+        """Begin.
+
+        Raises:
+            SettingsError: there are more samples than can be ranked.
+        """
+        if count > MOST_POSITIONS:
+            raise SettingsError(f"{count} samples cannot be ranked, at most {MOST_POSITIONS} can")
+        self._words = np.empty(count, np.uint64)
+        self._filled = 0
+
+    def add(self, index: Integer[np.ndarray, " n"], score: Float32[np.ndarray, " n"]) -> None:
+        """Take the scores of some more samples.
+
+        Raises:
+            NonFiniteError: a score is NaN.
+        """
+        pack(self._words[self._filled : self._filled + len(index)], score, index)
+        self._filled += len(index)
+
+    def ranked(self) -> tuple[UInt32[np.ndarray, " n"], UInt32[np.ndarray, " count"]]:
+        """Return the samples from the highest score to the lowest, ties by index, and room for one number for each.
+
+        Both lie in the memory the ranker had; it is of no use afterwards.
+        """
+        words = self._words[: self._filled]
+        words.sort()
+        halves = self._words.view(np.uint32)
+        for start in range(0, len(words), _AT_ONCE):  # always behind what is still to be read
+            halves[start : min(start + _AT_ONCE, len(words))] = words[start : start + _AT_ONCE] & _LOW
+        return halves[: len(words)], halves[len(self._words) :]
+
+
+def pack(words: UInt64[np.ndarray, " n"], score: Float32[np.ndarray, " n"], index: Integer[np.ndarray, " n"]) -> None:
+    """Fill words with the key of each score above the index, so that they sort as a `Ranker` does.
+
+    Raises:
+        NonFiniteError: a score is NaN.
+    """
+    for start in range(0, len(words), _AT_ONCE):
+        some = slice(start, start + _AT_ONCE)
+        try:
+            words[some] = keys(score[some])
+        except NonFiniteError:
+            keys(score)  # names the position in all of them
+            raise
+        words[some] <<= np.uint64(32)
+        words[some] |= index[some].astype(np.uint64)
+
+
+def numbered(groups: Integer[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]:
+    """Return each row's number within its group, counted from 0; groups are 0 or more.
+
+    >>> numbered(np.array([1, 0, 1])).tolist()
+    [0, 0, 1]
+    """
+    counts = np.bincount(groups)
+    by_group = np.argsort(groups, kind="stable")
+    found = np.empty(len(groups), np.int64)
+    found[by_group] = np.arange(len(groups)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return found
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Outline:
+    """The sizes of a condensed set, and what it was made by."""
+
+    kept: int
+    pairs: int
+    """kept samples with a dropped one mixed in: those of the lowest places"""
+    dropped: int
+    """size of K_0"""
+    settings: CondenseSettings
+    count: int
+    stage: int
+    keep: float
+    parent: str | None
+
+    @property
+    def first(self) -> int:
+        """The first place into whose sample another is mixed."""
+        return self.kept - self.pairs
+
+    def rows(
+        self, block: Block, inside: Int64[np.ndarray, " rows"], place: Int64[np.ndarray, " rows"],
+        partner: Integer[np.ndarray, " mixed"], rank: Integer[np.ndarray, " rows"],
+    ) -> dict[str, np.ndarray]:  # fmt: skip
+        """Return rows as the columns of a manifest: those `inside` a block of samples, at some places.
+
+        `partner` is what is mixed into those at places from `first` on.
+        """
+        columns = plain(inside + block.first)
+        columns["mixed"] = mixed = place >= self.first
+        pairs = place[mixed] - self.first
+        columns["partner"][mixed] = partner
+        columns["epsilon"][mixed] = epsilons(self.settings.eps_grid, self.settings.eps_max, pairs, self.pairs)
+        columns["rank"] = np.asarray(rank, np.int64)
+        visits, value = block.values.visits[inside], block.values.value[inside]
+        return {**columns, "visits": visits, "value": np.where(visits > 0, value, np.float32(0))}
+
+    def facts(self, **others: Any) -> Facts:
+        """Return what the manifest says beside its rows, with what only the caller knows."""
+        rule = {name: getattr(self.settings, name) for name in CondenseSettings.model_fields}
+        return Facts(
+            count=self.count, stage=self.stage, keep=self.keep, dropped=self.dropped, rule=rule, parent=self.parent,
+            **others,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Plan(Outline):
+    """A condensed set whose rows follow from arrays in memory."""
+
+    places: UInt32[np.ndarray, " n"]
+    """place of each sample among the kept ones, best first; `kept` or more for the others"""
+    partner: Integer[np.ndarray, " pairs"]
+    """what is mixed into the kept samples from place `first` on"""
+    rank: Int64[np.ndarray, " kept"] | None
+    """rank by place, where that is not the place itself"""
+
+    def index(self) -> Int64[np.ndarray, " kept"]:
+        """Return the kept samples, ascending."""
+        return np.flatnonzero(self.places < self.kept)
+
+    def columns(self, block: Block) -> dict[str, np.ndarray]:
+        """Return the rows of the kept ones among some samples, ascending, as the columns of a manifest."""
+        places = self.places[block.first : block.first + len(block.values.visits)]
+        inside = np.flatnonzero(places < self.kept)
+        place = places[inside].astype(np.int64)
+        partner = self.partner[place[place >= self.first] - self.first]
+        return self.rows(block, inside, place, partner, place if self.rank is None else self.rank[place])
+
+
+def epsilons(grid: str, eps_max: float, place: Int64[np.ndarray, " n"], count: int) -> Float32[np.ndarray, " n"]:
+    """Return the partner's share in the mixes at some places 0..count-1, growing down the ranks from 0 to eps_max.
+
+    With i = place and L = count: 'zero_based' eps_max i / L, 'one_based' eps_max (i + 1) / L, 'inclusive'
+    eps_max i / (L - 1) (0 for L = 1), 'constant' eps_max.
+
+    Raises:
+        SettingsError: the grid is unknown.
+
+    Source: Eq. 15 of Knowledge Condensation Distillation in the readings of facts.md A4.
+    """
+    if grid not in GRIDS:
+        raise SettingsError(f"unknown eps_grid '{grid}'; {nearest(grid, GRIDS)}")
+    return (eps_max * GRIDS[grid](place.astype(np.float64), count)).astype(np.float32)
+
+
+GRIDS: dict[str, Callable[[Float64[np.ndarray, " count"], int], Float64[np.ndarray, " count"]]] = {
+    "zero_based": lambda i, count: i / max(count, 1),
+    "one_based": lambda i, count: (i + 1) / max(count, 1),
+    "inclusive": lambda i, count: i / max(count - 1, 1),
+    "constant": lambda i, count: np.ones_like(i),
+}
+"""Shape of the mixing share over ranks in [0, 1]: (i = 0 .. L-1, L) -> share of eps_max."""

@@ -1,0 +1,481 @@
+"""Image data sets by index, named by a spec, with a digest per sample."""
+
+import logging
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torchvision
+from jaxtyping import Int64, UInt8
+
+from kcdcache import rng
+from kcdcache.data import label_noise
+from kcdcache.data.images import DecodedImages, EncodedImages, Origins, Split, Statistics, decode_once, statistics
+from kcdcache.data.label_noise import Corruption
+from kcdcache.data.spec import DataSpec, parse
+from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, SettingsError, UnsafeError
+from kcdcache.export import condensed_set
+from kcdcache.files.atomic import canonical_json, naming, open_plain, parse_json, sha256_bytes
+
+MOST_BYTES = 64 * 2**30
+"""of all arrays together"""
+FREE_BYTES, MOST_RATIO = 256 * 2**20, 64
+"""what any archive may unpack to, and how many bytes more per byte of the file: deflate alone would reach 1,000"""
+MOST_DIRECTORY_BYTES = 2**20
+"""of an archive's list of arrays"""
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_END_BYTES, _LOCATOR_BYTES, _END64_BYTES = 22, 20, 56
+
+
+def read_npz(file: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of a .npz file by name.
+
+    Nothing is unpacked before the archive's own figures, and the shape each array claims, were found within bounds.
+
+    Raises:
+        NotFoundError: there is no such file.
+        UnsafeError: it is no plain file, holds Python objects, or claims far more than its size could hold.
+        CorruptionError: it is damaged.
+    """
+    with naming(file), open_plain(file) as stream:
+        try:
+            _require_small_directory(stream)
+            with zipfile.ZipFile(stream) as archive:  # numpy would take anything else for a pickle
+                members = archive.infolist()
+                _require_few_bytes(members, stream.seek(0, 2))
+                return {member.filename.removesuffix(".npy"): _array(archive, member) for member in members}
+        except UnsafeError as error:
+            raise UnsafeError(f"{file} is refused: {error}") from None
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            OSError,
+            ValueError,
+            NotImplementedError,
+            RuntimeError,
+        ) as error:
+            if isinstance(error, KcdcacheError) or getattr(error, "errno", None) is not None:
+                raise
+            raise CorruptionError(f"{file} is not a readable .npz file: {error}") from None
+
+
+def _require_small_directory(stream: BinaryIO) -> None:
+    """Refuse a list of members that is large in memory already; zipfile reads it whole.
+
+    Source: APPNOTE.TXT of the ZIP format, sections 4.3.14 to 4.3.16.
+    """
+    size = stream.seek(0, 2)
+    stream.seek(max(0, size - _END_BYTES - _LOCATOR_BYTES - _END64_BYTES))
+    tail = stream.read()
+    end = tail[-_END_BYTES:]
+    if end[:4] != b"PK\5\6" or end[-2:] != b"\0\0":
+        raise zipfile.BadZipFile("it does not end as an archive without a comment does")
+    claims = [int.from_bytes(end[12:16], "little")]
+    if tail[-_END_BYTES - _LOCATOR_BYTES :][:4] == b"PK\6\7":  # an archive beyond 4 GiB, which zipfile then goes by
+        claims = [int.from_bytes(tail[40:48], "little")]
+    if max(claims) > MOST_DIRECTORY_BYTES:
+        raise UnsafeError(f"its list of arrays takes {max(claims)} bytes, expected at most {MOST_DIRECTORY_BYTES}")
+
+
+def _require_few_bytes(members: list[zipfile.ZipInfo], size: int) -> None:
+    claimed, most = sum(member.file_size for member in members), min(MOST_BYTES, FREE_BYTES + MOST_RATIO * size)
+    if claimed > most:
+        raise UnsafeError(f"{size} bytes claim to unpack to {claimed}, expected at most {most}")
+    if odd := [member.filename for member in members if member.compress_type not in _METHODS]:
+        raise UnsafeError(f"{odd[0]!r:.80} is compressed in a way numpy never does")
+
+
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """Return an array after holding the shape it claims against the bytes it has."""
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+        if read is None:
+            raise ValueError(f"{member.filename!r:.80} has the .npy format {version}, expected (1, 0) or (2, 0)")
+        shape, _, dtype = read(stream)
+        if dtype.hasobject:
+            raise UnsafeError(f"{member.filename!r:.80} holds Python objects, which could run code")
+        claimed = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or claimed != member.file_size - stream.tell():
+            there = member.file_size - stream.tell()
+            raise UnsafeError(
+                f"{member.filename!r:.80} claims the shape {shape} {dtype}, {claimed} bytes, and has {there}"
+            )
+    with archive.open(member) as stream:
+        found: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataIdentity:
+    """What was taught: the training split of one data set."""
+
+    count: int
+    """number of training samples N"""
+    classes: tuple[str, ...]
+    """class names, in label order"""
+    image_size: tuple[int, int] | None
+    """height and width in pixels, or None where images differ"""
+    digest: str
+    """SHA-256 over the per-sample digests (image bytes and label) in order"""
+
+
+logger = logging.getLogger(__name__)
+
+CACHE = Path("~/.cache/kcdcache")
+"""Where downloads go unless the spec names a folder."""
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+"""File names that `folder:` takes for images, in lower case."""
+_CIFAR = {
+    "cifar10": Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": Statistics((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Labelled images in a training and a test split."""
+
+    name: str
+    """the spec it was loaded from"""
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    """class names, in label order"""
+    known_statistics: Statistics | None = None
+    """published mean and std; None to compute them from the training images"""
+    corruption: Corruption = label_noise.NOTHING
+    """what its spec did to the training split, resolved"""
+
+    @property
+    def usual_views(self) -> Mapping[str, str | int]:
+        """Views that suit this data where the user names none: a mirrored digit is no digit."""
+        return {"augment": "crop", "padding": 2} if self.name.startswith("digits") else {}
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean per channel of the training pixels in [0, 1] (ImageNet's where images are decoded on demand)."""
+        return self._statistics.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation per channel of the training pixels in [0, 1] (ImageNet's, as for the mean)."""
+        return self._statistics.std
+
+    @cached_property
+    def _statistics(self) -> Statistics:
+        return self.known_statistics or statistics(self.train.source)
+
+    def corrupted(self) -> dict[str, Any]:
+        """Return what was done to the training split: options, number of wrong labels, the true ones' digest, sizes of
+        the classes; empty for nothing."""
+        clean = self.train.clean_labels
+        if not self.corruption or clean is None:
+            return {}
+        return {
+            "corruption": self.corruption.document(),
+            "mislabelled": int((self.train.labels != clean).sum()),
+            "true_labels": sha256_bytes(clean.astype("<i8").tobytes()),
+            "class_sizes": np.bincount(clean, minlength=len(self.classes)).tolist(),
+        }
+
+    def identity(self) -> DataIdentity:
+        """Return what identifies the training split: count, classes, size and a digest over `Split.digests`."""
+        content = self.train.digests().astype("<u8").tobytes() + canonical_json(list(self.classes))
+        size = self.train.image_size
+        return DataIdentity(count=len(self.train), classes=self.classes, image_size=size, digest=sha256_bytes(content))
+
+
+def load(spec: str) -> Dataset:
+    """Return the data set a spec names (README lists them): the same spec gives the same samples in the same order.
+
+    Only the training split is corrupted where the spec asks for it.
+
+    Raises:
+        SettingsError: the spec is wrong, a class has too few samples for it, or a column is unknown or ambiguous.
+        NotFoundError: a folder, file or split is missing or empty.
+        MismatchError: labels are not 0..C-1, or images and labels do not belong together.
+        CorruptionError: an image cannot be decoded; names file and row.
+    """
+    parsed = parse(spec)
+    loaded = LOADERS[parsed.kind](parsed)
+    train = _first(loaded.train, parsed.train, f"training split of '{spec}'")
+    test = _first(loaded.test, parsed.test, f"test split of '{spec}'")
+    classes = loaded.classes or tuple(str(label) for label in range(int(train.labels.max()) + 1))
+    for split in (train, test):
+        _require_in_range(split, len(classes))
+    if (parsed.train is None and parsed.kind != "condensed") or loaded.classes is None:
+        _require_all_classes(train, classes, spec)
+    sizes = np.bincount(train.labels, minlength=len(classes))
+    train = _corrupted(train, len(classes), parsed.corruption, spec)
+    done = parsed.corruption.settled(sizes)
+    return Dataset(spec, _settled(train), _settled(test), classes, loaded.statistics, done)
+
+
+class _Loaded(NamedTuple):
+    train: Split
+    test: Split
+    classes: tuple[str, ...] | None = None
+    statistics: Statistics | None = None
+
+
+def _first(split: Split, limit: int | None, what: str) -> Split:
+    if len(split) == 0:
+        raise NotFoundError(f"the {what} holds no images")
+    if limit is None:
+        return split
+    if limit > len(split):
+        raise SettingsError(f"the {what} has {len(split)} images; {limit} were asked for")
+    return Split(split.labels[:limit], split.source.first(limit))
+
+
+def _corrupted(split: Split, classes: int, asked: Corruption, spec: str) -> Split:
+    if not asked:
+        return split
+    try:
+        rows, labels = label_noise.applied(split.labels, classes, asked)
+    except SettingsError as error:
+        raise SettingsError(f"data spec '{spec}': {error}") from None
+    source = split.source if len(rows) == len(split) else split.source.taken(rows)
+    return Split(labels, source, split.labels[rows])
+
+
+def _settled(split: Split) -> Split:
+    source = split.source
+    return replace(split, source=decode_once(source)) if type(source) is EncodedImages else split
+
+
+def _require_in_range(split: Split, count: int) -> None:
+    for row in np.flatnonzero((split.labels < 0) | (split.labels >= count))[:1]:
+        found = f"label {split.labels[row]} (a null counts as -1)"
+        raise MismatchError(f"{split.source.place(int(row))} has {found}; labels must be 0..{count - 1}")
+
+
+def _require_all_classes(split: Split, classes: Sequence[str], spec: str) -> None:
+    counts = np.bincount(split.labels, minlength=len(classes))
+    missing = [f"{label} ('{classes[label]}')" for label in np.flatnonzero(counts == 0).tolist()]
+    if missing:
+        listed = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+        first = f"labels of '{spec}' must be 0..{len(classes) - 1} without gaps"
+        raise MismatchError(f"{first}; {len(missing)} have no training image: {listed}")
+
+
+def _digits(spec: DataSpec) -> _Loaded:
+    if spec.location:
+        raise SettingsError(f"data 'digits' is embedded and takes no path; found '{spec.location}'")
+    # scikit-learn's own file, read without importing scikit-learn, which would cost every command a second
+    file = str(distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz"))
+    table = np.loadtxt(file, delimiter=",", dtype=np.int64)
+    pixels, labels = _enlarged(table[:, :-1].reshape(-1, 8, 8)), table[:, -1]
+    order = rng.epoch_order(0, 0, np.arange(len(table)))
+    held_out = np.arange(len(order)) % 5 == 0
+    train, test = (
+        Split(labels[rows], DecodedImages(pixels[rows], Origins((f"digits {name}",))))
+        for name, rows in (("train", order[~held_out]), ("test", order[held_out]))
+    )
+    return _Loaded(train, test, tuple("0123456789"))
+
+
+def _enlarged(images: Int64[np.ndarray, "n 8 8"]) -> UInt8[np.ndarray, "n 16 16 3"]:
+    """Return images of levels 0..16 twice as large (bilinear, half-pixel centres, exact integers) in uint8 RGB."""
+    doubled = _doubled(_doubled(images, 1), 2)  # levels 0..256: each axis weighs neighbours 3 to 1
+    return np.repeat(((doubled * 255 + 128) // 256).astype(np.uint8)[..., None], 3, axis=3)
+
+
+def _doubled(images: Int64[np.ndarray, "n h w"], axis: int) -> Int64[np.ndarray, "n h2 w2"]:
+    last = images.shape[axis] - 1
+    places = np.arange(images.shape[axis])
+    before = np.take(images, np.maximum(places - 1, 0), axis)
+    after = np.take(images, np.minimum(places + 1, last), axis)
+    pairs = np.stack([before + 3 * images, 3 * images + after], axis + 1)
+    shape = list(images.shape)
+    shape[axis] *= 2
+    return pairs.reshape(shape)
+
+
+def _cifar(spec: DataSpec) -> _Loaded:
+    folder = Path(spec.location or CACHE).expanduser()
+    dataset = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[spec.kind]
+    try:
+        parts = [dataset(str(folder), train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise NotFoundError(
+            f"{spec.kind} is not in {folder} and could not be downloaded ({error}); put {dataset.filename} from "
+            f"{dataset.url} there, or use parquet:DIR with the files of the Hugging Face hub"
+        ) from None
+    train, test = (
+        Split(np.array(part.targets), DecodedImages(part.data, Origins((f"{spec.kind} {name}",))))
+        for part, name in zip(parts, ("train", "test"), strict=True)
+    )
+    return _Loaded(train, test, tuple(parts[0].classes), _CIFAR[spec.kind])
+
+
+def _folder(spec: DataSpec) -> _Loaded:
+    train, test = _split_folder(spec.path, ("train",)), _split_folder(spec.path, ("val", "test"))
+    classes = _class_folders(train)
+    if unknown := sorted(set(_class_folders(test)) - set(classes)):
+        raise MismatchError(f"{test} has class folders that {train} lacks: {', '.join(unknown[:10])}")
+    return _Loaded(_folder_split(train, classes), _folder_split(test, classes), classes)
+
+
+def _split_folder(root: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise NotFoundError(f"no folder {' or '.join(str(root / name) for name in names)}; folder:DIR needs class folders")
+
+
+def _class_folders(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
+
+
+def _folder_split(folder: Path, classes: tuple[str, ...]) -> Split:
+    per_class = [_image_files(folder / name) for name in classes]
+    labels = np.repeat(np.arange(len(classes)), [len(files) for files in per_class])
+    return Split(labels, EncodedImages([file for files in per_class for file in files]))
+
+
+def _image_files(folder: Path) -> list[str]:
+    found = sorted(_plain_files(folder))
+    images = [file for file in found if file.lower().endswith(IMAGE_ENDINGS)]
+    if len(images) < len(found):
+        logger.warning("%d files in %s are not images and are left out", len(found) - len(images), folder)
+    return images
+
+
+def _plain_files(folder: Path | str) -> Iterator[str]:
+    """Yield the files in a folder and its own folders, links to files included; links to folders are not followed."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _plain_files(entry.path)
+            elif entry.is_symlink():  # what it leads to is judged when it is opened
+                yield from () if os.path.isdir(entry.path) else (entry.path,)
+            elif entry.is_file():
+                yield entry.path
+            else:
+                raise UnsafeError(f"{entry.path} is a pipe or a device; images are plain files, remove it")
+
+
+def _parquet(spec: DataSpec) -> _Loaded:
+    train, test = _parquet_files(spec.path, ("train",)), _parquet_files(spec.path, ("test", "validation"))
+    schema = _opened(train[0]).schema_arrow
+    image, label = _image_column(schema, train[0]), _label_column(schema, spec)
+    names = _class_names(schema, label)
+    return _Loaded(_read_rows(train, image, label, spec.train), _read_rows(test, image, label, spec.test), names)
+
+
+def _parquet_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
+    for name in names:
+        if files := sorted(folder.glob(f"{name}-*.parquet")):
+            return files
+    found = ", ".join(sorted(path.name for path in folder.glob("*"))[:10]) or "nothing"
+    raise NotFoundError(f"no {' or '.join(f'{name}-*.parquet' for name in names)} in {folder}; it holds {found}")
+
+
+def _opened(file: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptionError(f"{file} is not a readable parquet file: {error}") from None
+
+
+def _image_column(schema: pa.Schema, file: Path) -> str:
+    found = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
+    if len(found) != 1:
+        listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise SettingsError(f"{file} should have one struct column with image `bytes`; found {len(found)} in: {listed}")
+    return found[0]
+
+
+def _label_column(schema: pa.Schema, spec: DataSpec) -> str:
+    known = [field.name for field in schema if pa.types.is_integer(field.type)]
+    if spec.column is None and len(known) == 1:
+        return known[0]
+    if spec.column in known:
+        return str(spec.column)
+    listed = ", ".join(known) or "none"
+    found = f"'{spec.column}' is none of them" if spec.column else "choose one"
+    raise SettingsError(f"integer columns of {spec.path}: {listed}; {found}: write parquet:{spec.location}#COLUMN")
+
+
+def _class_names(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
+    found = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"), "the parquet metadata 'huggingface'")
+    for key in ("info", "features", label, "names"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return tuple(map(str, found)) if isinstance(found, list) and found else None
+
+
+def _read_rows(files: list[Path], image: str, label: str, limit: int | None) -> Split:
+    payloads: list[bytes | None] = []
+    labels: list[Any] = [np.empty(0, np.int64)]
+    starts = []
+    for file in files:
+        if limit is not None and len(payloads) >= limit:
+            break
+        starts.append(len(payloads))
+        _append_rows(file, (image, label), limit, payloads, labels)
+    origins = Origins(tuple(str(file) for file in files[: len(starts)]), tuple(starts))
+    return Split(np.concatenate(labels), EncodedImages(payloads, origins))
+
+
+def _append_rows(
+    file: Path, columns: tuple[str, str], limit: int | None, payloads: list[bytes | None], labels: list[Any]
+) -> None:
+    image, label = columns
+    opened = _opened(file)
+    if missing := {image, label} - set(opened.schema_arrow.names):
+        raise MismatchError(f"{file} lacks the column {', '.join(sorted(missing))} that the first file has")
+    for group in range(opened.num_row_groups):
+        if limit is not None and len(payloads) >= limit:
+            return
+        try:
+            table = opened.read_row_group(group, columns=[f"{image}.bytes", label])
+        except (pa.ArrowException, OSError) as error:
+            raise CorruptionError(f"row group {group} of {file} cannot be read: {error}") from None
+        payloads.extend(row["bytes"] if row else None for row in table[image].to_pylist())
+        labels.append(table[label].cast(pa.int64()).fill_null(-1).to_numpy())
+
+
+def _arrays(spec: DataSpec) -> _Loaded:
+    arrays = read_npz(spec.path)
+    classes = tuple(str(name) for name in arrays["classes"]) if "classes" in arrays else None
+    train, test = (_array_split(arrays, part, spec.path) for part in ("train", "test"))
+    if arrays["train_images"].shape[1:] != arrays["test_images"].shape[1:]:
+        raise MismatchError(f"training and test images in {spec.path} differ in size or channels")
+    return _Loaded(train, test, classes)
+
+
+def _array_split(arrays: dict[str, np.ndarray], part: str, file: Path) -> Split:
+    for name in (f"{part}_images", f"{part}_labels"):
+        if name not in arrays:
+            raise NotFoundError(f"no array {name} in {file}; it holds {', '.join(sorted(arrays))}")
+    images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise MismatchError(f"{part}_images in {file} should be uint8 (N,H,W,C); found {images.dtype} {images.shape}")
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        found = f"{labels.dtype} {labels.shape}"
+        raise MismatchError(f"{part}_labels in {file} should be {len(images)} integers; found {found}")
+    return Split(labels.astype(np.int64), DecodedImages(images, Origins((f"{file} {part}_images",))))
+
+
+LOADERS: dict[str, Callable[[DataSpec], _Loaded]] = {
+    "digits": _digits,
+    "cifar10": _cifar,
+    "cifar100": _cifar,
+    "folder": _folder,
+    "parquet": _parquet,
+    "arrays": _arrays,
+    "condensed": lambda spec: _Loaded(*condensed_set.load(spec.path)),
+}

@@ -1,0 +1,522 @@
+"""One image out of a file that others may have made: its header is judged before anything is decoded."""
+
+import hashlib
+import io
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Int64, UInt8, UInt64
+from PIL import Image
+
+from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, UnsafeError
+from kcdcache.files.atomic import open_plain, sha256_bytes
+
+MOST_PIXELS = 64 * 10**6
+"""of one image: decoded it takes 3 bytes for each"""
+MOST_ENCODED_BYTES = 2**28
+"""of one image's file"""
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""what is decoded, whatever a file is called; Pillow knows more, of which some start other programs"""
+_ORIENTATION = 274
+_TURNS = {
+    1: (False, False, False), 2: (False, False, True), 3: (False, True, True), 4: (False, True, False),
+    5: (True, False, False), 6: (True, False, True), 7: (True, True, True), 8: (True, True, False),
+}  # fmt: skip
+"""EXIF orientation -> whether axes are swapped, then rows and columns reversed"""
+
+
+def rgb(content: bytes, place: str) -> UInt8[np.ndarray, "_ _ 3"]:
+    """Return the RGB image that some bytes hold, upright as its EXIF entry says; `place` names them in messages.
+
+    Grey, palette, CMYK and other colours become RGB as Pillow converts them; transparency is left out: what lies under
+    it counts, as for torchvision's ImageFolder.
+
+    Raises:
+        CorruptionError: they cannot be decoded, or end too early.
+        MismatchError: the image has more than 8 bits per channel, or is animated.
+        UnsafeError: it has more pixels than any image of a training set.
+    """
+    with reading(place), opened(io.BytesIO(content), place) as image:
+        if deep := _deep(image):
+            raise MismatchError(f"{place} has more than 8 bits per channel ({deep}); convert it to 8")
+        turn = _orientation(image)
+        # by way of RGBA, because Pillow warns of a palette's transparency otherwise
+        plain = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
+        pixels = np.array(plain if plain.mode == "RGB" else plain.convert("RGB"))
+    return _upright(pixels, turn)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return the height and width that `rgb` gives an opened image; decodes nothing."""
+    high, wide = image.height, image.width
+    return (wide, high) if _TURNS[_orientation(image)][0] else (high, wide)
+
+
+def opened(stream: io.BytesIO | io.BufferedReader, place: str) -> Image.Image:
+    """Return an image whose header was read and found to ask for nothing unusual; nothing is decoded yet.
+
+    Raises:
+        UnsafeError, MismatchError: as for `rgb`. What Pillow raises is for `reading` to explain.
+    """
+    image = Image.open(stream, formats=FORMATS)
+    if image.width * image.height > MOST_PIXELS:
+        raise UnsafeError(f"{place} has {image.width} x {image.height} pixels, expected at most {MOST_PIXELS} in all")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # MPO: a photograph, then smaller copies of it
+        raise MismatchError(f"{place} is animated: it holds {frames} images, expected one; keep only the one to learn")
+    return image
+
+
+def whole(stream: io.BytesIO | io.BufferedReader, place: str) -> bytes:
+    """Return an image file's bytes.
+
+    Raises:
+        UnsafeError: there are more than any image has.
+    """
+    if (size := stream.seek(0, os.SEEK_END)) > MOST_ENCODED_BYTES:
+        raise UnsafeError(f"{place} has {size} bytes, expected at most {MOST_ENCODED_BYTES}; it is not read")
+    stream.seek(0)
+    return stream.read(size)
+
+
+def _deep(image: Image.Image) -> str:
+    """Return what says that a channel has more than 8 bits, of which Pillow would quietly take the upper 8; else ''."""
+    modes = [image.mode, *(str(tile[3]) for tile in getattr(image, "tile", ()))]
+    # a BMP of 16 bits a pixel (BGR;16) has 5 or 6 a channel
+    return next((m for m in modes if m in ("I", "F") or (";16" in m and "BGR;16" not in m)), "")
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return an opened image's EXIF orientation, 1 to 8; 1 where there is none or it is damaged.
+
+    Read here, since Pillow's reader would decode a PNG for it and warns of what is damaged. Pillow turns TIFF itself.
+
+    Source: CIPA DC-008 (Exif 2.3), 4.6.4 and 4.6.5, tag 274; TIFF 6.0, section 2.
+    """
+    exif = image.info.get("exif", b"") if image.format != "TIFF" else b""
+    body = exif[6:] if exif.startswith(b"Exif\0\0") else exif
+    order: Literal["little", "big"] = "little" if body[:2] == b"II" else "big"
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(body[at : at + size], order)
+
+    first = number(4, 4)
+    for entry in range(first + 2, min(first + 2 + 12 * number(first, 2), len(body) - 11), 12):
+        if number(entry, 2) == _ORIENTATION:
+            found = number(entry + 8, 2)
+            return found if found in _TURNS else 1
+    return 1
+
+
+def _upright(pixels: UInt8[np.ndarray, "_ _ 3"], orientation: int) -> UInt8[np.ndarray, "_ _ 3"]:
+    swapped, down, across = _TURNS[orientation]
+    turned = pixels.swapaxes(0, 1) if swapped else pixels
+    return np.ascontiguousarray(turned[:: -1 if down else 1, :: -1 if across else 1])
+
+
+@contextmanager
+def reading(place: str) -> Iterator[None]:
+    """Make errors of the system and of Pillow name the image they are about.
+
+    Raises:
+        NotFoundError, UnsafeError, CorruptionError, KcdcacheError: instead of them.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise NotFoundError(
+            f"the image {place} has vanished since the data set was listed; put it back, or run the command again"
+        ) from None
+    except KcdcacheError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UnsafeError(f"{place} is refused: {error}") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's; what Pillow cannot decode has none
+            raise KcdcacheError(f"{place} cannot be read ({error.strerror}); see to the file or its disk") from None
+        raise CorruptionError(f"{place} is not a readable image ({error}); replace or remove it") from None
+
+
+DECODED_BYTES = 4 << 30
+"""Images of one size that take up to this many bytes decoded are decoded once."""
+
+Pixels = UInt8[np.ndarray, "_ _ _"]
+"""One image: height, width, channels."""
+ImageList = list[UInt8[np.ndarray, "_ _ _"]]
+"""Images of differing sizes."""
+Check = Callable[[int, bytes], None]
+"""(position, content of the image there): raises where they do not belong together"""
+
+_BLOCK = 64  # images per task: a future per image would cost more than decoding a small one
+_SMALL = 64 * 64  # below this many pixels threads only fight for the interpreter's lock: measured 1.5 times slower
+
+
+class Statistics(NamedTuple):
+    """Mean and standard deviation per channel of pixels in [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Statistics of ImageNet, for images that are decoded on demand."""
+
+
+class Origins(NamedTuple):
+    """Where images came from: files, each with the number of its first image, in order."""
+
+    files: tuple[str, ...]
+    starts: tuple[int, ...] = (0,)
+    rows: Int64[np.ndarray, " n"] | None = None
+    """position -> the image's number in the files, where some were left out"""
+
+    def place(self, position: int) -> str:
+        """Return the file and row of the image at a position, for messages."""
+        number = position if self.rows is None else int(self.rows[position])
+        file = bisect_right(self.starts, number) - 1
+        return f"{self.files[file]} row {number - self.starts[file]}"
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedImages:
+    """Images of one size, all in memory."""
+
+    pixels: UInt8[np.ndarray, "n height width channels"]
+    origins: Origins
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.pixels.shape[1], self.pixels.shape[2]
+
+    def first(self, count: int) -> "DecodedImages":
+        """Return the first `count` images."""
+        return replace(self, pixels=self.pixels[:count])
+
+    def taken(self, rows: Int64[np.ndarray, " kept"]) -> "DecodedImages":
+        """Return the images at some positions of a whole split."""
+        return replace(self, pixels=self.pixels[rows], origins=self.origins._replace(rows=rows))
+
+    def images(self, index: Int64[np.ndarray, " batch"]) -> UInt8[np.ndarray, "batch height width channels"]:
+        """Return a fresh array of the images at the given positions."""
+        return np.take(self.pixels, index, axis=0)
+
+    def place(self, position: int) -> str:
+        """Return where the image at a position came from, for messages."""
+        return self.origins.place(position)
+
+    def content(self, position: int) -> bytes:
+        """Return what identifies an image: its shape as three 64-bit integers and its pixels."""
+        image = self.pixels[position]
+        return np.array(image.shape, "<i8").tobytes() + image.tobytes()
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImages:
+    """Image files, or the bytes of image files, decoded to RGB whenever they are asked for."""
+
+    payloads: Sequence[str | bytes | None]
+    """per image: a path, or the encoded bytes, or None where a file should hold some and does not"""
+    origins: Origins | None = None
+    """where the bytes came from; None where payloads are paths"""
+    image_size: tuple[int, int] | None = None
+    """height and width if all images are known to share them"""
+
+    def __len__(self) -> int:
+        return len(self.payloads)
+
+    def first(self, count: int) -> "EncodedImages":
+        """Return the first `count` images."""
+        return replace(self, payloads=self.payloads[:count])
+
+    def taken(self, rows: Int64[np.ndarray, " kept"]) -> "EncodedImages":
+        """Return the images at some positions of a whole split."""
+        origins = self.origins and self.origins._replace(rows=rows)
+        return replace(self, payloads=[self.payloads[row] for row in rows.tolist()], origins=origins)
+
+    def images(
+        self, index: Int64[np.ndarray, " batch"], check: Check | None = None, threads: int | None = None
+    ) -> UInt8[np.ndarray, "batch height width 3"] | ImageList:
+        """Return the images at the given positions: one array if all share a size, else a list.
+
+        `check` sees every image's bytes before they are decoded; `threads` is as for `in_blocks`.
+
+        Raises:
+            CorruptionError: an image cannot be decoded; names file and row.
+            MismatchError: an image has another size than all had when they were listed.
+        """
+        positions = index.tolist()
+        if self.image_size is not None:
+            pixels = np.empty((len(positions), *self.image_size, 3), np.uint8)
+            in_blocks(
+                len(positions), lambda slot: np.copyto(pixels[slot], self._sized(positions[slot], check)), threads
+            )
+            return pixels
+        found: dict[int, Pixels] = {}
+        in_blocks(len(positions), lambda slot: found.update({slot: self.image(positions[slot], check)}), threads)
+        return [found[slot] for slot in range(len(positions))]
+
+    def place(self, position: int) -> str:
+        """Return the file, and the row within it if it holds many, of the image at a position, for messages."""
+        return self.origins.place(position) if self.origins else str(self.payloads[position])
+
+    def content(self, position: int) -> bytes:
+        """Return what identifies an image: the bytes of its file.
+
+        Raises:
+            NotFoundError: the file has vanished.
+            CorruptionError: a parquet row holds no bytes.
+            KcdcacheError: the system cannot read the file.
+        """
+        place = self.place(position)
+        with reading(place), self._stream(position) as stream:
+            return whole(stream, place)
+
+    def image(self, position: int, check: Check | None = None) -> UInt8[np.ndarray, "_ _ 3"]:
+        """Return one image decoded to RGB; its bytes are read once, for `check` and for decoding."""
+        content = self.content(position)
+        if check is not None:
+            check(position, content)
+        return self.decoded(position, content)
+
+    def decoded(self, position: int, content: bytes) -> UInt8[np.ndarray, "_ _ 3"]:
+        """Return the RGB image that the bytes read at a position hold.
+
+        Raises:
+            CorruptionError: they cannot be decoded; names file and row.
+            MismatchError: the image has more than 8 bits per channel, or is animated.
+            UnsafeError: it has more pixels than any image of a training set.
+        """
+        place = self.place(position)
+        return rgb(content, place)
+
+    def size(self, position: int) -> tuple[int, int]:
+        """Return an upright image's height and width from its header alone.
+
+        Raises:
+            CorruptionError: the header cannot be read; names file and row.
+        """
+        place = self.place(position)
+        with reading(place), self._stream(position) as stream, opened(stream, place) as image:
+            return upright_size(image)
+
+    def _sized(self, position: int, check: Check | None) -> Pixels:
+        image = self.image(position, check)
+        if image.shape[:2] != self.image_size:  # numpy would spread a single pixel over the whole image
+            place, found = self.place(position), image.shape[:2]
+            raise MismatchError(f"{place} is {found} pixels high and wide, but {self.image_size} when it was listed")
+        return image
+
+    def _stream(self, position: int) -> io.BytesIO | io.BufferedReader:
+        payload = self.payloads[position]
+        if payload is None:
+            raise CorruptionError(f"{self.place(position)} holds no image bytes")
+        return io.BytesIO(payload) if isinstance(payload, bytes) else open_plain(Path(payload))
+
+
+class Known(NamedTuple):
+    """The digest every sample should have, and who says so."""
+
+    digests: UInt64[np.ndarray, " n"]
+    where: str
+    """ends the sentence `it should be X ...`"""
+
+
+@dataclass(eq=False)
+class Split:
+    """One split of a data set: labelled images in a fixed order.
+
+    Once the samples' digests are known, because `digests` computed them here or `expect` was told a store's, every
+    image that is decoded on demand is held to its digest each time it is decoded.
+    """
+
+    labels: Int64[np.ndarray, " n"]
+    """class per image, in [0, classes)"""
+    source: DecodedImages | EncodedImages
+    """where the images come from"""
+    clean_labels: Int64[np.ndarray, " n"] | None = None
+    """class per image before label noise, where the split was corrupted; for reports, never for training"""
+    _known: Known | None = field(default=None, init=False, repr=False)
+
+    @property
+    def on_demand(self) -> bool:
+        """Whether images are read and decoded when asked for, and so may change after they were listed."""
+        return isinstance(self.source, EncodedImages)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels, or None where images differ."""
+        return self.source.image_size
+
+    def images(
+        self, index: Int64[np.ndarray, " batch"], threads: int | None = None
+    ) -> UInt8[np.ndarray, "batch height width channels"] | ImageList:
+        """Return the images at the given positions: one fresh array, or a list where sizes differ.
+
+        `threads` are used where images are decoded on demand, a few by default.
+
+        Raises:
+            CorruptionError: an image cannot be decoded; names file and row.
+            MismatchError: a position is outside the split, or an image is not the one whose digest is known.
+            NotFoundError: the file of an image has vanished.
+        """
+        outside = index[(index < 0) | (index >= len(self))]
+        if outside.size:
+            raise MismatchError(f"index {outside[0]} is outside this split, which has {len(self)} samples")
+        if isinstance(self.source, EncodedImages):
+            return self.source.images(index, self._require_known, threads)
+        return self.source.images(index)
+
+    def digest(self) -> str:
+        """Return the SHA-256 over images, labels and order, as `digests` gives them."""
+        return sha256_bytes(self.digests().astype("<u8").tobytes())
+
+    def digests(self) -> UInt64[np.ndarray, " n"]:
+        """Return per sample 64 bits of SHA-256 over image and label.
+
+        Computed once, which reads every image; or those that `expect` was told, which reads none.
+        """
+        if self._known is None:
+            self._known = Known(digests(self.source, self.labels), "as this process first read it")
+        return self._known.digests
+
+    def expect(self, digests: UInt64[np.ndarray, " n"], where: str) -> None:
+        """Hold every sample to a digest from now on, and keep these digests as the split's own.
+
+        Decoded images are compared at once. Images decoded on demand are not read for it, each is compared whenever it
+        is decoded; only where other digests are known already, the first sample that they differ in is read now.
+        `where` says in messages where the digests come from, as in "in the store at X".
+
+        Raises:
+            MismatchError: a sample has another digest; names the first, its file and row, and both digests.
+            CorruptionError: that sample's image cannot be decoded any more.
+        """
+        known = digests if self.on_demand and self._known is None else self.digests()
+        expected = Known(digests, where)
+        for position in np.flatnonzero(known != digests)[:1].tolist():
+            self._require(expected, position, self.source.content(position))
+        self._known = expected
+
+    def _require_known(self, position: int, content: bytes) -> None:
+        if self._known is not None:
+            self._require(self._known, position, content)
+
+    def _require(self, known: Known, position: int, content: bytes) -> None:
+        found, expected = sample_digest(content, self.labels[position]), int(known.digests[position])
+        if found == expected:
+            return
+        differs = (
+            f"sample {position} differs (image, label or order): {self.source.place(position)} with label "
+            f"{self.labels[position]} has digest {found:016x}, it should be {expected:016x} {known.where}"
+        )
+        if isinstance(self.source, EncodedImages):
+            try:
+                self.source.decoded(position, content)
+            except CorruptionError as error:
+                raise CorruptionError(f"{differs}; it is damaged: {error}") from None
+        raise MismatchError(
+            f"{differs}; put back the image that was there, or precompute a new store from the data as it is now"
+        )
+
+
+def decode_once(source: EncodedImages, limit_bytes: int = DECODED_BYTES) -> DecodedImages | EncodedImages:
+    """Return the images decoded if all have one size and fit the limit; else as they are, to be decoded on demand.
+
+    Raises:
+        CorruptionError: an image cannot be read; names file and row.
+    """
+    size = source.size(0)
+    if len(source) * size[0] * size[1] * 3 <= limit_bytes:
+        return _decoded_alike(source, size) or source
+    alike = all(source.size(position) == size for position in range(1, len(source)))
+    return replace(source, image_size=size) if alike else source
+
+
+def sample_digest(content: bytes, label: np.int64) -> int:
+    """Return the first 8 bytes, little endian, of SHA-256 over an image's content and its label (64-bit)."""
+    state = hashlib.sha256(content)
+    state.update(label.astype("<i8").tobytes())
+    return int.from_bytes(state.digest()[:8], "little")
+
+
+def digests(source: DecodedImages | EncodedImages, labels: Int64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+    """Return the digest of every sample."""
+    out = np.empty(len(source), "<u8")
+
+    def write(position: int) -> None:
+        out[position] = sample_digest(source.content(position), labels[position])
+
+    in_blocks(len(source), write, threads=1 if isinstance(source, DecodedImages) else None)
+    return out.astype(np.uint64, copy=False)
+
+
+def statistics(source: DecodedImages | EncodedImages) -> Statistics:
+    """Return the statistics of decoded images, or ImageNet's where decoding them all would be needed."""
+    return pixel_statistics(source.pixels) if isinstance(source, DecodedImages) else IMAGENET
+
+
+def pixel_statistics(pixels: UInt8[np.ndarray, "n height width channels"]) -> Statistics:
+    """Return mean and population std per channel of pixels / 255, to 4 decimals; the std of a constant channel is 1.
+
+    Computed from exact counts of the 256 levels, so that no order of summation shows.
+    """
+    level = np.arange(256) / 255
+    means, stds = [], []
+    for channel in range(pixels.shape[3]):
+        share = np.bincount(pixels[..., channel].ravel(), minlength=256) / pixels[..., channel].size
+        mean = share @ level
+        means.append(round(float(mean), 4))
+        stds.append(round(float(np.sqrt(share @ (level - mean) ** 2)), 4) or 1.0)
+    return Statistics(tuple(means), tuple(stds))
+
+
+def in_blocks(count: int, work: Callable[[int], None], threads: int | None = None) -> None:
+    """Call `work` for every position below `count`, on a few threads by default; raises the first failure in order."""
+    threads = threads or min(16, os.cpu_count() or 1)
+    if threads == 1:
+        for position in range(count):
+            work(position)
+        return
+    step = max(1, min(_BLOCK, -(-count // threads)))
+
+    def block(start: int) -> None:
+        for position in range(start, min(start + step, count)):
+            work(position)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(block, range(0, count, step)):
+            pass
+
+
+class _OtherSizeError(Exception):
+    pass
+
+
+def _decoded_alike(source: EncodedImages, size: tuple[int, int]) -> DecodedImages | None:
+    pixels = np.empty((len(source), *size, 3), np.uint8)
+
+    def decode(position: int) -> None:
+        image = source.image(position)
+        if image.shape != pixels.shape[1:]:
+            raise _OtherSizeError
+        pixels[position] = image
+
+    try:
+        in_blocks(len(source), decode, threads=1 if size[0] * size[1] < _SMALL else None)
+    except _OtherSizeError:
+        return None
+    files = source.origins or Origins(tuple(map(str, source.payloads)), tuple(range(len(source))))
+    return DecodedImages(pixels, files)

@@ -1,0 +1,1 @@
+"""A condensed set for use elsewhere."""

@@ -1,0 +1,458 @@
+"""The images of some samples under the positions they have in the whole data set, as an exported set holds them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Int64, UInt8, UInt64
+
+from kcdcache.condense import manifest
+from kcdcache.condense.manifest import Manifest
+from kcdcache.data import datasets, images
+from kcdcache.data.images import (
+    DECODED_BYTES,
+    Check,
+    DecodedImages,
+    EncodedImages,
+    ImageList,
+    Origins,
+    Split,
+    Statistics,
+)
+from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, SettingsError, UnsafeError, require_same
+from kcdcache.export import record
+from kcdcache.export.record import (
+    MANIFEST,
+    MIXES,
+    OPTIONAL,
+    RECORD,
+    SAMPLES,
+    SEALS,
+    SPLITS,
+    STORE,
+    Images,
+    Record,
+    Samples,
+    problem_of,
+    read,
+    read_samples,
+    require_file,
+)
+from kcdcache.methods.registry import Choice
+from kcdcache.settings import TrainSettings
+from kcdcache.store import check, log, reader
+from kcdcache.store.identity import read_store_identity
+from kcdcache.store.log import Commit
+
+
+@dataclass(frozen=True, eq=False)
+class PartialImages(EncodedImages):
+    """Images of some positions only; asking for another one is an error, so that nothing else is ever taken for it."""
+
+    held: DecodedImages | EncodedImages = field(kw_only=True)
+    """the images there are"""
+    row: Int64[np.ndarray, " n"] = field(kw_only=True)
+    """position -> its number among them, -1 where there is none"""
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def first(self, count: int) -> "PartialImages":
+        """Return those among the first `count` positions."""
+        return replace(self, row=self.row[:count])
+
+    def images(
+        self, index: Int64[np.ndarray, " batch"], check: Check | None = None, threads: int | None = None
+    ) -> UInt8[np.ndarray, "batch height width channels"] | ImageList:
+        """Return the images at the given positions: one array if all share a size, else a list.
+
+        Raises:
+            MismatchError: one of them is not there; names it.
+            CorruptionError: an image cannot be decoded.
+        """
+        rows = self._rows(index)
+        if isinstance(self.held, DecodedImages):
+            return self.held.images(rows)  # compared with their digests when they were loaded
+        if check is None:
+            return self.held.images(rows, threads=threads)
+        back, seen = dict(zip(rows.tolist(), index.tolist(), strict=True)), check
+        return self.held.images(rows, lambda row, content: seen(back[row], content), threads)
+
+    def place(self, position: int) -> str:
+        """Return where the image at a position came from, for messages."""
+        return self.held.place(self._row(position))
+
+    def content(self, position: int) -> bytes:
+        """Return what identifies an image, as the data set it came from had it.
+
+        Raises:
+            MismatchError: it is not there.
+        """
+        return self.held.content(self._row(position))
+
+    def decoded(self, position: int, content: bytes) -> UInt8[np.ndarray, "_ _ channels"]:
+        """Return the image that the content read at a position holds."""
+        row = self._row(position)
+        return self.held.pixels[row] if isinstance(self.held, DecodedImages) else self.held.decoded(row, content)
+
+    def size(self, position: int) -> tuple[int, int]:
+        """Return an image's height and width."""
+        row = self._row(position)
+        return self.held.image_size if isinstance(self.held, DecodedImages) else self.held.size(row)
+
+    def _row(self, position: int) -> int:
+        return int(self._rows(np.array([position]))[0])
+
+    def _rows(self, index: Int64[np.ndarray, " some"]) -> Int64[np.ndarray, " some"]:
+        rows = self.row[index]
+        if len(missing := index[rows < 0]):
+            raise MismatchError(
+                f"sample {missing[0]} is not among the {int((self.row >= 0).sum())} of {len(self)} images that the "
+                "exported set holds: it serves `kcdcache train --condensed` with the same set; for anything else give "
+                "the whole data set"
+            )
+        return rows
+
+
+def load(path: Path) -> tuple[Split, Split, tuple[str, ...], Statistics]:
+    """Return training and test split, class names and pixel statistics of a set exported with its images.
+
+    Labels and digests are those of the whole training split; every image is compared with its digest.
+
+    Raises:
+        NotFoundError, UnfinishedError: there is no exported set.
+        MismatchError: it was exported without images.
+        CorruptionError: a file is not what was exported.
+    """
+    record = read(path)
+    kinds, data = record.content.images, record.knowledge.data
+    if kinds is None:
+        raise MismatchError(f"{path} was exported without images: give the data set it was made from as --data")
+    if not len(kinds.mean) == len(kinds.std) in (1, 3):
+        raise CorruptionError(f"{record.place(RECORD)} has statistics of {len(kinds.mean)} channels")
+    samples = read_samples(record)
+    payloads, labels, index = _read(record, "train")
+    row = np.full(data.count, -1)
+    row[_sound(index, data.count, record)] = np.arange(len(index))
+    if not np.array_equal(labels, samples.label[index]):
+        raise CorruptionError(f"{record.place(SPLITS['train'])} has other labels than {SAMPLES}")
+    held = _source(record, "train", payloads, kinds.train, len(kinds.mean))
+    images = PartialImages((), image_size=data.image_size, held=held, row=row)
+    if isinstance(held, DecodedImages) and held.image_size != data.image_size:
+        raise CorruptionError(f"{path} holds images of {held.image_size} pixels, its record says {data.image_size}")
+    train = Split(samples.label, images)
+    _require_digests(Split(labels, held), samples.digest[index], path)
+    train.expect(samples.digest, f"in the exported set {path}")
+    return train, _test(record, kinds), data.classes, Statistics(tuple(kinds.mean), tuple(kinds.std))
+
+
+def _test(record: Record, kinds: Images) -> Split:
+    payloads, labels, _ = _read(record, "test")
+    split = Split(labels, _source(record, "test", payloads, kinds.test, len(kinds.mean)))
+    if split.digest() != kinds.test_digest:
+        raise CorruptionError(f"{record.place(SPLITS['test'])} is not the test split that was exported")
+    return split
+
+
+def _read(record: Record, name: str) -> tuple[list[bytes], Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+    """Return image bytes, labels and positions of a split."""
+    require_file(record, SPLITS[name])
+    path = record.place(SPLITS[name])
+    payloads: list[bytes] = []
+    try:
+        with pq.ParquetFile(path) as opened:
+            for group in range(opened.num_row_groups):
+                table = opened.read_row_group(group, columns=["image.bytes"])
+                payloads += [(row or {}).get("bytes") or b"" for row in table["image"].to_pylist()]
+            numbers = opened.read(columns=["label", "index"])
+        labels, index = (
+            np.array(numbers[column].cast(pa.int64()).fill_null(-1).to_numpy()) for column in ("label", "index")
+        )
+    except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
+        raise CorruptionError(f"{path} is not a readable parquet file of images: {error}") from None
+    classes = len(record.knowledge.data.classes)
+    if not len(payloads) == len(labels) == len(index) > 0 or labels.min() < 0 or labels.max() >= classes:
+        raise CorruptionError(f"{path} should hold an image, a label in 0..{classes - 1} and an index in every row")
+    return payloads, labels, index
+
+
+def _sound(index: Int64[np.ndarray, " n"], count: int, record: Record) -> Int64[np.ndarray, " n"]:
+    if index[0] < 0 or index[-1] >= count or np.any(np.diff(index) <= 0):
+        raise CorruptionError(f"{record.place(SPLITS['train'])}: its index should ascend in 0..{count - 1}")
+    return index
+
+
+def _source(
+    record: Record, name: str, payloads: Sequence[bytes], kind: str, channels: int
+) -> DecodedImages | EncodedImages:
+    origins = Origins((str(record.place(SPLITS[name])),))
+    if kind == "files":
+        return EncodedImages(payloads, origins)
+    first = images.rgb(payloads[0], origins.place(0))
+    if (needed := len(payloads) * first.size) > DECODED_BYTES:
+        raise UnsafeError(f"{origins.files[0]} would take {needed:,} bytes decoded, at most {DECODED_BYTES:,} are")
+    pixels = np.empty((len(payloads), *first.shape[:2], channels), np.uint8)
+    for number, payload in enumerate(payloads):
+        image = images.rgb(payload, origins.place(number))
+        if image.shape != first.shape:
+            raise CorruptionError(f"{origins.place(number)} has another size than the image before it")
+        pixels[number] = image[..., :channels]
+    return DecodedImages(pixels, origins)
+
+
+def _require_digests(split: Split, digests: np.ndarray, path: Path) -> None:
+    """Compare every image with the digest its sample had; one that differs is damaged or forged."""
+    if len(wrong := np.flatnonzero(split.digests() != digests)):
+        raise CorruptionError(
+            f"{split.source.place(int(wrong[0]))} in {path} is not the image that the teacher saw; export it again"
+        )
+
+
+HELD = "the store in an exported set"
+
+
+class Excerpt(reader.Store):
+    """The knowledge of a condensed set's samples, under their indices in the whole data set.
+
+    It is a `Store` of all N samples that holds rows of some; asking for another one is an error. Of samples in `blank`,
+    whose targets were baked, it gives NaN: nothing may use their own.
+    """
+
+    def __init__(self, record: Record, samples: Samples, commits: Sequence[Commit], blank: np.ndarray) -> None:
+        super().__init__(record.place(STORE), record.knowledge, commits)
+        self.skipped = np.array(record.content.skipped, np.int64)
+        self._samples, self._blank = samples, blank
+
+    @property
+    def count(self) -> int:
+        """Number of samples N of the whole data set."""
+        return len(self._samples.row)
+
+    @property
+    def labels(self) -> Int64[np.ndarray, " n"]:
+        """The class of every sample of the whole data set."""
+        return self._samples.label
+
+    @property
+    def sample_digest(self) -> UInt64[np.ndarray, " n"]:
+        """A digest of every sample's bytes and label, of the whole data set."""
+        return self._samples.digest
+
+    @property
+    def held(self) -> Int64[np.ndarray, " rows"]:
+        """The samples it has rows of, ascending: row j of its arrays is of sample held[j]."""
+        return np.flatnonzero(self._samples.row >= 0)
+
+    def load(
+        self,
+        view: int,
+        rows: Int64[np.ndarray, " rows"],
+        fields: Sequence[str],
+        threads: int = 2,
+        allocate: Callable[..., np.ndarray] = np.empty,
+    ) -> dict[str, np.ndarray]:
+        """Return array name -> still encoded rows (rows, ...) of a view, as `Store.load` does.
+
+        Raises:
+            MismatchError: the set holds nothing of a sample; names it.
+            SettingsError, CorruptionError: as for `Store.load`.
+        """
+        self._require_rows(view, rows, fields)
+        there = self._samples.row[rows] >= 0
+        if there.all() or not self._blank[rows[~there]].all():
+            return super().load(view, rows, fields, threads, allocate)
+        found = super().load(view, rows[there], fields, threads)
+        whole = {name: allocate((len(rows), *values.shape[1:]), values.dtype) for name, values in found.items()}
+        for name, values in found.items():
+            whole[name][there] = values
+            whole[name][~there] = np.nan
+        return whole
+
+    def _places(self, rows: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " places"]:
+        places = self._samples.row[rows]
+        if len(missing := rows[(places < 0) & ~self._blank[rows]]):
+            raise MismatchError(
+                f"{self.path} holds nothing of sample {missing[0]}: an exported set has the {len(self.held)} of "
+                f"{self.count} samples that its own manifest keeps or mixes in; give the whole store for others"
+            )
+        return places[places >= 0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condensed:
+    """An exported condensed set, ready to train from."""
+
+    record: Record
+    manifest: Manifest
+    knowledge: Excerpt
+    mixes: Path | None
+    """the store of its baked targets, None where both points of a mix keep their own knowledge"""
+
+
+def open(path: Path | str) -> Condensed:
+    """Return an exported set after checking its records, manifest and samples; chunks are checked when they are read.
+
+    Raises:
+        NotFoundError, UnfinishedError: there is no exported set, or its export was cut short.
+        CorruptionError: a file is not what was exported.
+        MismatchError: it was written by a newer format, or its parts were not made for each other.
+        UnsafeError: a file is none of ours and is not read.
+    """
+    record = read(Path(path))
+    samples = read_samples(record)
+    chosen = _manifest(record)
+    baked = record.content.baked
+    blank = np.zeros(len(samples.row), np.bool_)
+    if baked is not None:
+        blank[chosen.index[chosen.mixed]] = True
+    knowledge = Excerpt(record, samples, _commits(record), blank)
+    _require_optional(record)
+    reader.check(knowledge)
+    _require_held(knowledge, chosen, baked is not None)
+    mixes = None if baked is None else record.place(MIXES)
+    if mixes is not None:
+        _require_mixes(record, chosen, reader.open(mixes))
+    return Condensed(record=record, manifest=chosen, knowledge=knowledge, mixes=mixes)
+
+
+def require_served(opened: Condensed, settings: TrainSettings, choice: Choice) -> None:
+    """Do nothing if a run may learn from an exported set's baked targets.
+
+    Raises:
+        SettingsError: it asks for another temperature or another mix, condenses further, or reads more than softened
+            outputs; says what the set serves.
+    """
+    baked = opened.record.content.baked
+    assert baked is not None
+    if choice.weights.alpha == 0 and not choice.terms:
+        return  # it reads nothing of the teacher
+    asked = {
+        "temperature": (choice.weights.temperature, baked.temperature),
+        "mix-target": (settings.mix_target, baked.target),
+        "mix": (settings.mix, baked.mix),
+        "stages": (settings.stages, 1),
+    }
+    for name, (wanted, made) in asked.items():
+        if wanted != made:
+            raise SettingsError(
+                f"the targets in {opened.record.path} are baked for --{name} {made}, the run asks for {wanted}; give "
+                f"--{name} {made}, or a set exported without --bake, which serves any"
+            )
+    if choice.terms:
+        raise SettingsError(
+            f"the targets in {opened.record.path} are baked: they serve methods that read softened outputs alone (kd), "
+            f"'{settings.method}' reads more; use a set exported without --bake"
+        )
+
+
+def problems(path: Path, share: float = 1.0, seed: int = 0) -> list[str]:
+    """Return all that is wrong with an exported set: every file, and a share of its stores' chunks, are read.
+
+    Raises:
+        NotFoundError, UnfinishedError, CorruptionError, MismatchError: its record cannot be read.
+    """
+    record = read(path)
+    found = [problem for name in record.content.files if (problem := problem_of(record, name))]
+    for part in (STORE, MIXES) if record.content.baked else (STORE,):
+        found += _attempt(partial(_damage, path / part, share, seed))
+    return found or _attempt(partial(_disagreements, path))
+
+
+def _attempt(look: Callable[[], list[str]]) -> list[str]:
+    try:
+        return look()
+    except KcdcacheError as error:
+        return [str(error)]
+
+
+def _damage(path: Path, share: float, seed: int) -> list[str]:
+    return list(check.verify(path, share=share, seed=seed).problems)
+
+
+def _disagreements(path: Path) -> list[str]:
+    """Return where the store inside, or the images, are not those of the table of samples."""
+    opened = open(path)
+    inside, held = reader.open(opened.knowledge.path), opened.knowledge.held
+    found = [
+        f"{inside.path}: its {name} are not those in {record.SAMPLES}; export it again"
+        for name in ("labels", "sample_digest")
+        if not np.array_equal(getattr(inside, name), getattr(opened.knowledge, name)[held])
+    ]
+    if opened.record.content.images is not None and not found:
+        load(path)
+    return found
+
+
+def _manifest(record: Record) -> Manifest:
+    """Return the manifest of the record, made for its knowledge."""
+    require_file(record, MANIFEST)
+    path = record.place(MANIFEST)
+    chosen = manifest.read(path, record.knowledge.data.count)
+    if chosen.digest != record.content.manifest:
+        raise CorruptionError(f"{path} holds manifest {chosen.digest}, exported was {record.content.manifest}")
+    manifest.require_knowledge(chosen, record.content.knowledge_id)
+    if chosen.count != record.knowledge.data.count:
+        raise CorruptionError(f"{path} counts {chosen.count} samples, its data {record.knowledge.data.count}")
+    return chosen
+
+
+def _commits(record: Record) -> list[Commit]:
+    """Return the commits of the store inside, after comparing its identity and seal with the record."""
+    require_file(record, SEALS[STORE])
+    root = record.place(STORE)
+    commits = log.read_commits(root)
+    subset = {"manifest": record.content.manifest, "rows": record.content.rows}
+    expected = replace(record.knowledge, subset=subset).document()
+    names = (f"the record of {record.path}", HELD)
+    require_same(expected, read_store_identity(root).document(), names, "export it again")
+    if len(commits) != 1 or commits[0].plan != record.content.layout:
+        raise CorruptionError(f"{root} has another plan than {RECORD} says; export it again")
+    return commits
+
+
+def _require_optional(record: Record) -> None:
+    """Compare the records of the store inside that a set may do without with what was exported."""
+    for name in OPTIONAL:
+        if name in record.content.files:
+            require_file(record, name)
+        elif record.place(name).exists():
+            raise CorruptionError(f"{record.place(name)} was not exported with the rest; delete it")
+
+
+def _require_held(knowledge: Excerpt, chosen: Manifest, baked: bool) -> None:
+    """Compare the rows of the store with the samples that are said to have one, and those with the manifest's."""
+    held, plan = knowledge.held, knowledge.plan
+    if len(held) != plan.count:
+        raise CorruptionError(f"{knowledge.path} has {plan.count} rows, {record.SAMPLES} names {len(held)}")
+    needed = chosen.index[~chosen.mixed] if baked else np.union1d(chosen.index, chosen.partner[chosen.mixed])
+    if len(missing := np.setdiff1d(needed, held)):
+        raise CorruptionError(f"{knowledge.path} holds no row of sample {missing[0]}, which its manifest needs")
+    manifest.require_usable(chosen, knowledge.skipped)
+
+
+def _require_mixes(record: Record, chosen: Manifest, mixes: reader.Store) -> None:
+    """Compare the store of baked targets with the record."""
+    require_file(record, SEALS[MIXES])
+    baked = record.content.baked
+    assert baked is not None
+    expected = replace(record.knowledge, mixes=mixes_of(chosen, baked, record.content.views)).document()
+    names = (f"the record of {record.path}", "its store of baked targets")
+    require_same(expected, mixes.knowledge.document(), names, "export it again")
+    if (mixes.count, mixes.views) != (int(chosen.mixed.sum()), record.content.views):
+        raise CorruptionError(f"{mixes.path} has {mixes.count} rows in {mixes.views} views; export it again")
+
+
+def mixes_of(chosen: Manifest, baked: record.Baked, views: int) -> dict[str, object]:
+    """Return what identifies the baked targets of a manifest: those of a requery, and how they were made."""
+    how = {"temperature": baked.temperature, "target": baked.target}
+    return {"manifest": chosen.digest, "mix": baked.mix, "views": list(range(views)), "baked": how}
+
+
+@lru_cache(maxsize=4)
+def load_data(spec: str) -> datasets.Dataset:
+    """Return a data set; asked for again in this process, the one loaded before."""
+    return datasets.load(spec)

@@ -1,0 +1,281 @@
+"""The folder of an exported condensed set: what its files are called, its record, and which samples it holds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int64, UInt64
+from pydantic import ConfigDict, Field, ValidationError
+
+from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, UnfinishedError
+from kcdcache.files import parquet
+from kcdcache.files.atomic import (
+    MOST_FILE_BYTES,
+    canonical_json,
+    digest_of,
+    read_sealed,
+    sealed_json,
+    sha256_bytes,
+    sha256_file,
+    write_atomic,
+)
+from kcdcache.settings import Settings
+from kcdcache.store.identity import Knowledge, knowledge_from
+
+RECORD, CARD, MANIFEST, SAMPLES = "condensed.json", "README.md", "manifest.parquet", "samples.parquet"
+STORE, MIXES, IMAGES = "store", "mixes", "data"
+SEALS = {part: f"{part}/_kcd/commit.0.json" for part in (STORE, MIXES)}
+"""what vouches for every file of a store inside: its commit names them all by SHA-256"""
+PARAMETERS = f"{STORE}/_kcd/parameters.json"
+ORIGIN = f"{STORE}/_kcd/origin.json"
+OPTIONAL = (PARAMETERS, ORIGIN)
+"""records of its store that a set has where the store it was taken from has them"""
+"""what the store keeps of the teacher's parameters, if it does"""
+SPLITS = {split: f"{IMAGES}/{split}-00000-of-00001.parquet" for split in ("train", "test")}
+"""where the images lie, as the Hugging Face hub serves them"""
+FORMAT_VERSION = 0
+MOST_SAMPLES = 10**8
+MOST_IMAGE_BYTES = 2**40
+"""of a file of images, which is hashed and then read by row groups"""
+COLUMNS: dict[str, type] = {"label": np.int64, "digest": np.uint64, "row": np.int64}
+SCHEMA = pa.schema([("label", pa.int64()), ("digest", pa.uint64()), ("row", pa.int64())])
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(ge=0)]
+
+
+class Baked(Settings):
+    """At what temperature, and how, the targets of mixed points were made."""
+
+    model_config = ConfigDict(strict=True)
+
+    temperature: float = Field(gt=0)
+    target: Literal["linear_prob", "linear_logit", "keep"]
+    mix: Literal["convex", "additive_clip"]
+    """how the images they belong to are mixed"""
+
+
+class Images(Settings):
+    """What image files of an export hold."""
+
+    model_config = ConfigDict(strict=True)
+
+    train: Literal["pixels", "files"]
+    """pixels: PNG of what was decoded, which sample digests are of; files: the image files as they were"""
+    test: Literal["pixels", "files"]
+    mean: list[float]
+    """per channel, of all the training pixels in [0, 1]"""
+    std: list[float]
+    test_digest: Sha256
+
+
+class Content(Settings):
+    """All that an exported set is; its digest is the set's id."""
+
+    model_config = ConfigDict(strict=True)
+
+    knowledge: dict[str, Any]
+    """identity of the store it was taken from"""
+    knowledge_id: Sha256
+    manifest: Sha256
+    """digest of the condensed set"""
+    rows: Size
+    """rows of knowledge it holds, in each view"""
+    views: int = Field(ge=1)
+    layout: dict[str, Any]
+    """the plan of its store"""
+    skipped: list[Size]
+    """samples the store it was taken from has no outputs of"""
+    baked: Baked | None
+    images: Images | None
+    licence: str
+    files: dict[str, tuple[Size, Sha256]]
+    """name -> bytes and SHA-256"""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What condensed.json says."""
+
+    path: Path
+    """the exported folder"""
+    id: str
+    content: Content
+    made: dict[str, Any]
+    """versions it was made with; not part of the id"""
+    knowledge: Knowledge
+
+    def place(self, name: str) -> Path:
+        """Return the path of one of its files."""
+        return self.path / name
+
+
+class Samples(NamedTuple):
+    """Every sample of the whole training split, and where its knowledge lies."""
+
+    label: Int64[np.ndarray, " n"]
+    digest: UInt64[np.ndarray, " n"]
+    row: Int64[np.ndarray, " n"]
+    """row in the store, -1 for samples that have none there"""
+
+
+def write(path: Path, content: Content, made: Mapping[str, Any]) -> str:
+    """Write the record that finishes an export, last of all; return its id."""
+    document = content.model_dump(mode="json")
+    name = digest_of(document)
+    sealed = {"format_version": FORMAT_VERSION, "content": document, "id": name, "made": dict(made)}
+    write_atomic(path / RECORD, sealed_json(sealed))
+    return name
+
+
+def read(path: Path) -> Record:
+    """Return the record of an exported set; none of its other files is read.
+
+    Raises:
+        NotFoundError: there is no exported set.
+        UnfinishedError: its export was cut short.
+        MismatchError: it was written by a newer format.
+        CorruptionError: the record is not what was written.
+        UnsafeError: it is no plain file, or larger than any record of ours.
+    """
+    file = path / RECORD
+    if not file.exists():
+        if (path / STORE).is_dir():
+            raise UnfinishedError(f"the export in {path} was cut short (no {RECORD}); run its command again")
+        raise NotFoundError(f"no exported set at {path} (no {RECORD} in it); make one with `kcdcache export`")
+    found = read_sealed(file, "format_version", "content", "id", "made")
+    if (version := found["format_version"]) != FORMAT_VERSION:
+        raise MismatchError(
+            f"{file} has format {version!r:.40}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache"
+        )
+    try:
+        return _record(path, found)
+    except ValidationError as error:
+        item = error.errors()[0]
+        where = ".".join(map(str, item["loc"]))
+        raise CorruptionError(f"{file} was changed: {where:.200}: {item['msg']}, found {item['input']!r:.80}") from None
+    except (TypeError, ValueError) as error:
+        text = str(error) if isinstance(error, KcdcacheError) else f"it is damaged: {error}"
+        raise CorruptionError(f"{file}: {text:.400}") from None
+
+
+def _record(path: Path, found: Mapping[str, Any]) -> Record:
+    document = found["content"]
+    content = Content.model_validate(_tuples(document))
+    if set(found) != {"format_version", "content", "id", "made"} or not isinstance(found["made"], dict):
+        raise ValueError(f"expected format_version, content, id and made, found {', '.join(sorted(found))}")
+    if found["id"] != digest_of(document):
+        raise ValueError(f"its content does not have the id {found['id']!r:.80}")
+    if set(content.files) - set(OPTIONAL) != (names := _names(content)):
+        odd = min((set(content.files) - set(OPTIONAL)) ^ names)
+        raise ValueError(f"expected the files {', '.join(sorted(names))}; look at {odd!r:.80}")
+    return Record(path, found["id"], content, found["made"], _knowledge(content))
+
+
+def _tuples(document: Any) -> Any:
+    """Return a record's content with the pairs of `files` as tuples: JSON has none, and types are not guessed."""
+    files = document.get("files") if isinstance(document, dict) else None
+    if not isinstance(files, dict):
+        return document
+    pairs = {name: tuple(entry) if isinstance(entry, list) else entry for name, entry in files.items()}
+    return {**document, "files": pairs}
+
+
+def _names(content: Content) -> set[str]:
+    """Return the files an export of this kind has: no record can name others, inside or outside its folder."""
+    mixes = {SEALS[MIXES]} if content.baked else set()
+    return {CARD, MANIFEST, SAMPLES, SEALS[STORE], *mixes, *(SPLITS.values() if content.images else ())}
+
+
+def _knowledge(content: Content) -> Knowledge:
+    knowledge = knowledge_from(content.knowledge)
+    data = knowledge.data
+    size = data.image_size or ()
+    sound = (
+        type(data.count) is int
+        and 0 < data.count <= MOST_SAMPLES
+        and all(type(name) is str for name in data.classes)
+        and all(type(side) is int and side > 0 for side in size)
+        and len(size) in (0, 2)
+        and knowledge.whole
+    )
+    if not sound:
+        raise ValueError("its knowledge is of no data set: count, classes or image size are impossible")
+    if knowledge.knowledge_id != content.knowledge_id:
+        raise ValueError("its knowledge does not have its knowledge_id")
+    return knowledge
+
+
+def encode_samples(samples: Samples) -> bytes:
+    """Return the file that `read_samples` reads."""
+    return parquet.encode(pa.table(samples._asdict(), schema=SCHEMA))
+
+
+def read_samples(record: Record) -> Samples:
+    """Return the labels, digests and rows of all samples, after holding them against the identity of the data.
+
+    Raises:
+        NotFoundError: the file is missing.
+        CorruptionError: it is not what was exported.
+        MismatchError, UnsafeError: it is not even a table of that many samples.
+    """
+    path, data = record.place(SAMPLES), record.knowledge.data
+    require_file(record, SAMPLES)
+    with parquet.opened_file(path, data.count) as reader:
+        reader.check()
+        parquet.require_schema(reader.schema, SCHEMA, path)
+        table = reader.whole()
+    if table.num_rows != data.count or any(column.null_count for column in table.columns):
+        raise CorruptionError(f"{path} should have {data.count} rows without empty cells, found {table.num_rows}")
+    found = Samples(*(np.array(table[name].to_numpy()) for name in COLUMNS))
+    if digest_of_samples(found.digest, data.classes) != data.digest:
+        raise CorruptionError(f"{path}: its digests are not those of the data the set was made from; export it again")
+    if found.label.min(initial=0) < 0 or found.label.max(initial=0) >= len(data.classes):
+        raise CorruptionError(f"{path} holds labels outside 0..{len(data.classes) - 1}; export it again")
+    held = found.row[found.row >= 0]
+    if not np.array_equal(held, np.arange(len(held))) or found.row.min(initial=-1) < -1:
+        raise CorruptionError(f"{path}: rows should count up from 0, -1 where a sample has none; export it again")
+    return found
+
+
+def digest_of_samples(digests: UInt64[np.ndarray, " n"], classes: tuple[str, ...]) -> str:
+    """Return the digest of a training split from those of its samples, as `Dataset.identity` makes it."""
+    return sha256_bytes(digests.astype("<u8").tobytes() + canonical_json(list(classes)))
+
+
+def entry_of(path: Path, name: str) -> tuple[int, str]:
+    """Return a file's entry in the record."""
+    return (path / name).stat().st_size, sha256_file(path / name)
+
+
+def require_file(record: Record, name: str) -> None:
+    """Do nothing if a file is the one that was exported.
+
+    Raises:
+        CorruptionError: it is not, or it is missing.
+        UnsafeError: it is no plain file.
+    """
+    if (problem := problem_of(record, name)) is not None:
+        raise CorruptionError(problem)
+
+
+def problem_of(record: Record, name: str) -> str | None:
+    """Return what is wrong with a file, None for the one that was exported; it is read whole only if its size fits.
+
+    Raises:
+        UnsafeError: it is no plain file, or larger than any of ours.
+    """
+    path, (size, digest) = record.place(name), record.content.files[name]
+    try:
+        found = path.stat().st_size
+        if path.is_file() and found != size:
+            return f"{path} has {found} bytes, {size} were exported; fetch it again"
+        most = MOST_IMAGE_BYTES if name in SPLITS.values() else MOST_FILE_BYTES
+        if sha256_file(path, most) != digest:
+            return f"{path} is not what was exported: its SHA-256 differs from {RECORD}; fetch it again"
+    except FileNotFoundError:
+        return f"{path} is missing; fetch it again"
+    return None

@@ -1,0 +1,149 @@
+"""Losses between networks trained together: mutual learning (DML) and the on-the-fly ensemble (ONE); per sample."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torchvision
+from jaxtyping import Float, Float32
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kcdcache.errors import SettingsError
+from kcdcache.methods.base import Lesson, Pair, Seen, Term, constant, hard_term
+from kcdcache.methods.losses import logit_divergence
+from kcdcache.networks import registry
+from kcdcache.networks.resnet import ResNet, ResNet50
+from kcdcache.networks.wrn import WideResNet
+
+
+def mutual(student: Float[Tensor, "batch classes"], peer: Float[Tensor, "batch classes"]) -> Float[Tensor, " batch"]:
+    """Return KL(softmax(peer) || softmax(student)) in nats, at least 0; the peer is a constant to the gradient.
+
+    With several peers the method takes the mean over them.
+
+    Source: Zhang et al. 2018 (Deep Mutual Learning).
+    """
+    return logit_divergence(student, peer, 1.0)
+
+
+def ensemble_divergence(
+    branch: Float[Tensor, "batch classes"], ensemble: Float[Tensor, "batch classes"], temperature: float
+) -> Float[Tensor, " batch"]:
+    """Return T^2 KL(ensemble || branch) of the softmax at T, in nats; the ensemble is a constant to the gradient.
+
+    Source: Lan et al. 2018 (Knowledge Distillation by On-the-Fly Native Ensemble); T = 3.
+    """
+    return logit_divergence(branch, ensemble, temperature)
+
+
+class MutualLearning(Term):
+    """DML: KL(peer || student) + CE(peer) + KL(student || peer), each divergence's target a constant; T = 1.
+
+    The peer sees the student's very input, learns with its optimizer and takes its step at the same time; its
+    labels are the student's, smoothed and mixed as those are. It computes in float32.
+    Source: Zhang et al., CVPR 2018 (arXiv 1706.00384), Eq. 5-6.
+    """
+
+    taps = ("input",)
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__()
+        name = pair.settings.peer or pair.student
+        peer = registry.build(name, pair.classes, drawn_seed(), channels=pair.image[0])
+        self._labels = pair.settings.mix_label, pair.smoothing
+        self.peer = peer.to(memory_format=torch.channels_last)
+
+    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+        """Return the loss per sample."""
+        count = len(lesson.labels)
+        student, peer = seen["logits"][:count], self.peer(seen["input"][:count])
+        return mutual(student, peer) + hard_term(peer, lesson, *self._labels) + mutual(peer, student)
+
+
+def drawn_seed() -> int:
+    """Return a seed from torch's generator, which stands at the method's own place while a term is made."""
+    return int(torch.randint(2**62, ()))
+
+
+BRANCHES = 3
+"""the student's own among them"""
+RAMP = 80 / 240
+"""share of the epochs in which the divergences grow to their weight"""
+
+TAILS: Mapping[type[nn.Module], tuple[str, tuple[str, ...]]] = {
+    ResNet: ("stage2", ("layer3", "avgpool", "fc")),
+    ResNet50: ("stage3", ("layer4", "avgpool", "linear")),
+    WideResNet: ("stage2", ("block3", "bn1", "relu", "avgpool", "fc")),
+    torchvision.models.ResNet: ("stage3", ("layer4", "avgpool", "fc")),
+}
+"""family -> the tap of its last stage but one, and all that follows it, classifier last"""
+
+
+class Ensemble(Term):
+    """ONE: CE of two further branches and of the ensemble + ramp T^2 sum over branches of KL(ensemble || branch).
+
+    Branches are the student's last stage and classifier with initial weights of their own; the ensemble is the mean of
+    the three logits by a gate on the shared stage's pooled values. The ramp is exp(-5 (1 - e / R)^2) in epoch
+    e = 1 .. R, R a third of all. Labels are smoothed and mixed as the student's; branches compute in float32.
+    Source: Lan et al., NeurIPS 2018 (arXiv 1806.04606), Eq. 4-8, T = 3. Its gate has a ReLU before the softmax.
+    """
+
+    _ramp: Tensor
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__()
+        self._labels = pair.settings.mix_label, pair.smoothing
+        self._temperature = pair.settings.temperature or 3.0
+        self._stage, _ = _tail(pair)
+        self.taps = (self._stage,)
+        self.branches = nn.ModuleList(_tail(pair)[1] for _ in range(BRANCHES - 1))
+        self.gate = Gate(pair.student_shape(self._stage)[0])
+        constant(self, "_ramp", torch.ones(()))
+
+    def weights_at(self, epoch: int, epochs: int) -> tuple[float, float]:
+        """Put the epoch's weight of the divergences in force; factors are 1."""
+        behind = min(1.0, (epoch + 1) / max(1, round(epochs * RAMP)))
+        self._ramp.fill_(math.exp(-5 * (1 - behind) ** 2))
+        return 1.0, 1.0
+
+    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+        """Return the loss per sample."""
+        count = len(lesson.labels)
+        shared = seen[self._stage][:count]
+        logits = [seen["logits"][:count].float(), *(branch(shared) for branch in self.branches)]
+        shares = self.gate(shared.mean(dim=(2, 3)))
+        ensemble = (shares[:, :, None] * torch.stack(logits, dim=1)).sum(dim=1)
+        hard = sum(hard_term(found, lesson, *self._labels) for found in (*logits[1:], ensemble))
+        soft = sum(ensemble_divergence(found, ensemble, self._temperature) for found in logits)
+        return hard + self._ramp * soft
+
+
+class Gate(nn.Module):
+    """A linear layer, batch normalisation and softmax: how much each branch counts for a sample."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, BRANCHES)
+        self.norm = nn.BatchNorm1d(BRANCHES)
+
+    def forward(self, pooled: Float[Tensor, "batch size"]) -> Float32[Tensor, "batch branches"]:
+        """Return shares of sum 1; a batch of one sample is normalised by the running statistics."""
+        norm, raw = self.norm, self.linear(pooled)
+        normal = functional.batch_norm(
+            raw, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=len(raw) > 1
+        )
+        return normal.softmax(dim=1)
+
+
+def _tail(pair: Pair) -> tuple[str, nn.Module]:
+    """Return the tap of the student's last stage but one, and a newly initialised copy of all that follows it."""
+    network = registry.build(pair.student, pair.classes, drawn_seed(), channels=pair.image[0])
+    if type(network) not in TAILS:
+        raise SettingsError(
+            f"one branches off before a residual network's last stage, which '{pair.student}' does not have; take a "
+            "student of the resnet or wrn families (resnet20, wrn_16_2, ResNet50, torchvision:resnet18, ...)"
+        )
+    stage, names = TAILS[type(network)]
+    parts = [network.get_submodule(name) for name in names]
+    return stage, nn.Sequential(*parts[:-1], nn.Flatten(1), parts[-1]).to(memory_format=torch.channels_last)

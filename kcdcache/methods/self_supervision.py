@@ -1,0 +1,163 @@
+"""Losses of self-supervised distillation (SSKD) over rotated views; one value per sample, mean of its views."""
+
+from copy import deepcopy
+
+import torch
+from jaxtyping import Bool, Float, Float32, Int
+from torch import Tensor, nn
+
+from kcdcache.methods.base import Lesson, Pair, Seen, Term, constant
+from kcdcache.methods.losses import cosines, cross_entropy, logit_divergence
+from kcdcache.teacher import fields
+
+
+def rotation_similarity(
+    rotated: Float[Tensor, "batch views dim"],
+    plain: Float[Tensor, "batch dim"],
+    teacher_rotated: Float[Tensor, "batch views other"],
+    teacher_plain: Float[Tensor, "batch other"],
+    temperature: float,
+    share: float,
+) -> Float[Tensor, " batch"]:
+    """Return T^2 KL(teacher || student) of each rotated view's softmax over cosines with all plain views, over T.
+
+    Only the anchors of `selected` count, by the teacher's rank of the own plain view; `share` is the part kept of
+    those it gets wrong. The mean over the batch is the mean over the anchors kept, 0 if there are none.
+
+    Source: Xu et al. 2020 (Knowledge Distillation Meets Self-Supervision); T = 0.5, share 0.75.
+    """
+    views = rotated.shape[1]
+    found = cosines(rotated.flatten(0, 1), plain)
+    wanted = cosines(teacher_rotated.flatten(0, 1), teacher_plain)
+    kept = selected(wanted, _own(plain.shape[0], views, wanted.device), share)
+    return _over_kept(logit_divergence(found, wanted, temperature), kept, views)
+
+
+def rotated_divergence(
+    student: Float[Tensor, "batch views classes"],
+    teacher: Float[Tensor, "batch views classes"],
+    labels: Int[Tensor, " batch"],
+    temperature: float,
+    share: float,
+) -> Float[Tensor, " batch"]:
+    """Return T^2 KL(teacher || student) of the class logits on rotated views, over the anchors of `selected` only.
+
+    The teacher's rank of the label decides; the mean over the batch is the mean over the anchors kept.
+
+    Source: Xu et al. 2020 (Knowledge Distillation Meets Self-Supervision); T = 4, share 1.
+    """
+    views = student.shape[1]
+    wanted = teacher.flatten(0, 1)
+    kept = selected(wanted, labels.repeat_interleave(views), share)
+    return _over_kept(logit_divergence(student.flatten(0, 1), wanted, temperature), kept, views)
+
+
+def rotation_task(
+    rotated: Float[Tensor, "batch views dim"], plain: Float[Tensor, "batch dim"]
+) -> Float[Tensor, " batch"]:
+    """Return the cross-entropy, in nats, of finding each rotated view's own plain view by cosine at temperature 1.
+
+    It trains the teacher's projection head before distillation; gradient flows into both arguments.
+
+    Source: Xu et al. 2020 (Knowledge Distillation Meets Self-Supervision); T = 1 as released.
+    """
+    batch, views = rotated.shape[:2]
+    found = cross_entropy(cosines(rotated.flatten(0, 1), plain), _own(batch, views, plain.device))
+    return found.view(batch, views).mean(dim=1)
+
+
+def selected(
+    scores: Float[Tensor, "rows candidates"], truth: Int[Tensor, " rows"], share: float
+) -> Bool[Tensor, " rows"]:
+    """Return which rows to learn from: all that score the truth highest, and floor(share * wrong) of the wrong ones.
+
+    Of the wrong ones those with the best rank of the truth are kept; equal ranks by the larger probability of the
+    truth, then by position. Among equal scores in a row the earlier candidate ranks first.
+
+    Source: Xu et al. 2020 (Knowledge Distillation Meets Self-Supervision): selective transfer.
+    """
+    own = scores.gather(1, truth.unsqueeze(1))
+    earlier = torch.arange(scores.shape[1], device=scores.device) < truth.unsqueeze(1)
+    rank = ((scores > own) | ((scores == own) & earlier)).sum(dim=1)
+    sure = torch.log_softmax(scores.float(), dim=1).gather(1, truth.unsqueeze(1)).squeeze(1)
+    order = torch.argsort(sure, descending=True, stable=True)
+    order = order[torch.argsort(rank[order], stable=True)]
+    wrong = (rank > 0).sum()
+    most = len(rank) - wrong + (wrong * share).floor()
+    return torch.argsort(order) < most  # argsort of an order is each row's place in it
+
+
+def _own(batch: int, views: int, device: torch.device) -> Tensor:
+    return torch.arange(batch, device=device).repeat_interleave(views)
+
+
+def _over_kept(anchors: Tensor, kept: Tensor, views: int) -> Tensor:
+    """Return each sample's mean over its views, scaled so that the mean over samples is that over kept anchors."""
+    scale = len(kept) / kept.sum().clamp_min(1)
+    return (anchors * kept).view(-1, views).mean(dim=1) * scale
+
+
+ROTATED, SIMILARITY = 2.7, 10.0
+"""weights of class divergence on rotated images and of the divergence of similarities"""
+SHARPNESS, SHARE = 0.5, 0.75
+"""temperature of the similarities, and the share kept of the anchors the teacher gets wrong"""
+PREPARATION = 60 / 240
+"""share of the epochs in which the teacher's projection learns"""
+
+
+class SelfSupervision(Term):
+    """SSKD: 2.7 KL of the classes on three rotations + 10 KL of the softmax over similarities to upright images.
+
+    The teacher's projection (an MLP on its cached penultimate values) learns to find a rotated image's upright one
+    during the first quarter of the epochs, at least one, in which the similarities have no weight; then it stays as it
+    is. Its authors train it for 60 epochs before their 240. What serves is a copy that follows the trained one: the
+    optimizer would go on moving a projection that gets no gradient.
+    Source: Xu et al., ECCV 2020 (arXiv 2006.07114); weights and temperatures of its release (facts.md section 4).
+    """
+
+    taps = ("penultimate",)
+    fields = ("rotations:logits", "rotations:penultimate")
+    _preparing: Tensor
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__()
+        self._temperature = pair.settings.temperature or 4.0
+        self.student = _projection(pair.student_shape("penultimate")[0])
+        self.apprentice = _projection(pair.teacher_shape("penultimate")[0])
+        self.teacher = deepcopy(self.apprentice).requires_grad_(False)
+        constant(self, "_preparing", torch.ones(()))
+
+    def weights_at(self, epoch: int, epochs: int) -> tuple[float, float]:
+        """Let the teacher's projection learn in the first epochs; factors are 1."""
+        self._preparing.fill_(float(epoch < max(1, round(epochs * PREPARATION))))
+        return 1.0, 1.0
+
+    def extra(self, lesson: Lesson) -> Float32[Tensor, "extra c h w"]:
+        """Return all images turned once, then all turned twice, then three times."""
+        return fields.rotated(lesson.pixels)[len(lesson.pixels) :]
+
+    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+        """Return the loss per sample."""
+        self._follow()
+        features = lesson.knowledge["rotations:penultimate"].detach()
+        ours = self.student(fields.unrotated(seen["penultimate"]))
+        theirs, learning = self.teacher(features), self.apprentice(features)
+        rotated = rotated_divergence(
+            fields.unrotated(seen["logits"])[:, 1:],
+            lesson.knowledge["rotations:logits"][:, 1:],
+            lesson.labels,
+            self._temperature,
+            share=1.0,
+        )
+        alike = rotation_similarity(ours[:, 1:], ours[:, 0], theirs[:, 1:], theirs[:, 0], SHARPNESS, SHARE)
+        found = rotation_task(learning[:, 1:], learning[:, 0])
+        return ROTATED * rotated + (1 - self._preparing) * SIMILARITY * alike + self._preparing * found
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        for kept, now in zip(self.teacher.parameters(), self.apprentice.parameters(), strict=True):
+            kept.copy_(torch.where(self._preparing > 0, now, kept))
+
+
+def _projection(size: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size))

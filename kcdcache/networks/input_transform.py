@@ -1,0 +1,120 @@
+"""The device a stage runs on, and its thread count."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, SettingsError
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")
+"""what torch's errors say when the device, its CPU allocator, the C++ library or cuBLAS got no memory"""
+
+
+@contextmanager
+def enough_memory(remedy: str) -> Iterator[None]:
+    """Turn running out of memory, the host's or the device's, into an error that says what to change.
+
+    Raises:
+        KcdcacheError: memory ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(phrase in str(error) for phrase in OUT_OF_MEMORY):
+            raise
+        first = next(iter(str(error).splitlines()), "MemoryError")
+        raise KcdcacheError(f"out of memory: {remedy} ({first})") from error
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for 'auto', 'cpu' or 'cuda'; 'auto' takes a GPU where there is one.
+
+    Raises:
+        SettingsError: a GPU was asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise SettingsError("--device cuda: torch sees no GPU here; use --device cpu or install a CUDA build of torch")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def use_threads(count: int | None) -> int:
+    """Set torch's thread count where one is given; return the count in force."""
+    if count is not None:
+        torch.set_num_threads(count)
+    return torch.get_num_threads()
+
+
+@dataclass(frozen=True)
+class InputTransform:
+    """Turns pixels in [0, 1] into a network's input: (pixels - mean) / std per channel, after an optional resize."""
+
+    mean: tuple[float, ...]
+    """mean per channel, in units of pixels in [0, 1]"""
+    std: tuple[float, ...]
+    """standard deviation per channel, above 0"""
+    size: int | None = None
+    """side of the square input, or None to take the image as it is"""
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise SettingsError(f"mean {self.mean} and std {self.std} should have one number per channel each")
+        if not all(math.isfinite(value) for value in self.mean + self.std) or min(self.std) <= 0:
+            raise SettingsError(f"mean {self.mean} should be finite and std {self.std} above 0")
+        if self.size is not None and self.size < 1:
+            raise SettingsError(f"input size {self.size} should be at least 1")
+
+    def __call__(self, pixels: Float32[Tensor, "b c h w"]) -> Float32[Tensor, "b c h2 w2"]:
+        """Return the network's input, computed as pixels * scale + shift with the same constants on every device.
+
+        Raises:
+            MismatchError: the pixels have another number of channels.
+        """
+        if pixels.shape[1] != len(self.mean):
+            raise MismatchError(f"the input transform has {len(self.mean)} channels, the images {pixels.shape[1]}")
+        scale, shift = _constants(self, pixels.device)
+        return (self._resized(pixels) * scale).add_(shift)  # in place: fresh memory costs more than the sum
+
+    def _resized(self, pixels: Float32[Tensor, "b c h w"]) -> Float32[Tensor, "b c h2 w2"]:
+        if self.size is None or tuple(pixels.shape[2:]) == (self.size, self.size):
+            return pixels
+        return interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+
+    def document(self) -> dict[str, Any]:
+        """Return the transform as JSON values."""
+        mean, std = ([float(value) for value in values] for values in (self.mean, self.std))
+        return {"mean": mean, "std": std, "size": self.size}
+
+
+def transform_from(document: Mapping[str, Any]) -> InputTransform:
+    """Return the transform that `InputTransform.document` wrote.
+
+    Raises:
+        CorruptionError: a key is missing or its value is impossible.
+    """
+    try:
+        mean, std = (tuple(float(value) for value in document[key]) for key in ("mean", "std"))
+        size = document["size"]
+        return InputTransform(mean, std, None if size is None else int(size))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptionError(f"an input transform needs mean, std and size; found {dict(document)}: {error}") from None
+
+
+@lru_cache(maxsize=64)
+def _constants(
+    transform: InputTransform, device: torch.device
+) -> tuple[Float[Tensor, "1 c 1 1"], Float[Tensor, "1 c 1 1"]]:
+    pairs = list(zip(transform.mean, transform.std, strict=True))
+    # normal tensors even if the first caller is in inference mode: a later one may train
+    with torch.inference_mode(False):
+        scale = torch.tensor([1 / std for _, std in pairs], dtype=torch.float32)
+        shift = torch.tensor([-mean / std for mean, std in pairs], dtype=torch.float32)
+        return scale.view(1, -1, 1, 1).to(device), shift.view(1, -1, 1, 1).to(device)

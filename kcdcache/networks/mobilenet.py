@@ -1,0 +1,76 @@
+"""MobileNetV2 at half width for small images, in the layout of RepDistiller's checkpoints."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kcdcache.networks.resnet import initialise_classifier, initialise_convolutions
+
+STEM = 16
+STAGES = ((1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1))
+"""expansion, channels, blocks, and stride of the first block, per stage; the channels are half of Table 2's"""
+LAST = 1280
+"""channels before the classifier; a width below 1 does not narrow them"""
+
+
+class InvertedResidual(nn.Module):
+    """A widening 1x1, a 3x3 per channel and a narrowing 1x1 convolution; nothing is activated after the last.
+
+    The block's input is added where the shape stays the same. Source: Sandler et al. 2018, Figure 4 (d).
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = inputs * expansion
+        self.residual = stride == 1 and inputs == outputs
+        self.conv = nn.Sequential(
+            nn.Conv2d(inputs, inner, 1, bias=False),
+            nn.BatchNorm2d(inner),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(inner, inner, 3, stride, padding=1, groups=inner, bias=False),
+            nn.BatchNorm2d(inner),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(inner, outputs, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+
+    def forward(self, features: Float[Tensor, "batch inputs h w"]) -> Float[Tensor, "batch outputs h2 w2"]:
+        """Return what the convolutions give, plus the input where it has that shape."""
+        return features + self.conv(features) if self.residual else self.conv(features)
+
+
+class MobileNetV2(nn.Module):
+    """Inverted residual blocks between a 3x3 stem and a 1x1 convolution, 16 times smaller at the end than the image.
+
+    Source: Sandler et al. 2018, "MobileNetV2", Table 2 at width 0.5; names, initialisation, ReLU in place of ReLU6 and
+    stride 1 in the second stage as in RepDistiller's `models/mobilenetv2.py`.
+    """
+
+    def __init__(self, classes: int, channels: int = 3) -> None:
+        super().__init__()
+        self.conv1 = _activated(channels, STEM, 3, stride=2)
+        self.blocks = nn.Sequential()
+        width = STEM
+        for expansion, outputs, blocks, stride in STAGES:
+            self.blocks.append(_stage(width, outputs, blocks, stride, expansion))
+            width = outputs
+        self.conv2 = _activated(width, LAST, 1, stride=1)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        classifier = nn.Linear(LAST, classes)
+        self.classifier = nn.Sequential(classifier)
+        initialise_convolutions(self)
+        initialise_classifier(classifier)
+
+    def forward(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch classes"]:
+        """Return the logits of transformed pixels."""
+        features = self.conv2(self.blocks(self.conv1(pixels)))
+        return self.classifier(self.avgpool(features).flatten(1))
+
+
+def _activated(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+def _stage(inputs: int, outputs: int, blocks: int, stride: int, expansion: int) -> nn.Sequential:
+    rest = [InvertedResidual(outputs, outputs, 1, expansion) for _ in range(blocks - 1)]
+    return nn.Sequential(InvertedResidual(inputs, outputs, stride, expansion), *rest)

@@ -1,0 +1,176 @@
+"""Networks by name: our zoo, torchvision, timm, or any importable factory."""
+
+import hashlib
+import importlib
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from kcdcache.errors import SettingsError
+from kcdcache.networks import taps
+from kcdcache.networks.mobilenet import MobileNetV2
+from kcdcache.networks.resnet import ResNet, ResNet50
+from kcdcache.networks.shufflenet import ShuffleV1, ShuffleV2
+from kcdcache.networks.vgg import VGG
+from kcdcache.networks.wrn import WideResNet
+from kcdcache.settings import nearest
+
+try:
+    import timm
+except ImportError:
+    timm = None
+
+NARROW = (16, 16, 32, 64)
+WIDE = (32, 64, 128, 256)
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "resnet8": partial(ResNet, 8, NARROW),
+    "resnet14": partial(ResNet, 14, NARROW),
+    "resnet20": partial(ResNet, 20, NARROW),
+    "resnet32": partial(ResNet, 32, NARROW),
+    "resnet44": partial(ResNet, 44, NARROW),
+    "resnet56": partial(ResNet, 56, NARROW),
+    "resnet110": partial(ResNet, 110, NARROW),
+    "resnet8x4": partial(ResNet, 8, WIDE),
+    "resnet32x4": partial(ResNet, 32, WIDE),
+    "ResNet50": ResNet50,
+    "wrn_10_2": partial(WideResNet, 10, 2),
+    "wrn_16_1": partial(WideResNet, 16, 1),
+    "wrn_16_2": partial(WideResNet, 16, 2),
+    "wrn_28_2": partial(WideResNet, 28, 2),
+    "wrn_40_1": partial(WideResNet, 40, 1),
+    "wrn_40_2": partial(WideResNet, 40, 2),
+    "vgg8": partial(VGG, (1, 1, 1, 1, 1)),
+    "vgg11": partial(VGG, (1, 1, 2, 2, 2)),
+    "vgg13": partial(VGG, (2, 2, 2, 2, 2)),
+    "vgg16": partial(VGG, (2, 2, 3, 3, 3)),
+    "vgg19": partial(VGG, (2, 2, 4, 4, 4)),
+    "MobileNetV2": MobileNetV2,
+    "ShuffleV1": ShuffleV1,
+    "ShuffleV2": ShuffleV2,
+}
+"""name -> network made from (classes, channels)"""
+
+# their training-only second outputs are not logits, and their default initialisation warns
+TORCHVISION_OPTIONS: dict[str, dict[str, Any]] = {
+    "googlenet": {"aux_logits": False, "init_weights": True},
+    "inception_v3": {"aux_logits": False, "init_weights": True},
+}
+
+
+def build(spec: str, classes: int, seed: int | None = None, channels: int = 3) -> nn.Module:
+    """Return a network on the CPU whose initial weights are a function of spec, shapes and `seed` alone.
+
+    `spec` is a name in `NETWORKS`, `torchvision:NAME`, `timm:NAME`, or `my.module:factory`, which is imported and
+    called with `num_classes=classes`. `seed` is in [0, 2^64); None, for networks about to be loaded, is the same as 0.
+    Torch's global generator is left as it was.
+
+    Raises:
+        SettingsError: the name is unknown, its package is missing, or it does not take these channels.
+    """
+    make = _maker(spec, classes, channels)
+    with torch.random.fork_rng(devices=[]):
+        # only the CPU's generator: torch.manual_seed would reseed the GPUs for the whole process
+        torch.default_generator.manual_seed(torch_seed(seed or 0))
+        return make()
+
+
+def require_known(spec: str, classes: int, channels: int = 3) -> None:
+    """Do nothing if `build` can make this network.
+
+    Raises:
+        SettingsError: the name is unknown, its package is missing, or it does not take these channels.
+    """
+    _maker(spec, classes, channels)
+
+
+def runs_foreign_code(spec: str) -> bool:
+    """Return whether building `spec` imports a module the spec names, so that it must come from the user.
+
+    >>> runs_foreign_code("my.module:factory"), runs_foreign_code("timm:resnet18"), runs_foreign_code("wrn_16_2")
+    (True, False, False)
+    """
+    return ":" in spec and spec.partition(":")[0] not in PACKAGES
+
+
+def _maker(spec: str, classes: int, channels: int) -> Callable[[], nn.Module]:
+    if spec in NETWORKS:
+        return partial(NETWORKS[spec], classes, channels)
+    source, colon, name = spec.partition(":")
+    if not colon:
+        raise SettingsError(
+            f"unknown network '{spec}'; {nearest(spec, NETWORKS)} (or torchvision:NAME, timm:NAME, my.module:factory)"
+        )
+    if source in PACKAGES:
+        return PACKAGES[source](name, classes, channels)
+    return partial(_call_factory, spec, _factory(source, name), classes)
+
+
+def _torchvision(name: str, classes: int, channels: int) -> Callable[[], nn.Module]:
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise SettingsError(f"unknown network 'torchvision:{name}'; {nearest(name, known)}")
+    if channels != 3:
+        raise SettingsError(f"torchvision:{name} takes 3 channels, the images have {channels}; use timm:NAME instead")
+    options = TORCHVISION_OPTIONS.get(name, {})
+    return partial(torchvision.models.get_model, name, weights=None, num_classes=classes, **options)
+
+
+def _timm(name: str, classes: int, channels: int) -> Callable[[], nn.Module]:
+    if timm is None:
+        raise SettingsError(f"timm:{name} needs the package timm; install it with: pip install 'kcdcache[timm]'")
+    if not timm.is_model(name):
+        raise SettingsError(f"unknown network 'timm:{name}'; {nearest(name, timm.list_models())}")
+    return partial(timm.create_model, name, pretrained=False, num_classes=classes, in_chans=channels)
+
+
+PACKAGES: dict[str, Callable[[str, int, int], Callable[[], nn.Module]]] = {"torchvision": _torchvision, "timm": _timm}
+"""prefix of a spec -> how that package makes (name, classes, channels)"""
+
+
+def _factory(module_name: str, name: str) -> Callable[..., Any]:
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise SettingsError(f"'{module_name}:{name}': {error}; is its folder on PYTHONPATH?") from None
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        hint = nearest(name, [key for key in vars(module) if not key.startswith("_")])
+        raise SettingsError(f"{module_name} has no function '{name}'; {hint}")
+    return factory
+
+
+def _call_factory(spec: str, factory: Callable[..., Any], classes: int) -> nn.Module:
+    network = factory(num_classes=classes)
+    if not isinstance(network, nn.Module):
+        raise SettingsError(f"{spec} should return a torch.nn.Module, it returned {type(network).__name__}")
+    return network
+
+
+def torch_seed(seed: int) -> int:
+    """Return the seed for torch's CPU generator that stands for a seed in [0, 2^64) of ours."""
+    # torch's CPU generator keeps only the low 32 bits of a seed, so all 64 are hashed into them
+    return int.from_bytes(hashlib.sha256(f"kcdcache weights {seed}".encode()).digest()[:8], "little")
+
+
+@lru_cache(maxsize=32)
+def tap_shapes(name: str, classes: int, channels: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+    """Return tap -> shape of one sample's value, (channels, h, w) or (size,), for images of this size.
+
+    Raises:
+        SettingsError: the network is unknown, or cannot see such images.
+    """
+    with torch.device("meta"):
+        network = build(name, classes, channels=channels).eval()
+        names = list(taps.stage_taps(network))
+        try:
+            found = taps.run(network, torch.empty(2, channels, height, width), names)
+        except RuntimeError as error:
+            first = str(error).split("\n")[0]
+            raise SettingsError(f"{name} cannot see images of {channels}x{height}x{width} pixels: {first}") from None
+    return {tap: tuple(value.shape[1:]) for tap, value in found.items()}

@@ -1,0 +1,167 @@
+"""Feature taps: inner values of a network by names that are the same for every family."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torchvision
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kcdcache.errors import SettingsError
+from kcdcache.networks.mobilenet import MobileNetV2
+from kcdcache.networks.resnet import ResNet, ResNet50
+from kcdcache.networks.shufflenet import ShuffleV1, ShuffleV2
+from kcdcache.networks.vgg import VGG
+from kcdcache.networks.wrn import WideResNet
+from kcdcache.settings import nearest
+
+FILTERS = "filters:"
+"""begins the name under which a student's own filter profile of a stage is asked for, beside its taps"""
+
+
+class Tap(NamedTuple):
+    """Where a value is read: the input or the output of one submodule ("" is the network itself)."""
+
+    path: str
+    side: Literal["input", "output"]
+
+
+def _layer_taps(module: Any, stem: str, relu: str, count: int = 3) -> dict[str, Tap]:
+    """Return the taps of `layer1` to `layer<count>`, of which every last block ends in the ReLU of that name."""
+    numbers = range(1, count + 1)
+    last = {n: len(module.get_submodule(f"layer{n}")) - 1 for n in numbers}
+    stages = {f"stage{n}": Tap(f"layer{n}", "output") for n in numbers}
+    before = {f"stage{n}.pre": Tap(f"layer{n}.{last[n]}.{relu}", "input") for n in numbers}
+    return {"stage0": Tap(stem, "output"), **stages, **before}
+
+
+def _wide_resnet_taps(module: Any) -> dict[str, Tap]:
+    stages = {f"stage{n}": Tap(f"block{n}", "output") for n in (1, 2, 3)}
+    norms = ("block2.layer.0.bn1", "block3.layer.0.bn1", "bn1")
+    before = {f"stage{n}.pre": Tap(path, "output") for n, path in enumerate(norms, start=1)}
+    return {"stage0": Tap("conv1", "output"), **stages, **before}
+
+
+def _vgg_taps(module: Any) -> dict[str, Tap]:
+    stages = {f"stage{n}": Tap(f"block{n}", "output") for n in range(5)}
+    relus = {n: len(module.get_submodule(f"block{n}")) - 1 for n in range(1, 5)}
+    return {**stages, **{f"stage{n}.pre": Tap(f"block{n}.{relu}", "input") for n, relu in relus.items()}}
+
+
+def _mobilenet_taps(module: Any) -> dict[str, Tap]:
+    ends = {f"stage{n}": Tap(f"blocks.{index}", "output") for n, index in enumerate((1, 2, 4, 6), start=1)}
+    # its blocks end without activation, so that RepDistiller, too, gives the same with and without
+    return {"stage0": Tap("conv1", "output"), **ends, **{f"{name}.pre": tap for name, tap in ends.items()}}
+
+
+TAPS: dict[type[nn.Module], Callable[[Any], dict[str, Tap]]] = {
+    ResNet: partial(_layer_taps, stem="relu", relu="relu2"),
+    ResNet50: partial(_layer_taps, stem="relu", relu="relu3", count=4),
+    WideResNet: _wide_resnet_taps,
+    VGG: _vgg_taps,
+    MobileNetV2: _mobilenet_taps,
+    ShuffleV1: partial(_layer_taps, stem="relu", relu="relu3"),
+    ShuffleV2: partial(_layer_taps, stem="relu", relu="relu3"),
+    torchvision.models.ResNet: partial(_layer_taps, stem="maxpool", relu="relu", count=4),
+}
+"""family -> its stages: `stage0` is the stem, `stageN` what RepDistiller calls feature N with preact=False, and
+`stageN.pre` the same with preact=True: the value whose ReLU is `stageN` (ShuffleV2: `stageN` before its shuffle;
+wide networks: what the next stage starts from; MobileNetV2 activates no stage, so both are equal)"""
+
+
+def stage_taps(module: nn.Module) -> dict[str, Tap]:
+    """Return all taps of a network by name.
+
+    Every network has `logits` (its output) and, where it ends in a linear classifier, `penultimate` (the vector that
+    classifier reads: the input of the last `nn.Linear`). The families in `TAPS` have stages besides.
+    """
+    stages = TAPS[type(module)](module) if type(module) in TAPS else {}
+    linear = [path for path, inner in module.named_modules() if isinstance(inner, nn.Linear)]
+    penultimate = {"penultimate": Tap(linear[-1], "input")} if linear else {}
+    return {**stages, **penultimate, "logits": Tap("", "output")}
+
+
+def filters(module: nn.Module) -> dict[str, list[Tensor]]:
+    """Return stage -> weights of its convolutions, shortcuts included, in the order the network lists them.
+
+    A stage has all convolutions after the stage before it, up to and with the submodule that gives its value.
+
+    Raises:
+        SettingsError: the stages of this family are not known.
+    """
+    paths = [path for path, _ in module.named_modules()]
+    ends = {
+        name: max(place for place, path in enumerate(paths) if f"{path}.".startswith(f"{tap.path}."))
+        for name, tap in stage_taps(module).items()
+        if name.startswith("stage") and not name.endswith(".pre")
+    }
+    if not ends:
+        raise SettingsError(f"the stages of {type(module).__name__} are not known, so its filters have no groups")
+    found: dict[str, list[Tensor]] = {name: [] for name in ends}
+    for place, (_, inner) in enumerate(module.named_modules()):
+        following = [name for name, end in ends.items() if place <= end]
+        if isinstance(inner, nn.Conv2d) and following:
+            found[min(following, key=lambda name: ends[name])].append(inner.weight)
+    return {name: layers for name, layers in found.items() if layers}
+
+
+def run(
+    module: nn.Module, pixels: Float[Tensor, "batch channels h w"], names: Sequence[str]
+) -> dict[str, Float[Tensor, "batch ..."]]:
+    """Return the named values of one forward pass over transformed pixels, in the order asked for.
+
+    The values carry gradients if the pass does. The network is left without hooks, also after an exception.
+
+    Raises:
+        SettingsError: a name is not a tap of this network, or the network does not do what the tap assumes.
+    """
+    taps = _known(module, names)
+    found: dict[str, Any] = {}
+    with ExitStack() as hooks:
+        for name, tap in taps.items():
+            hooks.enter_context(_listen(module.get_submodule(tap.path), tap.side, name, found))
+        logits = module(pixels)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise SettingsError(f"{type(module).__name__} should return logits of shape (batch, classes)")
+    for name, tap in taps.items():
+        _check(module, name, tap, found, logits.shape[1])
+    return {name: found[name] for name in names}
+
+
+def _known(module: nn.Module, names: Sequence[str]) -> dict[str, Tap]:
+    taps = stage_taps(module)
+    for name in names:
+        if name not in taps:
+            raise SettingsError(f"{type(module).__name__} has no value '{name}'; {nearest(name, list(taps))}")
+    return {name: taps[name] for name in names}
+
+
+def _listen(module: nn.Module, side: Literal["input", "output"], name: str, found: dict[str, Any]) -> RemovableHandle:
+    def keep_input(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        # in the torchvision families one in-place ReLU serves a whole block: its last call counts, and overwrites
+        found[name] = inputs[0].clone() if getattr(module, "inplace", False) else inputs[0]
+
+    def keep_output(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        found[name] = output
+
+    if side == "input":
+        return module.register_forward_pre_hook(keep_input)
+    return module.register_forward_hook(keep_output)
+
+
+def _check(module: nn.Module, name: str, tap: Tap, found: dict[str, Any], classes: int) -> None:
+    network = type(module).__name__
+    if not isinstance(found.get(name), Tensor):
+        raise SettingsError(f"'{name}' of {network}: its forward pass gives no tensor at '{tap.path}'")
+    if name != "penultimate":
+        return
+    size = module.get_submodule(tap.path).out_features
+    if size != classes or found[name].ndim != 2:
+        shape = tuple(found[name].shape)
+        raise SettingsError(
+            f"'penultimate' of {network}: its last linear layer '{tap.path}' turns {shape} into {size} values, but the "
+            f"network gives {classes} logits, so it is not the classifier; define the classifier last"
+        )

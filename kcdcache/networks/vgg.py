@@ -1,0 +1,51 @@
+"""The VGG networks of the paper, in the layout of the published CRD checkpoints."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kcdcache.networks.resnet import initialise_classifier, initialise_convolutions
+
+WIDTHS = (64, 128, 256, 512, 512)
+POOLED_SIDE = 64
+"""image side from which on the last block, too, comes after a pooling"""
+
+
+class VGG(nn.Module):
+    """Five blocks of 3x3 convolutions, each normalised and activated, then one linear classifier.
+
+    `depths` are the convolutions per block. The image is halved after each of the first three blocks, so its sides are
+    at least 8, and after the fourth from a height of 64 on. Source: Simonyan and Zisserman 2015, Table 1, with batch
+    normalisation (Ioffe and Szegedy 2015); pooling, names and initialisation as in RepDistiller's `models/vgg.py`,
+    which tells only 32 and 64 apart.
+    """
+
+    def __init__(self, depths: tuple[int, int, int, int, int], classes: int, channels: int = 3) -> None:
+        super().__init__()
+        self.block0 = _block(channels, WIDTHS[0], depths[0])
+        self.block1 = _block(WIDTHS[0], WIDTHS[1], depths[1])
+        self.block2 = _block(WIDTHS[1], WIDTHS[2], depths[2])
+        self.block3 = _block(WIDTHS[2], WIDTHS[3], depths[3])
+        self.block4 = _block(WIDTHS[3], WIDTHS[4], depths[4])
+        self.pool = nn.MaxPool2d(2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(WIDTHS[-1], classes)
+        initialise_convolutions(self)
+        initialise_classifier(self.classifier)
+
+    def forward(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch classes"]:
+        """Return the logits of transformed pixels."""
+        features = self.pool(self.block0(pixels))
+        features = self.pool(self.block1(features))
+        features = self.block3(self.pool(self.block2(features)))
+        if pixels.shape[2] >= POOLED_SIDE:
+            features = self.pool(features)
+        return self.classifier(self.avgpool(self.block4(features)).flatten(1))
+
+
+def _block(inputs: int, outputs: int, depth: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for number in range(depth):
+        convolution = nn.Conv2d(inputs if number == 0 else outputs, outputs, 3, padding=1)
+        # the last is not in place: feature taps read what goes into it
+        layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=number < depth - 1)]
+    return nn.Sequential(*layers)

@@ -1,0 +1,251 @@
+"""Weights on disk: read without running code, digested, matched to a network, saved with their description."""
+
+import hashlib
+import io
+import pickle
+import pickletools
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, UnfinishedError, UnsafeError
+from kcdcache.files.atomic import (
+    canonical_json,
+    digest_of,
+    naming,
+    read_bounded,
+    read_json,
+    readable_json,
+    sha256_bytes,
+    write_atomic,
+)
+from kcdcache.networks.input_transform import InputTransform
+
+WRAPPERS = ("model", "state_dict")
+"""keys under which training scripts keep the weights in a checkpoint"""
+
+REPLICA_PREFIX = "module."
+"""what DataParallel puts before every name"""
+
+MOST_BYTES = 16 * 2**30
+"""of one file of weights"""
+MOST_HEADER_BYTES = 4 * 2**20
+"""of a safetensors file's list of tensors, which takes many times that once parsed; 10,000 tensors need 1 MB"""
+
+DOCUMENT_KEYS = ("architecture", "classes", "channels", "transform", "weights_sha256", "digest")
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors by name in a safetensors file, or in a torch file that holds tensors and plain values only.
+
+    Checkpoints that wrap the weights (see `WRAPPERS`) or prefix their names are unwrapped.
+
+    Raises:
+        NotFoundError: there is no such file.
+        UnsafeError: the file holds Python objects, which could run code when loaded, or is no plain file.
+        CorruptionError: the file is damaged or of another kind.
+        MismatchError: it holds something else than weights.
+    """
+    if not path.exists():
+        raise NotFoundError(f"no weights file at {path}")
+    parse = _parse_safetensors if path.suffix == ".safetensors" else _parse_torch
+    with naming(path):
+        data = read_bounded(path, MOST_BYTES)
+    return unwrap(parse(data, path), str(path))
+
+
+def unwrap(content: Any, where: str) -> dict[str, Tensor]:
+    """Return the tensors by name inside a checkpoint, out of its wrapping and without replica prefixes.
+
+    Raises:
+        MismatchError: there are no tensors by name in it.
+    """
+    for key in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        raise MismatchError(f"{where} should hold tensors by name, it holds {_described(content)}")
+    other = [name for name, value in content.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
+    if other:
+        raise MismatchError(
+            f"{where} should hold only tensors by name; '{other[0]}' is {_described(content[other[0]])}"
+        )
+    prefixed = all(name.startswith(REPLICA_PREFIX) for name in content)
+    return {name.removeprefix(REPLICA_PREFIX) if prefixed else name: value for name, value in content.items()}
+
+
+def digest_weights(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over names, types, shapes and bytes of all tensors; neither order nor memory layout count."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        header = canonical_json([name, str(tensor.dtype), list(tensor.shape)])
+        # with its length, so that no header can be taken for the bytes of the tensor before it
+        digest.update(len(header).to_bytes(8, "little") + header)
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def load_into(module: nn.Module, state: Mapping[str, Any], where: str) -> None:
+    """Copy weights into a network; every name and shape must agree (counters of batch normalisation may be absent).
+
+    Raises:
+        MismatchError: the weights are of another architecture or another number of classes; names the first difference.
+    """
+    found, expected = unwrap(state, where), module.state_dict()
+    missing = [name for name in expected if name not in found and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in found if name not in expected]
+    shaped = [name for name in expected if name in found and found[name].shape != expected[name].shape]
+    if missing or unexpected or shaped:
+        reason = _class_difference(module, found, shaped) if shaped and not missing and not unexpected else None
+        reason = reason or _difference(expected, found, missing, unexpected, shaped)
+        raise MismatchError(f"the weights in {where} do not fit {type(module).__name__}: {reason}")
+    module.load_state_dict(found)
+
+
+def describe_network(
+    architecture: str, classes: Sequence[str], channels: int, transform: InputTransform, **extra: Any
+) -> dict[str, Any]:
+    """Return the document to save beside a network: what it is, its class names in label order, what it does to pixels.
+
+    `extra` are further JSON values, such as its accuracy.
+    """
+    known = {"architecture": architecture, "classes": list(classes), "channels": channels}
+    return {**extra, **known, "transform": transform.document()}
+
+
+def save_network(folder: Path, name: str, module: nn.Module, document: Mapping[str, Any]) -> None:
+    """Write a network as `<name>.safetensors` and, last, its document with that file's SHA-256 as `<name>.json`.
+
+    Equal weights and documents give equal bytes. `document` is from `describe_network`.
+
+    Raises:
+        NoSpaceError: the disk or quota is full.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # cloned, because safetensors refuses tensors that share memory
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in module.state_dict().items()}
+    data = safetensors.torch.save(tensors)
+    write_atomic(folder / f"{name}.safetensors", data)
+    content = {**document, "weights_sha256": sha256_bytes(data)}
+    write_atomic(folder / f"{name}.json", readable_json({**content, "digest": digest_of(content)}))
+
+
+def load_network(path: Path, name: str = "model") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the document and the weights `save_network` wrote, from its folder or from the path of its JSON file.
+
+    Raises:
+        NotFoundError: there is no network of that name.
+        UnfinishedError: only its weights are there, because saving was cut short.
+        CorruptionError: the document was changed or lacks a key, or the weights are not those it was written for.
+    """
+    record = path if path.suffix == ".json" else path / f"{name}.json"
+    weights = record.with_suffix(".safetensors")
+    if not record.exists() and weights.exists():
+        raise UnfinishedError(f"{weights} has no {record.name} beside it: run the command that makes it again")
+    document = read_json(record)
+    _check_document(document, record)
+    if document.pop("digest") != digest_of(document):
+        raise CorruptionError(f"{record} was changed after it was written: its content does not match its digest")
+    if not weights.exists():
+        raise CorruptionError(f"{record} describes {weights.name}, which is not there")
+    with naming(weights):
+        data = read_bounded(weights, MOST_BYTES)
+    if sha256_bytes(data) != document["weights_sha256"]:
+        raise CorruptionError(f"{weights} is damaged or was replaced: its SHA-256 is not the one in {record.name}")
+    return document, _parse_safetensors(data, weights)
+
+
+def _parse_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
+    if (length := int.from_bytes(data[:8], "little")) > MOST_HEADER_BYTES:
+        raise CorruptionError(f"{path} should be a safetensors file: its header claims {length} bytes")
+    try:
+        return safetensors.torch.load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CorruptionError(f"{path} should be a safetensors file: {error}") from None
+
+
+def _parse_torch(data: bytes, path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            # torch warns of pickle protocols it may not know; then it fails, or it does not
+            warnings.simplefilter("ignore")
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes raise whatever the parser stumbles over
+        raise _refusal(data, path, error) from None
+
+
+def _refusal(data: bytes, path: Path, error: Exception) -> Exception:
+    if _holds_objects(data, error):
+        return UnsafeError(
+            f"{path} holds Python objects besides tensors and plain values; loading it could run any code, so it is "
+            "refused. If you trust where it is from, convert it elsewhere: load it with torch, save its state dict "
+            "with safetensors.torch.save_file, and give the .safetensors file here"
+        )
+    # torch's text for what its unpickler refuses advises to switch the protection off
+    reason = "" if isinstance(error, pickle.UnpicklingError) else f": {type(error).__name__}: {str(error)[:200]}"
+    return CorruptionError(f"{path} is not a whole torch file{reason}")
+
+
+def _holds_objects(data: bytes, error: Exception) -> bool:
+    refused = isinstance(error, pickle.UnpicklingError) and (data[:2] == b"PK" or _is_pickle(data))
+    return refused or "TorchScript" in str(error)
+
+
+def _is_pickle(data: bytes) -> bool:
+    try:
+        return sum(1 for _ in pickletools.genops(data)) > 0
+    except Exception:  # as above; genops only lists the steps and runs none
+        return False
+
+
+def _check_document(document: Any, record: Path) -> None:
+    if not isinstance(document, dict):
+        raise CorruptionError(f"{record} should describe a network, it holds {_described(document)}")
+    missing = [key for key in DOCUMENT_KEYS if key not in document]
+    if missing:
+        raise CorruptionError(f"{record} should describe a network; it lacks '{missing[0]}'")
+    if not isinstance(document["transform"], dict):
+        raise CorruptionError(f"{record} should hold an input transform, it holds {_described(document['transform'])}")
+
+
+def _class_difference(module: nn.Module, found: Mapping[str, Tensor], shaped: Sequence[str]) -> str | None:
+    linear = [path for path, inner in module.named_modules() if isinstance(inner, nn.Linear)]
+    if not linear or not all(name.startswith(f"{linear[-1]}.") for name in shaped):
+        return None
+    expected = module.get_submodule(linear[-1]).out_features
+    weight = found[f"{linear[-1]}.weight"]
+    return (
+        f"they are for {weight.shape[0]} classes, the network here has {expected}"
+        if weight.shape[0] != expected
+        else None
+    )
+
+
+def _difference(
+    expected: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    shaped: Sequence[str],
+) -> str:
+    parts = ["another architecture"]
+    if missing:
+        parts.append(f"{len(missing)} tensors are missing, first '{missing[0]}'")
+    if unexpected:
+        parts.append(f"{len(unexpected)} are unexpected, first '{unexpected[0]}'")
+    if shaped:
+        sides = f"{list(expected[shaped[0]].shape)} expected, {list(found[shaped[0]].shape)} found"
+        parts.append(f"{len(shaped)} have another shape, first '{shaped[0]}': {sides}")
+    return "; ".join(parts)
+
+
+def _described(value: Any) -> str:
+    keys = f" with the keys {', '.join(map(str, list(value)[:8]))}" if isinstance(value, Mapping) else ""
+    return f"a {type(value).__name__}{keys}"

@@ -1,0 +1,1 @@
+"""Many commands, in order or side by side."""

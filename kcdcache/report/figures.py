@@ -1,0 +1,323 @@
+"""The figures of a report as PNG: colours that any colour vision tells apart, axes with units, a caption for each."""
+
+import io
+import textwrap
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from kcdcache.report.tables import printable
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's palette: told apart with any colour vision"""
+STYLES = ("-", "--", ":", "-.")
+AS_IS, ENRICHED, LEFT_OUT = "#0072B2", "#56B4E9", "#D9D9D9"
+WIDTH = 9.5
+DOTS = 120
+"""per inch"""
+LONGEST = 34
+"""characters of a name in a figure"""
+
+
+class Picture(NamedTuple):
+    """A figure ready to be shown."""
+
+    key: str
+    title: str
+    caption: str
+    """how to read it"""
+    png: bytes
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Draw with our fonts and sizes; names are never taken for formulas, and may hold letters the font lacks."""
+    ours: dict[Any, Any] = {
+        "text.parse_math": False, "font.size": 10, "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11, "axes.formatter.useoffset": False,
+        "legend.framealpha": 0.9, "figure.facecolor": "white",
+    }  # fmt: skip
+    with matplotlib.rc_context(ours), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph|Matplotlib currently does not support")
+        yield
+
+
+def drawn(key: str, title: str, caption: str, height: float, draw: Callable[[Figure], None]) -> Picture:
+    """Return the picture that `draw` makes on an empty figure of that height in inches."""
+    with styled():
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure)
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", dpi=DOTS, metadata={"Software": None})
+    return Picture(key, title, caption, stream.getvalue())
+
+
+def short(name: str, most: int = LONGEST) -> str:
+    """Return a name as it fits into a figure: one line of at most so many characters, its beginning and its end."""
+    text = printable(name)
+    half = most // 2
+    return text if len(text) <= most else f"{text[: most - half - 1]}…{text[-half:]}"
+
+
+def told_apart(names: Sequence[str], most: int = LONGEST) -> dict[str, str]:
+    """Return name -> how a figure calls it: without the `WHAT:` that all begin with, and `short` where that is enough.
+
+    Names that differ stay different: where cutting them to `most` characters would make two of them the same, all of
+    them are cut later.
+
+    >>> told_apart(["noise 0.4, small: KD", "noise 0.4, small: KCD", "teacher"])
+    {'noise 0.4, small: KD': 'KD', 'noise 0.4, small: KCD': 'KCD', 'teacher': 'teacher'}
+    """
+    different = dict.fromkeys(names)
+    heads = {name.rpartition(": ")[0] for name in different if ": " in name}
+    common = f"{heads.pop()}: " if len(heads) == 1 and len(different) > 1 else ""
+    rest = {name: name.removeprefix(common) for name in different}
+    rest = rest if len(set(rest.values())) == len(rest) else {name: name for name in different}
+    longest = max(map(len, rest.values()), default=0)
+    while True:
+        found = {name: short(text, most) for name, text in rest.items()}
+        if len(set(found.values())) == len(found) or most >= longest:
+            return found
+        most *= 2
+
+
+def wrapped(label: str) -> str:
+    """Return a label as it stands beside an axis: in lines of a tick's width."""
+    return textwrap.fill(label, LONGEST)
+
+
+class Line(NamedTuple):
+    """Mean over a row's seeds, with the range over them."""
+
+    name: str
+    n: int
+    x: np.ndarray
+    y: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def lines(rows: Sequence[Mapping[str, Any]], x: str, y: str, scale: float = 1.0) -> list[Line]:
+    """Return one line per row of runs: y (times `scale`) over x, means over the seeds that have both, by epoch."""
+    points: dict[str, dict[int, list[tuple[float, float]]]] = {}
+    for row in rows:
+        if row.get(x) is not None and row.get(y) is not None:
+            by_epoch = points.setdefault(row["row"], {})
+            by_epoch.setdefault(row["epoch"], []).append((float(row[x]), scale * float(row[y])))
+    found = []
+    for name, by_epoch in points.items():
+        groups = [np.array(by_epoch[epoch]) for epoch in sorted(by_epoch)]
+        columns = [[g[:, 0].mean(), g[:, 1].mean(), g[:, 1].min(), g[:, 1].max()] for g in groups]
+        found.append(Line(name, max(map(len, groups)), *np.array(columns).T))
+    return found
+
+
+def plot(axes: Axes, found: Sequence[Line], order: Sequence[str], xscale: float = 1.0) -> None:
+    """Draw lines, each in the colour of its row, with the range over seeds behind it."""
+    names = told_apart(order)
+    for line in found:
+        place = order.index(line.name)
+        colour, style = COLOURS[place % len(COLOURS)], STYLES[place // len(COLOURS) % len(STYLES)]
+        label = names[line.name] + (f" (n = {line.n})" if line.n > 1 else "")
+        marker = "o" if len(line.x) <= 30 else ""
+        axes.plot(
+            line.x * xscale, line.y, style, color=colour, label=label, linewidth=1.6, marker=marker, markersize=3.5
+        )
+        if line.n > 1:
+            axes.fill_between(line.x * xscale, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+
+
+def zoomed(axes: Axes, found: Sequence[Line], share: float = 0.5) -> None:
+    """Cut off what lies below the means' lowest point after the first `share` of their length, to tell ends apart."""
+    ends = [line.y[int(share * len(line.y)) :].min() for line in found]
+    tops = [line.high.max() for line in found]
+    if ends and max(tops) > min(ends):
+        margin = 0.1 * (max(tops) - min(ends))
+        axes.set_ylim(min(ends) - margin, max(tops) + margin)
+
+
+def accuracy(rows: Sequence[Mapping[str, Any]]) -> Picture:
+    """Return test accuracy against student samples consumed, and against wall time."""
+    order = list(dict.fromkeys(row["row"] for row in rows))
+
+    def draw(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2, sharey=True)
+        most = max((row["samples_so_far"] for row in rows), default=0)
+        unit, scale = ("thousands", 1e-3) if most < 2e6 else ("millions", 1e-6)
+        by_samples = lines(rows, "samples_so_far", "test_accuracy", 100)
+        plot(left, by_samples, order, scale)
+        left.set(xlabel=f"student samples consumed ({unit})", ylabel="test accuracy (%)")
+        plot(right, lines(rows, "seconds_so_far", "test_accuracy", 100), order)
+        right.set(xlabel="training time (s)")
+        zoomed(left, by_samples)
+        legend_below(figure, *left.get_legend_handles_labels())
+
+    caption = (
+        "Each line is the mean over a row's seeds, the band runs from the worst to the best seed. Left: for the same "
+        "number of samples, higher is better; a condensed student stops earlier, because it saw fewer samples. Right: "
+        "the same against training time; the teacher's own time is not in it. The first epochs may lie below the axis."
+    )
+    return drawn("accuracy", "Accuracy against samples and against time", caption, 4.2 + below(order), draw)
+
+
+def training(rows: Sequence[Mapping[str, Any]]) -> Picture:
+    """Return loss, training accuracy, learning rate and agreement with the teacher against epochs."""
+    order = list(dict.fromkeys(row["row"] for row in rows))
+    panels = (
+        ("loss", 1.0, "training loss (nats)"), ("train_accuracy", 100.0, "training accuracy (%)"),
+        ("test_loss", 1.0, "test loss (nats)"), ("agreement", 100.0, "agrees with the teacher (%)"),
+    )  # fmt: skip
+
+    def draw(figure: Figure) -> None:
+        for axes, (name, scale, label) in zip(figure.subplots(2, 2, sharex=True).flat, panels, strict=True):
+            plot(axes, lines(rows, "epoch", name, scale), order)
+            axes.set(ylabel=label)
+            if name.endswith("loss"):
+                _log_scale(axes)
+        for axes in figure.axes[2:]:
+            axes.set(xlabel="epoch")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        legend_below(figure, *figure.axes[0].get_legend_handles_labels())
+
+    caption = (
+        "Loss and accuracy on what the student trains on, loss on test images, and how often the student's answer on "
+        "its training views is the teacher's. Losses of different methods, and of plain training, are not of one kind "
+        "and cannot be compared with each other; their shape can. A jump where a stage begins is the new set."
+    )
+    return drawn("training", "Training curves", caption, 6.2 + below(order), draw)
+
+
+def _log_scale(axes: Axes) -> None:
+    """Make the vertical axis logarithmic where its values span more than a factor of ten."""
+    low, high = axes.dataLim.intervaly
+    if 0 < 10 * low < high:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=20))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def forest(rows: Sequence[Mapping[str, Any]]) -> Picture | None:
+    """Return the paired differences in accuracy with their intervals; None where nothing was compared."""
+    chosen = [row for row in rows if row["measure"] == "accuracy last"]
+    if not chosen:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for place, row in enumerate(reversed(chosen)):
+            if row["low"] is not None:
+                axes.plot([row["low"], row["high"]], [place, place], color=COLOURS[0], linewidth=2)
+            axes.plot([row["mean"]], [place], "o", color=COLOURS[0], markersize=7)
+        axes.axvline(0, color="#444444", linewidth=1)
+        names = told_apart([row["row"] for row in chosen])
+        labels = [
+            wrapped(f"{names[row['row']]} (n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{row['n']})")
+            for row in reversed(chosen)
+        ]
+        axes.set_yticks(range(len(chosen)), labels)
+        axes.set(ylim=(-0.6, len(chosen) - 0.4), xlabel="accuracy minus the reference's (percentage points)")
+
+    references = ", ".join(dict.fromkeys(f"'{row['reference']}'" for row in chosen))
+    caption = (
+        f"Test accuracy of the last epoch minus that of {references}, seed by seed: the point is the mean, the bar the "
+        "95 % confidence interval (Student's t). A bar that crosses the vertical line at 0 means that these seeds "
+        "cannot tell the two apart. Without a bar there was only one pair."
+    )
+    return drawn("differences", "Paired differences in accuracy", caption, 1.3 + 0.55 * len(chosen), draw)
+
+
+def costs(rows: Sequence[Mapping[str, Any]]) -> Picture:
+    """Return what each row and store cost, one panel per kind of cost."""
+    panels = (
+        ("teacher_forwards", "teacher forwards\n(samples)"), ("student_samples", "student samples\nforwarded"),
+        ("rows_read", "rows read\nfrom the store"), ("bytes_read", "bytes read\nfrom the store"),
+        ("seconds", "seconds"),
+    )  # fmt: skip
+
+    def draw(figure: Figure) -> None:
+        places = range(len(rows))
+        for number, (axes, (name, label)) in enumerate(
+            zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True)
+        ):
+            numbers = [row.get(name) or 0 for row in rows]
+            axes.barh(places, numbers, color=COLOURS[number % len(COLOURS)])
+            for place, size in zip(places, numbers, strict=True):
+                axes.annotate(
+                    _brief(size), (size, place), xytext=(3, 0), textcoords="offset points", va="center", size=8
+                )
+            axes.set(title=label, xlim=(0, 1.5 * max([*numbers, 1e-9])), xticks=[])
+            axes.grid(False)
+            axes.spines["bottom"].set_visible(False)
+        names = told_apart([row["row"] for row in rows])
+        figure.axes[0].set_yticks(places, [wrapped(names[row["row"]]) for row in rows])
+        figure.axes[0].invert_yaxis()
+
+    caption = (
+        "Per run, means over seeds; each panel has its own scale. The store pays for the teacher once, all students "
+        "read it. Student samples are what condensation saves. Plain training reads no store."
+    )
+    return drawn("cost", "Where the cost lies", caption, 1.2 + 0.34 * len(rows), draw)
+
+
+def _brief(size: float) -> str:
+    for limit, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if size >= limit:
+            return f"{size / limit:.3g}{unit}"
+    return f"{size:.3g}"
+
+
+def distance_matrix(names: Sequence[str], matrix: np.ndarray, by_chance: Sequence[float]) -> Picture:
+    """Return the Hamming distances between the last sets of some runs; `by_chance` are those of random sets."""
+    count = len(names)
+    low, high = f"{min(by_chance):.2f}", f"{max(by_chance):.2f}"
+    chance = f"random sets of these sizes differ by {low}" + (f" to {high}" if low != high else "")
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        image = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=max(0.5, float(matrix.max())))
+        axes.grid(False)
+        axes.set_title(chance)
+        short_names = told_apart(names)
+        called = [short_names[name] for name in names]
+        axes.set_yticks(range(count), called)
+        axes.set_xticks(range(count), called, rotation=40, ha="right")
+        for row, column in np.ndindex(count, count) if count <= 16 else ():
+            colour = "white" if matrix[row, column] < 0.3 else "black"
+            axes.text(column, row, f"{matrix[row, column]:.2f}", ha="center", va="center", color=colour, size=8)
+        figure.colorbar(image, ax=axes, label="share of samples kept by one run only", shrink=0.8)
+
+    caption = (
+        "How far the last sets of two runs differ: the share of all samples that one keeps and the other does not; 0 "
+        "(dark) is the same set; above the matrix stands what chance would give. In the paper (Fig. 3c) students of "
+        "the same kind agree most."
+    )
+    return drawn("distances", "Distance between kept sets", caption, min(11.0, 2.6 + 0.42 * count), draw)
+
+
+def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Put a legend under a figure, in as many columns as fit beside each other."""
+    if handles:
+        across = min(columns(labels), len(handles))
+        figure.legend(handles, labels, loc="outside lower center", ncols=across, fontsize=9)
+
+
+def columns(labels: Iterable[str]) -> int:
+    """Return how many columns of a legend with such labels fit into a figure, 1 to 3."""
+    longest = max(map(len, labels), default=0)
+    return max(1, min(3, int((WIDTH - 0.3) / (0.65 + 0.072 * longest))))
+
+
+def below(names: Sequence[str]) -> float:
+    """Return the height in inches of a legend of some rows."""
+    labels = [f"{name} (n = 3)" for name in told_apart(names).values()]
+    return 0.22 * -(-len(labels) // columns(labels))

@@ -1,0 +1,323 @@
+"""The picture a newcomer sees first: from teacher to condensed set, with the numbers of the runs at hand."""
+
+import itertools
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from kcdcache.condense import compare
+from kcdcache.report import figures, statistics
+from kcdcache.report.figures import AS_IS, COLOURS, ENRICHED, LEFT_OUT, Picture, drawn, legend_below, short, told_apart
+from kcdcache.report.load import Findings, Run
+
+ACROSS, BOX_WIDTH, BOX_HEIGHT = (0.1, 0.3, 0.5, 0.7, 0.9), 0.165, 0.36
+FILLS = ("#56B4E9", "#D9D9D9", "#D9D9D9", "#009E73", "#E69F00")
+
+
+class _Box(NamedTuple):
+    title: str
+    lines: tuple[str, ...]
+
+
+def drawn_of(found: Findings) -> Picture | None:
+    """Return the chain teacher, views, store, student, condensed set, or None where no run condensed from a store."""
+    students = [run for runs in found.rows().values() for run in runs if run.condenses]
+    stores = [told for _, told in found.stores]
+    if not students or not stores:
+        return None
+    knowledge = next((told for told in stores if told.get("knowledge_id") == _knowledge_of(students[0])), stores[0])
+    boxes = _boxes(knowledge, students[0], _accuracy(found, _teacher_of(knowledge)))
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+        axes.axis("off")
+        for centre, box, fill in zip(ACROSS, boxes, FILLS, strict=True):
+            _draw_box(axes, centre, box, fill)
+        for left, right in itertools.pairwise(ACROSS):
+            _arrow(axes, (left + BOX_WIDTH / 2, 0.6), (right - BOX_WIDTH / 2, 0.6))
+        _arrow(axes, (ACROSS[4], 0.6 - BOX_HEIGHT / 2), (ACROSS[3], 0.6 - BOX_HEIGHT / 2), curve=-0.45)
+        below = (ACROSS[3] + ACROSS[4]) / 2
+        axes.text(below, 0.15, "next stage trains on the set", ha="center", size=9)
+        axes.plot((ACROSS[0] - BOX_WIDTH / 2, ACROSS[2] + BOX_WIDTH / 2), (0.3, 0.3), color="black", linewidth=1)
+        axes.text(ACROSS[1], 0.15, "paid once, for any number of students", ha="center", size=9)
+        axes.text(below, 0.84, "each sample's value to the student", ha="center", size=9)
+
+    caption = (
+        "The chain with this folder's numbers. Teacher, views and store are paid once, for any number of students; the "
+        "loop on the right is the method: online value estimation (OGVE) and knowledge summary (VAKS)."
+    )
+    return figures.drawn("chain", "From teacher to condensed set", caption, 2.9, draw)
+
+
+def _knowledge_of(run: Run) -> Any:
+    return run.record["inputs"].get("knowledge_id")
+
+
+def _teacher_of(knowledge: Mapping[str, Any]) -> str:
+    return str(knowledge["knowledge"]["teacher"]["architecture"])
+
+
+def _accuracy(found: Findings, teacher: str) -> str:
+    """Return the teacher's accuracy as text, where a run that trained it lies beside the store."""
+    rows = [runs for runs in found.rows().values() if not runs[0].stages and runs[0].summary.get("model") == teacher]
+    mean = statistics.spread([float(run.summary["accuracy_last"]) for run in rows[0]]).mean if rows else None
+    return "" if mean is None else f"{100 * mean:.1f} % right"
+
+
+def _boxes(knowledge: Mapping[str, Any], run: Run, accuracy: str) -> Sequence[_Box]:
+    last = run.sets[-1]
+    mixed = int(last.mixed.sum())
+    return (
+        _Box("teacher", (_teacher_of(knowledge), accuracy)),
+        _Box("views", (f"{knowledge['samples']:,} images", f"x {knowledge['views']} views each")),
+        _Box("store", (f"{knowledge['points']:,} points", f"{knowledge['bytes'] / 2**20:,.1f} MiB, read by all")),
+        _Box(
+            "student", (str(run.summary.get("model", "")), f"{100 * float(run.summary['accuracy_last']):.1f} % right")
+        ),
+        _Box("condensed set", (f"{len(last):,} of {last.count:,}", f"{mixed:,} of them enriched")),
+    )
+
+
+def _draw_box(axes: Axes, centre: float, box: _Box, fill: str) -> None:
+    corner = (centre - BOX_WIDTH / 2, 0.6 - BOX_HEIGHT / 2)
+    axes.add_patch(Rectangle(corner, BOX_WIDTH, BOX_HEIGHT, facecolor=fill, edgecolor="black", alpha=0.55))
+    axes.text(centre, 0.69, box.title, ha="center", va="center", size=11, weight="bold")
+    axes.text(centre, 0.54, "\n".join(map(figures.short, filter(None, box.lines))), ha="center", va="center", size=9)
+
+
+def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], curve: float = 0.0) -> None:
+    style = {"arrowstyle": "-|>", "color": "black", "linewidth": 1.4, "connectionstyle": f"arc3,rad={curve}"}
+    axes.annotate("", xy=end, xytext=start, arrowprops=style)
+
+
+Named = Sequence[tuple[str, Run]]
+
+MOST_LINES = 600
+"""samples drawn one by one in a pattern; of more, evenly spaced ones in the order drawn"""
+MOST_CLASSES = 24
+"""classes whose names are shown"""
+TITLE = 38
+"""characters of a line of a panel's title, of two panels beside each other"""
+PARTS = (("kept as they are (K_1H)", AS_IS), ("kept and enriched (K_Aug)", ENRICHED), ("dropped (K_0)", LEFT_OUT))
+
+
+def set_names(run: Run) -> list[str]:
+    """Return how a run's sets are called on an axis."""
+    names = [str(stage.number) for stage in run.stages]
+    exported = run.stages[-1].values is None and len(names) > 1
+    return [*names[:-1], "end"] if exported else names
+
+
+def sizes(found: Named) -> Picture:
+    """Return how many samples each set keeps as they are, keeps enriched, and drops."""
+
+    def draw(figure: Figure) -> None:
+        for axes, run in _panels(figure, found):
+            parts = compare.parts(run.sets)
+            bottom = np.zeros(len(parts))
+            for (label, colour), code in zip(PARTS, (compare.KEPT, compare.MIXED, compare.DROPPED), strict=True):
+                share = 100 * (parts == code).mean(axis=1)
+                axes.bar(range(len(parts)), share, bottom=bottom, label=label, color=colour, edgecolor="white")
+                bottom += share
+            for place, kept in enumerate(100 * (parts > compare.DROPPED).mean(axis=1)):
+                axes.text(place, kept + 1, f"{kept:.0f} %", ha="center", va="bottom", size=9)
+            axes.set_ylim(0, 108)
+            _stage_axis(axes, run, "share of all samples (%)")
+        _legend(figure)
+
+    caption = (
+        "The keep fraction shrinks from stage to stage; the number is the share kept. Dark: kept as they are; "
+        "light blue: less valuable ones that are kept but enriched with a bit of a dropped sample each; grey: dropped. "
+        "'end' is the set that is exported for other students."
+    )
+    return drawn("sizes", "What each stage keeps", caption, _tall(found, 3.3), draw)
+
+
+def bands(found: Named) -> Picture:
+    """Return the values of the samples that the next set keeps, and of those it drops."""
+
+    def draw(figure: Figure) -> None:
+        for axes, run in _panels(figure, found):
+            parts = compare.parts(run.sets)
+            for code, (label, colour) in enumerate((("dropped next", COLOURS[1]), ("kept next", COLOURS[0]))):
+                rows = [
+                    (place, np.quantile(stage.values.value[chosen], (0.1, 0.5, 0.9)))
+                    for place, stage in enumerate(run.stages[:-1])
+                    if stage.values is not None and (chosen := (parts[place + 1] > 0) == bool(code)).any()
+                ]
+                if rows:
+                    places, numbers = [place for place, _ in rows], np.array([q for _, q in rows])
+                    axes.plot(places, numbers[:, 1], "-o" if code else "--s", color=colour, label=label, markersize=4)
+                    axes.fill_between(places, numbers[:, 0], numbers[:, 2], color=colour, alpha=0.18, linewidth=0)
+            _stage_axis(axes, run, "value V (nats)", len(run.stages) - 1)
+            axes.set_xlabel("end of stage")
+        _legend(figure)
+
+    caption = (
+        "A sample's value is the mean entropy of the student's answers on it so far (Eq. 12): high means that the "
+        "student is still unsure and the teacher still has something to say. Lines are medians, bands hold the middle "
+        "80 %. Values fall as the student learns; ranked by value, those dropped next lie below those kept. A dropped "
+        "sample keeps its value until it is kept again, which is why the lower line need not fall."
+    )
+    return drawn("values", "Values of samples kept and dropped", caption, _tall(found, 3.3), draw)
+
+
+def pattern(name: str, run: Run) -> Picture:
+    """Return samples x stages: how valuable each is at each stage's end, and in which sets it is.
+
+    Source: Fig. 3b of Knowledge Condensation Distillation (arXiv 2207.05409).
+    """
+    parts = compare.parts(run.sets)
+    scores = [stage.score for stage in run.stages if stage.score is not None]
+    ranks = np.array([compare.percentiles(score) for score in scores])
+    order = np.argsort(-ranks[-1], kind="stable")
+    order = order[np.unique(np.linspace(0, len(order) - 1, min(len(order), MOST_LINES)).round().astype(int))]
+
+    def draw(figure: Figure) -> None:
+        upper, lower = figure.subplots(2, 3, width_ratios=(1, 1, 1.15), height_ratios=(1, 0.03))
+        left, middle, right = upper
+        image = left.imshow(
+            100 * ranks[:, order].T, aspect="auto", cmap="cividis", vmin=0, vmax=100, interpolation="none"
+        )
+        figure.colorbar(image, cax=lower[0], label="rank (100 = most valuable)", orientation="horizontal")
+        colours = ListedColormap([LEFT_OUT, AS_IS, ENRICHED])
+        middle.imshow(parts[:, order].T, aspect="auto", cmap=colours, vmin=0, vmax=2, interpolation="none")
+        lower[1].legend(handles=[Patch(color=c, label=label) for label, c in PARTS], loc="upper center", fontsize=8)
+        for axes, title, count in ((left, "rank by value", len(scores)), (middle, "in the set?", len(parts))):
+            axes.grid(False)
+            axes.set(title=title, yticks=[])
+            axes.set_xticks(range(count), set_names(run)[:count])
+        left.set(xlabel="end of stage", ylabel="samples, most valuable at the end on top")
+        middle.set_xlabel("set of stage")
+        _movers(right, ranks, set_names(run)[: len(scores)])
+        lower[2].legend(*right.get_legend_handles_labels(), loc="upper center", ncols=2, fontsize=8)
+        for axes in lower[1:]:
+            axes.set_axis_off()
+
+    caption = (
+        f"{len(order):,} of the {run.sets[0].count:,} samples of one run. Left: every line is a sample, "
+        "coloured by its rank among all at each stage's end, yellow for the most valuable. A line of one colour is a "
+        "sample whose rank does not change. "
+        "Middle: the same samples, whether each set keeps them. Right: the ten samples that rose and fell most: value "
+        "is not fixed, which is why it is estimated again and dropped samples may return (as Fig. 3b of the paper)."
+    )
+    return drawn(f"pattern-{run.name}", f"Value pattern over stages: {name}", caption, 5.6, draw)
+
+
+def _movers(axes: Axes, ranks: np.ndarray, names: Sequence[str]) -> None:
+    change = ranks[-1] - ranks[0]
+    order = np.argsort(change, kind="stable")
+    few = min(5, len(order) // 2)
+    for chosen, colour, style, label in (
+        (order[-few:], COLOURS[0], "-o", "rose most"), (order[:few], COLOURS[1], "--s", "fell most"),
+    ):  # fmt: skip
+        for number, sample in enumerate(chosen if few else ()):
+            axes.plot(
+                100 * ranks[:, sample],
+                style,
+                color=colour,
+                markersize=3,
+                alpha=0.8,
+                label=label if not number else None,
+            )
+    axes.set_xticks(range(len(names)), names)
+    axes.set(
+        title="samples that moved most", xlabel="end of stage", ylabel="rank (100 = most valuable)", ylim=(-3, 103)
+    )
+
+
+def turnover(found: Named) -> Picture:
+    """Return how many samples stay, leave and return from set to set."""
+
+    def draw(figure: Figure) -> None:
+        for axes, run in _panels(figure, found):
+            count = run.sets[0].count
+            rows = compare.turnover(compare.parts(run.sets))[1:]
+            places = np.arange(1, len(rows) + 1)
+            kinds = (
+                ("left", COLOURS[1], -0.27, ""),
+                ("returned", COLOURS[2], 0.0, "//"),
+                ("new", COLOURS[4], 0.27, ".."),
+            )
+            for kind, colour, shift, hatch in kinds:
+                share = np.array([100 * getattr(row, kind) / count for row in rows])
+                axes.bar(places + shift, share, 0.27, color=colour, label=kind, hatch=hatch, edgecolor="white")
+            axes.set_xticks(places, set_names(run)[1:])
+            axes.set(xlabel="set of stage", ylabel="share of all samples (%)")
+        _legend(figure)
+
+    caption = (
+        "Compared with the set before: 'left' were kept and are dropped now, 'returned' had been dropped and are kept "
+        "again, 'new' are kept for the first time. A dropped sample keeps its last value while those of others go "
+        "on falling with every visit: it returns once theirs have fallen below its own."
+    )
+    return drawn("turnover", "Which samples leave and return", caption, _tall(found, 2.9), draw)
+
+
+def classes(found: Named) -> Picture | None:
+    """Return the share of each class that every set keeps; None where no set knows its classes."""
+    known = [(name, run) for name, run in found if all(stage.manifest.class_counts for stage in run.stages)]
+    if not known:
+        return None
+    most = max(len(run.sets[0].class_counts) for _, run in known)
+
+    def draw(figure: Figure) -> None:
+        for axes, run in _panels(figure, known):
+            counts = np.array([stage.manifest.class_counts for stage in run.stages], float)
+            share = 100 * counts / np.maximum(counts.max(axis=0), 1)
+            order = np.argsort(-share[-1], kind="stable")
+            image = axes.imshow(
+                share[:, order].T, aspect="auto", cmap="cividis", vmin=0, vmax=100, interpolation="none"
+            )
+            axes.grid(False)
+            step = -(-len(order) // MOST_CLASSES)
+            called = [run.classes[label] if label < len(run.classes) else str(label) for label in order[::step]]
+            axes.set_yticks(range(0, len(order), step), [short(text, 24) for text in called], fontsize=8)
+            _stage_axis(axes, run, "class")
+        label = "samples kept, of the most that any set keeps of the class (%)"
+        figure.colorbar(image, ax=figure.axes[: len(known)], label=label, location="bottom", shrink=0.5, aspect=50)
+
+    caption = (
+        "How evenly classes are thinned: each line is a class, dark where few of its samples are left. Classes at the "
+        "bottom lose most; with --stratify all would keep the same share."
+    )
+    height = 1.4 + 0.15 * min(most, MOST_CLASSES)
+    return drawn("classes", "Classes in each set", caption, _tall(known, max(2.9, height)) + 0.4, draw)
+
+
+def _panels(figure: Figure, found: Named) -> list[tuple[Axes, Run]]:
+    """Return an axes per run under its name, two in a line."""
+    across = min(2, len(found))
+    grid = list(figure.subplots(-(-len(found) // across), across, squeeze=False).flat)
+    for unused in grid[len(found) :]:
+        unused.remove()
+    names = told_apart([name for name, _ in found], TITLE * (3 - across))
+    for axes, (name, _) in zip(grid, found, strict=False):
+        axes.set_title(textwrap.fill(names[name], TITLE * (3 - across)), fontsize=10)
+    return [(axes, run) for axes, (_, run) in zip(grid, found, strict=False)]
+
+
+def _tall(found: Named, each: float) -> float:
+    return 0.6 + each * -(-len(found) // 2)
+
+
+def _stage_axis(axes: Axes, run: Run, label: str, count: int | None = None) -> None:
+    names = set_names(run)[:count]
+    axes.set_xticks(range(len(names)), names)
+    axes.set(xlabel="stage", ylabel=label)
+
+
+def _legend(figure: Figure) -> None:
+    entries: dict[str, Artist] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    legend_below(figure, list(entries.values()), list(entries))

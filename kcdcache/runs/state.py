@@ -1,0 +1,342 @@
+"""A run's folder: settings, environment, checkpoints, manifests, metrics and summary."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from kcdcache.condense import manifest
+from kcdcache.condense.manifest import Manifest
+from kcdcache.environment import changed, check_environment, environment
+from kcdcache.errors import (
+    CorruptionError,
+    MismatchError,
+    NotFoundError,
+    SettingsError,
+    UnfinishedError,
+    UnsafeError,
+    first_difference,
+    require_same,
+)
+from kcdcache.files import records
+from kcdcache.files.atomic import (
+    MOST_JSON_BYTES,
+    append,
+    canonical_json,
+    digest_of,
+    locked,
+    parse_json,
+    parse_lines,
+    read_bytes,
+    read_sealed,
+    read_written,
+    readable_json,
+    remove,
+    remove_leftovers,
+    require_no_links,
+    sealed_json,
+    sha256_bytes,
+    write_atomic,
+)
+from kcdcache.files.timing import logged_seconds
+from kcdcache.networks.weights import MOST_HEADER_BYTES
+from kcdcache.runs.folder import RunFolder
+
+RECORD_KEY = "kcdcache"
+CHECKPOINT_NAME = re.compile(r"[0-9a-f]{16}\.safetensors")
+VOLATILE = ("seconds", "images_per_second", "store_teacher_forwards")
+"""entries of a summary that the clock, or a store that grew, changes"""
+
+
+@contextmanager
+def session(
+    folder: RunFolder,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    *,
+    device: torch.device,
+    threads: int | None,
+    allow_env_change: bool,
+    processes: int = 1,
+) -> Iterator[None]:
+    """Hold a run's folder for training: lock it, begin or continue its record, put its thread count in force.
+
+    Raises:
+        LockedError: another process trains here.
+        SettingsError, MismatchError: the folder holds another run, or this machine is not the run's.
+    """
+    require_no_links(folder.path)
+    with locked(folder.lock):
+        record = start(folder, settings, inputs)
+        _remove_other_checkpoints(folder)  # a kill may fall between a new checkpoint and the old one's removal
+        before = torch.get_num_threads()
+        wanted = threads or (latest_environment(record)["threads"] if record else before)
+        torch.set_num_threads(wanted)
+        try:
+            now = environment(device, wanted, processes)
+            known = [record["environment"], *record["changes"]] if record else []
+            if not known or changed(known[-1], now):
+                if known:
+                    check_environment(known[-1], now, allow_env_change)
+                write_record(folder, settings, inputs, [*known, now])
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def start(folder: RunFolder, settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the record of the run already in this folder, or None where a new one begins.
+
+    Raises:
+        SettingsError: the folder holds a run with other settings; names the first.
+        MismatchError: the folder holds a run on other inputs; names the first.
+    """
+    remove_leftovers(folder.path)
+    if not folder.settings.exists():
+        require_folder_free(folder)
+        return None
+    record = read_record(folder)
+    if difference := first_difference(record["settings"], json.loads(canonical_json(settings))):
+        name, was, now = difference
+        raise SettingsError(
+            f"{folder.path} holds a run with {name} = {was!r}, asked for now: {now!r}; "
+            "give the same settings to continue it, or another --out"
+        )
+    asked = json.loads(canonical_json(inputs))
+    require_same(record["inputs"], asked, (f"the run in {folder.path}", "what was given now"), "use another --out")
+    return record
+
+
+def latest_environment(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where a run went on last: its first environment, or the last change that was allowed."""
+    latest: dict[str, Any] = [record["environment"], *record["changes"]][-1]
+    return latest
+
+
+def outcome(rows: Sequence[Mapping[str, Any]], count: int, epochs: int) -> dict[str, Any]:
+    """Return what every summary holds, from a finished run's metrics.
+
+    relative_cost is C of Eq. 16, counted: student samples forwarded / (N * epochs). The last accuracy is the result;
+    the best one was chosen on the test split and is for comparison with papers that report it.
+    """
+    measured = [row for row in rows if "test_accuracy" in row]
+    best = max(measured, key=lambda row: row["test_accuracy"])
+    samples = rows[-1]["samples_so_far"]
+    return {
+        "accuracy_last": rows[-1]["test_accuracy"],
+        "accuracy_best": best["test_accuracy"],
+        "best_epoch": best["epoch"],
+        "calibration_error": rows[-1]["test_calibration_error"],
+        "relative_cost": samples / (count * epochs),
+        "student_samples": samples,
+        "epochs": epochs,
+        "count": count,
+    }
+
+
+def write_record(
+    folder: RunFolder, settings: Mapping[str, Any], inputs: Mapping[str, Any], environments: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write run.json; `environments` lists the first one and every change that was allowed."""
+    changes = list(environments[1:])
+    document = {"settings": dict(settings), "inputs": dict(inputs), "environment": environments[0], "changes": changes}
+    _write_signed(folder.settings, document)
+
+
+def read_record(folder: RunFolder) -> dict[str, Any]:
+    """Return what run.json holds: settings, inputs, environment and the changes to it that were allowed.
+
+    Raises:
+        CorruptionError: it is damaged, or of an older kcdcache that wrote no digest.
+    """
+    return _read_signed(folder.settings, "settings", "inputs", "environment", "changes")
+
+
+def write_manifest(folder: RunFolder, path: Path, made: Manifest) -> None:
+    """Write a manifest into the run and its rows, digest and SHA-256 into the run's record.
+
+    Raises:
+        LockedError: another one stands there.
+        NoSpaceError: the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not folder.stands(path):
+        remove(path)  # a kill fell before its record: written again, from the start
+    with records.writing(folder.path, {folder.name_of(path): records.Facts(len(made), made.digest)}):
+        manifest.write(path, made)
+
+
+def save_checkpoint(folder: RunFolder, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Replace the run's checkpoint; a kill at any moment leaves the old one or the new one."""
+    folder.checkpoints.mkdir(exist_ok=True)
+    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    content = canonical_json({**record, "run": records.run_id(folder.path)})
+    data = safetensors.torch.save(owned, metadata={RECORD_KEY: content.decode()})
+    digest = sha256_bytes(data)
+    name = f"{digest[:16]}.safetensors"
+    write_atomic(folder.checkpoints / name, data)
+    write_atomic(folder.checkpoints / "latest.json", sealed_json({"file": name, "sha256": digest}))
+    _remove_other_checkpoints(folder)
+
+
+def load_checkpoint(folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return the tensors and the record of the run's checkpoint, or None if there is none yet.
+
+    Raises:
+        CorruptionError: the file is missing or does not match its SHA-256.
+        MismatchError: it is another run's; prints both ids.
+        UnsafeError: it, or the list of its tensors, is larger than any of ours.
+    """
+    pointer = folder.checkpoints / "latest.json"
+    if not pointer.exists():
+        return None
+    entry = read_sealed(pointer, "file", "sha256")
+    if not CHECKPOINT_NAME.fullmatch(str(entry["file"])):
+        raise CorruptionError(
+            f"{pointer} names the file {entry['file']!r:.80}, which no checkpoint is called; start anew"
+        )
+    path = folder.checkpoints / str(entry["file"])
+    data = read_bytes(path) if path.exists() else b""
+    if sha256_bytes(data) != entry["sha256"]:
+        raise CorruptionError(
+            f"checkpoint {path} is damaged: its SHA-256 is not the one in {pointer}; start the run anew"
+        )
+    tensors, record = _parse_checkpoint(data, path)
+    if (of := record.pop("run", None)) != (own := records.run_id(folder.path)):
+        raise MismatchError(f"checkpoint {path} is of run {of}, {folder.settings} of {own}; put the run's own back")
+    return tensors, record
+
+
+def write_metrics(folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Make metrics.jsonl hold exactly these rows, one epoch a line."""
+    write_atomic(folder.metrics, metrics_lines(rows))
+
+
+def metrics_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return metrics.jsonl with these rows."""
+    return b"".join(canonical_json(row) + b"\n" for row in rows)
+
+
+def add_timing(folder: RunFolder, row: Mapping[str, Any]) -> None:
+    """Append a line of clock times, which differ from run to run and so stand apart from the metrics."""
+    append(folder.timing, canonical_json(row) + b"\n")
+
+
+def seconds_spent(folder: RunFolder) -> float:
+    """Return the training seconds logged so far, repeated work after a kill included."""
+    return logged_seconds(folder.timing)
+
+
+def write_summary(folder: RunFolder, summary: Mapping[str, Any]) -> None:
+    """Write summary.json with a digest of its own, and that of its lasting part into the run's record."""
+    with records.writing(folder.path, {folder.summary.name: _lasting(summary)}):
+        _write_signed(folder.summary, summary)
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Return a finished run's summary.
+
+    Raises:
+        NotFoundError: there is no run.
+        UnfinishedError: the run has not ended.
+        CorruptionError: the summary is damaged, or of an older kcdcache that wrote no digest.
+        MismatchError: it is another run's.
+    """
+    folder = RunFolder(path=path)
+    if folder.summary.exists():
+        summary = _read_signed(folder.summary)
+        records.require(folder.summary, _lasting(summary))
+        return summary
+    if folder.settings.exists():
+        raise UnfinishedError(f"the run in {path} is not finished; run its command again to continue it")
+    raise NotFoundError(f"no run at {path}")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's metrics.jsonl, one per epoch.
+
+    Raises:
+        NotFoundError: the run has none.
+        CorruptionError: a line holds something else; names it.
+        UnsafeError: it is no plain file, or larger than any of ours.
+    """
+    file = RunFolder(path=path).metrics
+    if not file.exists():
+        raise NotFoundError(f"no metrics at {file}")
+    rows = parse_lines(read_bytes(file, MOST_JSON_BYTES), file)
+    if odd := [number for number, row in enumerate(rows, 1) if not isinstance(row, dict)]:
+        raise CorruptionError(f"{file}, line {odd[0]} should hold a JSON object, found {rows[odd[0] - 1]!r:.80}")
+    return rows
+
+
+def require_folder_free(folder: RunFolder) -> None:
+    """Do nothing if a new run may be started here.
+
+    Raises:
+        MismatchError: the folder holds files of something else.
+    """
+    others = [p.name for p in folder.path.iterdir() if p.name != folder.lock.name] if folder.path.exists() else []
+    if others:
+        raise MismatchError(f"{folder.path} holds {others[0]} but no run.json; give an empty or new folder as --out")
+
+
+def _write_signed(file: Path, document: Mapping[str, Any]) -> None:
+    write_atomic(file, readable_json({**document, "digest": digest_of(dict(document))}))
+
+
+def _read_signed(file: Path, *keys: str) -> dict[str, Any]:
+    """Return a document that people read, without its digest, after comparing every byte with what was written."""
+    found, data = read_written(file, *keys)
+    document = {key: value for key, value in found.items() if key != "digest"}
+    if "digest" not in found:
+        raise CorruptionError(f"{file} has no 'digest': an older kcdcache wrote it, or it was edited; start anew")
+    if found["digest"] != digest_of(document) or data != readable_json(found):
+        raise CorruptionError(f"{file} was changed after it was written: its content does not match its digest")
+    return document
+
+
+def _lasting(summary: Mapping[str, Any]) -> records.Facts:
+    return records.Facts(digest=digest_of({key: value for key, value in summary.items() if key not in VOLATILE}))
+
+
+def _parse_checkpoint(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    length = int.from_bytes(data[:8], "little")
+    if length > MOST_HEADER_BYTES:
+        raise UnsafeError(
+            f"checkpoint {path} lists its tensors in {length} bytes, expected at most {MOST_HEADER_BYTES}"
+        )
+    try:
+        header = parse_json(data[8 : 8 + length], path)
+        record = parse_json(header["__metadata__"][RECORD_KEY].encode(), path)
+        if not isinstance(record, dict):
+            raise TypeError(f"its record is {record!r:.80}")
+        return safetensors.torch.load(data), record
+    except (KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise CorruptionError(f"checkpoint {path} is damaged: {error}; start the run anew") from None
+
+
+def _remove_other_checkpoints(folder: RunFolder) -> None:
+    pointer = folder.checkpoints / "latest.json"
+    current = read_sealed(pointer, "file")["file"] if pointer.exists() else None
+    for path in folder.checkpoints.glob("*.safetensors"):
+        if path.name != current:
+            remove(path)
+
+
+def condensed_set(run: Path) -> Path:
+    """Return the manifest that a finished run exported; in a plan of a run not yet made, where its folder will be."""
+    if not (run / "summary.json").exists():
+        return run / "(its condensed set)"
+    name = read_summary(run).get("condensed_set")
+    if not isinstance(name, str) or not re.fullmatch(r"stages/\d+/manifest\.parquet", name, re.ASCII):
+        raise CorruptionError(
+            f"{run / 'summary.json'} names the condensed set {name!r:.80}; a run has none of that name"
+        )
+    return run / name

@@ -1,0 +1,280 @@
+"""The store's rows that a stage needs, one view at a time: loaded once, the next view in the background."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from kcdcache.errors import MismatchError
+from kcdcache.files.atomic import reserve
+from kcdcache.store.reader import Store
+
+Rows = dict[str, np.ndarray]
+SMALL_BYTES = 16
+"""arrays with rows of at most so many bytes are looked up once for all samples of an epoch"""
+THREADS = 2
+"""threads that read a view somebody waits for; one fetched ahead is read by one, to leave the others to the student"""
+
+
+@runtime_checkable
+class Targets(Protocol):
+    """Where a batch's teacher outputs come from: a store, or a live teacher in tests."""
+
+    def prepare(
+        self,
+        view: int,
+        following: int | None,
+        mine: Int64[np.ndarray, " some"] | None = None,
+        later: Int64[np.ndarray, " some"] | None = None,
+    ) -> None:
+        """Make `view` current, of some samples or all; `following` may be fetched ahead."""
+
+    def gather(self, index: Int64[np.ndarray, " batch"], temperature: float, device: torch.device) -> dict[str, Tensor]:
+        """Return field -> float32 targets (batch, ...) of the current view for these samples."""
+
+
+class _Part(NamedTuple):
+    """Some of a view's rows."""
+
+    view: int
+    samples: Int64[np.ndarray, " some"] | None
+    """ascending, each once; None for all that are served"""
+
+    def same(self, other: "_Part") -> bool:
+        """Return whether another one has the same rows."""
+        return self.view == other.view and (
+            self.samples is other.samples
+            or (self.samples is not None and other.samples is not None and np.array_equal(self.samples, other.samples))
+        )
+
+
+class StoredTargets:
+    """The needed rows of the current view of a store, in one contiguous array per stored array.
+
+    At most two views are in memory: the current one and, while it is fetched ahead, the next. The next but one is read
+    into the arrays of the current one, because fresh memory costs more than what is copied into it. What `gather`
+    returned stays as it is for as long as it is held; what `take` returned does so until the next call of either.
+
+    Above the memory budget the arrays are memory-mapped files in `folder`, unlinked at once, so nothing is left
+    behind however the process ends.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        index: Int64[np.ndarray, " rows"],
+        fields: Sequence[str],
+        *,
+        memory_bytes: float,
+        folder: Path,
+        rows: Int64[np.ndarray, " rows"] | None = None,
+        slots: Mapping[int, int] | None = None,
+        count: int | None = None,
+    ) -> None:
+        """Serve sorted unique samples `index`, found in the store's `rows` (the same numbers unless given).
+
+        `slots` maps a view number to its place in the store's view axis (the same number unless given). `count` is the
+        number of samples of the data set (the store's row count unless given).
+
+        Raises:
+            MismatchError: the store lacks one of the fields.
+        """
+        for field in fields:
+            if field not in store.fields:
+                known = ", ".join(store.fields)
+                raise MismatchError(
+                    f"this method needs the field '{field}', the store at {store.path} holds {known}; "
+                    f"add it with `kcdcache precompute --fields {field}` on the same store"
+                )
+        self._store, self._fields, self._folder = store, tuple(fields), folder
+        self._rows = index if rows is None else rows
+        self._slots = slots
+        self._every = _numbered(index, store.count if count is None else count)
+        self._position = self._every
+        self._memory_bytes = memory_bytes
+        self._spare: list[np.ndarray] = []
+        self._current: tuple[_Part, Rows] | None = None
+        self._next: tuple[_Part, Future[Rows]] | None = None
+        self._buffers: Rows = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kcdcache-prefetch")
+
+    def __enter__(self) -> "StoredTargets":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def prepare(
+        self,
+        view: int,
+        following: int | None,
+        mine: Int64[np.ndarray, " some"] | None = None,
+        later: Int64[np.ndarray, " some"] | None = None,
+    ) -> None:
+        """Load `view` unless it is there, and start loading `following` in the background.
+
+        Of the two, only the samples `mine` and `later` are loaded (ascending, each once): all unless given.
+        """
+        wanted = _Part(view, mine)
+        if self._current is None or not self._current[0].same(wanted):
+            self._current = (wanted, self._turned(wanted))
+            self._position = self._every if mine is None else _numbered(mine, len(self._every))
+        if following is None or (coming := _Part(following, later)).same(wanted):
+            self._spare.clear()
+        elif self._next is None or not self._next[0].same(coming):
+            self._drop_next()
+            self._next = (coming, self._pool.submit(self._load, coming, 1))
+
+    def gather(self, index: Int64[np.ndarray, " batch"], temperature: float, device: torch.device) -> dict[str, Tensor]:
+        """Return field -> decoded float32 targets of the current view, in memory of their own."""
+        return self.decoded(self.take(index), temperature, device)
+
+    def decoded(self, taken: Rows, temperature: float, device: torch.device) -> dict[str, Tensor]:
+        """Return field -> float32 targets on a device, in memory of their own, of what `take` returned."""
+        copy = device.type != "cpu"
+        moved = {name: torch.from_numpy(rows).to(device, copy=copy) for name, rows in taken.items()}
+        return self.decode(moved, temperature)
+
+    def decode(self, taken: Mapping[str, Tensor], temperature: float) -> dict[str, Tensor]:
+        """Return field -> float32 targets, on their device, of some of `rows` (stored array -> its rows)."""
+        return {name: self._store.fields[name].encoding.decode(taken, temperature) for name in self._fields}
+
+    @property
+    def rows(self) -> Rows:
+        """Stored array -> the current view's rows, to be copied before another view is prepared."""
+        assert self._current is not None, "prepare comes first"
+        return self._current[1]
+
+    @property
+    def positions(self) -> Int64[np.ndarray, " samples"]:
+        """Number of each sample's row among `rows`, -1 where a sample has none."""
+        return self._position
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        """Number of `rows`, and the bytes of the chunk files they come from, which are read and checked whole."""
+        assert self._current is not None, "prepare comes first"
+        rows = self._rows_of(self._current[0])
+        return len(rows), self._store.chunk_bytes(rows, self._fields)
+
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of `rows` where all are loaded."""
+        return len(self._rows) * self._store.row_bytes(self._fields)
+
+    def take(self, index: Int64[np.ndarray, " batch"]) -> Rows:
+        """Return array name -> still encoded rows (batch, ...) of the current view, in buffers the next call reuses.
+
+        A fresh array per batch would cost three times the copy (page faults).
+        """
+        assert self._current is not None, "prepare comes first"
+        position = self.places(index)
+        return {name: self.copied(name, rows, position) for name, rows in self._current[1].items()}
+
+    def places(self, index: Int64[np.ndarray, " some"]) -> Int64[np.ndarray, " some"]:
+        """Return the numbers of some samples' rows among `rows`."""
+        position = self._position.take(index)
+        assert position.min(initial=0) >= 0, "only the samples asked for at the start are held"
+        return position
+
+    def plan(self, index: Int64[np.ndarray, " epoch"]) -> "PlannedRows":
+        """Return the current view's rows of samples in an epoch's order, with all done that can be done at once."""
+        return PlannedRows(self, self.places(index))
+
+    def _turned(self, wanted: _Part) -> Rows:
+        """Return other rows than the current ones, whose arrays become spare."""
+        if self._current is not None:
+            self._spare += self._current[1].values()
+            self._current = None
+        if self._next is not None and self._next[0].same(wanted):
+            future, self._next = self._next[1], None
+            return future.result()
+        self._drop_next()
+        return self._load(wanted, THREADS)
+
+    def _drop_next(self) -> None:
+        """Forget a view that was fetched ahead and is not wanted after all; nor is the reason why that failed."""
+        if self._next is not None and self._next[1].exception() is None:
+            self._spare += self._next[1].result().values()
+        self._next = None
+
+    def _load(self, part: _Part, threads: int) -> Rows:
+        slot = part.view if self._slots is None else self._slots[part.view]
+        return self._store.load(slot, self._rows_of(part), self._fields, threads, self._allocate)
+
+    def _rows_of(self, part: _Part) -> Int64[np.ndarray, " rows"]:
+        if part.samples is None:
+            return self._rows
+        places = self._every[part.samples]
+        assert places.min(initial=0) >= 0, "only the samples asked for at the start are served"
+        return self._rows[places]
+
+    def _allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        for place, array in reversed([*enumerate(self._spare)]):
+            if array.shape[1:] == shape[1:] and array.dtype == dtype:
+                del self._spare[place]  # one of another length is let go: parts differ in size
+                if len(array) == shape[0]:
+                    return array
+        held = 2 if self._store.views > 1 else 1
+        needed = held * shape[0] * self._store.row_bytes(self._fields)
+        return np.empty(shape, dtype) if needed <= self._memory_bytes else self._mapped(shape, dtype)
+
+    def copied(self, name: str, rows: np.ndarray, position: Int64[np.ndarray, " batch"]) -> np.ndarray:
+        """Return some rows of an array of `rows` in the buffer that belongs to it."""
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < len(position):
+            buffer = self._buffers[name] = np.empty((len(position), *rows.shape[1:]), rows.dtype)
+        return rows.take(position, 0, buffer[: len(position)], "clip")
+
+    def _mapped(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        with tempfile.TemporaryFile(dir=self._folder) as stream:
+            reserve(stream.fileno(), max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize), self._folder)
+            mapped = np.memmap(stream, dtype=dtype, mode="r+", shape=shape)
+        return np.asarray(mapped)  # a plain array costs less per batch
+
+
+def _numbered(index: Int64[np.ndarray, " some"], count: int) -> Int64[np.ndarray, " samples"]:
+    """Return sample -> its number among `index`, -1 where it is none of them."""
+    found = np.full(count, -1, np.int64)
+    found[index] = np.arange(len(index))
+    return found
+
+
+class PlannedRows:
+    """The rows of an epoch's samples in order, in the view that was current: a batch is a slice, copied in one call.
+
+    Use it until another view is prepared.
+    """
+
+    def __init__(self, targets: StoredTargets, place: Int64[np.ndarray, " epoch"]) -> None:
+        """Look up what is small of the rows numbered `place`, such as each row's maximum."""
+        rows = targets.rows
+        small = {name for name, values in rows.items() if values[:1].nbytes <= SMALL_BYTES}
+        self._targets, self._place, self._view = targets, place, rows
+        self._small = {name: rows[name].take(place, 0, mode="clip") for name in small}
+        self._large = {name: values for name, values in rows.items() if name not in small}
+
+    def take(self, part: slice) -> Rows:
+        """Return array name -> still encoded rows (batch, ...) of a slice of the epoch, until the next call.
+
+        They are to be read only.
+        """
+        assert self._targets.rows is self._view, "another view was prepared since this epoch was planned"
+        place = self._place[part]
+        found = {name: rows[part] for name, rows in self._small.items()}
+        for name, rows in self._large.items():
+            found[name] = self._targets.copied(name, rows, place)
+        return found
+
+    def gather(self, part: slice, temperature: float, device: torch.device) -> dict[str, Tensor]:
+        """Return field -> decoded float32 targets of a slice of the epoch, in memory of their own."""
+        return self._targets.decoded(self.take(part), temperature, device)

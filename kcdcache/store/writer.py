@@ -1,0 +1,559 @@
+"""Who may write a store now: one process alone, or several that each hold a share of its parts."""
+
+import fcntl
+import logging
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int64, UInt64
+
+from kcdcache.errors import (
+    CorruptionError,
+    LockedError,
+    NotFoundError,
+    SettingsError,
+    UnfinishedError,
+    UnsafeError,
+    require_same,
+)
+from kcdcache.files import places
+from kcdcache.files.atomic import (
+    canonical_json,
+    holds,
+    naming,
+    open_own,
+    open_plain,
+    read_bytes,
+    remove,
+    remove_leftovers,
+    require_no_links,
+    sync_directory,
+    write_atomic,
+)
+from kcdcache.store import log, plan
+from kcdcache.store import plan as plan_
+from kcdcache.store.encoding import Encoding, Statistics
+from kcdcache.store.identity import FORMAT_VERSION, IDENTITY_FILE, Knowledge, read_store_identity
+from kcdcache.store.log import FOLDER, FileRecord, Numbers, Record, record_path
+from kcdcache.store.plan import (
+    GROUP_DOCUMENT,
+    Chunk,
+    Part,
+    StorePlan,
+    array_document,
+    grow_plan,
+    part_chunks,
+    plan_from,
+    sample_chunks,
+)
+from kcdcache.store.reader import ChunkWriter, listed_sizes, size_problem
+
+logger = logging.getLogger(__name__)
+
+
+class Shard(NamedTuple):
+    """Parts number, number + total, number + 2 total, ... of a store."""
+
+    number: int = 0
+    total: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.total}"
+
+
+WHOLE = Shard()
+"""all parts"""
+
+
+def parse_shard(text: str) -> Shard:
+    """Return the shard that a text such as `0/4` names.
+
+    Raises:
+        SettingsError: it names none.
+
+    >>> parse_shard("1/4")
+    Shard(number=1, total=4)
+    """
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    shard = Shard(int(match[1]), int(match[2])) if match else Shard(0, 0)
+    if not shard.number < shard.total:
+        raise SettingsError(f"--shard takes I/N with 0 <= I < N, such as 0/4 to 3/4; found {text!r}")
+    return shard
+
+
+SCHEDULERS = (
+    ("RANK", "WORLD_SIZE", None),
+    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
+    ("SLURM_PROCID", "SLURM_NTASKS", None),
+)
+"""variables that torchrun, a SLURM array and srun set: this process's number, how many there are, the first number"""
+
+
+def shard_of(variables: Mapping[str, str]) -> Shard:
+    """Return the shard that the environment of a launcher (torchrun, a SLURM array, srun) makes this process; else all.
+
+    Raises:
+        SettingsError: a launcher's variables name no shard.
+
+    >>> shard_of({"RANK": "3", "WORLD_SIZE": "8"})
+    Shard(number=3, total=8)
+    """
+    for number, total, first in SCHEDULERS:
+        if variables.get(total, "1") == "1" or number not in variables:
+            continue
+        given = {name: variables[name] for name in (number, total, first) if name is not None and name in variables}
+        try:
+            shard = Shard(int(variables[number]) - int(variables.get(first or "", "0")), int(variables[total]))
+        except ValueError:
+            shard = Shard(0, 0)
+        if not 0 <= shard.number < shard.total:
+            raise SettingsError(
+                f"the environment has {given}, which names no shard of 0 to N - 1 (job arrays need a step of 1); give "
+                "--shard I/N yourself"
+            )
+        logger.info("shard %s, from %s and %s", shard, number, total)
+        return shard
+    return WHOLE
+
+
+@contextmanager
+def held(root: Path, begin: Callable[[bool], None], shard: Shard = WHOLE) -> Iterator[None]:
+    """Hold the parts of one shard of a store for writing.
+
+    `begin(alone)` is called while no other process begins or leaves, with whether nobody else writes the store. What
+    killed writers left is removed by whoever begins or leaves alone. The locks lie in the store; of a mirrored one they
+    lie in the cache, and leases hold between machines.
+
+    Raises:
+        LockedError: another process holds these parts, or the store is being written in another number of shards.
+        UnsafeError: a folder in the store is a symbolic link, through which other files could be changed.
+    """
+    require_no_links(root, files=False)
+    (root / FOLDER).mkdir(parents=True, exist_ok=True)
+    locks = _locks(root)
+    with ExitStack() as stack:
+        with _door(locks), places.door(root / FOLDER):
+            whole = stack.enter_context(_open(locks / "lock"))
+            mine = _take(root, whole, shard, stack)
+            there = stack.enter_context(places.share(root / FOLDER / _lock_name(shard), partial(_rivals, shard)))
+            alone = _locked(whole, fcntl.LOCK_EX)
+            if alone:
+                remove_leftovers(root)
+            alone = alone and there
+            begin(alone)
+            if shard.total > 1:
+                _locked(whole, fcntl.LOCK_SH)
+        try:
+            yield
+        finally:
+            with _door(locks):
+                mine.truncate(0)
+                if _locked(whole, fcntl.LOCK_EX):
+                    remove_leftovers(root)
+                    for path in _shard_locks(root):
+                        path.unlink()
+
+
+@contextmanager
+def _door(locks: Path) -> Iterator[None]:
+    """Let one process at a time begin or leave."""
+    folder = os.open(locks, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _take(root: Path, whole: IO[bytes], shard: Shard, stack: ExitStack) -> IO[bytes]:
+    """Lock what the shard needs and return the file that says who holds it."""
+    if not _locked(whole, fcntl.LOCK_EX if shard.total == 1 else fcntl.LOCK_SH):
+        raise LockedError(f"{root / FOLDER} is being written by {_holders(root)}; wait for it or stop it")
+    mine = whole
+    if shard.total > 1:
+        _require_same_split(root, shard)
+        mine = stack.enter_context(_open(_shard_lock(root, shard)))
+        if not _locked(mine, fcntl.LOCK_EX):
+            raise LockedError(f"shard {shard} of {root} is being written by {_holders(root)}; wait for it or stop it")
+    me = f"process {os.getpid()} on {socket.gethostname()}".encode()
+    with naming(Path(mine.name), len(me)):
+        mine.truncate(0)
+        os.write(mine.fileno(), me)
+    return mine
+
+
+def _require_same_split(root: Path, shard: Shard) -> None:
+    for path in _shard_locks(root):
+        with open_plain(path) as stream:
+            if not path.name.endswith(f"-{shard.total}") and not _locked(stream, fcntl.LOCK_SH):
+                raise LockedError(
+                    f"{root} is being written in another number of shards ({path.name}, by {_holders(root)}), shard "
+                    f"{shard} would share parts with it; wait, or give the same number"
+                )
+
+
+def _locks(root: Path) -> Path:
+    """Return the folder of a store's lock files."""
+    return places.lock_file(root / FOLDER / "lock").parent
+
+
+def _lock_name(shard: Shard) -> str:
+    return "lock" if shard.total == 1 else f"lock.{shard.number}-{shard.total}"
+
+
+def _rivals(shard: Shard, name: str) -> bool:
+    """Return whether another lock of a store must not be held beside a shard's."""
+    return shard.total == 1 or not name.endswith(f"-{shard.total}")
+
+
+def _shard_lock(root: Path, shard: Shard) -> Path:
+    return _locks(root) / _lock_name(shard)
+
+
+def _shard_locks(root: Path) -> list[Path]:
+    return sorted(_locks(root).glob("lock.*-*"))
+
+
+def _holders(root: Path) -> str:
+    texts = [_holder(path) for path in (_locks(root) / "lock", *_shard_locks(root))]
+    return ", ".join(text for text in texts if text) or "another process"
+
+
+def _holder(path: Path) -> str:
+    try:
+        return read_bytes(path, 1000).decode(errors="replace").strip()
+    except (NotFoundError, UnsafeError):
+        return ""
+
+
+def _open(path: Path) -> IO[bytes]:
+    return open(path, "a+b", opener=open_own)
+
+
+def _locked(stream: IO[bytes], kind: int) -> bool:
+    try:
+        fcntl.flock(stream, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+REMEDY = "continue with the settings it was begun with, or write to another path"
+
+
+class Writer:
+    """One growth of a store being written by this process; made by `create` and `grow`."""
+
+    def __init__(
+        self, path: Path, plan: StorePlan, growth: int, before: StorePlan | None, shard: Shard = WHOLE
+    ) -> None:
+        self.path = path
+        self.shard = shard
+        """which of the parts are this process's to write"""
+        self.plan = plan
+        self.growth = growth
+        """0 while the store is created"""
+        self.parts = tuple(plan_.parts(plan, before))
+        """all parts of this growth, in order"""
+        self.mine = self.parts[shard.number :: shard.total]
+        """the parts of this shard"""
+        self._chunks = ChunkWriter(path)
+
+    @property
+    def sealed(self) -> bool:
+        """Whether nothing is left to do."""
+        return log.commit_path(self.path, self.growth).exists()
+
+    def pending(self) -> list[Part]:
+        """Return the shard's parts to write: those not logged, or whose files are not all there in the logged size."""
+        return self._pending(self.mine)
+
+    def _pending(self, parts: Sequence[Part]) -> list[Part]:
+        if self.sealed:
+            return []
+        sizes = listed_sizes(self.path, self.plan)
+        return [part for part in parts if not self._done(name_of(part), self._part_chunks(part), sizes)]
+
+    def write_part(
+        self,
+        part: Part,
+        rows: Mapping[str, np.ndarray],
+        statistics: Mapping[str, Statistics],
+        measurements: Numbers | None = None,
+        skipped: Sequence[int] = (),
+    ) -> None:
+        """Write all rows of a part (array name -> encoded rows), then log it; what was there of it is replaced.
+
+        `skipped` are samples of the part that have no usable outputs, ascending; they are never read.
+
+        Raises:
+            SettingsError: the part or its arrays are not those of the plan.
+            NoSpaceError: the disk or quota is full; finished parts are kept.
+        """
+        self._require_planned(part, rows)
+        if strangers := [index for index in skipped if not part.start <= index < part.stop]:
+            raise SettingsError(f"{part} holds no sample {strangers[0]} that could be skipped")
+        if self.sealed:
+            raise SettingsError(f"the store at {self.path} is sealed; grow it to add views or fields")
+        logged = {name: asdict(values) for name, values in statistics.items()}
+        described = {"statistics": logged, "measurements": measurements or {}, "skipped": tuple(skipped)}
+        self._write(part.view, part.number, part.start, self._part_chunks(part), rows, described)
+
+    def write_samples(self, labels: np.ndarray, sample_digest: np.ndarray) -> None:
+        """Write labels and digests of all samples, unless they are logged already."""
+        chunks = sample_chunks(self.plan)
+        if not self._done(log.SAMPLES, chunks, listed_sizes(self.path, self.plan)):
+            self._write(None, None, 0, chunks, {"labels": labels, "sample_digest": sample_digest}, {})
+
+    def seal(self) -> None:
+        """Write the commit record that makes everything readable; does nothing on a sealed growth.
+
+        Raises:
+            UnfinishedError: parts are pending, of this shard or another.
+            NonFiniteError: more samples are skipped than may be.
+        """
+        if self.sealed:
+            return
+        if left := self._pending(self.parts):
+            raise UnfinishedError(f"{len(left)} of {len(self.parts)} parts of {self.path} are not written yet")
+        log.require_few_skipped(log.logged_skips(self.path), self.plan.count)
+        names = [] if self.growth else [log.SAMPLES]
+        try:
+            log.write_commit(self.path, self.growth, [*names, *(name_of(part) for part in self.parts)])
+        except LockedError:
+            if self.shard == WHOLE:
+                raise  # of several shards that end together one seals, with the same bytes as any other
+
+    def seal_last(self) -> int:
+        """Seal if all parts of all shards are written; return how many are not."""
+        places.refresh(self.path)  # what shards on other machines wrote meanwhile
+        left = len(self._pending(self.parts))
+        if not left:
+            self.seal()
+        return left
+
+    def _write(
+        self,
+        view: int | None,
+        number: int | None,
+        start: int,
+        chunks: Sequence[Chunk],
+        rows: Mapping[str, np.ndarray],
+        described: Mapping[str, Any],
+    ) -> None:
+        """Write chunks and then their log record, with the record's other fields in `described`."""
+        name = Record(view, number, ()).name
+        remove(log.record_path(self.path, self.growth, name))
+        for chunk in chunks:  # zarr would merge an old last chunk into the new one
+            remove(self.path / chunk.key)
+        for array in dict.fromkeys(chunk.array for chunk in chunks):
+            self._chunks.write(array, view, start, rows[array.name])
+        record = Record(view, number, self._chunks.take(chunks), **described)
+        log.write_record(self.path, self.growth, record)
+
+    def _part_chunks(self, part: Part) -> list[Chunk]:
+        return part_chunks(self.plan, part)
+
+    def _done(self, name: str, chunks: Sequence[Chunk], sizes: Mapping[str, int]) -> bool:
+        try:
+            record = log.read_record(log.record_path(self.path, self.growth, name))
+        except (NotFoundError, CorruptionError):
+            return False
+        files: dict[str, FileRecord] = {file.path: file for file in record.files}
+        return not any(size_problem(self.plan, chunk, files.get(chunk.key), sizes.get(chunk.key)) for chunk in chunks)
+
+    def _require_planned(self, part: Part, rows: Mapping[str, np.ndarray]) -> None:
+        if part not in self.parts:
+            raise SettingsError(f"{part} is not a part of the plan of {self.path}: {self.plan}")
+        expected = {array.name for array in self.plan.arrays_of(part.fields)}
+        if set(rows) != expected:
+            raise SettingsError(f"{part} needs the arrays {sorted(expected)}, found {sorted(rows)}")
+        if short := [name for name, values in rows.items() if len(values) != part.stop - part.start]:
+            raise SettingsError(
+                f"{part} needs {part.stop - part.start} rows of '{short[0]}', found {len(rows[short[0]])}"
+            )
+
+
+@contextmanager
+def create(
+    path: Path | str,
+    knowledge: Knowledge,
+    plan: StorePlan,
+    labels: Int64[np.ndarray, " n"],
+    sample_digest: UInt64[np.ndarray, " n"],
+    shard: Shard = WHOLE,
+) -> Iterator[Writer]:
+    """Yield the writer of a new store, of the same store unfinished, or (with nothing pending) of the same one sealed.
+
+    Raises:
+        MismatchError: another store lies there; names the first difference.
+        SettingsError: the folder holds something else, or there are not N labels and digests.
+        LockedError: another process writes it, or this shard of it.
+        UnsafeError: a file or folder in it is a symbolic link.
+    """
+    root = Path(path)
+    _require_place(root)
+    require_no_links(root)
+    count = knowledge.data.count if knowledge.whole else plan.count
+    if not len(labels) == len(sample_digest) == plan.count == count:
+        raise SettingsError(
+            f"a store of {count} samples needs a plan, labels and digests for as many; found "
+            f"{plan.count}, {len(labels)} and {len(sample_digest)}"
+        )
+    writer = Writer(root, plan, 0, None, shard)
+
+    def begin(alone: bool) -> None:
+        _begin(root, knowledge, plan, alone)
+        if not writer.sealed:
+            _prepare(root, plan, 0)
+            writer.write_samples(labels, sample_digest)
+
+    with held(root, begin, shard):
+        yield writer
+
+
+def missing(root: Path, knowledge: Knowledge, plan: StorePlan, shard: Shard = WHOLE) -> list[Part]:
+    """Return the shard's parts that would be pending, were this plan's store made or grown at a place; writes nothing.
+
+    Raises:
+        MismatchError: a store of other knowledge lies there; names the first difference.
+    """
+    if (root / IDENTITY_FILE).exists() and any((root / log.FOLDER / "log" / "0").glob("v*.json")):
+        _require_same_knowledge(root, knowledge)
+    if not log.commit_path(root, 0).exists():
+        return Writer(root, plan, 0, None, shard).pending()
+    commits = log.read_commits(root)
+    before = plan_from(commits[-1].plan)
+    return [] if plan == before else Writer(root, plan, len(commits), before, shard).pending()
+
+
+@contextmanager
+def grow(
+    path: Path | str,
+    knowledge: Knowledge,
+    *,
+    views: int | None = None,
+    fields: Sequence[Encoding] = (),
+    shard: Shard = WHOLE,
+) -> Iterator[Writer]:
+    """Yield the writer that adds views (`views` in all) or fields to a sealed store, begun now or before.
+
+    The sealed state stays readable. If the store holds all that already, nothing is pending.
+
+    Raises:
+        NotFoundError: there is no store.
+        UnfinishedError: the store itself was never finished.
+        MismatchError: another teacher, data set, view rule, or another growth under way; names the first difference.
+        LockedError: another process writes it.
+        UnsafeError: a file or folder in it is a symbolic link.
+    """
+    root = Path(path)
+    require_no_links(root)
+    _require_same_knowledge(root, knowledge)
+    made: list[Writer] = []
+    with held(root, lambda alone: made.append(_growing(root, views, fields, shard)), shard):
+        yield made[0]
+
+
+def seal(path: Path | str) -> bool:
+    """Seal a store or its growth under way, all parts of which are written; return whether anything was left to do.
+
+    Needs neither teacher nor data: for the case that the last of several processes ended before it sealed.
+
+    Raises:
+        NotFoundError: there is no store.
+        UnfinishedError: parts are not written yet.
+        LockedError: a process writes it.
+        CorruptionError: a record is damaged.
+    """
+    root = Path(path)
+    read_store_identity(root)
+    require_no_links(root)
+    growth = log.growths(root, "plan") - 1
+    if log.commit_path(root, growth).exists():
+        return False
+    plans = [plan.plan_from(log.read_plan(root, number)) for number in (growth - 1, growth) if number >= 0]
+    before = plans[0] if growth else None
+    with held(root, lambda alone: None):
+        Writer(root, plans[-1], growth, before).seal()
+    return True
+
+
+def _growing(root: Path, views: int | None, fields: Sequence[Encoding], shard: Shard) -> Writer:
+    commits = log.read_commits(root)
+    before = plan_from(commits[-1].plan)
+    plan = grow_plan(before, views or before.views, fields)
+    if plan == before and log.growths(root, "plan") == len(commits):
+        return Writer(root, plan, len(commits) - 1, None, shard)
+    _plan_or_compare(root, len(commits), plan, f"the growth under way at {root}")
+    _prepare(root, plan, len(commits))
+    return Writer(root, plan, len(commits), before, shard)
+
+
+def _require_place(root: Path) -> None:
+    if root.is_file() or (root.exists() and not (root / log.FOLDER).is_dir() and any(root.iterdir())):
+        raise SettingsError(f"{root} is there already and is not a knowledge store; choose a new folder")
+
+
+def _begin(root: Path, knowledge: Knowledge, plan: StorePlan, alone: bool) -> None:
+    if alone and not any((root / log.FOLDER / "log" / "0").glob("v*.json")):
+        _forget(root)  # nothing was computed yet, so whoever comes next decides what this store is
+    if (root / IDENTITY_FILE).exists():
+        _require_same_knowledge(root, knowledge)
+    else:
+        document = {"format_version": FORMAT_VERSION, "knowledge": knowledge.document()}
+        write_atomic(root / IDENTITY_FILE, canonical_json(document | {"knowledge_id": knowledge.knowledge_id}))
+    _plan_or_compare(root, 0, plan, f"the plan of the store at {root}")
+
+
+def _forget(root: Path) -> None:
+    for path in (IDENTITY_FILE, log.plan_path(Path(), 0), log.record_path(Path(), 0, log.SAMPLES)):
+        remove(root / path)
+
+
+def _require_same_knowledge(root: Path, knowledge: Knowledge) -> None:
+    found = read_store_identity(root).document()
+    require_same(found, knowledge.document(), (f"the store at {root}", "what is asked for"), REMEDY)
+
+
+def _plan_or_compare(root: Path, growth: int, plan: StorePlan, name: str) -> None:
+    if log.plan_path(root, growth).exists():
+        require_same(log.read_plan(root, growth), plan.document(), (name, "what is asked for"), REMEDY)
+    else:
+        log.write_plan(root, growth, plan.document())
+
+
+def _prepare(root: Path, plan: StorePlan, growth: int) -> None:
+    """Make folders and array documents."""
+    log = record_path(root, growth, "").parent
+    log.mkdir(parents=True, exist_ok=True)
+    write_documents(root, plan)
+    for folder in (log.parent, root / FOLDER, root, root.absolute().parent):
+        sync_directory(folder)
+
+
+def write_documents(root: Path, plan: StorePlan) -> list[str]:
+    """Make every array's folder and document what a plan implies; return the documents that were not."""
+    documents = {"": GROUP_DOCUMENT, **{a.name: array_document(plan, a) for a in plan.arrays}}
+    replaced = []
+    for name, document in documents.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        file = root / name / "zarr.json"
+        data = canonical_json(document)
+        if not holds(file, data):
+            write_atomic(file, data)
+            replaced.append(str(file.relative_to(root)))
+    return replaced
+
+
+def name_of(part: Part) -> str:
+    """Return the name of a part's log record."""
+    return Record(part.view, part.number, ()).name

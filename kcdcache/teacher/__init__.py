@@ -1,0 +1,1 @@
+"""A frozen network and what it fills a store with."""

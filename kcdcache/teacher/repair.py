@@ -1,0 +1,286 @@
+"""Making a damaged store whole again: copies of records first, then only the parts that are bad are computed anew."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kcdcache.data.datasets import Dataset
+from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, SettingsError, UnfinishedError, require_same
+from kcdcache.files.atomic import (
+    MOST_JSON_BYTES,
+    canonical_json,
+    holds,
+    move,
+    remove,
+    sealed_json,
+    sha256_bytes,
+    sha256_file,
+    write_atomic,
+)
+from kcdcache.progress import Progress, silent
+from kcdcache.store import identity, log, plan, writer
+from kcdcache.store import plan as plan_
+from kcdcache.store.identity import IDENTITY_FILE, Knowledge, knowledge_from, read_store_identity
+from kcdcache.store.log import FileRecord, Record
+from kcdcache.store.plan import Chunk, Part, StorePlan, parts, plan_from
+from kcdcache.store.reader import ChunkWriter
+from kcdcache.store.writer import held
+from kcdcache.teacher import precompute, teacher
+
+SCRATCH = log.FOLDER / "repair"
+"""where parts are computed anew; only files equal to what was logged leave it"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """What a store can be made again from."""
+
+    data: Dataset
+    network: teacher.Teacher
+
+
+class _Piece(NamedTuple):
+    """What one log record speaks of."""
+
+    growth: int
+    plan: StorePlan
+    name: str
+    digest: str
+    """SHA-256 of the record"""
+    part: Part | None
+    """None for the arrays that describe samples"""
+
+    def record_path(self, root: Path) -> Path:
+        return log.record_path(root, self.growth, self.name)
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        return plan.sample_chunks(self.plan) if self.part is None else plan.part_chunks(self.plan, self.part)
+
+
+def repair(root: Path, means: Means | None, progress: Progress = silent) -> list[str]:
+    """Make every file of a sealed store what was written; return the paths that were replaced, relative to it.
+
+    Records are restored from each other (see `ledger.commit_bytes`). Chunks and log records are made again from the
+    teacher and its data, part by part, and put in place only if they equal what was logged, so that a repair ends in
+    the bytes the store had or changes nothing of that part.
+
+    Raises:
+        UnfinishedError: the store was never sealed.
+        SettingsError: chunks are bad, and there are no means to make them again.
+        MismatchError: teacher or data are not the store's, or this machine computes other bytes than were written.
+        CorruptionError: two records are bad that each hold the only copy of the other.
+        LockedError: another process writes the store.
+    """
+    with held(root, begin=lambda alone: None):
+        shutil.rmtree(root / SCRATCH, ignore_errors=True)
+        replaced = _restore_records(root)
+        bad = [piece for piece in _pieces(root) if not _sound(root, piece)]
+        try:
+            for done, piece in enumerate(bad):
+                replaced += _make_again(root, piece, _require_means(root, means, piece))
+                progress("repair", done + 1, len(bad), _named(piece))
+        finally:
+            shutil.rmtree(root / SCRATCH, ignore_errors=True)
+        replaced += _restore_parameters(root, means) + _restore_told(root, means)
+    return replaced
+
+
+def _restore_parameters(root: Path, means: Means | None) -> list[str]:
+    """Make the record of the teacher's parameters again if it is damaged; return its path if so."""
+    knowledge = knowledge_of(root)
+    if (bad := identity.parameters_problem(root, knowledge)) is None:
+        return []
+    if means is None:
+        raise SettingsError(f"{bad}: give --teacher and --data to make it again")
+    _require_origin(root, knowledge, means)
+    identity.write_parameters(root, teacher.filter_profiles(means.network.module), knowledge)
+    return [identity.PARAMETERS_FILE.as_posix()]
+
+
+def _restore_told(root: Path, means: Means | None) -> list[str]:
+    """Make the record of where the store came from again if it is damaged or gone; return its path if so."""
+    bad, knowledge = identity.origin_problem(root), knowledge_of(root)
+    if bad is None and (means is None or (root / identity.ORIGIN_FILE).exists()):
+        return []
+    if means is None:
+        raise SettingsError(f"{bad}: give --teacher and --data to make it again")
+    _require_origin(root, knowledge, means)
+    remove(root / identity.ORIGIN_FILE)
+    identity.write_origin(root, identity.Origin(means.data.corrupted(), means.network.data))
+    return [identity.ORIGIN_FILE.as_posix()]
+
+
+def _named(piece: _Piece) -> str:
+    part = piece.part
+    return "labels and digests" if part is None else f"view {part.view}, samples {part.start}..{part.stop - 1}"
+
+
+def knowledge_of(root: Path) -> Knowledge:
+    """Return whose knowledge a store holds, from a commit where the identity itself is damaged.
+
+    Raises:
+        UnfinishedError: the store was never sealed.
+        CorruptionError: both are damaged.
+    """
+    if (found := _whole(read_store_identity, root)) is None:
+        seals = [seal for growth in range(_sealed_growths(root)) if (seal := _whole(log.read_seal, root, growth))]
+        found = knowledge_from(seals[0]["identity"].get("knowledge")) if seals else read_store_identity(root)
+    return found
+
+
+def _restore_records(root: Path) -> list[str]:
+    """Make identity, plans, commits and array documents again from each other."""
+    sealed = _sealed_growths(root)
+    replaced: list[str] = []
+    for growth in reversed(range(sealed)):  # a later commit vouches for the one before it
+        replaced += _restore_growth(root, growth)
+    growing = log.growths(root, "plan") > sealed
+    plan = log.read_plan(root, sealed) if growing else log.read_seal(root, sealed - 1)["plan"]
+    return replaced + writer.write_documents(root, plan_from(plan))
+
+
+def _sealed_growths(root: Path) -> int:
+    numbers = [path.name.split(".")[1] for path in (root / log.FOLDER).glob("commit.*.json")]
+    sealed = 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
+    if not sealed:
+        raise UnfinishedError(f"the store at {root} is not finished: run the same `kcdcache precompute` again")
+    return sealed
+
+
+def _restore_growth(root: Path, growth: int) -> list[str]:
+    commit = log.commit_path(root, growth)
+    seal = _whole(log.read_seal, root, growth)
+    if seal is None or not _vouched_for(root, growth):
+        data = _commit_again(root, growth)
+        return _put(root, commit, data)
+    return _put(root, root / IDENTITY_FILE, canonical_json(seal["identity"])) + _put(
+        root, log.plan_path(root, growth), sealed_json(seal["plan"])
+    )
+
+
+def _vouched_for(root: Path, growth: int) -> bool:
+    """Return whether a commit is the one the next names, if there is a next."""
+    following = _whole(log.read_seal, root, growth + 1)
+    return following is None or following["previous"] == sha256_file(log.commit_path(root, growth), MOST_JSON_BYTES)
+
+
+def _commit_again(root: Path, growth: int) -> bytes:
+    """Return a commit's content from identity, plan and records, all of which must be whole."""
+    try:
+        before = plan_from(log.read_plan(root, growth - 1)) if growth else None
+        plan = plan_from(log.read_plan(root, growth))
+        names = [*([] if growth else [log.SAMPLES]), *(writer.name_of(part) for part in parts(plan, before))]
+        for name in names:
+            log.read_record(log.record_path(root, growth, name))
+        return log.commit_bytes(root, growth, names)
+    except KcdcacheError as error:
+        raise CorruptionError(
+            f"{log.commit_path(root, growth)} is damaged, and so is what it could be made from ({error}); "
+            "restore one of them from a backup, or make the store anew"
+        ) from None
+
+
+def _put(root: Path, path: Path, data: bytes) -> list[str]:
+    if holds(path, data):
+        return []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, data)
+    return [str(path.relative_to(root))]
+
+
+def _whole(read: Any, *arguments: Any) -> Any:
+    try:
+        return read(*arguments)
+    except KcdcacheError:
+        return None
+
+
+def _pieces(root: Path) -> list[_Piece]:
+    found, before = list[_Piece](), None
+    for growth in range(_sealed_growths(root)):
+        seal = log.read_seal(root, growth)
+        plan = plan_from(seal["plan"])
+        parts = {writer.name_of(part): part for part in plan_.parts(plan, before)}
+        found += [_Piece(growth, plan, name, digest, parts.get(name)) for name, digest in seal["log"]]
+        before = plan
+    return found
+
+
+def _sound(root: Path, piece: _Piece) -> bool:
+    record = _logged(root, piece)
+    return record is not None and not _bad_files(root, piece, record)
+
+
+def _logged(root: Path, piece: _Piece) -> Record | None:
+    path = piece.record_path(root)
+    sound = path.exists() and _whole(sha256_file, path, MOST_JSON_BYTES) == piece.digest
+    return log.read_record(path) if sound else None
+
+
+def _bad_files(root: Path, piece: _Piece, record: Record) -> list[FileRecord]:
+    return [file for file in record.files if not _as_logged(root / file.path, file)]
+
+
+def _as_logged(path: Path, file: FileRecord) -> bool:
+    plain = path.is_file() and not path.is_symlink()
+    return plain and path.stat().st_size == file.bytes and sha256_file(path) == file.sha256
+
+
+def _require_means(root: Path, means: Means | None, piece: _Piece) -> Means:
+    if means is None:
+        raise SettingsError(f"{piece.name} of {root} has to be made again: give --teacher and --data")
+    return means
+
+
+def _make_again(root: Path, piece: _Piece, means: Means) -> list[str]:
+    """Compute one piece in the scratch folder, and move what was bad into place if it is what was logged."""
+    knowledge = knowledge_from(log.read_seal(root, 0)["identity"]["knowledge"])
+    _require_origin(root, knowledge, means)
+    made = _computed(root, piece, knowledge, means)
+    data = log.record_bytes(piece.growth, made)
+    if sha256_bytes(data) != piece.digest:
+        raise MismatchError(
+            f"{piece.name} of {root} computed here is not what was written: other versions, device or threads give "
+            f"other last bits ({root / log.FOLDER / 'environment.json'} says where it was made); nothing of it was "
+            "changed: repair there, or make the store anew"
+        )
+    bad = [file.path for file in made.files if not _as_logged(root / file.path, file)]
+    for key in bad:
+        move(root / SCRATCH / key, root / key)
+    return bad + _put(root, piece.record_path(root), data)
+
+
+def _require_origin(root: Path, knowledge: Knowledge, means: Means) -> None:
+    """Refuse other teachers, other data, and stores whose outputs did not come from a teacher on plain views."""
+    if not knowledge.whole or knowledge.teacher.architecture == "imported":
+        kind = "imported" if knowledge.whole else "of an exported set" if knowledge.subset else "on a manifest's mixes"
+        raise SettingsError(f"the outputs in {root} were {kind}: delete the folder and run its `precompute` again")
+    now = Knowledge(teacher=means.network.identity, data=means.data.identity(), views=knowledge.views).document()
+    names = (f"the store at {root}", "what is given")
+    require_same(knowledge.document(), now, names, "give the teacher and data it was made with")
+
+
+def _computed(root: Path, piece: _Piece, knowledge: Knowledge, means: Means) -> Record:
+    scratch, part, plan = root / SCRATCH, piece.part, piece.plan
+    writer.write_documents(scratch, plan)
+    chunks = ChunkWriter(scratch)
+    if part is None:
+        labels, digests = means.data.train.labels, means.data.train.digests()
+        return _written(chunks, piece, {"labels": labels, "sample_digest": digests})
+    precompute.use_recorded_threads(root)
+    job = precompute.job_for(means.data, means.network, knowledge, part.fields, may_skip=True)
+    made = precompute.compute(part, plan, job)
+    statistics = {field: asdict(counted) for field, counted in made.statistics.items()}
+    counted = {"correct": made.correct}
+    return _written(chunks, piece, made.stored, statistics=statistics, measurements=counted, skipped=made.skipped)
+
+
+def _written(chunks: ChunkWriter, piece: _Piece, rows: Mapping[str, Any], **described: Any) -> Record:
+    part = piece.part
+    view, number, start = (None, None, 0) if part is None else (part.view, part.number, part.start)
+    for array in dict.fromkeys(chunk.array for chunk in piece.chunks):
+        chunks.write(array, view, start, rows[array.name])
+    return Record(view, number, chunks.take(piece.chunks), **described)

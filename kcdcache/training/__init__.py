@@ -1,0 +1,1 @@
+"""The distillation step and Algorithm 1."""

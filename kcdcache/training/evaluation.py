@@ -1,0 +1,311 @@
+"""Accuracy, agreement with the teacher, and calibration."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Int64
+from torch import Tensor, nn
+
+from kcdcache.condense import compare, manifest, value_files
+from kcdcache.data.datasets import Dataset
+from kcdcache.data.images import Split
+from kcdcache.data.label_noise import frequent
+from kcdcache.errors import MismatchError
+from kcdcache.methods.losses import cross_entropy
+from kcdcache.networks import registry
+from kcdcache.networks.input_transform import InputTransform, resolve_device, transform_from
+from kcdcache.networks.weights import load_into, load_network
+from kcdcache.runs import state
+from kcdcache.runs.folder import RunFolder
+from kcdcache.settings import TrainSettings
+from kcdcache.store import identity
+from kcdcache.store.reader import Store
+from kcdcache.teacher.teacher import Teacher
+from kcdcache.views import prefetch, rules
+
+BATCH = 512
+
+
+def predict(
+    network: nn.Module,
+    transform: InputTransform,
+    split: Split,
+    rule: rules.ViewRule,
+    device: torch.device,
+    held: rules.HeldImages | None = None,
+    workers: int | None = None,
+) -> Float[Tensor, "n classes"]:
+    """Return the logits of every sample of a split, in eval mode, in float32, on the device.
+
+    `rule` should be `views.plain` of the training rule: no augmentation. `held` are the split's images by that rule if
+    they lie on the device already; else `workers` is as for `prefetch.shown`.
+    """
+    with _evaluating(network):
+        shown = _shown(split, rule, device, held, workers)
+        return torch.cat([network(transform(pixels)).float() for pixels in shown])
+
+
+def guesses(
+    network: nn.Module,
+    transform: InputTransform,
+    split: Split,
+    rule: rules.ViewRule,
+    device: torch.device,
+    workers: int | None = None,
+) -> Int64[np.ndarray, " n"]:
+    """Return the class that a network names for view 0 of every sample, in eval mode, in float32."""
+    with _evaluating(network):
+        shown = _shown(split, rule, device, None, workers)
+        found = [network(transform(pixels)).float().argmax(1).cpu() for pixels in shown]
+    return torch.cat(found).numpy()
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    was_training = network.training
+    network.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        network.train(was_training)
+
+
+def accuracy(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"]) -> float:
+    """Return the share of samples whose largest logit is at their label, in [0, 1]."""
+    return float((logits.argmax(1) == labels).double().mean())
+
+
+def agreement(logits: Float[Tensor, "n classes"], others: Float[Tensor, "n classes"]) -> float:
+    """Return the share of samples on which two networks name the same class, in [0, 1]."""
+    return float((logits.argmax(1) == others.argmax(1)).double().mean())
+
+
+def calibration_error(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"], bins: int = 15) -> float:
+    """Return the expected calibration error: mean over samples of |confidence - accuracy| per confidence bin.
+
+    Source: Guo et al. 2017, Eq. 3, with equal-width bins.
+    """
+    confidence, guess = logits.double().cpu().softmax(1).max(1)  # on a GPU index_add_ would add in any order
+    right = (guess == labels.cpu()).double()
+    which = (confidence * bins).long().clamp_max(bins - 1)
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, confidence - right)
+    return float(gaps.abs().sum() / len(labels))
+
+
+def measure(
+    network: nn.Module,
+    transform: InputTransform,
+    split: Split,
+    rule: rules.ViewRule,
+    device: torch.device,
+    held: rules.HeldImages | None = None,
+    workers: int | None = None,
+) -> dict[str, float]:
+    """Return test accuracy in [0, 1], mean cross-entropy in nats, and expected calibration error in [0, 1]."""
+    logits = predict(network, transform, split, rule, device, held, workers)
+    labels = torch.from_numpy(split.labels).to(device)
+    return {
+        "test_accuracy": accuracy(logits, labels),
+        "test_loss": float(cross_entropy(logits, labels).double().mean()),
+        "test_calibration_error": calibration_error(logits, labels),
+    }
+
+
+def _shown(
+    split: Split, rule: rules.ViewRule, device: torch.device, held: rules.HeldImages | None, workers: int | None
+) -> Iterator[Tensor]:
+    blocks = [torch.arange(low, min(low + BATCH, len(split))) for low in range(0, len(split), BATCH)]
+    if held is not None:
+        every = held.parameters(0)
+        yield from (held.views(block.to(device), every) for block in blocks)
+        return
+    asked = (prefetch.Asked(block.numpy(), rules.parameters(rule, block.numpy(), 0)) for block in blocks)
+    if prefetch.pays(split, rule):
+        yield from prefetch.shown(split, rule, asked, device, workers)
+        return
+    yield from (rules.show(rule, split.images(index), parameters, device) for index, parameters in asked)
+
+
+logger = logging.getLogger(__name__)
+
+Labels = Int64[np.ndarray, " n"]
+Marks = Bool[np.ndarray, " n"]
+
+
+def wanted(settings: TrainSettings, data: Dataset, knowledge: Store) -> bool:
+    """Return whether a run is measured on its training samples: asked for, or `auto` and its data are corrupted.
+
+    An exported set holds neither all samples nor their true labels: runs on one are not.
+    """
+    asked = settings.fidelity == "on" or (settings.fidelity == "auto" and bool(data.corruption))
+    return asked and knowledge.knowledge.whole
+
+
+def require_own(teacher: Teacher, knowledge: Store) -> None:
+    """Do nothing if a teacher is the one whose outputs a store holds.
+
+    Raises:
+        MismatchError: it is another one.
+    """
+    if (found := teacher.identity) != knowledge.knowledge.teacher:
+        raise MismatchError(
+            f"--teacher is {found.architecture} with weights {found.weights[:16]}, the store at {knowledge.path} is of "
+            f"{knowledge.knowledge.teacher.architecture} with weights {knowledge.knowledge.teacher.weights[:16]}; give "
+            "the store's own teacher, or none"
+        )
+
+
+@runtime_checkable
+class Learned(Protocol):
+    """What a student learned from."""
+
+    @property
+    def data(self) -> Dataset:
+        """Its images and labels."""
+
+    @property
+    def knowledge(self) -> Store:
+        """The teacher's outputs on them."""
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The teacher itself, if it is at hand."""
+
+
+def of_run(settings: TrainSettings, material: Learned, folder: RunFolder, device: torch.device) -> dict[str, Any]:
+    """Return what a run's summary says of its data, and of its student on the training samples if that is `wanted`.
+
+    One forward pass, in eval mode, of the saved student over view 0 of every training sample, the images that the
+    store's first outputs belong to, and one over the test split; of the teacher, if at hand, one over the latter.
+    All are shares in [0, 1]:
+
+    `agreement_train`: student and teacher name the same class on view 0. `agreement_test`: on test images.
+    `accuracy_train`: the given label is named. `accuracy_true`: the true one. `accuracy_right`: of samples whose label
+    is right. `memorised`, `recovered`: of samples whose label is wrong, the given one and the true one is named. The
+    same of the teacher begins with `teacher_`. `accuracy_frequent`, `accuracy_rare`: of test images of the classes that
+    have most training samples (see `corruption.frequent`) and of the others.
+
+    `sets` tells of every stage what `screening.per_set` does.
+    """
+    data, knowledge = material.data, material.knowledge
+    source = identity.read_origin(knowledge.path)
+    found = (source.told(knowledge.knowledge.data.digest) if source else {}) | data.corrupted()
+    if not wanted(settings, data, knowledge):
+        return found
+    network = _saved(settings, data, folder, device)
+    shown = rules.rule_of(knowledge.knowledge.views)
+    usable = np.setdiff1d(np.arange(len(data.train)), knowledge.skipped)
+    ours = guesses(*network, data.train, shown, device, settings.workers)[usable]
+    found |= _on_train(ours, data.train, usable)
+    if "logits" in knowledge.fields:
+        theirs = knowledge.read("logits", 0, usable).argmax(1)
+        found["agreement_train"] = _share(ours == theirs)
+        found |= {f"teacher_{name}": value for name, value in _on_train(theirs, data.train, usable).items()}
+    found |= _on_test(network, data, rules.plain(shown), device, settings.workers, material.teacher)
+    return found | {"sets": _sets(data, folder)} if data.corruption else found
+
+
+def asked_later(
+    settings: TrainSettings, material: Learned, folder: RunFolder, device: str, may_write: bool
+) -> dict[str, Any]:
+    """Return a finished run's summary, after measuring what is asked for now and was not then."""
+    summary = state.read_summary(folder.path)
+    if not may_write:
+        return summary
+    sought = {"accuracy_train"} | ({"agreement_test"} if material.teacher is not None else set())
+    if not wanted(settings, material.data, material.knowledge) or sought <= set(summary):
+        return summary
+    logger.info("train: measuring the finished student in %s", folder.path)
+    state.write_summary(folder, summary | of_run(settings, material, folder, resolve_device(device)))
+    return state.read_summary(folder.path)
+
+
+def mislabelled(split: Split) -> Marks | None:
+    """Return which samples have a wrong label; None where the split is as it was."""
+    return None if split.clean_labels is None else split.labels != split.clean_labels
+
+
+def rare(data: Dataset) -> Marks | None:
+    """Return which training samples truly are of a rare class; None where no class was thinned out."""
+    if data.corruption.gamma is None or data.train.clean_labels is None:
+        return None
+    sizes = np.bincount(data.train.clean_labels, minlength=len(data.classes))
+    return ~frequent(sizes)[data.train.clean_labels]
+
+
+def _saved(settings: TrainSettings, data: Dataset, folder: RunFolder, device: torch.device) -> tuple[Any, Any]:
+    """Return the run's student and its input transform, as they lie on disk: a resumed run measures the same."""
+    document, state = load_network(folder.path, "student")
+    network = registry.build(settings.student, len(data.classes), channels=len(data.mean))
+    load_into(network, state, str(folder.path))
+    return network.to(device).to(memory_format=torch.channels_last), transform_from(document["transform"])
+
+
+def _on_train(guess: Labels, split: Split, usable: Labels) -> dict[str, float | None]:
+    """Return how often a network names the given and the true labels of some training samples."""
+    given = split.labels[usable]
+    found = {"accuracy_train": _share(guess == given)}
+    wrong = mislabelled(split)
+    if wrong is None or not wrong.any():
+        return found
+    assert split.clean_labels is not None
+    true, wrong = split.clean_labels[usable], wrong[usable]
+    return found | {
+        "accuracy_true": _share(guess == true),
+        "accuracy_right": _share((guess == given)[~wrong]),
+        "memorised": _share((guess == given)[wrong]),
+        "recovered": _share((guess == true)[wrong]),
+    }
+
+
+def _on_test(
+    network: tuple[Any, Any],
+    data: Dataset,
+    plain: rules.ViewRule,
+    device: torch.device,
+    workers: int | None,
+    teacher: Teacher | None,
+) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    if teacher is None and data.corruption.gamma is None:
+        return found
+    guess = guesses(*network, data.test, plain, device, workers)
+    if teacher is not None:
+        theirs = guesses(teacher.module, teacher.transform, data.test, plain, device, workers)
+        found |= {"agreement_test": _share(guess == theirs), "teacher_accuracy": _share(theirs == data.test.labels)}
+    if data.corruption.gamma is not None and data.train.clean_labels is not None:
+        often = frequent(np.bincount(data.train.clean_labels, minlength=len(data.classes)))[data.test.labels]
+        right = guess == data.test.labels
+        found |= {"accuracy_frequent": _share(right[often]), "accuracy_rare": _share(right[~often])}
+    return found
+
+
+def _sets(data: Dataset, folder: RunFolder) -> list[Mapping[str, Any]]:
+    """Return what became of wrong labels and rare classes in each of a run's sets, in order."""
+    marked = mislabelled(data.train)
+    wrong = marked if marked is not None and marked.any() else None
+    numbers = sorted(int(path.parent.name) for path in folder.path.glob("stages/*/manifest.parquet"))
+    return [
+        compare.per_set(
+            manifest.read(folder.manifest(number)), _value(folder.stage_values(number), data), wrong, rare(data)
+        )
+        for number in numbers
+    ]
+
+
+def _value(path: Path, data: Dataset) -> np.ndarray | None:
+    """Return the samples' values at a stage's end, NaN of those never visited; None where there are none yet."""
+    if not path.exists():
+        return None
+    found = value_files.read(path, len(data.train)).values
+    return np.where(found.visits > 0, found.value, np.nan)
+
+
+def _share(found: Marks) -> float | None:
+    return float(found.mean()) if found.size else None

@@ -1,0 +1,102 @@
+"""Train a teacher or a plain baseline on hard labels."""
+
+import logging
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from kcdcache.condense import manifest
+from kcdcache.data.datasets import Dataset
+from kcdcache.files import records, timing
+from kcdcache.methods import registry as methods_registry
+from kcdcache.networks import registry as networks_registry
+from kcdcache.networks.input_transform import resolve_device, use_threads
+from kcdcache.progress import Progress, silent
+from kcdcache.runs.folder import RunFolder
+from kcdcache.runs.state import outcome, read_summary, seconds_spent, session, start, write_summary
+from kcdcache.settings import FitSettings, MethodSettings
+from kcdcache.training import batches, device_batches, learner, loop
+from kcdcache.training.processes import ALONE, Group
+from kcdcache.views import rules
+
+logger = logging.getLogger(__name__)
+
+NEUTRAL = {"checkpoint_seconds", "resident", "graphs", "workers"}
+"""settings that never change a result and so may differ when a run continues"""
+
+
+def run(
+    settings: FitSettings,
+    *,
+    data: Dataset,
+    model: str,
+    out: Path,
+    device: str = "auto",
+    threads: int | None = None,
+    allow_env_change: bool = False,
+    group: Group = ALONE,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Train `model` on the data into the folder `out`, or continue; return the run's summary.
+
+    The folder gets model.safetensors and model.json (usable as `--teacher`), metrics.jsonl and summary.json. All
+    processes of a `group` call this with the same arguments; the first of them writes.
+
+    Raises:
+        SettingsError: the folder holds a run with other settings, or several processes cannot train with these.
+        NonFiniteError: the loss diverged.
+    """
+    networks_registry.require_known(model, len(data.classes), len(data.mean))  # before a folder is made for it
+    folder = RunFolder(path=out)
+    document = settings.model_dump(mode="json", exclude=NEUTRAL) | {"model": model}
+    inputs = {"data": data.identity().digest, "test": data.test.digest()}
+    finished = folder.stands(folder.summary)
+    group.wait()  # all have read what lies there before the first writes
+    if finished:
+        if group.first:
+            start(folder, document, inputs)
+        logger.info("fit: %s is finished already", out)
+        return read_summary(out)
+    where = resolve_device(device)
+    held = session(
+        folder, document, inputs, device=where, threads=threads, allow_env_change=allow_env_change,
+        processes=group.world,
+    )  # fmt: skip
+    with held if group.first else nullcontext():
+        if not group.first:
+            use_threads(threads)
+        group.wait()
+        pupil = learner.new_learner(model, data, settings, where, group=group)
+        loop.run(pupil, _task(pupil, data, settings), settings, folder, settings.epochs, progress)
+        if group.first:
+            _finish(pupil, data, settings, model, folder)
+        group.wait()
+    return read_summary(out)
+
+
+def _finish(pupil: learner.Learner, data: Dataset, settings: FitSettings, model: str, folder: RunFolder) -> None:
+    """Write the network, then the summary, which marks the run finished."""
+    summary = outcome(pupil.rows, len(data.train), settings.epochs) | {
+        "kind": "fit",
+        "model": model,
+        "teacher_forwards": 0,
+        "seconds": seconds_spent(folder),
+        "images_per_second": timing.document(timing.logged(folder.timing)),
+        **data.corrupted(),
+    }
+    with records.writing(folder.path, dict.fromkeys(("model.safetensors", "model.json"), records.Facts())):
+        told = {"accuracy": summary["accuracy_last"], "data": data.identity().digest}
+        learner.save(pupil, folder, "model", model, data, told)
+    write_summary(folder, summary)
+
+
+def _task(pupil: learner.Learner, data: Dataset, settings: FitSettings) -> loop.Task:
+    rule = rules.rule_from(settings, data.train.image_size)
+    whole = manifest.full(data.identity().digest, len(data.train), data.train.labels, len(data.classes))
+    source = batches.Source(data=data, rule=rule, views=rules.cycle(rule, settings.views), manifest=whole)
+    weights = methods_registry.choose(MethodSettings(method="ce"), settings.label_smoothing).weights
+    return loop.Task(
+        **device_batches.supply(settings, source, pupil)._asdict(),
+        loss=methods_registry.loss_of(weights, None),
+        details=lambda epoch: {"view": source.view_of(epoch)},
+    )

@@ -1,0 +1,1 @@
+"""View replay: the augmentation as a pure function of (seed, index, view)."""
