@@ -1,5 +1,5 @@
 """`python -m kcdcache` is the command `kcdcache`."""
 
-from kcdcache.cli import main
+from kcdcache.cli.main import main
 
 main()

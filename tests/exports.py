@@ -7,7 +7,6 @@ from kcdcache import progress, settings
 from kcdcache.commands import steps
 from kcdcache.condense import manifest, summary
 from kcdcache.condense.values import Values
-from kcdcache.export import write
 from kcdcache.files.atomic import sha256_file
 from kcdcache.settings import CondenseSettings
 
@@ -40,7 +39,7 @@ def prepared(root, **changes):
 
 def exporting(place, out, dry_run=False, **changes):
     given = {"manifest": place.file, "store": place.knowledge.path, "out": out} | changes
-    return write.run(settings.make(settings.ExportCommand, given), dry_run=dry_run)
+    return steps.export(settings.make(settings.ExportCommand, given), dry_run=dry_run)
 
 
 def trained(out, **changes):

@@ -168,6 +168,7 @@ def _serve():
     """Fork a child per request on stdin; print its number, and its exit code when it ends."""
     import sklearn.datasets  # noqa: F401 -- slow to import, and loaded by every command
 
+    from kcdcache.cli import main
     from kcdcache.commands import (
         verify,  # noqa: F401
     )
@@ -178,7 +179,7 @@ def _serve():
             os.waitpid(child, 0)
         child = os.fork()
         if child == 0:
-            _obey(json.loads(line), main_.main)
+            _obey(json.loads(line), main.main)
         print(child, flush=True)
         ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
         print(ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status, flush=True)

@@ -58,7 +58,9 @@ class Forked:
 def fork(words, logs, port, notes):
     """Become the parent of the processes that torchrun would start; write down their numbers and how each ended."""
 
-    children = [_child(words, logs, rank, port, main_.main) for rank in range(len(logs))]
+    from kcdcache.cli.main import main
+
+    children = [_child(words, logs, rank, port, main) for rank in range(len(logs))]
     with open(notes, "w") as stream:
         print(*children, file=stream, flush=True)
         ended = dict(os.wait() for _ in children)

@@ -23,7 +23,7 @@ from kcdcache.condense import manifest
 from kcdcache.data import datasets
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError, UnfinishedError
 from kcdcache.export import condensed_set, write
-from kcdcache.export.record import read, write
+from kcdcache.export import record as records
 from kcdcache.files.atomic import sha256_file
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform
@@ -463,8 +463,8 @@ def test_an_expected_id_is_compared_before_training(place, tmp_path):
 
 def test_versions_are_not_part_of_the_id(place, tmp_path):
     shutil.copytree(place.root / "plain", tmp_path / "e")
-    record = read(tmp_path / "e")
-    assert write(tmp_path / "e", record.content, {"python": "4"}) == record.id
-    assert read(tmp_path / "e").made == {"python": "4"}
+    record = records.read(tmp_path / "e")
+    assert records.write(tmp_path / "e", record.content, {"python": "4"}) == record.id
+    assert records.read(tmp_path / "e").made == {"python": "4"}
     changed = record.content.model_copy(update={"licence": "mit"})
-    assert write(tmp_path / "e", changed, {}) != record.id
+    assert records.write(tmp_path / "e", changed, {}) != record.id

@@ -211,8 +211,8 @@ def test_no_damaged_byte_gives_a_wrong_manifest(written: Path) -> None:
 
 
 def rewrite(path: Path, table: pa.Table, **document: Any) -> None:
-    content = {**json.loads(pq.read_table(path).schema.metadata[b"kcdcache.condense.manifest"]), **document}
-    pq.write_table(table.replace_schema_metadata({"kcdcache.condense.manifest": json.dumps(content)}), path)
+    content = {**json.loads(pq.read_table(path).schema.metadata[b"kcdcache.manifest"]), **document}
+    pq.write_table(table.replace_schema_metadata({"kcdcache.manifest": json.dumps(content)}), path)
 
 
 def test_edited_column_is_refused(written: Path) -> None:

@@ -21,7 +21,7 @@ from pupils import command as taught
 
 from kcdcache import progress
 from kcdcache import settings as kcdcache_settings
-from kcdcache.commands import differ, verify
+from kcdcache.commands import differ, steps, verify
 from kcdcache.condense import manifest, value_files, values
 from kcdcache.errors import (
     CorruptionError,
@@ -32,7 +32,6 @@ from kcdcache.errors import (
     SettingsError,
     UnfinishedError,
 )
-from kcdcache.export import write
 from kcdcache.files import atomic, parquet
 from kcdcache.files.parquet import SEAL
 from kcdcache.report import show
@@ -149,7 +148,7 @@ def test_a_student_learns_from_a_set_in_parts_as_from_one_file(tmp_path):
         told = taught(place, "train", out=out, manifest=tmp_path / name, **given)
         assert told["kept"] == 120
         wanted = {"manifest": tmp_path / name, "store": place.knowledge.path, "out": tmp_path / "export"}
-        planned = write.run(
+        planned = steps.export(
             kcdcache_settings.make(kcdcache_settings.ExportCommand, wanted), progress.silent, dry_run=True
         )
         assert planned["kept"] == 120

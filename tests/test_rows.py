@@ -48,7 +48,7 @@ def forge(path, columns, document):
         "value": pa.array(columns["value"], mask=columns["visits"] == 0), "visits": columns["visits"],
         "weight": columns["weight"],
     }  # fmt: skip
-    metadata = {"kcdcache.condense.manifest": canonical_json(document | {"digest": digest})}
+    metadata = {"kcdcache.manifest": canonical_json(document | {"digest": digest})}
     table = pa.table({name: pa.array(cell) for name, cell in cells.items()}).replace_schema_metadata(metadata)
     path.write_bytes(parquet.encode(table))
 

@@ -216,15 +216,15 @@ def test_values_of_another_count_are_refused(written: Path) -> None:
 
 def test_newer_format_is_refused(written: Path) -> None:
     table = pq.read_table(written)
-    document = {**json.loads(table.schema.metadata[b"kcdcache.condense.values"]), "format_version": 9}
-    pq.write_table(table.replace_schema_metadata({"kcdcache.condense.values": json.dumps(document)}), written)
+    document = {**json.loads(table.schema.metadata[b"kcdcache.values"]), "format_version": 9}
+    pq.write_table(table.replace_schema_metadata({"kcdcache.values": json.dumps(document)}), written)
     with pytest.raises(MismatchError, match="has format 9, this kcdcache reads 0"):
         value_files.read(written, 4)
 
 
 @pytest.mark.parametrize("text", [b"{", b"[]"])
 def test_damaged_metadata_is_refused(written: Path, text: bytes) -> None:
-    pq.write_table(pq.read_table(written).replace_schema_metadata({"kcdcache.condense.values": text}), written)
+    pq.write_table(pq.read_table(written).replace_schema_metadata({"kcdcache.values": text}), written)
     with pytest.raises(CorruptionError, match=r"metadata 'kcdcache\.values'"):
         value_files.read(written, 4)
 

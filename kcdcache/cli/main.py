@@ -175,10 +175,10 @@ def _settings_command(name: str) -> click.Command:
         if name == "condense":  # stays free of torch and zarr
             if os.environ.get("WORLD_SIZE", "1") != "1":
                 raise SettingsError("condense is work for one process; start it without torchrun")
-            return importlib.import_module("kcdcache.condenser").run(settings, dry_run=dry_run)
+            return importlib.import_module("kcdcache.commands.condenser").run(settings, dry_run=dry_run)
         if name == "export":
-            return importlib.import_module("kcdcache.export").run(settings, _Reporter(), dry_run=dry_run)
-        return importlib.import_module("kcdcache.steps").STEPS[name][1](settings, _Reporter(), dry_run=dry_run)
+            return importlib.import_module("kcdcache.commands.steps").export(settings, _Reporter(), dry_run=dry_run)
+        return importlib.import_module("kcdcache.commands.steps").STEPS[name][1](settings, _Reporter(), dry_run=dry_run)
 
     return _command(name, options, work, sections_of(model))
 
@@ -189,7 +189,7 @@ def _run_command() -> click.Command:
     def work(
         recipe: str | None, data: str | None, out: str | None, jobs: int, dry_run: bool, **machine: Any
     ) -> dict[str, Any]:
-        recipes = importlib.import_module("kcdcache.recipe")
+        recipes = importlib.import_module("kcdcache.recipes.recipe")
         path = Path(recipe) if recipe else recipes.EMBEDDED
         chain, folder = recipes.load(path), Path(out) if out else Path("runs") / path.stem
         if dry_run:
@@ -218,7 +218,7 @@ def _reported(folder: Path) -> str | None:
     """Write the report of a recipe's folder; return its path, or None where none could be made, which is told."""
     path = folder / "report.html"
     try:
-        importlib.import_module("kcdcache.report").write([folder], path)
+        importlib.import_module("kcdcache.report.page").write([folder], path)
     except KcdcacheError as error:
         logging.getLogger("kcdcache").warning("no report: %s", error)
         return None
@@ -227,7 +227,7 @@ def _reported(folder: Path) -> str | None:
 
 def _methods_command() -> click.Command:
     def work(**values: Any) -> dict[str, Any]:
-        found: dict[str, Any] = importlib.import_module("kcdcache.listing").listing(**values)
+        found: dict[str, Any] = importlib.import_module("kcdcache.report.show").listing(**values)
         return found
 
     options: list[click.Parameter] = [
@@ -246,7 +246,7 @@ def _report_command() -> click.Command:
     ) -> dict[str, Any]:
         if out is None and len(paths) > 1:
             raise SettingsError("--out is missing: of several folders none is where the report belongs; give a file")
-        found: dict[str, Any] = importlib.import_module("kcdcache.report").write(
+        found: dict[str, Any] = importlib.import_module("kcdcache.report.page").write(
             [Path(path) for path in paths],
             Path(out) if out else Path(paths[0]) / "report.html",
             json_file=Path(json_file) if json_file else None,
@@ -270,7 +270,7 @@ def _report_command() -> click.Command:
 
 def _seal_command() -> click.Command:
     def work(path: str) -> dict[str, Any]:
-        done = importlib.import_module("kcdcache.writer").seal(Path(path))
+        done = importlib.import_module("kcdcache.store.writer").seal(Path(path))
         return {"store": path, "sealed": "now" if done else "before"}
 
     return _command("seal", [click.Argument(["path"])], work)
@@ -278,7 +278,7 @@ def _seal_command() -> click.Command:
 
 def _inspect_command() -> click.Command:
     def work(path: str) -> dict[str, Any]:
-        found: dict[str, Any] = importlib.import_module("kcdcache.inspection").inspect(Path(path))
+        found: dict[str, Any] = importlib.import_module("kcdcache.report.show").inspect(Path(path))
         return found
 
     return _command("inspect", [click.Argument(["path"])], work)
@@ -286,7 +286,7 @@ def _inspect_command() -> click.Command:
 
 def _diff_command() -> click.Command:
     def work(a: str, b: str) -> dict[str, Any]:
-        found: dict[str, Any] = importlib.import_module("kcdcache.difference").run(Path(a), Path(b))
+        found: dict[str, Any] = importlib.import_module("kcdcache.commands.differ").run(Path(a), Path(b))
         return found
 
     return _command("diff", [click.Argument(["a"]), click.Argument(["b"])], work)
@@ -310,7 +310,7 @@ def _verify_command() -> click.Command:
     ]
 
     def work(path: str, repair: bool, expect_id: str | None, **values: Any) -> dict[str, Any]:
-        checks = importlib.import_module("kcdcache.checks")
+        checks = importlib.import_module("kcdcache.commands.verify")
         if repair:
             unused = [values.pop(name) for name in ("read_data", "sample", "points", "sample_seed")]
             del unused  # a repair reads everything
@@ -319,7 +319,7 @@ def _verify_command() -> click.Command:
         read_data, sample = values.pop("read_data"), values.pop("sample")
         share = 1.0 if read_data else checks.parse_share(sample) if sample else 0.0
         depth = checks.Depth(share=share, points=values.pop("points"), seed=values.pop("sample_seed"))
-        importlib.import_module("kcdcache.inspection").require_ids([Path(path)], [expect_id] if expect_id else None)
+        importlib.import_module("kcdcache.report.show").require_ids([Path(path)], [expect_id] if expect_id else None)
         result: dict[str, Any] = checks.verify(Path(path), depth=depth, **values)
         return result
 

@@ -12,11 +12,12 @@ from kcdcache.condense import manifest, schedule
 from kcdcache.data import datasets
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.export import condensed_set as export_condensed_set
+from kcdcache.export import write
 from kcdcache.export.condensed_set import load_data
 from kcdcache.files import timing
 from kcdcache.methods import registry
 from kcdcache.networks.input_transform import resolve_device, use_threads
-from kcdcache.progress import Progress
+from kcdcache.progress import Progress, silent
 from kcdcache.report import show
 from kcdcache.runs.folder import RunFolder
 from kcdcache.settings import (
@@ -213,6 +214,16 @@ def _asked_teacher(
 def condense(command: settings.CondenseCommand, progress: Progress, dry_run: bool = False) -> Result:
     """Turn values into the next manifest; see `condenser.run`."""
     return condenser.run(command, dry_run=dry_run)
+
+
+def export(command: settings.ExportCommand, progress: Progress = silent, dry_run: bool = False) -> Result:
+    """Write a condensed set with the knowledge it needs into one folder; see `export.write.run`.
+
+    Raises:
+        MismatchError: set or store is not what was expected, or they were not made for each other.
+    """
+    show.require_ids((command.manifest, command.store), command.expect_id)
+    return write.run(command, progress, dry_run)
 
 
 STEPS: Mapping[str, tuple[type[settings.Settings], Callable[..., Result]]] = {

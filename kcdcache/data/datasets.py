@@ -24,7 +24,6 @@ from kcdcache.data.images import DecodedImages, EncodedImages, Origins, Split, S
 from kcdcache.data.label_noise import Corruption
 from kcdcache.data.spec import DataSpec, parse
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, SettingsError, UnsafeError
-from kcdcache.export import condensed_set
 from kcdcache.files.atomic import canonical_json, naming, open_plain, parse_json, sha256_bytes
 
 MOST_BYTES = 64 * 2**30
@@ -197,7 +196,7 @@ class Dataset:
         return DataIdentity(count=len(self.train), classes=self.classes, image_size=size, digest=sha256_bytes(content))
 
 
-def load(spec: str) -> Dataset:
+def load(spec: str, others: Mapping[str, Callable[[DataSpec], "Loaded"]] | None = None) -> Dataset:
     """Return the data set a spec names (README lists them): the same spec gives the same samples in the same order.
 
     Only the training split is corrupted where the spec asks for it.
@@ -209,7 +208,7 @@ def load(spec: str) -> Dataset:
         CorruptionError: an image cannot be decoded; names file and row.
     """
     parsed = parse(spec)
-    loaded = LOADERS[parsed.kind](parsed)
+    loaded = {**LOADERS, **(others or {})}[parsed.kind](parsed)
     train = _first(loaded.train, parsed.train, f"training split of '{spec}'")
     test = _first(loaded.test, parsed.test, f"test split of '{spec}'")
     classes = loaded.classes or tuple(str(label) for label in range(int(train.labels.max()) + 1))
@@ -223,7 +222,9 @@ def load(spec: str) -> Dataset:
     return Dataset(spec, _settled(train), _settled(test), classes, loaded.statistics, done)
 
 
-class _Loaded(NamedTuple):
+class Loaded(NamedTuple):
+    """What a loader found: both splits, class names if it knows them, published statistics if there are any."""
+
     train: Split
     test: Split
     classes: tuple[str, ...] | None = None
@@ -271,7 +272,7 @@ def _require_all_classes(split: Split, classes: Sequence[str], spec: str) -> Non
         raise MismatchError(f"{first}; {len(missing)} have no training image: {listed}")
 
 
-def _digits(spec: DataSpec) -> _Loaded:
+def _digits(spec: DataSpec) -> Loaded:
     if spec.location:
         raise SettingsError(f"data 'digits' is embedded and takes no path; found '{spec.location}'")
     # scikit-learn's own file, read without importing scikit-learn, which would cost every command a second
@@ -284,7 +285,7 @@ def _digits(spec: DataSpec) -> _Loaded:
         Split(labels[rows], DecodedImages(pixels[rows], Origins((f"digits {name}",))))
         for name, rows in (("train", order[~held_out]), ("test", order[held_out]))
     )
-    return _Loaded(train, test, tuple("0123456789"))
+    return Loaded(train, test, tuple("0123456789"))
 
 
 def _enlarged(images: Int64[np.ndarray, "n 8 8"]) -> UInt8[np.ndarray, "n 16 16 3"]:
@@ -304,7 +305,7 @@ def _doubled(images: Int64[np.ndarray, "n h w"], axis: int) -> Int64[np.ndarray,
     return pairs.reshape(shape)
 
 
-def _cifar(spec: DataSpec) -> _Loaded:
+def _cifar(spec: DataSpec) -> Loaded:
     folder = Path(spec.location or CACHE).expanduser()
     dataset = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[spec.kind]
     try:
@@ -318,15 +319,15 @@ def _cifar(spec: DataSpec) -> _Loaded:
         Split(np.array(part.targets), DecodedImages(part.data, Origins((f"{spec.kind} {name}",))))
         for part, name in zip(parts, ("train", "test"), strict=True)
     )
-    return _Loaded(train, test, tuple(parts[0].classes), _CIFAR[spec.kind])
+    return Loaded(train, test, tuple(parts[0].classes), _CIFAR[spec.kind])
 
 
-def _folder(spec: DataSpec) -> _Loaded:
+def _folder(spec: DataSpec) -> Loaded:
     train, test = _split_folder(spec.path, ("train",)), _split_folder(spec.path, ("val", "test"))
     classes = _class_folders(train)
     if unknown := sorted(set(_class_folders(test)) - set(classes)):
         raise MismatchError(f"{test} has class folders that {train} lacks: {', '.join(unknown[:10])}")
-    return _Loaded(_folder_split(train, classes), _folder_split(test, classes), classes)
+    return Loaded(_folder_split(train, classes), _folder_split(test, classes), classes)
 
 
 def _split_folder(root: Path, names: tuple[str, ...]) -> Path:
@@ -368,12 +369,12 @@ def _plain_files(folder: Path | str) -> Iterator[str]:
                 raise UnsafeError(f"{entry.path} is a pipe or a device; images are plain files, remove it")
 
 
-def _parquet(spec: DataSpec) -> _Loaded:
+def _parquet(spec: DataSpec) -> Loaded:
     train, test = _parquet_files(spec.path, ("train",)), _parquet_files(spec.path, ("test", "validation"))
     schema = _opened(train[0]).schema_arrow
     image, label = _image_column(schema, train[0]), _label_column(schema, spec)
     names = _class_names(schema, label)
-    return _Loaded(_read_rows(train, image, label, spec.train), _read_rows(test, image, label, spec.test), names)
+    return Loaded(_read_rows(train, image, label, spec.train), _read_rows(test, image, label, spec.test), names)
 
 
 def _parquet_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
@@ -448,13 +449,13 @@ def _append_rows(
         labels.append(table[label].cast(pa.int64()).fill_null(-1).to_numpy())
 
 
-def _arrays(spec: DataSpec) -> _Loaded:
+def _arrays(spec: DataSpec) -> Loaded:
     arrays = read_npz(spec.path)
     classes = tuple(str(name) for name in arrays["classes"]) if "classes" in arrays else None
     train, test = (_array_split(arrays, part, spec.path) for part in ("train", "test"))
     if arrays["train_images"].shape[1:] != arrays["test_images"].shape[1:]:
         raise MismatchError(f"training and test images in {spec.path} differ in size or channels")
-    return _Loaded(train, test, classes)
+    return Loaded(train, test, classes)
 
 
 def _array_split(arrays: dict[str, np.ndarray], part: str, file: Path) -> Split:
@@ -470,12 +471,11 @@ def _array_split(arrays: dict[str, np.ndarray], part: str, file: Path) -> Split:
     return Split(labels.astype(np.int64), DecodedImages(images, Origins((f"{file} {part}_images",))))
 
 
-LOADERS: dict[str, Callable[[DataSpec], _Loaded]] = {
+LOADERS: dict[str, Callable[[DataSpec], Loaded]] = {
     "digits": _digits,
     "cifar10": _cifar,
     "cifar100": _cifar,
     "folder": _folder,
     "parquet": _parquet,
     "arrays": _arrays,
-    "condensed": lambda spec: _Loaded(*condensed_set.load(spec.path)),
 }

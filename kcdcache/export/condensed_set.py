@@ -118,7 +118,7 @@ class PartialImages(EncodedImages):
         return rows
 
 
-def load(path: Path) -> tuple[Split, Split, tuple[str, ...], Statistics]:
+def load_images(path: Path) -> tuple[Split, Split, tuple[str, ...], Statistics]:
     """Return training and test split, class names and pixel statistics of a set exported with its images.
 
     Labels and digests are those of the whole training split; every image is compared with its digest.
@@ -383,7 +383,7 @@ def _disagreements(path: Path) -> list[str]:
         if not np.array_equal(getattr(inside, name), getattr(opened.knowledge, name)[held])
     ]
     if opened.record.content.images is not None and not found:
-        load(path)
+        load_images(path)
     return found
 
 
@@ -455,4 +455,4 @@ def mixes_of(chosen: Manifest, baked: record.Baked, views: int) -> dict[str, obj
 @lru_cache(maxsize=4)
 def load_data(spec: str) -> datasets.Dataset:
     """Return a data set; asked for again in this process, the one loaded before."""
-    return datasets.load(spec)
+    return datasets.load(spec, {"condensed": lambda parsed: datasets.Loaded(*load_images(parsed.path))})

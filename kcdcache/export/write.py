@@ -38,10 +38,9 @@ from kcdcache.files.atomic import (
     write_atomic,
 )
 from kcdcache.progress import Progress, silent
-from kcdcache.report import show
 from kcdcache.runs import state
 from kcdcache.settings import ExportCommand
-from kcdcache.store import check, encoding, identity, plan, reader, writer
+from kcdcache.store import check, encoding, identity, log, plan, reader, writer
 from kcdcache.store.identity import Knowledge
 from kcdcache.store.plan import CHECKSUM_BYTES, Part, StorePlan
 from kcdcache.training import batches
@@ -243,7 +242,6 @@ def _tell_spared(plan: _Plan, figures: Mapping[str, Any]) -> None:
 
 
 def _planned(command: ExportCommand) -> _Plan:
-    show.require_ids((command.manifest, command.store), command.expect_id)
     source = reader.open(command.store)
     if not source.knowledge.whole:
         raise MismatchError(f"{source.path} does not hold the samples of a whole data set; export from the full store")
@@ -319,7 +317,7 @@ def _figures(plan: _Plan) -> dict[str, Any]:
     plans = [plan.store] if plan.mixes is None else [plan.store, plan.mixes]
     rows, views = sum(each.count for each in plans), plan.store.views
     size = sum(each.bytes + CHECKSUM_BYTES * each.chunk_count for each in plans)  # before compression
-    full, held = plan.source.plan, show.inspect(plan.source.path)["bytes"]
+    full, held = plan.source.plan, log.stored_bytes(plan.source.path)
     return {
         "samples": plan.source.count,
         "kept": len(plan.chosen),
@@ -340,7 +338,7 @@ def _written(out: Path) -> dict[str, int]:
     """Return the bytes of an export's knowledge as it was written, and of everything in the folder."""
     inside = [out / part for part in (record.STORE, record.MIXES) if (out / part).exists()]
     everything = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    return {"bytes": sum(show.inspect(part)["bytes"] for part in inside), "bytes_on_disk": everything}
+    return {"bytes": sum(log.stored_bytes(part) for part in inside), "bytes_on_disk": everything}
 
 
 def _finished(plan: _Plan) -> record.Record | None:

@@ -15,7 +15,7 @@ TEMPORARY_MARK = ".tmp-"
 """in the names of files and folders that are this machine's alone, wherever they lie"""
 SCHEMES = ("s3", "gs", "az")
 """what a cache folder mirrors; file:// is this machine's own disks"""
-_BACKEND = "kcdcache.mirror"
+_BACKEND = "kcdcache.files.mirror"
 """loaded when the first URL is met: it needs the extra `cloud`"""
 _URL = re.compile(
     r"(?:(?P<kind>[a-z][a-z0-9]*):)?(?P<url>(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://[^?]*)(?P<rest>.*)", re.S

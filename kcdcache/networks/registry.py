@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
-import timm
 import torch
 import torchvision
 from torch import nn

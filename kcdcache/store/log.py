@@ -278,6 +278,15 @@ def check_count(root: Path, count: int, knowledge: Knowledge, report: Report = r
         report(f"the plan of {root} has {count} samples, its identity {knowledge.data.count}: get the store again")
 
 
+def stored_bytes(root: Path) -> int:
+    """Return the bytes of a sealed store's chunk files, as its commits list them.
+
+    Raises:
+        UnfinishedError, CorruptionError: as for `read_commits`.
+    """
+    return sum(file.bytes for commit in read_commits(root) for record in commit.records for file in record.files)
+
+
 def read_commits(root: Path, report: Report = refuse) -> list[Commit]:
     """Return all sealed growths in order, each checked against the files it names; damage goes to `report`.
 

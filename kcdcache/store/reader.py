@@ -1,6 +1,7 @@
 """Rows out of one uncompressed chunk file, read and checked in blocks small enough for the processor's cache."""
 
 import asyncio
+import builtins
 import errno
 import math
 import os
@@ -61,7 +62,7 @@ def copy_rows(
     count, step = (size - CHECKSUM_BYTES) // row_bytes, max(1, len(block) // row_bytes)
     places = np.searchsorted(wanted, [*range(0, count, step), count]).tolist()
     found = 0
-    with naming(path), open(path, "rb", buffering=0, opener=open_plain) as stream:
+    with naming(path), builtins.open(path, "rb", buffering=0, opener=open_plain) as stream:
         if os.fstat(stream.fileno()).st_size != size:
             return False
         for start, low, high in zip(range(0, count, step), places, places[1:], strict=False):

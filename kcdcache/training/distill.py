@@ -25,12 +25,13 @@ from kcdcache.runs.folder import RunFolder
 from kcdcache.runs.state import load_checkpoint, read_record, read_summary, write_manifest
 from kcdcache.settings import TrainSettings, recorded
 from kcdcache.store import check, identity, reader
-from kcdcache.store.check import logger
 from kcdcache.store.reader import Store
 from kcdcache.teacher.teacher import Teacher
 from kcdcache.training import batches, evaluation, requery
 from kcdcache.training.processes import ALONE, Group
 from kcdcache.training.stage import Lessons, run_stage, views_used
+
+logger = logging.getLogger(__name__)
 
 
 def place(folder: RunFolder, stages: Sequence[Stage], knowledge_id: str, chosen: Manifest) -> None:
@@ -82,8 +83,6 @@ def finished_epochs(folder: RunFolder) -> int:
     found = load_checkpoint(folder)
     return int(found[1]["epoch"]) if found else 0
 
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
