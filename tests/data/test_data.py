@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from kcdcache.data import datasets, images
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, UnsafeError
 
-CIFAR100 = Path(os.environ.get("KCDCACHE_CIFAR100", Path(__file__).parents[2] / "shared/data/cifar100"))
+CIFAR100 = Path(os.environ.get("KCDCACHE_CIFAR100", Path(__file__).parents[3] / "shared/data/cifar100"))
 
 
 def make_pixels(count: int, height: int = 5, width: int = 4, channels: int = 3, seed: int = 0) -> np.ndarray:

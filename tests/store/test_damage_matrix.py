@@ -56,7 +56,7 @@ FLIPS = {
     "run, finished": 15,
 }
 """what is damaged -> random single-bit flips: 400 together"""
-RESULT = Path(__file__).parent.parent / "pipelines/results/damage.json"
+RESULT = Path(__file__).parents[2] / "pipelines/results/damage.json"
 UNREAD = ("_kcd/lock", "_kcd/environment.json", ".lock", "timing.jsonl")
 """files that hold no knowledge: who writes, where it was made, clock times"""
 

@@ -88,7 +88,7 @@ def test_the_embedded_recipe_loads_and_plans(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("path", sorted((Path(recipe.__file__).parent.parent / "pipelines").glob("*.toml")), ids=str)
+@pytest.mark.parametrize("path", sorted((Path(recipe.__file__).parents[2] / "pipelines").glob("*.toml")), ids=str)
 def test_every_recipe_of_the_project_loads(path):
     assert recipe.load(path).step
 

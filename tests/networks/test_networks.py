@@ -39,7 +39,7 @@ PARAMETERS = {
 }
 FAMILIES = ("resnet8", "ResNet50", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2")  # one network of each
 UNPUBLISHED = {"wrn_10_2", "wrn_28_2"}  # of the capacity study; no checkpoint of CRD's authors
-CHECKPOINTS = Path(__file__).parents[2] / "shared/data/published_checkpoints.json"
+CHECKPOINTS = Path(__file__).parents[3] / "shared/data/published_checkpoints.json"
 with_checkpoints = pytest.mark.skipif(not CHECKPOINTS.exists(), reason="the published shapes are not beside us")
 
 
