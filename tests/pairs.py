@@ -1,33 +1,52 @@
-"""Made-up pairs of networks and lessons for tests of single terms, and softmax in plain Python."""
+"""Made-up pairs of networks and lessons for tests of single terms."""
 
-import math
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from reference import array
 
 from kcdcache.methods.base import Pair
 from kcdcache.methods.registry import METHODS
+from kcdcache.networks.registry import tap_shapes
 from kcdcache.settings import MethodSettings
+from kcdcache.teacher import fields
 
 CLASSES, OURS, THEIRS = 4, 6, 10
 
 
-def pair_of(labels, kept=None, student="resnet8", ours=None, image=(3, 8, 8), smoothing=0.0, **settings):
+def pair_between(theirs, ours, names=("T", "S"), **more):
+    """A pair of networks with these taps."""
+    given = {"image": (3, 8, 8), "labels": np.arange(20) % 10, "kept": np.arange(20), "settings": MethodSettings()}
+    return Pair(teacher=names[0], student=names[1], teacher_taps=theirs, student_taps=ours, seed=0, **(given | more))
+
+
+def pair_of(labels, kept=None, student="resnet8", ours=None, smoothing=0.0, **settings):
     """A pair whose penultimate values have 6 and 10 numbers."""
     labels = np.asarray(labels, np.int64)
-    return Pair(
-        teacher="T", student=student, image=image, labels=labels, seed=0, smoothing=smoothing,
-        settings=MethodSettings(**settings),
-        teacher_taps={"penultimate": (THEIRS,), "logits": (CLASSES,)},
-        student_taps=ours or {"penultimate": (OURS,), "logits": (CLASSES,)},
-        kept=np.arange(len(labels)) if kept is None else np.asarray(kept, np.int64),
-    )  # fmt: skip
+    taps = ({"penultimate": (width,), "logits": (CLASSES,)} for width in (THEIRS, OURS))
+    kept = np.arange(len(labels)) if kept is None else np.asarray(kept, np.int64)
+    pair = pair_between(
+        *taps, ("T", student), labels=labels, kept=kept, smoothing=smoothing, settings=MethodSettings(**settings)
+    )
+    pair.student_taps.update(ours or {})
+    return pair
 
 
-def term_of(name, pair, seed=0):
+def published_pair(theirs, ours, classes=100, side=32, **more):
+    """A pair of networks of the zoo."""
+    return pair_between(*(tap_shapes(name, classes, 3, side, side) for name in (theirs, ours)), (theirs, ours), **more)
+
+
+def term_of(name, pair, seed=0, moved=0.0):
+    """The method's term; with `moved`, its weights are that far from those it starts with."""
     torch.manual_seed(seed)
-    return METHODS[name].term(pair)
+    term = METHODS[name].term(pair)
+    if moved:
+        with torch.no_grad():
+            for parameter in term.parameters():
+                parameter.add_(torch.randn_like(parameter) * moved)
+    return term
 
 
 def lesson_of(index, labels, pixels=None, **knowledge):
@@ -42,16 +61,14 @@ def lesson_of(index, labels, pixels=None, **knowledge):
     )  # fmt: skip
 
 
-def softmax(row, temperature=1.0):
-    top = max(row)
-    powers = [math.exp((z - top) / temperature) for z in row]
-    return [power / sum(powers) for power in powers]
+def random_lesson(pair, names, rows=4):
+    """A lesson with random teacher's values of these fields."""
+    lesson = lesson_of(range(rows), [0] * rows)
+    for name in names:
+        field = fields.parse(name)
+        lesson.knowledge[name] = field.derive(*(torch.randn(rows, *pair.teacher_shape(tap)) for tap in field.taps))
+    return lesson
 
 
-def divergence(target, found):
-    """KL(target || found) in nats of two rows of probabilities."""
-    return sum(p * (math.log(p) - math.log(q)) for p, q in zip(target, found, strict=True))
-
-
-def rows_of(values):
-    return values.detach().double().tolist()
+def knowledge_of(lesson):
+    return {name: array(value) for name, value in lesson.knowledge.items()}

@@ -1,42 +1,25 @@
-"""The networks of the paper: published names, shapes, counts, forward passes and initial weights, and their taps."""
+"""The networks of the paper and from elsewhere: names, shapes, forward passes, initial weights, taps, their input."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from kcdcache.errors import MismatchError
+from kcdcache.errors import CorruptionError, MismatchError, SettingsError
 from kcdcache.networks import registry, taps, weights
+from kcdcache.networks.input_transform import InputTransform, transform_from
 
 PARAMETERS = {
-    "resnet8": 83892,
-    "resnet14": 181108,
-    "resnet20": 278324,
-    "resnet32": 472756,
-    "resnet44": 667188,
-    "resnet56": 861620,
-    "resnet110": 1736564,
-    "resnet8x4": 1233540,
-    "resnet32x4": 7433860,
-    "ResNet50": 23705252,
-    "wrn_10_2": 315316,
-    "wrn_16_1": 180916,
-    "wrn_16_2": 703284,
-    "wrn_28_2": 1479220,
-    "wrn_40_1": 569780,
-    "wrn_40_2": 2255156,
-    "vgg8": 3965028,
-    "vgg11": 9277284,
-    "vgg13": 9462180,
-    "vgg16": 14774436,
-    "vgg19": 20086692,
-    "MobileNetV2": 812836,
-    "ShuffleV1": 949258,
-    "ShuffleV2": 1355528,
-}
+    "resnet8": 83892, "resnet14": 181108, "resnet20": 278324, "resnet32": 472756, "resnet44": 667188,
+    "resnet56": 861620, "resnet110": 1736564, "resnet8x4": 1233540, "resnet32x4": 7433860, "ResNet50": 23705252,
+    "wrn_10_2": 315316, "wrn_16_1": 180916, "wrn_16_2": 703284, "wrn_28_2": 1479220, "wrn_40_1": 569780,
+    "wrn_40_2": 2255156, "vgg8": 3965028, "vgg11": 9277284, "vgg13": 9462180, "vgg16": 14774436, "vgg19": 20086692,
+    "MobileNetV2": 812836, "ShuffleV1": 949258, "ShuffleV2": 1355528,
+}  # fmt: skip
 FAMILIES = ("resnet8", "ResNet50", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2")  # one network of each
 UNPUBLISHED = {"wrn_10_2", "wrn_28_2"}  # of the capacity study; no checkpoint of CRD's authors
 CHECKPOINTS = Path(__file__).parents[3] / "shared/data/published_checkpoints.json"
@@ -60,24 +43,17 @@ def settled(name, classes=10):
     network = registry.build(name, classes, seed=3).eval()
     generator = torch.Generator().manual_seed(1)
     for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
-        for values, low, high in (
-            (norm.weight, 0.5, 1.5),
-            (norm.running_var, 0.5, 1.5),
-            (norm.running_mean, -0.3, 0.3),
-        ):
-            nn.init.uniform_(values, low, high, generator=generator)
+        for values in (norm.weight, norm.running_var):
+            nn.init.uniform_(values, 0.5, 1.5, generator=generator)
+        nn.init.uniform_(norm.running_mean, -0.3, 0.3, generator=generator)
         nn.init.uniform_(norm.bias, -0.3, 0.3, generator=generator)
     return network
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_parameter_count_is_the_known_one(name):
-    network = registry.build(name, 100)
-    assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS[name]
-
-
-def test_every_network_of_the_zoo_has_a_known_count():
-    assert set(registry.NETWORKS) == set(PARAMETERS)
+def test_every_network_of_the_zoo_has_its_known_number_of_parameters():
+    with torch.device("meta"):
+        counts = {name: sum(p.numel() for p in registry.build(name, 100).parameters()) for name in registry.NETWORKS}
+    assert counts == PARAMETERS
 
 
 @with_checkpoints
@@ -110,6 +86,8 @@ def test_weights_that_do_not_fit_get_one_clear_error(name, other):
         weights.load_into(network, state, "net.pth")
     with pytest.raises(MismatchError, match=r"do not fit .*: another architecture; \d+ .*, first '"):
         weights.load_into(network, registry.build(other, 10).state_dict(), "net.pth")
+    with pytest.raises(MismatchError, match=r"first 'fc\.weight': \[10, 64\] expected, \[10, 256\] found"):
+        weights.load_into(registry.build("resnet8", 10), registry.build("resnet8x4", 10).state_dict(), "net.pth")
     state = network.state_dict()
     lost = next(key for key in reversed(state) if key.endswith("running_var"))
     del state[lost]
@@ -120,20 +98,12 @@ def test_weights_that_do_not_fit_get_one_clear_error(name, other):
 @pytest.mark.parametrize(
     ("name", "side", "last"),
     [
-        ("resnet8", 16, (64, 4, 4)),
-        ("resnet8x4", 16, (256, 4, 4)),
-        ("wrn_16_2", 16, (128, 4, 4)),
-        ("ResNet50", 17, (2048, 3, 3)),
-        ("vgg8", 8, (512, 1, 1)),
-        ("vgg8", 63, (512, 7, 7)),
-        ("vgg8", 64, (512, 4, 4)),
-        ("vgg8", 96, (512, 6, 6)),
-        ("MobileNetV2", 8, (160, 1, 1)),
-        ("MobileNetV2", 96, (160, 6, 6)),
-        ("ShuffleV1", 20, (960, 3, 3)),
-        ("ShuffleV2", 64, (464, 8, 8)),
+        ("resnet8", 16, (64, 4, 4)), ("resnet8x4", 16, (256, 4, 4)), ("wrn_16_2", 16, (128, 4, 4)),
+        ("ResNet50", 17, (2048, 3, 3)), ("vgg8", 8, (512, 1, 1)), ("vgg8", 63, (512, 7, 7)), ("vgg8", 64, (512, 4, 4)),
+        ("vgg8", 96, (512, 6, 6)), ("MobileNetV2", 8, (160, 1, 1)), ("MobileNetV2", 96, (160, 6, 6)),
+        ("ShuffleV1", 20, (960, 3, 3)), ("ShuffleV2", 64, (464, 8, 8)),
     ],
-)
+)  # fmt: skip
 def test_other_sides_and_channels_work(name, side, last):
     network = registry.build(name, 10, channels=1).eval()
     found = taps.run(network, noise(2, 1, side, side), [stages(network)[-1], "logits"])
@@ -356,40 +326,31 @@ def test_the_relu_of_a_value_before_activation_is_its_stage(name):
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "torchvision:resnet18"])
-def test_every_tap_carries_gradients_and_together_they_reach_every_parameter(name):
-    network = registry.build(name, 10).train()
-    found = taps.run(network, noise(4, 3, 16, 16), list(taps.stage_taps(network)))
+def test_tapping_changes_neither_logits_nor_gradients_and_taps_reach_every_parameter(name):
+    results, every = [], list(taps.stage_taps(registry.build(name, 10)))
+    for names in (["logits"], every):
+        network = registry.build(name, 10, seed=1).train()
+        found = taps.run(network, noise(4, 3, 16, 16), names)
+        found["logits"].square().sum().backward(retain_graph=True)
+        results.append([found["logits"], *(parameter.grad.clone() for parameter in network.parameters())])
+    assert all(torch.equal(plain, tapped) for plain, tapped in zip(*results, strict=True))
     assert all(value.requires_grad for value in found.values())
+    network.zero_grad()
     sum(value.square().mean() for value in found.values()).backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
-
-
-@pytest.mark.parametrize("name", [*FAMILIES, "torchvision:resnet18"])
-def test_tapping_changes_neither_logits_nor_gradients(name):
-    results = []
-    for names in (["logits"], list(taps.stage_taps(registry.build(name, 10)))):
-        network = registry.build(name, 10, seed=1).train()
-        logits = taps.run(network, noise(2, 3, 16, 16), names)["logits"]
-        logits.square().sum().backward()
-        results.append([logits, *(parameter.grad for parameter in network.parameters())])
-    assert all(torch.equal(plain, tapped) for plain, tapped in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(
     ("name", "kernel", "spread"),
     [
-        ("resnet56", "layer3.4.conv1", (2 / (64 * 9)) ** 0.5),
-        ("wrn_40_2", "block3.layer.1.conv1", (2 / (128 * 9)) ** 0.5),
-        ("ResNet50", "layer3.2.conv3", (2 / 1024) ** 0.5),
-        ("vgg8", "block3.0", (2 / (512 * 9)) ** 0.5),
-        ("vgg8", "classifier", 0.01),
-        ("MobileNetV2", "blocks.5.1.conv.3", (2 / (480 * 9)) ** 0.5),
+        ("resnet56", "layer3.4.conv1", (2 / (64 * 9)) ** 0.5), ("wrn_40_2", "block3.layer.1.conv1", (2 / 1152) ** 0.5),
+        ("ResNet50", "layer3.2.conv3", (2 / 1024) ** 0.5), ("vgg8", "block3.0", (2 / (512 * 9)) ** 0.5),
+        ("vgg8", "classifier", 0.01), ("MobileNetV2", "blocks.5.1.conv.3", (2 / (480 * 9)) ** 0.5),
         ("MobileNetV2", "classifier.0", 0.01),
         # torch's own: uniform within 1 / sqrt(fan in)
-        ("ShuffleV1", "layer3.1.conv1", (1 / (3 * 320)) ** 0.5),
-        ("ShuffleV2", "layer3.1.conv3", (1 / (3 * 232)) ** 0.5),
+        ("ShuffleV1", "layer3.1.conv1", (1 / (3 * 320)) ** 0.5), ("ShuffleV2", "layer3.1.conv3", (1 / 696) ** 0.5),
     ],
-)
+)  # fmt: skip
 def test_weights_start_with_the_published_spread(name, kernel, spread):
     weight = registry.build(name, 100, seed=1).get_submodule(kernel).weight
     assert weight.std().item() == pytest.approx(spread, rel=0.03)
@@ -401,3 +362,159 @@ def test_biases_start_at_zero_and_normalisations_at_identity(name):
     network = registry.build(name, 100, seed=1)
     assert all(torch.all(value == 0) for key, value in network.named_parameters() if key.endswith("bias"))
     assert all(torch.all(module.weight == 1) for module in network.modules() if isinstance(module, nn.BatchNorm2d))
+
+
+def test_weights_are_a_function_of_the_seed_and_the_global_generator_is_untouched():
+    before = torch.get_rng_state()
+    digests = [weights.digest_weights(registry.build("resnet8", 10, seed=s).state_dict()) for s in (7, 7, 8, 7 + 2**32)]
+    assert torch.equal(before, torch.get_rng_state())
+    torch.rand(5)
+    assert weights.digest_weights(registry.build("resnet8", 10, seed=7).state_dict()) == digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
+# networks from elsewhere
+
+
+def test_torchvision_networks_are_built_by_name_also_one_that_warns_by_itself():
+    network = registry.build("torchvision:resnet18", 7, seed=1).eval()
+    found = taps.run(network, noise(1, 3, 64, 64), ["stage4", "penultimate", "logits"])
+    assert [tuple(value.shape[1:]) for value in found.values()] == [(512, 2, 2), (512,), (7,)]
+    torch.testing.assert_close(network.fc(found["penultimate"]), found["logits"])
+    assert taps.run(registry.build("torchvision:googlenet", 7), noise(2, 3, 64, 64), ["logits"])["logits"].shape == (
+        2,
+        7,
+    )
+    with pytest.raises(SettingsError, match="takes 3 channels, the images have 1"):
+        registry.build("torchvision:resnet18", 10, channels=1)
+
+
+def test_timm_networks_are_built_by_name_or_the_extra_is_named():
+    if registry.timm is None:
+        with pytest.raises(SettingsError, match=r"kcdcache\[timm\]"):
+            registry.build("timm:resnet18", 10)
+    else:
+        found = taps.run(registry.build("timm:resnet18", 10, channels=1).eval(), noise(1, 1, 64, 64), ["penultimate"])
+        assert found["penultimate"].shape == (1, 512)
+
+
+FACTORIES = """
+from torch import nn
+
+def tiny(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, num_classes))
+
+def number(num_classes):
+    return num_classes
+"""
+
+
+def test_users_own_factory_is_imported_and_called(tmp_path, monkeypatch):
+    (tmp_path / "networks_of_mine.py").write_text(FACTORIES)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert taps.run(registry.build("networks_of_mine:tiny", 5), noise(2, 3, 2, 2), ["logits"])["logits"].shape == (2, 5)
+    with pytest.raises(SettingsError, match="no function 'tinny'; did you mean 'tiny'"):
+        registry.build("networks_of_mine:tinny", 5)
+    with pytest.raises(SettingsError, match=r"networks_of_mine:number should return a torch\.nn\.Module.* int"):
+        registry.build("networks_of_mine:number", 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wrn_40_3", "unknown network 'wrn_40_3'; did you mean 'wrn_40_"),
+        ("resnet50", "did you mean 'ResNet50'"),
+        ("VGG8", "did you mean 'vgg8'"),
+        ("torchvision:resnet19", "did you mean 'resnet1"),
+        ("no_such_module_here:net", "No module named 'no_such_module_here'; is its folder on PYTHONPATH"),
+    ],
+)
+def test_unknown_network_gets_a_hint(name, message):
+    with pytest.raises(SettingsError, match=message):
+        registry.build(name, 10)
+
+
+class HeadFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.body = nn.Linear(12, 4)
+
+    def forward(self, pixels):
+        return self.head(self.body(pixels.flatten(1)))
+
+
+@pytest.mark.parametrize(
+    ("network", "tap", "message"),
+    [
+        (registry.build("resnet8", 10), "stage9", "no value 'stage9'; did you mean 'stage"),
+        (HeadFirst(), "penultimate",
+         r"'body' turns \(2, 12\) into 4 values.* 3 logits, so it is not the class"),
+        (nn.Conv2d(3, 4, 1), "logits", r"should return logits of shape \(batch, classes\)"),
+    ],
+)  # fmt: skip
+def test_values_that_a_network_does_not_have_are_refused(network, tap, message):
+    with pytest.raises(SettingsError, match=message):
+        taps.run(network, noise(2, 3, 2, 2), [tap])
+    assert ("penultimate" in taps.stage_taps(network)) == (not isinstance(network, nn.Conv2d))
+
+
+def test_hooks_are_removed_also_when_the_network_fails():
+    network = registry.build("resnet8", 10)
+    taps.run(network, noise(1, 3, 8, 8), ["stage1", "penultimate"])
+    with pytest.raises(RuntimeError, match="channels"):
+        taps.run(network, noise(1, 2, 8, 8), ["stage1", "penultimate"])
+    assert not any(hook for module in network.modules() for hook in (module._forward_hooks, module._forward_pre_hooks))
+
+
+# what happens to images before a network
+
+
+def test_transform_normalises_per_channel_and_survives_its_document():
+    transform = InputTransform((0.5, 0.4, 0.3), (0.2, 0.25, 0.5))
+    pixels = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    mean, std = (np.array(values).reshape(1, 3, 1, 1) for values in (transform.mean, transform.std))
+    np.testing.assert_allclose(transform(pixels).numpy(), (pixels.numpy() - mean) / std, rtol=1e-5, atol=1e-6)
+    for made in (transform, InputTransform((0.1,), (0.4,), 224)):
+        assert transform_from(json.loads(json.dumps(made.document()))) == made
+
+
+def test_transform_resizes_with_antialiasing_and_leaves_images_of_its_size_alone():
+    transform = InputTransform((0.0,), (1.0,), size=2)
+    ramp = torch.arange(64, dtype=torch.float32).view(1, 1, 8, 8) / 64
+    small = transform(ramp)
+    assert small.shape == (1, 1, 2, 2)
+    assert small.mean().item() == pytest.approx(ramp.mean().item(), abs=1e-6)
+    # one bright pixel that plain bilinear sampling would miss
+    dot = torch.zeros(1, 1, 8, 8)
+    dot[0, 0, 0, 0] = 1
+    assert transform(dot).max() > 0
+    assert torch.equal(InputTransform((0.1,), (0.3,), size=8)(ramp), InputTransform((0.1,), (0.3,))(ramp))
+
+
+def test_transform_first_used_in_inference_mode_can_train_later():
+    transform = InputTransform((0.123,), (0.456,))
+    with torch.inference_mode():
+        transform(torch.zeros(1, 1, 2, 2))
+    pixels = torch.zeros(1, 1, 2, 2, requires_grad=True)
+    transform(pixels).sum().backward()
+    assert pixels.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("made", "error", "message"),
+    [
+        (lambda: InputTransform((0.5,), (0.0,)), SettingsError, r"std .* above 0"),
+        (lambda: InputTransform((0.5, 0.5), (0.1,)), SettingsError, "one number per channel each"),
+        (lambda: InputTransform((0.5,), (0.1,), 0), SettingsError, "input size 0"),
+        (lambda: transform_from({"mean": [0.5]}), CorruptionError, "needs mean, std and size"),
+        (
+            lambda: InputTransform((0.5,) * 3, (0.1,) * 3)(noise(1, 1, 2, 2)),
+            MismatchError,
+            "has 3 channels, the images 1",
+        ),
+    ],
+)
+def test_impossible_transforms_are_refused(made, error, message):
+    with pytest.raises(error, match=message):
+        made()

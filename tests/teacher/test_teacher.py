@@ -32,12 +32,15 @@ def frozen(network: nn.Module, precision="float32", transform=TRANSFORM):
     return freeze(network, transform, "resnet8", CLASSES, "cpu", precision)
 
 
-def saved(folder, name="model", architecture="resnet8", classes=CLASSES, channels=3, network=None):
+def saved(folder, name="model", architecture="resnet8", network=None):
     network = network or trained()
-    weights.save_network(
-        folder, name, network, weights.describe_network(architecture, classes, channels, TRANSFORM, accuracy=0.9)
-    )
+    document = weights.describe_network(architecture, CLASSES, 3, TRANSFORM, accuracy=0.9)
+    weights.save_network(folder, name, network, document)
     return network
+
+
+def logits(teacher, images=None):
+    return outputs(teacher, pixels(4) if images is None else images, ["logits"])["logits"]
 
 
 def load(source, file=None, classes=CLASSES, channels=3, precision="float32"):
@@ -64,10 +67,9 @@ def test_row_does_not_depend_on_its_batch_and_statistics_stay():
     assert network.training
     teacher = frozen(network)
     teacher.module.train()
-    together = outputs(teacher, pixels(6), ["logits"])["logits"]
+    together = logits(teacher, pixels(6))
     for row in range(6):
-        alone = outputs(teacher, pixels(6)[row : row + 1], ["logits"])["logits"][0]
-        torch.testing.assert_close(alone, together[row], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits(teacher, pixels(6)[row : row + 1])[0], together[row], rtol=1e-5, atol=1e-5)
     assert weights.digest_weights(teacher.module.state_dict()) == teacher.identity.weights
 
 
@@ -79,37 +81,29 @@ def test_freezing_leaves_the_network_trainable():
     assert all(parameter.requires_grad for parameter in network.parameters())
 
 
-def test_one_ulp_in_one_weight_changes_the_identity():
+def test_identity_sees_one_ulp_in_one_weight_transform_precision_and_running_statistics():
     network = trained()
-    before = frozen(network).identity
+    found = [frozen(network).identity, frozen(network, "bfloat16").identity]
+    found.append(frozen(network, transform=InputTransform(TRANSFORM.mean, TRANSFORM.std, 16)).identity)
     with torch.no_grad():
         kernel = network.layer2[0].conv1.weight
         kernel[0, 0, 0, 0] = torch.nextafter(kernel[0, 0, 0, 0], torch.tensor(9.0))
-    assert frozen(network).identity != before
-    assert frozen(network).identity.weights != before.weights
-
-
-def test_identity_sees_transform_precision_and_running_statistics():
-    network = trained()
-    identities = [frozen(network).identity, frozen(network, "bfloat16").identity]
-    identities.append(frozen(network, transform=InputTransform(TRANSFORM.mean, TRANSFORM.std, 16)).identity)
+    found.append(frozen(network).identity)
+    assert found[-1].weights != found[0].weights
     network.bn1.running_mean[0] += 1
-    identities.append(frozen(network).identity)
-    assert all(a != b for i, a in enumerate(identities) for b in identities[:i])
+    found.append(frozen(network).identity)
+    assert all(a != b for i, a in enumerate(found) for b in found[:i])
 
 
-def test_saved_teacher_is_the_teacher_and_brings_its_transform(tmp_path):
-    network = saved(tmp_path)
-    teacher = load(tmp_path)
+def test_saved_teacher_is_the_teacher_and_brings_its_transform_also_the_student_of_a_run(tmp_path):
+    network = saved(tmp_path / "fit")
+    teacher = load(tmp_path / "fit")
     assert teacher.identity == frozen(network).identity
     assert teacher.transform == TRANSFORM
-    expected = outputs(frozen(network), pixels(4), ["logits"])["logits"]
-    assert torch.equal(outputs(teacher, pixels(4), ["logits"])["logits"], expected)
-
-
-def test_student_of_a_run_and_a_json_file_are_teachers_too(tmp_path):
-    network = saved(tmp_path, name="student")
-    assert load(tmp_path).identity == load(tmp_path / "student.json").identity == frozen(network).identity
+    assert torch.equal(logits(teacher), logits(frozen(network)))
+    saved(tmp_path / "run", name="student")
+    for source in (tmp_path / "run", tmp_path / "run/student.json"):
+        assert load(source).identity == teacher.identity
 
 
 def test_spec_with_weights_takes_the_given_transform(tmp_path):
@@ -121,44 +115,49 @@ def test_spec_with_weights_takes_the_given_transform(tmp_path):
     assert teacher.identity.architecture == "resnet8"
 
 
-def test_other_class_order_is_named(tmp_path):
-    saved(tmp_path)
-    with pytest.raises(MismatchError, match=r"differ in classes\[1\]: 'cat' against 'bee'"):
-        load(tmp_path, classes=("ant", "cat", "bee"))
-    with pytest.raises(MismatchError, match="differ in classes length: 2 against 3"):
-        load(tmp_path, classes=("ant", "bee"))
+def unfinished(folder):
+    folder.mkdir()
+    (folder / "student.safetensors").write_bytes(b"")
+    (folder / "run.json").write_text("{}")
 
 
-def test_other_channels_are_refused(tmp_path):
-    saved(tmp_path)
-    with pytest.raises(MismatchError, match="sees 3 channels, the images have 1"):
-        load(tmp_path, channels=1)
+def of_other_classes(folder):
+    folder.mkdir()
+    torch.save(trained(classes=5).state_dict(), folder / "net.pth")
 
 
-def test_weights_of_another_class_count_are_refused(tmp_path):
-    torch.save(trained(classes=5).state_dict(), tmp_path / "net.pth")
-    with pytest.raises(
-        MismatchError, match=r"net\.pth do not fit ResNet: they are for 5 classes, the network here has 3"
-    ):
-        load("resnet8", tmp_path / "net.pth")
+def of_a_wrong_type(folder):
+    saved(folder)
+    document = json.loads((folder / "model.json").read_text()) | {"classes": "abc"}
+    document["digest"] = digest_of({key: value for key, value in document.items() if key != "digest"})
+    (folder / "model.json").write_text(json.dumps(document))
 
 
-def test_spec_without_weights_asks_for_them():
-    with pytest.raises(SettingsError, match="the teacher 'resnet8' needs its weights"):
-        load("resnet8")
+REFUSED = [
+    (saved, {"classes": ("ant", "cat", "bee")}, MismatchError, r"differ in classes\[1\]: 'cat' against 'bee'"),
+    (saved, {"classes": ("ant", "bee")}, MismatchError, "differ in classes length: 2 against 3"),
+    (saved, {"channels": 1}, MismatchError, "sees 3 channels, the images have 1"),
+    (of_other_classes, {"source": "resnet8", "file": "net.pth"}, MismatchError,
+     r"net\.pth do not fit ResNet: they are for 5 classes, the network here has 3"),
+    (saved, {"source": "resnet8"}, SettingsError, "the teacher 'resnet8' needs its weights"),
+    (lambda folder: None, {}, NotFoundError, r"no saved network at .*there"),
+    (lambda folder: folder.mkdir(), {}, NotFoundError,
+     r"no saved network in .*neither model\.json nor student\.json"),
+    (lambda folder: saved(folder, architecture="canary_module:run"), {}, UnsafeError,
+     "asks to import 'canary_module:run', which could run any code"),
+    (of_a_wrong_type, {}, CorruptionError, "the classes as a list"),
+    (unfinished, {}, UnfinishedError, "is not finished; run its command again before it teaches"),
+]  # fmt: skip
 
 
-def test_missing_teacher_is_not_found(tmp_path):
-    with pytest.raises(NotFoundError, match=r"no saved network at .*nowhere"):
-        load(tmp_path / "nowhere")
-    with pytest.raises(NotFoundError, match=r"no saved network in .*neither model\.json nor student\.json"):
-        load(tmp_path)
-
-
-def test_saved_network_may_not_name_code_to_import(tmp_path):
-    saved(tmp_path, architecture="canary_module:run")
-    with pytest.raises(UnsafeError, match="asks to import 'canary_module:run', which could run any code"):
-        load(tmp_path)
+@pytest.mark.parametrize(("make", "given", "error", "message"), REFUSED)
+def test_what_cannot_teach_is_refused_with_what_it_lacks(tmp_path, make, given, error, message):
+    place = tmp_path / "there"
+    make(place)
+    if "file" in given:
+        given = given | {"file": place / given["file"]}
+    with pytest.raises(error, match=message):
+        load(**({"source": place} | given))
 
 
 FACTORY = """
@@ -178,15 +177,6 @@ def test_user_may_name_the_code_of_a_saved_network(tmp_path, monkeypatch):
         load("resnet8", tmp_path / "fit")
 
 
-def test_document_of_the_wrong_type_is_corruption(tmp_path):
-    saved(tmp_path)
-    document = json.loads((tmp_path / "model.json").read_text()) | {"classes": "abc"}
-    document["digest"] = digest_of({key: value for key, value in document.items() if key != "digest"})
-    (tmp_path / "model.json").write_text(json.dumps(document))
-    with pytest.raises(CorruptionError, match="the classes as a list"):
-        load(tmp_path)
-
-
 def test_bfloat16_gives_float32_near_the_exact_outputs():
     network = trained()
     exact = outputs(frozen(network), pixels(4), FIELDS)
@@ -198,34 +188,25 @@ def test_bfloat16_gives_float32_near_the_exact_outputs():
 
 
 def test_outputs_can_be_used_in_training():
-    logits = outputs(frozen(trained()), pixels(4), ["logits"])["logits"]
+    found = logits(frozen(trained()))
     student = torch.zeros(4, 3, requires_grad=True)
-    (student * logits).sum().backward()
-    assert torch.equal(student.grad, logits)
+    (student * found).sum().backward()
+    assert torch.equal(student.grad, found)
 
 
 def test_memory_layout_of_the_pixels_does_not_change_a_bit():
     teacher = frozen(trained())
-    plain = outputs(teacher, pixels(4), ["logits"])["logits"]
-    last = outputs(teacher, pixels(4).to(memory_format=torch.channels_last), ["logits"])["logits"]
-    assert torch.equal(plain, last)
+    assert torch.equal(logits(teacher), logits(teacher, pixels(4).to(memory_format=torch.channels_last)))
 
 
-def test_fields_come_as_asked_and_unknown_ones_get_a_hint():
+def test_fields_come_as_asked_in_the_shapes_of_a_row_and_wrong_ones_are_refused():
     teacher = frozen(trained())
     assert list(outputs(teacher, pixels(2), ["penultimate"])) == ["penultimate"]
+    assert field_shapes(teacher, 8, 12, FIELDS) == {"logits": (3,), "penultimate": (64,)}
     with pytest.raises(SettingsError, match="unknown field 'logit'; did you mean 'logits'"):
         outputs(teacher, pixels(2), ["logit"])
-
-
-def test_field_shapes_are_those_of_a_row():
-    shapes = field_shapes(frozen(trained()), 8, 12, FIELDS)
-    assert shapes == {"logits": (3,), "penultimate": (64,)}
-
-
-def test_network_with_another_number_of_logits_is_refused():
     with pytest.raises(MismatchError, match="resnet8 gives 5 logits, the data has 3 classes"):
-        outputs(frozen(trained(classes=5)), pixels(2), ["logits"])
+        logits(frozen(trained(classes=5)))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -236,13 +217,3 @@ def test_gpu_gives_the_outputs_of_the_cpu():
     for field, expected in outputs(frozen(network), pixels(4), FIELDS).items():
         torch.testing.assert_close(found[field].cpu(), expected, rtol=1e-4, atol=1e-4)
     assert on_gpu.identity == frozen(network).identity
-
-
-def test_the_student_of_an_unfinished_run_does_not_teach(tmp_path):
-    (tmp_path / "student.safetensors").write_bytes(b"")
-    (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(UnfinishedError, match="is not finished; run its command again before it teaches"):
-        teacher_.load(
-            str(tmp_path), weights_path=None, classes=("a", "b"), mean=(0.5,), std=(0.5,), size=None, device="cpu",
-            precision="float32", channels=1,
-        )  # fmt: skip

@@ -1,0 +1,367 @@
+"""Weights and saved networks: what loads whole and unchanged, and what of unknown origin is refused and never run."""
+
+import json
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from confined import confinement
+from lessons import CLASSES, digits
+from pupils import SPEC, loaded, saved_teacher
+from torch import nn
+
+from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, UnfinishedError, UnsafeError
+from kcdcache.files.atomic import canonical_json, digest_of, sha256_file
+from kcdcache.networks import registry, weights
+from kcdcache.networks.input_transform import InputTransform
+
+TRANSFORM = InputTransform((0.5,) * 3, (0.25,) * 3)
+
+
+def digest(network):
+    return weights.digest_weights(network.state_dict())
+
+
+def built(seed=1):
+    return registry.build("resnet8", CLASSES, seed=seed)
+
+
+# files of weights
+
+WRAPPINGS = {
+    "bare": lambda state: state,
+    "model": lambda state: {"model": state, "epoch": 240, "accuracy": torch.tensor(75.6)},
+    "state_dict": lambda state: {"state_dict": state},
+    "parallel": lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}},
+    "older than batch counters": lambda state: {k: v for k, v in state.items() if not k.endswith("_batches_tracked")},
+}
+
+
+@pytest.mark.parametrize("wrapping", [*WRAPPINGS, "safetensors"])
+def test_checkpoint_loads_from_every_wrapping(wrapping, tmp_path):
+    source, target = built(1), built(2)
+    if wrapping == "safetensors":
+        path = tmp_path / "net.safetensors"
+        safetensors.torch.save_file(source.state_dict(), path)
+    else:
+        path = tmp_path / "net.pth"
+        torch.save(WRAPPINGS[wrapping](source.state_dict()), path)
+    weights.load_into(target, weights.load_weights(path), str(path))
+    assert digest(target) == digest(source)
+
+
+def no_file(path):
+    return path.with_name("absent.pth")
+
+
+def holding(content):
+    """A function that saves this at a path."""
+    return lambda path: torch.save(content, path)
+
+
+def bytes_of(data, suffix=".pth"):
+    def write(path):
+        path.with_suffix(suffix).write_bytes(data)
+        return path.with_suffix(suffix)
+
+    return write
+
+
+def part_of(share):
+    def write(path):
+        torch.save(built().state_dict(), path)
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+    return write
+
+
+def an_archive_of_something_else(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(2**24))
+        archive.writestr("../../escape", b"x")
+
+
+def larger_than_any_network(path):
+    with open(path.with_suffix(".safetensors"), "wb") as stream:
+        stream.truncate(2**40)  # a sparse file: it takes no room
+    return path.with_suffix(".safetensors")
+
+
+GARBAGE = (b"", b"no weights at all\n" * 9, b"<!DOCTYPE html>", bytes(200), b"PK\x03\x04" + bytes(90))
+UNREADABLE = [
+    *((bytes_of(data), CorruptionError, r"net\.pth is not a whole torch file") for data in GARBAGE),
+    *(
+        (bytes_of(data, ".safetensors"), CorruptionError, r"net\.safetensors should be a safetensors file")
+        for data in GARBAGE
+    ),
+    *((part_of(share), CorruptionError, "not a whole torch file") for share in (0.1, 0.5, 0.99)),
+    (an_archive_of_something_else, CorruptionError, r"net\.pth is not a whole torch file"),
+    (no_file, NotFoundError, "no weights file at"),
+    (holding({"epoch": 3}), MismatchError, "only tensors by name; 'epoch' is a int"),
+    (holding([torch.zeros(1)]), MismatchError, "tensors by name, it holds a list"),
+    (larger_than_any_network, UnsafeError, "has 1099511627776 bytes, expected at most 17179869184; it is not read"),
+]
+
+
+@pytest.mark.parametrize(("write", "error", "message"), UNREADABLE)
+def test_files_that_hold_no_weights_are_refused_with_what_they_are(write, error, message, tmp_path):
+    path = tmp_path / "net.pth"
+    with pytest.raises(error, match=message):
+        weights.load_weights(write(path) or path)
+    assert not (tmp_path.parent.parent / "escape").exists()
+
+
+def test_weight_digest_ignores_layout_and_order_but_sees_everything_else():
+    state = {"a": torch.randn(2, 3, 4, 4), "b": torch.tensor(3)}
+    digest = weights.digest_weights(state)
+    layout = {"b": state["b"], "a": state["a"].to(memory_format=torch.channels_last)}
+    assert weights.digest_weights(layout) == digest
+    changes = [{"b": torch.tensor(3, dtype=torch.int32)}, {"a": state["a"].reshape(2, 3, 8, 2)}, {"c": state["b"]}]
+    assert digest not in [weights.digest_weights({**state, **change}) for change in changes]
+
+
+# saved networks: weights and the document beside them
+
+
+def save(folder, name="model", network=None, **extra):
+    network = network or built()
+    classes = [str(label) for label in range(CLASSES)]
+    document = weights.describe_network("resnet8", classes, 3, TRANSFORM, **extra)
+    weights.save_network(folder, name, network, document)
+    return network
+
+
+def test_saved_network_reads_back_whole_and_equal_networks_are_equal_bytes(tmp_path):
+    network = save(tmp_path / "new", accuracy=0.5)
+    document, state = weights.load_network(tmp_path / "new")
+    assert weights.digest_weights(state) == digest(network)
+    assert document.pop("weights_sha256")
+    classes = [str(label) for label in range(CLASSES)]
+    expected = {"architecture": "resnet8", "classes": classes, "channels": 3, "accuracy": 0.5}
+    assert document == {**expected, "transform": TRANSFORM.document()}
+    assert weights.load_network(tmp_path / "new/model.json")[0]["accuracy"] == 0.5
+    save(tmp_path / "again", network=network.to(memory_format=torch.channels_last), accuracy=0.5)
+    for file in ("model.safetensors", "model.json"):
+        assert (tmp_path / "new" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+
+
+def test_network_with_tied_weights_is_saved(tmp_path):
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    network[1].weight = network[0].weight
+    save(tmp_path, network=network)
+    weights.load_into(network, weights.load_network(tmp_path)[1], "model")
+
+
+def test_flipped_bit_in_saved_weights_is_found(tmp_path):
+    save(tmp_path)
+    path = tmp_path / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptionError, match=r"damaged or was replaced: its SHA-256 is not the one in model\.json"):
+        weights.load_network(tmp_path)
+
+
+def test_incomplete_saved_networks_are_refused(tmp_path):
+    with pytest.raises(NotFoundError, match="no file at"):
+        weights.load_network(tmp_path)
+    save(tmp_path)
+    (tmp_path / "model.json").rename(tmp_path / "other.json")
+    with pytest.raises(UnfinishedError, match=r"has no model\.json beside it"):
+        weights.load_network(tmp_path)
+    with pytest.raises(CorruptionError, match=r"describes other\.safetensors, which is not there"):
+        weights.load_network(tmp_path, "other")
+    (tmp_path / "model.json").write_text('{"architecture": "resnet8"}')
+    with pytest.raises(CorruptionError, match="it lacks 'classes'"):
+        weights.load_network(tmp_path)
+
+
+def resealed(folder, **changes):
+    document = json.loads((folder / "model.json").read_bytes()) | changes
+    document.pop("digest", None)
+    (folder / "model.json").write_bytes(canonical_json(document | {"digest": digest_of(document)}))
+
+
+HOSTILE = {
+    "architecture": [["resnet8"], 7, None, "os:system", "posix:system", "x" * 10**5, "../resnet8", "timm:../x"],
+    "classes": [None, "0123456789", {"0": 1}, [["0"]] * 10, [0] * 10, ["\x1b]0;owned\x07"] * 10, []],
+    "channels": [None, "3", 10**12, -1, 3.5],
+    "transform": [
+        None, [], {"mean": [0.5], "std": [0], "size": None},
+        {"mean": "abc", "std": "abc", "size": None}, {"mean": [0.5] * 3, "std": [0.5] * 3, "size": -1},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", HOSTILE)
+def test_a_saved_network_with_hostile_entries_is_refused(tmp_path, key):
+    data = digits()
+    folder = saved_teacher(tmp_path / "t", data)
+    loaded(folder, data)
+    for hostile in HOSTILE[key]:
+        resealed(folder, **{key: hostile})
+        with pytest.raises((CorruptionError, MismatchError, UnsafeError, SettingsError), match=r"\w"):
+            loaded(folder, data)
+
+
+# files that would run code, or take what they only claim
+
+
+class Trap:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, canary):
+        self._canary = canary
+
+    def __reduce__(self):
+        return os.system, (f"touch {self._canary}",)
+
+
+@pytest.fixture(scope="module")
+def run():
+    with confinement() as confined:
+        yield confined
+
+
+@pytest.fixture
+def canary(tmp_path):
+    path = tmp_path / "canary"
+    yield path
+    assert not path.exists()
+
+
+def trap(canary):
+    return {"state_dict": built().state_dict(), "note": Trap(canary)}
+
+
+def precompute(path, store="s"):
+    """Words of a command that reads these weights."""
+    return "precompute", "--data", SPEC, "--teacher", "resnet8", "--weights", path, "--store", store
+
+
+def test_the_trap_works(tmp_path):
+    torch.save(trap(tmp_path / "caught"), tmp_path / "t.pt")
+    torch.load(tmp_path / "t.pt", weights_only=False)
+    assert (tmp_path / "caught").exists()
+
+
+WRITERS = {
+    "zip": torch.save,
+    "old": lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
+    "pickle 4": lambda content, path: path.write_bytes(pickle.dumps(content, protocol=4)),
+    "pickle 0": lambda content, path: path.write_bytes(pickle.dumps(content, protocol=0)),
+}
+
+
+@pytest.mark.parametrize("name", ["t.pt", "t.pth", "t.bin"])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_pickled_object_is_refused_and_never_run(writer, name, tmp_path, canary):
+    WRITERS[writer]({"model": {"w": Trap(canary)}}, tmp_path / name)
+    with pytest.raises(UnsafeError, match=r"could run any code, so it is refused.*safetensors"):
+        weights.load_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "writer"), [("t.pt", "zip"), ("t.bin", "old")])
+def test_a_command_that_is_given_a_torch_file_that_would_run_code_says_so(run, tmp_path, canary, name, writer):
+    WRITERS[writer](trap(canary), tmp_path / name)
+    done = run(*precompute(tmp_path / name, tmp_path / "s"))
+    assert (done.code, "holds Python objects besides tensors" in done.output) == (8, True), done.output
+    assert "--data" not in done.output
+
+
+def test_pickles_under_the_name_of_safetensors_or_arrays_run_no_code(run, tmp_path, canary):
+    torch.save(trap(canary), tmp_path / "t.safetensors")
+    np.save(tmp_path / "l.npy", np.array([Trap(canary)], object))
+    np.savez(tmp_path / "a.npz", train_images=np.array([Trap(canary)], object))
+    torch.save(trap(canary), tmp_path / "b.npz")
+    torch.save(trap(canary), tmp_path / "b.npy")
+    store = ["--store", tmp_path / "s"]
+    for words in (
+        precompute(tmp_path / "t.safetensors", tmp_path / "s"),
+        *(
+            ["precompute", "--data", SPEC, "--from-logits", tmp_path / name, "--augment", "none", *store]
+            for name in ("l.npy", "b.npy")
+        ),
+        *(["fit", "--data", f"arrays:{tmp_path / n}", "--model", "resnet8", *store[1:]] for n in ("a.npz", "b.npz")),
+    ):
+        done = run(*words)
+        assert done.code in (2, 3, 8), done.output
+        assert "internal error" not in done.output
+
+
+def test_student_weights_and_checkpoints_that_would_run_code_are_refused(run, tmp_path, canary):
+    folder = saved_teacher(tmp_path / "n", digits())
+    torch.save(trap(canary), folder / "model.safetensors")
+    resealed(folder, weights_sha256=sha256_file(folder / "model.safetensors"))
+    done = run("verify", folder / "model.json")
+    assert (done.code, "should be a safetensors file" in done.output) == (3, True), done.output
+
+
+def test_a_saved_network_cannot_name_a_module_to_import(run, tmp_path, canary):
+    (tmp_path / "trap.py").write_text(f"import os\nos.system('touch {canary}')\n")
+    folder = saved_teacher(tmp_path / "t", digits())
+    resealed(folder, architecture="trap:Net")
+    done = run("precompute", "--data", SPEC, "--teacher", folder, "--store", "s", folder=tmp_path)
+    assert (done.code, "which could run any code, so only you may name it" in done.output) == (8, True), done.output
+
+
+def safetensors_file(path, header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+    return path
+
+
+def entry(shape, start, stop):
+    return {"dtype": "F32", "shape": shape, "data_offsets": [start, stop]}
+
+
+HEADERS = {
+    "a header of 2^60 bytes": (b"{}", b"", 2**60),
+    "a header of 64 MB": (b"{" + b" " * 2**26 + b"}", b"", None),
+    "a million tensors": (
+        b"{" + b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % i for i in range(10**5)) + b"}",
+        b"", None,
+    ),
+    "tensors that overlap": ({"a": entry([4], 0, 16), "b": entry([4], 0, 16)}, bytes(16), None),
+    "a shape of 10^9 on 16 bytes": ({"a": entry([10**9], 0, 16)}, bytes(16), None),
+    "shapes whose product overflows": ({"a": entry([2**32, 2**32], 0, 0)}, b"", None),
+    "offsets beyond the file": ({"a": entry([2**28], 0, 2**30)}, bytes(16), None),
+    "offsets backwards": ({"a": entry([4], 16, 0)}, bytes(16), None),
+    "a hole": ({"a": entry([4], 16, 32)}, bytes(32), None),
+    "deep JSON": (b'{"a":' * 10**5, b"", None),
+    "no JSON": (b"\xff" * 64, b"", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("claim", HEADERS)
+def test_hostile_safetensors_headers_are_refused_in_little_memory(run, tmp_path, claim):
+    header, data, length = HEADERS[claim]
+    path = safetensors_file(tmp_path / "t.safetensors", header, data, length)
+    done = run(
+        text=f"from pathlib import Path\nfrom kcdcache.models import weights\nweights.load_weights(Path('{path}'))"
+    )
+    assert done.output.startswith("CorruptionError"), done.output
+    assert "should be a safetensors file" in done.output
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "/dev/random", "/dev/stdin", "fifo"])
+def test_weights_that_are_a_device_or_a_pipe_are_not_waited_for(run, tmp_path, target):
+    for name in ("t.pt", "t.safetensors"):
+        if target == "fifo":
+            os.mkfifo(tmp_path / name)
+        else:
+            (tmp_path / name).symlink_to(target)
+        done = run(*precompute(tmp_path / name))
+        assert (done.code, "is a pipe or a device" in done.output) == (8, True), done.output
+
+
+def test_a_tensor_that_repeats_one_number_10_12_times_is_refused_before_it_is_copied(run, tmp_path):
+    torch.save(built().state_dict() | {"fc.weight": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "t.pt")
+    done = run(*precompute(tmp_path / "t.pt"))
+    assert (done.code, "[1000000, 1000000]" in done.output or "1000000 classes" in done.output) == (4, True), (
+        done.output
+    )
