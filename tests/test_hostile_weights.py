@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from confined import confinement
 from lessons import CLASSES, digits
 from pupils import SPEC, loaded, saved_teacher
 
@@ -25,12 +24,6 @@ class Trap:
 
     def __reduce__(self):
         return os.system, (f"touch {self._canary}",)
-
-
-@pytest.fixture(scope="module")
-def run():
-    with confinement() as confined:
-        yield confined
 
 
 @pytest.fixture
