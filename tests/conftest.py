@@ -1,10 +1,38 @@
 """Shared set-up: shapes and types of the whole package are checked at run time while the tests run."""
 
+import tempfile
+from pathlib import Path
+
 import hypothesis
+import pytest
 import torch
 from jaxtyping import install_import_hook
+from killing import confined, nursery
 
 install_import_hook("kcdcache", "typechecking.check")
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def start():
+    """Starts commands in forks of one process that has imported everything."""
+    with nursery() as starting:
+        yield starting
+
+
+@pytest.fixture(scope="session")
+def run(start, tmp_path_factory):
+    """Runs commands on hostile files, in little memory and time."""
+    return confined(start, tmp_path_factory.mktemp("confined") / "log")
+
+
+@pytest.fixture(scope="session")
+def here(start):
+    """A teacher and what each command makes of it undisturbed; another user may look there, not so in pytest's own."""
+    from commands import place
+
+    with tempfile.TemporaryDirectory(prefix="kcdcache-") as folder:
+        Path(folder).chmod(0o755)
+        yield place(Path(folder), start)

@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+import pytest
 
 from kcdcache.condense import manifest, value_files
 from kcdcache.files import records
@@ -13,6 +14,8 @@ from kcdcache.store import reader
 from kcdcache.store.plan import all_chunks
 
 PAGE = 4096
+TENTH = (0.1, pytest.param(1.0, marks=pytest.mark.slow))
+"""shares of all the damage that is done: a tenth by default, the rest under `slow`"""
 KINDS = (
     r"(\w+)/c\.[\d.]+",
     r"\w+/zarr.json",

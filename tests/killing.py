@@ -10,10 +10,13 @@ import sys
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent
 POLL = 0.002
 """seconds between looks at a folder"""
+LITTLE = {"memory": 300 * 2**20, "seconds": 20}
+"""what a command on hostile files may take: bytes beyond those after importing everything, and processor time"""
 
 
 def environment(**more):
@@ -102,8 +105,8 @@ def nursery():
     """Yield a function that starts a command: (words, log, limits, **environment variables) -> its process.
 
     In place of a command's words it takes Python text, which runs with the tests' modules at hand.
-    `limits` may hold `user` (a user number to become), `memory` (bytes it may take beyond what it has when it starts)
-    and `file` (bytes of its largest file).
+    `limits` may hold `user` (a user number to become), `memory` (bytes it may take beyond what it has when it starts),
+    `file` (bytes of its largest file), `seconds` (of processor time) and `folder` (to work in).
     """
     held = Nursery()
     try:
@@ -117,6 +120,17 @@ def finished(start, words, log, **how):
     process = start(words, log, **how)
     assert process.ended(300), f"still running: {words}"
     return process.code
+
+
+def confined(start, log):
+    """A function that runs words or Python text in little memory and time, and returns its exit code and output."""
+
+    def run(*words, text=None, folder="."):
+        log.unlink(missing_ok=True)
+        code = finished(start, text or words, log, limits=LITTLE | {"folder": str(folder)})
+        return SimpleNamespace(code=code, output=log.read_text(errors="replace"))
+
+    return run
 
 
 def succeeds(start, words, log):
@@ -169,9 +183,8 @@ def _serve():
     import sklearn.datasets  # noqa: F401 -- slow to import, and loaded by every command
 
     from kcdcache.cli import main
-    from kcdcache.commands import (
-        verify,  # noqa: F401
-    )
+    from kcdcache.commands import verify  # noqa: F401
+    from kcdcache.report import show  # noqa: F401
 
     child = None
     for line in sys.stdin.buffer:
@@ -183,10 +196,12 @@ def _serve():
         print(child, flush=True)
         ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
         print(ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status, flush=True)
+    os._exit(0)  # taking down all that was imported takes seconds
 
 
 def _obey(request, main):
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(request["variables"])
@@ -202,7 +217,8 @@ def _obey(request, main):
             main(words)
     except SystemExit as end:
         code = int(end.code or 0)
-    except Exception:
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -210,12 +226,16 @@ def _obey(request, main):
         os._exit(code)  # not through the nursery's own way out
 
 
-def _confine(user=None, memory=None, file=None):
+def _confine(user=None, memory=None, file=None, seconds=None, folder="."):
+    os.chdir(folder)
     if memory is not None:
         now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + memory, now + memory))
     if file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file, file))
+    if seconds is not None:
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+        signal.alarm(3 * seconds)  # a process that waits for ever uses no processor time
     if user is not None:
         os.setgroups([])
         os.setgid(user)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from lessons import CLASSES, CPU, digits
+from lessons import CLASSES, CPU, digits, precomputed
 from torch import nn
 
 from kcdcache.data import datasets
@@ -68,6 +68,14 @@ def place_for(root, white, level=255):
     text = painted(root / "painted.npz", white, level)
     dataset = datasets.load(text)
     return SimpleNamespace(root=root, spec=text, data=dataset, network=touchy(dataset), white=sorted(white))
+
+
+def white_place(root):
+    """Two white samples, one that shows in view 0 and one that shows in view 2; and their store."""
+    found = place_for(root, [a_white_sample(0), a_white_sample(2)])
+    found.knowledge = precomputed(root / "store", found.data, found.network, padding=2, **SKIP)
+    found.teacher = "none"
+    return found
 
 
 def a_white_sample(view, place=0):

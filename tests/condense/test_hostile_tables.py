@@ -4,7 +4,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from confined import confinement
 from forging import (
     BYTE_ARRAY,
     DELTA_BYTE_ARRAY,
@@ -24,12 +23,6 @@ from numcodecs import Zstd
 from kcdcache.condense import manifest
 from kcdcache.errors import CorruptionError, MismatchError, UnsafeError
 from kcdcache.files import parquet as files_parquet
-
-
-@pytest.fixture(scope="module")
-def run():
-    with confinement() as confined:
-        yield confined
 
 
 def integers(*numbers):
@@ -130,9 +123,7 @@ def test_a_zstd_page_that_becomes_more_than_it_claims_is_damage(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more",
-    [(2, I32, 8), (2, I64, 8), (9, I32, 0)],
-    ids=["twice", "twice, of another type", "backwards"],
+    "more", [(2, I32, 8), (2, I64, 8), (9, I32, 0)], ids=["twice", "twice, of another type", "backwards"]
 )
 def test_a_page_header_that_two_readers_could_read_differently_is_refused(tmp_path, more):
     (tmp_path / "t.parquet").write_bytes(one_column([page(integers(5), 1, more=[more])], 1))

@@ -6,7 +6,6 @@ import zipfile
 
 import numpy as np
 import pytest
-from confined import confinement
 from PIL import Image
 
 from kcdcache.data import datasets, images
@@ -14,12 +13,6 @@ from kcdcache.errors import CorruptionError, MismatchError, UnsafeError
 
 SIDE = 12_000
 """144 million pixels: 18 MB as they come out of the file, 430 MB in RGB"""
-
-
-@pytest.fixture(scope="module")
-def run():
-    with confinement() as confined:
-        yield confined
 
 
 def saved(image, **options):

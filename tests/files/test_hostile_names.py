@@ -5,7 +5,6 @@ import shutil
 
 import google_crc32c
 import pytest
-from confined import confinement
 from numcodecs import Zstd
 from PIL import Image
 from pupils import distilled, school
@@ -25,12 +24,6 @@ from kcdcache.views.rules import ViewIdentity
 
 STEERING = "\x1b]0;owned\x07\x9b2J\r\x08\u202e\u200b\ufeff"
 FORGED = "a\nproblems: 0"
-
-
-@pytest.fixture(scope="module")
-def run():
-    with confinement() as confined:
-        yield confined
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,13 @@ import os
 import random
 import re
 import signal
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from commands import NAMES, complete, logged_files_are_whole, place, same, same_result, words
-from killing import finished, nursery, succeeds
+from commands import NAMES, complete, logged_files_are_whole, same, same_result, words
+from killing import finished, succeeds
 from pupils import leftovers, lines, promised, saved_teacher
 from stores import content, creating, finish, make, small_parts
 
@@ -21,12 +22,6 @@ from kcdcache.store import reader
 from kcdcache.store.log import read_log
 
 CODES = {"ENOSPC": 7, "EIO": 1}
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory):
-    with nursery() as start:
-        yield place(tmp_path_factory.mktemp("place"), start)
 
 
 def fails(here, name, path, point, error):
@@ -59,7 +54,7 @@ POINTS = {"precompute": (2, 44, 68, 81, 96), "train": (5, 19, 60, 131, 199), "fi
 @pytest.mark.parametrize("error", CODES)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_write_that_fails_ends_with_a_reason_and_resumes_to_the_same_bytes(here, tmp_path, name, error):
-    steps = POINTS[name][:: 1 if error == "ENOSPC" else 2]
+    steps = POINTS[name][list(CODES).index(error) :: 2]
     assert all(fails(here, name, tmp_path / str(point), point, error) for point in steps)
 
 
@@ -77,12 +72,12 @@ def test_any_write_that_fails_ends_with_a_reason_and_resumes_to_the_same_bytes(h
 def test_a_command_that_was_refused_a_write_resumes_after_being_refused_more(here, tmp_path):
     """One store, many failures: each run goes on from what the one before left."""
     command, log, hits = words(here.root, "precompute", tmp_path / "it"), tmp_path / "log", 0
-    for point in random.Random(7).sample(range(1, 60), 8):
+    for point in random.Random(7).sample(range(1, 60), 5):
         code = finished(here.start, command, log, KCDCACHE_CRASHPOINT=f"{point}:EDQUOT")
         assert code in (0, 7), log.read_text()
         hits += code == 7
     succeeds(here.start, command, log)
-    assert hits >= 3
+    assert hits >= 2
     assert same(here.root, "precompute", tmp_path / "it")
 
 
@@ -107,7 +102,7 @@ def test_zarr_goes_on_writing_after_a_failure_and_the_part_is_not_logged(here, t
     """Sixteen chunks a part, written several at a time: what comes after the failed one counts for nothing."""
     whole = make(tmp_path / "whole", small_parts(150, 2, 64, 4))
     more = []
-    for point in (1, 2, 38, 81, 120):
+    for point in (1, 38, 120):
         path = tmp_path / str(point)
         text = WRITING.format(path=str(path), point=point)
         assert finished(here.start, text, tmp_path / "log") == 7, (tmp_path / "log").read_text()
@@ -122,9 +117,9 @@ def test_zarr_goes_on_writing_after_a_failure_and_the_part_is_not_logged(here, t
     assert max(more) > 0
 
 
-LONG = {"precompute": {"views": 24}, "fit": {"epochs": 12}}
+LONG = {"precompute": {"views": 24}, "fit": {"epochs": 12}, "train": {"epochs": 8, "batch_size": 64}}
 """settings that give a command work to be stopped in"""
-BEGUN = {"precompute": "v00001*.json", "fit": "metrics.jsonl", "run": "v00001*.json"}
+BEGUN = {"precompute": "v00001*.json", "fit": "metrics.jsonl", "train": "metrics.jsonl", "run": "v00001*.json"}
 RECIPE = """
 title = "stopped"
 data = "digits?train=200&test=60"
@@ -163,15 +158,13 @@ def long_command(here, folder, name, path):
 
 
 @pytest.fixture(scope="module")
-def long_wholes(here):
+def long_whole(here):
     """name -> what the long command makes when nobody stops it."""
-    made = {}
 
+    @cache
     def whole(name):
-        if name not in made:
-            made[name] = here.root / f"long {name}"
-            succeeds(here.start, long_command(here, here.root, name, made[name]), here.root / "log")
-        return made[name]
+        succeeds(here.start, long_command(here, here.root, name, here.root / f"long {name}"), here.root / "log")
+        return here.root / f"long {name}"
 
     return whole
 
@@ -196,11 +189,11 @@ def same_work(left, right):
     return kept[0] == kept[1]
 
 
-STOPS = [("precompute", signal.SIGINT), ("precompute", signal.SIGTERM), ("fit", signal.SIGINT), ("run", signal.SIGTERM)]
-
-
-@pytest.mark.parametrize(("name", "number"), STOPS)
-def test_a_command_asked_to_stop_ends_cleanly_and_resumes(here, long_wholes, tmp_path, name, number):
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("precompute", signal.SIGTERM), ("fit", signal.SIGINT), ("train", signal.SIGTERM), ("run", signal.SIGINT)],
+)
+def test_a_command_asked_to_stop_ends_cleanly_and_resumes(here, long_whole, tmp_path, name, number):
     command, log = long_command(here, tmp_path, name, tmp_path / "it"), tmp_path / "log"
     code = signalled(here, command, log, tmp_path / "it", BEGUN[name], number)
     assert code == 128 + number, log.read_text()
@@ -209,7 +202,7 @@ def test_a_command_asked_to_stop_ends_cleanly_and_resumes(here, long_wholes, tmp
     assert "the same command resumes" in text
     assert not leftovers(tmp_path)
     succeeds(here.start, command, log)
-    assert same_work(long_wholes(name), tmp_path / "it")
+    assert same_work(long_whole(name), tmp_path / "it")
     if name == "fit":  # what was done of an epoch is timed as that, not as all of it
         rows, timed = ([json.loads(line) for line in (tmp_path / f"it/{file}.jsonl").read_text().splitlines()]
                        for file in ("metrics", "timing"))  # fmt: skip
@@ -217,14 +210,14 @@ def test_a_command_asked_to_stop_ends_cleanly_and_resumes(here, long_wholes, tmp
 
 
 @pytest.mark.parametrize("name", ["precompute", "run"])
-def test_a_second_request_to_stop_aborts_at_once(here, long_wholes, tmp_path, name):
+def test_a_second_request_to_stop_aborts_at_once(here, long_whole, tmp_path, name):
     """Both are waiting when the process goes on; which of them is served first is the system's choice."""
     command, log = long_command(here, tmp_path, name, tmp_path / "it"), tmp_path / "log"
     code = signalled(here, command, log, tmp_path / "it", BEGUN[name], signal.SIGINT, signal.SIGTERM)
     assert code in (-signal.SIGTERM, -signal.SIGINT), log.read_text()
     assert "stopping at the next safe point; once more aborts" in log.read_text()
     succeeds(here.start, command, log)
-    assert same_work(long_wholes(name), tmp_path / "it")
+    assert same_work(long_whole(name), tmp_path / "it")
 
 
 def outlived(path):
@@ -301,32 +294,25 @@ def test_the_death_of_a_loading_process_is_an_error_and_no_wait(here, tmp_path):
     assert "the same: True 200" in log.read_text()
 
 
-@pytest.mark.parametrize(
-    ("take", "said"),
-    [
-        (lambda: np.empty(2**50), "Unable to allocate"),
-        (lambda: torch.empty(2**60), "can't allocate memory"),
-        (lambda: bytearray(2**62), "MemoryError"),
-        pytest.param(
-            lambda: torch.empty(2**42, device="cuda"),
-            "CUDA out of memory",
-            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-        ),
-    ],
-)
-def test_every_way_to_run_out_of_memory_is_one_error(take, said):
-    with (
-        pytest.raises(KcdcacheError, match=rf"^out of memory: take less \(.*{said}") as caught,
-        enough_memory("take less"),
-    ):
-        take()
+TAKES = {
+    "Unable to allocate": lambda: np.empty(2**50),
+    "can't allocate memory": lambda: torch.empty(2**60),
+    "MemoryError": lambda: bytearray(2**62),
+    "CUDA out of memory": lambda: torch.empty(2**42, device="cuda"),
+}
+
+
+@pytest.mark.parametrize("said", TAKES)
+def test_every_way_to_run_out_of_memory_is_one_error(said):
+    if "CUDA" in said and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    wanted = rf"^out of memory: take less \(.*{said}"
+    with pytest.raises(KcdcacheError, match=wanted) as caught, enough_memory("take less"):
+        TAKES[said]()
     assert caught.value.exit_code == 1
-
-
-def test_other_errors_are_not_taken_for_a_lack_of_memory():
-    with pytest.raises(RuntimeError, match="must match the size") as caught, enough_memory("take less"):
+    with pytest.raises(RuntimeError, match="must match the size") as other, enough_memory("take less"):
         torch.ones(2) + torch.ones(3)
-    assert not isinstance(caught.value, KcdcacheError)
+    assert not isinstance(other.value, KcdcacheError)
 
 
 COUNT, SIDE, MEMORY = 400, 64, 250 * 2**20

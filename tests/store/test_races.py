@@ -6,50 +6,47 @@ import shutil
 import subprocess
 import sys
 import threading
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from killing import ROOT, environment, finished, nursery, succeeds
-from pupils import SPEC, digits, leftovers, lines, saved_teacher
+from commands import words
+from killing import ROOT, environment, finished, succeeds
+from pupils import leftovers
 
 from kcdcache.condense import manifest, value_files
 from kcdcache.errors import LockedError, NotFoundError, UnfinishedError
 from kcdcache.report import show
 from kcdcache.store import identity, reader
 
-STORE = {"augment": "crop", "padding": 2, "views": 8, "batch_size": 64, "min_accuracy": 0}
-TRAIN = {"student": "lessons:TinyNet", "epochs": 6, "stages": 3, "batch_size": 32, "keep": 0.6, "threads": 1}
 RACERS = 8
+WORK = [
+    *(f"stages/{stage}/manifest.parquet" for stage in (0, 3)),
+    "values.parquet",
+    "files.json",
+    "student.safetensors",
+]
+TRAIN = {"student": "lessons:TinyNet", "epochs": 6, "stages": 3, "batch_size": 32, "mix_target": "linear_prob"}
 
 
 @pytest.fixture(scope="module")
-def start():
-    with nursery() as starting:
-        yield starting
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory, start):
-    """A teacher, its store, and a run with values, made by commands that nobody disturbed."""
-    root = tmp_path_factory.mktemp("place")
-    saved_teacher(root / "teacher", digits(200, 60))
-    succeeds(start, precompute(root, root / "store"), root / "log")
-    succeeds(start, train(root, root / "run"), root / "log")
-    return root
+def place(here):
+    """The common place, and in it a run of a tiny student."""
+    succeeds(here.start, train(here.root, here.root / "run"), here.root / "log")
+    return here.root
 
 
 def precompute(root, path):
-    return ["precompute", *lines({"data": SPEC, "teacher": root / "teacher", "store": path} | STORE)]
+    return words(root, "precompute", path, views=8)
 
 
 def train(root, path):
-    return ["train", *lines({"data": SPEC, "store": root / "store", "out": path} | TRAIN)]
+    return words(root, "train", path, **TRAIN)
 
 
 def condense(root, path, keep=0.5):
-    given = {"values": root / "run/values.parquet", "store": root / "store", "keep": keep, "out": path}
-    return ["condense", *lines(given)]
+    return words(root, "condense", path, values=root / "run/values.parquet", keep=keep)
 
 
 # ---- several writers of one file
@@ -106,33 +103,35 @@ def volley():
     shooter.stdout.close()
 
 
-@pytest.mark.parametrize("racers", [2, RACERS])
-def test_of_condensers_racing_for_one_file_exactly_one_wins(place, volley, start, tmp_path, racers):
-    keeps = [round(0.3 + 0.05 * number, 2) for number in range(racers)]
-    alone = {}
-    for keep in keeps:
-        succeeds(start, condense(place, tmp_path / f"alone {keep}.parquet", keep), tmp_path / "log")
-        alone[keep] = (tmp_path / f"alone {keep}.parquet").read_bytes()
-    for race in range(3):
-        out = tmp_path / f"{race}.parquet"
+@pytest.fixture(scope="module")
+def alone(place, start):
+    """A function: keep -> the bytes of the set that one undisturbed condenser makes."""
+
+    @cache
+    def made(keep):
+        succeeds(start, condense(place, place / f"alone {keep}.parquet", keep), place / "log")
+        return (place / f"alone {keep}.parquet").read_bytes()
+
+    return made
+
+
+def test_of_condensers_racing_for_one_file_exactly_one_wins(place, alone, volley, tmp_path):
+    for race, racers in enumerate((2, RACERS, RACERS)):
+        keeps, out = [round(0.3 + 0.05 * number, 2) for number in range(racers)], tmp_path / f"{race}.parquet"
         codes = volley([condense(place, out, keep) for keep in keeps], tmp_path / "racer")
         assert sorted(codes) == [0] + [LockedError.exit_code] * (racers - 1)
-        winner = keeps[codes.index(0)]
-        assert out.read_bytes() == alone[winner]
-        for number in range(racers):
-            if codes[number]:
-                told = (tmp_path / f"racer{number}").read_text()
-                assert "holds another manifest; manifests are never overwritten" in told
+        assert out.read_bytes() == alone(keeps[codes.index(0)])
+        told = [(tmp_path / f"racer{number}").read_text() for number in range(racers)]
+        assert sum("holds another manifest; manifests are never overwritten" in text for text in told) == racers - 1
     assert not leftovers(tmp_path)
 
 
 def test_condensers_racing_to_the_same_set_all_succeed(place, volley, tmp_path):
-    for race in range(3):
-        out = tmp_path / f"{race}.parquet"
-        assert volley([condense(place, out)] * RACERS, tmp_path / "racer") == [0] * RACERS
-        told = [(tmp_path / f"racer{number}").read_text() for number in range(RACERS)]
-        assert len({text.splitlines()[0] for text in told}) <= 2  # the one that wrote it, and those who found it there
-        assert len(manifest.read(out)) == 100
+    out = tmp_path / "set.parquet"
+    assert volley([condense(place, out)] * RACERS, tmp_path / "racer") == [0] * RACERS
+    told = [(tmp_path / f"racer{number}").read_text() for number in range(RACERS)]
+    assert len({text.splitlines()[0] for text in told}) <= 2  # the one that wrote it, and those who found it there
+    assert len(manifest.read(out)) == 100
     assert not leftovers(tmp_path)
 
 
@@ -141,7 +140,7 @@ def test_of_trainings_racing_for_one_folder_exactly_one_goes_on(place, volley, t
     # who comes when the winner has ended finds a finished run
     assert codes.count(0) >= 1
     assert set(codes) <= {0, LockedError.exit_code}
-    for name in ("values.parquet", "files.json", "stages/3/manifest.parquet", "student.safetensors"):
+    for name in WORK:
         assert (tmp_path / "run" / name).read_bytes() == (place / "run" / name).read_bytes()
 
 
@@ -179,17 +178,17 @@ class Looking(threading.Thread):
         if self.unexpected is not None:
             raise self.unexpected
 
+    def until(self, final):
+        while self.seen[-1:] != [final] and self.is_alive():
+            pass
 
-def test_a_manifest_appears_whole(place, start, tmp_path):
-    succeeds(start, condense(place, tmp_path / "alone.parquet"), tmp_path / "log")
-    whole = manifest.read(tmp_path / "alone.parquet").digest
-    for turn in range(4):
-        out = tmp_path / f"{turn}.parquet"
-        with Looking(lambda path=out: (manifest.read(path).digest, show.inspect(path)["kept"])) as looking:
-            succeeds(start, condense(place, out), tmp_path / "log")
-            while len(looking.seen) < 2 and looking.is_alive():
-                pass
-        assert looking.seen == ["NotFoundError", (whole, 100)]
+
+def watched(start, words, log, look, final):
+    """What a reader sees while a command runs to its end, until it has seen the final state."""
+    with Looking(look) as looking:
+        succeeds(start, words, log)
+        looking.until(final)
+    return looking.seen
 
 
 def look_at_run(path):
@@ -209,76 +208,57 @@ def total(found):
 
 def test_a_reader_of_a_run_that_is_trained_sees_whole_states_only(place, start, tmp_path):
     final = look_at_run(place / "run")
-    with Looking(lambda: look_at_run(tmp_path / "run")) as looking:
-        succeeds(start, train(place, tmp_path / "run"), tmp_path / "log")
-        while looking.seen[-1:] != [final] and looking.is_alive():
-            pass
-    states = [state for state in looking.seen if isinstance(state, tuple)]
+    run, log = tmp_path / "run", tmp_path / "log"
+    seen = watched(start, train(place, run), log, lambda: look_at_run(run), final)
+    states = [state for state in seen if isinstance(state, tuple)]
     assert len(states) >= 3
     for before, after in pairwise(states):
         assert before[1] <= after[1]
         assert after[2][: len(before[2])] == before[2]
     assert all(state[2] == final[2][: len(state[2])] for state in states)
-    ends = {0: 200, **epochs_of(place / "run")}
-    assert all(state[3] is None or state[3][1][0] == ends[state[3][0]] for state in states)
-
-
-def epochs_of(run):
-    """Return end of a stage -> visits in all until then."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
-    return {row["epoch"] + 1: row["samples_so_far"] for row in rows}
+    rows = [json.loads(line) for line in (place / "run/metrics.jsonl").read_bytes().splitlines()]
+    visits = {0: 200} | {row["epoch"] + 1: row["samples_so_far"] for row in rows}
+    assert all(state[3] is None or state[3][1][0] == visits[state[3][0]] for state in states)
 
 
 def look_at_store(path):
     if not (path / identity.IDENTITY_FILE).exists():
         raise NotFoundError
     told = show.inspect(path)
-    if not told["sealed"]:
-        with pytest.raises(UnfinishedError, match="run the same"):
-            raise_if_unsealed(path)
-        return told["parts"]["done"]
-    opened = reader.open(path)
+    try:
+        opened = reader.open(path)
+    except UnfinishedError as error:
+        return told["parts"]["done"] if "run the same" in str(error) and not told["sealed"] else str(error)
     rows = opened.load(opened.views - 1, np.arange(opened.count), ("logits",))
     return "sealed", {name: array.tobytes() for name, array in rows.items()}
 
 
-def raise_if_unsealed(path):
-    """It may have been sealed since it was inspected."""
-    reader.open(path)
-    raise UnfinishedError("run the same")
-
-
 def test_a_reader_of_a_store_that_is_written_sees_none_or_all_of_it(place, start, tmp_path):
-    final = look_at_store(place / "store")
-    with Looking(lambda: look_at_store(tmp_path / "store")) as looking:
-        succeeds(start, precompute(place, tmp_path / "store"), tmp_path / "log")
-        while looking.seen[-1:] != [final] and looking.is_alive():
-            pass
-    counts = [state for state in looking.seen if isinstance(state, int)]
-    assert counts == sorted(counts)
-    assert counts
-    assert [state for state in looking.seen if isinstance(state, tuple)] == [final]
+    log, whole, path = tmp_path / "log", tmp_path / "whole", tmp_path / "store"
+    succeeds(start, precompute(place, whole), log)
+    seen = watched(start, precompute(place, path), log, lambda: look_at_store(path), look_at_store(whole))
+    assert {state for state in seen if isinstance(state, str)} <= {"NotFoundError"}
+    counts = [state for state in seen if isinstance(state, int)]
+    assert counts == sorted(counts) != []
+    assert [state for state in seen if isinstance(state, tuple)] == [look_at_store(whole)]
 
 
 # ---- killed while somebody looks
 
 
-def test_condense_killed_at_any_step_leaves_nothing_or_the_whole_set(place, start, tmp_path):
-    succeeds(start, condense(place, tmp_path / "alone.parquet"), tmp_path / "log")
-    whole = (tmp_path / "alone.parquet").read_bytes()
-    digest = manifest.read(tmp_path / "alone.parquet").digest
-    steps = 0
+def test_condense_killed_at_any_step_leaves_nothing_or_the_whole_set(place, alone, start, tmp_path):
+    whole, steps = alone(0.5), 0
+    digest = manifest.read(place / "alone 0.5.parquet").digest
     for point in range(1, 100):
         folder = tmp_path / str(point)
         out = folder / "set.parquet"
         folder.mkdir()
-        with Looking(lambda path=out: manifest.read(path).digest) as looking:
+        with Looking(lambda path=out: (manifest.read(path).digest, show.inspect(path)["kept"])) as looking:
             code = finished(start, condense(place, out), tmp_path / "log", KCDCACHE_CRASHPOINT=str(point))
             stands = out.exists()
             succeeds(start, condense(place, out), tmp_path / "log")
-            while looking.seen[-1:] != [digest] and looking.is_alive():
-                pass
-        assert set(looking.seen) <= {"NotFoundError", digest}
+            looking.until((digest, 100))
+        assert looking.seen in (["NotFoundError", (digest, 100)], [(digest, 100)])
         assert out.read_bytes() == whole
         assert not leftovers(folder)
         if code == 0:
@@ -306,29 +286,17 @@ def state_of(run):
     return {name for name in pending if (run / name).exists()}
 
 
-POINTS = (9, 13, 14, 15, 16, 19)
-"""steps around the first manifest of a run: announced, written, recorded"""
-
-
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", [9, 13, 14, 15, 16, 19])
 def test_a_run_killed_around_a_files_record_resumes_to_the_same_bytes(place, start, tmp_path, point):
+    """At steps around the first manifest of a run: announced, written, recorded."""
     run = tmp_path / "run"
     assert finished(start, train(place, run), tmp_path / "log", KCDCACHE_CRASHPOINT=str(point)) != 0
-    written = "stages/0/manifest.parquet" in state_of(run)
-    assert written == (14 <= point <= 18)
-    for name in state_of(run):
-        assert manifest.read(run / name).digest == manifest.read(place / "run" / name).digest
+    there = state_of(run)
+    assert ("stages/0/manifest.parquet" in there) == (14 <= point <= 18)
+    assert all(manifest.read(run / name).digest == manifest.read(place / "run" / name).digest for name in there)
+    if point == 15:  # another file in the place of one whose record was cut off is made again
+        shutil.copy(place / "run/stages/1/manifest.parquet", run / "stages/0/manifest.parquet")
     succeeds(start, train(place, run), tmp_path / "log")
-    for name in ("files.json", "values.parquet", "stages/0/manifest.parquet", "stages/3/manifest.parquet"):
+    for name in WORK:
         assert (run / name).read_bytes() == (place / "run" / name).read_bytes()
     assert not leftovers(run)
-
-
-def test_another_file_in_the_place_of_a_cut_short_one_is_made_again(place, start, tmp_path):
-    run = tmp_path / "run"
-    finished(start, train(place, run), tmp_path / "log", KCDCACHE_CRASHPOINT="15")
-    assert state_of(run) == {"stages/0/manifest.parquet"}
-    shutil.copy(place / "run/stages/1/manifest.parquet", run / "stages/0/manifest.parquet")
-    succeeds(start, train(place, run), tmp_path / "log")
-    name = "stages/0/manifest.parquet"
-    assert (run / name).read_bytes() == (place / "run" / name).read_bytes()

@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from lessons import condensed, precomputed
+from lessons import condensed
 from pupils import SCHOOL, BrokenOffError, command, distilled, everything, once, same_files, stop_after
-from touchy import EVERYONE, SKIP, TRAIN, a_white_sample, made, place_for, whole_in
+from touchy import EVERYONE, SKIP, TRAIN, made, place_for, white_place, whole_in
 
 from kcdcache.cli import main
 from kcdcache.commands import verify
@@ -21,11 +21,7 @@ from kcdcache.teacher import repair
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A store of 200 samples of which two were skipped, one in view 0 and one in view 2."""
-    found = place_for(tmp_path_factory.mktemp("white"), [a_white_sample(0), a_white_sample(2)])
-    found.knowledge = precomputed(found.root / "store", found.data, found.network, padding=2, **SKIP)
-    found.teacher = "none"
-    return found
+    return white_place(tmp_path_factory.mktemp("white"))
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +33,22 @@ def manifests(run):
     return [manifest.read(path) for path in sorted(run.glob("stages/*/manifest.parquet"))]
 
 
+SHORT = {"epochs": 3}
 SCHEDULES = [
     {},
-    {"k0": "stage_slice", "unseen": "first", "cost_exponent": 0.0},
-    {"schedule": "paper_stage"},
-    {"schedule": "alg1_shift", "stratify": True},
-    {"ranking": "random", "augment_kept": False},
-    {"mix_target": "requery"},
-    {"keep": 0.999},
-    {"keep": 1.0, "stages": 1},
+    SHORT | {"k0": "stage_slice", "unseen": "first", "cost_exponent": 0.0},
+    SHORT | {"schedule": "paper_stage"},
+    SHORT | {"schedule": "alg1_shift", "stratify": True},
+    SHORT | {"ranking": "random", "augment_kept": False},
+    SHORT | {"mix_target": "requery"},
+    SHORT | {"keep": 0.999},
+    {"keep": 1.0, "stages": 1, "epochs": 1},
 ]
 
 
 @pytest.mark.parametrize("options", SCHEDULES, ids=str)
 def test_no_set_of_a_run_keeps_or_mixes_in_a_skipped_sample(place, runs, options):
-    run = runs(**options)
-    found = manifests(run)
+    found = manifests(runs(**options))
     assert len(found) >= 2
     for chosen in found:
         assert not np.isin(place.white, chosen.index).any()
@@ -79,7 +75,7 @@ def test_counters_count_what_was_really_done(runs):
     assert [row["rows_read"] for row in rows] == [rows for rows in read for _ in range(2)]
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 5])
+@pytest.mark.parametrize("epochs", [2, *(pytest.param(epochs, marks=pytest.mark.slow) for epochs in (1, 5))])
 def test_a_run_without_skipped_samples_resumes_to_the_same_bytes(place, runs, tmp_path, epochs):
     with pytest.raises(BrokenOffError):
         distilled(place, tmp_path / "run", run={"progress": stop_after(epochs)})
@@ -87,7 +83,7 @@ def test_a_run_without_skipped_samples_resumes_to_the_same_bytes(place, runs, tm
     assert same_files(runs(), tmp_path / "run")
 
 
-@pytest.mark.parametrize("options", [{}, {"k0": "stage_slice"}], ids=str)
+@pytest.mark.parametrize("options", [{}, pytest.param({"k0": "stage_slice"}, marks=pytest.mark.slow)], ids=str)
 def test_condensing_by_hand_gives_the_same_bytes(place, runs, tmp_path, options):
     run, choices = tmp_path / "run", {"cost_exponent": SCHOOL["cost_exponent"]} | options
     given = {}
@@ -102,21 +98,21 @@ def test_condensing_by_hand_gives_the_same_bytes(place, runs, tmp_path, options)
     assert same_files(runs(**options), run)
 
 
-def test_another_tools_value_of_a_skipped_sample_does_not_bring_it_back(place, tmp_path):
-    value = np.where(np.isin(EVERYONE, place.white), 99.0, np.linspace(0, 1, TRAIN))
-    pq.write_table(pa.table({"index": EVERYONE, "value": value}), tmp_path / "theirs.parquet")
-    told = command(place, "condense", values=tmp_path / "theirs.parquet", keep=0.5, out=tmp_path / "set.parquet")
-    chosen = manifest.read(tmp_path / "set.parquet")
-    assert not np.isin(place.white, [*chosen.index, *chosen.partner]).any()
-    assert (told["kept"], told["K_0"]) == (100, 98)
-
-
-def test_samples_nobody_visited_come_first_but_never_skipped_ones(place, tmp_path):
-    seen = np.setdiff1d(EVERYONE, [*place.white, 7, 8])
-    pq.write_table(pa.table({"index": seen, "value": np.ones(len(seen))}), tmp_path / "theirs.parquet")
-    told = command(place, "condense", values=tmp_path / "theirs.parquet", keep=0.01, out=tmp_path / "set.parquet")
-    assert manifest.read(tmp_path / "set.parquet").index.tolist() == [7, 8]
-    assert told["unseen"] == 2
+def test_another_tools_values_never_bring_a_skipped_sample_back(place, tmp_path):
+    """A value of its own is passed over, and it is not among the unvisited that come first."""
+    tables = {
+        0.5: (EVERYONE, np.where(np.isin(EVERYONE, place.white), 99.0, np.linspace(0, 1, TRAIN))),
+        0.01: (seen := np.setdiff1d(EVERYONE, [*place.white, 7, 8]), np.ones(len(seen))),
+    }
+    told = {}
+    for keep, (index, value) in tables.items():
+        file, out = tmp_path / f"{keep} theirs.parquet", tmp_path / f"{keep}.parquet"
+        pq.write_table(pa.table({"index": index, "value": value}), file)
+        told[keep] = command(place, "condense", values=file, keep=keep, out=out)
+        chosen = manifest.read(out)
+        assert not np.isin(place.white, [*chosen.index, *chosen.partner]).any()
+    assert (told[0.5]["kept"], told[0.5]["K_0"]) == (100, 98)
+    assert (chosen.index.tolist(), told[0.01]["unseen"]) == ([7, 8], 2)
 
 
 def set_with(place, column):

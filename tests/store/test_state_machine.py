@@ -338,7 +338,7 @@ CALM = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 def test_a_store_is_its_model_or_an_error():
     run_state_machine_as_test(
-        StoreMachine, settings=settings(max_examples=15, stateful_step_count=20, derandomize=True, **CALM)
+        StoreMachine, settings=settings(max_examples=4, stateful_step_count=20, derandomize=True, **CALM)
     )
 
 
