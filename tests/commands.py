@@ -1,10 +1,16 @@
 """Commands of every kind, so short that writing is most of what they do; what they make; what readers say of it."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 from killing import succeeds
 from pupils import SPEC, digits, lines, promised, same_files, saved_teacher
 
+import kcdcache
+from kcdcache.cli import main
 from kcdcache.condense import manifest
 from kcdcache.errors import NotFoundError, UnfinishedError
 from kcdcache.files.atomic import sha256_file
@@ -72,3 +78,31 @@ def logged_files_are_whole(path):
     """Whether every file that a store's log vouches for is what was written."""
     logged = [file for record in log.read_log(path, 0) for file in record.files]
     return all(sha256_file(path / file.path) == file.sha256 for file in logged)
+
+
+def outcome(capsys, *words):
+    """Return (exit code, stdout, stderr) of a command run in this process."""
+    code = main._outcome([str(word) for word in words])
+    return code, *capsys.readouterr()
+
+
+def failure(capsys, *words):
+    """Return (exit code, message) of a command that fails: nothing on stdout, no traceback."""
+    code, out, err = outcome(capsys, *words)
+    assert out == ""
+    assert "Traceback" not in err
+    return code, err
+
+
+def alone(*words, before=""):
+    """Run the command line in a process of its own, which afterwards names the heavy modules it has loaded."""
+    code = (
+        f"import sys; {before}\nfrom kcdcache import cli\ncode = cli._outcome(sys.argv[1:])\n"
+        "print('loaded:', *[m for m in ('torch', 'zarr', 'pydantic') if m in sys.modules], file=sys.stderr)\n"
+        "sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(kcdcache.__file__).parent.parent)}

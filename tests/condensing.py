@@ -6,6 +6,7 @@ from typing import get_args
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from hypothesis import strategies as st
 from stores import knowledge
 
 from kcdcache import settings
@@ -92,3 +93,10 @@ def cases(number, seed=7):
         }
         for _ in range(number)
     ]
+
+
+OPTIONS = {
+    name: st.sampled_from(get_args(field.annotation))
+    for name, field in settings.CondenseSettings.model_fields.items()
+    if get_args(field.annotation)
+}

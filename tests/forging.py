@@ -2,6 +2,9 @@
 
 import zlib
 
+from kcdcache.files.atomic import read_json, sealed_json, sha256_bytes, sha256_file
+from kcdcache.store import log
+
 I32, I64, BINARY, LIST, STRUCT = 5, 6, 8, 9, 12
 PLAIN, DELTA_BYTE_ARRAY, RLE_DICTIONARY = 0, 7, 8
 DATA, DICTIONARY = 0, 2
@@ -82,3 +85,46 @@ def one_column(pages, rows, claimed=None, **more):
     claimed = rows if claimed is None else claimed
     kind = more.get("kind", INT64)
     return parquet(body, footer([([column(4, len(body), claimed, **more)], claimed)], claimed, kind))
+
+
+def resealed(root, key, data):
+    """Replace a chunk file and everything that vouches for it, as an attacker who knows the format would."""
+    (root / key).write_bytes(data)
+    commit = read_json(log.commit_path(root, 0))
+    for entry in commit["log"]:
+        path = log.record_path(root, 0, entry[0])
+        record = read_json(path)
+        for file in record["files"]:
+            if file["path"] == key:
+                crc = int.from_bytes(data[-4:], "little")
+                file.update(bytes=len(data), sha256=sha256_bytes(data), crc32c=crc)
+        write_resealed(path, record)
+        entry[1] = sha256_file(path)
+    write_resealed(log.commit_path(root, 0), commit)
+
+
+def write_resealed(path, document):
+    path.write_bytes(sealed_json({key: value for key, value in document.items() if key != "digest"}))
+
+
+def first_chunk(root):
+    return sorted(path.relative_to(root).as_posix() for path in (root / "logits").glob("c.*"))[0]
+
+
+TEXTS = {
+    "deep": b"[" * 900 + b"]" * 900,
+    "very deep": b"[" * 10**6,
+    "60 MB of objects": b"[" + b"{}," * (20 * 2**20) + b"0]",
+    "a number without end": b'{"count":' + b"9" * 5000 + b"}",
+    "a number beyond floats": b'{"count":1e999}',
+    "NaN": b'{"count":NaN}',
+    "a key twice": b'{"count":1,"count":2}',
+    "no UTF-8": b"\xff\xfe{\0}\0",
+    "half a surrogate pair": b'{"\\ud800":"\\ud800"}',
+    "a NUL": b'{"file":"a\\u0000b","sha256":"x"}',
+    "null": b"null",
+    "nothing": b"",
+}
+
+
+THOROUGH = ("deep", "NaN", "a key twice", "no UTF-8", "half a surrogate pair", "a NUL", "a number beyond floats")

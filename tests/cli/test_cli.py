@@ -3,8 +3,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -14,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from commands import alone, failure, outcome
 from stores import content
 
 import kcdcache
@@ -35,7 +34,6 @@ MODELS = {
     "export": ExportCommand,
 }
 FIELDS = [(name, field) for name, model in MODELS.items() for field in model.model_fields]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(kcdcache.__file__).parent.parent)}
 
 
 def fit(place, **more):
@@ -75,31 +73,6 @@ WRITING = {"fit": fit, "precompute": precompute, "train": train, "condense": con
 def arguments(command, **options):
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     return [command, *words]
-
-
-def outcome(capsys, *words):
-    """Return (exit code, stdout, stderr) of a command run in this process."""
-    code = main._outcome([str(word) for word in words])
-    return code, *capsys.readouterr()
-
-
-def failure(capsys, *words):
-    """Return (exit code, message) of a command that fails: nothing on stdout, no traceback."""
-    code, out, err = outcome(capsys, *words)
-    assert out == ""
-    assert "Traceback" not in err
-    return code, err
-
-
-def alone(*words, before=""):
-    """Run the command line in a process of its own, which afterwards names the heavy modules it has loaded."""
-    code = (
-        f"import sys; {before}\nfrom kcdcache import cli\ncode = cli._outcome(sys.argv[1:])\n"
-        "print('loaded:', *[m for m in ('torch', 'zarr', 'pydantic') if m in sys.modules], file=sys.stderr)\n"
-        "sys.exit(code)"
-    )
-    command = [sys.executable, "-c", code, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
 
 
 def tree(folder):

@@ -1,10 +1,11 @@
 import logging
 import math
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
+from condensing import OPTIONS
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -116,11 +117,6 @@ def cases(draw: Any) -> dict[str, Any]:
     return case
 
 
-OPTIONS: dict[str, Any] = {
-    name: st.sampled_from(get_args(field.annotation))
-    for name, field in CondenseSettings.model_fields.items()
-    if get_args(field.annotation)
-}
 OPTIONS |= {name: st.booleans() for name in ("augment_kept", "stratify")}
 OPTIONS |= {"eps_max": st.floats(0, 1), "cost_exponent": st.just(0.0) | st.floats(0, 1)}
 OPTIONS |= {"condense_seed": st.integers(0, 2**64 - 1)}

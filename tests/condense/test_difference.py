@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from commands import alone, failure, outcome
 from exports import exporting, prepared
 from hypothesis import given
 from hypothesis import strategies as st
 from pupils import SPEC
-from test_cli import alone, failure, outcome
 
 from kcdcache import progress
 from kcdcache.commands import differ, steps

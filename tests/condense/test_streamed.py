@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from condensing import OPTIONS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stores import knowledge, make
-from test_condense import OPTIONS
 
 from kcdcache import settings as kcdcache_settings
 from kcdcache.commands import condenser

@@ -5,9 +5,9 @@ import math
 
 import numpy as np
 import pytest
+from datasets_on_disk import write_folder, write_hub, write_npz
 from hypothesis import given
 from hypothesis import strategies as st
-from test_data import write_folder, write_hub, write_npz
 
 from kcdcache.cli import main
 from kcdcache.data import datasets, label_noise

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from damaging import DAMAGE, TENTH, bits, files_of, put, swap
 from exports import ONE_STAGE, exporting, prepared
+from forging import TEXTS, THOROUGH
 from PIL import Image
 from pupils import SPEC, lines
-from test_hostile_records import TEXTS, THOROUGH
 
 from kcdcache.commands import verify
 from kcdcache.commands.verify import Depth

@@ -5,11 +5,11 @@ import shutil
 
 import google_crc32c
 import pytest
+from forging import first_chunk, resealed, write_resealed
 from numcodecs import Zstd
 from PIL import Image
 from pupils import distilled, school
 from stores import creating, finish, make, plan_of
-from test_hostile import first_chunk, resealed, write_resealed
 
 from kcdcache.condense import manifest
 from kcdcache.data.datasets import DataIdentity

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from confined import confinement
 from lessons import CLASSES, digits
 from pupils import SPEC, loaded, saved_teacher
 from torch import nn
@@ -219,12 +218,6 @@ class Trap:
 
     def __reduce__(self):
         return os.system, (f"touch {self._canary}",)
-
-
-@pytest.fixture(scope="module")
-def run():
-    with confinement() as confined:
-        yield confined
 
 
 @pytest.fixture

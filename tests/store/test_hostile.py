@@ -7,38 +7,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from forging import first_chunk, resealed, write_resealed
 from numcodecs import Zstd
 from stores import make, plan_of
 
 from kcdcache.condense import manifest
 from kcdcache.errors import CorruptionError, MismatchError, UnsafeError
-from kcdcache.files.atomic import read_json, sealed_json, sha256_bytes, sha256_file
+from kcdcache.files.atomic import read_json
 from kcdcache.store import log, reader
 from kcdcache.store.plan import plan_from
-
-
-def resealed(root, key, data):
-    """Replace a chunk file and everything that vouches for it, as an attacker who knows the format would."""
-    (root / key).write_bytes(data)
-    commit = read_json(log.commit_path(root, 0))
-    for entry in commit["log"]:
-        path = log.record_path(root, 0, entry[0])
-        record = read_json(path)
-        for file in record["files"]:
-            if file["path"] == key:
-                crc = int.from_bytes(data[-4:], "little")
-                file.update(bytes=len(data), sha256=sha256_bytes(data), crc32c=crc)
-        write_resealed(path, record)
-        entry[1] = sha256_file(path)
-    write_resealed(log.commit_path(root, 0), commit)
-
-
-def write_resealed(path, document):
-    path.write_bytes(sealed_json({key: value for key, value in document.items() if key != "digest"}))
-
-
-def first_chunk(root):
-    return sorted(path.relative_to(root).as_posix() for path in (root / "logits").glob("c.*"))[0]
 
 
 @pytest.mark.parametrize("size", [1, 200, 255, 256, 300, 65791, 65792, 70000, 2**20])

@@ -6,9 +6,9 @@ import shutil
 from contextlib import suppress
 
 import pytest
+from forging import TEXTS, THOROUGH, first_chunk, write_resealed
 from pupils import SCHOOL, SPEC, distilled, lines, school
 from stores import content, creating, grown, make, plan_of
-from test_hostile import first_chunk, write_resealed
 
 from kcdcache.commands import verify
 from kcdcache.errors import CorruptionError, UnsafeError
@@ -34,20 +34,6 @@ FILES = {
     "network": ["model.json"],
 }
 PLACES = [(kind, name) for kind, names in FILES.items() for name in names]
-TEXTS = {
-    "deep": b"[" * 900 + b"]" * 900,
-    "very deep": b"[" * 10**6,
-    "60 MB of objects": b"[" + b"{}," * (20 * 2**20) + b"0]",
-    "a number without end": b'{"count":' + b"9" * 5000 + b"}",
-    "a number beyond floats": b'{"count":1e999}',
-    "NaN": b'{"count":NaN}',
-    "a key twice": b'{"count":1,"count":2}',
-    "no UTF-8": b"\xff\xfe{\0}\0",
-    "half a surrogate pair": b'{"\\ud800":"\\ud800"}',
-    "a NUL": b'{"file":"a\\u0000b","sha256":"x"}',
-    "null": b"null",
-    "nothing": b"",
-}
 
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if text not in ("null", "a NUL")])
@@ -71,7 +57,6 @@ def refused(run, root, kind, codes):
         assert "out of memory" not in done.output
 
 
-THOROUGH = ("deep", "NaN", "a key twice", "no UTF-8", "half a surrogate pair", "a NUL", "a number beyond floats")
 """these differ from the others only in `parse_json`, which is tested by itself"""
 
 
