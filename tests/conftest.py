@@ -1,4 +1,4 @@
-"""Shared set-up: shapes and types of the whole package are checked at run time while the tests run."""
+"""Shared set-up: shapes and types are checked at run time where numbers are made, while the tests run."""
 
 import tempfile
 from pathlib import Path
@@ -9,7 +9,12 @@ import torch
 from jaxtyping import install_import_hook
 from killing import confined, nursery
 
-install_import_hook("kcdcache", "typechecking.check")
+NUMERIC = (
+    "methods", "networks", "views", "condense.ranking", "condense.summary", "condense.values", "store.encoding",
+    "training.sampling", "rng",
+)  # fmt: skip
+"""where numbers are made; everywhere, the check would take more than half of the suite's time"""
+install_import_hook([f"kcdcache.{name}" for name in NUMERIC], "typechecking.check")
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("suite")
