@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from confined import confinement
+from damaging import endless
 from lessons import CLASSES, digits
 from pupils import SPEC, loaded, saved_teacher
 from torch import nn
@@ -221,12 +221,6 @@ class Trap:
         return os.system, (f"touch {self._canary}",)
 
 
-@pytest.fixture(scope="module")
-def run():
-    with confinement() as confined:
-        yield confined
-
-
 @pytest.fixture
 def canary(tmp_path):
     path = tmp_path / "canary"
@@ -351,10 +345,7 @@ def test_hostile_safetensors_headers_are_refused_in_little_memory(run, tmp_path,
 @pytest.mark.parametrize("target", ["/dev/zero", "/dev/random", "/dev/stdin", "fifo"])
 def test_weights_that_are_a_device_or_a_pipe_are_not_waited_for(run, tmp_path, target):
     for name in ("t.pt", "t.safetensors"):
-        if target == "fifo":
-            os.mkfifo(tmp_path / name)
-        else:
-            (tmp_path / name).symlink_to(target)
+        endless(tmp_path / name, target)
         done = run(*precompute(tmp_path / name))
         assert (done.code, "is a pipe or a device" in done.output) == (8, True), done.output
 
