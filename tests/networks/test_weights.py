@@ -336,7 +336,7 @@ def test_hostile_safetensors_headers_are_refused_in_little_memory(run, tmp_path,
     header, data, length = HEADERS[claim]
     path = safetensors_file(tmp_path / "t.safetensors", header, data, length)
     done = run(
-        text=f"from pathlib import Path\nfrom kcdcache.models import weights\nweights.load_weights(Path('{path}'))"
+        text=f"from pathlib import Path\nfrom kcdcache.networks import weights\nweights.load_weights(Path('{path}'))"
     )
     assert done.output.startswith("CorruptionError"), done.output
     assert "should be a safetensors file" in done.output

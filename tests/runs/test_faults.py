@@ -245,9 +245,12 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import DataLoader
 from pupils import SPEC
-from kcdcache import batches, data, manifest, store
+from kcdcache.condense import manifest
+from kcdcache.data import datasets
+from kcdcache.store import reader
+from kcdcache.training import batches
 
-knowledge, digits = store.open(Path({path!r})), data.load(SPEC)
+knowledge, digits = reader.open(Path({path!r})), datasets.load(SPEC)
 whole = manifest.full(knowledge.knowledge_id, 200, digits.train.labels, 10)
 with batches.connect(digits, knowledge, whole) as source:
     points = batches.KnowledgePoints(source)

@@ -253,11 +253,11 @@ def test_repair_writes_nothing_through_links(tmp_path, name, text):
 def test_a_lock_that_is_a_pipe_is_not_waited_for(run, tmp_path, name):
     root = make(tmp_path / "s")
     endless(root / "_kcd" / name, "fifo")
-    shard = "" if name == "lock" else ", holding.Shard(0, 3)"
+    shard = "" if name == "lock" else ", writer.Shard(0, 3)"
     text = f"""
 from pathlib import Path
-from kcdcache import holding
-with holding.held(Path({str(root)!r}), lambda alone: None{shard}):
+from kcdcache.store import writer
+with writer.held(Path({str(root)!r}), lambda alone: None{shard}):
     pass
 """
     done = run(text=text)
