@@ -1,5 +1,6 @@
 """Ways to damage a file, and everything that can be read from what kcdcache wrote, as values to compare."""
 
+import os
 import re
 
 import numpy as np
@@ -55,6 +56,18 @@ def put(path, data):
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
+
+
+def endless(path, what):
+    """Put in the place of a file what never ends or never comes: a pipe, a device, a sparse file of a terabyte."""
+    path.unlink(missing_ok=True)
+    if what == "fifo":
+        os.mkfifo(path)
+    elif what == "sparse":
+        path.touch()
+        os.truncate(path, 2**40)
+    else:
+        path.symlink_to(what)
 
 
 def files_of(root):

@@ -110,7 +110,7 @@ CLAIMS = {
 def test_pages_that_claim_more_than_their_rows_hold_are_not_decoded(run, tmp_path, claim):
     path, pages = tmp_path / "t.parquet", CLAIMS[claim]
     path.write_bytes(one_column(pages, 3, codec=ZSTD, dictionary=4 if "dictionary" in claim else None))
-    done = run(text=f"from pathlib import Path\nfrom kcdcache import tables\ntables.read(Path({str(path)!r}))")
+    done = run(text=f"from pathlib import Path\nfrom kcdcache.files import parquet\nparquet.read(Path({str(path)!r}))")
     assert done.output.startswith("UnsafeError"), done.output
     assert "column 'index' claim" in done.output
 

@@ -6,6 +6,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from damaging import endless
 from PIL import Image
 
 from kcdcache.data import datasets, images
@@ -67,13 +68,8 @@ def test_an_image_file_that_never_ends_is_refused(run, tmp_path):
 @pytest.mark.parametrize("what", ["fifo", "/dev/zero", "link to a fifo"])
 def test_a_pipe_or_device_among_images_is_not_waited_for(run, tmp_path, what):
     file = class_folders(tmp_path / "d")
-    if what == "fifo":
-        os.mkfifo(file)
-    elif what == "/dev/zero":
-        file.symlink_to(what)
-    else:
-        os.mkfifo(tmp_path / "pipe")
-        file.symlink_to(tmp_path / "pipe")
+    endless(tmp_path / "pipe", "fifo")
+    endless(file, tmp_path / "pipe" if what.startswith("link") else what)
     done = planned(run, f"folder:{tmp_path}/d", tmp_path)
     assert (done.code, f"{file} is a pipe or a device" in done.output) == (8, True), done.output
 
@@ -170,6 +166,6 @@ def test_a_damaged_archive_is_named(tmp_path, at):
 @pytest.mark.parametrize("what", ["fifo", "/dev/zero"])
 def test_an_archive_that_is_a_pipe_or_device_is_not_waited_for(run, tmp_path, what):
     file = tmp_path / "a.npz"
-    os.mkfifo(file) if what == "fifo" else file.symlink_to(what)
+    endless(file, what)
     done = planned(run, f"arrays:{file}", tmp_path)
     assert (done.code, "is a pipe or a device" in done.output) == (8, True), done.output

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import random
 import shutil
 from contextlib import suppress
@@ -12,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from damaging import DAMAGE, TENTH, bits, files_of, put, swap
+from damaging import DAMAGE, TENTH, bits, endless, files_of, put, swap
 from exports import ONE_STAGE, exporting, prepared
 from forging import TEXTS, THOROUGH
 from PIL import Image
@@ -368,14 +367,7 @@ def test_a_record_of_hostile_json_is_refused_in_little_memory(run, root, tmp_pat
 def test_files_that_never_end_are_not_waited_for(run, root, tmp_path, what):
     for name in (record.RECORD, record.SAMPLES, record.MANIFEST, record.SPLITS["train"], record.CARD):
         content = (root / name).read_bytes()
-        (root / name).unlink()
-        if what == "fifo":
-            os.mkfifo(root / name)
-        elif what == "sparse":
-            with open(root / name, "wb") as stream:
-                stream.truncate(2**40)
-        else:
-            (root / name).symlink_to(what)
+        endless(root / name, what)
         done = run("verify", root)
         assert done.code in (3, 8), done.output
         assert "internal error" not in done.output

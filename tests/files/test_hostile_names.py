@@ -216,8 +216,8 @@ def payloads(size):
 
 LOAD = """
 import numpy as np
-from kcdcache import store
-opened = store.open({path!r})
+from kcdcache.store import reader
+opened = reader.open({path!r})
 opened.load(0, np.arange(opened.count), ("logits",))
 """
 

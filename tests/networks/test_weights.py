@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from damaging import endless
 from lessons import CLASSES, digits
 from pupils import SPEC, loaded, saved_teacher
 from torch import nn
@@ -335,7 +336,7 @@ def test_hostile_safetensors_headers_are_refused_in_little_memory(run, tmp_path,
     header, data, length = HEADERS[claim]
     path = safetensors_file(tmp_path / "t.safetensors", header, data, length)
     done = run(
-        text=f"from pathlib import Path\nfrom kcdcache.models import weights\nweights.load_weights(Path('{path}'))"
+        text=f"from pathlib import Path\nfrom kcdcache.networks import weights\nweights.load_weights(Path('{path}'))"
     )
     assert done.output.startswith("CorruptionError"), done.output
     assert "should be a safetensors file" in done.output
@@ -344,10 +345,7 @@ def test_hostile_safetensors_headers_are_refused_in_little_memory(run, tmp_path,
 @pytest.mark.parametrize("target", ["/dev/zero", "/dev/random", "/dev/stdin", "fifo"])
 def test_weights_that_are_a_device_or_a_pipe_are_not_waited_for(run, tmp_path, target):
     for name in ("t.pt", "t.safetensors"):
-        if target == "fifo":
-            os.mkfifo(tmp_path / name)
-        else:
-            (tmp_path / name).symlink_to(target)
+        endless(tmp_path / name, target)
         done = run(*precompute(tmp_path / name))
         assert (done.code, "is a pipe or a device" in done.output) == (8, True), done.output
 

@@ -6,6 +6,7 @@ import shutil
 from contextlib import suppress
 
 import pytest
+from damaging import endless
 from forging import TEXTS, THOROUGH, first_chunk, write_resealed
 from pupils import SCHOOL, SPEC, distilled, lines, school
 from stores import content, creating, grown, make, plan_of
@@ -72,14 +73,7 @@ def test_records_of_hostile_json_are_refused_in_little_memory(run, made, tmp_pat
 def test_records_that_never_end_are_not_waited_for(run, made, tmp_path, what):
     for number, (kind, name) in enumerate(PLACES):
         root = copied(made, kind, tmp_path / str(number))
-        (root / name).unlink()
-        if what == "fifo":
-            os.mkfifo(root / name)
-        elif what == "sparse":
-            with open(root / name, "wb") as stream:
-                stream.truncate(2**40)
-        else:
-            (root / name).symlink_to(what)
+        endless(root / name, what)
         refused(run, root, kind, (3, 8, 9))
 
 
@@ -163,9 +157,7 @@ def test_a_folder_of_chunks_that_is_a_link_is_refused(tmp_path):
 @pytest.mark.parametrize("what", ["fifo", "/dev/zero", "/dev/stdin"])
 def test_a_chunk_that_is_a_pipe_or_device_is_refused(run, tmp_path, what):
     root = make(tmp_path / "s")
-    chunk = root / first_chunk(root)
-    chunk.unlink()
-    os.mkfifo(chunk) if what == "fifo" else chunk.symlink_to(what)
+    endless(root / first_chunk(root), what)
     done = run("verify", root, "--read-data")
     assert (done.code, "is missing" in done.output) == (3, True), done.output
 
@@ -245,13 +237,12 @@ def test_repair_writes_nothing_through_links(tmp_path, name, text):
 @pytest.mark.parametrize("name", ["lock", "lock.0-2"])
 def test_a_lock_that_is_a_pipe_is_not_waited_for(run, tmp_path, name):
     root = make(tmp_path / "s")
-    (root / "_kcd" / name).unlink(missing_ok=True)
-    os.mkfifo(root / "_kcd" / name)
-    shard = "" if name == "lock" else ", holding.Shard(0, 3)"
+    endless(root / "_kcd" / name, "fifo")
+    shard = "" if name == "lock" else ", writer.Shard(0, 3)"
     text = f"""
 from pathlib import Path
-from kcdcache import holding
-with holding.held(Path({str(root)!r}), lambda alone: None{shard}):
+from kcdcache.store import writer
+with writer.held(Path({str(root)!r}), lambda alone: None{shard}):
     pass
 """
     done = run(text=text)

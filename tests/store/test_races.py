@@ -54,7 +54,8 @@ def condense(root, path, keep=0.5):
 
 VOLLEY = """
 import json, os, sys
-from kcdcache import cli, condenser, steps
+from kcdcache.cli import main
+from kcdcache.commands import condense, train
 for line in sys.stdin:
     gate, release = os.pipe()
     children = []
@@ -67,7 +68,7 @@ for line in sys.stdin:
             os.read(gate, 1)
             code = 1
             try:
-                cli.main(words)
+                main.main(words)
             except SystemExit as end:
                 code = int(end.code or 0)
             finally:
