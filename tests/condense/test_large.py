@@ -1,4 +1,4 @@
-"""Sets planned by DuckDB are those made in memory, to the byte, for every option; missing, too small or full it is told."""
+"""Sets planned by DuckDB are those made in memory, to the byte, for every option; what it lacks is told."""
 
 import shutil
 from pathlib import Path
