@@ -458,7 +458,8 @@ class CondenseCommand(CondenseSettings):
     partition_rows: int = Field(default=PART_ROWS, ge=1)
     """write manifests of more samples than this in parts, each of so many samples"""
     memory_gb: float = Field(default=8, gt=0)
-    """memory for what is kept of the samples, about 9 bytes for each; more is refused. Never changes results"""
+    """memory for what is kept of the samples, about 9 bytes for each (33 at random or by class); DuckDB
+    and files beside --out serve beyond it (extra `large`). Never changes results"""
     expect_id: tuple[str, ...] | None = None
     """ids that store, values and previous manifest must have (inspect shows them): refuse anything else"""
 

@@ -1,6 +1,6 @@
 """What must hold of the rows of a condensed set: of a whole one, or block by block in bounded memory."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -409,36 +409,30 @@ def read_digest(path: Path, most_rows: int = MOST_ROWS) -> str:
     """Return the digest of the manifest in a file, after checking that its content has it; one row group at a time.
 
     Raises:
+        NotFoundError, CorruptionError, MismatchError: as for `read_document`.
+    """
+    return str(read_document(path, most_rows)["digest"])
+
+
+def read_document(
+    path: Path, most_rows: int = MOST_ROWS, each: Callable[[Int64[np.ndarray, " rows"]], None] | None = None
+) -> dict[str, Any]:
+    """Return what the manifest in a file says beside its rows, after checking that its content has its digest.
+
+    It is read one row group at a time; `each` is given the kept samples of every one.
+
+    Raises:
         NotFoundError, CorruptionError, MismatchError: as for `read`, but the rules of a manifest are not checked: one
             with the digest of a valid manifest is that manifest.
     """
-    return read_part(path, most_rows)[0]["digest"]
-
-
-def read_part(
-    path: Path, most_rows: int = MOST_ROWS, start: int = 0, stop: int = 0, checked: bool = True
-) -> tuple[dict[str, Any], Int64[np.ndarray, " some"]]:
-    """Return the document of the manifest in a file, and those of its kept samples that lie in [start, stop).
-
-    It is held against its digest only if it is to be `checked`: of several processes that read it one is enough.
-
-    Raises:
-        NotFoundError, CorruptionError, MismatchError: as for `read_digest`; or the samples do not ascend.
-    """
-    found, last = [np.empty(0, np.int64)], -1
     with parquet.opened(path, most_rows) as reader:
         reader.check()  # before anything it says is taken up
         document = _document(reader.schema, path)
-        known = ({"index": _column(table, "index", path, 0)} for table in reader.groups(["index"]))
-        for columns in _checked(reader, document, path) if checked else known:
-            index = columns["index"]
-            if (np.diff(index, prepend=last) <= 0).any():
-                raise MismatchError(f"{path}: expected index to be in ascending order, each sample once")
-            last = int(index[-1])
-            found.append(index[np.searchsorted(index, start) : np.searchsorted(index, stop)])
-        if checked:
-            records.require(path, records.Facts(reader.rows, document["digest"]))
-    return document, np.concatenate(found)
+        for columns in _checked(reader, document, path):
+            if each is not None:
+                each(columns["index"])
+        records.require(path, records.Facts(reader.rows, document["digest"]))
+    return document
 
 
 def arrays(

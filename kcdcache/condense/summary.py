@@ -269,10 +269,19 @@ def random_keys(index: Int64[np.ndarray, " n"], seed: int, purpose: int, stage: 
 
 def _stratified(labels: Int64[np.ndarray, " candidates"], size: int) -> Bool[np.ndarray, " candidates"]:
     """Return which of the candidates, given by their labels in rank order, are kept."""
-    if len(labels) and labels.min() < 0:
-        raise SettingsError("stratify needs a label of 0 or more for every sample; found a negative one")
+    require_labels(labels)
     counts = np.bincount(labels)
     return numbered(labels) < quotas(counts, size)[labels]
+
+
+def require_labels(labels: Int64[np.ndarray, " some"]) -> None:
+    """Do nothing if classes can be told apart by these labels.
+
+    Raises:
+        SettingsError: one is negative.
+    """
+    if len(labels) and labels.min() < 0:
+        raise SettingsError("stratify needs a label of 0 or more for every sample; found a negative one")
 
 
 def quotas(counts: Int64[np.ndarray, " classes"], size: int) -> Int64[np.ndarray, " classes"]:

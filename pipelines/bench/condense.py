@@ -1,5 +1,7 @@
 """How long condensing takes: the ranking in memory, the whole command, and time and memory against the number of rows.
 
+Some sizes are condensed beyond --memory-gb too, by DuckDB, and held against the set made in memory.
+
 python pipelines/bench/condense.py
 
 Every number comes from a process of its own, whose peak memory the system tells when it ends. The files of values lie
@@ -20,7 +22,7 @@ from measure import alternating, median, ratio, started, write
 from kcdcache.condense import ranking, value_files
 from kcdcache.data.datasets import DataIdentity
 from kcdcache.files import parquet
-from kcdcache.files.atomic import canonical_json, write_atomic
+from kcdcache.files.atomic import canonical_json, sha256_file, write_atomic
 from kcdcache.store.identity import FORMAT_VERSION, IDENTITY_FILE, Knowledge, TeacherIdentity
 from kcdcache.views.rules import ViewIdentity
 
@@ -104,17 +106,41 @@ def command(what, words, repetitions, bar, peak_bar=None, before=lambda: None):
     }  # fmt: skip
 
 
-def condensing(folder, rows, repetitions, bar, peak_bar=None):
+def condensing(folder, rows, repetitions, bar=None, peak_bar=None, parts=None, beyond=None):
+    """The whole command, with --partition-rows if given; `beyond` so many GB of memory, to the bytes made in memory."""
     here = folder / str(rows)
     if not (here / "values.parquet").exists():
         itself("--make", here, "--rows", rows)
-    out = here / "set.parquet"
+    out = here / ("beyond.parquet" if beyond else "set.parquet")
+    more = [*(["--partition-rows", parts] if parts else []), *(["--memory-gb", beyond] if beyond else [])]
     words = program("condense", "--values", here / "values.parquet", "--store", here / "store", "--keep", KEEP,
-                    "--out", out, "--quiet")  # fmt: skip
-    row = command(f"kcdcache condense of {rows} rows, keep {KEEP}", words, repetitions, bar, peak_bar,
-                  lambda: out.unlink(missing_ok=True))  # fmt: skip
-    return {**row, "rows": rows, "values_bytes": (here / "values.parquet").stat().st_size,
-            "manifest_bytes_a_row": out.stat().st_size / math.floor(KEEP * rows)}  # fmt: skip
+                    "--out", out, "--quiet", *more)  # fmt: skip
+    what = " ".join([f"kcdcache condense of {rows} rows, keep {KEEP}", *map(str, more)])
+    row = command(what, words, repetitions, bar, peak_bar, lambda: remove(out))
+    if beyond and content(out) != content(here / "set.parquet"):
+        raise SystemExit(f"{what}: the bytes differ from those made in memory")
+    return {
+        **row,
+        "rows": rows,
+        "values_bytes": (here / "values.parquet").stat().st_size,
+        "manifest_bytes_a_row": sum(file.stat().st_size for file in files_of(out)) / math.floor(KEEP * rows),
+    }
+
+
+def files_of(path):
+    """The files of a manifest, which of many samples is a folder."""
+    return sorted(path.iterdir()) if path.is_dir() else [path]
+
+
+def content(path):
+    return [sha256_file(file) for file in files_of(path)]
+
+
+def remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def slope(sizes, numbers):
@@ -127,6 +153,11 @@ def main():
     parser.add_argument("--folder", type=Path, default=Path("/tmp/bench-condense"))
     parser.add_argument("--rank", type=int, nargs="*", default=[1_280_000, 100_000_000])
     parser.add_argument("--sizes", type=int, nargs="*", default=[10**4, 50_000, 10**5, 10**6, 1_280_000, 10**7, 10**8])
+    parser.add_argument(
+        "--beyond", type=int, nargs="*", default=[10**7], help="sizes to condense beyond --memory-gb too"
+    )
+    parser.add_argument("--memory-gb", type=float, default=0.05)
+    parser.add_argument("--partition-rows", type=int)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--make", type=Path)
     parser.add_argument("--rows", type=int)
@@ -141,9 +172,12 @@ def main():
     rows.append(command("kcdcache --help", program("--help"), given.repetitions, 0.3))
     scaled = [
         condensing(given.folder, n, fewer(n), 60.0 if n > 10**7 else 1.0 if n <= 1_280_000 else None,
-                   1.5 * 10**9 / MIB if n > 10**7 else None)
+                   1.5 * 10**9 / MIB if n > 10**7 else None, given.partition_rows)
         for n in given.sizes
     ]  # fmt: skip
+    scaled_beyond = [
+        condensing(given.folder, n, fewer(n), parts=given.partition_rows, beyond=given.memory_gb) for n in given.beyond
+    ]
     smallest = given.folder / str(given.sizes[0])
     rows.append(command("kcdcache inspect of a manifest", program("inspect", smallest / "set.parquet"),
                         given.repetitions, 1.0))  # fmt: skip
@@ -153,7 +187,8 @@ def main():
         growth["memory_slope"] = slope(given.sizes, [row["peak_MiB"] for row in scaled])
     shown = list(rows[0])
     write("condense", started(), 2,
-          [{name: row[name] for name in shown} for row in rows + scaled], growth=growth, scaled=scaled)  # fmt: skip
+          [{name: row[name] for name in shown} for row in rows + scaled + scaled_beyond],
+          growth=growth, scaled=scaled + scaled_beyond)  # fmt: skip
     print(json.dumps(growth))
     shutil.rmtree(given.folder)
     return None

@@ -1,0 +1,193 @@
+"""A condensed set planned by DuckDB, which spills to a folder what memory does not hold; the rows of `summary.plan`.
+
+The candidates go into a table with the key they are ranked by. SQL ranks, splits and pairs them; the rows are then
+asked for range by range. Reading values and writing manifests stay ours.
+"""
+
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int64
+
+from kcdcache import rng
+from kcdcache.condense import manifest, ranking, summary
+from kcdcache.condense.value_files import Block, Source
+from kcdcache.condense.values import score
+from kcdcache.errors import CorruptionError, NoSpaceError, SettingsError
+from kcdcache.settings import CondenseSettings
+
+LEAST_BYTES = 128 * 10**6
+"""what DuckDB is given at least"""
+BYTES_A_THREAD = 64 * 10**6
+"""memory for each of its threads: with less it gets fewer of them"""
+SPILLED_A_SAMPLE = 50
+"""bytes of files for each sample at the fullest moment"""
+
+_RANKED = """CREATE TABLE ranked AS
+SELECT * EXCLUDE key, (row_number() OVER (ORDER BY key, sample) - 1)::UINTEGER AS rank FROM candidate"""
+_PLACED = """CREATE TABLE placed AS
+SELECT sample, rank, rank < {size} AS kept, (rank - if(rank < {size}, 0, {size}))::UINTEGER AS place FROM ranked"""
+_PLACED_BY_CLASS = """CREATE TABLE placed AS WITH split AS (
+    SELECT sample, rank, row_number() OVER (PARTITION BY label ORDER BY rank) <= quota AS kept
+    FROM ranked JOIN quota USING (label))
+SELECT *, (row_number() OVER (PARTITION BY kept ORDER BY rank) - 1)::UINTEGER AS place FROM split"""
+_CHOSEN = """CREATE TABLE chosen AS
+SELECT sample, place, rank, coalesce(partner, 0)::UINTEGER AS partner
+FROM (SELECT * FROM placed WHERE kept)
+LEFT JOIN (SELECT sample AS partner, place + {first} AS place FROM placed WHERE NOT kept AND place < {pairs})
+USING (place) ORDER BY sample"""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Tabled(ranking.Outline):
+    """A condensed set whose rows lie in a table of DuckDB."""
+
+    connection: Any
+
+    def columns(self, block: Block) -> dict[str, np.ndarray]:
+        """Return the rows of the kept ones among some samples, ascending, as the columns of a manifest."""
+        ends = [block.first, block.first + len(block.values.visits)]
+        query = "SELECT * FROM chosen WHERE sample >= ? AND sample < ? ORDER BY sample"
+        found = self.connection.execute(query, ends).fetchnumpy()
+        sample, place, rank, partner = (found[name].astype(np.int64) for name in ("sample", "place", "rank", "partner"))
+        return self.rows(block, sample - block.first, place, partner[place >= self.first], rank)
+
+
+@contextmanager
+def planned(
+    source: Source,
+    settings: CondenseSettings,
+    *,
+    count: int,
+    stage: int,
+    keep: float,
+    previous: Path | None = None,
+    before: Mapping[str, Any] | None = None,
+    excluded: Int64[np.ndarray, " excluded"] = summary.NOBODY,
+    folder: Path,
+    memory_bytes: float,
+) -> Iterator[Tabled]:
+    """Yield what `summary.plan` returns, made with about so much memory and with files in a new `folder`.
+
+    `previous` is the manifest the values were last updated on, `before` its document (`manifest.read_document`).
+
+    Raises:
+        SettingsError, NonFiniteError: as for `summary.plan`; or DuckDB is missing, or needs more memory.
+        CorruptionError: the previous manifest was changed since its document was read.
+        NoSpaceError: the disk is full.
+    """
+    if settings.stratify and not source.labelled:
+        raise SettingsError("stratify needs the label of every sample; give a values file with a 'label' column")
+    with _connected(folder, memory_bytes) as connection:
+        _record(connection, source, settings, stage, excluded)
+        if previous is not None and before is not None and settings.candidates == "current":
+            _keep_within(connection, previous, before["digest"], count)
+        candidates = _number(connection, "SELECT count(*) FROM candidate")
+        size = summary.size_of(keep, count, candidates, count - len(excluded))
+        used = summary.K0[settings.k0](candidates - size, (before["rows"] if before else count) - size)
+        summary.tell(size, used, settings)
+        pairs = min(size, used) if settings.augment_kept else 0
+        _choose(connection, settings, size, pairs)
+        yield Tabled(
+            kept=size, pairs=pairs, dropped=used, settings=settings, count=count, stage=stage, keep=keep,
+            parent=before["digest"] if before else None, connection=connection,
+        )  # fmt: skip
+
+
+@contextmanager
+def _connected(folder: Path, memory_bytes: float) -> Iterator[Any]:
+    try:
+        import duckdb
+    except ModuleNotFoundError as error:
+        if error.name != "duckdb":
+            raise
+        raise SettingsError(
+            'condensing beyond --memory-gb needs the extra `large`: pip install "kcdcache[large]"; or give more memory'
+        ) from None
+    limit = max(LEAST_BYTES, int(memory_bytes))
+    config: dict[str, str | bool | int | float | list[str]] = {
+        "memory_limit": f"{limit}B", "temp_directory": str(folder), "autoload_known_extensions": False,
+        "autoinstall_known_extensions": False, "threads": max(1, min(os.cpu_count() or 1, limit // BYTES_A_THREAD)),
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    with duckdb.connect(config=config) as connection:
+        try:
+            yield connection
+        except duckdb.OutOfMemoryException as error:
+            raise _explained(error, limit) from error
+        except duckdb.IOException as error:
+            raise NoSpaceError(errno.ENOSPC, f"{folder}: {error}") from error
+
+
+def _explained(error: Exception, limit: int) -> Exception:
+    if "max_temp_directory_size" in str(error):
+        return NoSpaceError(f"no space left to condense: {error}")
+    return SettingsError(f"condensing takes more than {limit / 10**9:g} GB here; give more with --memory-gb")
+
+
+def _record(
+    connection: Any, source: Source, settings: CondenseSettings, stage: int, excluded: Int64[np.ndarray, " excluded"]
+) -> None:
+    """Fill the table of candidates, which has for each the key that it is ranked by."""
+    key = "UBIGINT" if settings.ranking == "random" else "UINTEGER"
+    label = ", label BIGINT" if settings.stratify else ""
+    connection.execute(f"CREATE TABLE candidate (key {key}, sample UINTEGER{label})")
+    for block in source.blocks():
+        everyone = np.arange(block.first, block.first + len(block.values.visits))
+        sample = np.setdiff1d(everyone, excluded, assume_unique=True)
+        columns = {"key": _keys(block, settings, stage)[sample - block.first], "sample": sample}
+        if settings.stratify:
+            assert block.labels is not None
+            columns["label"] = block.labels[sample - block.first]
+            summary.require_labels(columns["label"])
+        _insert(connection, "candidate", columns)
+
+
+def _keys(block: Block, settings: CondenseSettings, stage: int) -> np.ndarray:
+    """Return for each sample of a block what the candidates are ranked by, the best having the lowest."""
+    scores = score(block.values, settings.cost_exponent, settings.unseen, block.first)
+    if settings.ranking == "value":
+        return ranking.keys(scores)
+    everyone = np.arange(block.first, block.first + len(scores))
+    return summary.random_keys(everyone, settings.condense_seed, rng.RANKING, stage)
+
+
+def _keep_within(connection: Any, previous: Path, digest: str, count: int) -> None:
+    """Leave only those candidates that a manifest keeps."""
+    connection.execute("CREATE TABLE before (sample UINTEGER)")
+    document = manifest.read_document(previous, count, lambda index: _insert(connection, "before", {"sample": index}))
+    if document["digest"] != digest:
+        raise CorruptionError(f"{previous} was changed meanwhile; run the same command again")
+    connection.execute("DELETE FROM candidate WHERE sample NOT IN (SELECT sample FROM before)")
+    connection.execute("DROP TABLE before")
+
+
+def _choose(connection: Any, settings: CondenseSettings, size: int, pairs: int) -> None:
+    """Make the table of the kept samples: place among them, rank among all candidates, and what is mixed in."""
+    connection.execute(_RANKED)
+    connection.execute("DROP TABLE candidate")
+    if settings.stratify:
+        found = connection.execute("SELECT label, count(*) AS n FROM ranked GROUP BY label ORDER BY label").fetchnumpy()
+        connection.execute("CREATE TABLE quota (label BIGINT, quota BIGINT)")
+        _insert(connection, "quota", {"label": found["label"], "quota": summary.quotas(found["n"], size)})
+    connection.execute((_PLACED_BY_CLASS if settings.stratify else _PLACED).format(size=size))
+    connection.execute("DROP TABLE ranked")
+    connection.execute(_CHOSEN.format(first=size - pairs, pairs=pairs))
+    connection.execute("DROP TABLE placed")
+
+
+def _insert(connection: Any, table: str, columns: Mapping[str, np.ndarray]) -> None:
+    connection.register("rows", pa.table(dict(columns)))
+    connection.execute(f"INSERT INTO {table} SELECT * FROM rows")
+    connection.unregister("rows")
+
+
+def _number(connection: Any, query: str) -> int:
+    return int(connection.execute(query).fetchone()[0])
