@@ -65,7 +65,13 @@ LIGHT = [
     "exported",
     "difference",
 ]
-DOORS = {"zarr": "store", "obstore": "remote", "print": "cli", "sys.exit": "cli", "import inside a function": "cli"}
+DOORS = {
+    "zarr": "store",
+    "obstore": "cloud",
+    "print": "cli",
+    "sys.exit": "cli",
+    "import inside a function": "cli cloud",
+}
 """what only one module may do -> that module"""
 
 
@@ -133,8 +139,8 @@ def doings(tree):
 
 def through_other_doors(path, tree, root):
     for line, what in doings(tree):
-        if module_name(path, root) != DOORS[what]:
-            yield f"{path.name}:{line}: {what} outside {DOORS[what]}.py"
+        if module_name(path, root) not in DOORS[what].split():
+            yield f"{path.name}:{line}: {what} outside {DOORS[what].split()[0]}.py"
 
 
 def unlisted(path, tree, root):
@@ -169,8 +175,8 @@ def functions(tree):
 
 
 def oversized(path, tree, root):
-    if (lines := len(path.read_text().splitlines())) > 400:
-        yield f"{path.name}: {lines} lines, at most 400"
+    if (lines := len(path.read_text().splitlines())) > 800:
+        yield f"{path.name}: {lines} lines, at most 800"
     for node in functions(tree):
         if length(node) > 60:
             yield f"{path.name}:{node.lineno}: {node.name} has {length(node)} lines, at most 60"
@@ -205,7 +211,7 @@ def test_the_list_of_levels_names_no_module_twice_and_none_that_is_gone():
         (relative, "values.py", "from . import files", "values.py:1: relative import"),
         (relative, "models/net.py", "from ..files import locked", "relative import"),
         (through_other_doors, "layout.py", "import zarr", "zarr outside store.py"),
-        (through_other_doors, "mirror.py", "import obstore", "obstore outside remote.py"),
+        (through_other_doors, "store.py", "import obstore", "obstore outside cloud.py"),
         (through_other_doors, "layout.py", "from zarr.storage import LocalStore", "zarr outside store.py"),
         (through_other_doors, "fit.py", "def f():\n    print(1)", "fit.py:2: print outside cli.py"),
         (through_other_doors, "fit.py", "import sys\nsys.exit(1)", "fit.py:2: sys.exit outside cli.py"),
@@ -216,7 +222,7 @@ def test_the_list_of_levels_names_no_module_twice_and_none_that_is_gone():
         (unlisted, "novelty.py", "", "novelty.py: not on the list"),
         (undocumented, "values.py", "def _f(): ...", "values.py: no docstring"),
         (undocumented, "values.py", '"""Doc."""\nclass C:\n    """Doc."""\n    def f(self): ...', "f has no docstring"),
-        (oversized, "values.py", "\n" * 401, "values.py: 401 lines"),
+        (oversized, "values.py", "\n" * 801, "values.py: 801 lines"),
         (oversized, "values.py", "def f():\n" + "    1\n" * 60, "f has 61 lines"),
     ],
 )
