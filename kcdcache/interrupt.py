@@ -1,4 +1,7 @@
-"""Stop requests: SIGINT and SIGTERM ask for a clean stop at the next safe point; a second one aborts at once."""
+"""Stop requests: SIGINT and SIGTERM ask for a clean stop at the next safe point; a second one aborts at once.
+
+And whether a process runs at all.
+"""
 
 import os
 import signal
@@ -43,6 +46,17 @@ def stop(done: str) -> None:
     number = _received[0] if _received else signal.SIGINT
     name = signal.Signals(number).name
     raise InterruptedRunError(f"stopped by {name}: {done}; the same command resumes", 128 + number)
+
+
+def process_runs(process: int) -> bool:
+    """Return whether this machine has a process of that number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it runs, but is another user's
+    return True
 
 
 def _note(number: int, frame: FrameType | None) -> None:

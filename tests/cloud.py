@@ -17,8 +17,6 @@ from pupils import UNPROMISED
 
 SECRET = "never-to-be-seen-4711"
 """the secret key; no output and no file may hold it"""
-QUICK_SECONDS = "3"
-"""silence after which a lease is taken over, in tests"""
 SLOW_SECONDS = 0.3
 """what a slow answer of the proxy takes"""
 CONDITIONS = ("If-Match", "If-None-Match")
@@ -76,7 +74,7 @@ class Server:
 
     def promised(self, prefix):
         """The objects below a prefix whose bytes are promised, by name; see `pupils.promised`."""
-        names = [key for key in self.listed(prefix) if ".leases" not in key.split("/")]
+        names = [key for key in self.listed(prefix) if ".owner" not in key.split("/")]
         return {k.removeprefix(f"{prefix}/"): self.read(k) for k in names if k.rsplit("/", 1)[-1] not in UNPROMISED}
 
 
@@ -181,7 +179,6 @@ def access(port, cache, **more):
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_TIMEOUT": "20s",
         "KCDCACHE_CACHE": str(cache),
-        "KCDCACHE_LEASE_SECONDS": QUICK_SECONDS,
     } | {name: str(value) for name, value in more.items()}
 
 

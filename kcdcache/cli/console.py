@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from kcdcache.files import places
+from kcdcache.files import cloud
 
 LABELS = {"K_1H": "K_1H (kept as they are)", "K_Aug": "K_Aug (kept and enriched)", "K_0": "K_0 (dropped)"}
 """entries whose names are the paper's -> what is shown"""
@@ -11,7 +11,7 @@ LABELS = {"K_1H": "K_1H (kept as they are)", "K_Aug": "K_Aug (kept and enriched)
 
 def printable(text: str) -> str:
     """Return text in one line and without control characters: names from files must not steer the terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in places.named(text))
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cloud.named(text))
 
 
 def readable(result: Mapping[str, Any], indent: str = "") -> str:

@@ -21,7 +21,7 @@ from kcdcache.cli.console import printable, readable
 from kcdcache.cli.help import ARGUMENTS, EXAMPLES, SUMMARIES
 from kcdcache.cli.options import Sectioned, option, sections_of
 from kcdcache.errors import KcdcacheError, NoSpaceError, SettingsError
-from kcdcache.files import places
+from kcdcache.files import cloud
 from kcdcache.files.atomic import FULL
 from kcdcache.settings import COMMANDS, make
 
@@ -142,8 +142,8 @@ def _command(
         follower = name in TOGETHER and os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
         _log_to_stderr(quiet or follower)
         with interrupt.listening() if name in LONG else nullcontext():
-            here = {key: places.locals_of(value, fresh=name == "verify") for key, value in values.items()}
-            result = places.shown(work(**here))
+            here = {key: cloud.opened(value, fresh=name == "verify") for key, value in values.items()}
+            result = cloud.shown(work(**here))
         if follower:
             return
         click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **result}) if as_json else readable(result))

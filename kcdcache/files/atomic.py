@@ -29,7 +29,8 @@ from kcdcache.errors import (
     SettingsError,
     UnsafeError,
 )
-from kcdcache.files import places
+from kcdcache.files import cloud
+from kcdcache.interrupt import process_runs
 
 CRASH_POINT = "KCDCACHE_CRASHPOINT"
 """environment variable, for tests: `n` kills this process (SIGKILL) at the n-th step of the write protocol, `n:NAME`
@@ -78,7 +79,7 @@ def open_plain(path: Path) -> BufferedReader:
         NotFoundError: there is no file.
         UnsafeError: it is a pipe, a device or a socket.
     """
-    places.bring(path)
+    cloud.bring(path)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
@@ -190,7 +191,7 @@ def _deeper(value: Any, most: int) -> bool:
     return True
 
 
-TEMPORARY_MARK = places.TEMPORARY_MARK
+TEMPORARY_MARK = cloud.TEMPORARY_MARK
 MOST_JSON_BYTES = MOST_RECORD_BYTES
 MOST_FILE_BYTES = 16 * 2**30
 """of a file read whole, such as a checkpoint"""
@@ -254,7 +255,7 @@ def write_atomic(path: Path, data: bytes | bytearray | memoryview) -> None:
         NoSpaceError: the disk or quota is full; the old file is untouched.
         OSError: any other refusal of the system; names `path`.
     """
-    _place(path, data, os.replace)
+    _place(path, data, exclusive=False)
 
 
 def create_exclusive(path: Path, data: bytes) -> None:
@@ -266,7 +267,7 @@ def create_exclusive(path: Path, data: bytes) -> None:
         OSError: any other refusal of the system; names `path`.
     """
     try:
-        _place(path, data, os.link)  # unlike rename, link fails when the name is taken
+        _place(path, data, exclusive=True)
     except FileExistsError:
         raise LockedError(f"{path} exists already: another process wrote it first") from None
 
@@ -278,17 +279,14 @@ def create_filled(path: Path, fill: Callable[[Path], object]) -> None:
         LockedError, NoSpaceError, OSError: as for `create_exclusive`.
     """
     try:
-        _place(path, fill, os.link)
+        _place(path, fill, exclusive=True)
     except FileExistsError:
         raise LockedError(f"{path} exists already: another process wrote it first") from None
 
 
 def move(source: Path, path: Path) -> None:
     """Put a finished, durable file in the place of another on the same disk; the object of a mirrored one too."""
-    if (mirror := places.of(path)) is not None:
-        mirror.place(source, path, exclusive=False)
-    else:
-        os.replace(source, path)
+    cloud.place(source, path, exclusive=False)
     sync_directory(path.parent)
 
 
@@ -309,16 +307,12 @@ def append(path: Path, data: bytes) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)
-    if (mirror := places.of(path)) is not None:
-        mirror.appended(path, data)
+    cloud.appended(path, data)
 
 
 def remove(path: Path) -> None:
     """Delete a file, if there is one: of a mirrored one the object first."""
-    if (mirror := places.of(path)) is not None:
-        mirror.remove(path)
-    else:
-        path.unlink(missing_ok=True)
+    cloud.remove(path)
 
 
 ZEROS = memoryview(bytes(2**22))
@@ -441,27 +435,16 @@ def remove_leftovers(folder: Path) -> list[Path]:
     return found
 
 
-def process_runs(process: int) -> bool:
-    """Return whether this machine has a process of that number."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # it runs, but is another user's
-    return True
-
-
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on the file `path`; the system frees it when the process ends, however it ends.
 
-    Of a mirrored path the lease is held too, and everything beside it is brought up to date.
+    A mirrored folder is owned against other machines too, and brought up to date.
 
     Raises:
-        LockedError: another process holds it; names that process.
+        LockedError: another process holds it, or another machine owns it; names that.
     """
-    file = places.lock_file(path)
+    file = cloud.lock_file(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a+", opener=open_own) as stream:
         try:
@@ -474,7 +457,7 @@ def locked(path: Path) -> Iterator[None]:
         with naming(path, len(me)):
             stream.truncate(0)
             os.write(stream.fileno(), me)  # nothing may wait in a buffer: closing would fail on it again
-        with places.held(path):
+        with cloud.owned(path.parent):
             yield
 
 
@@ -506,11 +489,11 @@ def _temporary(path: Path) -> Path:
 def _place(
     path: Path,
     content: bytes | bytearray | memoryview | Callable[[Path], object],
-    into: Callable[[Path, Path], None],
+    exclusive: bool,
 ) -> None:
-    """Write a temporary file beside `path`, make it durable, and put it `into` place."""
-    temporary, mirror = _temporary(path), places.of(path)
-    if mirror is not None:
+    """Write a temporary file beside `path`, make it durable, and put it in place, if `exclusive` only of nothing."""
+    temporary = _temporary(path)
+    if cloud.is_mirrored(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path, None if callable(content) else memoryview(content).nbytes):
         try:
@@ -522,10 +505,7 @@ def _place(
             step()
             _sync_file(temporary)
             step()
-            if mirror is None:
-                into(temporary, path)
-            else:
-                mirror.place(temporary, path, exclusive=into is os.link)
+            cloud.place(temporary, path, exclusive=exclusive)
             step()
             sync_directory(path.parent)
             step()
@@ -585,8 +565,8 @@ def place(folder: Path, path: Path, last: str) -> None:
     Raises:
         LockedError: something is.
     """
-    if (mirror := places.of(path)) is not None:
-        _upload(folder, path, last, mirror)
+    if cloud.is_mirrored(path):
+        _upload(folder, path, last)
         return
     with naming(path):
         step()
@@ -600,16 +580,16 @@ def place(folder: Path, path: Path, last: str) -> None:
         step()
 
 
-def _upload(folder: Path, path: Path, last: str, mirror: places.Mirror) -> None:
+def _upload(folder: Path, path: Path, last: str) -> None:
     taken = LockedError(f"{path} exists already: another process wrote it first")
     if path.is_file() or (path / last).exists():
         raise taken
     path.mkdir(parents=True, exist_ok=True)
     for file in sorted(folder.iterdir()):
         if file.name != last:
-            mirror.place(file, path / file.name, exclusive=False)
+            cloud.place(file, path / file.name, exclusive=False)
     try:
-        mirror.place(folder / last, path / last, exclusive=True)
+        cloud.place(folder / last, path / last, exclusive=True)
     except FileExistsError:
         raise taken from None
 

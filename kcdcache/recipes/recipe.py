@@ -19,7 +19,7 @@ from kcdcache.data import spec
 from kcdcache.data.spec import extended
 from kcdcache.environment import environment
 from kcdcache.errors import SettingsError
-from kcdcache.files import places
+from kcdcache.files import cloud
 from kcdcache.files.atomic import readable_json, write_atomic
 from kcdcache.networks.input_transform import resolve_device
 from kcdcache.progress import Progress
@@ -192,7 +192,7 @@ def run(
         values = _here(resolved(step, recipe, out, data or recipe.data, seed) | _accepted(step.run, extra))
         title = (step.title or step.name) + ("" if seed is None else f" (seed {seed})")
         where = f"step '{step.name}'"
-        return Job(title=title, command=step.run, values=values, source=where, progress=progress, urls=places.urls())
+        return Job(title=title, command=step.run, values=values, source=where, progress=progress)
 
     for name in named:  # what is out of range is found before the first step
         model, job = steps.STEPS[named[name][0].run][0], prepare(name)
@@ -222,7 +222,7 @@ def run(
         "failed": failed,
     }
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "results.json", readable_json(places.shown(results)))
+    write_atomic(out / "results.json", readable_json(cloud.shown(results)))
     return results
 
 
@@ -236,8 +236,6 @@ class Job:
     source: str
     """where the values are from, for errors"""
     progress: Progress
-    urls: tuple[str, ...] = ()
-    """what is mirrored: the process that does the job mirrors it too"""
 
 
 def do(job: Job) -> dict[str, Any]:
@@ -247,8 +245,6 @@ def do(job: Job) -> dict[str, Any]:
         KcdcacheError: as for the step's command.
     """
     logger.info("%s", job.title)
-    for url in job.urls:
-        places.mirrored(url)
     model, work = steps.STEPS[job.command]
     return work(settings.make(model, job.values, job.source), job.progress)
 
@@ -408,7 +404,7 @@ def _resolved(value: Any, recipe: Recipe, out: Path, seed: int | None) -> Any:
 
 def _here(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a step's settings with the paths of mirrors instead of URLs."""
-    return {key: places.locals_of(value) for key, value in values.items()}
+    return {key: cloud.opened(value) for key, value in values.items()}
 
 
 def _accepted(command: str, machine: Mapping[str, Any]) -> dict[str, Any]:

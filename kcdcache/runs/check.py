@@ -10,7 +10,7 @@ from kcdcache.condense import manifest, value_files
 from kcdcache.condense.manifest import Manifest
 from kcdcache.condense.value_files import ValuesFile
 from kcdcache.errors import KcdcacheError, LockedError, MismatchError, NotFoundError
-from kcdcache.files import places, records
+from kcdcache.files import cloud, records
 from kcdcache.files.atomic import MOST_JSON_BYTES, open_plain, read_bytes
 from kcdcache.networks import weights
 from kcdcache.runs import state
@@ -209,8 +209,8 @@ def _exported(folder: RunFolder, summary: dict[str, Any], sets: dict[int, Manife
 
 
 def _require_still(folder: RunFolder) -> None:
-    places.require_free(folder.lock)
-    lock = places.lock_file(folder.lock)
+    cloud.require_free(folder.path)
+    lock = cloud.lock_file(folder.lock)
     if not lock.exists():
         return
     with open_plain(lock) as stream:

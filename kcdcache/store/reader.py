@@ -21,7 +21,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from kcdcache.errors import CorruptionError, SettingsError, UnsafeError
-from kcdcache.files import places
+from kcdcache.files import cloud
 from kcdcache.files.atomic import naming, read_json, sha256_bytes, write_atomic
 from kcdcache.store import log, plan
 from kcdcache.store.encoding import Encoding
@@ -99,7 +99,7 @@ def open_plain(path: str, flags: int) -> int:
     Raises:
         UnsafeError: it is a symbolic link.
     """
-    places.bring(Path(path))
+    cloud.bring(path)
     try:
         return os.open(path, flags | os.O_NOFOLLOW)
     except OSError as error:
@@ -353,7 +353,7 @@ class Store:
     ) -> dict[str, np.ndarray]:
         out = {array.name: allocate((len(rows), *array.row_shape), np.dtype(array.dtype)) for array in arrays}
         tasks = self._tasks(arrays, view, rows)
-        places.bring(*(self.path / chunk.key for chunk, _, _ in tasks))
+        cloud.bring(*(self.path / chunk.key for chunk, _, _ in tasks))
         shares = [tasks[start::threads] for start in range(threads) if tasks[start::threads]]
         if len(shares) <= 1:
             for share in shares:
@@ -399,7 +399,7 @@ class Store:
         what = record.bytes, record.crc32c, wanted, target, block
         try:
             sound = copy_rows(file, *what)
-            if not sound and places.bring_again(file):
+            if not sound and cloud.bring_again(file):
                 sound = copy_rows(file, *what)
         except FileNotFoundError:
             raise CorruptionError(f"{self.path}/{chunk} is missing; {log.REPAIR}") from None

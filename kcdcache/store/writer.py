@@ -8,7 +8,6 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -24,9 +23,10 @@ from kcdcache.errors import (
     UnsafeError,
     require_same,
 )
-from kcdcache.files import places
+from kcdcache.files import cloud
 from kcdcache.files.atomic import (
     canonical_json,
+    create_exclusive,
     holds,
     naming,
     open_own,
@@ -130,25 +130,26 @@ def held(root: Path, begin: Callable[[bool], None], shard: Shard = WHOLE) -> Ite
 
     `begin(alone)` is called while no other process begins or leaves, with whether nobody else writes the store. What
     killed writers left is removed by whoever begins or leaves alone. The locks lie in the store; of a mirrored one they
-    lie in the cache, and leases hold between machines.
+    lie in the cache, and an object says who owns it, or a shard of it, against other machines. Of a shard there nobody
+    knows whether another machine begins at the same moment, so that it never counts as alone.
 
     Raises:
-        LockedError: another process holds these parts, or the store is being written in another number of shards.
+        LockedError: another process or machine holds these parts, or the store is written in another number of shards.
         UnsafeError: a folder in the store is a symbolic link, through which other files could be changed.
     """
     require_no_links(root, files=False)
     (root / FOLDER).mkdir(parents=True, exist_ok=True)
     locks = _locks(root)
     with ExitStack() as stack:
-        with _door(locks), places.door(root / FOLDER):
+        with _door(locks):
             whole = stack.enter_context(_open(locks / "lock"))
             mine = _take(root, whole, shard, stack)
-            there = stack.enter_context(places.share(root / FOLDER / _lock_name(shard), partial(_rivals, shard)))
+            stack.enter_context(cloud.owned(root, cloud.ALL if shard.total == 1 else f"{shard.number}-{shard.total}"))
+            (root / FOLDER).mkdir(parents=True, exist_ok=True)
             alone = _locked(whole, fcntl.LOCK_EX)
             if alone:
                 remove_leftovers(root)
-            alone = alone and there
-            begin(alone)
+            begin(alone and (shard.total == 1 or not cloud.is_mirrored(root)))
             if shard.total > 1:
                 _locked(whole, fcntl.LOCK_SH)
         try:
@@ -202,20 +203,11 @@ def _require_same_split(root: Path, shard: Shard) -> None:
 
 def _locks(root: Path) -> Path:
     """Return the folder of a store's lock files."""
-    return places.lock_file(root / FOLDER / "lock").parent
-
-
-def _lock_name(shard: Shard) -> str:
-    return "lock" if shard.total == 1 else f"lock.{shard.number}-{shard.total}"
-
-
-def _rivals(shard: Shard, name: str) -> bool:
-    """Return whether another lock of a store must not be held beside a shard's."""
-    return shard.total == 1 or not name.endswith(f"-{shard.total}")
+    return cloud.lock_file(root / FOLDER / "lock").parent
 
 
 def _shard_lock(root: Path, shard: Shard) -> Path:
-    return _locks(root) / _lock_name(shard)
+    return _locks(root) / f"lock.{shard.number}-{shard.total}"
 
 
 def _shard_locks(root: Path) -> list[Path]:
@@ -334,7 +326,7 @@ class Writer:
 
     def seal_last(self) -> int:
         """Seal if all parts of all shards are written; return how many are not."""
-        places.refresh(self.path)  # what shards on other machines wrote meanwhile
+        cloud.refresh(self.path)  # what shards on other machines wrote meanwhile
         left = len(self._pending(self.parts))
         if not left:
             self.seal()
@@ -510,7 +502,8 @@ def _begin(root: Path, knowledge: Knowledge, plan: StorePlan, alone: bool) -> No
         _require_same_knowledge(root, knowledge)
     else:
         document = {"format_version": FORMAT_VERSION, "knowledge": knowledge.document()}
-        write_atomic(root / IDENTITY_FILE, canonical_json(document | {"knowledge_id": knowledge.knowledge_id}))
+        # only where none is: shards on several machines may begin a store in a bucket at once
+        create_exclusive(root / IDENTITY_FILE, canonical_json(document | {"knowledge_id": knowledge.knowledge_id}))
     _plan_or_compare(root, 0, plan, f"the plan of the store at {root}")
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from kcdcache import environment, interrupt
 from kcdcache.data.datasets import Dataset
 from kcdcache.errors import MismatchError, NonFiniteError, NotFoundError, SettingsError
-from kcdcache.files import places, timing
+from kcdcache.files import cloud, timing
 from kcdcache.files.atomic import append, canonical_json, read_json, readable_json, sha256_file, write_atomic
 from kcdcache.networks.input_transform import enough_memory
 from kcdcache.progress import Progress, silent
@@ -546,7 +546,7 @@ def _as_float32(rows: np.ndarray) -> Tensor:
 
 
 def _read_npy(file: Path, count: int, classes: int) -> np.ndarray:
-    places.bring(file)
+    cloud.bring(file)
     try:
         logits: np.ndarray = np.lib.format.open_memmap(file, mode="r")  # not np.load, which takes archives too
     except FileNotFoundError:

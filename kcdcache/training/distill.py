@@ -15,7 +15,7 @@ from kcdcache.condense.manifest import Manifest, require_knowledge
 from kcdcache.condense.schedule import Stage
 from kcdcache.data.datasets import Dataset
 from kcdcache.errors import MismatchError, SettingsError
-from kcdcache.files import places, timing
+from kcdcache.files import cloud, timing
 from kcdcache.methods import registry as methods_registry
 from kcdcache.networks import registry as networks_registry
 from kcdcache.networks.input_transform import resolve_device, use_threads
@@ -275,7 +275,7 @@ def _by_first(going: _Run, work: Callable[[], T]) -> T:
         going.group.wait()
         return made
     going.group.wait()
-    places.refresh(going.folder.path)
+    cloud.refresh(going.folder.path)
     return work()
 
 

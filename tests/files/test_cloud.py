@@ -1,65 +1,28 @@
-"""The whole chain in a bucket: the bytes of the local one, whatever breaks, dies, or goes on on another machine."""
+"""Paths in a bucket, against a real S3-speaking server and a proxy that breaks requests: one machine, or several."""
 
-import json
-import random
-from contextlib import ExitStack
-from types import SimpleNamespace
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
-from cloud import SECRET, Proxy, Server, access, everything, forgotten
-from killing import Cold, finished, nursery
-from pupils import SPEC, digits, lines, promised, saved_teacher
+from cloud import SECRET, Proxy, Server, access
+from killing import environment
+from stores import content, creating, finish, knowledge, make, small_parts, write_part
 
-CROPS = {"augment": "crop", "padding": 2}
-STORE = CROPS | {"views": 3, "batch_size": 64, "min_accuracy": 0, "fields": "logits,penultimate"}
-TRAIN = {"student": "lessons:TinyNet", "epochs": 2, "stages": 2, "batch_size": 64, "keep": 0.6, "checkpoint_seconds": 0}
-THREADS = {"threads": 1}
-RESULTS = {
-    "fit": "fitted",
-    "precompute": "store",
-    "train": "run",
-    "condense": "made.parquet",
-    "export": "set",
-    "reuse": "again",
-}
-"""step of the chain -> what it makes"""
-FAULTS = ("503", "cut", "lost", "half", "slow")
+from kcdcache.errors import CorruptionError, LockedError, RemoteError, SettingsError, UnsafeError
+from kcdcache.files import atomic, cloud
+from kcdcache.store import check
+from kcdcache.store.reader import open
+from kcdcache.store.writer import WHOLE, Shard
 
-
-def steps(base):
-    """The chain's commands with all places below `base`, a folder or a URL."""
-    at = {name: f"{base}/{place}" for name, place in RESULTS.items()}
-    values = {"values": f"{at['train']}/values.parquet", "previous": f"{at['train']}/stages/1/manifest.parquet"}
-    reuse = {"condensed": at["export"], "data": f"condensed:{at['export']}", "out": at["reuse"]}
-    fit = {"data": SPEC, "model": "lessons:TinyNet", "epochs": 1, "batch_size": 64, "checkpoint_seconds": 0}
-    given = {
-        "fit": fit | CROPS | THREADS | {"out": at["fit"]},
-        "precompute": {"data": SPEC, "teacher": f"{base}/teacher", "store": at["precompute"]} | STORE | THREADS,
-        "train": {"data": SPEC, "store": at["precompute"], "out": at["train"]} | TRAIN | THREADS,
-        "condense": values | {"store": at["precompute"], "keep": 0.5, "out": at["condense"]},
-        "export": {"manifest": at["train"], "store": at["precompute"], "out": at["export"], "data": SPEC},
-        "reuse": reuse | TRAIN | THREADS | {"epochs": 1, "stages": 1},
-    }
-    words = {name: ["train" if name == "reuse" else name, *lines(flags)] for name, flags in given.items()}
-    words["export"].append("--with-images")
-    return words
-
-
-@pytest.fixture(scope="module")
-def start():
-    with nursery() as starting:
-        yield starting
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory, start):
-    """The chain on a local disk: its root, and name -> the promised bytes of each result."""
-    root = tmp_path_factory.mktemp("plain")
-    saved_teacher(root / "teacher", digits(200, 60))
-    for words in steps(root).values():
-        assert finished(start, words, root / "log") == 0, (root / "log").read_text()
-    made = {name: promised(root / place) for name, place in RESULTS.items() if name != "condense"}
-    return SimpleNamespace(root=root, made=made | {"condense": (root / RESULTS["condense"]).read_bytes()})
+PLAN = small_parts(150, 2, 64, 32)
+"""3 parts a view, 2 chunks a part"""
+CHUNK = "s/logits/c.0.1.0"
+ALL = np.arange(150)
+SIDES = (Shard(0, 2), Shard(1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -69,228 +32,473 @@ def server():
     one.close()
 
 
-def bucket(server, plain, start, folder):
-    """An empty bucket that has got the teacher, a proxy before it, and how to run a step there."""
+@pytest.fixture
+def proxy(server):
+    one = Proxy(server)
+    yield one
+    one.close()
     for key in server.listed():
         server.delete(key)
-    server.upload(plain.root / "teacher", "teacher")
-    proxy = Proxy(server)
-    cache, log = folder / "cache", folder / "log"
-    commands = steps("s3://bucket")
-
-    def run(words, **more):
-        words = commands[words] if isinstance(words, str) else words
-        return finished(start, words, log, **access(proxy.port, cache) | more)
-
-    return SimpleNamespace(server=server, proxy=proxy, cache=cache, log=log, commands=commands, run=run)
 
 
 @pytest.fixture
-def place(server, plain, start, tmp_path):
-    made = bucket(server, plain, start, tmp_path)
-    yield made
-    made.proxy.close()
+def machine(proxy, monkeypatch, tmp_path):
+    def go(name="cache", look=True, **more):
+        """Go on as on a machine with a cache of its own; return its path of s3://bucket/s, brought up to date."""
+        for variable, value in access(proxy.port, tmp_path / name, **more).items():
+            monkeypatch.setenv(variable, value)
+        proxy.seen.clear()
+        return cloud.open_path("s3://bucket/s") if look else None
+
+    return go
+
+
+@pytest.fixture
+def bucket(machine):
+    return cloud._bucket(machine(AWS_TIMEOUT="5s"))
 
 
 @pytest.fixture(scope="module")
-def chain(plain, start, tmp_path_factory):
-    """The chain done in a bucket of its own: every command is killed once while it writes, and then goes on as on
-    another machine, with an empty cache; every ninth request goes wrong."""
-    own = Server()
-    made = bucket(own, plain, start, tmp_path_factory.mktemp("chain"))
-    made.proxy.faults = lambda method, path, number: FAULTS[number // 9 % 5] if number % 9 == 0 else None
-    draw = random.Random(1)
-    made.codes = []
-    for name in RESULTS:
-        forgotten(made.cache)
-        point = draw.randint(2, 5 if name == "condense" else 25)
-        made.codes.append(made.run(name, KCDCACHE_CRASHPOINT=str(point)))
-        forgotten(made.cache)
-        made.codes.append(made.run(name))
-    made.broken = set(made.proxy.broken)
-    made.proxy.faults = lambda method, path, number: None
-    yield made
-    made.proxy.close()
-    own.close()
+def plain(tmp_path_factory):
+    """The same store on a local disk."""
+    return make(tmp_path_factory.mktemp("plain") / "s", PLAN)
 
 
-def same(place, plain, name):
-    if name == "condense":
-        assert place.server.read(RESULTS[name]) == plain.made[name]
-        return True
-    found = place.server.promised(RESULTS[name])
-    differing = [file for file in {*found, *plain.made[name]} if found.get(file) != plain.made[name].get(file)]
-    assert not differing, f"{name}: {sorted(differing)} differ\n{place.log.read_text()[-2000:]}"
+def fetched(proxy):
+    """The chunk files that were asked for, by name."""
+    return sorted(path.rsplit("/", 1)[1] for method, path in proxy.seen if method == "GET" and "/c." in path)
+
+
+def same(server, plain):
+    found = {name: data for name, data in content(plain).items() if not name.endswith("lock")}
+    assert server.promised("s") == found
+    assert not [key for key in server.listed() if ".owner" in key]
     return True
 
 
-def test_the_chain_in_a_bucket_makes_the_bytes_of_the_local_one_whatever_breaks_or_dies(chain, plain):
-    assert chain.codes == [-9, 0] * len(RESULTS), chain.log.read_text()
-    assert chain.broken == set(FAULTS)
-    assert all(same(chain, plain, name) for name in RESULTS)
-    assert not [key for key in chain.server.listed() if ".tmp-" in key]
+def alike(opened, plain, view=0, rows=ALL):
+    found, expected = (one.load(view, rows, ("logits",)) for one in (opened, open(plain)))
+    return all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
-def test_finished_work_is_passed_over_and_every_command_tells_urls(chain):
-    before = {key: chain.server.read(key) for key in chain.server.listed() if ".leases" not in key}
-    chain.log.write_text("")
-    told = (
-        chain.commands["precompute"], chain.commands["train"], [*chain.commands["condense"], "--dry-run"],
-        ["inspect", "s3://bucket/run"], ["diff", "s3://bucket/run", "s3://bucket/run/stages/0/manifest.parquet"],
-        ["verify", "s3://bucket/store", "--read-data"], ["verify", "s3://bucket/run"], ["seal", "s3://bucket/store"],
-        ["inspect", "s3://bucket/nothing"],
-    )  # fmt: skip
-    codes = [chain.run([*words, "--json"]) for words in told]
-    assert codes == [0] * 8 + [10], chain.log.read_text()
-    assert {key: chain.server.read(key) for key in chain.server.listed() if ".leases" not in key} == before
-    log = chain.log.read_text()
-    assert "s3://bucket/store is finished already" in log
-    assert "s3://bucket/run is finished already" in log
-    assert "error: nothing at s3://bucket/nothing" in log
-    assert str(chain.cache) not in log
+# requests
 
 
-def test_neither_secrets_nor_paths_of_the_cache_are_kept_anywhere(chain):
-    report = ["report", "s3://bucket/run", "--out", "s3://bucket/report.html", "--json-file", "s3://bucket/report.json"]
-    assert chain.run(report) == 0, chain.log.read_text()
-    chain.proxy.faults = lambda method, path, number: "403" if method == "PUT" else None
-    assert chain.run(["condense", *chain.commands["condense"][1:-2], "--out", "s3://bucket/other.parquet"]) == 11
-    chain.proxy.faults = lambda method, path, number: None
-    assert "s3://bucket refuses to write other.parquet" in chain.log.read_text()
-    contents = {key: chain.server.read(key) for key in chain.server.listed()}
-    assert "report.html" in contents
-    assert not [key for key, data in contents.items() if SECRET.encode() in data or b"/cache/s3" in data]
-    for found in (chain.log.read_bytes(), everything(chain.cache)):
-        assert SECRET.encode() not in found
-        assert b"Signature" not in found
+@pytest.mark.parametrize("fault", ["503", "cut", "lost", "half", "slow"])
+def test_every_operation_survives_a_fault_of_its_first_request(bucket, server, proxy, tmp_path, fault):
+    """Whatever goes wrong with the first request of each, the result is that of an untroubled one."""
+    data, path = bytes(range(256)) * 400, bucket.base / "a" / "put"
+    (tmp_path / "up").write_bytes(data)
+
+    def troubled(work):
+        first = len(proxy.seen) + 1
+        proxy.faults = lambda method, where, number: fault if number == first else None
+        return work()
+
+    proxy.broken.clear()
+    troubled(lambda: bucket.upload(tmp_path / "up", path, exclusive=False))
+    troubled(lambda: bucket.create("a/made", b"one"))
+    troubled(lambda: bucket.append(bucket.base / "a" / "made", b"two"))
+    troubled(lambda: bucket.fetch(path, None))
+    assert path.read_bytes() == data
+    assert troubled(lambda: bucket.read("a/made", 100))[0] == b"onetwo"
+    assert [e[:2] for e in troubled(lambda: bucket._list("a"))] == [("a/made", 6), ("a/put", len(data))]
+    troubled(lambda: bucket.delete("a/put"))
+    assert server.listed() == ["a/made"]
+    assert troubled(lambda: bucket._head("a/put")) is None
+    assert proxy.broken == [fault] * 8
 
 
-def test_a_set_in_parts_is_written_seal_last_and_killed_before_that_is_none(chain, plain):
-    place = "s3://bucket/parts.parquet"
-    words = [*chain.commands["condense"], "--partition-rows", "64"]
-    words[words.index("--out") + 1] = place
-    codes = []
-    for point in (3, 14, 18):
-        codes.append(chain.run(words, KCDCACHE_CRASHPOINT=str(point)))
-        forgotten(chain.cache)
-        assert "parts.parquet/_parts.json" not in chain.server.listed()
-    assert codes == [-9] * 3, chain.log.read_text()
-    assert chain.run(words) == 0, chain.log.read_text()
-    names = [f"part-{number:05}-of-00004.parquet" for number in range(4)]
-    found = [key.rpartition("/")[2] for key in chain.server.listed("parts.parquet") if ".leases" not in key]
-    assert found == ["_parts.json", *names]
-    forgotten(chain.cache)
-    chain.log.write_text("")
-    assert [chain.run(["inspect", where, "--json"]) for where in (place, "s3://bucket/made.parquet")] == [0, 0]
-    one, other = (json.loads(line) for line in chain.log.read_text().splitlines() if line.startswith("{"))
-    assert one["digest"] == other["digest"]
-    assert chain.run(words) == 0  # the same again is accepted
-    chain.server.delete("parts.parquet/_parts.json")
-    assert chain.run(["inspect", place]) != 0
-    assert chain.run(words) == 0
-    assert not [key for key in chain.server.listed() if ".tmp-" in key]
+def test_of_several_that_make_an_object_exactly_one_does_unless_they_make_the_same(bucket, server):
+    ready = threading.Barrier(8)
+
+    def race(number):
+        ready.wait()
+        try:
+            return bool(bucket.create("k", b"%d" % number)), number
+        except FileExistsError:
+            return False, number
+
+    with ThreadPoolExecutor(8) as pool:
+        won = [number for made, number in pool.map(race, range(8)) if made]
+    assert [b"%d" % number for number in won] == [server.read("k")]
+    assert bucket.create("k", b"%d" % won[0]) == bucket._head("k").tag
+    with pytest.raises(FileExistsError):
+        bucket.create("k", b"more than was there")
 
 
-def survives(place, plain, name, points):
-    """Kill a step at points of its writing, each time going on here or elsewhere by turns; then it ends alike."""
-    died = 0
-    for number, point in enumerate(points):
-        if number % 2:
-            forgotten(place.cache)
-        died += place.run(name, KCDCACHE_CRASHPOINT=str(point)) == -9
-    assert place.run(name) == 0, place.log.read_text()
-    assert same(place, plain, name)
-    return died
+def test_lines_that_several_add_are_all_there(bucket, server):
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda number: bucket.append(bucket.base / "t", b"%d\n" % number), range(9)))
+    assert sorted(server.read("t").split()) == [b"%d" % number for number in range(9)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
-def test_killed_while_writing_and_run_again_here_or_elsewhere_it_ends_in_the_same_bytes(place, plain, seed):
-    draw = random.Random(seed)
-    for name in RESULTS:
-        last, least = (5, 1) if name == "condense" else (25, 3)  # its one file may be there after the first kill
-        assert survives(place, plain, name, [draw.randint(2, last) for _ in range(3)]) >= least
+def test_what_is_too_large_is_not_read(bucket, server):
+    server.write("k", b"x" * 101)
+    with pytest.raises(UnsafeError, match=r"s3://bucket/k has 101 bytes, expected at most 100; it is not read"):
+        bucket.read("k", 100)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RESULTS)
-def test_killed_at_any_step_of_writing_it_ends_in_the_same_bytes_elsewhere(place, plain, name):
-    """From the beginning, killed at one step, gone on with on another machine: for steps from the first to the last."""
-    for other in RESULTS:
-        if other == name:
-            break
-        assert place.run(other) == 0
-    place.proxy.faults = lambda method, path, number: ("503", "lost")[number % 2] if number % 11 == 0 else None
-    draw = random.Random(0)
-    point, hits = 1, 0
-    while place.run(name, KCDCACHE_CRASHPOINT=str(point)) == -9:
-        hits += 1
-        forgotten(place.cache)
-        assert place.run(name) == 0, place.log.read_text()
-        assert same(place, plain, name)
-        for key in [RESULTS[name]] if name == "condense" else place.server.listed(RESULTS[name]):
-            place.server.delete(key)
-        point += 1 if name == "condense" else draw.randint(1, 8)
-    assert hits >= (5 if name == "condense" else 10)
+def test_a_bucket_that_is_not_there_is_named_at_once(machine, proxy):
+    machine(look=False)
+    with pytest.raises(RemoteError, match=r"s3://elsewhere: could not list x.*404 Not Found.*NoSuchBucket"):
+        cloud.open_path("s3://elsewhere/x")
+    assert len(proxy.seen) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kill", [False, True])
-def test_two_shards_on_two_machines_make_the_store_of_one(place, plain, tmp_path, kill):
-    """Each with a cache of its own, at once; one is killed and run again elsewhere."""
-    words = place.commands["precompute"]
-
-    def shard(number, cache, **more):
-        given = access(place.proxy.port, tmp_path / cache) | more
-        return Cold([*words, "--shard", f"{number}/2"], tmp_path / f"log{number}", **given)
-
-    with ExitStack() as stack:
-        running = [shard(0, "a"), shard(1, "b", **({"KCDCACHE_CRASHPOINT": "20"} if kill else {}))]
-        for process in running:
-            stack.callback(process.kill)
-        assert all(process.ended(300) for process in running)
-        assert [process.code for process in running] == [0, -9 if kill else 0]
-        if kill:
-            again = shard(1, "c")
-            assert again.ended(300)
-            assert again.code == 0, (tmp_path / "log1").read_text()
-    assert same(place, plain, "precompute")
+def test_a_store_that_never_answers_ends_in_an_error_that_says_what_to_do(machine, proxy, monkeypatch):
+    monkeypatch.setattr(cloud, "MOST_TRIES", 1)
+    monkeypatch.setitem(cloud.RETRIES, "max_retries", 1)
+    proxy.faults = lambda method, path, number: "503"
+    with pytest.raises(RemoteError, match=r"could not list s: .*503.*run the same command again to resume") as caught:
+        machine()
+    assert caught.value.exit_code == 11
 
 
-@pytest.mark.slow
-def test_a_recipe_several_at_once_ends_in_a_bucket(place, tmp_path):
-    recipe = tmp_path / "small.toml"
-    recipe.write_text(
-        """
-title = "small"
-data = "digits?train=200&test=60"
-seeds = [0, 1]
-[[step]]
-name = "teacher"
-run = "fit"
-model = "resnet8"
-epochs = 1
-[[step]]
-name = "store"
-run = "precompute"
-teacher = "@teacher"
-views = 1
-min_accuracy = 0
-[[step]]
-name = "kd"
-run = "train"
-per_seed = true
-store = "@store"
-student = "resnet8"
-epochs = 1
-stages = 1
+def test_secrets_are_cut_out_of_errors(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    told = f"GET https://x/y?sig=abc&se=1 with {SECRET}: <Error><Code>No</Code></Error>\n\nDebug source x"
+    assert cloud._cleaned(told) == "GET https://x/y?... with ***: No"
+
+
+def test_the_other_kinds_of_stores_can_be_made_or_name_the_variables(tmp_path, monkeypatch):
+    """Made only: no server that speaks their protocols is at hand."""
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    with pytest.raises(SettingsError, match=r"az://b cannot be reached: .*; set AZURE_STORAGE_ACCOUNT_NAME and"):
+        cloud.Bucket(tmp_path, "az", "b")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "c2VjcmV0")
+    assert [cloud.Bucket(tmp_path, kind, "b").url for kind in ("az", "gs")] == ["az://b", "gs://b"]
+
+
+# writing
+
+
+def test_a_store_in_a_bucket_has_the_bytes_of_a_local_one_and_its_chunks_take_no_room_here(machine, server, plain):
+    path = make(machine(), PLAN)
+    assert same(server, plain)
+    assert not list(path.rglob("*.tmp-*"))
+    chunk = (path / "logits" / "c.0.1.0").stat()
+    assert (chunk.st_size, chunk.st_blocks) == (32 * 7 * 2 + 4, 0)
+
+
+def test_an_upload_that_fails_leaves_nothing_here_that_is_not_there(machine, proxy):
+    path = machine()
+    with creating(path, PLAN) as writing:
+        first, second = writing.pending()[:2]
+        write_part(writing, first)
+        proxy.faults = lambda method, where, number: "403" if method == "PUT" and "/logits/" in where else None
+        with pytest.raises(RemoteError, match=r"s3://bucket refuses to write s/logits/c\.0\.[23]\.0: .*403"):
+            write_part(writing, second)
+        proxy.faults = lambda method, where, number: None
+        assert writing.pending()[0] == second
+        finish(writing)
+
+
+def test_a_record_that_another_machine_wrote_first_is_kept_and_the_same_counts_as_ones_own(machine, server):
+    path = machine() / "made"
+    server.write("s/made", b"theirs")
+    with pytest.raises(LockedError, match="another process wrote it first"):
+        atomic.create_exclusive(path, b"ours")
+    assert path.read_bytes() == server.read("s/made") == b"theirs"
+    atomic.create_exclusive(path, b"theirs")
+
+
+def test_files_are_deleted_there_too(machine, server):
+    path = machine() / "folder" / "file"
+    atomic.write_atomic(path, b"x")
+    assert server.listed() == ["s/folder/file"]
+    atomic.remove(path)
+    atomic.remove(path)
+    assert server.listed() == []
+    assert not path.parent.exists()
+
+
+def test_clock_times_of_several_machines_are_all_kept_and_cost_no_work(machine, server, proxy, caplog):
+    for name in ("a", "b", "a"):
+        path = machine(name) / "timing.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        atomic.append(path, f"{name}\n".encode())
+    proxy.faults = lambda method, where, number: "403"
+    atomic.append(path, b"lost\n")
+    proxy.faults = lambda method, where, number: None
+    assert "the last clock times of s3://bucket/s/timing.jsonl were not uploaded" in caplog.text
+    assert server.read("s/timing.jsonl") == (machine("c") / "timing.jsonl").read_bytes() == b"a\nb\na\n"
+
+
+@pytest.mark.parametrize("work", ["write", "read"])
+def test_a_full_disk_under_the_cache_is_told_as_one(machine, server, monkeypatch, work):
+    server.write("s/large", bytes(2**20 + 1))
+    path = machine()
+    if work == "write":
+        monkeypatch.setenv("KCDCACHE_CRASHPOINT", "1:ENOSPC")
+        monkeypatch.setattr("kcdcache.files.atomic._steps", iter(range(1, 100)))
+    else:
+        monkeypatch.setattr("os.utime", lambda *where, **when: os.pwrite(os.open("/dev/full", os.O_WRONLY), b"x", 0))
+    with pytest.raises(OSError, match="no space left") as caught:
+        atomic.write_atomic(path / "file", b"x") if work == "write" else atomic.read_bytes(path / "large")
+    assert caught.value.exit_code == 7
+
+
+# reading
+
+
+def test_opening_fetches_no_chunk_and_loading_those_it_needs(machine, proxy, plain):
+    make(machine("writer"), PLAN)
+    opened, rows = open(machine("reader")), np.array([3, 40])
+    assert fetched(proxy) == []
+    assert alike(opened, plain, rows=rows)
+    assert fetched(proxy) == ["c.0.0", "c.0.0.0", "c.0.1", "c.0.1.0"]
+    opened.load(0, rows, ("logits",))
+    assert len(fetched(proxy)) == 4  # they are kept
+
+
+def test_what_the_cache_holds_is_not_fetched_by_the_next_command(machine, proxy, plain):
+    make(machine("writer"), PLAN)
+    assert alike(open(machine("reader")), plain)
+    assert alike(open(machine("reader")), plain)
+    assert fetched(proxy) == []
+    assert [method for method, _ in proxy.seen] == ["GET", "HEAD"]  # one listing, and whether the name is a file's
+
+
+@pytest.mark.parametrize("dated", [False, True])
+def test_a_damaged_copy_in_the_cache_is_fetched_again(machine, plain, dated):
+    """Written over, or damaged below the file system, which changes no time stamp."""
+    make(machine("writer"), PLAN)
+    path = machine("reader")
+    assert alike(open(path), plain)
+    for file in [file for file in path.rglob("*") if file.is_file() and file.stat().st_blocks]:
+        data, before = bytearray(file.read_bytes()), file.stat().st_mtime_ns
+        data[len(data) // 2] ^= 1
+        file.write_bytes(bytes(data))
+        if dated:
+            os.utime(file, ns=(before, before))
+    assert alike(open(machine("reader")), plain)
+
+
+@pytest.mark.parametrize("size", [0, 10, 1000])
+def test_a_cut_or_lengthened_copy_in_the_cache_is_fetched_again(machine, plain, size):
+    make(machine("writer"), PLAN)
+    opened = open(machine("reader"))
+    assert alike(opened, plain)
+    os.truncate(opened.path / "logits" / "c.0.1.0", size)
+    assert alike(opened, plain)
+
+
+def test_damage_in_the_bucket_is_found_as_on_a_disk(machine, server):
+    make(machine("writer"), PLAN)
+    whole = server.read(CHUNK)
+    server.write(CHUNK, whole[:-1])
+    with pytest.raises(CorruptionError, match=r"logits/c\.0\.1\.0 .* has \d+ bytes, \d+ were written"):
+        open(machine("a"))
+    server.delete(CHUNK)
+    with pytest.raises(CorruptionError, match=r"logits/c\.0\.1\.0 .* is missing"):
+        open(machine("b"))
+    server.write(CHUNK, bytes([whole[0] ^ 1]) + whole[1:])
+    opened = open(machine("c"))
+    with pytest.raises(CorruptionError, match=r"logits/c\.0\.1\.0 .* is not what was written"):
+        opened.load(0, ALL, ("logits",))
+    assert len(check.verify(opened.path).problems) == 1
+    server.delete(CHUNK)
+    with pytest.raises(CorruptionError, match="is missing"):
+        opened.load(0, ALL, ("logits",))
+
+
+def test_what_others_replaced_is_seen_by_the_next_command(machine, server):
+    atomic.write_atomic(machine("a") / "file", b"one")
+    assert (machine("b") / "file").read_bytes() == b"one"
+    server.write("s/file", b"two")
+    server.write("s/more", b"x")
+    assert (machine("b") / "file").read_bytes() == b"two"
+    server.delete("s/file")
+    assert sorted(path.name for path in machine("b").iterdir()) == ["more"]
+
+
+def test_what_killed_writers_left_in_the_cache_is_gone_at_the_next_command(machine, tmp_path):
+    path = machine()
+    (path / "stages" / "0").mkdir(parents=True)
+    (path / "half.tmp-999999999-1").write_bytes(b"x")
+    (tmp_path / "cache" / "temporary" / "file.tmp-999999999-1").write_bytes(b"x")
+    mine = path / f"file.tmp-{os.getpid()}-1"
+    mine.write_bytes(b"x")
+    machine()
+    assert list(path.rglob("*")) == [mine]
+    assert not list((tmp_path / "cache" / "temporary").iterdir())
+
+
+def test_a_large_file_is_fetched_when_it_is_opened(machine, server, proxy):
+    server.write("s/model.safetensors", bytes(2**20 + 1))
+    path = machine() / "model.safetensors"
+    assert path.stat().st_size == 2**20 + 1
+    assert ("GET", "/bucket/s/model.safetensors") not in proxy.seen
+    assert atomic.read_bytes(path) == bytes(2**20 + 1)
+    assert ("GET", "/bucket/s/model.safetensors") in proxy.seen
+
+
+# writers on several machines
+
+
+def refused(path, shard=WHOLE):
+    told = r"s3://bucket/s is being written by \S+-[0-9a-f]{8}, or its command was killed there"
+    with pytest.raises(LockedError, match=told), creating(path, PLAN, shard=shard):
+        pass
+    return True
+
+
+def test_one_writer_at_a_time_also_between_machines(machine):
+    with creating(machine("a"), PLAN):
+        assert refused(machine("b"))
+        machine("a", look=False)
+    with creating(machine("b"), PLAN) as writing:
+        finish(writing)
+
+
+@pytest.mark.parametrize("content", [None, b"not a name", b"x" * 20_000])
+def test_a_killed_owners_machine_goes_on_and_another_takes_over_by_its_name(machine, server, tmp_path, content):
+    machine("a", look=False)
+    with cloud.owned(cloud.open_path("s3://bucket/s")):
+        left = server.read("s/.owner/all")
+    owner = left.decode()
+    server.write("s/.owner/all", left if content is None else content)
+    path, remedy = machine("b"), f"set KCDCACHE_OWNER={owner} in the environment to take over"
+    if content is not None:
+        remedy = "delete the object s3://bucket/s/.owner/all to take over"
+    with pytest.raises(LockedError, match=remedy), atomic.locked(path / ".lock"):
+        pass
+    with pytest.raises(LockedError, match=remedy):
+        cloud.require_free(path)
+    if content is None:
+        for again in ("a", "b"):
+            with atomic.locked(machine(again, KCDCACHE_OWNER=owner) / ".lock"):
+                assert server.read("s/.owner/all") == left
+            server.write("s/.owner/all", left)
+
+
+def test_shards_on_two_machines_make_the_store_of_one(machine, server, plain):
+    """Each sees at its end what the other wrote; the last one seals."""
+    with creating(machine("a"), PLAN, shard=SIDES[0]) as left, creating(machine("b"), PLAN, shard=SIDES[1]) as right:
+        machine("a", look=False)
+        for part in left.pending():
+            write_part(left, part)
+        assert left.seal_last() == 3
+        machine("b", look=False)
+        for part in right.pending():
+            write_part(right, part)
+        assert right.seal_last() == 0
+    assert same(server, plain)
+
+
+def test_rival_shards_on_another_machine_are_refused(machine):
+    with creating(machine("a"), PLAN, shard=SIDES[0]):
+        assert all(refused(machine("b"), shard) for shard in (SIDES[0], WHOLE, Shard(1, 3)))
+        machine("a", look=False)
+
+
+def test_a_shard_of_another_teacher_is_refused_though_it_runs_elsewhere(machine):
+    with (
+        creating(machine("a"), PLAN, shard=SIDES[0]),
+        pytest.raises(ValueError, match="weights"),
+        creating(machine("b"), PLAN, knowledge(150, weights="bb"), shard=SIDES[1]),
+    ):
+        pass
+
+
+def test_a_reader_beside_a_writer_of_the_same_machine_disturbs_nothing(machine, server, plain):
+    """Both share the cache; the reader compares it with the bucket again and again."""
+    path, over = machine(), threading.Event()
+
+    def look():
+        while not over.is_set():
+            cloud.refresh(path)
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    try:
+        make(path, PLAN)
+    finally:
+        over.set()
+        reader.join()
+    assert same(server, plain)
+    assert alike(open(path), plain, view=1)
+
+
+def test_a_server_that_ignores_conditions_is_refused(machine, proxy, server):
+    proxy.deaf = True
+    with pytest.raises(RemoteError, match=r"s3://bucket replaced an object .* \(it ignores If-None-Match\)"):
+        make(machine(), PLAN)
+    assert server.listed() == []
+
+
+# names
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("ftp://x/y", r"ftp://x/y has the unknown scheme ftp://; known: s3://, gs://, az://, file://"),
+        ("s3://", r"s3:// names no bucket; write s3://BUCKET/KEY"),
+        ("s3://key:hush@bucket/x", r"^s3://\.\.\.@bucket/x holds credentials"),
+        ("s3://bucket/x?sig=hush", r"^s3://bucket/x\?\.\.\. has a '\?'"),
+        ("folder:s3://bucket/x", r"folder: takes a path of this machine, found a URL"),
+        ("file://elsewhere/x", r"should be file:///PATH"),
+    ],
+)
+def test_what_is_no_url_of_an_object_is_refused_without_its_secrets(url, message):
+    with pytest.raises(SettingsError, match=message) as caught:
+        cloud.opened(url)
+    assert "hush" not in str(caught.value)
+    assert cloud.opened("KCDCACHE") == "KCDCACHE"
+
+
+def test_an_owner_whose_name_is_none_is_refused(machine):
+    path = machine(KCDCACHE_OWNER="some one")
+    with pytest.raises(SettingsError, match="KCDCACHE_OWNER should be a name of letters, digits"):
+        make(path, PLAN)
+
+
+@pytest.mark.parametrize("key", ["s/../x", "s//x", "s/.", "s/a\x1bb", "s/" + "n" * 300])
+def test_keys_that_are_no_paths_are_refused(machine, key):
+    machine()
+    with pytest.raises(UnsafeError, match="which cannot be a file's path; nothing is fetched"):
+        cloud.open_path(f"s3://bucket/{key}")
+
+
+def test_objects_that_cannot_lie_in_a_folder_are_refused(machine, server):
+    server.write("s/a", b"1")
+    server.write("s/a/b", b"2")
+    with pytest.raises(UnsafeError, match="has objects at and below s/a; a path is a file or a folder"):
+        machine()
+
+
+def test_a_link_put_into_the_cache_is_not_followed(machine, server, tmp_path):
+    path = machine()
+    (tmp_path / "other").write_bytes(b"untouched")
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "file").symlink_to(tmp_path / "other")
+    server.write("s/file", b"new")
+    assert (machine() / "file").read_bytes() == b"new"
+    assert (tmp_path / "other").read_bytes() == b"untouched"
+
+
+def test_the_client_is_loaded_for_urls_only_and_without_it_the_error_says_what_to_install(tmp_path):
+    text = """
+import sys
+from kcdcache import cloud, store
+cloud.open_path("runs/x"), cloud.open_path("file:///x")
+print("obstore" in sys.modules)
+sys.modules["obstore"] = None
+cloud.open_path("s3://bucket/x")
 """
-    )
-    for jobs in ("2", "1"):
-        code = place.run(["run", str(recipe), "--out", "s3://bucket/grid", "--jobs", jobs, "--threads", "1"])
-        assert code == 0, place.log.read_text()
-    there = {key for key in place.server.listed("grid") if ".leases" not in key}
-    assert {"grid/results.json", "grid/report.html", "grid/kd-seed1/summary.json"} <= there
-    assert not [key for key in there if b"/cache/s3" in place.server.read(key)]
-    results = json.loads(place.server.read("grid/results.json"))
-    assert [run["step"] for run in results["runs"]] == ["teacher", "store", "kd", "kd"]
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, env=environment(), check=False)
+    assert done.stdout == "False\n"
+    assert 's3://bucket: object stores need the extra `cloud`: pip install "kcdcache[cloud]"' in done.stderr
+
+
+def test_another_endpoint_has_its_own_part_of_the_cache(machine, server):
+    other, path = Proxy(server), machine()
+    found = machine(AWS_ENDPOINT_URL=f"http://127.0.0.1:{other.port}")
+    other.close()
+    assert found.parents[1] != path.parents[1]
+    assert found.parents[2] == path.parents[2]
+    with pytest.raises(SettingsError, match="mirrors a bucket at another endpoint"):
+        atomic.write_atomic(path / "file", b"x")

@@ -1,0 +1,738 @@
+"""Paths in buckets: a folder of the cache shows what an object store holds; what is written below it is uploaded first.
+
+CACHE/s3/BUCKET/KEY stands for s3://BUCKET/KEY, so that a path alone says where it lies and nothing is registered. A
+file there is whole, or hollow (only a name and a size) until it is read; its time stamp says of which version: `_mark`.
+"""
+
+import errno
+import fcntl
+import functools
+import itertools
+import logging
+import os
+import re
+import socket
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+from urllib.parse import unquote
+
+from kcdcache.errors import KcdcacheError, LockedError, NoSpaceError, RemoteError, SettingsError, UnsafeError
+from kcdcache.files.atomic import step
+from kcdcache.interrupt import process_runs
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FOLDER, OWNER = "KCDCACHE_CACHE", "KCDCACHE_OWNER"
+"""environment variables: where the cache is, and the name under which this machine owns what it writes"""
+TEMPORARY_MARK = ".tmp-"
+"""in the names of files and folders that are this machine's alone, wherever they lie; the process's number follows"""
+KINDS: Mapping[str, tuple[str, str, str]] = {
+    "s3": ("S3Store", "AWS", "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true if it is public"),
+    "gs": ("GCSStore", "GOOGLE", "GOOGLE_APPLICATION_CREDENTIALS"),
+    "az": ("AzureStore", "AZURE", "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY"),
+}
+"""scheme -> its class in obstore, the beginning of its variables in the environment, and what those of access are"""
+RETRIES: dict[str, Any] = {
+    "max_retries": 10,
+    "retry_timeout": timedelta(minutes=3),
+    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=10), "base": 2},
+}
+MOST_TRIES = 10
+"""of what obstore itself does not try again: a body that ends early, a conditional write whose answer was lost"""
+TIMEOUTS = {"timeout": timedelta(seconds=120), "connect_timeout": timedelta(seconds=10)}
+"""of one request, 64 MiB at 4 Mbit/s; AWS_TIMEOUT and AWS_CONNECT_TIMEOUT (GOOGLE_..., AZURE_...) are used instead"""
+AT_ONCE = 16
+"""requests under way together"""
+SINGLE_BYTES, MOST_CREATED = 64 * 2**20, 2**30
+"""largest object uploaded in one request: unconditionally, and only where none is (which takes a single one)"""
+SMALL_BYTES = 2**20
+"""largest file that is fetched before it is asked for, and whose content is compared whenever it is opened"""
+MOST_OBJECTS, MOST_APPENDED, MOST_NAME = 10**6, 64 * 2**20, 240
+"""objects below what a command is given; bytes of an object that lines are added to; bytes of a file's name"""
+OWNERS, ALL = ".owner", "all"
+"""folder with an object per owner, and the name of the one who owns all of a folder"""
+CHUNK = re.compile(r"c(\.\d+)+")
+"""name of a chunk file, which readers check: fetched when it is read, and not kept here when it is written"""
+BESIDE = {".json": [".safetensors"], ".safetensors": [".json"], ".parquet": []}
+"""ending of a file that may be given by itself -> of what lies beside it; a run's files are compared with OF_RUN"""
+OF_RUN = ("run.json", "files.json")
+LOCAL = re.compile(rf"{re.escape(TEMPORARY_MARK)}|\.log$|(^|/)(_kcd/repair|{re.escape(OWNERS)})/")
+"""in the keys of what is only here or only there: temporary files, logs, parts that a repair computes anew; owners"""
+LATEST = 2**30 * 10**9
+"""time stamps from 2004 on are the clock's"""
+_URL = re.compile(r"(?:([a-z][a-z0-9]*):)?([A-Za-z][A-Za-z0-9+.-]*)://([^?]*)(.*)", re.S)
+_SECRET = re.compile(r"KEY|SECRET|TOKEN|SAS|PASSWORD|CREDENTIAL", re.I)
+
+Stamp = tuple[int, int, int] | None
+"""inode, time stamp and size, which tell one state of a file here from another"""
+
+
+class Entry(NamedTuple):
+    """An object in a listing; its tag changes whenever its content does."""
+
+    key: str
+    bytes: int
+    tag: str
+
+
+def open_path(text: str, fresh: bool = False) -> Path:
+    """Return the path of a URL's mirror, brought up to date, or of anything else; `fresh`: no cached copy is trusted.
+
+    Raises:
+        SettingsError: the scheme is unknown, the URL is none of an object, or the extra `cloud` is not installed.
+        RemoteError: the object store does not answer, or refuses.
+
+    >>> open_path("runs/kd"), open_path("file:///data/my%20kd")
+    (PosixPath('runs/kd'), PosixPath('/data/my kd'))
+    """
+    if (match := _URL.fullmatch(text)) is None:
+        return Path(text)
+    kind, scheme, place, rest = match.groups()
+    bucket, _, key = place.partition("/")
+    told = re.sub(r"//[^/]*@", "//...@", f"{scheme}://{place}")
+    if kind is not None:
+        remedy = "copy it here, or give condensed:URL for a set exported with its images"
+        raise SettingsError(
+            f"{kind}: takes a path of this machine, found a URL: data sets are read from local disks; {remedy}"
+        )
+    if rest:
+        raise SettingsError(f"{told}?... has a '?'; a URL here is scheme://bucket/key and nothing more")
+    if scheme == "file":
+        if bucket not in ("", "localhost") or not key:
+            raise SettingsError(f"{told} should be file:///PATH, an absolute path of this machine")
+        return Path("/" + unquote(key))
+    if scheme not in KINDS:
+        known = ", ".join(f"{name}://" for name in (*KINDS, "file"))
+        raise SettingsError(f"{told} has the unknown scheme {scheme}://; known: {known}")
+    if "@" in bucket:
+        raise SettingsError(
+            f"{told} holds credentials, which would be shown and recorded; set in the environment {KINDS[scheme][2]}"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", bucket):
+        raise SettingsError(f"{told} names no bucket; write {scheme}://BUCKET/KEY")
+    return _opened(_cache(), _folder_of(scheme), bucket).open(key.strip("/"), fresh)
+
+
+def opened(value: Any, fresh: bool = False) -> Any:
+    """Return a setting's value with the paths of mirrors instead of URLs; `condensed:URL?...` stays a data spec.
+
+    >>> opened(("file:///runs/kd", 3)), opened("condensed:file:///sets/a?train=5")
+    (('/runs/kd', 3), 'condensed:/sets/a?train=5')
+    """
+    if isinstance(value, tuple):
+        return tuple(opened(part, fresh) for part in value)
+    if not isinstance(value, str) or (match := _URL.fullmatch(value)) is None:
+        return value
+    kind, scheme, place, rest = match.groups()
+    if kind == "condensed":
+        return f"condensed:{open_path(f'{scheme}://{place}', fresh)}{rest}"
+    return str(open_path(value, fresh))
+
+
+def named(text: str) -> str:
+    """Return a text with the URLs of mirrored files instead of their paths in the cache."""
+    if (cache := _cache()) not in text:
+        return text
+    return re.sub(rf"{re.escape(cache)}/({'|'.join(KINDS)})(-[0-9a-f]{{8}})?/", r"\1://", text)
+
+
+def shown(value: Any) -> Any:
+    """Return JSON values with every text as `named` makes it."""
+    if isinstance(value, str):
+        return named(value)
+    if isinstance(value, dict):
+        return {shown(key): shown(item) for key, item in value.items()}
+    return [shown(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def is_mirrored(path: Path | str) -> bool:
+    """Return whether a file at a path is, or would be, an object in a bucket."""
+    return _bucket(path) is not None
+
+
+def bring(*paths: Path | str) -> None:
+    """Make sure that files hold their contents: in a mirror, what is hollow is fetched, several at once."""
+    wanted = [(bucket, Path(path)) for path in paths if (bucket := _bucket(path)) is not None and _is_hollow(path)]
+    _together(lambda one: one[0].bring(one[1]), wanted)
+
+
+def bring_again(path: Path) -> bool:
+    """Fetch a mirrored file's content again, whatever is here; return whether the path is mirrored."""
+    if (bucket := _bucket(path)) is None:
+        return False
+    logger.info("%s: its copy in the cache is damaged or old, fetched again", named(str(path)))
+    bucket.fetch(path, _stamp(path))
+    return True
+
+
+def refresh(path: Path) -> None:
+    """Make a mirror show what other machines wrote or deleted below a path since."""
+    if (bucket := _bucket(path)) is not None:
+        bucket.refresh(path)
+
+
+def place(temporary: Path, path: Path, exclusive: bool) -> None:
+    """Put a finished temporary file in place; of a mirrored path the object first, so that no file runs ahead of it.
+
+    Raises:
+        FileExistsError: the name is taken, and `exclusive`; in a bucket, the same bytes count as one's own.
+    """
+    if (bucket := _bucket(path)) is None:
+        (os.link if exclusive else os.replace)(temporary, path)
+        return
+    tag = bucket.upload(temporary, path, exclusive)
+    step()
+    if CHUNK.fullmatch(path.name):
+        _make_hollow(temporary, tag, temporary.stat().st_size)
+    else:
+        _set_mark(temporary, path.name, tag)
+    bucket.replace(temporary, path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, if there is one: of a mirrored one the object first."""
+    if (bucket := _bucket(path)) is None:
+        path.unlink(missing_ok=True)
+    elif (seen := _stamp(path)) is not None:  # what is not here was not there when this process looked
+        bucket.delete(bucket.key(path))
+        step()
+        bucket.replace(None, path, seen)
+
+
+def appended(path: Path, data: bytes) -> None:
+    """Add what was added to a file here (clock times, which are worth no error) to its object too, beside others'."""
+    if (bucket := _bucket(path)) is not None:
+        try:
+            bucket.append(path, data)
+        except (KcdcacheError, FileExistsError) as error:
+            logger.warning("the last clock times of %s were not uploaded: %s", named(str(path)), error)
+
+
+def lock_file(path: Path) -> Path:
+    """Return where processes of this machine lock what `path` stands for: beside the mirror, if it is mirrored."""
+    if (bucket := _bucket(path)) is None:
+        return path
+    found = bucket.locks / bucket.key(path)
+    found.parent.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+@contextmanager
+def owned(folder: Path, part: str = ALL) -> Iterator[None]:
+    """Own a mirrored folder, or part I-N of it, against other machines, and see what was written there before.
+
+    The caller holds the lock that keeps this machine's processes apart. An owner that was killed stays one: its machine
+    goes on, another one takes over by its name.
+
+    Raises:
+        LockedError: another machine owns it, all of it, or a part of another split; names it.
+        RemoteError: the store makes objects where there are some already, so that nothing can be owned.
+    """
+    if (bucket := _bucket(folder)) is None:
+        yield
+        return
+    bucket.claim(mine := bucket.key(folder / OWNERS / part), folder)
+    try:
+        bucket.require_no_rival(mine, folder)
+        _clear(folder)
+        bucket.refresh(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        bucket.give_back(mine)
+
+
+def require_free(folder: Path) -> None:
+    """Do nothing if no other machine owns a mirrored folder.
+
+    Raises:
+        LockedError: one does; names it.
+    """
+    if (bucket := _bucket(folder)) is not None:
+        bucket.require_no_rival("", folder)
+
+
+class Bucket:
+    """A bucket and its mirror in the cache, which processes and threads of this machine share.
+
+    Whoever compares files with a listing, or fetches one, changes only what is as it was before: see `replace`.
+    Every method raises RemoteError where the store does not answer, after trying again for minutes, or refuses.
+    """
+
+    def __init__(self, cache: Path, folder: str, bucket: str) -> None:
+        scheme = folder.partition("-")[0]
+        name, variables, self._access = KINDS[scheme]
+        self.url, self.base = f"{scheme}://{bucket}", cache / folder / bucket
+        self.locks, self._temporaries = cache / "locks" / folder / bucket, cache / "temporary"
+        self._obstore = _obstore(self.url)
+        given = {name.upper() for name in os.environ}
+        options: dict[str, Any] = {k: v for k, v in TIMEOUTS.items() if f"{variables}_{k.upper()}" not in given}
+        if "http://" in _endpoint(variables, os.environ):  # whoever names such an endpoint means it
+            options["allow_http"] = True
+        try:
+            self._store = getattr(self._obstore.store, name)(bucket, client_options=options, retry_config=RETRIES)
+        except (self._obstore.exceptions.BaseError, ValueError) as error:
+            raise SettingsError(f"{self.url} cannot be reached: {_cleaned(str(error))}; set {self._access}") from None
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for made in (self.base, self.locks, self._temporaries):
+            made.mkdir(parents=True, exist_ok=True)
+        self._cache, self._conditional = cache, False
+
+    @property
+    def _me(self) -> str:
+        return _owner(self._cache)
+
+    def key(self, path: Path) -> str:
+        """Return the key of a path."""
+        return "" if path == self.base else path.relative_to(self.base).as_posix()
+
+    def open(self, key: str, fresh: bool) -> Path:
+        """Return the path of a key, after bringing all below it, and what vouches for it, up to date."""
+        self._require_keys([key] if key else [])
+        path = self.base / key
+        for folder in (path, self._temporaries):
+            _clear(folder)
+        with suppress(OSError):
+            path.rmdir()
+        self.refresh(path, fresh=fresh)
+        if path.suffix in BESIDE:
+            runs = [path.parent, *([path.parents[2]] if key.count("/") > 2 else [])]
+            beside = [path.with_suffix(suffix) for suffix in BESIDE[path.suffix]]
+            for other in [*beside, *(run / name for run in runs for name in OF_RUN)]:
+                self.refresh(other, single=True)
+        if path.suffix == ".parquet":
+            self.refresh(path.with_suffix(".requery"))
+        return path
+
+    def refresh(self, root: Path, *, fresh: bool = False, single: bool = False) -> None:
+        """Make what is here show what is there: drop, hollow out, fetch what is small; `single`: one file is meant."""
+        seen = {path: _stamp(path) for path in _files_below(root, single) if is_mirrored(path)}  # before the listing
+        there = self._listing(self.key(root), single)
+        for path in seen.keys() - there.keys():
+            self.replace(None, path, seen[path])
+        stale = {path for path, entry in there.items() if (fresh and not _is_hollow(path)) or not _is_copy(path, entry)}
+        small = [path for path in stale if there[path].bytes <= SMALL_BYTES and not CHUNK.fullmatch(path.name)]
+        for path in stale.difference(small):
+            with self._temporary() as temporary:
+                _make_hollow(temporary, there[path].tag, there[path].bytes)
+                self.replace(temporary, path, seen.get(path))
+        _together(lambda path: self.fetch(path, seen.get(path)), small)
+
+    def bring(self, path: Path) -> None:
+        """Fetch the content of a hollow file."""
+        while _is_hollow(path):  # still, where another process of this machine changed it meanwhile
+            self.fetch(path, _stamp(path))
+
+    def fetch(self, path: Path, seen: Stamp) -> None:
+        """Fetch a file's content, unless it changed here since it was `seen`; drop what is not there any more."""
+        with self._temporary() as temporary:
+            try:
+                tag = self._tried(f"read {self.key(path)}", lambda: self._download(self.key(path), temporary))
+            except FileNotFoundError:
+                self.replace(None, path, seen)
+            else:
+                _set_mark(temporary, path.name, tag)
+                self.replace(temporary, path, seen)
+
+    def upload(self, temporary: Path, path: Path, exclusive: bool) -> str:
+        """Upload a file, whatever is there, or only where nothing is; return its tag."""
+        key, size = self.key(path), temporary.stat().st_size
+        if exclusive and size <= MOST_CREATED:
+            try:
+                return self.create(key, temporary.read_bytes())
+            except FileExistsError:
+                self.fetch(path, _stamp(path))  # the winner's, for whoever compares it with his own
+                raise
+        if exclusive and self._head(key) is not None:
+            raise FileExistsError(key)
+        whole = size <= SINGLE_BYTES
+        content: Any = temporary.read_bytes() if whole else temporary
+        made = self._tried(
+            f"write {key}", lambda: self._obstore.put(self._store, key, content, use_multipart=not whole)
+        )
+        return _plain(made["e_tag"])
+
+    def append(self, path: Path, lines: bytes) -> None:
+        """Add lines to an object that others add to as well, and show what is there then.
+
+        Raises:
+            FileExistsError: it changes faster than it can be read and written.
+        """
+        for left in range(9, -1, -1):
+            try:
+                before, version = self.read(self.key(path), MOST_APPENDED)
+            except FileNotFoundError:
+                before, version = b"", {}
+            try:
+                tag = self.create(self.key(path), before + lines, version)
+                break
+            except FileExistsError:
+                if not left:
+                    raise
+        with self._temporary() as temporary:
+            temporary.write_bytes(before + lines)
+            _set_mark(temporary, path.name, tag)
+            self.replace(temporary, path)
+
+    def replace(self, temporary: Path | None, path: Path, seen: Stamp | Literal["any"] = "any") -> None:
+        """Put a file in place of another, or delete that, unless it changed since it was seen."""
+        with self._alone():
+            if seen not in ("any", _stamp(path)):
+                return
+            if temporary is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(temporary, path)
+                return
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # the first that is not empty
+                for parent in path.relative_to(self.base).parents[:-1]:
+                    (self.base / parent).rmdir()
+
+    def claim(self, mine: str, folder: Path) -> None:
+        """Make the object that says who owns a folder; the owner's own from before, when it was killed, will do."""
+        try:
+            self.create(mine, self._me.encode())
+        except FileExistsError:
+            raise self._owned_by(mine, folder) from None
+        if not self._conditional:
+            try:
+                self.create(mine, b"")
+            except FileExistsError:
+                self._conditional = True
+            else:
+                self.delete(mine)
+                raise RemoteError(
+                    f"{self.url} replaced an object that was to be made only where none is (it ignores If-None-Match): "
+                    "of two writers neither would know of the other; use a server that supports conditional writes"
+                )
+
+    def require_no_rival(self, mine: str, folder: Path) -> None:
+        """Refuse a folder of which another machine owns all, or a part of another split; parts of one split agree."""
+        for key in [entry.key for entry in self._list(self.key(folder / OWNERS))]:
+            if re.split("[/-]", key)[-1] != re.split("[/-]", mine)[-1]:
+                if self._named(key) != self._me:
+                    raise self._owned_by(key, folder)
+                if mine:
+                    self.delete(key)  # of a process that was killed: this one holds the locks of this machine
+
+    def give_back(self, mine: str) -> None:
+        """Delete an owner's object; where the store does not answer, the folder stays this machine's."""
+        try:
+            if self._named(mine) == self._me:
+                self.delete(mine)
+        except KcdcacheError as error:
+            logger.warning("%s/%s could not be deleted: %s", self.url, mine, error)
+
+    def read(self, key: str, most: int) -> tuple[bytes, dict[str, Any]]:
+        """Return a small object, and its version for `create`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            UnsafeError: it has more than `most` bytes.
+        """
+
+        def once() -> tuple[bytes, dict[str, Any]]:
+            result = self._obstore.get(self._store, key)
+            if (size := result.meta["size"]) > most:
+                raise UnsafeError(f"{self.url}/{key} has {size} bytes, expected at most {most}; it is not read")
+            version = {name: result.meta[name] for name in ("e_tag", "version") if result.meta[name] is not None}
+            return bytes(result.bytes()), version
+
+        return self._tried(f"read {key}", once)
+
+    def create(self, key: str, content: bytes, over: Mapping[str, Any] | None = None) -> str:
+        """Upload an object only where none is, or only over one version; return its tag.
+
+        The same bytes there count as this call's own: the answer to the upload that made them may have been lost.
+
+        Raises:
+            FileExistsError: there is another content, or another version by now.
+        """
+        errors, mode = self._obstore.exceptions, over or "create"
+        put = functools.partial(self._obstore.put, self._store, key, content, mode=mode, use_multipart=False)
+        try:
+            return _plain(self._tried(f"write {key}", put)["e_tag"])
+        except (errors.AlreadyExistsError, errors.PreconditionError, FileNotFoundError):
+            pass
+        with suppress(FileNotFoundError, UnsafeError):
+            found, version = self.read(key, len(content))
+            if found == content:
+                return _plain(version["e_tag"])
+        raise FileExistsError(key)
+
+    def delete(self, key: str) -> None:
+        """Delete an object, if there is one."""
+        with suppress(FileNotFoundError):
+            self._tried(f"delete {key}", lambda: self._obstore.delete(self._store, key))
+
+    def _download(self, key: str, path: Path) -> str:
+        result = self._obstore.get(self._store, key)
+        with open(path, "wb") as sink:
+            for block in result.stream(min_chunk_size=4 * 2**20):
+                sink.write(memoryview(block))
+            if sink.tell() != result.meta["size"]:
+                raise ConnectionError(f"{sink.tell()} of {result.meta['size']} bytes came")
+        return _plain(result.meta["e_tag"])
+
+    def _head(self, key: str) -> Entry | None:
+        try:
+            one = self._tried(f"look at {key}", lambda: self._obstore.head(self._store, key))
+        except FileNotFoundError:
+            return None
+        return Entry(key, int(one["size"]), _plain(one["e_tag"]))
+
+    def _list(self, prefix: str) -> list[Entry]:
+        """Return all objects below a folder (all of the bucket for an empty one)."""
+        listing = self._obstore.list
+        found = self._tried(f"list {prefix}", lambda: listing(self._store, prefix or None, chunk_size=1000).collect())
+        return [Entry(str(one["path"]), int(one["size"]), _plain(one["e_tag"])) for one in found]
+
+    def _listing(self, prefix: str, single: bool) -> dict[Path, Entry]:
+        """Return local path -> entry of all objects at or below a key that files here stand for."""
+        found = [] if single else self._list(prefix)
+        if len(found) > MOST_OBJECTS:
+            told = f"{self.url}/{prefix} holds {len(found)} objects, expected at most {MOST_OBJECTS}"
+            raise UnsafeError(f"{told}: name the folder of a store, run or set")
+        if prefix and (one := self._head(prefix)) is not None:
+            found.append(one)
+        self._require_keys(entry.key for entry in found)
+        there = {self.base / e.key: e for e in found if not e.key.endswith("/") and not LOCAL.search(e.key)}
+        for path in there:
+            if (both := next((parent for parent in path.parents if parent in there), None)) is not None:
+                raise UnsafeError(f"{self.url} has objects at and below {self.key(both)}; a path is a file or a folder")
+        return there
+
+    def _require_keys(self, keys: Iterable[str]) -> None:
+        """Refuse keys that are no path below a folder, or that no file system takes."""
+        for key in keys:
+            for part in key.rstrip("/").split("/"):
+                if part in ("", ".", "..") or len(part.encode()) > MOST_NAME or not part.isprintable():
+                    told = f"{self.url} has the key {key!r:.200}, which cannot be a file's path; nothing is fetched"
+                    raise UnsafeError(told)
+
+    def _named(self, key: str) -> str:
+        """Return the owner that an object names, '?' if it names none."""
+        try:
+            name = self.read(key, 200)[0].decode(errors="replace")
+        except (FileNotFoundError, UnsafeError):
+            return "?"
+        return name if re.fullmatch(r"[A-Za-z0-9._-]+", name) else "?"
+
+    def _owned_by(self, key: str, folder: Path) -> LockedError:
+        owner, remedy = self._named(key), f"delete the object {self.url}/{key}"
+        if owner != "?":
+            remedy = f"set {OWNER}={owner} in the environment"
+        return LockedError(
+            f"{self.url}/{self.key(folder)} is being written by {owner}, or its command was killed there: wait for it, "
+            f"stop it, or run it again there; if that cannot be, {remedy} to take over"
+        )
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep others of this machine from changing files for a moment."""
+        with open(self.locks / ".turn", "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        made = self._temporaries / f"file{TEMPORARY_MARK}{os.getpid()}-{uuid.uuid4().hex}"
+        try:
+            yield made
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            remedy = "free some and run the same command again to resume"
+            raise NoSpaceError(f"no space left in the cache at {self.base}: {remedy} ({error.strerror})") from error
+        finally:
+            made.unlink(missing_ok=True)
+
+    def _tried(self, what: str, work: Callable[[], T]) -> T:
+        """Return what some work gives, doing it again where a connection broke."""
+        errors, until = self._obstore.exceptions, time.monotonic() + RETRIES["retry_timeout"].total_seconds()
+        remedy = "what is there stays as it is, run the same command again to resume"
+        for attempt in itertools.count():
+            try:
+                return work()
+            except (errors.AlreadyExistsError, errors.PreconditionError):
+                raise
+            except (errors.PermissionDeniedError, errors.UnauthenticatedError) as error:
+                told = f"{self.url} refuses to {what}: {_cleaned(str(error))}"
+                raise RemoteError(f"{told}; access is taken from the environment: set {self._access}") from None
+            except (errors.BaseError, ConnectionError) as error:
+                # the provider's own machines ask for access at this address; who comes there elsewhere has none
+                if "169.254.169.254" in str(error):
+                    remedy = f"no access was found in the environment: set {self._access}"
+                if attempt >= MOST_TRIES or time.monotonic() > until or _final(str(error)):
+                    raise RemoteError(f"{self.url}: could not {what}: {_cleaned(str(error))}; {remedy}") from None
+                time.sleep(min(10.0, 0.1 * 2**attempt))
+        raise AssertionError
+
+
+def _bucket(path: Path | str) -> Bucket | None:
+    """Return the mirror that a path lies in, or None, which is found within microseconds."""
+    text, cache = os.fspath(path), _cache()
+    if not text.startswith(cache + os.sep):
+        return None
+    folder, _, rest = text[len(cache) + 1 :].partition(os.sep)
+    bucket, _, key = rest.partition(os.sep)
+    if (scheme := folder.partition("-")[0]) not in KINDS or not bucket or LOCAL.search(key):
+        return None
+    if folder != _folder_of(scheme):
+        raise SettingsError(f"{text} mirrors a bucket at another endpoint than the environment names")
+    return _opened(cache, folder, bucket)
+
+
+@functools.cache
+def _opened(cache: str, folder: str, bucket: str) -> Bucket:
+    return Bucket(Path(cache), folder, bucket)
+
+
+def _cache() -> str:
+    usual = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return _resolved(os.environ.get(FOLDER) or os.path.join(usual, "kcdcache"))
+
+
+_resolved = functools.cache(os.path.realpath)
+
+
+def _folder_of(scheme: str) -> str:
+    """Return the folder of a scheme's buckets: each endpoint or account has its own."""
+    where = _endpoint(KINDS[scheme][1], os.environ)
+    return f"{scheme}-{sha256(where.encode()).hexdigest()[:8]}" if where else scheme
+
+
+def _endpoint(variables: str, environment: Mapping[str, str]) -> str:
+    """Return what of the environment says where buckets are, no secrets; nothing for the provider's own place.
+
+    >>> _endpoint("AWS", {"AWS_ENDPOINT_URL": "http://127.0.0.1:9000", "AWS_SECRET_ACCESS_KEY": "s"})
+    'http://127.0.0.1:9000'
+    """
+    names = ("ENDPOINT_URL_S3", "ENDPOINT_URL", "ENDPOINT", "STORAGE_ENDPOINT", "STORAGE_ACCOUNT_NAME")
+    return " ".join(filter(None, (environment.get(f"{variables}_{name}") for name in names)))
+
+
+def _owner(cache: Path) -> str:
+    """Return the name under which this machine owns what it writes: who shares the cache shares the name."""
+    if given := os.environ.get(OWNER):
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", given):
+            raise SettingsError(f"{OWNER} should be a name of letters, digits and . _ -, found {given!r:.200}")
+        return given
+    file, mine = cache / "owner", cache / f"owner{TEMPORARY_MARK}{os.getpid()}-"
+    if not file.exists():
+        mine.write_text(uuid.uuid4().hex[:8])
+        with suppress(FileExistsError):
+            os.link(mine, file)
+        mine.unlink()
+    return re.sub(r"[^A-Za-z0-9.-]", "-", f"{socket.gethostname()[:80]}-{file.read_text()[:8]}")
+
+
+def _obstore(url: str) -> Any:
+    try:
+        import obstore.exceptions
+        import obstore.store
+    except ImportError:
+        raise SettingsError(f'{url}: object stores need the extra `cloud`: pip install "kcdcache[cloud]"') from None
+    return obstore
+
+
+def _stamp(path: Path | str) -> Stamp:
+    try:
+        found = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _mark(tag: str, checksum: int | None) -> int:
+    """Return the time stamp of a copy of an object's version with that CRC-32; of a hollow one (odd seconds) for None.
+
+    It lies before 2004 and changes with tag and checksum: one in 2^58 of others is equal.
+    """
+    digest = sha256(f"{tag} {checksum}".encode()).digest()
+    seconds = int.from_bytes(digest[:4], "big") >> 3 << 1 | (checksum is None)
+    return seconds * 10**9 + int.from_bytes(digest[4:8], "big") % 10**9
+
+
+def _set_mark(path: Path, name: str, tag: str) -> None:
+    """Mark a file, to be put in place under a name, as the copy of a version."""
+    mark = _mark(tag, _checksum(path, name))
+    os.utime(path, ns=(mark, mark))
+
+
+def _make_hollow(path: Path, tag: str, size: int) -> None:
+    with open(path, "wb") as stream:
+        stream.truncate(size)
+    mark = _mark(tag, None if size else 0)
+    os.utime(path, ns=(mark, mark))
+
+
+def _checksum(path: Path, name: str) -> int:
+    """Return the CRC-32 of a small file; 0 for large ones and chunks, which are compared when they are used."""
+    return 0 if path.stat().st_size > SMALL_BYTES or CHUNK.fullmatch(name) else zlib.crc32(path.read_bytes())
+
+
+def _is_hollow(path: Path | str) -> bool:
+    found = _stamp(path)
+    return found is not None and found[1] < LATEST and found[1] // 10**9 % 2 == 1
+
+
+def _is_copy(path: Path, entry: Entry) -> bool:
+    """Return whether a file is a copy of an object, hollow or not."""
+    if (found := _stamp(path)) is None or found[2] != entry.bytes or path.is_symlink() or not path.is_file():
+        return False
+    return found[1] == _mark(entry.tag, None if _is_hollow(path) else _checksum(path, path.name))
+
+
+def _files_below(root: Path, single: bool) -> Iterator[Path]:
+    if root.is_symlink() or root.is_file():
+        yield root
+    for folder, _, names in () if single else os.walk(root):
+        yield from (Path(folder, name) for name in names)
+
+
+def _clear(root: Path) -> None:
+    """Delete what killed processes of this machine left in a folder: temporary files, and empty folders."""
+    for folder, _, names in os.walk(root, topdown=False):
+        for name in names:
+            process = name.rpartition(TEMPORARY_MARK)[2].partition("-")[0]
+            if TEMPORARY_MARK in name and process.isdecimal() and not process_runs(int(process)):
+                Path(folder, name).unlink(missing_ok=True)
+        if folder != str(root):
+            with suppress(OSError):
+                os.rmdir(folder)
+
+
+def _together(work: Callable[[T], object], items: Sequence[T]) -> None:
+    """Do some work for each of several, several at once."""
+    if items:
+        with ThreadPoolExecutor(min(AT_ONCE, len(items)), thread_name_prefix="kcdcache-cloud") as pool:
+            list(pool.map(work, items))
+
+
+def _plain(tag: str | None) -> str:
+    """Return an entity tag without its quotes, which listings and answers set differently."""
+    return (tag or "").strip('"')
+
+
+def _cleaned(text: str) -> str:
+    """Return an error's text in short: without queries of URLs (signatures) and secrets of the environment."""
+    text = re.sub(r"\?[^\s<>\"')]*", "?...", text.split("\n\nDebug source")[0])
+    for name, value in os.environ.items():
+        if len(value) >= 4 and _SECRET.search(name):
+            text = text.replace(value, "***")
+    return " ".join(re.sub(r"<[^<>]*>", " ", text).split())[:400]
+
+
+def _final(text: str) -> bool:
+    """Return whether an answer says that asking again is in vain: the client's fault, not the connection's."""
+    return re.search(r"status code: 4(?!08|09|29)\d\d", text) is not None
