@@ -25,8 +25,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.parse import unquote
 
 from kcdcache.errors import KcdcacheError, LockedError, NoSpaceError, RemoteError, SettingsError, UnsafeError
-from kcdcache.files.atomic import step
-from kcdcache.interrupt import process_runs
+from kcdcache.interrupt import process_runs, step
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

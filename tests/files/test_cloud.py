@@ -232,7 +232,7 @@ def test_a_full_disk_under_the_cache_is_told_as_one(machine, server, monkeypatch
     path = machine()
     if work == "write":
         monkeypatch.setenv("KCDCACHE_CRASHPOINT", "1:ENOSPC")
-        monkeypatch.setattr("kcdcache.files.atomic._steps", iter(range(1, 100)))
+        monkeypatch.setattr("kcdcache.interrupt._steps", iter(range(1, 100)))
     else:
         monkeypatch.setattr("os.utime", lambda *where, **when: os.pwrite(os.open("/dev/full", os.O_WRONLY), b"x", 0))
     with pytest.raises(OSError, match="no space left") as caught:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kcdcache import interrupt
 from kcdcache.errors import CorruptionError, LockedError, NoSpaceError, NotFoundError
 from kcdcache.files import atomic
 
@@ -75,7 +76,7 @@ FAILING = (
 
 def failing(path, function, point):
     """Return what a process says that writes `path` and is failed at a step of that."""
-    environment = {**os.environ, atomic.CRASH_POINT: point}
+    environment = {**os.environ, interrupt.CRASH_POINT: point}
     words = [sys.executable, "-c", FAILING, str(path), function]
     return subprocess.run(words, capture_output=True, text=True, env=environment, check=True).stdout
 
@@ -111,7 +112,7 @@ def test_each_system_error_says_what_it_is_about(tmp_path, function, error, said
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "x", "1:", "1:ENOSUCH", "1:errorcode", "1:ENOSPC:2", " 1"])
 def test_a_malformed_crash_point_is_refused(tmp_path, text):
-    environment = {**os.environ, atomic.CRASH_POINT: text}
+    environment = {**os.environ, interrupt.CRASH_POINT: text}
     words = [sys.executable, "-c", FAILING, str(tmp_path / "a"), "write_atomic"]
     done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
     assert "SettingsError: KCDCACHE_CRASHPOINT should be n or n:NAME (be killed at the n-th step" in done.stderr
@@ -146,7 +147,7 @@ def test_a_killed_writer_leaves_the_old_file_or_the_whole_new_one(tmp_path, func
     code = (
         f"import sys; from pathlib import Path; from kcdcache import files; files.{function}(Path(sys.argv[1]), b'new')"
     )
-    environment = {**os.environ, atomic.CRASH_POINT: str(point)}
+    environment = {**os.environ, interrupt.CRASH_POINT: str(point)}
     done = subprocess.run([sys.executable, "-c", code, str(path)], env=environment, check=False)
     assert done.returncode == -signal.SIGKILL
     found = path.read_bytes() if path.exists() else None
