@@ -483,7 +483,8 @@ def test_a_link_put_into_the_cache_is_not_followed(machine, server, tmp_path):
 def test_the_client_is_loaded_for_urls_only_and_without_it_the_error_says_what_to_install(tmp_path):
     text = """
 import sys
-from kcdcache import cloud, store
+from kcdcache.files import cloud
+from kcdcache.store import reader
 cloud.open_path("runs/x"), cloud.open_path("file:///x")
 print("obstore" in sys.modules)
 sys.modules["obstore"] = None
