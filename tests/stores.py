@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 
-from kcdcache.data.datasets import DataIdentity
+from kcdcache.data.spec import DataIdentity
 from kcdcache.store import encoding, reader, writer
 from kcdcache.store.identity import Knowledge, TeacherIdentity
 from kcdcache.store.plan import plan_from, plan_store
-from kcdcache.views.rules import ViewIdentity
+from kcdcache.views.identity import ViewIdentity
 
 CLASSES, WIDTH = 7, 5
 

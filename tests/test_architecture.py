@@ -40,7 +40,7 @@ def room(dotted):
 
 def modules(root):
     """Yield (dotted name, tree) of each module."""
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(root.rglob("[!_]*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         yield ".".join(["kcdcache", *(part for part in parts if part != "__init__")]), ast.parse(path.read_text())
 

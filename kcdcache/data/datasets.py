@@ -22,7 +22,7 @@ from kcdcache import rng
 from kcdcache.data import label_noise
 from kcdcache.data.images import DecodedImages, EncodedImages, Origins, Split, Statistics, decode_once, statistics
 from kcdcache.data.label_noise import Corruption
-from kcdcache.data.spec import DataSpec, parse
+from kcdcache.data.spec import DataIdentity, DataSpec, parse
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, SettingsError, UnsafeError
 from kcdcache.files.atomic import canonical_json, naming, open_plain, parse_json, sha256_bytes
 
@@ -114,20 +114,6 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     with archive.open(member) as stream:
         found: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
         return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataIdentity:
-    """What was taught: the training split of one data set."""
-
-    count: int
-    """number of training samples N"""
-    classes: tuple[str, ...]
-    """class names, in label order"""
-    image_size: tuple[int, int] | None
-    """height and width in pixels, or None where images differ"""
-    digest: str
-    """SHA-256 over the per-sample digests (image bytes and label) in order"""
 
 
 logger = logging.getLogger(__name__)

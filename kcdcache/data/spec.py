@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,20 @@ FORMS: Mapping[str, str] = {
 """kind of data -> how its spec is written"""
 LIMITS = ("train", "test")
 MOST_GAMMA = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataIdentity:
+    """What was taught: the training split of one data set."""
+
+    count: int
+    """number of training samples N"""
+    classes: tuple[str, ...]
+    """class names, in label order"""
+    image_size: tuple[int, int] | None
+    """height and width in pixels, or None where images differ"""
+    digest: str
+    """SHA-256 over the per-sample digests (image bytes and label) in order"""
 
 
 class DataSpec(NamedTuple):

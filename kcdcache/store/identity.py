@@ -7,10 +7,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from kcdcache.data.datasets import DataIdentity
+from kcdcache.data.spec import DataIdentity
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError
 from kcdcache.files.atomic import digest_of, read_object, read_sealed, sealed_json, write_atomic
-from kcdcache.views.rules import ViewIdentity
+from kcdcache.views.identity import ViewIdentity
 
 IDENTITY_FILE = Path("_kcd/identity.json")
 FORMAT_VERSION = 0

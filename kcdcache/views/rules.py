@@ -16,18 +16,7 @@ from torch import Tensor
 from kcdcache import rng
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.settings import ViewSettings, nearest
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViewIdentity:
-    """What the teacher looked at: the rule that makes view v of sample i."""
-
-    rule: str
-    padding: int
-    fill: str
-    size: tuple[int, int]
-    seed: int
-
+from kcdcache.views.identity import ViewIdentity
 
 Images = UInt8[Tensor, "batch _ _ c"] | list[UInt8[Tensor, "_ _ _"]]
 """A batch of images of one size (batch, height, width, channels), or a list of (height, width, channels)."""

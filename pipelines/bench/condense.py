@@ -20,11 +20,11 @@ from launch import measured
 from measure import alternating, median, ratio, started, write
 
 from kcdcache.condense import ranking, value_files
-from kcdcache.data.datasets import DataIdentity
+from kcdcache.data.spec import DataIdentity
 from kcdcache.files import parquet
 from kcdcache.files.atomic import canonical_json, sha256_file, write_atomic
 from kcdcache.store.identity import FORMAT_VERSION, IDENTITY_FILE, Knowledge, TeacherIdentity
-from kcdcache.views.rules import ViewIdentity
+from kcdcache.views.identity import ViewIdentity
 
 KEEP, CLASSES, MIB = 0.7, 100, 2**20
 

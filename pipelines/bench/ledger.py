@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 from measure import median, started, write
 
-from kcdcache.data.datasets import DataIdentity
+from kcdcache.data.spec import DataIdentity
 from kcdcache.errors import KcdcacheError
 from kcdcache.store import encoding, log, reader, writer
 from kcdcache.store.identity import Knowledge, TeacherIdentity
 from kcdcache.store.log import FileRecord, Record
 from kcdcache.store.plan import MOST_PART_ROWS, chunk_file_bytes, part_chunks, plan_store
-from kcdcache.views.rules import ViewIdentity
+from kcdcache.views.identity import ViewIdentity
 
 PARTS_A_VIEW = 25
 CLASSES = 10

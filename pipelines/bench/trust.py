@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from measure import alternating, median, ratio, started, write
 
-from kcdcache.data.datasets import DataIdentity
+from kcdcache.data.spec import DataIdentity
 from kcdcache.store import encoding, reader, writer
 from kcdcache.store.identity import Knowledge, TeacherIdentity
 from kcdcache.store.plan import plan_store
-from kcdcache.views.rules import ViewIdentity
+from kcdcache.views.identity import ViewIdentity
 
 
 class Unchecked(reader.Store):

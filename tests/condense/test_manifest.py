@@ -155,7 +155,7 @@ def test_invalid_manifests_cannot_be_made(changes: dict[str, Any], message: str)
 
 UNCHECKED = """
 import numpy as np
-from kcdcache import manifest, values
+from kcdcache.condense import manifest, values
 from kcdcache.errors import MismatchError
 cases = [
     {"rank": np.arange(4, dtype=np.int32)}, {"weight": np.ones(3, np.float32)}, {"visits": [0, 0, 0, 0]},

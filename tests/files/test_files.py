@@ -68,7 +68,7 @@ def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
 
 
 FAILING = (
-    "import sys; from pathlib import Path; from kcdcache import files\n"
+    "import sys; from pathlib import Path; from kcdcache.files import atomic as files\n"
     "try: getattr(files, sys.argv[2])(Path(sys.argv[1]), b'new')\n"
     "except OSError as error: sys.stdout.write(f'{type(error).__name__}: {error}')"
 )
@@ -145,7 +145,8 @@ def test_a_killed_writer_leaves_the_old_file_or_the_whole_new_one(tmp_path, func
     if function == "write_atomic":
         path.write_bytes(b"old")
     code = (
-        f"import sys; from pathlib import Path; from kcdcache import files; files.{function}(Path(sys.argv[1]), b'new')"
+        "import sys; from pathlib import Path; from kcdcache.files import atomic as files; "
+        f"files.{function}(Path(sys.argv[1]), b'new')"
     )
     environment = {**os.environ, interrupt.CRASH_POINT: str(point)}
     done = subprocess.run([sys.executable, "-c", code, str(path)], env=environment, check=False)
@@ -192,7 +193,7 @@ def test_of_racing_threads_exactly_one_creates_the_file(tmp_path):
 
 
 RACE = (
-    "import sys; from pathlib import Path; from kcdcache import errors, files\n"
+    "import sys; from pathlib import Path; from kcdcache import errors; from kcdcache.files import atomic as files\n"
     "sys.stdin.read()\n"
     "try: files.create_exclusive(Path(sys.argv[1]), sys.argv[2].encode() * 1000)\n"
     "except errors.LockedError: sys.exit(6)"
@@ -224,7 +225,8 @@ def test_an_existing_file_is_never_overwritten(tmp_path):
 def limited(tmp_path, function):
     """Return what a process that may write files of at most 1,000 bytes says when it writes 5,000."""
     code = (
-        "import resource, sys; from pathlib import Path; from kcdcache import errors, files\n"
+        "import resource, sys; from pathlib import Path; from kcdcache import errors\n"
+        "from kcdcache.files import atomic as files\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         f"try: files.{function}(Path(sys.argv[1]), b'x' * 5000)\n"
         "except errors.NoSpaceError as error: sys.stdout.write(str(error))"
@@ -249,7 +251,8 @@ def test_a_line_that_does_not_fit_is_not_appended_in_part(tmp_path):
 
 def test_space_that_is_not_there_cannot_be_reserved(tmp_path):
     code = (
-        "import resource, sys; from pathlib import Path; from kcdcache import errors, files\n"
+        "import resource, sys; from pathlib import Path; from kcdcache import errors\n"
+        "from kcdcache.files import atomic as files\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "stream = open(sys.argv[1], 'wb'); files.reserve(stream.fileno(), 1000, Path(sys.argv[1]).parent)\n"
         "try: files.reserve(stream.fileno(), 5000, Path(sys.argv[1]).parent)\n"
@@ -302,7 +305,7 @@ def test_an_object_reads_back_as_written(tmp_path):
 
 
 HOLD = (
-    "import sys; from pathlib import Path; from kcdcache import files\n"
+    "import sys; from pathlib import Path; from kcdcache.files import atomic as files\n"
     "with files.locked(Path(sys.argv[1])): sys.stdout.write('held'); sys.stdout.flush(); sys.stdin.read()"
 )
 

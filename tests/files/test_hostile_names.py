@@ -12,7 +12,7 @@ from pupils import distilled, school
 from stores import creating, finish, make, plan_of
 
 from kcdcache.condense import manifest
-from kcdcache.data.datasets import DataIdentity
+from kcdcache.data.spec import DataIdentity
 from kcdcache.errors import CorruptionError, UnsafeError
 from kcdcache.files import records
 from kcdcache.files.atomic import read_json, sha256_file
@@ -20,7 +20,7 @@ from kcdcache.runs import check, state
 from kcdcache.runs.folder import RunFolder
 from kcdcache.store import reader
 from kcdcache.store.identity import Knowledge, TeacherIdentity
-from kcdcache.views.rules import ViewIdentity
+from kcdcache.views.identity import ViewIdentity
 
 STEERING = "\x1b]0;owned\x07\x9b2J\r\x08\u202e\u200b\ufeff"
 FORGED = "a\nproblems: 0"
