@@ -32,14 +32,14 @@ class Chain(NamedTuple):
     commands: str
     """one a line: its name (what it answers is kept as CHAIN/told/NAME.json), then what stands behind `kcdcache`
 
-    `A & B` are two commands at the same time, `torchrun 2 A` is one in two processes.
+    `A & B` are two commands at the same time, whose answers are not kept; `torchrun 2 A` is one in two processes.
     """
     recipe: str = ""
     """TOML that is written as CHAIN.toml before the first command"""
 
 
 METHODS = """
-title = "methods, samplings, readings"
+title = "a reused set, methods, samplings, readings"
 data = "digits?train=200&test=100"
 seeds = [1]
 [[step]]
@@ -61,6 +61,16 @@ min_accuracy = 0
 fields = ["logits", "penultimate", "attention", "maps:stage2", "parameters"]
 encoding = "float32"
 compression = "zstd"
+[[step]]
+name = "reuse"
+run = "train"
+store = "digits/store"
+manifest = "digits/half.parquet"
+student = "wrn_10_2"
+epochs = 1
+stages = 1
+batch_size = 25
+learning_rate = 0.01
 [[step]]
 name = "m"
 run = "train"
@@ -139,7 +149,6 @@ CHAINS = {
         requery     {TRAIN} --out digits/requery --epochs 3 --stages 3 --seed 1 \
                     --mix-target requery --teacher digits/teacher
         condense    {VALUES} {LAST} --out digits/half.parquet
-        reuse       {TRAIN} --student wrn_10_2 --out digits/reuse --epochs 1 --stages 1 --manifest digits/half.parquet
         store       inspect digits/store
         run         inspect digits/linear
         set         inspect digits/half.parquet
@@ -232,7 +241,8 @@ def make(name: str, checkout: Path, work: Path) -> str:
                 trouble = f"{line}: exit code {process.returncode}\n{errors[-3000:]}"
                 (told / f"{name}.failed").write_text(trouble)
                 return trouble
-        (told / f"{name}.json").write_text(answers[0][0])
+        if len(running) == 1:  # of several, the last to end seals the store and tells more
+            (told / f"{name}.json").write_text(answers[0][0])
     return ""
 
 

@@ -63,7 +63,7 @@ VOLATILE = re.compile(
 """keys whose values the clock, the versions or the machine decide: that they are there is compared"""
 CLOCKED = re.compile(
     r"\w+/told/(run|report)\.json:table"  # shows seconds
-    r"|\w+/told/(precompute|first|views|fields|fill|seal)\.json:bytes"  # counts a store's clock times, as text
+    r"|\w+/told/(precompute|first|views|fields|fill)\.json:bytes"  # counts a store's clock times, as text
     r"|\w+/(run/results|told/run)\.json:runs\[\d+\]\.bytes"
     r"|report/(numbers|told/report)\.json:kcdcache"  # the version
 )
@@ -111,11 +111,12 @@ class Tree:
             self.size[sha256(data).hexdigest()] = len(data)
             if name.endswith(".json"):
                 record = json.loads(data)
-                for key in OWN:
-                    self._learn(str(record.get(key)) if isinstance(record, dict) else "", f"{name}:{key}")
+                for key in OWN if isinstance(record, dict) else ():
+                    self._learn(str(record.get(key)), f"{name}:{key}")
 
     def _learn(self, digest: str, what: str) -> None:
-        self.meant.setdefault(digest, set()).add(what)
+        if HASH.fullmatch(digest):
+            self.meant.setdefault(digest, set()).add(what)
 
 
 class Pair(NamedTuple):
