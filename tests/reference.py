@@ -1,12 +1,12 @@
-"""Every loss again in plain float64 arithmetic, one number at a time: what the fast ones are held against.
+"""Every loss again in float64 with NumPy and SciPy: what the fast ones are held against.
 
 Arrays in, one value per sample out, in the order of arguments of the package's own functions; nothing here is from it.
 """
 
-import math
-
 import numpy as np
 import torch
+from scipy.spatial.distance import cdist
+from scipy.special import entr, log_softmax, softmax, xlogy
 from torch import nn
 from torch.nn import functional
 
@@ -27,78 +27,62 @@ def close(found, expected, rtol=1e-5, atol=1e-6):
     np.testing.assert_allclose(found.detach().numpy(), expected, rtol=rtol, atol=atol)
 
 
-# rows of logits and probabilities
+# logits and probabilities
 
 
-def softmax(row, temperature=1.0):
-    top = max(row)
-    powers = [math.exp((z - top) / temperature) for z in row]
-    total = sum(powers)
-    return [power / total for power in powers]
+def entropy(z, temperature=1.0):
+    return entr(softmax(z / temperature, axis=-1)).sum(-1)
 
 
-def entropy(row, temperature=1.0):
-    return -sum(p * math.log(p) for p in softmax(row, temperature) if p > 0)
+def hard(z, labels, smoothing=0.0):
+    """Cross-entropy, a share of the label spread evenly over all classes."""
+    logs, labels = -log_softmax(z, axis=-1), np.asarray(labels)[..., None]
+    return (1 - smoothing) * np.take_along_axis(logs, labels, -1)[..., 0] + smoothing * logs.mean(-1)
 
 
-def hard(row, label, smoothing=0.0):
-    """Cross-entropy of one row, a share of its label spread evenly over all classes."""
-    logs = [-math.log(p) for p in softmax(row)]
-    return (1 - smoothing) * logs[label] + smoothing * sum(logs) / len(logs)
-
-
-def divergence(target, found):
-    """KL(target || found) in nats of two rows of probabilities."""
-    return sum(p * math.log(p / q) for p, q in zip(target, found, strict=True) if p > 0)
-
-
-def row_divergence(row, target, temperature):
-    """T^2 KL(target || softmax(row / T)) with the logarithm of softmax written out."""
-    top = max(row) / temperature
-    log_sum = top + math.log(sum(math.exp(z / temperature - top) for z in row))
-    terms = [p * (math.log(p) - (z / temperature - log_sum)) for p, z in zip(target, row, strict=True) if p > 0]
-    return temperature**2 * sum(terms)
+def soft(z, target, temperature=1.0):
+    """T^2 KL(target || softmax(z / T))."""
+    return temperature**2 * (xlogy(target, target) - target * log_softmax(z / temperature, axis=-1)).sum(-1)
 
 
 def logits(student, teacher, temperature=1.0):
-    rows = zip(student.tolist(), teacher.tolist(), strict=True)
-    return np.array([row_divergence(s, softmax(t, temperature), temperature) for s, t in rows])
+    return soft(student, softmax(teacher / temperature, axis=-1), temperature)
 
 
 def entropy_weights(student, teacher, temperature):
-    rows = zip(student.tolist(), teacher.tolist(), strict=True)
-    pairs = [(entropy(s, temperature), entropy(t, temperature)) for s, t in rows]
-    return np.array([(theirs + theirs * ours / math.log(student.shape[1])) / 2 for ours, theirs in pairs])
+    ours, theirs = entropy(student, temperature), entropy(teacher, temperature)
+    return (theirs + theirs * ours / np.log(student.shape[1])) / 2
 
 
 def entropy_weighted(student, teacher, temperature, weight_temperature):
     return entropy_weights(student, teacher, weight_temperature) * logits(student, teacher, temperature)
 
 
+def divergence(target, found):
+    """KL(target || found) in nats of rows of probabilities."""
+    return (xlogy(target, target) - xlogy(target, found)).sum(-1)
+
+
 def decoupled(student, teacher, labels, alpha, beta, temperature):
     """TCKD and NCKD from probabilities."""
     found = []
-    for s, t, label in zip(student.tolist(), teacher.tolist(), labels, strict=True):
-        rows = softmax(t, temperature), softmax(s, temperature)
-        target = divergence(*([r[label], 1 - r[label]] for r in rows))
-        rest = divergence(*([v / (1 - r[label]) for c, v in enumerate(r) if c != label] for r in rows))
+    for *rows, label in zip(teacher, student, labels, strict=True):
+        p, q = (softmax(z / temperature) for z in rows)
+        target = divergence(*(np.array([r[label], 1 - r[label]]) for r in (p, q)))
+        rest = divergence(*(np.delete(r, label) / (1 - r[label]) for r in (p, q)))
         found.append(temperature**2 * (alpha * target + beta * rest))
     return np.array(found)
 
 
 def boundary(student, teacher, weights, temperature):
-    total = sum(weights)
-    rows = logits(student, teacher, temperature) / temperature**2
-    return rows * np.asarray(weights) * len(rows) / total if total else np.zeros(len(rows))
+    rows, weights = logits(student, teacher, temperature) / temperature**2, np.asarray(weights)
+    return rows * weights * len(rows) / (weights.sum() or 1)
 
 
 def base_weights(student, teacher, labels, most):
-    scores = []
-    for i, label in enumerate(labels):
-        if student[i].argmax() == label == teacher[i].argmax():
-            others = [c for c in range(student.shape[1]) if c != label]
-            scores.append((-sum((student[i, c] - teacher[i, c]) ** 2 for c in others), i))
-    chosen = {i for _, i in sorted(scores)[:most]}
+    right = [i for i, y in enumerate(labels) if student[i].argmax() == y == teacher[i].argmax()]
+    gaps = {i: (np.delete(student[i] - teacher[i], labels[i]) ** 2).sum() for i in right}
+    chosen = sorted(right, key=lambda i: (-gaps[i], i))[:most]
     return [float(i in chosen) for i in range(len(labels))]
 
 
@@ -123,33 +107,22 @@ def smaller(left, right):
 
 
 def attention(features, side=None):
-    rows = []
-    for sample in features if side is None else pooled(features, *side):
-        q = [sum(channel[at] ** 2 for channel in sample) / len(sample) for at in np.ndindex(sample.shape[1:])]
-        rows.append(unit(q))
-    return np.array(rows)
+    features = features if side is None else pooled(features, *side)
+    return units((features**2).mean(1).reshape(len(features), -1))
 
 
 def error(student, target):
-    gaps = [[(a - b) ** 2 for a, b in zip(s.flat, t.flat, strict=True)] for s, t in zip(student, target, strict=True)]
-    return np.array([sum(gap) / len(gap) for gap in gaps])
+    return ((student - target) ** 2).reshape(len(student), -1).mean(1)
 
 
 def flow(bottom, top):
     bottom, top = smaller(bottom, top)
-    out = np.zeros((len(bottom), bottom.shape[1], top.shape[1]))
-    for n, i, j in np.ndindex(*out.shape):
-        out[n, i, j] = (bottom[n, i] * top[n, j]).mean()
-    return out
+    return np.einsum("bchw,bdhw->bcd", bottom, top) / (bottom.shape[2] * bottom.shape[3])
 
 
 def variational(mean, target, raw):
-    variance = [math.log1p(math.exp(a)) + 1e-5 for a in raw]
-    rows = []
-    for mu, t in zip(mean, target, strict=True):
-        each = [(mu[at] - t[at]) ** 2 / variance[at[0]] + math.log(variance[at[0]]) for at in np.ndindex(*mu.shape)]
-        rows.append(sum(each) / len(each) / 2)
-    return np.array(rows)
+    variance = (np.log1p(np.exp(raw)) + 1e-5)[:, None, None]
+    return ((mean - target) ** 2 / variance + np.log(variance)).reshape(len(mean), -1).mean(1) / 2
 
 
 def context(student, target):
@@ -163,64 +136,42 @@ def context(student, target):
 # relations
 
 
-def dot(a, b):
-    return sum(x * y for x, y in zip(a, b, strict=True))
-
-
-def unit(a):
-    size = math.sqrt(dot(a, a))
-    return [x / size if size else 0.0 for x in a]
-
-
 def units(rows):
-    return np.array([unit(row) for row in rows.tolist()])
+    size = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return rows / np.where(size > 0, size, 1)
 
 
-def huber(a, b):
-    gap = abs(a - b)
-    return gap**2 / 2 if gap < 1 else gap - 0.5
+def huber(left, right):
+    gap = abs(left - right)
+    return np.where(gap < 1, gap**2 / 2, gap - 0.5)
 
 
 def similarity(student, teacher):
-    tables = []
-    for features in (student, teacher):
-        flat = features.reshape(len(features), -1).tolist()
-        tables.append(np.array([unit([dot(a, b) for b in flat]) for a in flat]))
-    return ((tables[0] - tables[1]) ** 2).sum(axis=1) / len(student)
+    flat = (features.reshape(len(features), -1) for features in (student, teacher))
+    ours, theirs = (units(rows @ rows.T) for rows in flat)
+    return ((ours - theirs) ** 2).sum(1) / len(student)
 
 
 def distances(features):
-    table = [[math.dist(a, b) for b in features.tolist()] for a in features.tolist()]
-    positive = [d for row in table for d in row if d > 0]
-    mean = sum(positive) / len(positive) if positive else 1.0
-    return [[d / mean for d in row] for row in table]
+    """Over the mean of those that are not 0."""
+    found = cdist(features, features)
+    return found / (found[found > 0].mean() if found.any() else 1)
 
 
 def distance(student, teacher):
-    rows = zip(distances(student), distances(teacher), strict=True)
-    return np.array([sum(map(huber, found, wanted)) / len(student) for found, wanted in rows])
+    return huber(distances(student), distances(teacher)).mean(1)
 
 
 def angle(student, teacher):
     """Of the cosines of all angles j-i-k; those of equal samples are 0."""
-    count, found = len(student), np.zeros(len(student))
-    for i, j, k in np.ndindex(count, count, count):
-        cosines = (dot(unit(f[j] - f[i]), unit(f[k] - f[i])) for f in (student, teacher))
-        found[i] += huber(*cosines) / count**2
-    return found
-
-
-def neighbours(features):
-    rows = units(features).tolist()
-    table = [[(dot(a, b) + 1) / 2 for b in rows] for a in rows]
-    return [[value / sum(row) for value in row] for row in table]
+    sides = (units(features[None] - features[:, None]) for features in (student, teacher))
+    return huber(*(np.einsum("ijd,ikd->ijk", side, side) for side in sides)).mean((1, 2))
 
 
 def probabilistic(student, teacher):
-    count, tiny = len(student), 1e-7
-    rows = zip(neighbours(teacher), neighbours(student), strict=True)
-    each = [[p * math.log((p + tiny) / (q + tiny)) for p, q in zip(*row, strict=True)] for row in rows]
-    return np.array([sum(row) / count for row in each])
+    found = ((units(features) @ units(features).T + 1) / 2 for features in (teacher, student))
+    wanted, ours = (table / table.sum(1, keepdims=True) for table in found)
+    return (wanted * np.log((wanted + 1e-7) / (ours + 1e-7))).mean(1)
 
 
 # contrast
@@ -228,20 +179,17 @@ def probabilistic(student, teacher):
 
 def nce(positive, negatives, count, z):
     """CRD's loss as released."""
-    rows, noise, tiny = [], negatives.shape[1] / count, 1e-7
-    for own, others in zip(positive, negatives, strict=True):
-        x = math.exp(own) / z
-        loss = -math.log(x / (x + noise + tiny))
-        rows.append(loss - sum(math.log(noise / (math.exp(other) / z + noise + tiny)) for other in others))
-    return np.array(rows)
+    noise, tiny = negatives.shape[1] / count, 1e-7
+    x, others = np.exp(positive) / z, np.exp(negatives) / z
+    return -np.log(x / (x + noise + tiny)) - np.log(noise / (others + noise + tiny)).sum(1)
 
 
 def dual(positive, negatives):
-    return np.array([sum(others) / len(others) - own for own, others in zip(positive, negatives, strict=True)])
+    return negatives.mean(1) - positive
 
 
 def costs(student, teacher):
-    return np.array([[1 - dot(unit(s), unit(t)) for t in teacher.tolist()] for s in student.tolist()])
+    return 1 - units(student) @ units(teacher).T
 
 
 def plan(student, teacher, epsilon, iterations):
@@ -249,14 +197,14 @@ def plan(student, teacher, epsilon, iterations):
     cost, b = costs(student, teacher), len(student)
     kernel, left = np.exp(-cost / epsilon), np.ones(b)
     for _ in range(iterations):
-        right = np.array([1 / b / sum(kernel[i, j] * left[i] for i in range(b)) for j in range(b)])
-        left = np.array([1 / b / sum(kernel[i, j] * right[j] for j in range(b)) for i in range(b)])
-    return left[:, None] * kernel * right[None, :], cost
+        right = 1 / b / (kernel.T @ left)
+        left = 1 / b / (kernel @ right)
+    return left[:, None] * kernel * right, cost
 
 
 def sinkhorn(student, teacher, epsilon, iterations):
     moved, cost = plan(student, teacher, epsilon, iterations)
-    return len(student) * (moved * cost).sum(axis=1)
+    return len(student) * (moved * cost).sum(1)
 
 
 # rotations
@@ -265,7 +213,7 @@ def sinkhorn(student, teacher, epsilon, iterations):
 def selected(scores, truth, share):
     """Sort all rows by the truth's rank, then its probability; keep the correct ones and the best of the wrong."""
     keys = []
-    for row, own in zip(scores.tolist(), truth, strict=True):
+    for row, own in zip(scores, truth, strict=True):
         order = sorted(range(len(row)), key=lambda c, row=row: (-row[c], c))
         keys.append((order.index(own), -softmax(row)[own]))
     wrong = [i for i, key in enumerate(keys) if key[0] > 0]
@@ -297,31 +245,23 @@ def rotated_divergence(student, teacher, labels, temperature, share):
 
 
 def rotation_task(rotated, plain):
-    views = rotated.shape[1]
-    rows = [hard(row, i // views) for i, row in enumerate(similarities(rotated, plain).tolist())]
-    return np.array(rows).reshape(-1, views).mean(axis=1)
+    batch, views = rotated.shape[:2]
+    own = np.repeat(np.arange(batch), views)
+    return hard(similarities(rotated, plain), own).reshape(-1, views).mean(axis=1)
 
 
 # filters
 
 
 def quantiles(weight, count):
-    norms = sorted(math.sqrt(sum(w * w for w in filt)) for filt in weight.reshape(len(weight), -1).tolist())
-    found = []
-    for number in range(count):
-        place = number * (len(norms) - 1) / (count - 1)
-        low = min(int(place), len(norms) - 1)
-        high = min(low + 1, len(norms) - 1)
-        found.append(norms[low] + (place - low) * (norms[high] - norms[low]))
-    return found
+    norms = np.linalg.norm(weight.reshape(len(weight), -1), axis=1)
+    return np.quantile(norms, np.linspace(0, 1, count))
 
 
 def recoded(student, teacher, threshold):
-    rows = []
-    for ours, theirs in zip(student.tolist(), teacher.tolist(), strict=True):
-        rests = [(t, math.copysign(max(abs(s - t) - threshold, 0.0), s - t)) for s, t in zip(ours, theirs, strict=True)]
-        rows.append(sum(math.exp(t) * (math.exp(rest) - 1 - rest) for t, rest in rests))
-    return np.array(rows)
+    gap = student - teacher
+    rest = np.sign(gap) * np.maximum(abs(gap) - threshold, 0)
+    return (np.exp(teacher) * (np.exp(rest) - 1 - rest)).sum(-1)
 
 
 # layers
@@ -341,8 +281,7 @@ def normalised(x, norm):
 
 
 def nearest(x, side):
-    rows = [i * x.shape[2] // side for i in range(side)]
-    columns = [j * x.shape[3] // side for j in range(side)]
+    rows, columns = (np.arange(side) * length // side for length in x.shape[2:])
     return x[:, :, rows][:, :, :, columns]
 
 

@@ -187,7 +187,7 @@ def reference_crd(term, seen, lesson, chosen, log_z):
         losses += reference.nce(score[:, 0], score[:, 1:], 8, math.exp(made[way]))
     for bank, new in ((student, ours), (teacher, theirs)):
         for i, row in zip(index, new, strict=True):
-            bank[i] = reference.unit(0.5 * bank[i] + 0.5 * row)
+            bank[i] = units(0.5 * bank[i] + 0.5 * row)
     return losses, made, student, teacher
 
 

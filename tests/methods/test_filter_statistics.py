@@ -168,9 +168,8 @@ def reference_profiles(network):
 def test_the_loss_on_weights_equals_a_plain_reference_and_is_the_same_for_every_sample():
     ours, theirs = network_of("resnet8", 1), network_of("resnet20", 2)
     found = loss_on_weights(ours, theirs, kr_lambda=0.0, kr_temperature=0.3)
-    student, known = (reference_profiles(network).values() for network in (ours, theirs))
-    rows = [[reference.softmax(row.tolist(), 0.3) for row in pair] for pair in zip(known, student, strict=True)]
-    expected = sum(reference.divergence(*pair) for pair in rows)
+    student, known = (np.array([*reference_profiles(network).values()]) for network in (ours, theirs))
+    expected = reference.logits(student, known, 0.3).sum() / 0.3**2
     assert array(found).tolist() == pytest.approx([expected] * 4, rel=1e-3)
 
 
@@ -209,14 +208,6 @@ def test_narrower_and_other_students_learn_from_both_variants(theirs, ours):
     assert loss.shape == (4,)
     assert torch.isfinite(loss).all()
     loss.mean().backward()
-
-
-def test_a_larger_lambda_costs_less_until_nothing_is_left():
-    ours, theirs = network_of("resnet8", 1), network_of("resnet20", 2)
-    found = [float(loss_on_weights(ours, theirs, kr_lambda=most)[0].detach()) for most in (0.0, 0.1, 0.5, 50.0)]
-    assert found == sorted(found, reverse=True)
-    assert found[0] > found[1] > 0
-    assert found[-1] == 0
 
 
 def test_its_weight_falls_linearly_or_stays():
@@ -293,9 +284,6 @@ def test_a_run_learns_with_it_through_a_condensation(world, method):
     assert distill.run(settings, material, out=world.root / method, device="cpu")["finished"]
     record = json.loads((world.root / method / "run.json").read_text())
     assert "kr_lambda" not in record["settings"]
-
-
-def test_settings_of_kr_are_recorded_where_they_are_not_the_usual_ones():
     recorded = settings_.recorded(TrainSettings(kr_lambda=0.3))
     assert (recorded["kr_lambda"], "kr_temperature" in recorded) == (0.3, False)
 

@@ -4,11 +4,12 @@ import math
 
 import numpy as np
 import pytest
+import reference
 import torch
 from lessons import CPU, digits
 from pairs import CLASSES, lesson_of, pair_of, term_of
 from pupils import same_tensors, weights_of
-from reference import array, close, divergence, hard, softmax
+from reference import array, close
 
 from kcdcache.errors import SettingsError
 from kcdcache.methods import registry as methods_registry
@@ -40,15 +41,11 @@ def shown(name, rows=3):
     return {key: value.requires_grad_() for key, value in seen.items()}, lesson
 
 
-def labelled(row, i, smoothing=0.0, mix_label="keep"):
+def labelled(logits, smoothing=0.0, mix_label="keep"):
     """Cross-entropy with the labels that the student itself is given."""
-    share = MIXES["epsilon"][i] if mix_label == "mix" else 0
-    own, partner = (hard(row, label, smoothing) for label in (LABELS[i], MIXES["partner_labels"][i]))
+    share = np.array(MIXES["epsilon"]) if mix_label == "mix" else 0
+    own, partner = (reference.hard(logits, labels, smoothing) for labels in (LABELS, MIXES["partner_labels"]))
     return (1 - share) * own + share * partner
-
-
-def rows_of(values):
-    return array(values).tolist()
 
 
 # dml
@@ -57,11 +54,8 @@ def rows_of(values):
 @pytest.mark.parametrize("given", LABELLED)
 def test_dml_equals_a_slow_reference(given):
     term, (seen, lesson) = term_of("dml", pair(**given)), shown("dml")
-    rows = zip(rows_of(seen["logits"]), rows_of(term.peer(seen["input"][:3])), strict=False)
-    expected = [
-        divergence(softmax(p), softmax(s)) + labelled(p, i, **given) + divergence(softmax(s), softmax(p))
-        for i, (s, p) in enumerate(rows)
-    ]
+    student, peer = array(seen["logits"])[:3], array(term.peer(seen["input"][:3]))
+    expected = reference.logits(student, peer) + labelled(peer, **given) + reference.logits(peer, student)
     close(term(seen, lesson), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -111,16 +105,13 @@ def test_one_equals_a_slow_reference(name, epoch, given):
     assert term.weights_at(epoch, 240) == (1.0, 1.0)
     found = term(seen, lesson)
     shared = seen["stage2"].detach()[:3]
-    with torch.no_grad():
-        branches = [rows_of(by_hand(branch, shared)) for branch in term.branches]
+    rows = [array(seen["logits"])[:3], *(array(by_hand(branch, shared)) for branch in term.branches)]
     raw = array(shared).mean(axis=(2, 3)) @ array(term.gate.linear.weight).T + array(term.gate.linear.bias)
-    gates = [softmax(row) for row in ((raw - raw.mean(axis=0)) / np.sqrt(raw.var(axis=0) + 1e-5)).tolist()]
-    ramp, expected = math.exp(-5 * (1 - min(1, (epoch + 1) / 80)) ** 2), []
-    for i in range(3):
-        rows = [rows_of(seen["logits"])[i], branches[0][i], branches[1][i]]
-        ensemble = [sum(g * row[c] for g, row in zip(gates[i], rows, strict=True)) for c in range(CLASSES)]
-        soft = sum(9 * divergence(softmax(ensemble, 3), softmax(row, 3)) for row in rows)
-        expected.append(sum(labelled(row, i, **given) for row in (rows[1], rows[2], ensemble)) + ramp * soft)
+    gates = reference.softmax((raw - raw.mean(axis=0)) / np.sqrt(raw.var(axis=0) + 1e-5), axis=1)
+    ensemble = sum(gates[:, [k]] * row for k, row in enumerate(rows))
+    ramp = math.exp(-5 * (1 - min(1, (epoch + 1) / 80)) ** 2)
+    expected = sum(labelled(row, **given) for row in (rows[1], rows[2], ensemble))
+    expected += ramp * sum(reference.logits(row, ensemble, 3) for row in rows)
     close(found, expected, rtol=1e-4, atol=1e-4)
 
 

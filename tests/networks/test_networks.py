@@ -86,7 +86,7 @@ def test_weights_that_do_not_fit_get_one_clear_error(name, other):
         weights.load_into(network, state, "net.pth")
     with pytest.raises(MismatchError, match=r"do not fit .*: another architecture; \d+ .*, first '"):
         weights.load_into(network, registry.build(other, 10).state_dict(), "net.pth")
-    with pytest.raises(MismatchError, match=r"first 'fc\.weight': \[10, 64\] expected, \[10, 256\] found"):
+    with pytest.raises(MismatchError, match=r"first 'conv1\.weight': \[16, 3, 3, 3\] expected, \[32, 3, 3, 3\] found"):
         weights.load_into(registry.build("resnet8", 10), registry.build("resnet8x4", 10).state_dict(), "net.pth")
     state = network.state_dict()
     lost = next(key for key in reversed(state) if key.endswith("running_var"))
@@ -127,23 +127,22 @@ class Layers:
     def conv_norm(self, conv, norm, x, **options):
         return self.norm(norm, self.conv(conv, x, **options))
 
+    def active(self, conv, norm, x, **options):
+        return torch.relu(self.conv_norm(conv, norm, x, **options))
+
     def classify(self, name, vector):
         logits = vector @ self.state[f"{name}.weight"].T + self.state[f"{name}.bias"]
         return {"penultimate": vector, "logits": logits}
 
 
-def conv1_by_hand(layers, pixels, **options):
-    return torch.relu(layers.conv_norm("conv1", "bn1", pixels, **options))
-
-
 def basic_branch(layers, at, x, stride):
-    hidden = torch.relu(layers.conv_norm(f"{at}.conv1", f"{at}.bn1", x, stride=stride, padding=1))
+    hidden = layers.active(f"{at}.conv1", f"{at}.bn1", x, stride=stride, padding=1)
     return layers.conv_norm(f"{at}.conv2", f"{at}.bn2", hidden, padding=1)
 
 
 def bottleneck_branch(layers, at, x, stride):
-    hidden = torch.relu(layers.conv_norm(f"{at}.conv1", f"{at}.bn1", x))
-    hidden = torch.relu(layers.conv_norm(f"{at}.conv2", f"{at}.bn2", hidden, stride=stride, padding=1))
+    hidden = layers.active(f"{at}.conv1", f"{at}.bn1", x)
+    hidden = layers.active(f"{at}.conv2", f"{at}.bn2", hidden, stride=stride, padding=1)
     return layers.conv_norm(f"{at}.conv3", f"{at}.bn3", hidden)
 
 
@@ -161,23 +160,17 @@ def residual_by_hand(layers, features, counts, branch, shortcut):
     return values, features.mean((2, 3))
 
 
-def resnet14(layers, pixels):
-    stem = conv1_by_hand(layers, pixels, padding=1)
-    values, vector = residual_by_hand(layers, stem, (2, 2, 2), basic_branch, "downsample")
-    return values | layers.classify("fc", vector)
+def resnet(counts, branch, shortcut="downsample", classifier="fc", pooled=False):
+    """A network of such blocks; one for larger images halves them twice before the first."""
 
-
-def resnet50(layers, pixels):
-    stem = conv1_by_hand(layers, pixels, padding=1)
-    values, vector = residual_by_hand(layers, stem, (3, 4, 6, 3), bottleneck_branch, "shortcut")
-    return values | layers.classify("linear", vector)
-
-
-def torchvision_resnet(counts, branch):
     def by_hand(layers, pixels):
-        stem = functional.max_pool2d(conv1_by_hand(layers, pixels, stride=2, padding=3), 3, stride=2, padding=1)
-        values, vector = residual_by_hand(layers, stem, counts, branch, "downsample")
-        return values | layers.classify("fc", vector)
+        if pooled:
+            stem = layers.active("conv1", "bn1", pixels, stride=2, padding=3)
+            stem = functional.max_pool2d(stem, 3, stride=2, padding=1)
+        else:
+            stem = layers.active("conv1", "bn1", pixels, padding=1)
+        values, vector = residual_by_hand(layers, stem, counts, branch, shortcut)
+        return values | layers.classify(classifier, vector)
 
     return by_hand
 
@@ -215,15 +208,15 @@ def vgg11(layers, pixels):
 
 
 def inverted_residual(layers, at, x, stride):
-    hidden = torch.relu(layers.conv_norm(f"{at}.0", f"{at}.1", x))
+    hidden = layers.active(f"{at}.0", f"{at}.1", x)
     options = {"stride": stride, "padding": 1, "groups": hidden.shape[1]}
-    hidden = torch.relu(layers.conv_norm(f"{at}.3", f"{at}.4", hidden, **options))
+    hidden = layers.active(f"{at}.3", f"{at}.4", hidden, **options)
     found = layers.conv_norm(f"{at}.6", f"{at}.7", hidden)
     return found + x if found.shape == x.shape else found
 
 
 def mobilenet_v2(layers, pixels):
-    features = torch.relu(layers.conv_norm("conv1.0", "conv1.1", pixels, stride=2, padding=1))
+    features = layers.active("conv1.0", "conv1.1", pixels, stride=2, padding=1)
     values, ends = {"stage0": features}, {1: 1, 2: 2, 4: 3, 6: 4}
     for stage, (count, stride) in enumerate(zip((1, 2, 3, 4, 3, 3, 1), (1, 1, 2, 2, 1, 2, 1), strict=True)):
         for number in range(count):
@@ -231,7 +224,7 @@ def mobilenet_v2(layers, pixels):
             features = inverted_residual(layers, at, features, stride if number == 0 else 1)
         if stage in ends:
             values |= {f"stage{ends[stage]}": features, f"stage{ends[stage]}.pre": features}
-    features = torch.relu(layers.conv_norm("conv2.0", "conv2.1", features))
+    features = layers.active("conv2.0", "conv2.1", features)
     return values | layers.classify("classifier.0", features.mean((2, 3)))
 
 
@@ -242,15 +235,15 @@ def shuffled(x, groups):
 
 def shuffle_v1_block(layers, at, x, stride):
     groups = 1 if x.shape[1] == 24 else 3
-    hidden = shuffled(torch.relu(layers.conv_norm(f"{at}.conv1", f"{at}.bn1", x, groups=groups)), groups)
+    hidden = shuffled(layers.active(f"{at}.conv1", f"{at}.bn1", x, groups=groups), groups)
     options = {"stride": stride, "padding": 1, "groups": hidden.shape[1]}
-    hidden = torch.relu(layers.conv_norm(f"{at}.conv2", f"{at}.bn2", hidden, **options))
+    hidden = layers.active(f"{at}.conv2", f"{at}.bn2", hidden, **options)
     hidden = layers.conv_norm(f"{at}.conv3", f"{at}.bn3", hidden, groups=3)
     return hidden + x if stride == 1 else torch.cat([hidden, functional.avg_pool2d(x, 3, 2, 1)], 1)
 
 
 def shuffle_v1(layers, pixels):
-    features = conv1_by_hand(layers, pixels)
+    features = layers.active("conv1", "bn1", pixels)
     values = {"stage0": features}
     for n, count in enumerate((4, 8, 4), start=1):
         for number in range(count):
@@ -262,42 +255,42 @@ def shuffle_v1(layers, pixels):
 
 def halving_block(layers, at, x):
     left = layers.conv_norm(f"{at}.conv1", f"{at}.bn1", x, stride=2, padding=1, groups=x.shape[1])
-    left = torch.relu(layers.conv_norm(f"{at}.conv2", f"{at}.bn2", left))
-    right = torch.relu(layers.conv_norm(f"{at}.conv3", f"{at}.bn3", x))
+    left = layers.active(f"{at}.conv2", f"{at}.bn2", left)
+    right = layers.active(f"{at}.conv3", f"{at}.bn3", x)
     right = layers.conv_norm(f"{at}.conv4", f"{at}.bn4", right, stride=2, padding=1, groups=right.shape[1])
-    right = torch.relu(layers.conv_norm(f"{at}.conv5", f"{at}.bn5", right))
+    right = layers.active(f"{at}.conv5", f"{at}.bn5", right)
     return shuffled(torch.cat([left, right], 1), 2)
 
 
 def shuffle_v2(layers, pixels):
-    features = conv1_by_hand(layers, pixels)
+    features = layers.active("conv1", "bn1", pixels)
     values = {"stage0": features}
     for n, count in enumerate((4, 8, 4), start=1):
         features = halving_block(layers, f"layer{n}.0", features)
         for at in (f"layer{n}.{number}" for number in range(1, count)):
             half = features.shape[1] // 2
             kept, branch = features[:, :half], features[:, half:]
-            branch = torch.relu(layers.conv_norm(f"{at}.conv1", f"{at}.bn1", branch))
+            branch = layers.active(f"{at}.conv1", f"{at}.bn1", branch)
             branch = layers.conv_norm(f"{at}.conv2", f"{at}.bn2", branch, padding=1, groups=half)
             branch = layers.conv_norm(f"{at}.conv3", f"{at}.bn3", branch)
             before = torch.cat([kept, branch], 1)
             features = shuffled(torch.cat([kept, torch.relu(branch)], 1), 2)
         values |= {f"stage{n}": features, f"stage{n}.pre": before}
-    features = torch.relu(layers.conv_norm("conv2", "bn2", features))
+    features = layers.active("conv2", "bn2", features)
     return values | layers.classify("linear", features.mean((2, 3)))
 
 
 FORWARD = {
-    "resnet14": resnet14,
+    "resnet14": resnet((2, 2, 2), basic_branch),
     "wrn_16_2": wrn_16_2,
-    "ResNet50": resnet50,
+    "ResNet50": resnet((3, 4, 6, 3), bottleneck_branch, "shortcut", "linear"),
     "vgg11": vgg11,
     "MobileNetV2": mobilenet_v2,
     "ShuffleV1": shuffle_v1,
     "ShuffleV2": shuffle_v2,
-    "torchvision:resnet18": torchvision_resnet((2, 2, 2, 2), basic_branch),
-    "torchvision:resnet34": torchvision_resnet((3, 4, 6, 3), basic_branch),
-    "torchvision:resnet50": torchvision_resnet((3, 4, 6, 3), bottleneck_branch),
+    "torchvision:resnet18": resnet((2, 2, 2, 2), basic_branch, pooled=True),
+    "torchvision:resnet34": resnet((3, 4, 6, 3), basic_branch, pooled=True),
+    "torchvision:resnet50": resnet((3, 4, 6, 3), bottleneck_branch, pooled=True),
 }
 
 
