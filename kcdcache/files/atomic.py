@@ -1,4 +1,4 @@
-"""The steps of writing, at which a test may ask for this process to be killed or to fail."""
+"""Atomic durable writes, bounded reads, canonical JSON, digests, locks, and folders made beside their results."""
 
 import errno
 import fcntl

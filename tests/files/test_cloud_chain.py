@@ -24,6 +24,7 @@ RESULTS = {
     "reuse": "again",
 }
 """step of the chain -> what it makes"""
+TAKE_OVER = r"set (KCDCACHE_OWNER)=(\S+) in the environment to take over"
 FAULTS = ("503", "cut", "lost", "half", "slow")
 
 
@@ -83,17 +84,21 @@ def bucket(server, plain, start, folder):
         words = commands[words] if isinstance(words, str) else words
         return finished(start, words, log, **access(proxy.port, cache) | more)
 
-    def elsewhere(words, **more):
-        """Run a command as on another machine: what a killed one owns there is taken over, as the error says."""
-        forgotten(cache)
+    def taking(words, **more):
+        """Run a command: what a killed one of another machine owns is taken over, as the error says."""
         log.write_text("")
         code = run(words, **more)
-        told = re.search(r"set (KCDCACHE_OWNER)=(\S+) in the environment to take over", log.read_text())
+        told = re.search(TAKE_OVER, log.read_text())
         assert (code == 6) == (told is not None), log.read_text()
         return code if told is None else run(words, **more | {told[1]: told[2]})
 
+    def elsewhere(words, **more):
+        """Run a command as on another machine."""
+        forgotten(cache)
+        return taking(words, **more)
+
     return SimpleNamespace(
-        server=server, proxy=proxy, cache=cache, log=log, commands=commands, run=run, elsewhere=elsewhere
+        server=server, proxy=proxy, cache=cache, log=log, commands=commands, run=run, taking=taking, elsewhere=elsewhere
     )
 
 
@@ -202,12 +207,10 @@ def test_a_set_in_parts_is_written_seal_last_and_killed_before_that_is_none(chai
 
 
 def survives(place, plain, name, points):
-    """Kill a step at points of its writing, each time going on here or elsewhere by turns; then it ends alike."""
-    died = 0
-    for number, point in enumerate(points):
-        run = place.elsewhere if number % 2 else place.run
-        died += run(name, KCDCACHE_CRASHPOINT=str(point)) == -9
-    assert place.run(name) == 0, place.log.read_text()
+    """Kill a step at points of its writing, twice here and then elsewhere; then it ends alike."""
+    runs = (place.run, place.run, place.elsewhere)
+    died = sum(run(name, KCDCACHE_CRASHPOINT=str(point)) == -9 for run, point in zip(runs, points, strict=True))
+    assert place.taking(name) == 0, place.log.read_text()
     assert same(place, plain, name)
     return died
 
@@ -259,9 +262,13 @@ def test_two_shards_on_two_machines_make_the_store_of_one(place, plain, tmp_path
         assert all(process.ended(300) for process in running)
         assert [process.code for process in running] == [0, -9 if kill else 0]
         if kill:
-            again = shard(1, "c")
-            assert again.ended(300)
-            assert again.code == 0, (tmp_path / "log1").read_text()
+            third = shard(1, "c")
+            assert third.ended(300)
+            assert third.code == 6
+            owner = re.search(TAKE_OVER, (tmp_path / "log1").read_text())[2]
+            third = shard(1, "c", KCDCACHE_OWNER=owner)
+            assert third.ended(300)
+            assert third.code == 0, (tmp_path / "log1").read_text()
     assert same(place, plain, "precompute")
 
 
