@@ -15,7 +15,7 @@ from kcdcache.report import show
 from kcdcache.settings import CondenseCommand, CondenseSettings, part
 from kcdcache.store import identity, log
 
-BASE_BYTES, BYTES_A_ROW, SECONDS_A_MILLION, SECONDS_A_MILLION_BEYOND = 400 * 2**20, 11.5, 0.6, 2.0
+BASE_BYTES, BYTES_A_ROW, SECONDS_A_MILLION, SECONDS_A_MILLION_BEYOND = 400 * 2**20, 11.5, 0.6, 1.4
 """memory whatever the size, bytes of a manifest's row, and time on two cores of 2026; for the estimates of a dry run"""
 BYTES_OTHERWISE = 32
 """memory for each sample of rankings at random or by class"""

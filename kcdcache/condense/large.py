@@ -4,7 +4,6 @@ The candidates go into a table with the key they are ranked by. SQL ranks, split
 asked for range by range. Reading values and writing manifests stay ours.
 """
 
-import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from kcdcache.condense import manifest, ranking, summary
 from kcdcache.condense.value_files import Block, Source
 from kcdcache.condense.values import score
 from kcdcache.errors import CorruptionError, NoSpaceError, SettingsError
+from kcdcache.files.atomic import FULL
 from kcdcache.settings import CondenseSettings
 
 LEAST_BYTES = 128 * 10**6
@@ -120,16 +120,17 @@ def _connected(folder: Path, memory_bytes: float) -> Iterator[Any]:
     with duckdb.connect(config=config) as connection:
         try:
             yield connection
-        except duckdb.OutOfMemoryException as error:
-            raise _explained(error, limit) from error
-        except duckdb.IOException as error:
-            raise NoSpaceError(errno.ENOSPC, f"{folder}: {error}") from error
+        except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
+            raise _explained(str(error), folder, limit) from error
 
 
-def _explained(error: Exception, limit: int) -> Exception:
-    if "max_temp_directory_size" in str(error):
-        return NoSpaceError(f"no space left to condense: {error}")
-    return SettingsError(f"condensing takes more than {limit / 10**9:g} GB here; give more with --memory-gb")
+def _explained(text: str, folder: Path, limit: int) -> Exception:
+    """Return as one of ours what DuckDB says where memory or disk are too small."""
+    if "max_temp_directory_size" in text or any(os.strerror(code) in text for code in FULL):
+        return NoSpaceError(f"no space left for files of {folder}: free some, or give more memory with --memory-gb")
+    if "memory" in text:
+        return SettingsError(f"condensing takes more than {limit / 10**9:g} GB here; give more with --memory-gb")
+    return OSError(text)
 
 
 def _record(
