@@ -98,8 +98,10 @@ class Item(NamedTuple):
 class Tree:
     """What one checkout made: files by name, and what a SHA-256 or digest in a record stands for."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, folders: Sequence[str] | None = None) -> None:
         found = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
+        if folders is not None:
+            found = {name: path for name, path in found.items() if name.split("/")[0] in folders}
         kept = {name: path for name, path in found.items() if not any(fnmatchcase(name, p) for p in IGNORED)}
         self.root = root
         self.files = {CHECKPOINT.sub("*.safetensors", name): path for name, path in kept.items()}
@@ -131,9 +133,11 @@ class Pair(NamedTuple):
         return bool(self.base.meant.get(was, set()) & self.new.meant.get(now, set()))
 
 
-def compare_trees(base: Path, new: Path, allowed: Sequence[Allowed] = ALLOWED) -> list[Item]:
-    """Return one item per file of either tree, sorted by name."""
-    trees = Tree(base), Tree(new)
+def compare_trees(
+    base: Path, new: Path, allowed: Sequence[Allowed] = ALLOWED, chain_names: Sequence[str] | None = None
+) -> list[Item]:
+    """Return one item per file of either tree, sorted by name; `chain_names` leaves out folders of other chains."""
+    trees = Tree(base, chain_names), Tree(new, chain_names)
     return [_item(Pair(*trees, file), allowed) for file in sorted({*trees[0].files, *trees[1].files})]
 
 
@@ -180,7 +184,7 @@ def compare_bytes(was: Path, now: Path, _: Pair) -> Iterator[Change]:
         at = next(
             (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after))
         )
-        yield Change(f"byte {at}", "changed", f"{before[at : at + 40]!r}", f"{after[at : at + 40]!r}")
+        yield Change(f"byte {at}", "changed", f"{before[at : at + 16]!r}", f"{after[at : at + 16]!r}")
 
 
 def compare_json(was: Path, now: Path, pair: Pair) -> Iterator[Change]:
@@ -265,7 +269,7 @@ def compare_checkpoints(was: Path, now: Path, pair: Pair) -> Iterator[Change]:
     before = {_name_now(name): tensor for name, tensor in before.items()}
     missing = {name: tensor for name, tensor in before.items() if name not in after}
     extra = {name: tensor for name, tensor in after.items() if name not in before}
-    for name in before.keys() & after.keys():
+    for name in sorted(before.keys() & after.keys()):
         if before[name] != after[name]:
             yield Change(f"tensor {name}", "changed", _told(before[name]), _told(after[name]))
     for name, tensor in missing.items():
@@ -433,21 +437,22 @@ def made(checkout: Path, work: Path, names: Sequence[str], *, reuse: bool) -> li
     `reuse`: only the other checkout's need be made again.
     """
     now, troubles, failed = chains.state(checkout), [], set[str]()
-    for name in names:
-        note = work / f"{name}.made"
-        if reuse and note.exists() and note.read_text() == now:
-            continue
+    notes = {name: work / f"{name}.made" for name in names}
+    stand = {name for name in names if reuse and notes[name].exists() and notes[name].read_text() == now}
+    for name in (name for name in names if name not in stand):
+        notes[name].unlink(missing_ok=True)
+        for old in (work / name, *([work / "images"] if name == "folders" else [])):
+            shutil.rmtree(old, ignore_errors=True)
+    for name in (name for name in names if name not in stand):
         if failed & set(chains.CHAINS[name].needs):
             failed.add(name)
             continue
-        for old in (work / name, work / "images" if name == "folders" else work / name, note):
-            shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
         start = time.monotonic()
         if trouble := chains.make(name, checkout, work):
             failed.add(name)
             troubles.append(f"{name}: {trouble}")
         else:
-            note.write_text(now)
+            notes[name].write_text(now)
         print(f"made {name} of {checkout} in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
     return troubles
 
@@ -464,16 +469,17 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--compare-only", action="store_true", help="compare what lies in --work")
     parser.add_argument("--quiet", action="store_true", help="one line only for what differs")
     given = parser.parse_args(words)
+    names = None if given.compare_only and given.only is None else chains.wanted(given.only)
     with tempfile.TemporaryDirectory() as unkept:
         work = (given.work or Path(unkept)).resolve()
         folders = {"base": given.base.resolve(), "new": given.new.resolve()}
         for side, checkout in () if given.compare_only else folders.items():
             (work / side).mkdir(parents=True, exist_ok=True)
-            for trouble in made(checkout, work / side, chains.wanted(given.only), reuse=side == "base"):
+            for trouble in made(checkout, work / side, names or (), reuse=side == "base"):
                 print(f"FAILED in {side}: {trouble}", file=sys.stderr)
                 if side == "base":
                     return 2
-        items = compare_trees(work / "base", work / "new")
+        items = compare_trees(work / "base", work / "new", chain_names=names)
         return 1 if tell(items, quiet=given.quiet) or not items else 0
 
 

@@ -215,6 +215,12 @@ def test_the_script_ends_with_1_where_something_differs_or_nothing_was_made(tree
     assert compare.main(words) == 1
 
 
+def test_chains_that_are_not_asked_for_are_left_out(trees):
+    flip(trees[1] / CHUNK)
+    assert not any(item.changes for item in compare.compare_trees(*trees, chain_names=["run", "set"]))
+    assert len(compare.compare_trees(*trees, chain_names=["store"])) == 3
+
+
 def test_a_command_that_fails_is_left_as_a_failure(tmp_path, monkeypatch):
     broken = tmp_path / "checkout" / "kcdcache"
     broken.mkdir(parents=True)
