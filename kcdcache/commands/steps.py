@@ -185,7 +185,7 @@ def _exported_material(command: TrainCommand, settings: TrainSettings, path: Pat
         raise SettingsError(f"--{min(ignored)} does nothing beside --condensed, which brings its own; leave it out")
     opened, data = export_condensed_set.open(path), load_data(command.data)
     if opened.mixes is not None:
-        export_condensed_set.require_served(opened, settings, registry.choose(settings))
+        export_condensed_set.require_served(opened, settings, registry.weights_of(settings))
     return distill.Material(
         data=data,
         knowledge=opened.knowledge,
@@ -199,7 +199,7 @@ def _asked_teacher(
     command: TrainCommand, settings: TrainSettings, data: datasets.Dataset, knowledge: reader.Store
 ) -> teacher.Teacher | None:
     """Return the teacher if mixed images are to be shown to it, or test images, and one is named."""
-    compared = evaluation.wanted(settings, data, knowledge)
+    compared = evaluation.fidelity_wanted(settings, data, knowledge)
     if command.teacher is None or (settings.mix_target != "requery" and not compared):
         if command.teacher is not None:
             logger.info("train: --teacher is not used; it serves --mix-target requery and --fidelity on")

@@ -42,7 +42,7 @@ from kcdcache.export.record import (
     read_samples,
     require_file,
 )
-from kcdcache.methods.registry import Choice
+from kcdcache.methods.registry import Weights
 from kcdcache.settings import TrainSettings
 from kcdcache.store import check, log, reader
 from kcdcache.store.identity import read_store_identity
@@ -319,7 +319,7 @@ def open(path: Path | str) -> Condensed:
     return Condensed(record=record, manifest=chosen, knowledge=knowledge, mixes=mixes)
 
 
-def require_served(opened: Condensed, settings: TrainSettings, choice: Choice) -> None:
+def require_served(opened: Condensed, settings: TrainSettings, weights: Weights) -> None:
     """Do nothing if a run may learn from an exported set's baked targets.
 
     Raises:
@@ -328,10 +328,10 @@ def require_served(opened: Condensed, settings: TrainSettings, choice: Choice) -
     """
     baked = opened.record.content.baked
     assert baked is not None
-    if choice.weights.alpha == 0 and not choice.terms:
+    if weights.alpha == 0 and not weights.terms:
         return  # it reads nothing of the teacher
     asked = {
-        "temperature": (choice.weights.temperature, baked.temperature),
+        "temperature": (weights.temperature, baked.temperature),
         "mix-target": (settings.mix_target, baked.target),
         "mix": (settings.mix, baked.mix),
         "stages": (settings.stages, 1),
@@ -342,7 +342,7 @@ def require_served(opened: Condensed, settings: TrainSettings, choice: Choice) -
                 f"the targets in {opened.record.path} are baked for --{name} {made}, the run asks for {wanted}; give "
                 f"--{name} {made}, or a set exported without --bake, which serves any"
             )
-    if choice.terms:
+    if weights.terms:
         raise SettingsError(
             f"the targets in {opened.record.path} are baked: they serve methods that read softened outputs alone (kd), "
             f"'{settings.method}' reads more; use a set exported without --bake"

@@ -192,7 +192,7 @@ PART = re.compile(r"([a-z0-9_]+)(?:\*([0-9.eE+-]+?))?")
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Resolved weights of one run's loss."""
+    """Resolved weights of one run's loss: of a method, or of several joined by '+'."""
 
     gamma: float
     """weight of the hard-label cross-entropy"""
@@ -200,19 +200,12 @@ class Weights:
     """weight of the soft-label divergence"""
     temperature: float
     """distillation temperature T"""
+    parts: Mapping[str, float]
+    """name -> weight of its own term; 0 where it has none"""
     mix_label: str
     """'keep' or 'mix': the hard label of a mixed point"""
     smoothing: float
     """label smoothing of the hard-label term"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """A method, or several joined by '+', as a run uses them."""
-
-    parts: Mapping[str, float]
-    """name -> weight of its own term; 0 where it has none"""
-    weights: Weights
 
     @property
     def terms(self) -> dict[str, float]:
@@ -220,24 +213,29 @@ class Choice:
         return {name: weight for name, weight in self.parts.items() if METHODS[name].term is not None}
 
 
-class Head(nn.Module):
-    """The chosen methods' terms with their weights: what is trained, saved and resumed beside the student."""
+class Loss(nn.Module):
+    """The loss of a run: labels, softened outputs and the chosen methods' own terms, if they have any.
+
+    What the terms train is trained, saved and resumed beside the student.
+    """
 
     _base: Tensor
     _shares: Tensor
 
-    def __init__(self, terms: Mapping[str, tuple[float, Term]]) -> None:
+    def __init__(self, weights: Weights, terms: Mapping[str, Term]) -> None:
+        """Weigh the terms, which are those that `weights` names."""
         super().__init__()
-        self._terms = nn.ModuleDict({name: term for name, (_, term) in terms.items()})
-        self._betas = {name: beta for name, (beta, _) in terms.items()}
-        found = [term for _, term in terms.values()]
+        self.weights = weights
+        self._terms = nn.ModuleDict(dict(terms))
+        found = list(terms.values())
+        soft = ("logits",) if weights.alpha > 0 else ()
         self.taps: tuple[str, ...] = tuple(dict.fromkeys(tap for term in found for tap in term.taps))
-        """the student's values the terms read"""
-        self.fields: tuple[str, ...] = tuple(dict.fromkeys(name for term in found for name in term.fields))
-        """the teacher's fields the terms read"""
+        """the student's values the terms read, besides the logits"""
+        self.fields: tuple[str, ...] = tuple(dict.fromkeys((*soft, *(name for term in found for name in term.fields))))
+        """the teacher's fields that a run reads from the store"""
         self.statistics: bool = any(term.statistics for term in found)
         """whether the terms read the teacher's parameters"""
-        self.alone: str = " and ".join(name for name, (_, term) in terms.items() if term.remembers)
+        self.alone: str = " and ".join(name for name, term in terms.items() if term.remembers)
         """the methods that only one process can train"""
         # tensors, so that a recorded step reads the epoch's own
         constant(self, "_base", torch.ones(()))
@@ -255,11 +253,13 @@ class Head(nn.Module):
         found = [images for term in self._of() if (images := term.extra(lesson)) is not None]
         return found[0] if found else None
 
-    def weighted(self, base: Float[Tensor, " batch"], seen: Seen, lesson: Lesson) -> Float[Tensor, " batch"]:
-        """Return the whole loss per sample from that on labels and soft labels."""
-        total = self._base * base
+    def forward(self, seen: Seen, lesson: Lesson) -> Float[Tensor, " batch"]:
+        """Return the loss per sample of the student's values on a batch."""
+        total = basic(seen["logits"][: len(lesson.labels)], lesson, self.weights)
+        if self._terms:
+            total = self._base * total
         for place, (name, term) in enumerate(self._terms.items()):
-            total = total + self._betas[name] * self._shares[place] * term(seen, lesson)
+            total = total + self.weights.parts[name] * self._shares[place] * term(seen, lesson)
         return total
 
     def _of(self) -> list[Term]:
@@ -279,8 +279,8 @@ def method_named(name: str) -> Method:
     return METHODS[name]
 
 
-def choose(settings: MethodSettings, smoothing: float = 0.0) -> Choice:
-    """Return the methods a user named, with the settings' weights where given and their authors' elsewhere.
+def weights_of(settings: MethodSettings, smoothing: float = 0.0) -> Weights:
+    """Return the weights of the methods a user named: the settings' where given, their authors' elsewhere.
 
     One method has its own weights. Several have gamma = 1, alpha = 1 if kd is among them, and each its own beta
     (RepDistiller's combinations, such as crd+kd); `A*w` gives method A the weight w.
@@ -309,15 +309,13 @@ def choose(settings: MethodSettings, smoothing: float = 0.0) -> Choice:
             )
         parts[terms[0]] = settings.beta
     own = [METHODS[name].temperature for name in parts if name != "ce"]
-    return Choice(
+    return Weights(
+        gamma=(only.gamma if alone else 1.0) if settings.gamma is None else settings.gamma,
+        alpha=(only.alpha if alone else alpha) if settings.alpha is None else settings.alpha,
+        temperature=(own[0] if own else 1.0) if settings.temperature is None else settings.temperature,
         parts=parts,
-        weights=Weights(
-            gamma=(only.gamma if alone else 1.0) if settings.gamma is None else settings.gamma,
-            alpha=(only.alpha if alone else alpha) if settings.alpha is None else settings.alpha,
-            temperature=(own[0] if own else 1.0) if settings.temperature is None else settings.temperature,
-            mix_label=settings.mix_label,
-            smoothing=smoothing,
-        ),
+        mix_label=settings.mix_label,
+        smoothing=smoothing,
     )
 
 
@@ -325,38 +323,33 @@ def recipe(settings: MethodSettings, student: str) -> dict[str, Any]:
     """Return the training settings that the chosen methods' authors changed, for this student."""
     light = student in LIGHT_STUDENTS
     found: dict[str, Any] = dict(LIGHT_RECIPE) if light else {}
-    for name in choose(settings).parts:
+    for name in weights_of(settings).parts:
         found |= METHODS[name].recipe
         found |= METHODS[name].light if light else {}
     return found
 
 
-def make_head(choice: Choice, pair: Callable[[], Pair]) -> Head | None:
-    """Return the terms of the chosen methods, None if they have none; initial weights depend on the seed alone.
+def make_loss(weights: Weights, pair: Callable[[], Pair]) -> Loss:
+    """Return the loss of the chosen methods; initial weights of what they train depend on the seed alone.
+
+    `pair` is asked for only where a method has a term of its own.
 
     Raises:
         SettingsError: a method cannot be used with this pair, or two need images of their own.
     """
-    if not choice.terms:
-        return None
-    between = pair()
-    made: dict[str, tuple[float, Term]] = {}
+    made: dict[str, Term] = {}
+    between = pair() if weights.terms else None
     with torch.random.fork_rng(devices=[]):
-        for number, (name, weight) in enumerate(choice.terms.items()):
+        for number, name in enumerate(weights.terms):
             make = METHODS[name].term
             assert make is not None
+            assert between is not None
             torch.default_generator.manual_seed(registry.torch_seed(between.seed + number + 1))
-            made[name] = weight, make(between)
-    own = [name for name, (_, term) in made.items() if type(term).extra is not Term.extra]
+            made[name] = make(between)
+    own = [name for name, term in made.items() if type(term).extra is not Term.extra]
     if len(own) > 1:
         raise SettingsError(f"{' and '.join(own)} each show the student images of their own; use one of them")
-    return Head(made)
-
-
-def needed_fields(choice: Choice, head: Head | None) -> tuple[str, ...]:
-    """Return the teacher's fields that a run reads from the store."""
-    soft = ("logits",) if choice.weights.alpha > 0 else ()
-    return tuple(dict.fromkeys((*soft, *(head.fields if head is not None else ()))))
+    return Loss(weights, made)
 
 
 def pair_of(
@@ -399,13 +392,11 @@ def reads(settings: MethodSettings, student: str, knowledge: Knowledge, data: Da
     """Return the teacher's fields that a student's run with these settings reads from a store, `parameters` included.
 
     Raises:
-        SettingsError: as for `choose` and `make_head`.
+        SettingsError: as for `weights_of` and `make_loss`.
     """
-    choice = choose(settings)
     everything = np.arange(len(data.train))
-    head = make_head(choice, lambda: pair_of(settings, student, knowledge, data, everything, 0))
-    per_teacher = (identity.PARAMETERS,) if head is not None and head.statistics else ()
-    return (*needed_fields(choice, head), *per_teacher)
+    loss = make_loss(weights_of(settings), lambda: pair_of(settings, student, knowledge, data, everything, 0))
+    return (*loss.fields, *((identity.PARAMETERS,) if loss.statistics else ()))
 
 
 def require_fields(needed: Sequence[str], held: Collection[str], settings: MethodSettings, student: str) -> None:
@@ -420,15 +411,6 @@ def require_fields(needed: Sequence[str], held: Collection[str], settings: Metho
         f"method '{settings.method}' for {student} reads {', '.join(needed)}; the store lacks {', '.join(missing)} and "
         f"holds {', '.join(held)}. Add them with `kcdcache precompute --for {settings.method} --student {student}` and "
         "the --store, --teacher and --data it was made with: what is there stays as it is"
-    )
-
-
-def loss_of(weights: Weights, head: Head | None) -> Callable[[Seen, Lesson], Float32[Tensor, " batch"]]:
-    """Return the loss per sample of the student's values on a batch."""
-    if head is None:
-        return lambda seen, lesson: basic(seen["logits"], lesson, weights)
-    return lambda seen, lesson: head.weighted(
-        basic(seen["logits"][: len(lesson.labels)], lesson, weights), seen, lesson
     )
 
 

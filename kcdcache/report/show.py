@@ -363,23 +363,23 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def _row(name: str, pair: Pair, encoded: str) -> dict[str, Any]:
     method = METHODS[name]
     settings = MethodSettings(method=name)
-    choice = registry.choose(settings)
+    weights = registry.weights_of(settings)
     row: dict[str, Any] = {
         "method": name,
         "about": method.about,
         "source": method.source,
         "live": method.live,
-        "gamma": choice.weights.gamma,
-        "alpha": choice.weights.alpha,
-        "beta": choice.parts[name],
-        "temperature": choice.weights.temperature,
+        "gamma": weights.gamma,
+        "alpha": weights.alpha,
+        "beta": weights.parts[name],
+        "temperature": weights.temperature,
         "recipe": registry.recipe(settings, pair.student),
         "reads": [],
         "bytes": None,
         "problem": None,
     }
     try:
-        reads = registry.needed_fields(choice, registry.make_head(choice, lambda: pair))
+        reads = registry.make_loss(weights, lambda: pair).fields
         return row | {"reads": list(reads), "bytes": bytes_of(reads, pair.teacher_taps, pair.image, encoded)}
     except SettingsError as error:
         return row | {"problem": f"not for this pair: {error}"}

@@ -1,4 +1,4 @@
-"""Manifest + data + views + store -> device batches: order, views, mixing, teacher targets."""
+"""Manifest + data + views + store -> batches: what is in one, how points are mixed, and batches made on the host."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,48 +9,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float32, Int64, Shaped
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from kcdcache.condense.manifest import Manifest, require_knowledge
 from kcdcache.data.datasets import Dataset
 from kcdcache.errors import MismatchError, require_same
+from kcdcache.settings import OptimizerSettings
 from kcdcache.store.check import check_data
 from kcdcache.store.reader import Store
 from kcdcache.store.rows import PlannedRows, StoredTargets, Targets
 from kcdcache.teacher import fields
-from kcdcache.training import processes, sampling
-from kcdcache.training.sampling import Draw
+from kcdcache.training.processes import ALONE, Group, deal
+from kcdcache.training.sampling import Points, Sampler
 from kcdcache.views import prefetch, rules
 from kcdcache.views.mixing import mix_pixels, mix_probabilities
-
-
-def mixed_targets(
-    mixes: Store, manifest: Manifest, mix: str, fields: Sequence[str], *, memory_bytes: float, folder: Path
-) -> StoredTargets:
-    """Return the targets of the mixed points: row j of their store is the j-th K_Aug point by index.
-
-    Raises:
-        MismatchError: the store holds the outputs on other mixes, or lacks a field.
-    """
-    held = {key: (mixes.knowledge.mixes or {}).get(key) for key in ("manifest", "mix")}
-    names = (f"the mixes of the store at {mixes.path}", "those asked for")
-    remedy = "make them with `kcdcache precompute --manifest` for this manifest and mix"
-    require_same(held, {"manifest": manifest.digest, "mix": mix}, names, remedy)
-    numbers = (mixes.knowledge.mixes or {})["views"]
-    index = manifest.index[manifest.mixed]
-    return StoredTargets(
-        mixes,
-        index,
-        fields,
-        memory_bytes=memory_bytes,
-        folder=folder,
-        rows=np.arange(len(index)),
-        slots={view: slot for slot, view in enumerate(numbers)},
-        count=manifest.count,
-    )
-
 
 CPU = torch.device("cpu")
 MEMORY_BYTES = 8 * 2**30
@@ -58,7 +32,7 @@ MEMORY_BYTES = 8 * 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Mixing:
-    """How a point of K_Aug is made; see config.MethodSettings."""
+    """How a point of K_Aug is made; see settings.MethodSettings."""
 
     mix: str = "convex"
     target: str = "linear_prob"
@@ -90,7 +64,7 @@ class Source:
         """Return the number of the view that an epoch uses."""
         return epoch if self.views is None else epoch % self.views
 
-    def prepare(self, epoch: int, mine: Draw | None = None, later: Draw | None = None) -> None:
+    def prepare(self, epoch: int, mine: Points | None = None, later: Points | None = None) -> None:
         """Load the teacher outputs an epoch needs, and start loading the next epoch's in the background.
 
         Only those of the points `mine`, and in the next epoch of `later` (nothing if it is not given), where one of
@@ -98,48 +72,11 @@ class Source:
         """
         known = epoch + 1 != self.stop and (mine is None or later is not None)
         following = self.view_of(epoch + 1) if known else None
-        own = Draw.samples if self.requeried is None else Draw.visited
-        for targets, needed in ((self.targets, own), (self.requeried, Draw.mixed)):
+        partners = self.requeried is None
+        for targets, needed in ((self.targets, lambda one: one.samples(partners)), (self.requeried, Points.mixed)):
             if targets is not None:
                 parts = () if mine is None else (needed(mine), None if later is None else needed(later))
                 targets.prepare(self.view_of(epoch), following, *parts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """One step's samples on the device, K_Aug points already mixed."""
-
-    index: Int64[Tensor, " batch"]
-    pixels: Float32[Tensor, "batch channels height width"]
-    """in [0, 1], channels_last; each network applies its own input transform"""
-    labels: Int64[Tensor, " batch"]
-    partner_labels: Int64[Tensor, " batch"]
-    """label of the point mixed in; the own label where nothing is"""
-    mixed: Bool[Tensor, " batch"]
-    epsilon: Float32[Tensor, " batch"]
-    """share of the partner, 0 for K_1H"""
-    weight: Float32[Tensor, " batch"]
-    probabilities: Float32[Tensor, "batch classes"] | None
-    """teacher probabilities at the distillation temperature, mixed as the target rule says"""
-    knowledge: Mapping[str, Tensor]
-    """the teacher's fields as float32, mixed as `fields.mix` says"""
-    shared: int | None = None
-    """number of samples of this step in all processes together; None if it is all here"""
-    idle: bool = False
-    """whether this process has no sample of the step, and this one stands in for it without counting"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Epoch:
-    """One epoch's samples in order, with everything that integers decide, computed once on the host."""
-
-    view: int
-    index: Int64[np.ndarray, " n"]
-    partner: Int64[np.ndarray, " n"]
-    epsilon: Float32[np.ndarray, " n"]
-    weight: Float32[np.ndarray, " n"]
-    parameters: Int64[np.ndarray, "n k"]
-    partner_parameters: Int64[np.ndarray, "n k"]
 
 
 @contextmanager
@@ -180,23 +117,218 @@ def connect(
         targets = held.enter_context(StoredTargets(knowledge, rows, fields, memory_bytes=memory_bytes, folder=place))
         again = None
         if requeried is not None:
-            found = mixed_targets(requeried, manifest, mixing.mix, fields, memory_bytes=memory_bytes, folder=place)
+            found = _targets_of_mixes(requeried, manifest, mixing.mix, fields, memory_bytes, place)
             again = held.enter_context(found)
         yield replace(plain, targets=targets, requeried=again)
 
 
-def plan_epoch(source: Source, epoch: int, seed: int, drawn: Draw | None = None) -> Epoch:
-    """Return the samples, partners and view parameters of one epoch; a pure function of its arguments.
+def needed_rows(manifest: Manifest, requeried: bool = False) -> Int64[np.ndarray, " rows"]:
+    """Return the samples whose knowledge a stage reads: kept and partners, ascending, each once.
 
-    `drawn` are the points it visits; all of the manifest, in the epoch's order, unless given.
+    Where the teacher was asked again about the mixes, no partner's own knowledge is needed.
     """
-    chosen = sampling.everything(source.manifest, seed, epoch) if drawn is None else drawn
-    view = source.view_of(epoch)
-    parameters = rules.parameters(source.rule, chosen.index, view)
+    return manifest.index if requeried else np.union1d(manifest.index, manifest.partner[manifest.mixed])
+
+
+def _targets_of_mixes(
+    mixes: Store, manifest: Manifest, mix: str, fields: Sequence[str], memory_bytes: float, folder: Path
+) -> StoredTargets:
+    """Return the targets of the mixed points: row j of their store is the j-th K_Aug point by index.
+
+    Raises:
+        MismatchError: the store holds the outputs on other mixes, or lacks a field.
+    """
+    held = mixes.knowledge.mixes or {}
+    names = (f"the mixes of the store at {mixes.path}", "those asked for")
+    remedy = "make them with `kcdcache precompute --manifest` for this manifest and mix"
+    asked = {"manifest": manifest.digest, "mix": mix}
+    require_same({key: held.get(key) for key in asked}, asked, names, remedy)
+    index = manifest.index[manifest.mixed]
+    return StoredTargets(
+        mixes,
+        index,
+        fields,
+        memory_bytes=memory_bytes,
+        folder=folder,
+        rows=np.arange(len(index)),
+        slots={view: slot for slot, view in enumerate(held["views"])},
+        count=manifest.count,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One step's samples on the device, K_Aug points already mixed."""
+
+    index: Int64[Tensor, " batch"]
+    pixels: Float32[Tensor, "batch channels height width"]
+    """in [0, 1], channels_last; each network applies its own input transform"""
+    labels: Int64[Tensor, " batch"]
+    partner_labels: Int64[Tensor, " batch"]
+    """label of the point mixed in; the own label where nothing is"""
+    mixed: Bool[Tensor, " batch"]
+    epsilon: Float32[Tensor, " batch"]
+    """share of the partner, 0 for K_1H"""
+    weight: Float32[Tensor, " batch"]
+    probabilities: Float32[Tensor, "batch classes"] | None = None
+    """teacher probabilities at the distillation temperature, mixed as the target rule says"""
+    knowledge: Mapping[str, Tensor]
+    """the teacher's fields as float32, mixed as `fields.mix` says"""
+    shared: int | None = None
+    """number of samples of this step in all processes together; None if it is all here"""
+    idle: bool = False
+    """whether this process has no sample of the step, and this one stands in for it without counting"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partners:
+    """What is mixed into some points of a batch."""
+
+    rows: Int64[Tensor, " some"] | None
+    """which points that is; None where all come with a partner, themselves if they are not mixed, so that shapes do not
+    depend on what is mixed"""
+    pixels: Float32[Tensor, "some channels height width"]
+    knowledge: Mapping[str, Tensor]
+    """the teacher's fields of the partners, for targets that are mixed of two"""
+    asked: Mapping[str, Tensor] | None
+    """the teacher's fields of the mixes themselves, where it was asked again"""
+
+
+def mix_in(plain: Batch, partners: Partners | None, mixing: Mixing) -> Batch:
+    """Return a batch with its targets and with its partners mixed in; changes the tensors of `plain`.
+
+    The points' own pixels and fields are those of `plain`.
+    """
+    soft = _softened(plain.knowledge, mixing.temperature)
+    if partners is None:
+        return replace(plain, probabilities=soft)
+    epsilon = _of_mixed(plain.epsilon, partners)
+    pixels = mix_pixels(_of_mixed(plain.pixels, partners), partners.pixels, epsilon, mixing.mix)
+    softer, knowledge = _mixed_targets(plain, partners, epsilon, mixing)
+    return replace(
+        plain,
+        # a share of 0 leaves pixels as they are, to the bit
+        pixels=pixels if partners.rows is None else _put(plain, partners, plain.pixels, pixels),
+        probabilities=soft if softer is None or soft is None else _put(plain, partners, soft, softer),
+        knowledge={
+            name: _put(plain, partners, own, knowledge[name]) if name in knowledge else own
+            for name, own in plain.knowledge.items()
+        },
+    )
+
+
+def _mixed_targets(
+    plain: Batch, partners: Partners, epsilon: Float32[Tensor, " some"], mixing: Mixing
+) -> tuple[Float32[Tensor, "some classes"] | None, Mapping[str, Tensor]]:
+    """Return probabilities and fields of the mixed points, as far as they are not their own."""
+    if partners.asked is not None:
+        return _softened(partners.asked, mixing.temperature), partners.asked
+    if mixing.target == "keep":
+        return None, {}
+    own, other = {name: _of_mixed(rows, partners) for name, rows in plain.knowledge.items()}, partners.knowledge
+    soft = None
+    if "logits" in own:
+        soft = mix_probabilities(own["logits"], other["logits"], epsilon, mixing.target, mixing.temperature)
+    return soft, {name: fields.mix(name, own[name], other[name], epsilon) for name in own}
+
+
+def _softened(knowledge: Mapping[str, Tensor], temperature: float) -> Float32[Tensor, "rows classes"] | None:
+    return (knowledge["logits"] / temperature).softmax(1) if "logits" in knowledge else None
+
+
+def _of_mixed(values: Shaped[Tensor, "batch ..."], partners: Partners) -> Shaped[Tensor, "some ..."]:
+    return values if partners.rows is None else values[partners.rows]
+
+
+def _put(
+    plain: Batch, partners: Partners, own: Shaped[Tensor, "batch ..."], new: Shaped[Tensor, "some ..."]
+) -> Shaped[Tensor, "batch ..."]:
+    """Return the own values with those of mixed points in their places."""
+    if partners.rows is None:
+        return torch.where(plain.mixed.view(-1, *[1] * (own.ndim - 1)), new, own)
+    own[partners.rows] = new
+    return own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One epoch's points in order, with all of their views that integers decide, computed once."""
+
+    view: int
+    points: Points
+    parameters: Int64[np.ndarray, "n k"]
+    partner_parameters: Int64[np.ndarray, "n k"]
+
+    def part(self, chosen: slice | Int64[np.ndarray, " some"]) -> "Plan":
+        """Return some of the points, in the order given."""
+        return Plan(
+            view=self.view,
+            points=self.points.part(chosen),
+            parameters=self.parameters[chosen],
+            partner_parameters=self.partner_parameters[chosen],
+        )
+
+    def asked(self) -> Iterator[prefetch.Asked]:
+        """Yield which views it shows: those of its samples, then those of partners if there are any."""
+        yield prefetch.Asked(self.points.index, self.parameters)
+        if len(where := np.flatnonzero(self.points.partner >= 0)):
+            yield prefetch.Asked(self.points.partner[where], self.partner_parameters[where])
+
+
+def plan_epoch(source: Source, epoch: int, points: Points) -> Plan:
+    """Return the points of an epoch with the parameters of the view it uses; a pure function of its arguments."""
+    view, partner = source.view_of(epoch), points.partner
+    parameters = rules.parameters(source.rule, points.index, view)
     partner_parameters = np.zeros_like(parameters)
-    mixed = chosen.partner >= 0
-    partner_parameters[mixed] = rules.parameters(source.rule, chosen.partner[mixed], view)
-    return Epoch(view=view, parameters=parameters, partner_parameters=partner_parameters, **vars(chosen))
+    partner_parameters[partner >= 0] = rules.parameters(source.rule, partner[partner >= 0], view)
+    return Plan(view=view, points=points, parameters=parameters, partner_parameters=partner_parameters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostBatches:
+    """Batches made on the host, one after the other, and copied to the device."""
+
+    source: Source
+    sampler: Sampler
+    device: torch.device = CPU
+    workers: int | None = None
+    """threads that make views ahead where that pays, as for `prefetch.shown`"""
+    group: Group = ALONE
+    """of several processes each makes its share of every batch, and loads the teacher's outputs of that alone, unless
+    all epochs have the same view"""
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """Yield an epoch's batches from number `start` on; the last may be smaller; the same arguments, the same bytes.
+
+        What they need of the next epoch is fetched ahead, as far as it is known.
+        """
+        source = self.source
+        points, parts = self._mine(number)
+        plan = plan_epoch(source, number, points)
+        if self.group.world == 1 or source.views == 1:
+            source.prepare(number)
+        else:
+            foreseen = number + 1 != source.stop and not self.sampler.scheme.values
+            source.prepare(number, points, self._mine(number + 1)[0] if foreseen else None)
+        planned = source.targets.plan(points.index) if isinstance(source.targets, StoredTargets) else None
+        parts = parts[start:]
+        asked = (one for part in parts for one in plan.part(part.mine).asked())
+        with ExitStack() as held:
+            shown = None
+            if prefetch.pays(source.data.train, source.rule):
+                ahead = prefetch.shown(source.data.train, source.rule, asked, self.device, self.workers)
+                shown = held.enter_context(closing(ahead))
+            for part in parts:
+                rows = None if planned is None else (planned, part.mine)
+                batch = make_batch(source, plan.part(part.mine), self.device, rows, shown)
+                yield batch if self.group.world == 1 else replace(batch, shared=part.shared, idle=part.idle)
+
+    def _mine(self, epoch: int) -> tuple[Points, list[Any]]:
+        """Return this process's points of an epoch, and which of them each batch takes."""
+        points = self.sampler.points(epoch)
+        size = self.sampler.optimizer.batch_size
+        mine, parts = deal(len(points), size, self.group.rank, self.group.world)
+        return points.part(mine), parts
 
 
 def iterate(
@@ -207,104 +339,70 @@ def iterate(
     seed: int = 0,
     device: torch.device = CPU,
     start: int = 0,
-    drawn: Draw | None = None,
     workers: int | None = None,
-    rank: int = 0,
-    world: int = 1,
-    later: Draw | None = None,
 ) -> Iterator[Batch]:
-    """Yield the batches of one epoch; the last may be smaller; the same arguments yield the same bytes.
-
-    Arguments:
-        start: number of the first batch, to continue inside an epoch.
-        drawn: the points it visits, as for `plan_epoch`.
-        workers: threads that make views ahead where that pays, as for `prefetch.shown`.
-        rank, world: yield only points rank, rank + world, ... of each batch, as one of so many processes; the teacher's
-            outputs of these alone are loaded, unless all epochs have the same view.
-        later: this one of several processes' points of the next epoch, to be fetched ahead, if they are known.
-    """
-    every = sampling.everything(source.manifest, seed, epoch) if drawn is None else drawn
-    mine, parts = processes.deal(len(every.index), batch_size, rank, world)
-    own = every.part(mine)
-    plan = plan_epoch(source, epoch, seed, own)
-    if world == 1 or source.views == 1:
-        source.prepare(epoch)
-    else:
-        source.prepare(epoch, own, later)
-    planned = source.targets.plan(plan.index) if isinstance(source.targets, StoredTargets) else None
-    parts = parts[start:]
-    asked = (one for part in parts for one in _asked(plan, part.mine))
-    with ExitStack() as held:
-        shown = None
-        if prefetch.pays(source.data.train, source.rule):
-            shown = held.enter_context(closing(prefetch.shown(source.data.train, source.rule, asked, device, workers)))
-        for part in parts:
-            batch = make_batch(source, plan, part.mine, device, planned, shown)
-            yield batch if world == 1 else replace(batch, shared=part.shared, idle=part.idle)
+    """Yield the batches of one epoch over all points of the manifest, from number `start` on; see `HostBatches`."""
+    chosen = OptimizerSettings(batch_size=batch_size, seed=seed)
+    sampler = Sampler(manifest=source.manifest, optimizer=chosen)
+    return HostBatches(source=source, sampler=sampler, device=device, workers=workers).epoch(epoch, start)
 
 
 def make_batch(
     source: Source,
-    plan: Epoch,
-    part: slice,
-    device: torch.device,
-    planned: PlannedRows | None = None,
+    plan: Plan,
+    device: torch.device = CPU,
+    planned: tuple[PlannedRows, slice] | None = None,
     shown: Iterator[Tensor] | None = None,
 ) -> Batch:
-    """Return one slice of an epoch as a batch on the device.
+    """Return the points of a plan as a batch on the device.
 
-    `planned` are the teacher's rows of its samples, `shown` gives their views, then those of partners if there are any.
+    `planned` are the teacher's rows of an epoch and the slice of it that this is; `shown` gives the views.
     """
-    index, partner = plan.index[part], plan.partner[part]
-    where = np.flatnonzero(partner >= 0)
-    labels = source.data.train.labels
-    epsilon = torch.from_numpy(plan.epsilon[part]).to(device)
-    seen = shown or (_view(source, *one, device) for one in _asked(plan, part))
-    pixels = next(seen)
-    if len(where):
-        other = next(seen)
-        spot = torch.from_numpy(where).to(device)
-        pixels[spot] = mix_pixels(pixels[spot], other, epsilon[spot], source.mixing.mix)
+    points, temperature = plan.points, source.mixing.temperature
+    seen = shown or (rules.show(source.rule, source.data.train.images(i), p, device) for i, p in plan.asked())
     if planned is not None:
-        own = planned.gather(part, source.mixing.temperature, device)
+        rows, part = planned
+        own = rows.gather(part, temperature, device)
     else:
-        own = {} if source.targets is None else source.targets.gather(index, source.mixing.temperature, device)
-    probabilities, knowledge = _taught(source, own, index, partner, where, epsilon, device)
-    return Batch(
-        index=torch.from_numpy(index).to(device),
-        pixels=pixels,
-        labels=torch.from_numpy(labels[index]).to(device),
-        partner_labels=torch.from_numpy(labels[np.where(partner >= 0, partner, index)]).to(device),
-        mixed=torch.from_numpy(partner >= 0).to(device),
-        epsilon=epsilon,
-        weight=torch.from_numpy(plan.weight[part]).to(device),
-        probabilities=probabilities,
-        knowledge=knowledge,
+        own = {} if source.targets is None else source.targets.gather(points.index, temperature, device)
+    labels, is_mixed = source.data.train.labels, points.partner >= 0
+    plain = Batch(
+        index=torch.from_numpy(points.index).to(device),
+        pixels=next(seen),
+        labels=torch.from_numpy(labels[points.index]).to(device),
+        partner_labels=torch.from_numpy(labels[np.where(is_mixed, points.partner, points.index)]).to(device),
+        mixed=torch.from_numpy(is_mixed).to(device),
+        epsilon=torch.from_numpy(points.epsilon).to(device),
+        weight=torch.from_numpy(points.weight).to(device),
+        knowledge=own,
     )
+    where = np.flatnonzero(is_mixed)
+    return mix_in(plain, _partners(source, points, where, next(seen), device) if len(where) else None, source.mixing)
+
+
+def _partners(
+    source: Source, points: Points, where: Int64[np.ndarray, " some"], pixels: Tensor, device: torch.device
+) -> Partners:
+    """Return what is mixed into the points numbered `where`, whose partners' views are `pixels`."""
+    temperature, other, asked = source.mixing.temperature, {}, None
+    if source.requeried is not None:
+        asked = source.requeried.gather(points.index[where], temperature, device)
+    elif source.targets is not None and source.mixing.target != "keep":
+        other = source.targets.gather(points.partner[where], temperature, device)
+    return Partners(rows=torch.from_numpy(where).to(device), pixels=pixels, knowledge=other, asked=asked)
 
 
 def mixed_views(
     source: Source, rows: Int64[np.ndarray, " batch"], view: int, device: torch.device
 ) -> Float32[Tensor, "batch c h w"]:
     """Return the mixed images of the manifest's given K_Aug rows in one view, as the student will see them."""
-    index, partner = source.manifest.index[rows], source.manifest.partner[rows]
-    kept = _view(source, index, rules.parameters(source.rule, index, view), device)
-    dropped = _view(source, partner, rules.parameters(source.rule, partner, view), device)
+    images, kept, dropped = source.data.train, source.manifest.index[rows], source.manifest.partner[rows]
+    pixels, others = (
+        rules.show(source.rule, images.images(index), rules.parameters(source.rule, index, view), device)
+        for index in (kept, dropped)
+    )
     epsilon = torch.from_numpy(source.manifest.epsilon[rows]).to(device)
-    return mix_pixels(kept, dropped, epsilon, source.mixing.mix)
-
-
-def needed_rows(manifest: Manifest, requeried: bool = False) -> Int64[np.ndarray, " rows"]:
-    """Return the samples whose knowledge a stage reads: kept and partners, ascending, each once.
-
-    Where the teacher was asked again about the mixes, no partner's own knowledge is needed.
-    """
-    if requeried:
-        return manifest.index
-    needed = np.zeros(manifest.count, bool)
-    needed[manifest.index] = True
-    needed[manifest.partner[manifest.mixed]] = True
-    return np.flatnonzero(needed)
+    return mix_pixels(pixels, others, epsilon, source.mixing.mix)
 
 
 class KnowledgePoints(TorchDataset[dict[str, Any]]):
@@ -315,95 +413,24 @@ class KnowledgePoints(TorchDataset[dict[str, Any]]):
     """
 
     def __init__(self, source: Source, *, seed: int = 0) -> None:
-        self._source, self._seed = source, seed
+        self._source = source
+        self._sampler = Sampler(manifest=source.manifest, optimizer=OptimizerSettings(seed=seed))
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int, drawn: Draw | None = None) -> None:
-        """Select the epoch whose order and view the items have, and its points, as for `plan_epoch`."""
-        self._plan = plan_epoch(self._source, epoch, self._seed, drawn)
+    def set_epoch(self, epoch: int) -> None:
+        """Select the epoch whose order and view the items have."""
+        self._plan = plan_epoch(self._source, epoch, self._sampler.points(epoch))
         self._source.prepare(epoch)
 
     def __len__(self) -> int:
-        return len(self._plan.index)
+        return len(self._plan.points)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         return self.__getitems__([number])[0]
 
     def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
         """Return several items with one gather; torch's DataLoader calls this when it exists."""
-        plan, chosen = self._plan, np.asarray(numbers)
-        picked = Epoch(view=plan.view, **{key: value[chosen] for key, value in vars(plan).items() if key != "view"})
-        batch = make_batch(self._source, picked, slice(None), CPU)
-        return [_item(batch, row) for row in range(len(numbers))]
-
-
-def _item(batch: Batch, row: int) -> dict[str, Any]:
-    item = {name: value[row] for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    return item | {f"teacher_{name}": value[row] for name, value in batch.knowledge.items()}
-
-
-def _asked(plan: Epoch, part: slice) -> Iterator[prefetch.Asked]:
-    """Yield which views a slice of an epoch shows: those of its samples, then those of partners if there are any."""
-    yield prefetch.Asked(plan.index[part], plan.parameters[part])
-    partner = plan.partner[part]
-    if len(where := np.flatnonzero(partner >= 0)):
-        yield prefetch.Asked(partner[where], plan.partner_parameters[part][where])
-
-
-def _view(source: Source, index: np.ndarray, parameters: np.ndarray, device: torch.device) -> Tensor:
-    return rules.show(source.rule, source.data.train.images(index), parameters, device)
-
-
-def _taught(
-    source: Source,
-    own: dict[str, Tensor],
-    index: np.ndarray,
-    partner: np.ndarray,
-    where: np.ndarray,
-    epsilon: Tensor,
-    device: torch.device,
-) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Return the target probabilities and all fields of a batch, mixed where a point has a partner.
-
-    `own` are the fields of the points themselves, which this may change.
-    """
-    if source.targets is None:
-        return None, {}
-    temperature = source.mixing.temperature
-    probabilities = (own["logits"] / temperature).softmax(1) if "logits" in own else None
-    if not len(where):
-        return probabilities, own
-    spot = torch.from_numpy(where).to(device)
-    if source.requeried is not None:
-        seen = source.requeried.gather(index[where], temperature, device)
-        if probabilities is not None:
-            probabilities[spot] = (seen["logits"] / temperature).softmax(1)
-        return probabilities, {name: _put(own[name], spot, seen[name]) for name in own}
-    return _mixed_in(source, own, probabilities, partner[where], where, epsilon[spot], device)
-
-
-def _mixed_in(
-    source: Source,
-    own: dict[str, Tensor],
-    probabilities: Tensor | None,
-    partner: np.ndarray,
-    where: np.ndarray,
-    share: Tensor,
-    device: torch.device,
-) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Mix the outputs on partners into those of some points of a batch."""
-    assert source.targets is not None
-    rule, temperature = source.mixing.target, source.mixing.temperature
-    spot = torch.from_numpy(where).to(device)
-    other = source.targets.gather(partner, temperature, device)
-    if probabilities is not None:
-        probabilities[spot] = mix_probabilities(own["logits"][spot], other["logits"], share, rule, temperature)
-    if rule == "keep":
-        return probabilities, own
-    mixed = {name: fields.mix(name, own[name][spot], other[name], share) for name in own}
-    return probabilities, {name: _put(own[name], spot, mixed[name]) for name in own}
-
-
-def _put(target: Tensor, spot: Tensor, value: Tensor) -> Tensor:
-    target[spot] = value
-    return target
+        batch = make_batch(self._source, self._plan.part(np.asarray(numbers)))
+        rows = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+        rows |= {f"teacher_{name}": value for name, value in batch.knowledge.items()}
+        return [{name: value[row] for name, value in rows.items()} for row in range(len(numbers))]

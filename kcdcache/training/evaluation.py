@@ -1,10 +1,9 @@
-"""Accuracy, agreement with the teacher, and calibration."""
+"""Accuracy, agreement with the teacher, calibration; and what a finished student made of wrong labels (fidelity)."""
 
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +17,8 @@ from kcdcache.data.label_noise import frequent
 from kcdcache.errors import MismatchError
 from kcdcache.methods.losses import cross_entropy
 from kcdcache.networks import registry
-from kcdcache.networks.input_transform import InputTransform, resolve_device, transform_from
+from kcdcache.networks.input_transform import InputTransform, transform_from
 from kcdcache.networks.weights import load_into, load_network
-from kcdcache.runs import state
 from kcdcache.runs.folder import RunFolder
 from kcdcache.settings import TrainSettings
 from kcdcache.store import identity
@@ -30,39 +28,44 @@ from kcdcache.views import prefetch, rules
 
 BATCH = 512
 
+Labels = Int64[np.ndarray, " n"]
+Marks = Bool[np.ndarray, " n"]
+
+
+def first_views(
+    split: Split, rule: rules.ViewRule, device: torch.device, workers: int | None = None
+) -> Iterator[Float[Tensor, "batch c h w"]]:
+    """Yield view 0 of every sample of a split, batch by batch, on the device; `workers` is as for `prefetch.shown`.
+
+    For measurements on test images the rule should be `rules.plain` of the training rule: no augmentation.
+    """
+    blocks = (np.arange(low, min(low + BATCH, len(split))) for low in range(0, len(split), BATCH))
+    asked = (prefetch.Asked(block, rules.parameters(rule, block, 0)) for block in blocks)
+    if prefetch.pays(split, rule):
+        yield from prefetch.shown(split, rule, asked, device, workers)
+        return
+    yield from (rules.show(rule, split.images(index), parameters, device) for index, parameters in asked)
+
+
+def first_views_held(held: rules.HeldImages) -> Iterator[Float[Tensor, "batch c h w"]]:
+    """Yield what `first_views` does, of images that lie on the device."""
+    every = held.parameters(0)
+    for block in torch.arange(len(held), device=every.device).split(BATCH):
+        yield held.views(block, every)
+
 
 def predict(
-    network: nn.Module,
-    transform: InputTransform,
-    split: Split,
-    rule: rules.ViewRule,
-    device: torch.device,
-    held: rules.HeldImages | None = None,
-    workers: int | None = None,
+    network: nn.Module, transform: InputTransform, views: Iterable[Float[Tensor, "batch c h w"]]
 ) -> Float[Tensor, "n classes"]:
-    """Return the logits of every sample of a split, in eval mode, in float32, on the device.
-
-    `rule` should be `views.plain` of the training rule: no augmentation. `held` are the split's images by that rule if
-    they lie on the device already; else `workers` is as for `prefetch.shown`.
-    """
+    """Return the logits of some views, in eval mode, in float32, on the device."""
     with _evaluating(network):
-        shown = _shown(split, rule, device, held, workers)
-        return torch.cat([network(transform(pixels)).float() for pixels in shown])
+        return torch.cat([network(transform(pixels)).float() for pixels in views])
 
 
-def guesses(
-    network: nn.Module,
-    transform: InputTransform,
-    split: Split,
-    rule: rules.ViewRule,
-    device: torch.device,
-    workers: int | None = None,
-) -> Int64[np.ndarray, " n"]:
-    """Return the class that a network names for view 0 of every sample, in eval mode, in float32."""
+def guesses(network: nn.Module, transform: InputTransform, views: Iterable[Float[Tensor, "batch c h w"]]) -> Labels:
+    """Return the class that a network names for each view, in eval mode, in float32."""
     with _evaluating(network):
-        shown = _shown(split, rule, device, None, workers)
-        found = [network(transform(pixels)).float().argmax(1).cpu() for pixels in shown]
-    return torch.cat(found).numpy()
+        return torch.cat([network(transform(pixels)).float().argmax(1).cpu() for pixels in views]).numpy()
 
 
 @contextmanager
@@ -81,9 +84,9 @@ def accuracy(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"]) -> f
     return float((logits.argmax(1) == labels).double().mean())
 
 
-def agreement(logits: Float[Tensor, "n classes"], others: Float[Tensor, "n classes"]) -> float:
-    """Return the share of samples on which two networks name the same class, in [0, 1]."""
-    return float((logits.argmax(1) == others.argmax(1)).double().mean())
+def agreement(guess: Labels, others: Labels) -> float | None:
+    """Return the share of samples of which two networks name the same class, in [0, 1]; None of no sample."""
+    return _share(guess == others)
 
 
 def calibration_error(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"], bins: int = 15) -> float:
@@ -98,47 +101,17 @@ def calibration_error(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " 
     return float(gaps.abs().sum() / len(labels))
 
 
-def measure(
-    network: nn.Module,
-    transform: InputTransform,
-    split: Split,
-    rule: rules.ViewRule,
-    device: torch.device,
-    held: rules.HeldImages | None = None,
-    workers: int | None = None,
-) -> dict[str, float]:
+def measure(logits: Float[Tensor, "n classes"], labels: Int64[np.ndarray, " n"]) -> dict[str, float]:
     """Return test accuracy in [0, 1], mean cross-entropy in nats, and expected calibration error in [0, 1]."""
-    logits = predict(network, transform, split, rule, device, held, workers)
-    labels = torch.from_numpy(split.labels).to(device)
+    known = torch.from_numpy(labels).to(logits.device)
     return {
-        "test_accuracy": accuracy(logits, labels),
-        "test_loss": float(cross_entropy(logits, labels).double().mean()),
-        "test_calibration_error": calibration_error(logits, labels),
+        "test_accuracy": accuracy(logits, known),
+        "test_loss": float(cross_entropy(logits, known).double().mean()),
+        "test_calibration_error": calibration_error(logits, known),
     }
 
 
-def _shown(
-    split: Split, rule: rules.ViewRule, device: torch.device, held: rules.HeldImages | None, workers: int | None
-) -> Iterator[Tensor]:
-    blocks = [torch.arange(low, min(low + BATCH, len(split))) for low in range(0, len(split), BATCH)]
-    if held is not None:
-        every = held.parameters(0)
-        yield from (held.views(block.to(device), every) for block in blocks)
-        return
-    asked = (prefetch.Asked(block.numpy(), rules.parameters(rule, block.numpy(), 0)) for block in blocks)
-    if prefetch.pays(split, rule):
-        yield from prefetch.shown(split, rule, asked, device, workers)
-        return
-    yield from (rules.show(rule, split.images(index), parameters, device) for index, parameters in asked)
-
-
-logger = logging.getLogger(__name__)
-
-Labels = Int64[np.ndarray, " n"]
-Marks = Bool[np.ndarray, " n"]
-
-
-def wanted(settings: TrainSettings, data: Dataset, knowledge: Store) -> bool:
+def fidelity_wanted(settings: TrainSettings, data: Dataset, knowledge: Store) -> bool:
     """Return whether a run is measured on its training samples: asked for, or `auto` and its data are corrupted.
 
     An exported set holds neither all samples nor their true labels: runs on one are not.
@@ -161,25 +134,15 @@ def require_own(teacher: Teacher, knowledge: Store) -> None:
         )
 
 
-@runtime_checkable
-class Learned(Protocol):
-    """What a student learned from."""
-
-    @property
-    def data(self) -> Dataset:
-        """Its images and labels."""
-
-    @property
-    def knowledge(self) -> Store:
-        """The teacher's outputs on them."""
-
-    @property
-    def teacher(self) -> Teacher | None:
-        """The teacher itself, if it is at hand."""
-
-
-def of_run(settings: TrainSettings, material: Learned, folder: RunFolder, device: torch.device) -> dict[str, Any]:
-    """Return what a run's summary says of its data, and of its student on the training samples if that is `wanted`.
+def fidelity(
+    settings: TrainSettings,
+    data: Dataset,
+    knowledge: Store,
+    teacher: Teacher | None,
+    folder: RunFolder,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Return what a run's summary says of its data, and of its student on the training samples if that is wanted.
 
     One forward pass, in eval mode, of the saved student over view 0 of every training sample, the images that the
     store's first outputs belong to, and one over the test split; of the teacher, if at hand, one over the latter.
@@ -189,41 +152,28 @@ def of_run(settings: TrainSettings, material: Learned, folder: RunFolder, device
     `accuracy_train`: the given label is named. `accuracy_true`: the true one. `accuracy_right`: of samples whose label
     is right. `memorised`, `recovered`: of samples whose label is wrong, the given one and the true one is named. The
     same of the teacher begins with `teacher_`. `accuracy_frequent`, `accuracy_rare`: of test images of the classes that
-    have most training samples (see `corruption.frequent`) and of the others.
+    have most training samples (see `label_noise.frequent`) and of the others.
 
-    `sets` tells of every stage what `screening.per_set` does.
+    `sets` says of every stage what `compare.per_set` does.
     """
-    data, knowledge = material.data, material.knowledge
     source = identity.read_origin(knowledge.path)
     found = (source.told(knowledge.knowledge.data.digest) if source else {}) | data.corrupted()
-    if not wanted(settings, data, knowledge):
+    if not fidelity_wanted(settings, data, knowledge):
         return found
     network = _saved(settings, data, folder, device)
-    shown = rules.rule_of(knowledge.knowledge.views)
+    rule = rules.rule_of(knowledge.knowledge.views)
     usable = np.setdiff1d(np.arange(len(data.train)), knowledge.skipped)
-    ours = guesses(*network, data.train, shown, device, settings.workers)[usable]
+    ours = guesses(*network, first_views(data.train, rule, device, settings.workers))[usable]
     found |= _on_train(ours, data.train, usable)
     if "logits" in knowledge.fields:
         theirs = knowledge.read("logits", 0, usable).argmax(1)
-        found["agreement_train"] = _share(ours == theirs)
+        found["agreement_train"] = agreement(ours, theirs)
         found |= {f"teacher_{name}": value for name, value in _on_train(theirs, data.train, usable).items()}
-    found |= _on_test(network, data, rules.plain(shown), device, settings.workers, material.teacher)
+    if teacher is not None or data.corruption.gamma is not None:
+        pairs = [network] if teacher is None else [network, (teacher.module, teacher.transform)]
+        shown = rules.plain(rule)
+        found |= _on_test(data, *(guesses(*p, first_views(data.test, shown, device, settings.workers)) for p in pairs))
     return found | {"sets": _sets(data, folder)} if data.corruption else found
-
-
-def asked_later(
-    settings: TrainSettings, material: Learned, folder: RunFolder, device: str, may_write: bool
-) -> dict[str, Any]:
-    """Return a finished run's summary, after measuring what is asked for now and was not then."""
-    summary = state.read_summary(folder.path)
-    if not may_write:
-        return summary
-    sought = {"accuracy_train"} | ({"agreement_test"} if material.teacher is not None else set())
-    if not wanted(settings, material.data, material.knowledge) or sought <= set(summary):
-        return summary
-    logger.info("train: measuring the finished student in %s", folder.path)
-    state.write_summary(folder, summary | of_run(settings, material, folder, resolve_device(device)))
-    return state.read_summary(folder.path)
 
 
 def mislabelled(split: Split) -> Marks | None:
@@ -231,15 +181,9 @@ def mislabelled(split: Split) -> Marks | None:
     return None if split.clean_labels is None else split.labels != split.clean_labels
 
 
-def rare(data: Dataset) -> Marks | None:
-    """Return which training samples truly are of a rare class; None where no class was thinned out."""
-    if data.corruption.gamma is None or data.train.clean_labels is None:
-        return None
-    sizes = np.bincount(data.train.clean_labels, minlength=len(data.classes))
-    return ~frequent(sizes)[data.train.clean_labels]
-
-
-def _saved(settings: TrainSettings, data: Dataset, folder: RunFolder, device: torch.device) -> tuple[Any, Any]:
+def _saved(
+    settings: TrainSettings, data: Dataset, folder: RunFolder, device: torch.device
+) -> tuple[nn.Module, InputTransform]:
     """Return the run's student and its input transform, as they lie on disk: a resumed run measures the same."""
     document, state = load_network(folder.path, "student")
     network = registry.build(settings.student, len(data.classes), channels=len(data.mean))
@@ -264,38 +208,33 @@ def _on_train(guess: Labels, split: Split, usable: Labels) -> dict[str, float | 
     }
 
 
-def _on_test(
-    network: tuple[Any, Any],
-    data: Dataset,
-    plain: rules.ViewRule,
-    device: torch.device,
-    workers: int | None,
-    teacher: Teacher | None,
-) -> dict[str, float | None]:
+def _on_test(data: Dataset, guess: Labels, theirs: Labels | None = None) -> dict[str, float | None]:
+    """Return how student and teacher do on test images, from the classes they name."""
     found: dict[str, float | None] = {}
-    if teacher is None and data.corruption.gamma is None:
-        return found
-    guess = guesses(*network, data.test, plain, device, workers)
-    if teacher is not None:
-        theirs = guesses(teacher.module, teacher.transform, data.test, plain, device, workers)
-        found |= {"agreement_test": _share(guess == theirs), "teacher_accuracy": _share(theirs == data.test.labels)}
-    if data.corruption.gamma is not None and data.train.clean_labels is not None:
-        often = frequent(np.bincount(data.train.clean_labels, minlength=len(data.classes)))[data.test.labels]
-        right = guess == data.test.labels
-        found |= {"accuracy_frequent": _share(right[often]), "accuracy_rare": _share(right[~often])}
+    if theirs is not None:
+        found |= {"agreement_test": agreement(guess, theirs), "teacher_accuracy": _share(theirs == data.test.labels)}
+    if (often := _frequent(data)) is not None:
+        right, of_frequent = guess == data.test.labels, often[data.test.labels]
+        found |= {"accuracy_frequent": _share(right[of_frequent]), "accuracy_rare": _share(right[~of_frequent])}
     return found
+
+
+def _frequent(data: Dataset) -> Marks | None:
+    """Return which classes have most training samples; None where none was thinned out."""
+    if data.corruption.gamma is None or data.train.clean_labels is None:
+        return None
+    return frequent(np.bincount(data.train.clean_labels, minlength=len(data.classes)))
 
 
 def _sets(data: Dataset, folder: RunFolder) -> list[Mapping[str, Any]]:
     """Return what became of wrong labels and rare classes in each of a run's sets, in order."""
-    marked = mislabelled(data.train)
+    marked, often = mislabelled(data.train), _frequent(data)
     wrong = marked if marked is not None and marked.any() else None
+    rare = None if often is None else ~often[data.train.clean_labels]
     numbers = sorted(int(path.parent.name) for path in folder.path.glob("stages/*/manifest.parquet"))
     return [
-        compare.per_set(
-            manifest.read(folder.manifest(number)), _value(folder.stage_values(number), data), wrong, rare(data)
-        )
-        for number in numbers
+        compare.per_set(manifest.read(folder.manifest(k)), _value(folder.stage_values(k), data), wrong, rare)
+        for k in numbers
     ]
 
 

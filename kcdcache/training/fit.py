@@ -15,8 +15,11 @@ from kcdcache.progress import Progress, silent
 from kcdcache.runs.folder import RunFolder
 from kcdcache.runs.state import outcome, read_summary, seconds_spent, session, start, write_summary
 from kcdcache.settings import FitSettings, MethodSettings
-from kcdcache.training import batches, device_batches, learner, loop
+from kcdcache.training import learner
+from kcdcache.training.batches import Source
+from kcdcache.training.loop import Loop
 from kcdcache.training.processes import ALONE, Group
+from kcdcache.training.sampling import Sampler
 from kcdcache.views import rules
 
 logger = logging.getLogger(__name__)
@@ -66,12 +69,25 @@ def run(
         if not group.first:
             use_threads(threads)
         group.wait()
-        pupil = learner.new_learner(model, data, settings, where, group=group)
-        loop.run(pupil, _task(pupil, data, settings), settings, folder, settings.epochs, progress)
+        weights = methods_registry.weights_of(MethodSettings(method="ce"), settings.label_smoothing)
+        pupil = learner.new_learner(model, data, settings, methods_registry.Loss(weights, {}), where, group=group)
+        source = _source(data, settings)
+        sampler = Sampler(manifest=source.manifest, optimizer=settings)
+        loop = Loop(
+            pupil, source, sampler, settings, folder, details=lambda epoch: {"view": source.view_of(epoch)},
+            progress=progress,
+        )  # fmt: skip
+        loop.run(settings.epochs)
         if group.first:
             _finish(pupil, data, settings, model, folder)
         group.wait()
     return read_summary(out)
+
+
+def _source(data: Dataset, settings: FitSettings) -> Source:
+    rule = rules.rule_from(settings, data.train.image_size)
+    whole = manifest.full(data.identity().digest, len(data.train), data.train.labels, len(data.classes))
+    return Source(data=data, rule=rule, views=rules.cycle(rule, settings.views), manifest=whole)
 
 
 def _finish(pupil: learner.Learner, data: Dataset, settings: FitSettings, model: str, folder: RunFolder) -> None:
@@ -85,18 +101,6 @@ def _finish(pupil: learner.Learner, data: Dataset, settings: FitSettings, model:
         **data.corrupted(),
     }
     with records.writing(folder.path, dict.fromkeys(("model.safetensors", "model.json"), records.Facts())):
-        told = {"accuracy": summary["accuracy_last"], "data": data.identity().digest}
-        learner.save(pupil, folder, "model", model, data, told)
+        extra = {"accuracy": summary["accuracy_last"], "data": data.identity().digest}
+        learner.save(pupil, folder, "model", model, data, extra)
     write_summary(folder, summary)
-
-
-def _task(pupil: learner.Learner, data: Dataset, settings: FitSettings) -> loop.Task:
-    rule = rules.rule_from(settings, data.train.image_size)
-    whole = manifest.full(data.identity().digest, len(data.train), data.train.labels, len(data.classes))
-    source = batches.Source(data=data, rule=rule, views=rules.cycle(rule, settings.views), manifest=whole)
-    weights = methods_registry.choose(MethodSettings(method="ce"), settings.label_smoothing).weights
-    return loop.Task(
-        **device_batches.supply(settings, source, pupil)._asdict(),
-        loss=methods_registry.loss_of(weights, None),
-        details=lambda epoch: {"view": source.view_of(epoch)},
-    )

@@ -1,6 +1,6 @@
-"""A network in training: weights, optimizer, value estimate, counters; all that a resumed run needs."""
+"""A network in training: weights, loss, optimizer, value estimate, counters; all that a resumed run needs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,49 +12,43 @@ from kcdcache.condense import values
 from kcdcache.data.datasets import Dataset
 from kcdcache.errors import SettingsError
 from kcdcache.methods.losses import entropy
-from kcdcache.methods.registry import Head
+from kcdcache.methods.registry import Loss
 from kcdcache.networks import registry, taps, weights
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.runs.folder import RunFolder
 from kcdcache.settings import MethodSettings, OptimizerSettings
 from kcdcache.teacher.fields import aggregated
+from kcdcache.training import optimizer
 from kcdcache.training.processes import ALONE, Group
 
-HEAD = "head."
-"""first word of the names of a method's own tensors"""
-_SENT = (torch.int64, torch.float32, torch.uint8)
-"""types in which processes tell each other index, observation and whether it is of a mixed point"""
 INPUT = "input"
 """tap of the transformed pixels"""
 
 
-@dataclass(kw_only=True)
 class ValueRecord:
-    """The online value estimate while a student learns, on its device; see `values`."""
+    """The online value estimate of every sample while a student learns, on its device; see `condense.values`."""
 
-    visits: Tensor
-    """int32 (N,)"""
-    value: Tensor
-    """float32 (N,)"""
-    rule: str = "mean"
-    decay: float = 0.9
-    mixed_too: bool = True
-    """whether what is measured on a mixed point counts for the kept one"""
-    observed: str = "entropy"
-    """'entropy' of each sample's prediction (Eq. 7), or its 'loss'"""
-    start: dict[str, Tensor] | None = None
-    """visits and value at the start of the epoch, where its points are chosen by them"""
-    pending: list[tuple[Tensor, Tensor, Tensor]] | None = None
-    """what this one of several processes saw since they last told each other: index, observation, mixed"""
+    def __init__(self, count: int, settings: MethodSettings, device: torch.device, *, starts: bool = False) -> None:
+        """Know nothing of `count` samples; `starts`: note where each epoch starts, for who chooses points by that."""
+        self.visits = torch.zeros(count, dtype=torch.int32, device=device)
+        self.value = torch.zeros(count, dtype=torch.float32, device=device)
+        self.start = {"visits": self.visits.clone(), "value": self.value.clone()} if starts else None
+        self.pending: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        """what this one of several processes saw since they last joined it: index, observation, mixed"""
+        self._settings = settings
 
     def begin_epoch(self) -> None:
         """Note where the epoch starts, if its points are chosen by it."""
         if self.start is not None:
             self.start = {"visits": self.visits.clone(), "value": self.value.clone()}
 
-    def started(self) -> values.Values | None:
+    def at_start(self) -> values.Values | None:
         """Return the values at the epoch's start, None where nobody asks for them."""
         return None if self.start is None else values.Values(**{k: v.cpu().numpy() for k, v in self.start.items()})
+
+    def now(self) -> values.Values:
+        """Return the values as they are."""
+        return values.Values(visits=self.visits.cpu().numpy(), value=self.value.cpu().numpy())
 
     def observe(
         self,
@@ -64,13 +58,13 @@ class ValueRecord:
         mixed: Bool[Tensor, " batch"],
     ) -> None:
         """Fold in what a step showed of each sample; no extra forward pass and no host sync (Eq. 7, 12)."""
-        seen = entropy(logits) if self.observed == "entropy" else loss.float()
+        seen = entropy(logits) if self._settings.observed == "entropy" else loss.float()
         if self.pending is None:
             self._fold(index, seen, mixed)
         else:
             self.pending.append((index, seen, mixed))
 
-    def settle(self, group: Group) -> None:
+    def join(self, group: Group) -> None:
         """Fold in what all processes saw, the same in each; of one process alone nothing is left to do.
 
         A sample is visited at most once an epoch, so the result is that of one process with the same observations.
@@ -78,15 +72,14 @@ class ValueRecord:
         if self.pending is None:
             return
         nothing = (self.visits[:0].long(), self.value[:0], self.visits[:0].bool())
-        mine = [torch.cat(parts) for parts in zip(nothing, *self.pending, strict=True)]
-        index, seen, mixed = (group.joined(part.to(kind)) for part, kind in zip(mine, _SENT, strict=True))
-        self._fold(index, seen, mixed.bool())
+        index, seen, mixed = (torch.cat(parts) for parts in zip(nothing, *self.pending, strict=True))
+        self._fold(group.joined(index), group.joined(seen.float()), group.joined(mixed.byte()).bool())
         self.pending.clear()
 
     def _fold(self, index: Int64[Tensor, " rows"], seen: Float[Tensor, " rows"], mixed: Bool[Tensor, " rows"]) -> None:
         visits, mean = self.visits[index], self.value[index]
-        new_visits, new_mean = values.observe(visits, mean, seen, self.rule, self.decay)
-        if not self.mixed_too:
+        new_visits, new_mean = values.observe(visits, mean, seen, self._settings.record, self._settings.record_decay)
+        if not self._settings.record_mixed:
             new_visits = torch.where(mixed, visits, new_visits)
             new_mean = torch.where(mixed, mean, new_mean)
         self.visits[index] = new_visits
@@ -99,11 +92,11 @@ class Learner:
 
     network: nn.Module
     transform: InputTransform
+    loss: Loss
+    """what it minimises; its methods may train modules of their own beside the network"""
     optimizer: torch.optim.Optimizer
     device: torch.device
     record: ValueRecord | None = None
-    head: Head | None = None
-    """what its method trains beside it"""
     epoch: int = 0
     """number of finished epochs"""
     step: int = 0
@@ -120,13 +113,12 @@ class Learner:
     """the processes that train it"""
 
     def see(self, pixels: Float[Tensor, "batch channels h w"]) -> dict[str, Float[Tensor, "..."]]:
-        """Return the logits of pixels in [0, 1], and the values that its method reads, in float32.
+        """Return the logits of pixels in [0, 1], and the values that its loss reads, in float32.
 
         The tap `input` is what the network itself is given: the transformed pixels. A tap `filters:STAGE` is no value
         of a sample but the profile of the stage's own filters.
         """
-        inputs = self.transform(pixels)
-        wanted = self.head.taps if self.head is not None else ()
+        inputs, wanted = self.transform(pixels), self.loss.taps
         given = {INPUT: inputs} if INPUT in wanted else {}
         if any(name.startswith(taps.FILTERS) for name in wanted):
             profiles = {f"{taps.FILTERS}{stage}": layers for stage, layers in taps.filters(self.network).items()}
@@ -137,29 +129,16 @@ class Learner:
         network = self.network if self.compiled is None else self.compiled
         return given | {"logits": network(inputs)}
 
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield all that is trained, by name."""
-        yield from self.network.named_parameters()
-        if self.head is not None:
-            for name, parameter in self.head.named_parameters():
-                yield f"{HEAD}{name}", parameter
-
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors that a resumed run needs."""
-        found = {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        if self.head is not None:
-            found |= {f"{HEAD}{name}": value for name, value in self.head.state_dict().items()}
-        for name, parameter in self.parameters():
-            momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if momentum is not None:
-                found[f"momentum.{name}"] = momentum
-        found |= {f"sum.{name}": value for name, value in self.sums.items()}
+        found = _named("network.", self.network.state_dict()) | _named("loss.", self.loss.state_dict())
+        found |= _named("optimizer.", optimizer.flattened(self.optimizer)[0]) | _named("sum.", self.sums)
         if self.record is not None:
             found |= {"record.visits": self.record.visits, "record.value": self.record.value}
-            found |= {f"start.{name}": value for name, value in (self.record.start or {}).items()}
+            found |= _named("start.", self.record.start or {})
         return found | self._generators()
 
-    def told(self) -> dict[str, Tensor]:
+    def of_processes(self) -> dict[str, Tensor]:
         """Return what a run resumed inside an epoch needs of all processes: a row of each, in all of them.
 
         These are the sums so far, since adding them up in another order would round differently, and the generators.
@@ -170,18 +149,14 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """Return the rest of what a resumed run needs, as JSON values."""
-        return {"epoch": self.epoch, "step": self.step, "samples": self.samples, "rows": self.rows}
+        rest = optimizer.flattened(self.optimizer)[1]
+        return {"epoch": self.epoch, "step": self.step, "samples": self.samples, "rows": self.rows, "optimizer": rest}
 
-    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Become what `tensors` and `state` describe."""
         self.network.load_state_dict(_section(tensors, "network."))
-        if self.head is not None:
-            self.head.load_state_dict(_section(tensors, HEAD))
-        momentum = _section(tensors, "momentum.")
-        for name, parameter in self.parameters():
-            if name in momentum:
-                kept = torch.empty_like(parameter).copy_(momentum[name])
-                self.optimizer.state[parameter]["momentum_buffer"] = kept
+        self.loss.load_state_dict(_section(tensors, "loss."))
+        optimizer.restore(self.optimizer, _section(tensors, "optimizer."), state["optimizer"])
         self.sums = {name: self._own_sum(rows).to(self.device) for name, rows in _section(tensors, "sum.").items()}
         if self.record is not None:
             self.record.visits = tensors["record.visits"].to(self.device)
@@ -203,7 +178,7 @@ class Learner:
         device = {"rng_device": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
         return {"rng": torch.get_rng_state(), **device}
 
-    def _draw_on(self, tensors: dict[str, Tensor]) -> None:
+    def _draw_on(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on drawing where this process stopped; one that was not there then begins its own sequence."""
         rows = tensors["rng"].view(-1, len(torch.get_rng_state()))
         place = self.group.rank if self.group.rank < len(rows) else 0
@@ -214,28 +189,13 @@ class Learner:
             torch.cuda.set_rng_state(tensors["rng_device"].view(len(rows), -1)[place].clone(), self.device)
 
 
-def make_optimizer(network: nn.Module, settings: OptimizerSettings, head: Head | None = None) -> torch.optim.SGD:
-    """Return SGD over all parameters, as CRD/RepDistiller and the paper use it; on a GPU in one kernel.
-
-    A method's own modules are trained as the student is.
-    """
-    return torch.optim.SGD(
-        [*network.parameters(), *(head.parameters() if head is not None else ())],
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        nesterov=settings.nesterov,
-        fused=True if next(network.parameters()).is_cuda else None,
-    )
-
-
 def new_learner(
     model: str,
     data: Dataset,
     settings: OptimizerSettings,
+    loss: Loss,
     device: torch.device,
     record: ValueRecord | None = None,
-    head: Head | None = None,
     group: Group = ALONE,
 ) -> Learner:
     """Return an untrained network on the device; its initial weights are a function of the seed alone.
@@ -243,31 +203,35 @@ def new_learner(
     Raises:
         SettingsError: there is no such network, or settings do not go with the method or with several processes.
     """
-    if settings.compile and head is not None and head.taps:
+    if settings.compile and loss.taps:
         raise SettingsError("--compile works with methods that read the student's logits alone; leave it out")
-    _require_shareable(settings, device, head, group)
+    _require_shareable(settings, device, loss, group)
     network = registry.build(model, len(data.classes), settings.seed, channels=len(data.mean))
     network = network.to(device).to(memory_format=torch.channels_last)  # 1.4-4.5 times faster on CPU
     if settings.sync_bn:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     if record is not None and group.world > 1:
         record.pending = []
-    transform = InputTransform(mean=data.mean, std=data.std)
-    head = None if head is None else head.to(device)
-    optimizer = make_optimizer(network, settings, head)
+    loss = loss.to(device)
     return Learner(
         network=network,
-        transform=transform,
-        optimizer=optimizer,
+        transform=InputTransform(mean=data.mean, std=data.std),
+        loss=loss,
+        optimizer=optimizer.make_optimizer([*network.parameters(), *loss.parameters()], settings),
         device=device,
         record=record,
-        head=head,
         compiled=torch.compile(network, dynamic=False) if settings.compile else None,
         group=group,
     )
 
 
-def _require_shareable(settings: OptimizerSettings, device: torch.device, head: Head | None, group: Group) -> None:
+def save(learner: Learner, folder: RunFolder, name: str, model: str, data: Dataset, extra: dict[str, Any]) -> None:
+    """Write the network as NAME.safetensors and NAME.json into the run's folder, loadable as a teacher or student."""
+    document = weights.describe_network(model, data.classes, len(data.mean), learner.transform, **extra)
+    weights.save_network(folder.path, name, learner.network, document)
+
+
+def _require_shareable(settings: OptimizerSettings, device: torch.device, loss: Loss, group: Group) -> None:
     """Do nothing if a run of these settings can be trained by a group.
 
     Raises:
@@ -288,32 +252,15 @@ def _require_shareable(settings: OptimizerSettings, device: torch.device, head: 
         raise SettingsError("--compile is for one process; leave it out under torchrun")
     if settings.resident == "on":
         raise SettingsError("--resident on is for one process; leave it out under torchrun")
-    if head is not None and (alone := head.alone):
+    if loss.alone:
         raise SettingsError(
-            f"{alone} keeps a memory of all samples, which processes do not share; train it in one process"
+            f"{loss.alone} keeps a memory of all samples, which processes do not share; train it in one process"
         )
 
 
-def new_record(count: int, device: torch.device, settings: MethodSettings, starts: bool = False) -> ValueRecord:
-    """Return an empty value record of `count` samples on the device; `starts`: it notes where each epoch starts."""
-    visits = torch.zeros(count, dtype=torch.int32, device=device)
-    value = torch.zeros(count, dtype=torch.float32, device=device)
-    return ValueRecord(
-        visits=visits,
-        value=value,
-        rule=settings.record,
-        decay=settings.record_decay,
-        mixed_too=settings.record_mixed,
-        observed=settings.observed,
-        start={"visits": visits.clone(), "value": value.clone()} if starts else None,
-    )
+def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value for name, value in tensors.items()}
 
 
-def save(learner: Learner, folder: RunFolder, name: str, model: str, data: Dataset, extra: dict[str, Any]) -> None:
-    """Write the network as NAME.safetensors and NAME.json into the run's folder, loadable as a teacher or student."""
-    document = weights.describe_network(model, data.classes, len(data.mean), learner.transform, **extra)
-    weights.save_network(folder.path, name, learner.network, document)
-
-
-def _section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _section(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,14 +1,14 @@
 """Train a student on one manifest (the M-step): checkpoints, metrics, values out; knows nothing of condensation."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kcdcache.condense import value_files, values
+from kcdcache.condense import schedule, value_files, values
 from kcdcache.condense.manifest import Manifest
+from kcdcache.condense.schedule import Stage
 from kcdcache.data.datasets import Dataset
 from kcdcache.files import records
 from kcdcache.methods import registry
@@ -19,76 +19,96 @@ from kcdcache.settings import TrainSettings
 from kcdcache.store import reader
 from kcdcache.store.identity import read_parameters
 from kcdcache.store.rows import StoredTargets
-from kcdcache.training import batches, device_batches, learner, loop, sampling
+from kcdcache.teacher.teacher import Teacher
+from kcdcache.training import batches, learner
+from kcdcache.training.learner import Learner, ValueRecord
+from kcdcache.training.loop import Loop
 from kcdcache.training.processes import ALONE, Group
+from kcdcache.training.sampling import Sampler, scheme_named
 
 GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lessons:
-    """What one stage learns from."""
+class Material:
+    """What a student learns from: open store, its data, and perhaps a given condensed set and the teacher itself."""
 
-    number: int
-    """the stage's number"""
-    start: int
-    """first epoch of the stage"""
-    stop: int
-    """first epoch after the stage"""
+    data: Dataset
+    knowledge: reader.Store
+    given: Manifest | None = None
+    """condensed set of an earlier run, or None for everything"""
+    teacher: Teacher | None = None
+    """needed for mix_target = requery, and to measure agreement on test images"""
+    requeried: tuple[Path, ...] = ()
+    """stores of the teacher's outputs on mixes, made before; used where they fit"""
+    baked: Path | None = None
+    """store of the targets of `given`'s mixes, made at the run's temperature; used instead of mixing"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One student's run while it goes on."""
+
+    settings: TrainSettings
+    material: Material
+    folder: RunFolder
+    device: torch.device
+    stages: tuple[Stage, ...]
     views: int
-    """cached views to cycle through"""
-    manifest: Manifest
-    requeried: Path | None = None
-    """store of the teacher's outputs on this manifest's mixes, if it was asked for them"""
+    """cached views the run cycles through: those of its beginning, should the store have grown since"""
+    fields: tuple[str, ...]
+    """the teacher's fields it reads"""
+    group: Group = ALONE
+    """the processes that train it; only the first of them writes"""
+    progress: Progress = silent
 
 
-def run_stage(
-    settings: TrainSettings,
-    lessons: Lessons,
-    *,
-    data: Dataset,
-    knowledge: reader.Store,
-    folder: RunFolder,
-    device: torch.device,
-    until: int,
-    clock: Sequence[float] | None = None,
-    group: Group = ALONE,
-    progress: Progress = silent,
-) -> learner.Learner:
-    """Train the run's student on one manifest until epoch `until` of its stage; return the learner.
+def run_stage(run: Run, stage: Stage, chosen: Manifest, mixes: Path | None, until: int) -> int:
+    """Train the run's student on a stage's manifest until epoch `until`; return how many epochs are finished.
 
-    Continues from the run's checkpoint. At the stop it writes the student's weights and the values, in the run's
-    folder and, at the end of the stage, in the stage's.
+    Continues from the run's checkpoint. `mixes` is the store of the teacher's outputs on the manifest's mixes, if it
+    was asked for them. At the stop it writes the student's weights and the values, in the run's folder and, at the end
+    of the stage, in the stage's.
 
     Raises:
         MismatchError: the store lacks a field the method needs.
         NonFiniteError: the loss diverged.
     """
-    count = knowledge.knowledge.data.count
-    record = learner.new_record(count, device, settings, sampling.scheme_named(settings.sampling).values)
-    choice = registry.choose(settings, settings.label_smoothing)
-    head = registry.make_head(choice, lambda: _pair(settings, lessons, knowledge, data))
-    pupil = learner.new_learner(settings.student, data, settings, device, record, head, group)
-    weights = choice.weights
+    settings, material = run.settings, run.material
+    weights = registry.weights_of(settings, settings.label_smoothing)
+    loss = registry.make_loss(weights, lambda: _pair(run, chosen))
+    count, starts = material.knowledge.knowledge.data.count, scheme_named(settings.sampling).values
+    record = ValueRecord(count, settings, run.device, starts=starts)
+    pupil = learner.new_learner(settings.student, material.data, settings, loss, run.device, record, run.group)
     connected = batches.connect(
-        data,
-        knowledge,
-        lessons.manifest,
-        fields=registry.needed_fields(choice, head),
+        material.data,
+        material.knowledge,
+        chosen,
+        fields=loss.fields,
         mixing=batches.Mixing(mix=settings.mix, target=settings.mix_target, temperature=weights.temperature),
-        requeried=None if lessons.requeried is None else reader.open(lessons.requeried),
+        requeried=None if mixes is None else reader.open(mixes),
         memory_bytes=settings.memory_gb * GIB,
-        folder=folder.scratch,
-        cached_views=lessons.views,
+        folder=run.folder.scratch,
+        cached_views=run.views,
     )
-    with connected as source:
-        stop = min(until, lessons.stop)
-        task = _task(settings, lessons, replace(source, stop=stop), pupil, choice, clock)
-        loop.run(pupil, task, settings, folder, stop, progress)
-    if group.first:
-        _write_results(settings, lessons, pupil, data, knowledge, folder)
-    group.wait()
-    return pupil
+    stop = min(until, stage.stop)
+    with connected as found:
+        source = replace(found, stop=stop)
+        loop = Loop(
+            pupil,
+            source,
+            Sampler(manifest=chosen, optimizer=settings, settings=settings, started=record.at_start),
+            settings,
+            run.folder,
+            details=lambda epoch: _details(run, stage, source, epoch),
+            clock=schedule.stretched(run.stages, settings.epochs).tolist() if settings.clock == "samples" else None,
+            progress=run.progress,
+        )
+        loop.run(stop)
+    if run.group.first:
+        _write_results(run, stage, pupil, record.now())
+    run.group.wait()
+    return pupil.epoch
 
 
 def views_used(start: int, stop: int, count: int) -> tuple[int, ...]:
@@ -100,67 +120,44 @@ def views_used(start: int, stop: int, count: int) -> tuple[int, ...]:
     return tuple(sorted({epoch % count for epoch in range(start, min(stop, start + count))}))
 
 
-def _pair(settings: TrainSettings, lessons: Lessons, knowledge: reader.Store, data: Dataset) -> Pair:
-    identity, kept = knowledge.knowledge, lessons.manifest.index
-    known = read_parameters(knowledge.path, identity)
-    smoothing = settings.label_smoothing
-    return registry.pair_of(settings, settings.student, identity, data, kept, settings.seed, known, smoothing)
-
-
-def _task(
-    settings: TrainSettings,
-    lessons: Lessons,
-    source: batches.Source,
-    pupil: learner.Learner,
-    choice: registry.Choice,
-    clock: Sequence[float] | None,
-) -> loop.Task:
-    assert pupil.record is not None
-    sampler = sampling.Sampler(
-        manifest=source.manifest, settings=settings, seed=settings.seed, epochs=settings.epochs,
-        batch_size=settings.batch_size, started=pupil.record.started,
+def _pair(run: Run, chosen: Manifest) -> Pair:
+    settings, data, knowledge = run.settings, run.material.data, run.material.knowledge
+    known = read_parameters(knowledge.path, knowledge.knowledge)
+    return registry.pair_of(
+        settings, settings.student, knowledge.knowledge, data, chosen.index, settings.seed, known,
+        settings.label_smoothing,
     )  # fmt: skip
-    return loop.Task(
-        **device_batches.supply(settings, source, pupil, sampler)._asdict(),
-        loss=registry.loss_of(choice.weights, pupil.head),
-        details=lambda epoch: {
-            "stage": lessons.number,
-            "view": source.view_of(epoch),
-            "kept": len(lessons.manifest.index),
-            "mixed": int(lessons.manifest.mixed.sum()),
-            **_rows_read(epoch, lessons, source, pupil.group),
-        },
-        clock=clock,
-    )
 
 
-def _rows_read(epoch: int, lessons: Lessons, source: batches.Source, group: Group) -> dict[str, Any]:
-    """Return the store rows, and the bytes of their chunk files, that an epoch's view took all processes, and each."""
+def _details(run: Run, stage: Stage, source: batches.Source, epoch: int) -> dict[str, Any]:
+    """Return what a row of metrics says of an epoch's points.
+
+    And the store rows, and the bytes of their chunk files, that its view took all processes, and each.
+    """
     held = [targets for targets in (source.targets, source.requeried) if isinstance(targets, StoredTargets)]
     # with one view, only the stage's first epoch reads
-    costs = [targets.cost for targets in held] if epoch == lessons.start or lessons.views > 1 else []
-    rows, size = (group.joined(torch.tensor([sum(one[place] for one in costs)])).tolist() for place in (0, 1))
-    found = {"rows_read": sum(rows), "bytes_read": sum(size)}
-    return found if group.world == 1 else found | {"rows_read_by_each": rows, "bytes_read_by_each": size}
+    costs = [targets.cost for targets in held] if epoch == stage.start or run.views > 1 else []
+    rows, size = (run.group.joined(torch.tensor([sum(one[k] for one in costs)])).tolist() for k in (0, 1))
+    found = {
+        "stage": stage.number,
+        "view": source.view_of(epoch),
+        "kept": len(source.manifest.index),
+        "mixed": int(source.manifest.mixed.sum()),
+        "rows_read": sum(rows),
+        "bytes_read": sum(size),
+    }
+    return found if run.group.world == 1 else found | {"rows_read_by_each": rows, "bytes_read_by_each": size}
 
 
-def _write_results(
-    settings: TrainSettings,
-    lessons: Lessons,
-    pupil: learner.Learner,
-    data: Dataset,
-    knowledge: reader.Store,
-    folder: RunFolder,
-) -> None:
-    assert pupil.record is not None
-    found = values.Values(visits=pupil.record.visits.cpu().numpy(), value=pupil.record.value.cpu().numpy())
-    document = {"knowledge_id": knowledge.knowledge_id, "student": settings.student, "epoch": pupil.epoch}
-    tables = [folder.values]
-    if pupil.epoch == lessons.stop:
-        tables.append(folder.stage_values(lessons.number))
+def _write_results(run: Run, stage: Stage, pupil: Learner, found: values.Values) -> None:
+    knowledge, student = run.material.knowledge, run.settings.student
+    document = {"knowledge_id": knowledge.knowledge_id, "student": student, "epoch": pupil.epoch}
+    tables = [run.folder.values]
+    if pupil.epoch == stage.stop:
+        tables.append(run.folder.stage_values(stage.number))
     facts = records.Facts(len(found.visits), values.fingerprint(found))
     made = dict.fromkeys(("student.safetensors", "student.json"), records.Facts())
-    with records.writing(folder.path, made | {folder.name_of(path): facts for path in tables}):
-        learner.save(pupil, folder, "student", settings.student, data, {"epoch": pupil.epoch})
+    with records.writing(run.folder.path, made | {run.folder.name_of(path): facts for path in tables}):
+        learner.save(pupil, run.folder, "student", student, run.material.data, {"epoch": pupil.epoch})
         for path in tables:
-            value_files.write(path, found, data.train.labels, document)
+            value_files.write(path, found, run.material.data.train.labels, document)

@@ -15,11 +15,12 @@ from measure import alternating, median, ratio, started, write
 from torch.nn import functional
 
 from kcdcache.condense import manifest
+from kcdcache.methods import registry as methods
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.settings import MethodSettings, OptimizerSettings
 from kcdcache.teacher import teacher
-from kcdcache.training import batches, device_batches, learner
+from kcdcache.training import batches, learner
 from kcdcache.views import rules
 
 PAIRS = (("resnet32x4", "resnet8x4"), ("wrn_40_2", "wrn_16_2"), ("resnet56", "resnet20"))
@@ -51,11 +52,10 @@ def settings_of(given):
 def run_of(given, source, student, method, name, values):
     """A run of one student; `values` says whether it records the value of every sample, as `train` does."""
     settings, dataset = settings_of(given), source.data
-    record = learner.new_record(len(dataset.train), CPU, MethodSettings()) if values else None
-    pupil = learner.new_learner(student, dataset, settings, CPU, record)
-    return Run(
-        pupil, source, settings, method, given.folder / "runs" / name, device_batches.supply(settings, source, pupil)
-    )
+    record = learner.ValueRecord(len(dataset.train), MethodSettings(), CPU) if values else None
+    loss = methods.Loss(methods.weights_of(MethodSettings(method=method)), {})
+    pupil = learner.new_learner(student, dataset, settings, loss, CPU, record)
+    return Run(pupil, source, settings, given.folder / "runs" / name)
 
 
 def connected(dataset, knowledge, chosen, fields=("logits",)):
@@ -145,7 +145,7 @@ def forward(given, name):
 def value_row(given, student):
     """Recording in every step and condensing once, of 50,000 samples in every epoch, against that epoch's steps."""
     count = 50_000
-    record = learner.new_record(count, CPU, MethodSettings())
+    record = learner.ValueRecord(count, MethodSettings(), CPU)
     index, mixed = torch.randperm(count)[: given.batch], torch.zeros(given.batch, dtype=torch.bool)
     logits = torch.randn(given.batch, 100)
     knowledge = store_of(images(count, side=1), given.folder / "store-values", 1)

@@ -3,18 +3,18 @@
 import numpy as np
 import torch
 
-from kcdcache import progress
 from kcdcache.condense import manifest, summary
 from kcdcache.condense.values import Values
 from kcdcache.data.datasets import Dataset
 from kcdcache.data.images import DecodedImages, Origins, Split
-from kcdcache.methods import registry
 from kcdcache.runs.folder import RunFolder
-from kcdcache.settings import CondenseSettings, MethodSettings, ViewSettings
+from kcdcache.settings import CondenseSettings, ViewSettings
 from kcdcache.store import encoding, reader, writer
 from kcdcache.store.identity import Knowledge, TeacherIdentity
 from kcdcache.store.plan import plan_store
-from kcdcache.training import batches, loop
+from kcdcache.training import batches
+from kcdcache.training.loop import Loop
+from kcdcache.training.sampling import Sampler
 from kcdcache.views import rules
 
 CPU = torch.device("cpu")
@@ -70,18 +70,17 @@ def half_mixed(knowledge):
 class Run:
     """A run whose epochs are trained one at a time, by the package's own loop, in a folder."""
 
-    def __init__(self, pupil, source, settings, method, folder, supply):
-        weights = registry.choose(MethodSettings(method=method)).weights
+    def __init__(self, pupil, source, settings, folder):
         folder.mkdir(parents=True)
-        self._pupil, self._settings, self._folder = pupil, settings, RunFolder(path=folder)
-        self._task = loop.Task(
-            **supply._asdict(),
-            loss=registry.loss_of(weights, None),
+        self._pupil = pupil
+        sampler = Sampler(manifest=source.manifest, optimizer=settings)
+        self._loop = Loop(
+            pupil, source, sampler, settings, RunFolder(path=folder),
             details=lambda epoch: {"view": source.view_of(epoch)},
-        )
+        )  # fmt: skip
 
     def __call__(self):
-        loop.run(self._pupil, self._task, self._settings, self._folder, self._pupil.epoch + 1, progress.silent)
+        self._loop.run(self._pupil.epoch + 1)
 
 
 def mixing():

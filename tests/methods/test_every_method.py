@@ -97,65 +97,72 @@ def world(tmp_path_factory):
 def pupil_of(world, name, kept=None, **changes):
     """A student with the method's own modules, at the start of the first epoch in which its term counts."""
     chosen = settings_of(name, **changes)
-    choice = methods_registry.choose(chosen)
     kept = np.arange(TRAIN) if kept is None else kept
     identity = world.stores["float32"].knowledge
     known = read_parameters(world.stores["float32"].path, identity)
-    head = methods_registry.make_head(
-        choice, lambda: methods_registry.pair_of(chosen, STUDENT, identity, world.data, kept, 0, known)
+    loss = methods_registry.make_loss(
+        methods_registry.weights_of(chosen),
+        lambda: methods_registry.pair_of(chosen, STUDENT, identity, world.data, kept, 0, known),
     )
-    return learner.new_learner(STUDENT, world.data, RECIPE, CPU, head=head), choice
+    return learner.new_learner(STUDENT, world.data, RECIPE, loss, CPU)
 
 
-def counting_epoch(head):
+def counting_epoch(loss):
     """The first of 240 epochs in which every own term has weight."""
-    terms = terms_of(head).values()
+    terms = terms_of(loss).values()
     return next(e for e in range(240) if all(term.weights_at(e, 240)[1] > 0 for term in terms))
 
 
-def terms_of(head):
-    return next(iter(head.children()))
+def terms_of(loss):
+    return next(iter(loss.children()))
 
 
-def connected(world, pupil, choice, held, chosen):
+def connected(world, pupil, held, chosen):
     """A source of batches with what the method reads."""
-    names, mixing = methods_registry.needed_fields(choice, pupil.head), Mixing(temperature=choice.weights.temperature)
-    return connect(world.data, held, chosen, fields=names, mixing=mixing)
+    mixing = Mixing(temperature=pupil.loss.weights.temperature)
+    return connect(world.data, held, chosen, fields=pupil.loss.fields, mixing=mixing)
 
 
-def first_batch(world, pupil, choice, chosen=None, size=BATCH):
+def first_batch(world, pupil, chosen=None, size=BATCH):
     held = world.stores["float32"]
-    with connected(world, pupil, choice, held, chosen or world.manifest) as source:
+    with connected(world, pupil, held, chosen or world.manifest) as source:
         return next(batches.iterate(source, 0, batch_size=size, seed=3))
+
+
+def trained(pupil):
+    """All that its optimizer trains."""
+    return [parameter for group in pupil.optimizer.param_groups for parameter in group["params"]]
 
 
 def seen_by(pupil, batch):
     """The student's values of a batch, and of what the method shows it further."""
-    extra = None if pupil.head is None else pupil.head.extra(batch)
+    extra = pupil.loss.extra(batch)
     return pupil.see(batch.pixels if extra is None else torch.cat([batch.pixels, extra.detach()]))
 
 
-def at_work(head):
+def loss_on(pupil, batch):
+    return pupil.loss(seen_by(pupil, batch), batch)
+
+
+def at_work(loss):
     """Begin an epoch in which the method's own terms count."""
-    if head is not None:
-        head.begin(counting_epoch(head), 240)
+    loss.begin(counting_epoch(loss), 240)
 
 
 def taught(world, name, encoding=None, steps=None):
     """Tensors and losses after an epoch of steps from the store of that encoding, or with the teacher in the loop."""
     held = world.stores[encoding or "float32"]
     chosen = replace(world.manifest, knowledge_id=held.knowledge_id)
-    pupil, choice = pupil_of(world, name, world.manifest.index)
-    names, losses = methods_registry.needed_fields(choice, pupil.head), []
-    loss_of = methods_registry.loss_of(choice.weights, pupil.head)
+    pupil = pupil_of(world, name, world.manifest.index)
+    names, losses = pupil.loss.fields, []
     torch.manual_seed(5)
     pupil.network.train()
-    at_work(pupil.head)
-    with connected(world, pupil, choice, held, chosen) as source:
+    at_work(pupil.loss)
+    with connected(world, pupil, held, chosen) as source:
         if encoding is None and names:
             source = replace(source, targets=Live(world, names))
         for batch in islice(batches.iterate(source, 1, batch_size=BATCH, seed=3), steps):
-            loss = loss_of(seen_by(pupil, batch), batch)
+            loss = loss_on(pupil, batch)
             assert loss.shape == (len(batch.labels),)
             pupil.optimizer.zero_grad()
             loss.mean().backward()
@@ -176,19 +183,19 @@ def test_an_epoch_from_the_store_equals_one_with_the_live_teacher(world, name):
 
 @pytest.mark.parametrize("name", WITH_TERM)
 def test_twenty_steps_on_a_batch_of_real_digits_reduce_its_own_loss(world, name):
-    pupil, choice = pupil_of(world, name)
-    batch = first_batch(world, pupil, choice, condensed(world.stores["float32"], keep=1.0))
+    pupil = pupil_of(world, name, gamma=0, alpha=0)
+    batch = first_batch(world, pupil, condensed(world.stores["float32"], keep=1.0))
     torch.manual_seed(5)
-    at_work(pupil.head)
+    at_work(pupil.loss)
     for group in pupil.optimizer.param_groups:
         group["lr"] = 0.002  # the batch comes again and again: small steps, so that none is too far
     own = []
     for _ in range(21):
-        loss = pupil.head.weighted(torch.zeros(BATCH), seen_by(pupil, batch), batch).mean()
+        loss = loss_on(pupil, batch).mean()
         own.append(float(loss.detach()))
         pupil.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([parameter for _, parameter in pupil.parameters()], 5.0)
+        torch.nn.utils.clip_grad_norm_(trained(pupil), 5.0)
         pupil.optimizer.step()
     assert np.isfinite(own).all()
     assert np.mean(own[-3:]) < np.mean(own[:3])
@@ -196,32 +203,31 @@ def test_twenty_steps_on_a_batch_of_real_digits_reduce_its_own_loss(world, name)
 
 @pytest.mark.parametrize("name", METHODS)
 def test_gradient_flows_into_the_student_and_all_of_its_own_modules_and_not_into_the_cache(world, name):
-    pupil, choice = pupil_of(world, name)
-    batch = first_batch(world, pupil, choice)
+    pupil = pupil_of(world, name)
+    batch = first_batch(world, pupil)
     given = [value.requires_grad_() for value in batch.knowledge.values()]
-    for epoch in (counting_epoch(pupil.head) if pupil.head else 0, 239):  # sskd's modules learn one after the other
-        if pupil.head is not None:
-            pupil.head.begin(epoch, 240)
-        methods_registry.loss_of(choice.weights, pupil.head)(seen_by(pupil, batch), batch).mean().backward()
+    for epoch in (counting_epoch(pupil.loss), 239):  # sskd's modules learn one after the other
+        pupil.loss.begin(epoch, 240)
+        loss_on(pupil, batch).mean().backward()
     assert all(value.grad is None for value in given)
-    reached = [parameter.grad is not None and bool(parameter.grad.any()) for _, parameter in pupil.parameters()]
+    reached = [parameter.grad is not None and bool(parameter.grad.any()) for parameter in trained(pupil)]
     assert sum(reached) > len(reached) / 2
-    assert pupil.head is None or all(p.grad.any() for p in pupil.head.parameters() if p.requires_grad)
+    assert all(p.grad.any() for p in pupil.loss.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("name", [name for name in WITH_TERM if name not in ("sskd", "bss")])
 def test_a_term_joins_one_that_shows_further_images_whose_rows_change_nothing_for_it(world, name):
-    pupil, choice = pupil_of(world, f"bss+{name}")
-    batch = first_batch(world, pupil, choice)
-    at_work(pupil.head)
+    pupil = pupil_of(world, f"bss+{name}")
+    batch = first_batch(world, pupil)
+    at_work(pupil.loss)
     seen = seen_by(pupil, batch)
     own = {tap: values if tap.startswith("filters:") else values[:BATCH] for tap, values in seen.items()}
     found = []
     for given in (seen, own):
         torch.manual_seed(0)
-        found.append(copy.deepcopy(terms_of(pupil.head)[name])(given, batch))
+        found.append(copy.deepcopy(terms_of(pupil.loss)[name])(given, batch))
     assert torch.equal(*found)
-    together = methods_registry.loss_of(choice.weights, pupil.head)(seen, batch)
+    together = pupil.loss(seen, batch)
     assert together.shape == (BATCH,)
     assert torch.isfinite(together).all()
 
@@ -231,17 +237,15 @@ def test_one_sample_and_values_of_half_precision_and_huge_size_give_no_nan(world
     """The last batch may have one sample; the student's values may come from bfloat16 autocast and be very large."""
     cases = ((BATCH, 100, "bfloat16"), (1, 1, "float32"))
     for size, scale, precision in cases[:1] if name == "reviewkd" else cases:  # it normalises maps of one position
-        pupil, choice = pupil_of(world, name)
-        batch = first_batch(world, pupil, choice, size=size)
-        at_work(pupil.head)
+        pupil = pupil_of(world, name)
+        batch = first_batch(world, pupil, size=size)
+        at_work(pupil.loss)
         with loop.forward_precision(CPU, precision):
             seen = seen_by(pupil, batch)
-        loss = methods_registry.loss_of(choice.weights, pupil.head)(
-            {key: value * scale for key, value in seen.items()}, batch
-        )
+        loss = pupil.loss({key: value * scale for key, value in seen.items()}, batch)
         assert torch.isfinite(loss).all()
         loss.mean().backward()
-        assert all(p.grad is None or torch.isfinite(p.grad).all() for _, p in pupil.parameters())
+        assert all(p.grad is None or torch.isfinite(p.grad).all() for p in trained(pupil))
 
 
 def test_every_field_of_every_method_is_in_the_store_and_live_methods_read_none(world):
@@ -249,8 +253,8 @@ def test_every_field_of_every_method_is_in_the_store_and_live_methods_read_none(
     assert set(stored) <= set(reader.open(world.stores["float32"].path).fields)
     assert {name.partition(":")[0] for name in stored} == set(fields.KINDS)
     for name in METHODS.keys() - CACHED:
-        pupil, choice = pupil_of(world, name)
-        assert methods_registry.needed_fields(choice, pupil.head) == ()
+        pupil = pupil_of(world, name)
+        assert pupil.loss.fields == ()
 
 
 # broken off and killed
@@ -263,7 +267,7 @@ MOST, UNTIL_NEXT = 200, 8
 
 
 def test_methods_with_state_are_those_whose_modules_have_tensors(world):
-    assert {name for name in WITH_TERM if pupil_of(world, name)[0].head.state_dict()} == WITH_STATE
+    assert {name for name in WITH_TERM if pupil_of(world, name).loss.state_dict()} == WITH_STATE
 
 
 @pytest.mark.parametrize(

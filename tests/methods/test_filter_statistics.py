@@ -28,7 +28,8 @@ from kcdcache.teacher import precompute, repair
 from kcdcache.teacher.fields import aggregated, filter_quantiles, pooled
 from kcdcache.teacher.teacher import filter_profiles, freeze
 from kcdcache.training import distill
-from kcdcache.training.learner import Learner, make_optimizer
+from kcdcache.training.learner import Learner
+from kcdcache.training.optimizer import make_optimizer
 
 # quantiles of the norms of filters
 
@@ -138,10 +139,10 @@ def pair_of(theirs, ours, profiles=None, **settings):
 
 def seen_by(network, term):
     """What a student of that network shows a term, through the learner itself."""
-    head = methods_registry.Head({"kr": (1.0, term)})
     pupil = Learner(
-        network=network, transform=InputTransform((0.5,) * 3, (0.25,) * 3), device=CPU, head=head,
-        optimizer=make_optimizer(network, OptimizerSettings(), head),
+        network=network, transform=InputTransform((0.5,) * 3, (0.25,) * 3), device=CPU,
+        loss=methods_registry.Loss(methods_registry.weights_of(MethodSettings(method="kr")), {"kr": term}),
+        optimizer=make_optimizer(network.parameters(), OptimizerSettings()),
     )  # fmt: skip
     return pupil.see(torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(3)))
 

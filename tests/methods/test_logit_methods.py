@@ -13,7 +13,7 @@ from kcdcache.errors import SettingsError
 from kcdcache.methods.base import hard_term
 from kcdcache.methods.logits import decoupled, entropy_weighted, entropy_weights
 from kcdcache.methods.losses import logit_divergence, soft_divergence
-from kcdcache.methods.registry import basic, choose, method_named
+from kcdcache.methods.registry import basic, method_named, weights_of
 from kcdcache.settings import MethodSettings
 
 LABELS = torch.tensor([0, 2, 5, 5, 1])
@@ -39,8 +39,8 @@ def sheet(**changes):
     return SimpleNamespace(**vars(lesson_of(range(6), given["labels"])) | given | changes)
 
 
-def weights_of(smoothing=0.0, **settings):
-    return choose(MethodSettings(**settings), smoothing).weights
+def resolved(smoothing=0.0, **settings):
+    return weights_of(MethodSettings(**settings), smoothing)
 
 
 def hard(logits, lesson, weights):
@@ -59,9 +59,8 @@ def test_methods_have_the_weights_of_their_papers_and_releases():
         "one": (1.0, 0.0, 3.0, {"one": 1.0}),
     }  # fmt: skip
     for name, expected in papers.items():
-        choice = choose(MethodSettings(method=name))
-        weights = choice.weights
-        assert (weights.gamma, weights.alpha, weights.temperature, choice.parts) == expected, name
+        weights = weights_of(MethodSettings(method=name))
+        assert (weights.gamma, weights.alpha, weights.temperature, weights.parts) == expected, name
     settings = MethodSettings()
     assert (settings.crd_negatives, settings.crd_bank) == (16384, "whole")
 
@@ -70,13 +69,13 @@ def test_an_unknown_method_is_refused_with_the_nearest():
     with pytest.raises(SettingsError, match="unknown method 'kdd'; did you mean 'kd'"):
         method_named("kdd")
     with pytest.raises(SettingsError, match="unknown method 'contrast'; known: at, "):
-        choose(MethodSettings(method="contrast"))
+        weights_of(MethodSettings(method="contrast"))
 
 
 def test_settings_win_over_the_methods_defaults_and_zero_counts_as_given():
-    default = weights_of(0.05)
+    default = resolved(0.05)
     assert (default.gamma, default.alpha, default.temperature, default.smoothing) == (0.1, 0.9, 4.0, 0.05)
-    given = weights_of(gamma=0, alpha=0, temperature=2, mix_label="mix")
+    given = resolved(gamma=0, alpha=0, temperature=2, mix_label="mix")
     assert (given.gamma, given.alpha, given.temperature, given.mix_label) == (0, 0, 2, "mix")
 
 
@@ -88,15 +87,15 @@ def test_kd_equals_a_slow_reference_per_sample_whose_kept_label_ignores_the_part
     own, partner = (reference.hard(logits, y.numpy(), smoothing) for y in (lesson.labels, lesson.partner_labels))
     expected = 0.3 * ((1 - share) * own + share * partner)
     expected += 0.6 * reference.soft(logits, array(lesson.probabilities), 3)
-    weights = weights_of(smoothing, mix_label=mix_label, gamma=0.3, alpha=0.6, temperature=3)
+    weights = resolved(smoothing, mix_label=mix_label, gamma=0.3, alpha=0.6, temperature=3)
     close(basic(tensor(logits), lesson, weights), expected, atol=1e-5)
 
 
 def test_kd_without_a_soft_share_is_ce_and_smoothing_is_in_the_hard_term_only():
-    logits, weights = tensor(drawn(0, 6, 5)), weights_of(gamma=1, alpha=0)
+    logits, weights = tensor(drawn(0, 6, 5)), resolved(gamma=1, alpha=0)
     for lesson in (sheet(), sheet(probabilities=None)):
         assert torch.equal(basic(logits, lesson, weights), hard(logits, sheet(), weights))
-    plain, smooth = (weights_of(smoothing, gamma=0) for smoothing in (0.0, 0.3))
+    plain, smooth = (resolved(smoothing, gamma=0) for smoothing in (0.0, 0.3))
     assert torch.equal(basic(logits, sheet(), plain), basic(logits, sheet(), smooth))
     assert not torch.allclose(hard(logits, sheet(), plain), hard(logits, sheet(), smooth))
 

@@ -17,7 +17,7 @@ from kcdcache.methods.base import Term
 from kcdcache.networks import registry as networks_registry
 from kcdcache.networks.registry import tap_shapes
 from kcdcache.networks.taps import run
-from kcdcache.settings import OptimizerSettings
+from kcdcache.settings import MethodSettings, OptimizerSettings
 from kcdcache.training import learner
 
 LABELS = [2, 0, 1]
@@ -178,8 +178,9 @@ class Curious(Term):
 
 @pytest.mark.parametrize("taps", [("input",), ("input", "stage1"), ("stage1", "input", "penultimate")])
 def test_the_tap_input_is_what_the_network_is_given(taps):
-    head = methods_registry.Head({"a": (1.0, Curious(taps))})
-    pupil = learner.new_learner("resnet8", digits(), OptimizerSettings(), CPU, head=head)
+    weights = methods_registry.weights_of(MethodSettings(method="ce"))
+    loss = methods_registry.Loss(weights, {"a": Curious(taps)})
+    pupil = learner.new_learner("resnet8", digits(), OptimizerSettings(), loss, CPU)
     pixels, given = torch.rand(3, 3, 16, 16), []
     pupil.network.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0].clone()))
     seen = pupil.see(pixels)
@@ -187,5 +188,5 @@ def test_the_tap_input_is_what_the_network_is_given(taps):
     assert torch.equal(seen["input"], pupil.transform(pixels))
     assert len(given) == 1
     assert torch.equal(seen["input"], given[0])
-    pupil.head = None
+    pupil.loss = methods_registry.Loss(weights, {})
     assert set(pupil.see(pixels)) == {"logits"}

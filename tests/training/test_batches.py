@@ -1,3 +1,5 @@
+"""Batches: each point against a slow reference, the same bytes from host and device, what is read, what is refused."""
+
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,70 +9,74 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lessons import CPU, TRAIN, condensed, digits, precomputed, teacher_of
+from pupils import same_files
 from torch.utils.data import DataLoader
 
 from kcdcache.condense import manifest
-from kcdcache.errors import MismatchError
+from kcdcache.data.images import EncodedImages, Split
+from kcdcache.errors import MismatchError, SettingsError
+from kcdcache.settings import OptimizerSettings, PrecomputeSettings
 from kcdcache.store import check, reader
-from kcdcache.teacher import teacher
-from kcdcache.training import batches, requery
-from kcdcache.training.batches import KnowledgePoints, Mixing, Source, connect, iterate, plan_epoch
-from kcdcache.views import rules
+from kcdcache.teacher import precompute, teacher
+from kcdcache.training import batches, device_batches, requery
+from kcdcache.training.batches import HostBatches, KnowledgePoints, Mixing, connect, iterate
+from kcdcache.training.device_batches import DeviceBatches
+from kcdcache.training.sampling import Sampler, everything
+from kcdcache.views import prefetch, rules
 from kcdcache.views.mixing import mix_pixels
 
 FIELDS = ("logits", "penultimate")
+ENCODINGS = ("float32", "float16", "top:3")
 TARGETS = ("linear_prob", "linear_logit", "keep")
-TEMPERATURE = 4.0
-SOME_DATA = digits(20, 20)
+MIXES = ("convex", "additive_clip")
+TEMPERATURE, SIZE, SEED = 4.0, 14, 5
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Digits, a teacher, its float32 store of three views, a condensed set, and the teacher on that set's mixes."""
-    dataset = digits()
+    """Digits, a teacher, its stores of three views, a condensed set, and the teacher on that set's mixes."""
+    dataset, root = digits(), tmp_path_factory.mktemp("world")
     network = teacher_of(dataset)
-    root = tmp_path_factory.mktemp("world")
-    knowledge = precomputed(root / "store", dataset, network, fields=FIELDS)
-    chosen = condensed(knowledge)
-    mixes = {}
-    for mix in ("convex", "additive_clip"):
+    stores = {text: precomputed(root / text, dataset, network, fields=FIELDS, encoding=text) for text in ENCODINGS}
+    knowledge = stores["float32"]
+    chosen, mixes = condensed(knowledge), {}
+    assert 30 < chosen.mixed.sum() < len(chosen) == 90
+    for mix in MIXES:
         with connect(dataset, knowledge, chosen, fields=(), mixing=Mixing(mix=mix)) as source:
             requery.write(source, network, knowledge, root / mix, fields=FIELDS, view_numbers=range(3))
         mixes[mix] = reader.open(root / mix)
-    return SimpleNamespace(data=dataset, network=network, knowledge=knowledge, manifest=chosen, mixes=mixes)
+    return SimpleNamespace(
+        data=dataset, network=network, stores=stores, knowledge=knowledge, manifest=chosen, mixes=mixes
+    )  # fmt: skip
 
 
-def connected(world, chosen=None, mix="convex", target="linear_prob", **more):
-    mixing = Mixing(mix=mix, target=target, temperature=TEMPERATURE)
+def connected(world, chosen=None, mix="convex", target="linear_prob", encoding="float32", names=FIELDS, **more):
+    knowledge = world.stores[encoding]
+    found = replace(world.manifest if chosen is None else chosen, knowledge_id=knowledge.knowledge_id)
     again = world.mixes[mix] if target == "requery" else None
-    found = world.manifest if chosen is None else chosen
-    return connect(world.data, world.knowledge, found, fields=FIELDS, mixing=mixing, requeried=again, **more)
+    mixing = Mixing(mix=mix, target=target, temperature=TEMPERATURE)
+    return connect(world.data, knowledge, found, fields=names, mixing=mixing, requeried=again, **more)
 
 
-def without_images(chosen, count=3):
-    """A source for what is decided before any image is touched."""
-    rule = rules.ViewRule(name="crop", padding=1, fill="zero", height=16, width=16, seed=0)
-    return Source(data=SOME_DATA, rule=rule, views=count, manifest=chosen)
+def whole(world):
+    return manifest.full(world.knowledge.knowledge_id, TRAIN)
 
 
-def subset(index, count=1000):
-    kept = np.sort(np.array(index, np.int64))
-    return replace(
-        manifest.full("k", len(kept)), **manifest.plain(kept), rank=np.arange(len(kept)), count=count, keep=0.5
-    )
+def parts(batch):
+    """A batch's tensors by name, those of `knowledge` among them."""
+    found = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    return found | {f"teacher_{name}": value for name, value in batch.knowledge.items()}
 
 
-def collected(parts):
+def collected(found):
     """All batches of an epoch in one, as name -> tensor."""
-    parts = [vars(batch) | {f"teacher_{k}": v for k, v in batch.knowledge.items()} for batch in parts]
-    return {
-        name: torch.cat([part[name] for part in parts]) for name in parts[0] if isinstance(parts[0][name], torch.Tensor)
-    }
+    found = [parts(batch) for batch in found]
+    return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
 def same(left, right):
     assert set(left) == set(right)
-    return all(torch.equal(left[name], right[name]) for name in left)
+    return [name for name in left if left[name].dtype != right[name].dtype or not torch.equal(left[name], right[name])]
 
 
 def view_of_one(world, index, view):
@@ -106,12 +112,11 @@ def reference_point(world, index, view, mix, target):
     return mixed, (1 - eps) * soft(own["logits"]) + eps * soft(other["logits"]), blend
 
 
-@pytest.mark.parametrize("mix", ["convex", "additive_clip"])
+@pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("target", [*TARGETS, "requery"])
 def test_every_point_of_a_batch_equals_a_slow_reference(world, mix, target):
     with connected(world, mix=mix, target=target) as source:
         found = collected(iterate(source, 1, batch_size=32, seed=5))
-    assert found["mixed"].sum() > 30
     for i, index in list(enumerate(found["index"].tolist()))[::3]:
         pixels, probabilities, fields = reference_point(world, index, 1, mix, target)
         np.testing.assert_allclose(found["pixels"][i : i + 1], pixels, atol=1e-6)
@@ -120,11 +125,12 @@ def test_every_point_of_a_batch_equals_a_slow_reference(world, mix, target):
             np.testing.assert_allclose(found[f"teacher_{name}"][i], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_labels_shares_and_weights_are_the_manifests(world):
+def test_labels_shares_and_weights_are_the_manifests_and_pixels_channels_last_in_zero_to_one(world):
     weighted = replace(world.manifest, weight=np.linspace(0.5, 2, len(world.manifest)).astype(np.float32))
     labels = world.data.train.labels
-    with connected(world, weighted) as source:
-        found = collected(iterate(source, 0, batch_size=32))
+    with connected(world, weighted, mix="additive_clip") as source:
+        each = list(iterate(source, 0, batch_size=32))
+    found = collected(each)
     row = np.searchsorted(weighted.index, found["index"].numpy())
     partner = weighted.partner[row]
     assert np.array_equal(found["labels"], labels[found["index"]])
@@ -132,37 +138,39 @@ def test_labels_shares_and_weights_are_the_manifests(world):
     assert np.array_equal(found["partner_labels"], expected)
     for name in ("mixed", "epsilon", "weight"):
         assert np.array_equal(found[name], getattr(weighted, name)[row])
+    for batch in each:
+        assert batch.pixels.is_contiguous(memory_format=torch.channels_last)
+        assert 0 <= batch.pixels.min() <= batch.pixels.max() <= 1
 
 
-@pytest.mark.parametrize("mix", ["convex", "additive_clip"])
+@pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_epsilon_zero_leaves_the_kept_point_bit_identical(world, mix, target):
     flat = replace(world.manifest, epsilon=np.zeros(len(world.manifest), np.float32))
     plain = replace(world.manifest, **manifest.plain(world.manifest.index))
     with connected(world, flat, mix, target) as mixed, connected(world, plain, mix, target) as kept:
         left, right = (collected(iterate(source, 2, batch_size=32)) for source in (mixed, kept))
-    assert left["mixed"].any()
-    for name in ("index", "pixels", "probabilities", "teacher_logits", "teacher_penultimate"):
-        assert torch.equal(left[name], right[name]), name
+    assert same(left, right) == ["partner_labels", "mixed"]
 
 
-@pytest.mark.parametrize(("eps", "expected"), [(0.25, [0.4, 0.85]), (0.0, [0.2, 0.8]), (1.0, [1.0, 1.0])])
-def test_convex_mixing_by_hand(eps, expected):
-    kept, dropped = torch.tensor([0.2, 0.8]), torch.tensor([1.0, 1.0])
-    shaped = [t.view(1, 1, 1, 2) for t in (kept, dropped)]
-    found = mix_pixels(*shaped, torch.tensor([eps]), "convex").flatten()
+@pytest.mark.parametrize(
+    ("kept", "dropped", "eps", "rule", "expected"),
+    [
+        ((0.2, 0.8), (1.0, 1.0), 0.25, "convex", (0.4, 0.85)),
+        ((0.2, 0.8), (1.0, 1.0), 0.0, "convex", (0.2, 0.8)),
+        ((0.2, 0.8), (1.0, 1.0), 1.0, "convex", (1.0, 1.0)),
+        ((0.9, 0.9), (0.1, 0.5), 0.5, "additive_clip", (0.95, 1.0)),
+    ],
+)
+def test_mixing_by_hand(kept, dropped, eps, rule, expected):
+    shaped = [torch.tensor(values).view(1, 1, 1, 2) for values in (kept, dropped)]
+    found = mix_pixels(*shaped, torch.tensor([eps]), rule).flatten()
     torch.testing.assert_close(found, torch.tensor(expected))
-
-
-def test_added_pixels_are_clipped_to_white():
-    kept, dropped = torch.full((1, 1, 1, 2), 0.9), torch.tensor([0.1, 0.5]).view(1, 1, 1, 2)
-    found = mix_pixels(kept, dropped, torch.tensor([0.5]), "additive_clip").flatten()
-    torch.testing.assert_close(found, torch.tensor([0.95, 1.0]))
 
 
 def test_mixed_views_are_what_the_student_sees(world):
     rows = np.flatnonzero(world.manifest.mixed)
-    for mix in ("convex", "additive_clip"):
+    for mix in MIXES:
         with connected(world, mix=mix) as source:
             seen = collected(iterate(source, 2, batch_size=32))
             place = {index: i for i, index in enumerate(seen["index"].tolist())}
@@ -170,95 +178,80 @@ def test_mixed_views_are_what_the_student_sees(world):
             assert torch.equal(batches.mixed_views(source, rows, 2, CPU), expected)
 
 
-indices = st.lists(st.integers(0, 999), min_size=1, max_size=60, unique=True)
-
-
-@settings(max_examples=50)
-@given(indices, st.integers(0, 2**64 - 1), st.integers(0, 500))
-def test_an_epoch_has_every_kept_sample_once_in_an_order_of_seed_and_epoch_alone(index, seed, epoch):
-    source = without_images(subset(index))
-    first, second = (plan_epoch(source, epoch, seed).index for _ in range(2))
-    assert sorted(first) == sorted(index)
-    assert np.array_equal(first, second)
-
-
-@settings(max_examples=50)
-@given(indices, st.integers(0, 2**64 - 1), st.data())
-def test_a_subset_keeps_the_relative_order_of_the_whole(index, seed, data):
-    part = data.draw(st.lists(st.sampled_from(index), min_size=1, unique=True))
-    whole, kept = (plan_epoch(without_images(subset(i)), 3, seed).index for i in (index, part))
-    assert [i for i in whole if i in set(part)] == list(kept)
-
-
-def test_epochs_and_seeds_have_orders_of_their_own():
-    source = without_images(subset(range(200)))
-    orders = {tuple(plan_epoch(source, epoch, seed).index) for epoch in range(4) for seed in range(4)}
-    assert len(orders) == 16
-
-
-def test_an_epoch_uses_its_view_modulo_the_cached_ones(world):
-    source = without_images(subset(range(5)))
-    assert [source.view_of(epoch) for epoch in range(7)] == [0, 1, 2, 0, 1, 2, 0]
-    assert [replace(source, views=None).view_of(epoch) for epoch in (0, 7, 300)] == [0, 7, 300]
-    with connected(world) as held:
-        turns = [collected(iterate(held, epoch, batch_size=50)) for epoch in range(5)]
-    for epoch, found in enumerate(turns):
-        expected = world.knowledge.read("logits", epoch % 3, found["index"].numpy())
-        plain = ~found["mixed"]
-        assert np.array_equal(found["teacher_logits"][plain], expected[plain.numpy()])
-
-
-def test_a_partner_is_seen_in_its_own_view(world):
-    rule = rules.rule_of(world.knowledge.knowledge.views)
+def test_an_epoch_uses_its_view_modulo_the_cached_ones_and_partners_are_seen_in_their_own(world):
     with connected(world) as source:
-        plan = plan_epoch(source, 1, 0)
-    mixed = plan.partner >= 0
-    assert np.array_equal(plan.partner_parameters[mixed], rules.parameters(rule, plan.partner[mixed], 1))
-    assert np.array_equal(plan.parameters, rules.parameters(rule, plan.index, 1))
+        assert [source.view_of(epoch) for epoch in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+        assert [replace(source, views=None).view_of(epoch) for epoch in (0, 7, 300)] == [0, 7, 300]
+        for epoch in range(5):
+            found = collected(iterate(source, epoch, batch_size=50))
+            expected = world.knowledge.read("logits", epoch % 3, found["index"].numpy())
+            plain = ~found["mixed"]
+            assert np.array_equal(found["teacher_logits"][plain], expected[plain.numpy()])
+        points = everything(Sampler(manifest=source.manifest, optimizer=OptimizerSettings()), 1)
+        plan = batches.plan_epoch(source, 1, points)
+    rule, mixed = rules.rule_of(world.knowledge.knowledge.views), points.partner >= 0
+    assert np.array_equal(plan.partner_parameters[mixed], rules.parameters(rule, points.partner[mixed], 1))
+    assert np.array_equal(plan.parameters, rules.parameters(rule, points.index, 1))
     assert not np.array_equal(plan.parameters[mixed], plan.partner_parameters[mixed])
 
 
 @pytest.mark.parametrize("batch_size", [7, 30, 64, 1000])
-def test_all_but_the_last_batch_are_full(world, batch_size):
-    with connected(world) as source:
-        sizes = [len(batch.index) for batch in iterate(source, 0, batch_size=batch_size)]
-    assert sum(sizes) == len(world.manifest) == 90
-    assert sizes[:-1] == [batch_size] * (90 // batch_size - (90 % batch_size == 0))
-
-
 @pytest.mark.parametrize("target", ["linear_prob", "requery"])
-def test_batches_do_not_depend_on_how_an_epoch_is_cut(world, target):
+def test_batches_do_not_depend_on_how_an_epoch_is_cut_and_all_but_the_last_are_full(world, target, batch_size):
     with connected(world, target=target) as source:
-        one, many = (collected(iterate(source, 1, batch_size=size)) for size in (90, 13))
+        one, many = (list(iterate(source, 1, batch_size=size)) for size in (90, batch_size))
+    sizes = [len(batch.index) for batch in many]
+    assert sizes == [batch_size] * (90 // batch_size) + ([90 % batch_size] if 90 % batch_size else [])
+    one, many = collected(one), collected(many)
     for name in one:
         torch.testing.assert_close(one[name], many[name], atol=1e-6, rtol=1e-6)
 
 
+def made_by(way, source, size=SIZE):
+    sampler = Sampler(manifest=source.manifest, optimizer=OptimizerSettings(batch_size=size, seed=SEED))
+    return DeviceBatches(source, sampler, CPU) if way == "device" else HostBatches(source=source, sampler=sampler)
+
+
+CASES = [
+    *({"encoding": text, "mix": mix, "target": target} for text in ENCODINGS for mix, target in zip(
+        ("convex", "convex", "additive_clip"), TARGETS, strict=True)),
+    {"target": "requery"}, {"names": ()}, {"names": ("penultimate",)}, {"chosen": whole},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_batches_made_on_the_device_have_the_bytes_of_those_made_on_the_host(world, case):
+    chosen = case["chosen"](world) if "chosen" in case else None
+    with connected(world, **(case | {"chosen": chosen})) as source:
+        host, device = (made_by(way, source) for way in ("host", "device"))
+        for epoch, start in ((0, 0), (1, 0), (4, 2)):
+            pairs = list(zip(device.epoch(epoch, start), host.epoch(epoch, start), strict=True))
+            assert device.begin(epoch, start) == [len(batch.index) for _, batch in pairs]
+            for ours, theirs in pairs:
+                assert same(parts(ours), parts(theirs)) == []
+                assert (ours.shared, ours.idle) == (theirs.shared, theirs.idle) == (None, False)
+                assert ours.pixels.is_contiguous(memory_format=torch.channels_last)
+
+
 @settings(max_examples=10)
-@given(start=st.integers(0, 8), epoch=st.integers(0, 4))
-def test_an_epoch_continues_exactly_where_it_was_left(world, start, epoch):
+@given(start=st.integers(0, 8), epoch=st.integers(0, 4), way=st.sampled_from(["host", "device"]))
+def test_an_epoch_continues_exactly_where_it_was_left(world, start, epoch, way):
     with connected(world) as source:
-        whole = list(iterate(source, epoch, batch_size=13))
-        rest = list(iterate(source, epoch, batch_size=13, start=start))
-    assert len(rest) == max(0, len(whole) - start)
-    for left, right in zip(whole[start:], rest, strict=True):
-        assert same(collected([left]), collected([right]))
+        maker = made_by(way, source)
+        every, rest = list(maker.epoch(epoch)), list(maker.epoch(epoch, start))
+    assert len(rest) == max(0, len(every) - start)
+    assert [same(parts(left), parts(right)) for left, right in zip(every[start:], rest, strict=True)] == [[]] * len(
+        rest
+    )
 
 
 def test_memory_mapped_knowledge_gives_the_same_batches(world, tmp_path):
     with connected(world) as held, connected(world, memory_bytes=0, folder=tmp_path) as mapped:
         left, right = (collected(iterate(source, 1, batch_size=32)) for source in (held, mapped))
-    assert same(left, right)
+    assert same(left, right) == []
 
 
-def test_pixels_are_channels_last_in_zero_to_one(world):
-    with connected(world, mix="additive_clip") as source:
-        for batch in iterate(source, 0, batch_size=32):
-            assert batch.pixels.is_contiguous(memory_format=torch.channels_last)
-            assert 0 <= batch.pixels.min() <= batch.pixels.max() <= 1
-
-
-def test_only_kept_samples_and_partners_are_read(world, tmp_path):
+def test_only_kept_samples_and_partners_are_read(world):
     partial = condensed(world.knowledge, keep=0.9, k0="stage_slice")
     knowledge = reader.open(world.knowledge.path)
     expected = sorted({*partial.index.tolist(), *partial.partner[partial.mixed].tolist()})
@@ -271,26 +264,20 @@ def test_only_kept_samples_and_partners_are_read(world, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["linear_prob", "requery"])
-@pytest.mark.parametrize("epoch", [0, 4])
-def test_torchs_data_loader_gives_the_same_numbers(world, target, epoch):
+def test_torchs_data_loader_gives_the_same_numbers_in_batches_and_alone(world, target):
     with connected(world, target=target) as source:
         points = KnowledgePoints(source, seed=3)
-        points.set_epoch(epoch)
-        found = list(DataLoader(points, batch_size=32, num_workers=0))
-        expected = [collected([batch]) for batch in iterate(source, epoch, batch_size=32, seed=3)]
-    assert len(points) == 90
-    assert all(same(left, right) for left, right in zip(found, expected, strict=True))
-
-
-def test_single_items_are_the_rows_of_the_batches(world):
-    with connected(world) as source:
-        points = KnowledgePoints(source)
+        for epoch in (0, 4):
+            points.set_epoch(epoch)
+            found = list(DataLoader(points, batch_size=32, num_workers=0))
+            expected = [parts(batch) for batch in iterate(source, epoch, batch_size=32, seed=3)]
+            assert [same(left, right) for left, right in zip(found, expected, strict=True)] == [[]] * 3
         items = list(DataLoader(points, batch_size=None, num_workers=0))
-        expected = collected(iterate(source, 0, batch_size=90))
-    assert len(items) == 90
+        every = collected(iterate(source, 4, batch_size=90, seed=3))
+    assert len(points) == len(items) == 90
     for i in (0, 41, 89):
         for found in (items[i], points[i]):
-            for name, value in expected.items():
+            for name, value in every.items():
                 torch.testing.assert_close(found[name], value[i], atol=1e-6, rtol=1e-6)
 
 
@@ -304,55 +291,115 @@ def test_without_fields_nothing_is_taught(world):
 
 
 def changed(dataset, **columns):
-    split = replace(dataset.train, **columns)
-    return replace(dataset, train=split)
+    return replace(dataset, train=replace(dataset.train, **columns))
 
 
-def test_other_data_is_refused_by_the_first_sample_that_differs(world):
+def test_other_data_are_refused_by_the_first_sample_that_differs_the_class_or_the_count(world):
     labels = world.data.train.labels.copy()
     labels[[17, 40]] = (labels[[17, 40]] + 1) % 10
     pixels = world.data.train.source.pixels.copy()
     pixels[23, 0, 0, 0] ^= 1
     images = replace(world.data.train.source, pixels=pixels)
-    for other, first in ((changed(world.data, labels=labels), 17), (changed(world.data, source=images), 23)):
-        with pytest.raises(MismatchError, match=rf"sample {first} differs \(image, label or order\)"):
+    refused = {
+        r"sample 17 differs \(image, label or order\)": changed(world.data, labels=labels),
+        "sample 23 differs": changed(world.data, source=images),
+        r"classes\[0\].*'0'.*'1'.*precompute a new store": replace(
+            world.data, classes=("1", "0", *world.data.classes[2:])
+        ),
+        rf"count.*{TRAIN}.*20": digits(20, 20),
+    }
+    for message, other in refused.items():
+        with pytest.raises(MismatchError, match=message):
             check.check_data(world.knowledge, other)
     assert check.check_data(world.knowledge, digits()) is None
 
 
-def test_another_class_order_is_refused(world):
-    swapped = replace(world.data, classes=("1", "0", *world.data.classes[2:]))
-    with pytest.raises(MismatchError, match=r"classes\[0\].*'0'.*'1'.*precompute a new store"):
-        check.check_data(world.knowledge, swapped)
+def test_sets_and_mixes_that_were_not_made_for_each_other_are_refused(world):
+    refused = {
+        "the manifest was made for knowledge k, the store holds": (manifest.full("k", TRAIN), None),
+        r"differ in manifest: .*precompute --manifest": (condensed(world.knowledge, seed=9), world.mixes["convex"]),
+        "differ in mix: 'additive_clip' against 'convex'": (world.manifest, world.mixes["additive_clip"]),
+        "differ in manifest: None against": (world.manifest, world.knowledge),
+    }
+    for message, (chosen, requeried) in refused.items():
+        with (
+            pytest.raises(MismatchError, match=message),
+            connect(world.data, world.knowledge, chosen, requeried=requeried),
+        ):
+            pass
 
 
-def test_another_sample_count_is_refused(world):
-    with pytest.raises(MismatchError, match=rf"count.*{TRAIN}.*20"):
-        check.check_data(world.knowledge, SOME_DATA)
+@pytest.mark.parametrize("fill", ["zero", "reflect"])
+@pytest.mark.parametrize("name", ["none", "crop", "crop-flip"])
+def test_views_of_held_images_are_those_of_single_batches(name, fill):
+    images = np.random.default_rng(0).integers(0, 256, (20, 9, 7, 3), dtype=np.uint8)
+    padding = 0 if name == "none" else 3
+    rule = rules.ViewRule(name=name, padding=padding, fill=fill, height=9, width=7, seed=2**63 + 5)
+    held = rules.HeldImages(rule, images, CPU)
+    chosen = np.array([3, 3, 19, 0])
+    for view in range(min(rules.count(rule), 12)):
+        expected = rules.parameters(rule, np.arange(20), view)
+        assert np.array_equal(held.parameters(view).numpy(), expected)
+        found = held.views(torch.from_numpy(chosen), held.parameters(view))
+        assert torch.equal(found, rules.apply(rule, torch.from_numpy(images[chosen]), expected[chosen]))
 
 
-def test_a_set_made_for_other_knowledge_is_refused(world):
-    with (
-        pytest.raises(MismatchError, match="the manifest was made for knowledge k, the store holds"),
-        connected(world, subset(range(5), TRAIN)),
-    ):
-        pass
+class LiveTargets:
+    """A teacher in the loop, whose outputs no store holds."""
+
+    def prepare(self, view, following):
+        """Nothing is loaded."""
+
+    def gather(self, index, temperature, device):
+        return {"logits": torch.zeros(len(index), 10)}
 
 
-def test_mixes_of_another_set_or_rule_are_refused(world):
-    other = condensed(world.knowledge, seed=9)
-    with (
-        pytest.raises(MismatchError, match=r"differ in manifest: .*precompute --manifest"),
-        connect(world.data, world.knowledge, other, requeried=world.mixes["convex"]),
-    ):
-        pass
-    with (
-        pytest.raises(MismatchError, match="differ in mix: 'additive_clip' against 'convex'"),
-        connect(world.data, world.knowledge, world.manifest, requeried=world.mixes["additive_clip"]),
-    ):
-        pass
-    with (
-        pytest.raises(MismatchError, match="differ in manifest: None against"),
-        connect(world.data, world.knowledge, world.manifest, requeried=world.knowledge),
-    ):
-        pass
+def test_data_that_cannot_lie_on_the_device_are_refused_or_made_on_the_host(world):
+    with connected(world) as source:
+        sampler = Sampler(manifest=source.manifest, optimizer=OptimizerSettings())
+        needed = device_batches.bytes_of(source)
+        assert device_batches.obstacle(source, CPU, needed) is None
+        train = world.data.train
+        on_demand = Split(train.labels, EncodedImages(["x.png"] * len(train), image_size=train.image_size))
+        cases = {
+            "its targets are not those of a store": replace(source, targets=LiveTargets()),
+            "views by 'resized-crop-flip' are resized one by one": replace(
+                source, rule=replace(source.rule, name="resized-crop-flip", padding=0)
+            ),
+            "its images are decoded on demand": replace(source, data=replace(world.data, train=on_demand)),
+        }
+        for reason, other in cases.items():
+            assert device_batches.obstacle(other, CPU) == reason
+            with pytest.raises(SettingsError, match=f"--resident on: .* the device, {reason}; use --resident auto"):
+                device_batches.batches_of(OptimizerSettings(resident="on"), other, sampler, CPU)
+            assert isinstance(device_batches.batches_of(OptimizerSettings(), other, sampler, CPU), HostBatches)
+        told = device_batches.obstacle(source, CPU, needed - 1)
+        assert told == f"it would take {needed:,} bytes of {needed - 1:,} that may be taken"
+
+
+def test_auto_takes_a_gpu_and_leaves_a_cpu():
+    gpu = torch.device("cuda")
+    assert [prefetch.wanted("auto", None, device) for device in (CPU, gpu)] == [False, True]
+    assert not prefetch.wanted("auto", "no room", gpu)
+    assert [prefetch.wanted(asked, None, gpu) for asked in ("on", "off")] == [True, False]
+
+
+def test_what_the_data_take_is_counted(world):
+    with connected(world, whole(world), encoding="float16") as source:
+        made = made_by("device", source)
+        made.begin(0)
+        test = device_batches.hold(world.data.test, rules.plain(source.rule), CPU)._pixels
+        held = sum(tensor.nbytes for tensor in [made._images._pixels, *made._own._rows.values(), test])
+        assert held <= device_batches.bytes_of(source) <= 1.2 * held
+
+
+def test_a_store_made_from_held_images_has_the_same_bytes(tmp_path):
+    dataset = digits(90, 20)
+    network = teacher_of(dataset)
+    chosen = PrecomputeSettings(augment="crop-flip", padding=2, views=3, batch_size=32, min_accuracy=0)
+    for images in ("on", "off"):
+        precompute.run(chosen, dataset, network, tmp_path / images, images=images)
+    assert same_files(tmp_path / "on", tmp_path / "off")
+    resized = PrecomputeSettings(augment="resized-crop-flip", min_accuracy=0)
+    with pytest.raises(SettingsError, match="views by 'resized-crop-flip' are resized one by one"):
+        precompute.run(resized, dataset, network, tmp_path / "resized", images="on")

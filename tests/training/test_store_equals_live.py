@@ -12,20 +12,22 @@ import torch
 from lessons import CPU, TRAIN, condensed, digits, precomputed, teacher_of
 from torch.nn import functional
 
-from kcdcache import progress, rng, settings
+from kcdcache import rng, settings
 from kcdcache.condense import manifest
 from kcdcache.methods import registry
 from kcdcache.runs import folder
 from kcdcache.settings import OptimizerSettings
 from kcdcache.store import reader
 from kcdcache.teacher import teacher
-from kcdcache.training import batches, learner, loop, requery
+from kcdcache.training import batches, learner, requery
 from kcdcache.training.batches import Mixing, connect
+from kcdcache.training.loop import Loop
+from kcdcache.training.sampling import Sampler
 from kcdcache.views import rules
 
 FIELDS = ("logits",)
 VIEWS, EPOCHS, BATCH, SEED = 2, 4, 28, 11
-WEIGHTS = registry.choose(settings.MethodSettings()).weights
+WEIGHTS = registry.weights_of(settings.MethodSettings())
 TEMPERATURE = WEIGHTS.temperature
 RECIPE = OptimizerSettings(epochs=EPOCHS, batch_size=BATCH, seed=SEED, learning_rate=0.02, checkpoint_seconds=1e9)
 ENCODINGS = ("float16", "top:4", "top:10")
@@ -111,7 +113,7 @@ def connected(world, knowledge=None, chosen=None, target="linear_prob", requerie
 
 
 def new_pupil(world):
-    return learner.new_learner("resnet8", world.data, RECIPE, CPU)
+    return learner.new_learner("resnet8", world.data, RECIPE, registry.Loss(WEIGHTS, {}), CPU)
 
 
 def epoch_of(source, epoch):
@@ -121,14 +123,9 @@ def epoch_of(source, epoch):
 def taught_by_the_package(world, source, path):
     """The student as `train` teaches it; returns its weights and the mean loss of every epoch."""
     pupil = new_pupil(world)
-    task = loop.Task(
-        batches=lambda epoch, start: epoch_of(source, epoch),
-        loss=registry.loss_of(WEIGHTS, None),
-        evaluate=dict,
-        details=lambda epoch: {},
-    )
     path.mkdir()
-    loop.run(pupil, task, RECIPE, folder.RunFolder(path=path), EPOCHS, progress.silent)
+    sampler = Sampler(manifest=source.manifest, optimizer=RECIPE)
+    Loop(pupil, source, sampler, RECIPE, folder.RunFolder(path=path)).run(EPOCHS)
     return pupil.network.state_dict(), [row["loss"] for row in pupil.rows]
 
 
