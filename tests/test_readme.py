@@ -75,7 +75,7 @@ def test_a_method_and_a_network_are_added_as_the_readme_shows(trained, monkeypat
 
 
 def test_the_table_of_methods_is_the_catalogue():
-    told = show.listing("wrn_40_2", "wrn_16_2", 100, 32)["methods"]
+    told = methods.run("wrn_40_2", "wrn_16_2", 100, 32)["methods"]
     rows = re.findall(r"^\| `(\w+)` \| [^|]* \| [^|]* \| ([\d,]+) \|$", README, re.M)
     assert {name: int(size.replace(",", "")) for name, size in rows} == {row["method"]: row["bytes"] for row in told}
 

@@ -1,9 +1,9 @@
-"""The picture a newcomer sees first: from teacher to condensed set, with the numbers of the runs at hand."""
+"""Figures of runs that condense: the chain from teacher to set, what each stage keeps, and how values move."""
 
 import itertools
 import textwrap
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -13,12 +13,25 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from kcdcache.condense import compare
-from kcdcache.report import figures, statistics
+from kcdcache.report import tables
 from kcdcache.report.figures import AS_IS, COLOURS, ENRICHED, LEFT_OUT, Picture, drawn, legend_below, short, told_apart
-from kcdcache.report.load import Findings, Run
+from kcdcache.report.load import Loaded, Run
+from kcdcache.report.show import StoreReport
+
+Named = Sequence[tuple[str, Run]]
+"""(what a figure calls a run, run) of each"""
+MOST_LINES = 600
+"""samples drawn one by one in a pattern; of more, evenly spaced ones in the order drawn"""
+MOST_CLASSES = 24
+"""classes whose names are shown"""
+TITLE = 38
+"""characters of a line of a panel's title, of two panels beside each other"""
+PARTS = (("kept as they are (K_1H)", AS_IS), ("kept and enriched (K_Aug)", ENRICHED), ("dropped (K_0)", LEFT_OUT))
+
 
 ACROSS, BOX_WIDTH, BOX_HEIGHT = (0.1, 0.3, 0.5, 0.7, 0.9), 0.165, 0.36
 FILLS = ("#56B4E9", "#D9D9D9", "#D9D9D9", "#009E73", "#E69F00")
+"""of the boxes of the chain: where they stand, how large they are, their colours"""
 
 
 class _Box(NamedTuple):
@@ -26,14 +39,15 @@ class _Box(NamedTuple):
     lines: tuple[str, ...]
 
 
-def drawn_of(found: Findings) -> Picture | None:
+def chain(loaded: Loaded) -> Picture | None:
     """Return the chain teacher, views, store, student, condensed set, or None where no run condensed from a store."""
-    students = [run for runs in found.rows().values() for run in runs if run.condenses]
-    stores = [told for _, told in found.stores]
-    if not students or not stores:
+    students = tables.condensing(loaded)
+    if not students or not loaded.stores:
         return None
-    knowledge = next((told for told in stores if told.get("knowledge_id") == _knowledge_of(students[0])), stores[0])
-    boxes = _boxes(knowledge, students[0], _accuracy(found, _teacher_of(knowledge)))
+    run = students[0][1]
+    own = [store for store in loaded.stores if store.knowledge.knowledge_id == run.record.inputs.knowledge_id]
+    store = [*own, *loaded.stores][0]
+    boxes = _boxes(store, run, _accuracy(loaded, store.knowledge.teacher.architecture))
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -54,35 +68,24 @@ def drawn_of(found: Findings) -> Picture | None:
         "The chain with this folder's numbers. Teacher, views and store are paid once, for any number of students; the "
         "loop on the right is the method: online value estimation (OGVE) and knowledge summary (VAKS)."
     )
-    return figures.drawn("chain", "From teacher to condensed set", caption, 2.9, draw)
+    return drawn("chain", "From teacher to condensed set", caption, 2.9, draw)
 
 
-def _knowledge_of(run: Run) -> Any:
-    return run.record["inputs"].get("knowledge_id")
-
-
-def _teacher_of(knowledge: Mapping[str, Any]) -> str:
-    return str(knowledge["knowledge"]["teacher"]["architecture"])
-
-
-def _accuracy(found: Findings, teacher: str) -> str:
+def _accuracy(loaded: Loaded, teacher: str) -> str:
     """Return the teacher's accuracy as text, where a run that trained it lies beside the store."""
-    rows = [runs for runs in found.rows().values() if not runs[0].stages and runs[0].summary.get("model") == teacher]
-    mean = statistics.spread([float(run.summary["accuracy_last"]) for run in rows[0]]).mean if rows else None
+    rows = [runs for runs in loaded.rows().values() if not runs[0].stages and runs[0].summary.model == teacher]
+    mean = tables.mean(rows[0], "accuracy_last") if rows else None
     return "" if mean is None else f"{100 * mean:.1f} % right"
 
 
-def _boxes(knowledge: Mapping[str, Any], run: Run, accuracy: str) -> Sequence[_Box]:
-    last = run.sets[-1]
-    mixed = int(last.mixed.sum())
+def _boxes(store: StoreReport, run: Run, accuracy: str) -> Sequence[_Box]:
+    last, held = run.sets[-1], store.contents
     return (
-        _Box("teacher", (_teacher_of(knowledge), accuracy)),
-        _Box("views", (f"{knowledge['samples']:,} images", f"x {knowledge['views']} views each")),
-        _Box("store", (f"{knowledge['points']:,} points", f"{knowledge['bytes'] / 2**20:,.1f} MiB, read by all")),
-        _Box(
-            "student", (str(run.summary.get("model", "")), f"{100 * float(run.summary['accuracy_last']):.1f} % right")
-        ),
-        _Box("condensed set", (f"{len(last):,} of {last.count:,}", f"{mixed:,} of them enriched")),
+        _Box("teacher", (store.knowledge.teacher.architecture, accuracy)),
+        _Box("views", (f"{held.samples:,} images", f"x {held.views} views each")),
+        _Box("store", (f"{held.points:,} points", f"{store.bytes / 2**20:,.1f} MiB, read by all")),
+        _Box("student", (run.summary.model, f"{100 * run.summary.accuracy_last:.1f} % right")),
+        _Box("condensed set", (f"{len(last):,} of {last.count:,}", f"{int(last.mixed.sum()):,} of them enriched")),
     )
 
 
@@ -90,23 +93,12 @@ def _draw_box(axes: Axes, centre: float, box: _Box, fill: str) -> None:
     corner = (centre - BOX_WIDTH / 2, 0.6 - BOX_HEIGHT / 2)
     axes.add_patch(Rectangle(corner, BOX_WIDTH, BOX_HEIGHT, facecolor=fill, edgecolor="black", alpha=0.55))
     axes.text(centre, 0.69, box.title, ha="center", va="center", size=11, weight="bold")
-    axes.text(centre, 0.54, "\n".join(map(figures.short, filter(None, box.lines))), ha="center", va="center", size=9)
+    axes.text(centre, 0.54, "\n".join(map(short, filter(None, box.lines))), ha="center", va="center", size=9)
 
 
 def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], curve: float = 0.0) -> None:
     style = {"arrowstyle": "-|>", "color": "black", "linewidth": 1.4, "connectionstyle": f"arc3,rad={curve}"}
     axes.annotate("", xy=end, xytext=start, arrowprops=style)
-
-
-Named = Sequence[tuple[str, Run]]
-
-MOST_LINES = 600
-"""samples drawn one by one in a pattern; of more, evenly spaced ones in the order drawn"""
-MOST_CLASSES = 24
-"""classes whose names are shown"""
-TITLE = 38
-"""characters of a line of a panel's title, of two panels beside each other"""
-PARTS = (("kept as they are (K_1H)", AS_IS), ("kept and enriched (K_Aug)", ENRICHED), ("dropped (K_0)", LEFT_OUT))
 
 
 def set_names(run: Run) -> list[str]:

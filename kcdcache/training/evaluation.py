@@ -191,7 +191,7 @@ def of_run(settings: TrainSettings, material: Learned, folder: RunFolder, device
     same of the teacher begins with `teacher_`. `accuracy_frequent`, `accuracy_rare`: of test images of the classes that
     have most training samples (see `corruption.frequent`) and of the others.
 
-    `sets` tells of every stage what `screening.per_set` does.
+    `sets` are the `compare.SetCounts` of every stage.
     """
     data, knowledge = material.data, material.knowledge
     source = identity.read_origin(knowledge.path)
@@ -290,13 +290,11 @@ def _sets(data: Dataset, folder: RunFolder) -> list[Mapping[str, Any]]:
     """Return what became of wrong labels and rare classes in each of a run's sets, in order."""
     marked = mislabelled(data.train)
     wrong = marked if marked is not None and marked.any() else None
-    numbers = sorted(int(path.parent.name) for path in folder.path.glob("stages/*/manifest.parquet"))
-    return [
-        compare.per_set(
-            manifest.read(folder.manifest(number)), _value(folder.stage_values(number), data), wrong, rare(data)
-        )
-        for number in numbers
-    ]
+    counted = (
+        compare.count_set(manifest.read(file), _value(folder.stage_values(number), data), wrong, rare(data))
+        for number, file in folder.manifests().items()
+    )
+    return [counts.model_dump(exclude_unset=True) for counts in counted]
 
 
 def _value(path: Path, data: Dataset) -> np.ndarray | None:

@@ -268,7 +268,7 @@ def test_a_store_beyond_the_budget_is_refused_before_anything_is_written(place, 
 
 
 def test_the_listing_counts_what_a_store_takes(place):
-    told = show.listing("resnet8", "resnet8", 10, 16)
+    told = methods.run("resnet8", "resnet8", 10, 16)
     by_name = {row["method"]: row for row in told["methods"]}
     names = by_name["at"]["reads"]
     held = precomputed(place[0] / "listed", digits(), teacher_of_place(), views=1, fields=names, encoding="float16")
