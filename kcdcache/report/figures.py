@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from kcdcache.errors import printable
+from kcdcache.report.tables import Row, texts
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette: told apart with any colour vision"""
@@ -50,15 +51,19 @@ def styled() -> Iterator[None]:
         yield
 
 
-def drawn(key: str, title: str, caption: str, height: float, draw: Callable[[Figure], None]) -> Picture:
-    """Return the picture that `draw` makes on an empty figure of that height in inches."""
+def drawn(key: str, height: float, draw: Callable[[Figure], None], **values: Any) -> Picture:
+    """Return the picture that `draw` makes on an empty figure of that height in inches.
+
+    Title and caption are those of `texts`, with `values` filled in.
+    """
+    text = texts()["figures"][key]
     with styled():
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)
         stream = io.BytesIO()
         figure.savefig(stream, format="png", dpi=DOTS, metadata={"Software": None})
-    return Picture(key, title, caption, stream.getvalue())
+    return Picture(key, text["title"].format(**values), text["caption"].format(**values), stream.getvalue())
 
 
 def short(name: str, most: int = LONGEST) -> str:
@@ -106,7 +111,7 @@ class Line(NamedTuple):
     high: np.ndarray
 
 
-def lines(rows: Sequence[Mapping[str, Any]], x: str, y: str, scale: float = 1.0) -> list[Line]:
+def lines(rows: Sequence[Row], x: str, y: str, scale: float = 1.0) -> list[Line]:
     """Return one line per row of runs: y (times `scale`) over x, means over the seeds that have both, by epoch."""
     points: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for row in rows:
@@ -145,7 +150,7 @@ def zoomed(axes: Axes, found: Sequence[Line], share: float = 0.5) -> None:
         axes.set_ylim(min(ends) - margin, max(tops) + margin)
 
 
-def accuracy(rows: Sequence[Mapping[str, Any]]) -> Picture:
+def accuracy(rows: Sequence[Row]) -> Picture:
     """Return test accuracy against student samples consumed, and against wall time."""
     order = list(dict.fromkeys(row["row"] for row in rows))
 
@@ -161,15 +166,10 @@ def accuracy(rows: Sequence[Mapping[str, Any]]) -> Picture:
         zoomed(left, by_samples)
         legend_below(figure, *left.get_legend_handles_labels())
 
-    caption = (
-        "Each line is the mean over a row's seeds, the band runs from the worst to the best seed. Left: for the same "
-        "number of samples, higher is better; a condensed student stops earlier, because it saw fewer samples. Right: "
-        "the same against training time; the teacher's own time is not in it. The first epochs may lie below the axis."
-    )
-    return drawn("accuracy", "Accuracy against samples and against time", caption, 4.2 + below(order), draw)
+    return drawn("accuracy", 4.2 + below(order), draw)
 
 
-def training(rows: Sequence[Mapping[str, Any]]) -> Picture:
+def training(rows: Sequence[Row]) -> Picture:
     """Return loss, training accuracy, learning rate and agreement with the teacher against epochs."""
     order = list(dict.fromkeys(row["row"] for row in rows))
     panels = (
@@ -188,12 +188,7 @@ def training(rows: Sequence[Mapping[str, Any]]) -> Picture:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend_below(figure, *figure.axes[0].get_legend_handles_labels())
 
-    caption = (
-        "Loss and accuracy on what the student trains on, loss on test images, and how often the student's answer on "
-        "its training views is the teacher's. Losses of different methods, and of plain training, are not of one kind "
-        "and cannot be compared with each other; their shape can. A jump where a stage begins is the new set."
-    )
-    return drawn("training", "Training curves", caption, 6.2 + below(order), draw)
+    return drawn("training", 6.2 + below(order), draw)
 
 
 def _log_scale(axes: Axes) -> None:
@@ -206,7 +201,7 @@ def _log_scale(axes: Axes) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def forest(rows: Sequence[Mapping[str, Any]]) -> Picture | None:
+def forest(rows: Sequence[Row]) -> Picture | None:
     """Return the paired differences in accuracy with their intervals; None where nothing was compared."""
     chosen = [row for row in rows if row["measure"] == "accuracy last"]
     if not chosen:
@@ -228,16 +223,13 @@ def forest(rows: Sequence[Mapping[str, Any]]) -> Picture | None:
         axes.set(ylim=(-0.6, len(chosen) - 0.4), xlabel="accuracy minus the reference's (percentage points)")
 
     references = ", ".join(dict.fromkeys(f"'{row['reference']}'" for row in chosen))
-    caption = (
-        f"Test accuracy of the last epoch minus that of {references}, seed by seed: the point is the mean, the bar the "
-        "95 % confidence interval (Student's t). A bar that crosses the vertical line at 0 means that these seeds "
-        "cannot tell the two apart. Without a bar there was only one pair."
-    )
-    return drawn("differences", "Paired differences in accuracy", caption, 1.3 + 0.55 * len(chosen), draw)
+    return drawn("differences", 1.3 + 0.55 * len(chosen), draw, references=references)
 
 
-def costs(rows: Sequence[Mapping[str, Any]]) -> Picture:
-    """Return what each row and store cost, one panel per kind of cost."""
+def costs(rows: Sequence[Row]) -> Picture | None:
+    """Return what each row and store cost, one panel per kind of cost; None where there are none."""
+    if not rows:
+        return None
     panels = (
         ("teacher_forwards", "teacher forwards\n(samples)"), ("student_samples", "student samples\nforwarded"),
         ("rows_read", "rows read\nfrom the store"), ("bytes_read", "bytes read\nfrom the store"),
@@ -262,11 +254,7 @@ def costs(rows: Sequence[Mapping[str, Any]]) -> Picture:
         figure.axes[0].set_yticks(places, [wrapped(names[row["row"]]) for row in rows])
         figure.axes[0].invert_yaxis()
 
-    caption = (
-        "Per run, means over seeds; each panel has its own scale. The store pays for the teacher once, all students "
-        "read it. Student samples are what condensation saves. Plain training reads no store."
-    )
-    return drawn("cost", "Where the cost lies", caption, 1.2 + 0.34 * len(rows), draw)
+    return drawn("cost", 1.2 + 0.34 * len(rows), draw)
 
 
 def _brief(size: float) -> str:
@@ -296,12 +284,7 @@ def distance_matrix(names: Sequence[str], matrix: np.ndarray, by_chance: Sequenc
             axes.text(column, row, f"{matrix[row, column]:.2f}", ha="center", va="center", color=colour, size=8)
         figure.colorbar(image, ax=axes, label="share of samples kept by one run only", shrink=0.8)
 
-    caption = (
-        "How far the last sets of two runs differ: the share of all samples that one keeps and the other does not; 0 "
-        "(dark) is the same set; above the matrix stands what chance would give. In the paper (Fig. 3c) students of "
-        "the same kind agree most."
-    )
-    return drawn("distances", "Distance between kept sets", caption, min(11.0, 2.6 + 0.42 * count), draw)
+    return drawn("distances", min(11.0, 2.6 + 0.42 * count), draw)
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:

@@ -29,37 +29,25 @@ MOST_RUNS = 4
 """runs whose stages are drawn: the first seed of each row that condenses"""
 BRIEF = ("row", "model", "n", "accuracy_last", "accuracy_last_std", "accuracy_best", "relative_cost", "seconds")
 """columns of the results that fit a terminal"""
-WORDS = {
-    "teacher, student": "the big network that knows, and the small one that learns from its answers",
-    "view": "one augmented version (crop, flip) of a training image; the same number gives the same version anywhere",
-    "knowledge point": "one augmented view of one training image, with what the teacher says of it",
-    "store": "the file store of all knowledge points: the teacher runs once, students read from it",
-    "stage": "some epochs on one set of samples; between stages the set is made anew from the samples' values",
-    "value V": "mean entropy (in nats) of the student's answers on a sample so far: how unsure it still is",
-    "K_1H": "samples of a set that are kept as they are",
-    "K_Aug": "less valuable samples of a set that are kept, but enriched with a share (epsilon) of a dropped sample",
-    "K_0": "dropped samples, from which those shares come",
-    "epsilon": "the share of a dropped sample that is mixed into a kept one: from 0 to 0.3, most into the least"
-    " valuable",
-    "relative cost": "student samples forwarded, divided by samples x epochs of full training",
-    "seed": "start of all random choices; runs of the same seed are paired",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A chapter of the report."""
+    """A chapter of the report; what is empty of the given is left out."""
 
     key: str
-    title: str
-    look: str
-    """what a newcomer should look at"""
+    """its title and what to look at are those of `tables.texts`"""
     tables: Sequence[Table] = ()
-    pictures: Sequence[Picture] = ()
+    pictures: Sequence[Picture | None] = ()
     strips: Sequence[Strip] = ()
     folded: Sequence[Table] = ()
     """tables shown when asked for"""
     notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("tables", "folded"):
+            object.__setattr__(self, name, [table for table in getattr(self, name) if table.rows])
+        object.__setattr__(self, "pictures", [picture for picture in self.pictures if picture is not None])
 
     @property
     def empty(self) -> bool:
@@ -89,7 +77,7 @@ def write(
     _require_free(out, json_file, csv)
     loaded = load.read(paths)
     made = tables_of(loaded, reference)
-    sections = [section for section in _sections(loaded, made, data) if not section.empty]
+    sections = sections_of(loaded, made, data)
     document = _document(loaded, made, sections)
     files = {out: _html(document, made, sections).encode()}
     if json_file is not None:
@@ -133,144 +121,66 @@ def tables_of(loaded: Loaded, reference: str | None = None) -> dict[str, Table]:
     return {table.key: table for table in made}
 
 
-def _sections(loaded: Loaded, made: dict[str, Table], data: str | None) -> list[Section]:
-    chosen = _chosen(loaded)
-    return [
-        _method(loaded),
-        _results(made),
-        _learning(made),
-        *([_condensation(made, chosen), _samples(made, chosen), _images(loaded, chosen, data)] if chosen else []),
-        robustness_section(made),
-        _agreement(loaded, made),
-        _cost(made),
-        _provenance(made),
+def sections_of(loaded: Loaded, made: dict[str, Table], data: str | None = None) -> list[Section]:
+    """Return the chapters of a report that have something to say."""
+    curves = made["curves"].rows
+    sections = [
+        Section(key="method", pictures=[stage_figures.chain(loaded)]),
+        Section(
+            key="results",
+            tables=[made["results"], made["differences"]],
+            pictures=[figures.forest(made["differences"].rows)],
+        ),
+        Section(key="learning", pictures=[figures.accuracy(curves), figures.training(curves)] if curves else []),
+        *_condensation(loaded, made, data),
+        Section(
+            key="robustness",
+            tables=[made["fidelity"]],
+            pictures=robustness.pictures(made["fidelity"], made["screening"]),
+            folded=[made["screening"]] if robustness.marked(made["screening"]) else [],
+        ),
+        Section(key="agreement", pictures=_distances(loaded), folded=[made["distances"]]),
+        Section(key="cost", tables=[made["cost"]], pictures=[figures.costs(made["cost"].rows)]),
+        Section(key="provenance", tables=[made["runs"]], folded=[made["settings"], made["identities"]]),
     ]
+    return [section for section in sections if not section.empty]
 
 
-def _chosen(loaded: Loaded) -> list[tuple[str, Run]]:
-    """Return (row's name, run) of the first run of each row whose sets differ from stage to stage."""
+def _condensation(loaded: Loaded, made: dict[str, Table], data: str | None) -> list[Section]:
+    """Return the chapters on the first run of each row that condenses: what it kept, which samples, their images."""
     first: dict[str, Run] = {}
     for name, run in tables.condensing(loaded):
         first.setdefault(name, run)
-    return [(f"{name}, seed {run.seed}", run) for name, run in first.items()][:MOST_RUNS]
-
-
-def _method(loaded: Loaded) -> Section:
-    return Section(
-        key="method", title="What was done",
-        look="Follow the arrows. The teacher is paid once; what it says is kept; each student reads it, and what a "
-        "sample is still worth to the student decides whether the next stage sees it.",
-        pictures=[picture] if (picture := stage_figures.chain(loaded)) else [],
-    )  # fmt: skip
-
-
-def _results(made: dict[str, Table]) -> Section:
-    forest = figures.forest(made["differences"].rows)
-    return Section(
-        key="results", title="Results",
-        look="Compare the accuracy of the condensed student with that of the row that keeps everything, and with its "
-        "relative cost: condensation pays where it loses no accuracy, or little, at a clearly lower cost. Then see in "
-        "the differences whether the seeds suffice to say so.",
-        tables=[table for name in ("results", "differences") if (table := made[name]).rows],
-        pictures=[forest] if forest else [],
-    )  # fmt: skip
-
-
-def _learning(made: dict[str, Table]) -> Section:
-    rows = made["curves"].rows
-    return Section(
-        key="learning", title="How the students learned",
-        look="Where do the lines end, and how far to the right? A line that ends as high but further left reached the "
-        "same accuracy with fewer samples.",
-        pictures=[figures.accuracy(rows), figures.training(rows)] if rows else [],
-    )  # fmt: skip
-
-
-def _condensation(made: dict[str, Table], chosen: list[tuple[str, Run]]) -> Section:
-    pictures = [stage_figures.sizes(chosen), stage_figures.bands(chosen), stage_figures.classes(chosen)]
-    return Section(
-        key="condensation", title="What condensation kept",
-        look="After each stage the samples are ranked by their value, the best are kept, and the worst of those kept "
-        "are enriched with a little of a dropped one. See the kept share shrink, the values part, and whether some "
-        "classes are thinned more than others (classes the student knows well are).",
-        pictures=[picture for picture in pictures if picture], folded=[made["stages"]],
-    )  # fmt: skip
-
-
-def _samples(made: dict[str, Table], chosen: list[tuple[str, Run]]) -> Section:
-    valued = [(name, run) for name, run in chosen if any(stage.values is not None for stage in run.stages)]
-    patterns = [stage_figures.pattern(name, run) for name, run in valued]
-    return Section(
-        key="samples", title="Which samples leave, return and stay",
-        look="Dropping is not for ever: all samples compete again in each stage (unless `candidates` is current). A "
-        "dropped one keeps its value while those of others fall; it is back once theirs lie below.",
-        tables=[made["fates"]], pictures=[stage_figures.turnover(chosen), *patterns],
-    )  # fmt: skip
-
-
-def _images(loaded: Loaded, chosen: list[tuple[str, Run]], data: str | None) -> Section:
+    chosen = [(f"{name}, seed {run.seed}", run) for name, run in first.items()][:MOST_RUNS]
+    if not chosen:
+        return []
+    patterns = [stage_figures.pattern(name, run) for name, run in chosen if any(stage.values for stage in run.stages)]
     specs = {grid.path: grid.data for grid in loaded.grids}
     specs |= {grid.path / name: spec for grid in loaded.grids for name, spec in grid.listed.items()}
     strips, notes = images.collected(chosen, specs, data)
-    return Section(
-        key="images", title="The images themselves",
-        look="Valuable images should look hard, atypical or ambiguous, the least valuable ones plain. Below each stand "
-        "its class, its number in the training split and its value in nats. Of several runs in a folder only the first "
-        "is shown; give another one alone to see its images.",
-        strips=strips, notes=notes,
-    )  # fmt: skip
+    return [
+        Section(
+            key="condensation",
+            pictures=[stage_figures.sizes(chosen), stage_figures.bands(chosen), stage_figures.classes(chosen)],
+            folded=[made["stages"]],
+        ),
+        Section(key="samples", tables=[made["fates"]], pictures=[stage_figures.turnover(chosen), *patterns]),
+        Section(key="images", strips=strips, notes=notes),
+    ]
 
 
-def robustness_section(made: dict[str, Table]) -> Section:
-    """Return the chapter on wrong labels, rare classes and agreement; empty where no run was measured for it."""
-    fidelity, screening = made["fidelity"], made["screening"]
-    return Section(
-        key="robustness", title="Wrong labels, rare classes, agreement with the teacher",
-        look="First: does each method gain over plain training on the same data, and does its interval exclude 0? "
-        "Then, where labels are wrong: which rows name the true label, and which the wrong one they were given? Last, "
-        "whether dropping by value screens out wrong labels or rare classes, against what chance would do.",
-        tables=[fidelity] if fidelity.rows else [], pictures=robustness.pictures(fidelity, screening),
-        folded=[screening] if robustness.marked(screening) else [],
-    )  # fmt: skip
-
-
-def _agreement(loaded: Loaded, made: dict[str, Table]) -> Section:
+def _distances(loaded: Loaded) -> list[Picture]:
     pictures = []
     for group in tables.same_data(loaded):
         names, sets = [name for name, _ in group], [run.sets[-1] for _, run in group]
         chance = [compare.by_chance(one, other) for one, other in itertools.combinations(sets, 2)]
         pictures.append(figures.distance_matrix(names, compare.hamming(sets), chance))
-    return Section(
-        key="agreement", title="Do runs keep the same samples?",
-        look="Value is what a sample is worth to one student. If two seeds, or two students, keep nearly the same set "
-        "(dark), that set can be reused for others. Compare with what chance would give, above the matrix.",
-        pictures=pictures, folded=[made["distances"]] if pictures else [],
-    )  # fmt: skip
-
-
-def _cost(made: dict[str, Table]) -> Section:
-    rows = made["cost"].rows
-    return Section(
-        key="cost", title="What it cost",
-        look="Without a store the teacher would be paid again in every epoch of every student. Which of the columns is "
-        "the large one here, and which does condensation make smaller?",
-        tables=[made["cost"]] if rows else [], pictures=[figures.costs(rows)] if rows else [],
-    )  # fmt: skip
-
-
-def _provenance(made: dict[str, Table]) -> Section:
-    return Section(
-        key="provenance", title="Where the numbers come from",
-        look="Every number above was computed from files whose digests were checked first. With the commit, command "
-        "and settings below the runs can be made again.",
-        tables=[made["runs"]] if made["runs"].rows else [],
-        folded=[table for name in ("settings", "identities") if (table := made[name]).rows],
-    )  # fmt: skip
+    return pictures
 
 
 def _document(loaded: Loaded, made: dict[str, Table], sections: Sequence[Section]) -> dict[str, Any]:
     """Return all that the report says as JSON values."""
-    pictures = [picture for section in sections for picture in section.pictures]
+    pictures = [picture for section in sections for picture in section.pictures if picture]
     strips = [strip for section in sections for strip in section.strips]
     return {
         "about": ABOUT,
@@ -303,7 +213,7 @@ def _html(document: dict[str, Any], made: dict[str, Table], sections: Sequence[S
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_safe)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=document["title"], summary=document["summary"], notes=document["notes"], problems=made["troubles"],
-        sections=sections, words=WORDS, version=__version__, uri=images.data_uri,
+        sections=sections, texts=tables.texts(), version=__version__, uri=images.data_uri,
     )  # fmt: skip
 
 

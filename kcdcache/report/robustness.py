@@ -48,33 +48,7 @@ def fidelity(loaded: Loaded) -> Table:
         row |= {"accuracy": tables.mean(runs, "accuracy_last")} | {name: tables.mean(runs, name) for name in SHARES}
         base = None if key in plain else _plain_of(runs[0], plain)
         found.append(row | ({} if base is None else {"over": names[base], **_gain(runs, plain[base])}))
-    columns = (
-        Column("row", "row"), Column("n", "n", "count"), Column("data", "training data"),
-        Column("accuracy", "test accuracy %", "percent"), Column("gain", "gain over plain training", "signed"),
-        Column("gain_low", "95 % from", "signed"), Column("gain_high", "to", "signed"),
-        Column("pairs", "pairs", "count"), Column("over", "plain training is"),
-        Column("agreement_test", "agrees with teacher, test %", "percent"),
-        Column("agreement_train", "training %", "percent"),
-        Column("calibration_error", "calibration error %", "percent"),
-        Column("accuracy_train", "given labels named %", "percent"),
-        Column("accuracy_right", "of right labels %", "percent"),
-        Column("memorised", "wrong labels: given named %", "percent"),
-        Column("recovered", "true named %", "percent"),
-        Column("accuracy_true", "of all: true named %", "percent"),
-        Column("accuracy_frequent", "test, frequent classes %", "percent"),
-        Column("accuracy_rare", "rare classes %", "percent"),
-    )  # fmt: skip
-    note = (
-        "Means over n seeds. The gain is in percentage points of test accuracy over plain training (labels only, "
-        "everything kept) of the same network on the same data for as many epochs, seed by seed, with its 95 % "
-        "interval (Student's t); of several such rows, over the one whose settings differ least. Columns about labels "
-        "are measured at the end on view 0 of every training sample, in eval mode: how often the given label is named, "
-        "and of samples whose label is wrong, how often the wrong (memorised) and the true one is. Agreement is the "
-        "share of samples on which student and teacher name the same class. Frequent classes are the largest that "
-        "together hold half of the training samples; test images are balanced and clean."
-    )
-    return Table(key="fidelity", title="Generalisation, agreement, calibration, labels", note=note, columns=columns,
-                 rows=found)  # fmt: skip
+    return tables.worded("fidelity", found)
 
 
 def screening(loaded: Loaded) -> Table:
@@ -91,27 +65,7 @@ def screening(loaded: Loaded) -> Table:
             }
             row = {"row": label, "data": corruption(runs[0]), **_group(runs[0]), "stage": stage, "n": len(each)}
             rows.append(row | means)
-    columns = (
-        Column("row", "row"), Column("data", "training data"), Column("stage", "set of stage", "count"),
-        Column("n", "n", "count"), Column("kept", "kept", "percent"),
-        Column("precision", "dropped that are wrong %", "percent"), Column("wrong", "by chance %", "percent"),
-        Column("recall", "wrong that are dropped %", "percent"), Column("dropped", "by chance %", "percent"),
-        Column("enriched_wrong", "enriched that are wrong %", "percent"),
-        Column("partners_wrong", "mixed in that are wrong %", "percent"),
-        Column("separation_wrong", "value above that of a right one", "share"),
-        Column("kept_rare", "rare samples kept %", "percent"), Column("kept_frequent", "frequent kept %", "percent"),
-        Column("separation_rare", "value above that of a frequent one", "share"),
-    )  # fmt: skip
-    note = (
-        "Does dropping by value screen out wrong labels? 'dropped that are wrong' is its precision and 'wrong that are "
-        "dropped' its recall, each beside what dropping at random would give. 'value above that of a right one' is the "
-        "chance that a wrongly labelled sample has a higher value V than a rightly labelled one at the end of the "
-        "stage before, by which this set was chosen: above 0.5, dropping the lowest values keeps wrong labels rather "
-        "than right ones (sets drawn at random do not heed it). The last set is exported. Of rare classes likewise; "
-        "with --stratify every class keeps the same share."
-    )
-    return Table(key="screening", title="What each set keeps of wrong labels and rare classes", note=note,
-                 columns=columns, rows=rows)  # fmt: skip
+    return tables.worded("screening", rows)
 
 
 def _group(run: Run) -> dict[str, str]:
@@ -169,11 +123,7 @@ def labelled(rows: Sequence[Row]) -> Picture | None:
         axes.set(xlabel="share of training samples of that kind (%)")
         legend_below(figure, *axes.get_legend_handles_labels())
 
-    caption = (
-        "On training samples at the end of training. A robust student names right labels and, where the label is "
-        "wrong, the true one; naming wrong labels it was given is memorising noise."
-    )
-    return drawn("labelled", "Right, recovered and memorised labels", caption, 1.3 + 0.42 * len(chosen), draw)
+    return drawn("labelled", 1.3 + 0.42 * len(chosen), draw)
 
 
 def screened(rows: Sequence[Row]) -> Picture | None:
@@ -190,11 +140,7 @@ def screened(rows: Sequence[Row]) -> Picture | None:
             axes.set(xlabel="set of stage", ylabel=label)
         legend_below(figure, *figure.axes[0].get_legend_handles_labels())
 
-    caption = (
-        "Solid: what was dropped by value; dotted in the same colour: what as many samples dropped at random would "
-        "give. Above its dotted line dropping screens wrong labels out, below it keeps them in."
-    )
-    return drawn("screened", "Does dropping screen out wrong labels?", caption, _tall(chosen), draw)
+    return drawn("screened", _tall(chosen), draw)
 
 
 def thinned(rows: Sequence[Row]) -> Picture | None:
@@ -209,11 +155,7 @@ def thinned(rows: Sequence[Row]) -> Picture | None:
         axes.set(xlabel="set of stage", ylabel="share kept (%)")
         legend_below(figure, *axes.get_legend_handles_labels())
 
-    caption = (
-        "Solid: of the samples of rare classes; dotted in the same colour: of those of frequent classes. A solid line "
-        "above its dotted one means that the set favours rare classes."
-    )
-    return drawn("thinned", "What is kept of rare classes", caption, _tall(chosen), draw)
+    return drawn("thinned", _tall(chosen), draw)
 
 
 def _by_stage(axes: Axes, rows: Sequence[Row], name: str, other: str) -> None:

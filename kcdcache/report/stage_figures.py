@@ -64,11 +64,7 @@ def chain(loaded: Loaded) -> Picture | None:
         axes.text(ACROSS[1], 0.15, "paid once, for any number of students", ha="center", size=9)
         axes.text(below, 0.84, "each sample's value to the student", ha="center", size=9)
 
-    caption = (
-        "The chain with this folder's numbers. Teacher, views and store are paid once, for any number of students; the "
-        "loop on the right is the method: online value estimation (OGVE) and knowledge summary (VAKS)."
-    )
-    return drawn("chain", "From teacher to condensed set", caption, 2.9, draw)
+    return drawn("chain", 2.9, draw)
 
 
 def _accuracy(loaded: Loaded, teacher: str) -> str:
@@ -125,12 +121,7 @@ def sizes(found: Named) -> Picture:
             _stage_axis(axes, run, "share of all samples (%)")
         _legend(figure)
 
-    caption = (
-        "The keep fraction shrinks from stage to stage; the number is the share kept. Dark: kept as they are; "
-        "light blue: less valuable ones that are kept but enriched with a bit of a dropped sample each; grey: dropped. "
-        "'end' is the set that is exported for other students."
-    )
-    return drawn("sizes", "What each stage keeps", caption, _tall(found, 3.3), draw)
+    return drawn("sizes", _tall(found, 3.3), draw)
 
 
 def bands(found: Named) -> Picture:
@@ -153,13 +144,7 @@ def bands(found: Named) -> Picture:
             axes.set_xlabel("end of stage")
         _legend(figure)
 
-    caption = (
-        "A sample's value is the mean entropy of the student's answers on it so far (Eq. 12): high means that the "
-        "student is still unsure and the teacher still has something to say. Lines are medians, bands hold the middle "
-        "80 %. Values fall as the student learns; ranked by value, those dropped next lie below those kept. A dropped "
-        "sample keeps its value until it is kept again, which is why the lower line need not fall."
-    )
-    return drawn("values", "Values of samples kept and dropped", caption, _tall(found, 3.3), draw)
+    return drawn("values", _tall(found, 3.3), draw)
 
 
 def pattern(name: str, run: Run) -> Picture:
@@ -201,7 +186,8 @@ def pattern(name: str, run: Run) -> Picture:
         "Middle: the same samples, whether each set keeps them. Right: the ten samples that rose and fell most: value "
         "is not fixed, which is why it is estimated again and dropped samples may return (as Fig. 3b of the paper)."
     )
-    return drawn(f"pattern-{run.name}", f"Value pattern over stages: {name}", caption, 5.6, draw)
+    picture = drawn("pattern", 5.6, draw, run=name, shown=len(order), count=run.sets[0].count)
+    return picture._replace(key=f"pattern-{run.name}")
 
 
 def _movers(axes: Axes, ranks: np.ndarray, names: Sequence[str]) -> None:
@@ -246,12 +232,7 @@ def turnover(found: Named) -> Picture:
             axes.set(xlabel="set of stage", ylabel="share of all samples (%)")
         _legend(figure)
 
-    caption = (
-        "Compared with the set before: 'left' were kept and are dropped now, 'returned' had been dropped and are kept "
-        "again, 'new' are kept for the first time. A dropped sample keeps its last value while those of others go "
-        "on falling with every visit: it returns once theirs have fallen below its own."
-    )
-    return drawn("turnover", "Which samples leave and return", caption, _tall(found, 2.9), draw)
+    return drawn("turnover", _tall(found, 2.9), draw)
 
 
 def classes(found: Named) -> Picture | None:
@@ -277,12 +258,8 @@ def classes(found: Named) -> Picture | None:
         label = "samples kept, of the most that any set keeps of the class (%)"
         figure.colorbar(image, ax=figure.axes[: len(known)], label=label, location="bottom", shrink=0.5, aspect=50)
 
-    caption = (
-        "How evenly classes are thinned: each line is a class, dark where few of its samples are left. Classes at the "
-        "bottom lose most; with --stratify all would keep the same share."
-    )
     height = 1.4 + 0.15 * min(most, MOST_CLASSES)
-    return drawn("classes", "Classes in each set", caption, _tall(known, max(2.9, height)) + 0.4, draw)
+    return drawn("classes", _tall(known, max(2.9, height)) + 0.4, draw)
 
 
 def _panels(figure: Figure, found: Named) -> list[tuple[Axes, Run]]:

@@ -2,8 +2,10 @@
 
 import csv
 import io
+import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +30,6 @@ COMPARED = {
 }
 """entries of summaries that are compared pair by pair -> unit of their difference, and what it is multiplied by"""
 COSTS = ("student_samples", "teacher_forwards", "rows_read", "bytes_read", "seconds")
-CURVES = (
-    "stage", "learning_rate", "samples", "samples_so_far", "loss", "train_accuracy", "agreement", "test_loss",
-    "test_accuracy", "test_calibration_error", "kept", "mixed",
-)  # fmt: skip
-"""entries of a metrics row that are drawn or listed"""
 
 Row = Mapping[str, Any]
 Key = tuple[Path, str]
@@ -88,6 +85,19 @@ class Table:
         texts = [place for place, column in enumerate(self.columns) if column.kind == "text"]
         head, *lines = aligned([[column.title for column in self.columns], *self.cells()], left=texts)
         return "\n".join([head, "-" * len(head), *lines])
+
+
+@cache
+def texts() -> dict[str, Any]:
+    """Return what a report says in words: texts.toml."""
+    return tomllib.loads(Path(__file__).with_name("texts.toml").read_text(encoding="utf-8"))
+
+
+def worded(key: str, rows: Sequence[Row], **values: str) -> Table:
+    """Return a table with its title, note and columns from `texts`; `values` are filled into the note."""
+    text = texts()["tables"][key]
+    columns = tuple(Column(*column) for column in text["columns"])
+    return Table(key=key, title=text["title"], note=text["note"].format(**values), columns=columns, rows=rows)
 
 
 def aligned(lines: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
@@ -215,9 +225,7 @@ def numbers(runs: Iterable[Run], name: str) -> list[float]:
 def problems(loaded: Loaded) -> Table:
     """Return a row per run, store or record that was asked for and is in no number, with what is wrong."""
     rows = [{"path": str(path), "state": state, "error": error} for path, state, error in loaded.problems]
-    columns = (Column("path", "path"), Column("state", "state"), Column("error", "what is wrong"))
-    note = "These were asked for and are in none of the numbers below."
-    return Table(key="troubles", title="Not in this report", note=note, columns=columns, rows=rows)
+    return worded("troubles", rows)
 
 
 def results(loaded: Loaded) -> Table:
@@ -231,21 +239,7 @@ def results(loaded: Loaded) -> Table:
             found = statistics.spread(numbers(runs, name))
             row |= {name: found.mean, f"{name}_std": found.std}
         rows.append(row)
-    columns = (
-        Column("row", "row"), Column("model", "network"), Column("method", "method"), Column("n", "n", "count"),
-        Column("seeds", "seeds"), Column("accuracy_last", "accuracy %", "percent"),
-        Column("accuracy_last_std", "± std", "percent"), Column("accuracy_best", "best %", "percent"),
-        Column("accuracy_best_std", "± std", "percent"), Column("relative_cost", "relative cost", "share"),
-        Column("relative_cost_std", "± std", "share"), Column("seconds", "seconds", "seconds"),
-        Column("seconds_std", "± std", "seconds"), Column("calibration_error", "calibration error", "share"),
-        Column("kept", "kept at the end", "count"),
-    )  # fmt: skip
-    note = (
-        "Means over n seeds, with the sample standard deviation (n - 1). 'accuracy' is of the last epoch on the test "
-        "split and is the result; 'best' was chosen on that split, for comparison with papers that report it. "
-        "'relative cost' is student samples forwarded / (N x epochs)."
-    )
-    return Table(key="results", title="Accuracy and cost of each row", note=note, columns=columns, rows=rows)
+    return worded("results", rows)
 
 
 def differences(loaded: Loaded, asked: str | None = None) -> Table:
@@ -256,18 +250,7 @@ def differences(loaded: Loaded, asked: str | None = None) -> Table:
         for key, reference in references(loaded, asked).items()
         for found in _compared(runs[key], runs[reference])
     ]
-    columns = (
-        Column("row", "row"), Column("reference", "compared with"), Column("measure", "measure"),
-        Column("unit", "unit"), Column("n", "pairs", "count"), Column("mean", "difference", "signed"),
-        Column("std", "std", "share"), Column("low", "95 % from", "signed"), Column("high", "to", "signed"),
-    )  # fmt: skip
-    note = (
-        "Row minus a reference of the same network, seed by seed: runs of the same seed share initialisation, order "
-        "and views, so that their difference varies less than either. The interval is Student's t (95 %); where it "
-        "contains 0, these seeds cannot tell the two apart. One pair has no interval, and two or three pairs that "
-        "happen to agree have one that is too narrow. Intervals are not adjusted for the number of comparisons."
-    )
-    return Table(key="differences", title="Paired differences", note=note, columns=columns, rows=rows)
+    return worded("differences", rows)
 
 
 def _compared(ours: Sequence[Run], theirs: Sequence[Run]) -> Iterator[dict[str, Any]]:
@@ -304,22 +287,7 @@ def cost(loaded: Loaded) -> Table:
             "images_per_second": statistics.spread([speed.mean for speed in speeds]).mean,
             "images_per_second_std": statistics.spread([s.std for s in speeds if s.std is not None]).mean,
         })  # fmt: skip
-    columns = (
-        Column("row", "row"), Column("n", "n", "count"), Column("teacher_forwards", "teacher forwards", "count"),
-        Column("live_forwards", "with a live teacher", "count"),
-        Column("student_samples", "student samples", "count"), Column("rows_read", "store rows read", "count"),
-        Column("bytes_read", "store bytes read", "count"), Column("bytes_written", "bytes written", "count"),
-        Column("seconds", "seconds", "seconds"), Column("images_per_second", "images/s", "count"),
-        Column("images_per_second_std", "± std", "count"),
-    )  # fmt: skip
-    note = (
-        "Per run, means over its seeds. A store pays the teacher once (samples x views); students then read it. 'with "
-        "a live teacher' is what the teacher would have had to see beside that student, each of its samples in each "
-        "epoch (counted, not run). Kept samples and their partners are both read, so that condensation saves student "
-        "steps sooner than reading. 'images/s' is the mean over epochs, evaluation included, with their standard "
-        "deviation; a stage's first epoch, which waits for what is later fetched ahead, is left out."
-    )
-    return Table(key="cost", title="Cost of each row", note=note, columns=columns, rows=rows)
+    return worded("cost", rows)
 
 
 def curves(loaded: Loaded) -> Table:
@@ -329,31 +297,15 @@ def curves(loaded: Loaded) -> Table:
         spent = 0.0
         for epoch in run.metrics:
             spent += run.seconds.get(epoch.epoch, 0.0)
-            row = {"row": label, "run": run.name, "seed": run.seed, "epoch": epoch.epoch + 1, "seconds_so_far": spent}
-            rows.append(row | epoch.model_dump(include=set(CURVES)))
-    columns = tuple(Column(name, name.replace("_", " "), "text" if name in ("row", "run") else "number")
-                    for name in ("row", "run", "seed", "epoch", "seconds_so_far", *CURVES))  # fmt: skip
-    note = "Every epoch of every run; epochs count from 1."
-    return Table(key="curves", title="Training curves", note=note, columns=columns, rows=rows)
+            own = {"row": label, "run": run.name, "seed": run.seed, "epoch": epoch.epoch + 1, "seconds_so_far": spent}
+            rows.append(epoch.model_dump() | own)
+    return worded("curves", rows)
 
 
 def stages(loaded: Loaded) -> Table:
     """Return a row per set of every run that condenses: sizes, and what changed since the set before."""
     rows = [{"row": label, "run": run.name, **found} for label, run in condensing(loaded) for found in _sets(run)]
-    columns = (
-        Column("row", "row"), Column("run", "run"), Column("stage", "stage"),
-        Column("keep", "kept share of N", "share"), Column("kept", "kept", "count"),
-        Column("as_is", "K_1H: as they are", "count"), Column("mixed", "K_Aug: enriched", "count"),
-        Column("dropped", "dropped", "count"), Column("stayed", "stayed", "count"), Column("left", "left", "count"),
-        Column("returned", "returned", "count"), Column("new", "new", "count"),
-        Column("epsilon_max", "largest share mixed in", "share"), Column("class_min", "smallest class", "count"),
-        Column("class_max", "largest class", "count"), Column("digest", "digest"),
-    )  # fmt: skip
-    note = (
-        "One row per set. 'left' and 'returned' compare with the set before; partners for the enriched samples come "
-        "from the dropped ones. The set after the last stage is exported: other students can train from it."
-    )
-    return Table(key="stages", title="Every set of every run", note=note, columns=columns, rows=rows)
+    return worded("stages", rows)
 
 
 def _sets(run: Run) -> Iterator[dict[str, Any]]:
@@ -381,12 +333,7 @@ def classes(loaded: Loaded) -> Table:
         for stage in run.stages
         for label, kept in enumerate(stage.manifest.class_counts)
     ]  # fmt: skip
-    columns = (
-        Column("row", "row"), Column("run", "run"), Column("stage", "stage", "count"),
-        Column("label", "label", "count"), Column("class", "class"), Column("kept", "kept samples", "count"),
-    )  # fmt: skip
-    note = "How many samples of each class every set keeps."
-    return Table(key="classes", title="Classes in each set", note=note, columns=columns, rows=rows)
+    return worded("classes", rows)
 
 
 def fates(loaded: Loaded) -> Table:
@@ -395,11 +342,7 @@ def fates(loaded: Loaded) -> Table:
     for label, run in condensing(loaded):
         found = {fate: int(mask.sum()) for fate, mask in compare.fates(compare.parts(run.sets)).items()}
         rows.append({"row": label, "run": run.name, **found})
-    columns = (
-        Column("row", "row"), Column("run", "run"), *(Column(fate, fate, "count") for fate in compare.FATES),
-    )  # fmt: skip
-    note = "Over all sets of a run: " + "; ".join(f"{fate}: {text}" for fate, text in compare.FATES.items()) + "."
-    return Table(key="fates", title="What became of the samples", note=note, columns=columns, rows=rows)
+    return worded("fates", rows, fates="; ".join(f"{fate}: {text}" for fate, text in compare.FATES.items()))
 
 
 def distances(loaded: Loaded) -> Table:
@@ -414,15 +357,7 @@ def distances(loaded: Loaded) -> Table:
                 "by_chance": compare.by_chance(first.sets[-1], second.sets[-1]),
                 "same_network": "yes" if first.summary.model == second.summary.model else "no",
             })  # fmt: skip
-    columns = (
-        Column("one", "run"), Column("other", "and run"), Column("distance", "Hamming distance", "share"),
-        Column("by_chance", "random sets", "share"), Column("same_network", "same network"),
-    )  # fmt: skip
-    note = (
-        "Share of all N samples that one run's last set keeps and the other's does not: 0 for equal sets; 'random "
-        "sets' is what two independent sets of those sizes would have. Well below it, runs agree on what is valuable."
-    )
-    return Table(key="distances", title="Distances, pair by pair", note=note, columns=columns, rows=rows)
+    return worded("distances", rows)
 
 
 def same_data(loaded: Loaded) -> list[list[tuple[str, Run]]]:
@@ -441,13 +376,7 @@ def runs(loaded: Loaded) -> Table:
         for label, found in named_rows(loaded)
         for run in found
     ]
-    columns = (
-        Column("row", "row"), Column("run", "run"), Column("seed", "seed", "number"), Column("commit", "commit"),
-        Column("device", "device"), Column("threads", "threads", "number"), Column("versions", "versions"),
-        Column("changes", "changed while it ran", "number"), Column("command", "command"), Column("folder", "folder"),
-    )  # fmt: skip
-    note = "'changed' counts how often a run went on in another environment (--allow-env-change)."
-    return Table(key="runs", title="Runs", note=note, columns=columns, rows=rows)
+    return worded("runs", rows)
 
 
 def _environment(run: Run) -> Row:
@@ -471,9 +400,7 @@ def settings(loaded: Loaded) -> Table:
         for label, found in named_rows(loaded)
         for name, value in _settings(found).items()
     ]
-    columns = (Column("row", "row"), Column("setting", "setting"), Column("value", "value"))
-    note = "As run.json records them. A value with | differs between the row's runs."
-    return Table(key="settings", title="Settings", note=note, columns=columns, rows=rows)
+    return worded("settings", rows)
 
 
 def _settings(found: Sequence[Run]) -> dict[str, str]:
@@ -497,9 +424,7 @@ def identities(loaded: Loaded) -> Table:
         {"of": store.path.name, "what": what, "id": id} for store in loaded.stores for what, id in _store_ids(store)
     ]
     rows += [{"of": run.name, "what": what, "id": id} for run in loaded.runs for what, id in _run_ids(run)]
-    columns = (Column("of", "of"), Column("what", "what"), Column("id", "id or digest (SHA-256)"))
-    note = "`kcdcache inspect` shows the same ids; `--expect-id` refuses anything else."
-    return Table(key="identities", title="Ids and digests", note=note, columns=columns, rows=rows)
+    return worded("identities", rows)
 
 
 def _store_ids(store: StoreReport) -> Iterator[tuple[str, str | None]]:
