@@ -73,13 +73,13 @@ def short(name: str, most: int = LONGEST) -> str:
     return text if len(text) <= most else f"{text[: most - half - 1]}…{text[-half:]}"
 
 
-def told_apart(names: Sequence[str], most: int = LONGEST) -> dict[str, str]:
+def short_names(names: Sequence[str], most: int = LONGEST) -> dict[str, str]:
     """Return name -> how a figure calls it: without the `WHAT:` that all begin with, and `short` where that is enough.
 
     Names that differ stay different: where cutting them to `most` characters would make two of them the same, all of
     them are cut later.
 
-    >>> told_apart(["noise 0.4, small: KD", "noise 0.4, small: KCD", "teacher"])
+    >>> short_names(["noise 0.4, small: KD", "noise 0.4, small: KCD", "teacher"])
     {'noise 0.4, small: KD': 'KD', 'noise 0.4, small: KCD': 'KCD', 'teacher': 'teacher'}
     """
     different = dict.fromkeys(names)
@@ -95,9 +95,12 @@ def told_apart(names: Sequence[str], most: int = LONGEST) -> dict[str, str]:
         most *= 2
 
 
-def wrapped(label: str) -> str:
-    """Return a label as it stands beside an axis: in lines of a tick's width."""
-    return textwrap.fill(label, LONGEST)
+def name_bars(axes: Axes, rows: Sequence[Row], ending: str = "") -> None:
+    """Write the rows' names beside their bars, the first on top; `ending` is formatted with the row."""
+    names = short_names([row["row"] for row in rows])
+    labels = [textwrap.fill(names[row["row"]] + ending.format(**row), LONGEST) for row in rows]
+    axes.set_yticks(range(len(rows)), labels)
+    axes.invert_yaxis()
 
 
 class Line(NamedTuple):
@@ -128,7 +131,7 @@ def lines(rows: Sequence[Row], x: str, y: str, scale: float = 1.0) -> list[Line]
 
 def plot(axes: Axes, found: Sequence[Line], order: Sequence[str], xscale: float = 1.0) -> None:
     """Draw lines, each in the colour of its row, with the range over seeds behind it."""
-    names = told_apart(order)
+    names = short_names(order)
     for line in found:
         place = order.index(line.name)
         colour, style = COLOURS[place % len(COLOURS)], STYLES[place // len(COLOURS) % len(STYLES)]
@@ -170,7 +173,7 @@ def accuracy(rows: Sequence[Row]) -> Picture:
 
 
 def training(rows: Sequence[Row]) -> Picture:
-    """Return loss, training accuracy, learning rate and agreement with the teacher against epochs."""
+    """Return losses, training accuracy and agreement with the teacher against epochs."""
     order = list(dict.fromkeys(row["row"] for row in rows))
     panels = (
         ("loss", 1.0, "training loss (nats)"), ("train_accuracy", 100.0, "training accuracy (%)"),
@@ -209,18 +212,13 @@ def forest(rows: Sequence[Row]) -> Picture | None:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for place, row in enumerate(reversed(chosen)):
+        for place, row in enumerate(chosen):
             if row["low"] is not None:
                 axes.plot([row["low"], row["high"]], [place, place], color=COLOURS[0], linewidth=2)
             axes.plot([row["mean"]], [place], "o", color=COLOURS[0], markersize=7)
         axes.axvline(0, color="#444444", linewidth=1)
-        names = told_apart([row["row"] for row in chosen])
-        labels = [
-            wrapped(f"{names[row['row']]} (n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{row['n']})")
-            for row in reversed(chosen)
-        ]
-        axes.set_yticks(range(len(chosen)), labels)
         axes.set(ylim=(-0.6, len(chosen) - 0.4), xlabel="accuracy minus the reference's (percentage points)")
+        name_bars(axes, chosen, " (n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{n})")
 
     references = ", ".join(dict.fromkeys(f"'{row['reference']}'" for row in chosen))
     return drawn("differences", 1.3 + 0.55 * len(chosen), draw, references=references)
@@ -237,22 +235,15 @@ def costs(rows: Sequence[Row]) -> Picture | None:
     )  # fmt: skip
 
     def draw(figure: Figure) -> None:
-        places = range(len(rows))
-        for number, (axes, (name, label)) in enumerate(
-            zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True)
-        ):
+        every = figure.subplots(1, len(panels), sharey=True)
+        for axes, colour, (name, label) in zip(every, COLOURS, panels, strict=False):
             numbers = [row.get(name) or 0 for row in rows]
-            axes.barh(places, numbers, color=COLOURS[number % len(COLOURS)])
-            for place, size in zip(places, numbers, strict=True):
-                axes.annotate(
-                    _brief(size), (size, place), xytext=(3, 0), textcoords="offset points", va="center", size=8
-                )
+            bars = axes.barh(range(len(rows)), numbers, color=colour)
+            axes.bar_label(bars, map(_brief, numbers), padding=3, size=8)
             axes.set(title=label, xlim=(0, 1.5 * max([*numbers, 1e-9])), xticks=[])
             axes.grid(False)
             axes.spines["bottom"].set_visible(False)
-        names = told_apart([row["row"] for row in rows])
-        figure.axes[0].set_yticks(places, [wrapped(names[row["row"]]) for row in rows])
-        figure.axes[0].invert_yaxis()
+        name_bars(figure.axes[0], rows)
 
     return drawn("cost", 1.2 + 0.34 * len(rows), draw)
 
@@ -275,8 +266,8 @@ def distance_matrix(names: Sequence[str], matrix: np.ndarray, by_chance: Sequenc
         image = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=max(0.5, float(matrix.max())))
         axes.grid(False)
         axes.set_title(chance)
-        short_names = told_apart(names)
-        called = [short_names[name] for name in names]
+        short = short_names(names)
+        called = [short[name] for name in names]
         axes.set_yticks(range(count), called)
         axes.set_xticks(range(count), called, rotation=40, ha="right")
         for row, column in np.ndindex(count, count) if count <= 16 else ():
@@ -302,5 +293,5 @@ def columns(labels: Iterable[str]) -> int:
 
 def below(names: Sequence[str]) -> float:
     """Return the height in inches of a legend of some rows."""
-    labels = [f"{name} (n = 3)" for name in told_apart(names).values()]
+    labels = [f"{name} (n = 3)" for name in short_names(names).values()]
     return 0.22 * -(-len(labels) // columns(labels))

@@ -10,7 +10,7 @@ from kcdcache import statistics
 from kcdcache.condense.compare import SetCounts
 from kcdcache.data.label_noise import NOISE_SEED
 from kcdcache.report import tables
-from kcdcache.report.figures import COLOURS, STYLES, Picture, below, drawn, legend_below, told_apart, wrapped
+from kcdcache.report.figures import COLOURS, STYLES, Picture, below, drawn, legend_below, name_bars, short_names
 from kcdcache.report.load import Loaded, Run
 from kcdcache.report.tables import Column, Row, Table
 
@@ -117,9 +117,7 @@ def labelled(rows: Sequence[Row]) -> Picture | None:
         for number, (name, label, colour) in enumerate(PARTS):
             places = [place + 0.27 * (number - 1) for place in range(len(chosen))]
             axes.barh(places, [100 * (row[name] or 0) for row in chosen], 0.25, color=colour, label=label)
-        names = told_apart([row["row"] for row in chosen])
-        axes.set_yticks(range(len(chosen)), [wrapped(names[row["row"]]) for row in chosen])
-        axes.invert_yaxis()
+        name_bars(axes, chosen)
         axes.set(xlabel="share of training samples of that kind (%)")
         legend_below(figure, *axes.get_legend_handles_labels())
 
@@ -159,7 +157,7 @@ def thinned(rows: Sequence[Row]) -> Picture | None:
 
 
 def _by_stage(axes: Axes, rows: Sequence[Row], name: str, other: str) -> None:
-    for place, (row, label) in enumerate(told_apart([row["row"] for row in rows]).items()):
+    for place, (row, label) in enumerate(short_names([row["row"] for row in rows]).items()):
         own = [one for one in rows if one["row"] == row and one.get(name) is not None]
         stages, colour = [one["stage"] for one in own], COLOURS[place % len(COLOURS)]
         style = STYLES[0] if place < len(COLOURS) else STYLES[1]

@@ -1,9 +1,10 @@
 """What lies at a path: the contents and the id of a store, manifest, values file, run, exported set or network."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import InstanceOf
 
 from kcdcache.condense import manifest, value_files
 from kcdcache.errors import MismatchError, NotFoundError, UnfinishedError
@@ -34,51 +35,38 @@ class Contents(Settings):
     layout_id: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoreReport:
-    """A store as its records tell of it."""
+class StoreReport(Contents):
+    """A store as its records tell of it; `Contents` are those of its last commit, or what is being written first."""
 
     path: Path
     id: str | None
     """SHA-256 of its last commit; None before the first"""
-    contents: Contents
-    """of the last commit, or what is being written where there is none"""
+    format_version: int
+    sealed: bool
+    """whether anything was committed"""
     growths: int
     """commits so far"""
     growing_to: Contents | None
     """what it will hold, where more is being written than was committed"""
-    parts_done: int
-    parts_pending: int
+    parts: dict[str, int]
+    """parts `done` and `pending`"""
     bytes: int
     files: int
     skipped: int
     """samples without outputs, because their images are unreadable"""
-    parameters: tuple[str, ...]
+    parameters: list[str]
     """stages whose filters' statistics it keeps"""
-    origin: Mapping[str, Any]
+    origin: dict[str, Any]
     """what was done to its labels, and whether the teacher learned from the same data"""
-    teacher_accuracy: Mapping[str, float]
+    teacher_accuracy: dict[str, float]
     """view -> share of the samples done so far that the teacher got right, in [0, 1]"""
-    knowledge: Knowledge
+    knowledge_id: str
+    knowledge: InstanceOf[Knowledge]
 
     def document(self) -> dict[str, Any]:
-        """Return all but path and id as JSON values."""
-        return {
-            "format_version": identity.FORMAT_VERSION,
-            "sealed": self.growths > 0,
-            **self.contents.model_dump(),
-            "growths": self.growths,
-            "growing_to": None if self.growing_to is None else self.growing_to.model_dump(),
-            "parts": {"done": self.parts_done, "pending": self.parts_pending},
-            "bytes": self.bytes,
-            "files": self.files,
-            "skipped": self.skipped,
-            "parameters": list(self.parameters),
-            **self.origin,
-            "teacher_accuracy": dict(self.teacher_accuracy),
-            "knowledge_id": self.knowledge.knowledge_id,
-            "knowledge": self.knowledge.document(),
-        }
+        """Return it as JSON values."""
+        found = self.model_dump(mode="json", exclude={"knowledge", "origin"})
+        return found | self.origin | {"knowledge": self.knowledge.document()}
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -187,17 +175,19 @@ def store_report(path: Path) -> StoreReport:
     return StoreReport(
         path=path,
         id=_store_id(path),
-        contents=_contents(plans[max(0, len(commits) - 1)]),
+        format_version=identity.FORMAT_VERSION,
+        sealed=bool(commits),
+        **dict(_contents(plans[max(0, len(commits) - 1)])),
         growths=len(commits),
         growing_to=_contents(plans[-1]) if 0 < len(commits) < len(plans) else None,
-        parts_done=done,
-        parts_pending=sum(map(_planned_parts, plans, [None, *plans])) - done,
+        parts={"done": done, "pending": sum(map(_planned_parts, plans, [None, *plans])) - done},
         bytes=sum(file.bytes for found in records for file in found.files),
         files=sum(len(found.files) for found in records),
         skipped=len(log.skipped_samples(records)),
-        parameters=tuple(sorted(identity.read_parameters(path, knowledge) or ())),
+        parameters=sorted(identity.read_parameters(path, knowledge) or ()),
         origin=_origin(path, knowledge),
         teacher_accuracy=_teacher_accuracy(plans[-1], records),
+        knowledge_id=knowledge.knowledge_id,
         knowledge=knowledge,
     )
 

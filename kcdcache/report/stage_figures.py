@@ -14,7 +14,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from kcdcache.condense import compare
 from kcdcache.report import tables
-from kcdcache.report.figures import AS_IS, COLOURS, ENRICHED, LEFT_OUT, Picture, drawn, legend_below, short, told_apart
+from kcdcache.report.figures import AS_IS, COLOURS, ENRICHED, LEFT_OUT, Picture, drawn, legend_below, short, short_names
 from kcdcache.report.load import Loaded, Run
 from kcdcache.report.show import StoreReport
 
@@ -45,7 +45,7 @@ def chain(loaded: Loaded) -> Picture | None:
     if not students or not loaded.stores:
         return None
     run = students[0][1]
-    own = [store for store in loaded.stores if store.knowledge.knowledge_id == run.record.inputs.knowledge_id]
+    own = [store for store in loaded.stores if store.knowledge_id == run.record.inputs.knowledge_id]
     store = [*own, *loaded.stores][0]
     boxes = _boxes(store, run, _accuracy(loaded, store.knowledge.teacher.architecture))
 
@@ -75,11 +75,11 @@ def _accuracy(loaded: Loaded, teacher: str) -> str:
 
 
 def _boxes(store: StoreReport, run: Run, accuracy: str) -> Sequence[_Box]:
-    last, held = run.sets[-1], store.contents
+    last = run.sets[-1]
     return (
         _Box("teacher", (store.knowledge.teacher.architecture, accuracy)),
-        _Box("views", (f"{held.samples:,} images", f"x {held.views} views each")),
-        _Box("store", (f"{held.points:,} points", f"{store.bytes / 2**20:,.1f} MiB, read by all")),
+        _Box("views", (f"{store.samples:,} images", f"x {store.views} views each")),
+        _Box("store", (f"{store.points:,} points", f"{store.bytes / 2**20:,.1f} MiB, read by all")),
         _Box("student", (run.summary.model, f"{100 * run.summary.accuracy_last:.1f} % right")),
         _Box("condensed set", (f"{len(last):,} of {last.count:,}", f"{int(last.mixed.sum()):,} of them enriched")),
     )
@@ -268,7 +268,7 @@ def _panels(figure: Figure, found: Named) -> list[tuple[Axes, Run]]:
     grid = list(figure.subplots(-(-len(found) // across), across, squeeze=False).flat)
     for unused in grid[len(found) :]:
         unused.remove()
-    names = told_apart([name for name, _ in found], TITLE * (3 - across))
+    names = short_names([name for name, _ in found], TITLE * (3 - across))
     for axes, (name, _) in zip(grid, found, strict=False):
         axes.set_title(textwrap.fill(names[name], TITLE * (3 - across)), fontsize=10)
     return [(axes, run) for axes, (_, run) in zip(grid, found, strict=False)]

@@ -273,7 +273,7 @@ def cost(loaded: Loaded) -> Table:
     seconds = {grid.path / name: spent for grid in loaded.grids for name, spent in grid.seconds.items()}
     rows: list[Row] = [
         {
-            "row": f"{store.path.name} (store)", "n": 1, "teacher_forwards": store.contents.points,
+            "row": f"{store.path.name} (store)", "n": 1, "teacher_forwards": store.points,
             "bytes_written": store.bytes, "seconds": seconds.get(store.path),
         }
         for store in loaded.stores
@@ -428,12 +428,11 @@ def identities(loaded: Loaded) -> Table:
 
 
 def _store_ids(store: StoreReport) -> Iterator[tuple[str, str | None]]:
-    yield from (("id", store.id), ("knowledge_id", store.knowledge.knowledge_id))
-    yield "layout_id", store.contents.layout_id
-    knowledge = store.knowledge.document()
+    yield from (("id", store.id), ("knowledge_id", store.knowledge_id), ("layout_id", store.layout_id))
     yield f"weights of the teacher {store.knowledge.teacher.architecture}", store.knowledge.teacher.weights
     yield "training split", store.knowledge.data.digest
-    yield "views", ", ".join(f"{name} {value}" for name, value in sorted(knowledge["views"].items()))
+    views = store.knowledge.document()["views"]
+    yield "views", ", ".join(f"{name} {value}" for name, value in sorted(views.items()))
 
 
 def _run_ids(run: Run) -> Iterator[tuple[str, str | None]]:
