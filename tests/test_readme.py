@@ -12,12 +12,12 @@ import pytest
 from test_architecture import ROOMS
 
 from kcdcache.cli import help, main
+from kcdcache.commands import methods
 from kcdcache.data import datasets
 from kcdcache.methods.registry import METHODS
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.networks.taps import TAPS
-from kcdcache.report import show
 from kcdcache.runs.state import read_metrics
 from kcdcache.settings import PrecomputeSettings, TrainSettings, make
 from kcdcache.store import reader

@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 import re
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,8 @@ from kcdcache.files.atomic import readable_json, write_atomic
 from kcdcache.networks.input_transform import resolve_device
 from kcdcache.progress import Progress
 from kcdcache.recipes.jobs import Unit, execute
-from kcdcache.report.tables import aligned
 from kcdcache.runs import state
 from kcdcache.settings import MachineSettings, Settings, nearest
-from kcdcache.statistics import spread
 
 PLACE = re.compile(r"\{(\w+)\}")
 """where a pair's entry goes, as in model = "{student}" """
@@ -279,9 +278,16 @@ def place(step: Step, out: Path, seed: int | None) -> Path:
 def table(results: Mapping[str, Any]) -> str:
     """Return the recipe's rows as aligned text: accuracy in percent, cost relative to full training."""
     head = ["", "network", "n", "accuracy %", "best %", "relative cost", "teacher forwards", "seconds"]
-    top, *lines = aligned([head, *(_cells(row) for row in results["rows"])], left=(0, 1))
+    lines = [head] + [_cells(row) for row in results["rows"]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    aligned = [
+        "  ".join(
+            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
     failures = [f"failed: {failure['run']}: {failure['error']}" for failure in results.get("failed", [])]
-    shown = [results["title"], "", top, "-" * len(top), *lines]
+    shown = [results["title"], "", aligned[0], "-" * len(aligned[0]), *aligned[1:]]
     return "\n".join([*shown, *(["", *failures] if failures else [])])
 
 
@@ -329,8 +335,10 @@ def _row(step: Step, recipe: Recipe, found: Mapping[str, Mapping[str, Any]]) -> 
     first = summaries[0] if summaries else {}
     row |= {key: first[key] for key in ("model", "method", "kept") if key in first}
     for name in AVERAGED:
-        _, mean, std = spread([summary[name] for summary in summaries if name in summary])
-        row |= {key: value for key, value in ((name, mean), (f"{name}_std", std)) if value is not None}
+        numbers = [summary[name] for summary in summaries if name in summary]
+        if numbers:
+            row[name] = statistics.fmean(numbers)
+            row |= {f"{name}_std": statistics.stdev(numbers)} if len(numbers) > 1 else {}
     return row
 
 

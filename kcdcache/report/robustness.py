@@ -12,7 +12,7 @@ from kcdcache.data.label_noise import NOISE_SEED
 from kcdcache.report import tables
 from kcdcache.report.figures import COLOURS, STYLES, Picture, below, drawn, legend_below, name_bars, short_names
 from kcdcache.report.load import Loaded, Run
-from kcdcache.report.tables import Column, Row, Table
+from kcdcache.report.tables import Row, Table
 
 SHARES = (
     "agreement_train", "agreement_test", "accuracy_train", "accuracy_right", "memorised", "recovered",

@@ -179,13 +179,6 @@ def pattern(name: str, run: Run) -> Picture:
         for axes in lower[1:]:
             axes.set_axis_off()
 
-    caption = (
-        f"{len(order):,} of the {run.sets[0].count:,} samples of one run. Left: every line is a sample, "
-        "coloured by its rank among all at each stage's end, yellow for the most valuable. A line of one colour is a "
-        "sample whose rank does not change. "
-        "Middle: the same samples, whether each set keeps them. Right: the ten samples that rose and fell most: value "
-        "is not fixed, which is why it is estimated again and dropped samples may return (as Fig. 3b of the paper)."
-    )
     picture = drawn("pattern", 5.6, draw, run=name, shown=len(order), count=run.sets[0].count)
     return picture._replace(key=f"pattern-{run.name}")
 

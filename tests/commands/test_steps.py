@@ -3,12 +3,11 @@ import pytest
 from pupils import SCHOOL, SPEC, command, school
 
 from kcdcache import progress
-from kcdcache.commands import steps
+from kcdcache.commands import methods, steps
 from kcdcache.condense import schedule
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError
 from kcdcache.export import condensed_set
 from kcdcache.methods import registry
-from kcdcache.report import show
 from kcdcache.runs import state
 from kcdcache.settings import FitCommand, MethodSettings, PrecomputeCommand, TrainSettings
 

@@ -7,12 +7,12 @@ from lessons import CPU, digits, opinionated, precomputed
 from pupils import command, saved_teacher
 
 from kcdcache import settings
+from kcdcache.commands import methods
 from kcdcache.errors import SettingsError
 from kcdcache.networks import registry, taps
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.networks.registry import tap_shapes
 from kcdcache.recipes import recipe
-from kcdcache.report import show
 from kcdcache.store import reader
 from kcdcache.teacher import boundary_images, fields, teacher
 
