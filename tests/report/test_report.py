@@ -22,10 +22,11 @@ from reporting import CLASSES, ROWS, ROWS_OF_RUNS, SCHOOL, TITLE, Page, grid
 from kcdcache import settings
 from kcdcache.cli import main
 from kcdcache.data import datasets
-from kcdcache.errors import MismatchError, NotFoundError, SettingsError, printable
+from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, printable
 from kcdcache.files.atomic import digest_of, readable_json
 from kcdcache.report import images, load, tables
 from kcdcache.report.page import tables_of, write
+from kcdcache.runs.state import MetricsRow, RunRecord, Summary, parsed
 from kcdcache.store import reader
 from kcdcache.training import distill
 
@@ -202,6 +203,19 @@ def test_provenance_names_settings_commit_versions_and_digests(place, made):
     ids = {row["id"] for row in rows(made[1], "identities", of="kcd-seed0")}
     network = json.loads((place.folder / "kcd-seed0" / "student.json").read_text())
     assert {record["inputs"]["knowledge_id"], record["inputs"]["test"], network["weights_sha256"]} < ids
+
+
+@pytest.mark.parametrize("name", ["base-seed0", "kcd-seed0"])
+def test_what_commands_write_fits_its_model_and_nothing_more_does(place, name):
+    folder = place.folder / name
+    documents = [(Summary, "summary.json"), (RunRecord, "run.json")]
+    found = [(model, json.loads((folder / file).read_text())) for model, file in documents]
+    found += [(MetricsRow, row | {"digest": None}) for row in lines(folder / "metrics.jsonl")]
+    for model, document in found:
+        del document["digest"]
+        assert parsed(model, document, "here").model_dump(exclude_unset=True) == document
+        with pytest.raises(CorruptionError, match="here, surplus: Extra inputs are not permitted, found 1"):
+            parsed(model, document | {"surplus": 1}, "here")
 
 
 # one file

@@ -67,6 +67,13 @@ def summaries(folder, step):
     return [json.loads((folder / f"{step}-seed{seed}" / "summary.json").read_text()) for seed in (0, 1)]
 
 
+def test_summaries_on_corrupted_data_fit_their_model(known):
+    for run in known.runs:
+        document = json.loads((run.path / "summary.json").read_text())
+        assert run.summary.model_dump(exclude_unset=True) | {"digest": document["digest"]} == document
+        assert run.summary.sets
+
+
 def row_of(table, name, **more):
     (found,) = [row for row in table.rows if row["row"] == name and all(row[k] == v for k, v in more.items())]
     return found
