@@ -94,6 +94,15 @@ class InterruptedRunError(KcdcacheError, RuntimeError):
         self.exit_code = exit_code
 
 
+def printable(text: str) -> str:
+    """Return text in one line and without control or bidirectional characters: names from files may hold any.
+
+    >>> printable("a\\x1b[31m")
+    'a\\\\x1b[31m'
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def first_difference(expected: Any, found: Any, place: str = "") -> tuple[str, Any, Any] | None:
     """Return (path, expected, found) of the first place where two JSON-like values differ, or None if equal.
 

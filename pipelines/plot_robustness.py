@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from kcdcache.report import statistics
+from kcdcache import statistics
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 SETS = {

@@ -12,12 +12,12 @@ import pytest
 from test_architecture import ROOMS
 
 from kcdcache.cli import help, main
+from kcdcache.commands import methods
 from kcdcache.data import datasets
 from kcdcache.methods.registry import METHODS
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.networks.taps import TAPS
-from kcdcache.report import show
 from kcdcache.runs.state import read_metrics
 from kcdcache.settings import PrecomputeSettings, TrainSettings, make
 from kcdcache.store import reader
@@ -75,7 +75,7 @@ def test_a_method_and_a_network_are_added_as_the_readme_shows(trained, monkeypat
 
 
 def test_the_table_of_methods_is_the_catalogue():
-    told = show.listing("wrn_40_2", "wrn_16_2", 100, 32)["methods"]
+    told = methods.run("wrn_40_2", "wrn_16_2", 100, 32)["methods"]
     rows = re.findall(r"^\| `(\w+)` \| [^|]* \| [^|]* \| ([\d,]+) \|$", README, re.M)
     assert {name: int(size.replace(",", "")) for name, size in rows} == {row["method"]: row["bytes"] for row in told}
 

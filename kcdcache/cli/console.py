@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from kcdcache import errors
 from kcdcache.files import cloud
 
 LABELS = {"K_1H": "K_1H (kept as they are)", "K_Aug": "K_Aug (kept and enriched)", "K_0": "K_0 (dropped)"}
@@ -10,8 +11,8 @@ LABELS = {"K_1H": "K_1H (kept as they are)", "K_Aug": "K_Aug (kept and enriched)
 
 
 def printable(text: str) -> str:
-    """Return text in one line and without control characters: names from files must not steer the terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cloud.named(text))
+    """Return `errors.printable` of text that names mirrored folders by their URLs."""
+    return errors.printable(cloud.named(text))
 
 
 def readable(result: Mapping[str, Any], indent: str = "") -> str:

@@ -227,7 +227,7 @@ def _reported(folder: Path) -> str | None:
 
 def _methods_command() -> click.Command:
     def work(**values: Any) -> dict[str, Any]:
-        found: dict[str, Any] = importlib.import_module("kcdcache.report.show").listing(**values)
+        found: dict[str, Any] = importlib.import_module("kcdcache.commands.methods").run(**values)
         return found
 
     options: list[click.Parameter] = [
@@ -286,7 +286,7 @@ def _inspect_command() -> click.Command:
 
 def _diff_command() -> click.Command:
     def work(a: str, b: str) -> dict[str, Any]:
-        found: dict[str, Any] = importlib.import_module("kcdcache.commands.differ").run(Path(a), Path(b))
+        found: dict[str, Any] = importlib.import_module("kcdcache.commands.diff").run(Path(a), Path(b))
         return found
 
     return _command("diff", [click.Argument(["a"]), click.Argument(["b"])], work)

@@ -1,13 +1,15 @@
-"""What became of every sample over a run's stages: kept, enriched, dropped, back again; and how far runs agree."""
+"""How condensed sets differ: two of them, those of one run over its stages, and in what they keep of marked samples."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int8
-from scipy.stats import rankdata
+from jaxtyping import Bool, Float, Int8, Shaped
+from pydantic import ConfigDict
 
 from kcdcache.condense.manifest import Manifest
+from kcdcache.errors import MismatchError
+from kcdcache.settings import Settings
 
 DROPPED, KEPT, MIXED = 0, 1, 2
 FATES = {
@@ -19,6 +21,41 @@ FATES = {
     "never": "in no set",
 }
 """what can become of a sample -> what that means; every sample has exactly one"""
+BAND = (0.1, 0.5, 0.9)
+"""quantiles that stand for the values of many samples"""
+
+
+class Difference(Settings):
+    """How a condensed set A and a set B of the same data differ; all counts are of samples."""
+
+    samples: int
+    """N, of the whole training split"""
+    kept_a: int
+    kept_b: int
+    both: int
+    only_a: int
+    only_b: int
+    dropped_by_both: int
+    jaccard: float
+    """|A and B| / |A or B| in [0, 1]"""
+    hamming: float
+    """|A xor B| / N in [0, 1], the share of all samples that one set keeps and the other does not"""
+    rank_correlation: float | None
+    """Spearman's in [-1, 1], over the samples kept in both; None where fewer than two or all alike"""
+    value_correlation: float | None
+    """the same of their values, over those visited in both"""
+    parts_moved: int
+    """kept by both, but enriched in one only: the sum of the two below"""
+    K_1H_to_K_Aug: int
+    K_Aug_to_K_1H: int
+    mixed_in_both: int
+    same_partner: int
+    """enriched in both with the same dropped sample"""
+    class_difference: list[int] | None
+    """kept in B minus kept in A of each class; None where a set does not know its classes"""
+    same_knowledge: bool
+    identical: bool
+    """whether the manifests are equal in every column and fact"""
 
 
 class Turnover(NamedTuple):
@@ -34,16 +71,107 @@ class Turnover(NamedTuple):
     """kept now for the first time; in the first set that is all of it"""
 
 
-def part_of(chosen: Manifest) -> Int8[np.ndarray, " n"]:
-    """Return 0 (dropped), 1 (kept as it is, K_1H) or 2 (kept and enriched, K_Aug) for each of all N samples."""
-    found = np.full(chosen.count, DROPPED, np.int8)
-    found[chosen.index] = np.where(chosen.mixed, MIXED, KEPT)
-    return found
+class SetCounts(Settings):
+    """How many samples a stage's set keeps, enriches, mixes in and drops, and how its values tell marked ones apart.
+
+    Entries ending in `wrong` are of samples whose label is wrong, in `rare` of samples of rare classes; they are unset
+    where no sample is marked so, and those on values where the stage has none yet.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    stage: int
+    kept: int
+    enriched: int
+    """K_Aug"""
+    partners: int
+    """dropped samples that are mixed into those, each once"""
+    dropped: int
+    kept_wrong: int | None = None
+    enriched_wrong: int | None = None
+    partners_wrong: int | None = None
+    dropped_wrong: int | None = None
+    kept_rare: int | None = None
+    enriched_rare: int | None = None
+    partners_rare: int | None = None
+    dropped_rare: int | None = None
+    separation_wrong: float | None = None
+    """`separation` by the values at the stage's end, of the samples visited by then"""
+    value_wrong: list[float] | None = None
+    """BAND of those values"""
+    value_not_wrong: list[float] | None = None
+    separation_rare: float | None = None
+    value_rare: list[float] | None = None
+    value_not_rare: list[float] | None = None
+
+
+def compare(a: Manifest, b: Manifest, names: tuple[str, str] = ("A", "B")) -> Difference:
+    """Return how two condensed sets of the same data differ; `names` are what an error calls them.
+
+    Raises:
+        MismatchError: they are sets of different data.
+    """
+    _require_same_data(a, b, names)
+    common, at_a, at_b = np.intersect1d(a.index, b.index, assume_unique=True, return_indices=True)
+    either, both = len(a) + len(b) - len(common), len(common)
+    seen = (a.visits[at_a] > 0) & (b.visits[at_b] > 0)
+    was, now = a.mixed[at_a], b.mixed[at_b]
+    gained, lost = int((~was & now).sum()), int((was & ~now).sum())
+    return Difference(
+        samples=a.count,
+        kept_a=len(a),
+        kept_b=len(b),
+        both=both,
+        only_a=len(a) - both,
+        only_b=len(b) - both,
+        dropped_by_both=a.count - either,
+        jaccard=both / either if either else 1.0,
+        hamming=(either - both) / a.count,
+        rank_correlation=spearman(a.rank[at_a], b.rank[at_b]),
+        value_correlation=spearman(a.value[at_a][seen], b.value[at_b][seen]),
+        parts_moved=gained + lost,
+        K_1H_to_K_Aug=gained,
+        K_Aug_to_K_1H=lost,
+        mixed_in_both=int((was & now).sum()),
+        same_partner=int((was & now & (a.partner[at_a] == b.partner[at_b])).sum()),
+        class_difference=_class_difference(a, b),
+        same_knowledge=a.knowledge_id == b.knowledge_id,
+        identical=a.digest == b.digest,
+    )
+
+
+def _require_same_data(a: Manifest, b: Manifest, names: tuple[str, str]) -> None:
+    classes = [len(chosen.class_counts) or None for chosen in (a, b)]
+    for what, one, other in (
+        ("samples", a.count, b.count), ("data digest", a.data_digest, b.data_digest), ("classes", *classes),
+    ):  # fmt: skip
+        if one is not None and other is not None and one != other:
+            raise MismatchError(
+                f"{names[0]} is a set of data with {what} {one}, {names[1]} with {other}; compare sets of one data set"
+            )
+
+
+def _class_difference(a: Manifest, b: Manifest) -> list[int] | None:
+    if not a.class_counts or not b.class_counts:
+        return None
+    return [after - before for before, after in zip(a.class_counts, b.class_counts, strict=True)]
+
+
+def spearman(x: Shaped[np.ndarray, " n"], y: Shaped[np.ndarray, " n"]) -> float | None:
+    """Return Spearman's rank correlation in [-1, 1], ties at their mean rank; None below two or where all are alike."""
+    from scipy import stats
+
+    if min(len(np.unique(x)), len(np.unique(y))) < 2:
+        return None
+    return float(stats.spearmanr(x, y).statistic)
 
 
 def parts(sets: Sequence[Manifest]) -> Int8[np.ndarray, "sets n"]:
-    """Return `part_of` each set."""
-    return np.stack([part_of(chosen) for chosen in sets])
+    """Return DROPPED, KEPT (as it is, K_1H) or MIXED (kept and enriched, K_Aug) for all N samples in each set."""
+    found = np.full((len(sets), sets[0].count), DROPPED, np.int8)
+    for row, chosen in zip(found, sets, strict=True):
+        row[chosen.index] = np.where(chosen.mixed, MIXED, KEPT)
+    return found
 
 
 def turnover(found: Int8[np.ndarray, "sets n"]) -> list[Turnover]:
@@ -77,7 +205,9 @@ def fates(found: Int8[np.ndarray, "sets n"]) -> dict[str, Bool[np.ndarray, " n"]
 
 def percentiles(score: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Return each sample's place among all by score, from 0 (least valuable) to 1 (most); ties share their mean."""
-    ranks: Float[np.ndarray, " n"] = rankdata(score) - 1
+    from scipy import stats
+
+    ranks: Float[np.ndarray, " n"] = stats.rankdata(score) - 1
     return ranks / max(1, len(ranks) - 1)
 
 
@@ -86,8 +216,8 @@ def hamming(sets: Sequence[Manifest]) -> Float[np.ndarray, "sets sets"]:
 
     Source: Fig. 3c of Knowledge Condensation Distillation (arXiv 2207.05409): distance of final value labels.
     """
-    kept = [part_of(chosen) > DROPPED for chosen in sets]
-    return np.array([[float(np.mean(one != other)) for other in kept] for one in kept]).reshape(len(kept), len(kept))
+    kept = parts(sets) > DROPPED
+    return np.array([[float(np.mean(one != other)) for other in kept] for one in kept])
 
 
 def by_chance(one: Manifest, other: Manifest) -> float:
@@ -96,27 +226,32 @@ def by_chance(one: Manifest, other: Manifest) -> float:
     return a * (1 - b) + b * (1 - a)
 
 
-def screened(
-    chosen: Manifest, wrong: Bool[np.ndarray, " n"] | None = None, rare: Bool[np.ndarray, " n"] | None = None
-) -> dict[str, int]:
-    """Return how many samples a set keeps, enriches, mixes in and drops, in all and of those marked.
+def count_set(
+    chosen: Manifest,
+    value: Float[np.ndarray, " n"] | None,
+    wrong: Bool[np.ndarray, " n"] | None,
+    rare: Bool[np.ndarray, " n"] | None,
+) -> SetCounts:
+    """Return the counts of a stage's set, in all and of the samples marked `wrong` and `rare`.
 
-    `wrong` marks samples whose label is wrong, `rare` those of rare classes. `kept` counts all of the set,
-    `enriched` its K_Aug, `partners` the dropped samples that are mixed into those, each once.
+    `value` holds the values at the stage's end, NaN for samples that were never visited: those are counted in the set,
+    and left out of what is said of values.
     """
-    count = chosen.count
-    parts = {name: np.zeros(count, bool) for name in ("kept", "enriched", "partners")}
-    parts["kept"][chosen.index] = True
-    parts["enriched"][chosen.index[chosen.mixed]] = True
-    parts["partners"][chosen.partner[chosen.mixed]] = True
-    parts["dropped"] = ~parts["kept"]
-    marks = {"": np.ones(count, bool), "_wrong": wrong, "_rare": rare}
-    return {
-        f"{name}{ending}": int((part & mark).sum())
-        for ending, mark in marks.items()
-        if mark is not None
-        for name, part in parts.items()
-    }
+    groups = {name: np.zeros(chosen.count, bool) for name in ("kept", "enriched", "partners")}
+    groups["kept"][chosen.index] = True
+    groups["enriched"][chosen.index[chosen.mixed]] = True
+    groups["partners"][chosen.partner[chosen.mixed]] = True
+    groups["dropped"] = ~groups["kept"]
+    found: dict[str, Any] = {name: int(group.sum()) for name, group in groups.items()}
+    for name, mark in (("wrong", wrong), ("rare", rare)):
+        if mark is not None:
+            found |= {f"{group}_{name}": int((of & mark).sum()) for group, of in groups.items()}
+            if value is not None:
+                seen = ~np.isnan(value)
+                known, marked = value[seen], mark[seen]
+                found[f"separation_{name}"] = separation(known, marked)
+                found[f"value_{name}"], found[f"value_not_{name}"] = _band(known[marked]), _band(known[~marked])
+    return SetCounts(stage=chosen.stage, **found)
 
 
 def separation(score: Float[np.ndarray, " n"], marked: Bool[np.ndarray, " n"]) -> float | None:
@@ -126,38 +261,13 @@ def separation(score: Float[np.ndarray, " n"], marked: Bool[np.ndarray, " n"]) -
 
     Source: the area under the ROC curve as the Mann-Whitney statistic.
     """
+    from scipy import stats
+
     ones, others = int(marked.sum()), int((~marked).sum())
     if not ones or not others:
         return None
-    _, group, sizes = np.unique(score, return_inverse=True, return_counts=True)
-    middle = np.cumsum(sizes) - (sizes - 1) / 2  # rank from 1, the same for equal scores
-    return float((middle[group][marked].sum() - ones * (ones + 1) / 2) / (ones * others))
+    return float((stats.rankdata(score)[marked].sum() - ones * (ones + 1) / 2) / (ones * others))
 
 
-def quantiles(
-    value: Float[np.ndarray, " n"], marked: Bool[np.ndarray, " n"], shares: tuple[float, ...] = (0.1, 0.5, 0.9)
-) -> list[float] | None:
-    """Return quantiles of the marked samples' values, None where there are none."""
-    return [float(found) for found in np.quantile(value[marked], shares)] if marked.any() else None
-
-
-def per_set(
-    chosen: Manifest,
-    value: Float[np.ndarray, " n"] | None,
-    wrong: Bool[np.ndarray, " n"] | None,
-    rare: Bool[np.ndarray, " n"] | None,
-) -> dict[str, Any]:
-    """Return `screened` of a stage's set and, of the values at its end, how they tell the marked samples apart.
-
-    `value` is NaN for samples that were never visited: those are counted in the set, and left out of what is said of
-    values.
-    """
-    found: dict[str, Any] = {"stage": chosen.stage, **screened(chosen, wrong, rare)}
-    for name, mark in (("wrong", wrong), ("rare", rare)):
-        if mark is not None and value is not None:
-            seen = ~np.isnan(value)
-            known, marked = value[seen], mark[seen]
-            found[f"separation_{name}"] = separation(known, marked)
-            found[f"value_{name}"] = quantiles(known, marked)
-            found[f"value_not_{name}"] = quantiles(known, ~marked)
-    return found
+def _band(value: Float[np.ndarray, " n"]) -> list[float] | None:
+    return [float(found) for found in np.quantile(value, BAND)] if len(value) else None

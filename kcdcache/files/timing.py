@@ -1,12 +1,12 @@
 """Images per second: mean and spread, from lines of clock times or from what was measured."""
 
-import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kcdcache.errors import CorruptionError, UnsafeError
 from kcdcache.files.atomic import MOST_JSON_BYTES, MOST_RECORD_BYTES, parse_json, read_bytes
+from kcdcache.statistics import spread
 
 MOST_LINES = 10**6
 COUNTS = ("samples", "points")
@@ -40,10 +40,8 @@ def rate_of(rates: Iterable[float]) -> Rate | None:
     >>> rate_of([1.0, 3.0])
     Rate(n=2, mean=2.0, std=1.4142135623730951, warm_up=None)
     """
-    found = list(rates)
-    if not found:
-        return None
-    return Rate(len(found), statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None)
+    n, mean, std = spread(list(rates))
+    return None if mean is None else Rate(n, mean, std)
 
 
 def logged(file: Path) -> Rate | None:
@@ -66,7 +64,7 @@ def logged(file: Path) -> Rate | None:
     if not steady:
         return rate_of(first)
     rate = rate_of(steady)
-    return rate if rate is None or not first else rate._replace(warm_up=statistics.fmean(first))
+    return rate if rate is None or not first else rate._replace(warm_up=spread(first).mean)
 
 
 def document(rate: Rate | None) -> dict[str, Any] | None:

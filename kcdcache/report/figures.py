@@ -3,7 +3,7 @@
 import io
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from kcdcache.report.tables import printable
+from kcdcache.errors import printable
+from kcdcache.report.tables import Row, texts
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette: told apart with any colour vision"""
@@ -50,15 +51,19 @@ def styled() -> Iterator[None]:
         yield
 
 
-def drawn(key: str, title: str, caption: str, height: float, draw: Callable[[Figure], None]) -> Picture:
-    """Return the picture that `draw` makes on an empty figure of that height in inches."""
+def drawn(key: str, height: float, draw: Callable[[Figure], None], **values: Any) -> Picture:
+    """Return the picture that `draw` makes on an empty figure of that height in inches.
+
+    Title and caption are those of `texts`, with `values` filled in.
+    """
+    text = texts()["figures"][key]
     with styled():
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)
         stream = io.BytesIO()
         figure.savefig(stream, format="png", dpi=DOTS, metadata={"Software": None})
-    return Picture(key, title, caption, stream.getvalue())
+    return Picture(key, text["title"].format(**values), text["caption"].format(**values), stream.getvalue())
 
 
 def short(name: str, most: int = LONGEST) -> str:
@@ -68,13 +73,13 @@ def short(name: str, most: int = LONGEST) -> str:
     return text if len(text) <= most else f"{text[: most - half - 1]}…{text[-half:]}"
 
 
-def told_apart(names: Sequence[str], most: int = LONGEST) -> dict[str, str]:
+def short_names(names: Sequence[str], most: int = LONGEST) -> dict[str, str]:
     """Return name -> how a figure calls it: without the `WHAT:` that all begin with, and `short` where that is enough.
 
     Names that differ stay different: where cutting them to `most` characters would make two of them the same, all of
     them are cut later.
 
-    >>> told_apart(["noise 0.4, small: KD", "noise 0.4, small: KCD", "teacher"])
+    >>> short_names(["noise 0.4, small: KD", "noise 0.4, small: KCD", "teacher"])
     {'noise 0.4, small: KD': 'KD', 'noise 0.4, small: KCD': 'KCD', 'teacher': 'teacher'}
     """
     different = dict.fromkeys(names)
@@ -90,9 +95,12 @@ def told_apart(names: Sequence[str], most: int = LONGEST) -> dict[str, str]:
         most *= 2
 
 
-def wrapped(label: str) -> str:
-    """Return a label as it stands beside an axis: in lines of a tick's width."""
-    return textwrap.fill(label, LONGEST)
+def name_bars(axes: Axes, rows: Sequence[Row], ending: str = "") -> None:
+    """Write the rows' names beside their bars, the first on top; `ending` is formatted with the row."""
+    names = short_names([row["row"] for row in rows])
+    labels = [textwrap.fill(names[row["row"]] + ending.format(**row), LONGEST) for row in rows]
+    axes.set_yticks(range(len(rows)), labels)
+    axes.invert_yaxis()
 
 
 class Line(NamedTuple):
@@ -106,7 +114,7 @@ class Line(NamedTuple):
     high: np.ndarray
 
 
-def lines(rows: Sequence[Mapping[str, Any]], x: str, y: str, scale: float = 1.0) -> list[Line]:
+def lines(rows: Sequence[Row], x: str, y: str, scale: float = 1.0) -> list[Line]:
     """Return one line per row of runs: y (times `scale`) over x, means over the seeds that have both, by epoch."""
     points: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for row in rows:
@@ -123,7 +131,7 @@ def lines(rows: Sequence[Mapping[str, Any]], x: str, y: str, scale: float = 1.0)
 
 def plot(axes: Axes, found: Sequence[Line], order: Sequence[str], xscale: float = 1.0) -> None:
     """Draw lines, each in the colour of its row, with the range over seeds behind it."""
-    names = told_apart(order)
+    names = short_names(order)
     for line in found:
         place = order.index(line.name)
         colour, style = COLOURS[place % len(COLOURS)], STYLES[place // len(COLOURS) % len(STYLES)]
@@ -145,7 +153,7 @@ def zoomed(axes: Axes, found: Sequence[Line], share: float = 0.5) -> None:
         axes.set_ylim(min(ends) - margin, max(tops) + margin)
 
 
-def accuracy(rows: Sequence[Mapping[str, Any]]) -> Picture:
+def accuracy(rows: Sequence[Row]) -> Picture:
     """Return test accuracy against student samples consumed, and against wall time."""
     order = list(dict.fromkeys(row["row"] for row in rows))
 
@@ -161,16 +169,11 @@ def accuracy(rows: Sequence[Mapping[str, Any]]) -> Picture:
         zoomed(left, by_samples)
         legend_below(figure, *left.get_legend_handles_labels())
 
-    caption = (
-        "Each line is the mean over a row's seeds, the band runs from the worst to the best seed. Left: for the same "
-        "number of samples, higher is better; a condensed student stops earlier, because it saw fewer samples. Right: "
-        "the same against training time; the teacher's own time is not in it. The first epochs may lie below the axis."
-    )
-    return drawn("accuracy", "Accuracy against samples and against time", caption, 4.2 + below(order), draw)
+    return drawn("accuracy", 4.2 + below(order), draw)
 
 
-def training(rows: Sequence[Mapping[str, Any]]) -> Picture:
-    """Return loss, training accuracy, learning rate and agreement with the teacher against epochs."""
+def training(rows: Sequence[Row]) -> Picture:
+    """Return losses, training accuracy and agreement with the teacher against epochs."""
     order = list(dict.fromkeys(row["row"] for row in rows))
     panels = (
         ("loss", 1.0, "training loss (nats)"), ("train_accuracy", 100.0, "training accuracy (%)"),
@@ -188,12 +191,7 @@ def training(rows: Sequence[Mapping[str, Any]]) -> Picture:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend_below(figure, *figure.axes[0].get_legend_handles_labels())
 
-    caption = (
-        "Loss and accuracy on what the student trains on, loss on test images, and how often the student's answer on "
-        "its training views is the teacher's. Losses of different methods, and of plain training, are not of one kind "
-        "and cannot be compared with each other; their shape can. A jump where a stage begins is the new set."
-    )
-    return drawn("training", "Training curves", caption, 6.2 + below(order), draw)
+    return drawn("training", 6.2 + below(order), draw)
 
 
 def _log_scale(axes: Axes) -> None:
@@ -206,7 +204,7 @@ def _log_scale(axes: Axes) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def forest(rows: Sequence[Mapping[str, Any]]) -> Picture | None:
+def forest(rows: Sequence[Row]) -> Picture | None:
     """Return the paired differences in accuracy with their intervals; None where nothing was compared."""
     chosen = [row for row in rows if row["measure"] == "accuracy last"]
     if not chosen:
@@ -214,30 +212,22 @@ def forest(rows: Sequence[Mapping[str, Any]]) -> Picture | None:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for place, row in enumerate(reversed(chosen)):
+        for place, row in enumerate(chosen):
             if row["low"] is not None:
                 axes.plot([row["low"], row["high"]], [place, place], color=COLOURS[0], linewidth=2)
             axes.plot([row["mean"]], [place], "o", color=COLOURS[0], markersize=7)
         axes.axvline(0, color="#444444", linewidth=1)
-        names = told_apart([row["row"] for row in chosen])
-        labels = [
-            wrapped(f"{names[row['row']]} (n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{row['n']})")
-            for row in reversed(chosen)
-        ]
-        axes.set_yticks(range(len(chosen)), labels)
         axes.set(ylim=(-0.6, len(chosen) - 0.4), xlabel="accuracy minus the reference's (percentage points)")
+        name_bars(axes, chosen, " (n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{n})")
 
     references = ", ".join(dict.fromkeys(f"'{row['reference']}'" for row in chosen))
-    caption = (
-        f"Test accuracy of the last epoch minus that of {references}, seed by seed: the point is the mean, the bar the "
-        "95 % confidence interval (Student's t). A bar that crosses the vertical line at 0 means that these seeds "
-        "cannot tell the two apart. Without a bar there was only one pair."
-    )
-    return drawn("differences", "Paired differences in accuracy", caption, 1.3 + 0.55 * len(chosen), draw)
+    return drawn("differences", 1.3 + 0.55 * len(chosen), draw, references=references)
 
 
-def costs(rows: Sequence[Mapping[str, Any]]) -> Picture:
-    """Return what each row and store cost, one panel per kind of cost."""
+def costs(rows: Sequence[Row]) -> Picture | None:
+    """Return what each row and store cost, one panel per kind of cost; None where there are none."""
+    if not rows:
+        return None
     panels = (
         ("teacher_forwards", "teacher forwards\n(samples)"), ("student_samples", "student samples\nforwarded"),
         ("rows_read", "rows read\nfrom the store"), ("bytes_read", "bytes read\nfrom the store"),
@@ -245,28 +235,17 @@ def costs(rows: Sequence[Mapping[str, Any]]) -> Picture:
     )  # fmt: skip
 
     def draw(figure: Figure) -> None:
-        places = range(len(rows))
-        for number, (axes, (name, label)) in enumerate(
-            zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True)
-        ):
+        every = figure.subplots(1, len(panels), sharey=True)
+        for axes, colour, (name, label) in zip(every, COLOURS, panels, strict=False):
             numbers = [row.get(name) or 0 for row in rows]
-            axes.barh(places, numbers, color=COLOURS[number % len(COLOURS)])
-            for place, size in zip(places, numbers, strict=True):
-                axes.annotate(
-                    _brief(size), (size, place), xytext=(3, 0), textcoords="offset points", va="center", size=8
-                )
+            bars = axes.barh(range(len(rows)), numbers, color=colour)
+            axes.bar_label(bars, map(_brief, numbers), padding=3, size=8)
             axes.set(title=label, xlim=(0, 1.5 * max([*numbers, 1e-9])), xticks=[])
             axes.grid(False)
             axes.spines["bottom"].set_visible(False)
-        names = told_apart([row["row"] for row in rows])
-        figure.axes[0].set_yticks(places, [wrapped(names[row["row"]]) for row in rows])
-        figure.axes[0].invert_yaxis()
+        name_bars(figure.axes[0], rows)
 
-    caption = (
-        "Per run, means over seeds; each panel has its own scale. The store pays for the teacher once, all students "
-        "read it. Student samples are what condensation saves. Plain training reads no store."
-    )
-    return drawn("cost", "Where the cost lies", caption, 1.2 + 0.34 * len(rows), draw)
+    return drawn("cost", 1.2 + 0.34 * len(rows), draw)
 
 
 def _brief(size: float) -> str:
@@ -287,8 +266,8 @@ def distance_matrix(names: Sequence[str], matrix: np.ndarray, by_chance: Sequenc
         image = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=max(0.5, float(matrix.max())))
         axes.grid(False)
         axes.set_title(chance)
-        short_names = told_apart(names)
-        called = [short_names[name] for name in names]
+        short = short_names(names)
+        called = [short[name] for name in names]
         axes.set_yticks(range(count), called)
         axes.set_xticks(range(count), called, rotation=40, ha="right")
         for row, column in np.ndindex(count, count) if count <= 16 else ():
@@ -296,12 +275,7 @@ def distance_matrix(names: Sequence[str], matrix: np.ndarray, by_chance: Sequenc
             axes.text(column, row, f"{matrix[row, column]:.2f}", ha="center", va="center", color=colour, size=8)
         figure.colorbar(image, ax=axes, label="share of samples kept by one run only", shrink=0.8)
 
-    caption = (
-        "How far the last sets of two runs differ: the share of all samples that one keeps and the other does not; 0 "
-        "(dark) is the same set; above the matrix stands what chance would give. In the paper (Fig. 3c) students of "
-        "the same kind agree most."
-    )
-    return drawn("distances", "Distance between kept sets", caption, min(11.0, 2.6 + 0.42 * count), draw)
+    return drawn("distances", min(11.0, 2.6 + 0.42 * count), draw)
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
@@ -319,5 +293,5 @@ def columns(labels: Iterable[str]) -> int:
 
 def below(names: Sequence[str]) -> float:
     """Return the height in inches of a legend of some rows."""
-    labels = [f"{name} (n = 3)" for name in told_apart(names).values()]
+    labels = [f"{name} (n = 3)" for name in short_names(names).values()]
     return 0.22 * -(-len(labels) // columns(labels))

@@ -3,13 +3,12 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from jaxtyping import Float32, Int64
 from PIL import Image
 from torch import Tensor
@@ -18,9 +17,8 @@ from kcdcache.condense import compare
 from kcdcache.data import datasets
 from kcdcache.data.datasets import Dataset
 from kcdcache.data.spec import parse
-from kcdcache.errors import KcdcacheError, MismatchError, NotFoundError
+from kcdcache.errors import KcdcacheError, MismatchError, NotFoundError, printable
 from kcdcache.report.load import Run, Stage
-from kcdcache.report.tables import printable
 from kcdcache.settings import ViewSettings
 from kcdcache.views import mixing, rules
 
@@ -32,10 +30,7 @@ LARGEST = 96
 """side of a shown image of a data set whose images differ in size, in pixels"""
 MOST_UNASKED = 200_000
 """training images of a data set that is read without being asked for"""
-DOWNLOADED = {
-    "cifar10": torchvision.datasets.CIFAR10.base_folder,
-    "cifar100": torchvision.datasets.CIFAR100.base_folder,
-}
+DOWNLOADED = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 """kind of data that is downloaded where it is missing -> its folder"""
 CPU = torch.device("cpu")
 
@@ -74,12 +69,6 @@ def require_cheap(spec: str, count: int) -> None:
             raise NotFoundError(f"{folder} is not there; give --data to download it, or to name another place")
 
 
-@lru_cache(maxsize=2)
-def load(spec: str) -> Dataset:
-    """Return a data set as `data.load` does; asked for again, the one loaded before."""
-    return datasets.load(spec)
-
-
 def collected(
     runs: Sequence[tuple[str, Run]], specs: Mapping[Path, str | None], asked: str | None = None
 ) -> tuple[list[Strip], list[str]]:
@@ -89,6 +78,7 @@ def collected(
     """
     found: list[Strip] = []
     notes: list[str] = []
+    opened = cache(datasets.load)
     first = {run.grid: (name, run) for name, run in reversed(runs)}
     for name, run in reversed(first.values()):
         spec = asked or specs.get(run.path) or specs.get(run.grid)
@@ -98,7 +88,7 @@ def collected(
         try:
             if asked is None:
                 require_cheap(spec, run.sets[0].count)
-            found += [strip._replace(title=f"{strip.title} ({name})") for strip in strips(run, load(spec))]
+            found += [strip._replace(title=f"{strip.title} ({name})") for strip in strips(run, opened(spec))]
         except KcdcacheError as error:
             notes.append(f"{name}: no images, because the data '{spec}' cannot be used: {error}")
     return found, notes
@@ -157,7 +147,7 @@ def _mixes(run: Run, data: Dataset) -> Strip | None:
     rows = _evenly(rows[np.argsort(chosen.epsilon[rows], kind="stable")], PAIRS)
     index, partner, epsilon = chosen.index[rows], chosen.partner[rows], chosen.epsilon[rows]
     kept, dropped = _pixels(data, index), _pixels(data, partner)
-    mixed = mixing.mix_pixels(kept, dropped, torch.from_numpy(epsilon.copy()), run.record["settings"]["mix"])
+    mixed = mixing.mix_pixels(kept, dropped, torch.from_numpy(epsilon.copy()), run.record.settings["mix"])
     shots = [
         (
             Shot(png(kept[row]), ("kept", *_labels(data, one), f"#{one}")),

@@ -1,31 +1,31 @@
-"""What finished runs left in their folders, read into plain values; what cannot be read is told, never left out."""
+"""What finished runs left in their folders, read into plain values; what cannot be read is listed, never left out."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from pydantic import ConfigDict, Field
 
 from kcdcache.condense import manifest, value_files, values
 from kcdcache.condense.manifest import Manifest
 from kcdcache.condense.values import Values
-from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError
+from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, UnfinishedError
 from kcdcache.files import timing
 from kcdcache.files.atomic import MOST_JSON_BYTES, parse_json, read_bytes, read_object
 from kcdcache.report import show
+from kcdcache.report.show import StoreReport
 from kcdcache.runs import check, state
 from kcdcache.runs.folder import RunFolder
+from kcdcache.runs.state import MetricsRow, RunRecord, Summary
+from kcdcache.settings import Settings
 
 SEEDED = re.compile(r"(.+)-seed(\d{1,18})", re.ASCII | re.DOTALL)
 RESULTS = "results.json"
-NETWORKS = ("student", "model")
-NUMBERS = (
-    "epoch", "stage", "learning_rate", "samples", "samples_so_far", "loss", "train_accuracy", "agreement", "test_loss",
-    "test_accuracy", "test_calibration_error", "kept", "mixed",
-)  # fmt: skip
-"""entries of an epoch's metrics that a report uses, where a run has them"""
+T = TypeVar("T")
 
 
 class Stage(NamedTuple):
@@ -53,27 +53,22 @@ class Run:
     """whether the folder's name tells the seed, as a recipe's do"""
     id: str | None
     """SHA-256 of its summary"""
-    summary: Mapping[str, Any]
-    record: Mapping[str, Any]
-    """settings, inputs, environment and changes to it"""
-    metrics: Sequence[Mapping[str, Any]]
-    """one row per epoch"""
+    summary: Summary
+    record: RunRecord
+    metrics: Sequence[MetricsRow]
+    """one per epoch"""
     seconds: Mapping[int, float]
     """epoch -> seconds spent on it, repeated work after a kill included"""
     stages: tuple[Stage, ...]
-    network: Mapping[str, Any]
-    """what the record beside its weights says"""
+    classes: tuple[str, ...]
+    """names in label order; empty where the record beside its weights has none"""
+    weights: str | None
+    """SHA-256 of its network's weights"""
 
     @property
     def name(self) -> str:
         """Folder's name."""
         return self.path.name
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names in label order; empty where the record has none."""
-        found = self.network.get("classes")
-        return tuple(map(str, found)) if isinstance(found, list) else ()
 
     @property
     def sets(self) -> tuple[Manifest, ...]:
@@ -86,13 +81,37 @@ class Run:
         return len({chosen.index.tobytes() for chosen in self.sets}) > 1
 
 
-class Trouble(NamedTuple):
+class Problem(NamedTuple):
     """Something that was asked for and is not in the numbers."""
 
     path: Path
     state: str
     """unfinished, damaged or missing"""
     error: str
+
+
+class Step(Settings):
+    """A run as results.json lists it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    step: str
+    title: str | None = None
+    seed: int | None = None
+    kind: str | None = None
+    data: str | None = None
+    seconds: float | None = None
+
+
+class Results(Settings):
+    """What a report needs of a recipe's results.json."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    title: str | None = None
+    data: str | None = None
+    rows: list[Step] = Field(default_factory=list)
+    runs: list[Step] = Field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,22 +124,20 @@ class Grid:
     """data spec"""
     titles: Mapping[str, str] = field(default_factory=dict)
     """step -> how the recipe calls it, in the recipe's order"""
-    listed: tuple[str, ...] = ()
-    """folders of the training runs it lists"""
-    specs: Mapping[str, str] = field(default_factory=dict)
-    """folder of a run -> its data spec, where that is another than `data`"""
+    listed: Mapping[str, str | None] = field(default_factory=dict)
+    """folder of each training run -> its data spec, where that is another than `data`"""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """store's step -> seconds that filling it took"""
 
 
-class Findings(NamedTuple):
+class Loaded(NamedTuple):
     """All that a report tells of."""
 
     grids: tuple[Grid, ...]
     runs: tuple[Run, ...]
-    stores: tuple[tuple[Path, Mapping[str, Any]], ...]
-    """stores beside the runs, as `inspect` tells them"""
-    troubles: tuple[Trouble, ...]
+    stores: tuple[StoreReport, ...]
+    """stores beside the runs"""
+    problems: tuple[Problem, ...]
 
     def rows(self) -> dict[tuple[Path, str], tuple[Run, ...]]:
         """Return (grid, step) -> its runs in order of their seeds; grids and steps in order."""
@@ -128,11 +145,17 @@ class Findings(NamedTuple):
         for run in self.runs:
             found.setdefault((run.grid, run.step), []).append(run)
         order = {grid.path: (place, list(grid.titles)) for place, grid in enumerate(self.grids)}
-        keys = sorted(found, key=lambda key: (order[key[0]][0], _place(key[1], order[key[0]][1])))
-        return {key: tuple(sorted(found[key], key=lambda run: (run.seed, run.name))) for key in keys}
+
+        def place(key: tuple[Path, str]) -> tuple[int, int, str]:
+            grid, steps = order[key[0]]
+            return grid, steps.index(key[1]) if key[1] in steps else len(steps), key[1]
+
+        return {
+            key: tuple(sorted(found[key], key=lambda run: (run.seed, run.name))) for key in sorted(found, key=place)
+        }
 
 
-def read(paths: Sequence[Path]) -> Findings:
+def read(paths: Sequence[Path]) -> Loaded:
     """Return what the runs at some paths left: each a run's folder, or a folder of runs such as a recipe's.
 
     Raises:
@@ -141,141 +164,116 @@ def read(paths: Sequence[Path]) -> Findings:
     """
     grids: dict[Path, Grid] = {}
     folders: dict[Path, Path] = {}
-    troubles: list[Trouble] = []
-    whole = [path for path in paths if not is_run(path)]
+    problems: list[Problem] = []
     for path in paths:
-        grid, children = (path.parent, [path]) if is_run(path) else (path, _children(path))
-        if grid.resolve() not in grids:
-            grids[grid.resolve()], trouble = _grid(grid)
-            troubles += trouble
-        folders |= {child.resolve(): grid.resolve() for child in children}
-    found = [_run(path, grid) for path, grid in folders.items()]
-    asked = [grids[path.resolve()] for path in whole]
-    troubles += [trouble for grid in asked for trouble in _missing(grid, folders)]
-    troubles += [item for item in found if isinstance(item, Trouble)]
-    stores, bad = _stores(asked)
-    kept = tuple(item for item in found if isinstance(item, Run))
-    return Findings(tuple(grids.values()), kept, stores, tuple(dict.fromkeys([*troubles, *bad])))
+        single = is_run(path)
+        place = (path.parent if single else path).resolve()
+        folders |= dict.fromkeys([path.resolve()] if single else _runs_in(path), place)
+        if place not in grids:
+            plain = Grid(path=place, title=place.name)
+            grids[place] = _attempt(place / RESULTS, partial(_described, plain), problems) or plain
+    whole = [grids[path] for path in dict.fromkeys(path.resolve() for path in paths if not is_run(path))]
+    missing = [grid.path / name for grid in whole for name in grid.listed if not is_run(grid.path / name)]
+    problems += [Problem(path, "missing", f"{RESULTS} lists this run, but it is not there") for path in missing]
+    runs = [_attempt(path, partial(_run, path, place), problems) for path, place in folders.items()]
+    there = [path for grid in whole for path in sorted(grid.path.iterdir()) if show.is_store(path)]
+    stores = [_attempt(path, partial(show.store_report, path), problems) for path in there]
+    return Loaded(
+        grids=tuple(grids.values()),
+        runs=tuple(run for run in runs if run is not None),
+        stores=tuple(store for store in stores if store is not None),
+        problems=tuple(dict.fromkeys(problems)),
+    )
 
 
 def is_run(path: Path) -> bool:
     """Return whether a path is a run's folder, finished or not."""
-    return (path / "run.json").exists() or (path / "summary.json").exists()
+    folder = RunFolder(path=path)
+    return folder.settings.exists() or folder.summary.exists()
 
 
-def _place(step: str, known: list[str]) -> tuple[int, str]:
-    return (known.index(step) if step in known else len(known)), step
-
-
-def _children(path: Path) -> list[Path]:
+def _runs_in(path: Path) -> list[Path]:
     if not path.exists():
         raise NotFoundError(f"nothing at {path}; give folders of runs, or of a recipe")
-    children = sorted(child for child in path.iterdir() if is_run(child)) if path.is_dir() else []
-    if not children and not (path / RESULTS).exists():
+    found = sorted(child for child in path.iterdir() if is_run(child)) if path.is_dir() else []
+    if not found and not (path / RESULTS).exists():
         raise MismatchError(f"{path} is no run and holds none; give folders that `train`, `fit` or `run` wrote")
-    return children
+    return [child.resolve() for child in found]
 
 
-def _grid(path: Path) -> tuple[Grid, list[Trouble]]:
-    file, plain = path / RESULTS, Grid(path=path.resolve(), title=path.resolve().name)
-    if not file.exists():
-        return plain, []
+def _attempt(path: Path, work: Callable[[], T], problems: list[Problem]) -> T | None:
+    """Return what some work reads at a path, or None with what is wrong there added to the problems."""
     try:
-        return _described(plain, read_object(file)), []
-    except KcdcacheError as error:
-        return plain, [Trouble(file, "damaged", str(error))]
+        return work()
+    except UnfinishedError as error:
+        problems.append(Problem(path, "unfinished", str(error)))
+    except (KcdcacheError, OSError) as error:
+        problems.append(Problem(path, "damaged", str(error)))
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        problems.append(Problem(path, "damaged", f"a record is not of the form kcdcache writes: {error!r:.200}"))
+    return None
 
 
-def _described(plain: Grid, results: Mapping[str, Any]) -> Grid:
-    """Return a grid with what results.json says of it; entries of another form than ours are passed over."""
-    entries = [entry for entry in _objects(results.get("runs")) if isinstance(entry.get("step"), str)]
-    rows = [row for row in _objects(results.get("rows")) if isinstance(row.get("step"), str)]
-    trained = [entry for entry in entries if entry.get("kind") in ("fit", "train")]
-    stores = [entry for entry in entries if entry.get("kind") == "store"]
-    title, data = results.get("title"), results.get("data")
+def _described(plain: Grid) -> Grid:
+    """Return a grid with what its results.json says, if there is one."""
+    file = plain.path / RESULTS
+    if not file.exists():
+        return plain
+    found = state.parsed(Results, read_object(file), file)
     return Grid(
         path=plain.path,
-        title=title if isinstance(title, str) and title else plain.title,
-        data=data if isinstance(data, str) else None,
-        titles={row["step"]: str(row.get("title") or row["step"]) for row in rows},
-        listed=tuple(_folder_name(entry) for entry in trained),
-        specs={_folder_name(entry): entry["data"] for entry in trained if isinstance(entry.get("data"), str)},
-        seconds={e["step"]: float(e["seconds"]) for e in stores if isinstance(e.get("seconds"), int | float)},
-    )
+        title=found.title or plain.title,
+        data=found.data,
+        titles={row.step: row.title or row.step for row in found.rows},
+        listed={
+            run.step if run.seed is None else f"{run.step}-seed{run.seed}": run.data
+            for run in found.runs if run.kind in ("fit", "train")
+        },
+        seconds={run.step: run.seconds for run in found.runs if run.kind == "store" and run.seconds is not None},
+    )  # fmt: skip
 
 
-def _objects(found: Any) -> list[dict[str, Any]]:
-    return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
+def _run(path: Path, grid: Path) -> Run:
+    """Return a run, every file of which is held against the run's record before a number of it is used.
 
-
-def _folder_name(entry: Mapping[str, Any]) -> str:
-    seed = entry.get("seed")
-    return entry["step"] if seed is None else f"{entry['step']}-seed{seed}"
-
-
-def _missing(grid: Grid, folders: Mapping[Path, Path]) -> Iterator[Trouble]:
-    there = {path.name for path, of in folders.items() if of == grid.path}
-    for name in grid.listed:
-        if name not in there:
-            yield Trouble(grid.path / name, "missing", f"{RESULTS} lists this run, but it is not there")
-
-
-def _run(path: Path, grid: Path) -> Run | Trouble:
-    """Return a run, or what is wrong with it; every file is held against the run's record before a number is used."""
-    try:
-        found = check.check(path)
-        if found.problems:
-            return Trouble(path, "damaged", "; ".join(found.problems))
-        if not found.finished or found.unfinished:
-            done = _epochs_done(path)
-            return Trouble(path, "unfinished", f"{done} epochs are done; run its command again to continue it")
-        return _finished(path, grid)
-    except KcdcacheError as error:
-        return Trouble(path, "damaged", str(error))
-    except OSError as error:
-        return Trouble(path, "damaged", str(error))
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        return Trouble(path, "damaged", f"a record is not of the form kcdcache writes: {error!r:.200}")
-
-
-def _finished(path: Path, grid: Path) -> Run:
-    record, summary = _record(path), dict(state.read_summary(path))
-    match = SEEDED.fullmatch(path.name)
-    networks = [path / f"{name}.json" for name in NETWORKS if (path / f"{name}.json").exists()]
+    Raises:
+        UnfinishedError: it has not ended.
+        CorruptionError: files are damaged; names them all.
+    """
+    found = check.check(path)
+    if found.problems:
+        raise CorruptionError("; ".join(found.problems))
+    folder = RunFolder(path=path)
+    if not found.finished or found.unfinished:
+        done = read_bytes(folder.metrics, MOST_JSON_BYTES).count(b"\n") if folder.metrics.exists() else 0
+        raise UnfinishedError(f"{done} epochs are done; run its command again to continue it")
+    record = state.parsed(RunRecord, state.read_record(folder), folder.settings)
+    seeded = SEEDED.fullmatch(path.name)
+    network = next((read_object(file) for name in check.NETWORKS if (file := path / f"{name}.json").exists()), {})
     return Run(
         path=path,
         grid=grid,
-        step=match[1] if match else path.name,
-        seed=int(match[2]) if match else int(record["settings"]["seed"]),
-        seeded=match is not None,
+        step=seeded[1] if seeded else path.name,
+        seed=int(seeded[2] if seeded else record.settings["seed"]),
+        seeded=seeded is not None,
         id=show.id_of(path),
-        summary=summary,
+        summary=state.parsed(Summary, state.read_summary(path), folder.summary),
         record=record,
-        metrics=_metrics(path),
-        seconds=_seconds(path),
-        stages=_stages(path, record["settings"]),
-        network=read_object(networks[0]) if networks else {},
+        metrics=[
+            state.parsed(MetricsRow, row, f"{folder.metrics}, line {number}")
+            for number, row in enumerate(state.read_metrics(path), 1)
+        ],
+        seconds=_seconds(folder.timing),
+        stages=_stages(folder, record.settings),
+        classes=tuple(map(str, network.get("classes", ()))),
+        weights=network.get("weights_sha256"),
     )
 
 
-def _record(path: Path) -> dict[str, Any]:
-    record = state.read_record(RunFolder(path=path))
-    told = [record["settings"], record["inputs"], state.latest_environment(record)]
-    if not all(isinstance(found, dict) for found in [*told, told[-1]["versions"]]):
-        raise CorruptionError(f"{path / 'run.json'}: settings, inputs, environment and versions should be objects")
-    return record
-
-
-def _epochs_done(path: Path) -> int:
-    file = RunFolder(path=path).metrics
-    return read_bytes(file, MOST_JSON_BYTES).count(b"\n") if file.exists() else 0
-
-
-def _seconds(path: Path) -> dict[int, float]:
-    file, found = RunFolder(path=path).timing, dict[int, float]()
-    if not file.exists():
-        return found
-    for number, line in enumerate(read_bytes(file, MOST_JSON_BYTES).splitlines()[: timing.MOST_LINES], 1):
+def _seconds(file: Path) -> dict[int, float]:
+    found: dict[int, float] = {}
+    lines = read_bytes(file, MOST_JSON_BYTES).splitlines()[: timing.MOST_LINES] if file.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
             row = parse_json(line, f"{file}, line {number}")
             found[int(row["epoch"])] = found.get(int(row["epoch"]), 0.0) + float(row["seconds"])
@@ -284,43 +282,14 @@ def _seconds(path: Path) -> dict[int, float]:
     return found
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    rows = state.read_metrics(path)
-    for number, row in enumerate(rows, 1):
-        odd = [name for name in NUMBERS if not isinstance(row.get(name, 0), int | float)]
-        if odd or not isinstance(row.get("epoch"), int):
-            name = (odd or ["epoch"])[0]
-            raise CorruptionError(
-                f"{path}, metrics, line {number}: '{name}' should be a number, is {row.get(name)!r:.40}"
-            )
-    return rows
-
-
-def _stages(path: Path, settings: Mapping[str, Any]) -> tuple[Stage, ...]:
-    folder = RunFolder(path=path)
-    names = [file.parent.name for file in path.glob("stages/*/manifest.parquet")]
-    found = [_stage(folder, number, settings) for number in sorted(int(name) for name in names if name.isdecimal())]
+def _stages(folder: RunFolder, settings: Mapping[str, Any]) -> tuple[Stage, ...]:
+    found = []
+    for number, file in folder.manifests().items():
+        chosen, known, score = manifest.read(file), None, None
+        if folder.stage_values(number).exists():
+            known = value_files.read(folder.stage_values(number), chosen.count).values
+            score = values.score(known, float(settings["cost_exponent"]), str(settings["unseen"]))
+        found.append(Stage(number, chosen, known, score))
     if len({(stage.manifest.count, len(stage.manifest.class_counts)) for stage in found}) > 1:
-        raise CorruptionError(f"the sets of {path} speak of different numbers of samples or classes")
+        raise CorruptionError(f"the sets of {folder.path} speak of different numbers of samples or classes")
     return tuple(found)
-
-
-def _stage(folder: RunFolder, number: int, settings: Mapping[str, Any]) -> Stage:
-    chosen = manifest.read(folder.manifest(number))
-    file = folder.stage_values(number)
-    if not file.exists():
-        return Stage(number, chosen, None, None)
-    known = value_files.read(file, chosen.count).values
-    score = values.score(known, float(settings["cost_exponent"]), str(settings["unseen"]))
-    return Stage(number, chosen, known, score)
-
-
-def _stores(grids: Iterable[Grid]) -> tuple[tuple[tuple[Path, Mapping[str, Any]], ...], list[Trouble]]:
-    found, bad = [], []
-    for grid in grids:
-        for path in sorted(child for child in grid.path.iterdir() if show.KINDS["store"](child)):
-            try:
-                found.append((path, show.inspect(path)))
-            except KcdcacheError as error:
-                bad.append(Trouble(path, "damaged", str(error)))
-    return tuple(found), bad

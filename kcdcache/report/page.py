@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,13 @@ from markupsafe import Markup
 
 from kcdcache import __version__
 from kcdcache.condense import compare
-from kcdcache.condense.manifest import Manifest
-from kcdcache.errors import MismatchError, SettingsError
+from kcdcache.errors import MismatchError, SettingsError, printable
 from kcdcache.files.atomic import read_bytes, readable_json, write_atomic
 from kcdcache.report import figures, images, load, robustness, stage_figures, tables
 from kcdcache.report.figures import Picture
 from kcdcache.report.images import Strip
-from kcdcache.report.load import Findings, Run
-from kcdcache.report.tables import Table, condensed, mixed_rows, printable, same_data
+from kcdcache.report.load import Loaded, Run
+from kcdcache.report.tables import Table
 
 logger = logging.getLogger(__name__)
 
@@ -30,37 +29,30 @@ MOST_RUNS = 4
 """runs whose stages are drawn: the first seed of each row that condenses"""
 BRIEF = ("row", "model", "n", "accuracy_last", "accuracy_last_std", "accuracy_best", "relative_cost", "seconds")
 """columns of the results that fit a terminal"""
-WORDS = {
-    "teacher, student": "the big network that knows, and the small one that learns from its answers",
-    "view": "one augmented version (crop, flip) of a training image; the same number gives the same version anywhere",
-    "knowledge point": "one augmented view of one training image, with what the teacher says of it",
-    "store": "the file store of all knowledge points: the teacher runs once, students read from it",
-    "stage": "some epochs on one set of samples; between stages the set is made anew from the samples' values",
-    "value V": "mean entropy (in nats) of the student's answers on a sample so far: how unsure it still is",
-    "K_1H": "samples of a set that are kept as they are",
-    "K_Aug": "less valuable samples of a set that are kept, but enriched with a share (epsilon) of a dropped sample",
-    "K_0": "dropped samples, from which those shares come",
-    "epsilon": "the share of a dropped sample that is mixed into a kept one: from 0 to 0.3, most into the least"
-    " valuable",
-    "relative cost": "student samples forwarded, divided by samples x epochs of full training",
-    "seed": "start of all random choices; runs of the same seed are paired",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A chapter of the report."""
+    """A chapter of the report; what is empty of the given is left out."""
 
     key: str
-    title: str
-    look: str
-    """what a newcomer should look at"""
+    """its title and what to look at are those of `tables.texts`"""
     tables: Sequence[Table] = ()
-    pictures: Sequence[Picture] = ()
+    pictures: Sequence[Picture | None] = ()
     strips: Sequence[Strip] = ()
     folded: Sequence[Table] = ()
     """tables shown when asked for"""
-    notes: Sequence[str] = field(default=())
+    notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("tables", "folded"):
+            object.__setattr__(self, name, [table for table in getattr(self, name) if table.rows])
+        object.__setattr__(self, "pictures", [picture for picture in self.pictures if picture is not None])
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing in it."""
+        return not (self.tables or self.pictures or self.strips or self.folded or self.notes)
 
 
 def write(
@@ -83,22 +75,20 @@ def write(
         SettingsError: `out` does not end in .html, or the reference is no row.
     """
     _require_free(out, json_file, csv)
-    found = load.read(paths)
-    tables = tables_of(found, reference)
-    sections = [section for section in _sections(found, tables, data) if _any(section)]
-    document = _document(found, tables, sections)
-    content = _html(document, tables, sections).encode()
-    if csv is not None:
-        csv.mkdir(parents=True, exist_ok=True)
-        for table in tables.values():
-            write_atomic(csv / f"{table.key}.csv", table.csv().encode())
+    loaded = load.read(paths)
+    made = tables_of(loaded, reference)
+    sections = sections_of(loaded, made, data)
+    document = _document(loaded, made, sections)
+    files = {out: _html(document, made, sections).encode()}
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(json_file, readable_json(document))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, content)
-    logger.info("report: %d runs in %s", len(found.runs), out)
-    return {"report": str(out), "table": _brief(found, tables), "files": str(out), **document}
+        files[json_file] = readable_json(document)
+    if csv is not None:
+        files |= {csv / f"{table.key}.csv": table.csv().encode() for table in made.values()}
+    for path, content in reversed(files.items()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content)
+    logger.info("report: %d runs in %s", len(loaded.runs), out)
+    return {"report": str(out), "table": _brief(loaded, made), "files": str(out), **document}
 
 
 def _require_free(out: Path, json_file: Path | None, csv: Path | None) -> None:
@@ -116,197 +106,114 @@ def _require_free(out: Path, json_file: Path | None, csv: Path | None) -> None:
             raise MismatchError(f"--csv {csv} holds {others[0]}; give a new folder, or one with CSV files only")
 
 
-def tables_of(found: Findings, reference: str | None = None) -> dict[str, Table]:
+def tables_of(loaded: Loaded, reference: str | None = None) -> dict[str, Table]:
     """Return every table of a report by its key.
 
     Raises:
         SettingsError: the reference is no row.
     """
     made = (
-        tables.troubles(found), tables.results(found), tables.differences(found, reference),
-        tables.cost(found), tables.curves(found), tables.stages(found), tables.fates(found),
-        tables.classes(found), tables.distances(found), robustness.fidelity(found), robustness.screening(found),
-        tables.runs(found), tables.settings(found),
-        tables.identities(found),
+        tables.problems(loaded), tables.results(loaded), tables.differences(loaded, reference), tables.cost(loaded),
+        tables.curves(loaded), tables.stages(loaded), tables.fates(loaded), tables.classes(loaded),
+        tables.distances(loaded), robustness.fidelity(loaded), robustness.screening(loaded), tables.runs(loaded),
+        tables.settings(loaded), tables.identities(loaded),
     )  # fmt: skip
     return {table.key: table for table in made}
 
 
-def _sections(found: Findings, tables: dict[str, Table], data: str | None) -> list[Section]:
-    chosen = _chosen(found)
+def sections_of(loaded: Loaded, made: dict[str, Table], data: str | None = None) -> list[Section]:
+    """Return the chapters of a report that have something to say."""
+    curves = made["curves"].rows
+    sections = [
+        Section(key="method", pictures=[stage_figures.chain(loaded)]),
+        Section(
+            key="results",
+            tables=[made["results"], made["differences"]],
+            pictures=[figures.forest(made["differences"].rows)],
+        ),
+        Section(key="learning", pictures=[figures.accuracy(curves), figures.training(curves)] if curves else []),
+        *_condensation(loaded, made, data),
+        Section(
+            key="robustness",
+            tables=[made["fidelity"]],
+            pictures=robustness.pictures(made["fidelity"], made["screening"]),
+            folded=[made["screening"]] if robustness.marked(made["screening"]) else [],
+        ),
+        Section(key="agreement", pictures=_distances(loaded), folded=[made["distances"]]),
+        Section(key="cost", tables=[made["cost"]], pictures=[figures.costs(made["cost"].rows)]),
+        Section(key="provenance", tables=[made["runs"]], folded=[made["settings"], made["identities"]]),
+    ]
+    return [section for section in sections if not section.empty]
+
+
+def _condensation(loaded: Loaded, made: dict[str, Table], data: str | None) -> list[Section]:
+    """Return the chapters on the first run of each row that condenses: what it kept, which samples, their images."""
+    first: dict[str, Run] = {}
+    for name, run in tables.condensing(loaded):
+        first.setdefault(name, run)
+    chosen = [(f"{name}, seed {run.seed}", run) for name, run in first.items()][:MOST_RUNS]
+    if not chosen:
+        return []
+    patterns = [stage_figures.pattern(name, run) for name, run in chosen if any(stage.values for stage in run.stages)]
+    specs = {grid.path: grid.data for grid in loaded.grids}
+    specs |= {grid.path / name: spec for grid in loaded.grids for name, spec in grid.listed.items()}
+    strips, notes = images.collected(chosen, specs, data)
     return [
-        _method(found),
-        _results(tables),
-        _learning(tables),
-        *([_condensation(tables, chosen), _samples(tables, chosen), _images(found, chosen, data)] if chosen else []),
-        _robustness(tables),
-        _agreement(found, tables),
-        _cost(tables),
-        _provenance(tables),
+        Section(
+            key="condensation",
+            pictures=[stage_figures.sizes(chosen), stage_figures.bands(chosen), stage_figures.classes(chosen)],
+            folded=[made["stages"]],
+        ),
+        Section(key="samples", tables=[made["fates"]], pictures=[stage_figures.turnover(chosen), *patterns]),
+        Section(key="images", strips=strips, notes=notes),
     ]
 
 
-def _any(section: Section) -> bool:
-    return bool(section.tables or section.pictures or section.strips or section.folded or section.notes)
+def _distances(loaded: Loaded) -> list[Picture]:
+    pictures = []
+    for group in tables.same_data(loaded):
+        names, sets = [name for name, _ in group], [run.sets[-1] for _, run in group]
+        chance = [compare.by_chance(one, other) for one, other in itertools.combinations(sets, 2)]
+        pictures.append(figures.distance_matrix(names, compare.hamming(sets), chance))
+    return pictures
 
 
-def _chosen(found: Findings) -> list[tuple[str, Run]]:
-    """Return (row's name, run) of the first run of each row whose sets differ from stage to stage."""
-    names = tables.labels(found)
-    first = [(key, [run for run in runs if run.condenses]) for key, runs in found.rows().items()]
-    return [(f"{names[key]}, seed {runs[0].seed}", runs[0]) for key, runs in first if runs][:MOST_RUNS]
-
-
-def _method(found: Findings) -> Section:
-    return Section(
-        key="method", title="What was done",
-        look="Follow the arrows. The teacher is paid once; what it says is kept; each student reads it, and what a "
-        "sample is still worth to the student decides whether the next stage sees it.",
-        pictures=[picture] if (picture := stage_figures.drawn_of(found)) else [],
-    )  # fmt: skip
-
-
-def _results(tables: dict[str, Table]) -> Section:
-    forest = figures.forest(tables["differences"].rows)
-    return Section(
-        key="results", title="Results",
-        look="Compare the accuracy of the condensed student with that of the row that keeps everything, and with its "
-        "relative cost: condensation pays where it loses no accuracy, or little, at a clearly lower cost. Then see in "
-        "the differences whether the seeds suffice to say so.",
-        tables=[table for name in ("results", "differences") if (table := tables[name]).rows],
-        pictures=[forest] if forest else [],
-    )  # fmt: skip
-
-
-def _learning(tables: dict[str, Table]) -> Section:
-    rows = tables["curves"].rows
-    return Section(
-        key="learning", title="How the students learned",
-        look="Where do the lines end, and how far to the right? A line that ends as high but further left reached the "
-        "same accuracy with fewer samples.",
-        pictures=[figures.accuracy(rows), figures.training(rows)] if rows else [],
-    )  # fmt: skip
-
-
-def _condensation(tables: dict[str, Table], chosen: list[tuple[str, Run]]) -> Section:
-    pictures = [stage_figures.sizes(chosen), stage_figures.bands(chosen), stage_figures.classes(chosen)]
-    return Section(
-        key="condensation", title="What condensation kept",
-        look="After each stage the samples are ranked by their value, the best are kept, and the worst of those kept "
-        "are enriched with a little of a dropped one. See the kept share shrink, the values part, and whether some "
-        "classes are thinned more than others (classes the student knows well are).",
-        pictures=[picture for picture in pictures if picture], folded=[tables["stages"]],
-    )  # fmt: skip
-
-
-def _samples(tables: dict[str, Table], chosen: list[tuple[str, Run]]) -> Section:
-    patterns = [stage_figures.pattern(name, run) for name, run in chosen if _valued(run)]
-    return Section(
-        key="samples", title="Which samples leave, return and stay",
-        look="Dropping is not for ever: all samples compete again in each stage (unless `candidates` is current). A "
-        "dropped one keeps its value while those of others fall; it is back once theirs lie below.",
-        tables=[tables["fates"]], pictures=[stage_figures.turnover(chosen), *patterns],
-    )  # fmt: skip
-
-
-def _valued(run: Run) -> bool:
-    return any(stage.values is not None for stage in run.stages)
-
-
-def _images(found: Findings, chosen: list[tuple[str, Run]], data: str | None) -> Section:
-    specs = {grid.path: grid.data for grid in found.grids}
-    specs |= {grid.path / name: spec for grid in found.grids for name, spec in grid.specs.items()}
-    strips, notes = images.collected(chosen, specs, data)
-    return Section(
-        key="images", title="The images themselves",
-        look="Valuable images should look hard, atypical or ambiguous, the least valuable ones plain. Below each stand "
-        "its class, its number in the training split and its value in nats. Of several runs in a folder only the first "
-        "is shown; give another one alone to see its images.",
-        strips=strips, notes=notes,
-    )  # fmt: skip
-
-
-def _robustness(tables: dict[str, Table]) -> Section:
-    fidelity, screening = tables["fidelity"], tables["screening"]
-    told = any(row.get("precision") is not None or row.get("kept_rare") is not None for row in screening.rows)
-    return Section(
-        key="robustness", title="Wrong labels, rare classes, agreement with the teacher",
-        look="First: does each method gain over plain training on the same data, and does its interval exclude 0? "
-        "Then, where labels are wrong: which rows name the true label, and which the wrong one they were given? Last, "
-        "whether dropping by value screens out wrong labels or rare classes, against what chance would do.",
-        tables=[fidelity] if fidelity.rows else [], pictures=robustness.pictures(fidelity, screening),
-        folded=[screening] if told else [],
-    )  # fmt: skip
-
-
-def _agreement(found: Findings, tables: dict[str, Table]) -> Section:
-    groups = same_data(condensed(found))
-    pictures = [_distances([name for name, _ in group], [run.sets[-1] for _, run in group]) for group in groups]
-    return Section(
-        key="agreement", title="Do runs keep the same samples?",
-        look="Value is what a sample is worth to one student. If two seeds, or two students, keep nearly the same set "
-        "(dark), that set can be reused for others. Compare with what chance would give, above the matrix.",
-        pictures=pictures, folded=[tables["distances"]] if groups else [],
-    )  # fmt: skip
-
-
-def _distances(names: Sequence[str], sets: Sequence[Manifest]) -> Picture:
-    chance = [compare.by_chance(one, other) for one, other in itertools.combinations(sets, 2)]
-    return figures.distance_matrix(names, compare.hamming(sets), chance)
-
-
-def _cost(tables: dict[str, Table]) -> Section:
-    rows = tables["cost"].rows
-    return Section(
-        key="cost", title="What it cost",
-        look="Without a store the teacher would be paid again in every epoch of every student. Which of the columns is "
-        "the large one here, and which does condensation make smaller?",
-        tables=[tables["cost"]] if rows else [], pictures=[figures.costs(rows)] if rows else [],
-    )  # fmt: skip
-
-
-def _provenance(tables: dict[str, Table]) -> Section:
-    return Section(
-        key="provenance", title="Where the numbers come from",
-        look="Every number above was computed from files whose digests were checked first. With the commit, command "
-        "and settings below the runs can be made again.",
-        tables=[tables["runs"]] if tables["runs"].rows else [],
-        folded=[table for name in ("settings", "identities") if (table := tables[name]).rows],
-    )  # fmt: skip
-
-
-def _document(found: Findings, tables: dict[str, Table], sections: Sequence[Section]) -> dict[str, Any]:
+def _document(loaded: Loaded, made: dict[str, Table], sections: Sequence[Section]) -> dict[str, Any]:
     """Return all that the report says as JSON values."""
-    told = [picture for section in sections for picture in section.pictures]
+    pictures = [picture for section in sections for picture in section.pictures if picture]
     strips = [strip for section in sections for strip in section.strips]
     return {
         "about": ABOUT,
         "schema_version": SCHEMA_VERSION,
         "kcdcache": __version__,
-        "title": " + ".join(dict.fromkeys(grid.title for grid in found.grids)),
-        "summary": _summary(found),
-        "notes": mixed_rows(found),
-        "tables": {key: table.document() for key, table in tables.items()},
-        "figures": [{"key": p.key, "title": p.title, "caption": p.caption} for p in told],
+        "title": _title(loaded),
+        "summary": _summary(loaded),
+        "notes": tables.unlike_rows(loaded),
+        "tables": {key: table.document() for key, table in made.items()},
+        "figures": [{"key": p.key, "title": p.title, "caption": p.caption} for p in pictures],
         "images": [
             {"title": s.title, "texts": [", ".join(shot.lines) for group in s.shots for shot in group]} for s in strips
         ],
     }
 
 
-def _summary(found: Findings) -> str:
-    count, rows = len(found.runs), len(found.rows())
-    told = f"{count} finished run{'s' * (count != 1)} in {rows} row{'s' * (rows != 1)}."
-    states = [trouble.state for trouble in found.troubles]
+def _title(loaded: Loaded) -> str:
+    return " + ".join(dict.fromkeys(grid.title for grid in loaded.grids))
+
+
+def _summary(loaded: Loaded) -> str:
+    count, rows = len(loaded.runs), len(loaded.rows())
+    text = f"{count} finished run{'s' * (count != 1)} in {rows} row{'s' * (rows != 1)}."
+    states = [problem.state for problem in loaded.problems]
     left_out = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    return f"{told} Not in the numbers: {left_out} (listed below)." if left_out else told
+    return f"{text} Not in the numbers: {left_out} (listed below)." if left_out else text
 
 
-def _html(document: dict[str, Any], tables: dict[str, Table], sections: Sequence[Section]) -> str:
+def _html(document: dict[str, Any], made: dict[str, Table], sections: Sequence[Section]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_safe)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=document["title"], summary=document["summary"], notes=document["notes"], troubles=tables["troubles"],
-        sections=sections, words=WORDS, version=__version__, uri=images.data_uri,
+        title=document["title"], summary=document["summary"], notes=document["notes"], problems=made["troubles"],
+        sections=sections, texts=tables.texts(), version=__version__, uri=images.data_uri,
     )  # fmt: skip
 
 
@@ -315,10 +222,9 @@ def _safe(value: Any) -> Any:
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _brief(found: Findings, tables: dict[str, Table]) -> str:
+def _brief(loaded: Loaded, made: dict[str, Table]) -> str:
     """Return title, main table and what is not in it, as text for a terminal."""
-    results = tables["results"]
-    columns = tuple(column for column in results.columns if column.name in BRIEF)
-    title = " + ".join(dict.fromkeys(printable(grid.title) for grid in found.grids))
-    left_out = [f"not in it: {printable(str(t.path))} is {t.state} ({printable(t.error)})" for t in found.troubles]
-    return "\n".join([title, "", replace(results, columns=columns).text(), *left_out])
+    results = made["results"]
+    brief = replace(results, columns=tuple(column for column in results.columns if column.name in BRIEF))
+    left_out = [f"not in it: {problem.path} is {problem.state} ({problem.error})" for problem in loaded.problems]
+    return "\n".join([printable(_title(loaded)), "", brief.text(), *map(printable, left_out)])

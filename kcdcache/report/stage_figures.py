@@ -1,9 +1,9 @@
-"""The picture a newcomer sees first: from teacher to condensed set, with the numbers of the runs at hand."""
+"""Figures of runs that condense: the chain from teacher to set, what each stage keeps, and how values move."""
 
 import itertools
 import textwrap
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -13,12 +13,25 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from kcdcache.condense import compare
-from kcdcache.report import figures, statistics
-from kcdcache.report.figures import AS_IS, COLOURS, ENRICHED, LEFT_OUT, Picture, drawn, legend_below, short, told_apart
-from kcdcache.report.load import Findings, Run
+from kcdcache.report import tables
+from kcdcache.report.figures import AS_IS, COLOURS, ENRICHED, LEFT_OUT, Picture, drawn, legend_below, short, short_names
+from kcdcache.report.load import Loaded, Run
+from kcdcache.report.show import StoreReport
+
+Named = Sequence[tuple[str, Run]]
+"""(what a figure calls a run, run) of each"""
+MOST_LINES = 600
+"""samples drawn one by one in a pattern; of more, evenly spaced ones in the order drawn"""
+MOST_CLASSES = 24
+"""classes whose names are shown"""
+TITLE = 38
+"""characters of a line of a panel's title, of two panels beside each other"""
+PARTS = (("kept as they are (K_1H)", AS_IS), ("kept and enriched (K_Aug)", ENRICHED), ("dropped (K_0)", LEFT_OUT))
+
 
 ACROSS, BOX_WIDTH, BOX_HEIGHT = (0.1, 0.3, 0.5, 0.7, 0.9), 0.165, 0.36
 FILLS = ("#56B4E9", "#D9D9D9", "#D9D9D9", "#009E73", "#E69F00")
+"""of the boxes of the chain: where they stand, how large they are, their colours"""
 
 
 class _Box(NamedTuple):
@@ -26,14 +39,15 @@ class _Box(NamedTuple):
     lines: tuple[str, ...]
 
 
-def drawn_of(found: Findings) -> Picture | None:
+def chain(loaded: Loaded) -> Picture | None:
     """Return the chain teacher, views, store, student, condensed set, or None where no run condensed from a store."""
-    students = [run for runs in found.rows().values() for run in runs if run.condenses]
-    stores = [told for _, told in found.stores]
-    if not students or not stores:
+    students = tables.condensing(loaded)
+    if not students or not loaded.stores:
         return None
-    knowledge = next((told for told in stores if told.get("knowledge_id") == _knowledge_of(students[0])), stores[0])
-    boxes = _boxes(knowledge, students[0], _accuracy(found, _teacher_of(knowledge)))
+    run = students[0][1]
+    own = [store for store in loaded.stores if store.knowledge_id == run.record.inputs.knowledge_id]
+    store = [*own, *loaded.stores][0]
+    boxes = _boxes(store, run, _accuracy(loaded, store.knowledge.teacher.architecture))
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -50,39 +64,24 @@ def drawn_of(found: Findings) -> Picture | None:
         axes.text(ACROSS[1], 0.15, "paid once, for any number of students", ha="center", size=9)
         axes.text(below, 0.84, "each sample's value to the student", ha="center", size=9)
 
-    caption = (
-        "The chain with this folder's numbers. Teacher, views and store are paid once, for any number of students; the "
-        "loop on the right is the method: online value estimation (OGVE) and knowledge summary (VAKS)."
-    )
-    return figures.drawn("chain", "From teacher to condensed set", caption, 2.9, draw)
+    return drawn("chain", 2.9, draw)
 
 
-def _knowledge_of(run: Run) -> Any:
-    return run.record["inputs"].get("knowledge_id")
-
-
-def _teacher_of(knowledge: Mapping[str, Any]) -> str:
-    return str(knowledge["knowledge"]["teacher"]["architecture"])
-
-
-def _accuracy(found: Findings, teacher: str) -> str:
+def _accuracy(loaded: Loaded, teacher: str) -> str:
     """Return the teacher's accuracy as text, where a run that trained it lies beside the store."""
-    rows = [runs for runs in found.rows().values() if not runs[0].stages and runs[0].summary.get("model") == teacher]
-    mean = statistics.spread([float(run.summary["accuracy_last"]) for run in rows[0]]).mean if rows else None
+    rows = [runs for runs in loaded.rows().values() if not runs[0].stages and runs[0].summary.model == teacher]
+    mean = tables.mean(rows[0], "accuracy_last") if rows else None
     return "" if mean is None else f"{100 * mean:.1f} % right"
 
 
-def _boxes(knowledge: Mapping[str, Any], run: Run, accuracy: str) -> Sequence[_Box]:
+def _boxes(store: StoreReport, run: Run, accuracy: str) -> Sequence[_Box]:
     last = run.sets[-1]
-    mixed = int(last.mixed.sum())
     return (
-        _Box("teacher", (_teacher_of(knowledge), accuracy)),
-        _Box("views", (f"{knowledge['samples']:,} images", f"x {knowledge['views']} views each")),
-        _Box("store", (f"{knowledge['points']:,} points", f"{knowledge['bytes'] / 2**20:,.1f} MiB, read by all")),
-        _Box(
-            "student", (str(run.summary.get("model", "")), f"{100 * float(run.summary['accuracy_last']):.1f} % right")
-        ),
-        _Box("condensed set", (f"{len(last):,} of {last.count:,}", f"{mixed:,} of them enriched")),
+        _Box("teacher", (store.knowledge.teacher.architecture, accuracy)),
+        _Box("views", (f"{store.samples:,} images", f"x {store.views} views each")),
+        _Box("store", (f"{store.points:,} points", f"{store.bytes / 2**20:,.1f} MiB, read by all")),
+        _Box("student", (run.summary.model, f"{100 * run.summary.accuracy_last:.1f} % right")),
+        _Box("condensed set", (f"{len(last):,} of {last.count:,}", f"{int(last.mixed.sum()):,} of them enriched")),
     )
 
 
@@ -90,23 +89,12 @@ def _draw_box(axes: Axes, centre: float, box: _Box, fill: str) -> None:
     corner = (centre - BOX_WIDTH / 2, 0.6 - BOX_HEIGHT / 2)
     axes.add_patch(Rectangle(corner, BOX_WIDTH, BOX_HEIGHT, facecolor=fill, edgecolor="black", alpha=0.55))
     axes.text(centre, 0.69, box.title, ha="center", va="center", size=11, weight="bold")
-    axes.text(centre, 0.54, "\n".join(map(figures.short, filter(None, box.lines))), ha="center", va="center", size=9)
+    axes.text(centre, 0.54, "\n".join(map(short, filter(None, box.lines))), ha="center", va="center", size=9)
 
 
 def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], curve: float = 0.0) -> None:
     style = {"arrowstyle": "-|>", "color": "black", "linewidth": 1.4, "connectionstyle": f"arc3,rad={curve}"}
     axes.annotate("", xy=end, xytext=start, arrowprops=style)
-
-
-Named = Sequence[tuple[str, Run]]
-
-MOST_LINES = 600
-"""samples drawn one by one in a pattern; of more, evenly spaced ones in the order drawn"""
-MOST_CLASSES = 24
-"""classes whose names are shown"""
-TITLE = 38
-"""characters of a line of a panel's title, of two panels beside each other"""
-PARTS = (("kept as they are (K_1H)", AS_IS), ("kept and enriched (K_Aug)", ENRICHED), ("dropped (K_0)", LEFT_OUT))
 
 
 def set_names(run: Run) -> list[str]:
@@ -133,12 +121,7 @@ def sizes(found: Named) -> Picture:
             _stage_axis(axes, run, "share of all samples (%)")
         _legend(figure)
 
-    caption = (
-        "The keep fraction shrinks from stage to stage; the number is the share kept. Dark: kept as they are; "
-        "light blue: less valuable ones that are kept but enriched with a bit of a dropped sample each; grey: dropped. "
-        "'end' is the set that is exported for other students."
-    )
-    return drawn("sizes", "What each stage keeps", caption, _tall(found, 3.3), draw)
+    return drawn("sizes", _tall(found, 3.3), draw)
 
 
 def bands(found: Named) -> Picture:
@@ -161,13 +144,7 @@ def bands(found: Named) -> Picture:
             axes.set_xlabel("end of stage")
         _legend(figure)
 
-    caption = (
-        "A sample's value is the mean entropy of the student's answers on it so far (Eq. 12): high means that the "
-        "student is still unsure and the teacher still has something to say. Lines are medians, bands hold the middle "
-        "80 %. Values fall as the student learns; ranked by value, those dropped next lie below those kept. A dropped "
-        "sample keeps its value until it is kept again, which is why the lower line need not fall."
-    )
-    return drawn("values", "Values of samples kept and dropped", caption, _tall(found, 3.3), draw)
+    return drawn("values", _tall(found, 3.3), draw)
 
 
 def pattern(name: str, run: Run) -> Picture:
@@ -202,14 +179,8 @@ def pattern(name: str, run: Run) -> Picture:
         for axes in lower[1:]:
             axes.set_axis_off()
 
-    caption = (
-        f"{len(order):,} of the {run.sets[0].count:,} samples of one run. Left: every line is a sample, "
-        "coloured by its rank among all at each stage's end, yellow for the most valuable. A line of one colour is a "
-        "sample whose rank does not change. "
-        "Middle: the same samples, whether each set keeps them. Right: the ten samples that rose and fell most: value "
-        "is not fixed, which is why it is estimated again and dropped samples may return (as Fig. 3b of the paper)."
-    )
-    return drawn(f"pattern-{run.name}", f"Value pattern over stages: {name}", caption, 5.6, draw)
+    picture = drawn("pattern", 5.6, draw, run=name, shown=len(order), count=run.sets[0].count)
+    return picture._replace(key=f"pattern-{run.name}")
 
 
 def _movers(axes: Axes, ranks: np.ndarray, names: Sequence[str]) -> None:
@@ -254,12 +225,7 @@ def turnover(found: Named) -> Picture:
             axes.set(xlabel="set of stage", ylabel="share of all samples (%)")
         _legend(figure)
 
-    caption = (
-        "Compared with the set before: 'left' were kept and are dropped now, 'returned' had been dropped and are kept "
-        "again, 'new' are kept for the first time. A dropped sample keeps its last value while those of others go "
-        "on falling with every visit: it returns once theirs have fallen below its own."
-    )
-    return drawn("turnover", "Which samples leave and return", caption, _tall(found, 2.9), draw)
+    return drawn("turnover", _tall(found, 2.9), draw)
 
 
 def classes(found: Named) -> Picture | None:
@@ -285,12 +251,8 @@ def classes(found: Named) -> Picture | None:
         label = "samples kept, of the most that any set keeps of the class (%)"
         figure.colorbar(image, ax=figure.axes[: len(known)], label=label, location="bottom", shrink=0.5, aspect=50)
 
-    caption = (
-        "How evenly classes are thinned: each line is a class, dark where few of its samples are left. Classes at the "
-        "bottom lose most; with --stratify all would keep the same share."
-    )
     height = 1.4 + 0.15 * min(most, MOST_CLASSES)
-    return drawn("classes", "Classes in each set", caption, _tall(known, max(2.9, height)) + 0.4, draw)
+    return drawn("classes", _tall(known, max(2.9, height)) + 0.4, draw)
 
 
 def _panels(figure: Figure, found: Named) -> list[tuple[Axes, Run]]:
@@ -299,7 +261,7 @@ def _panels(figure: Figure, found: Named) -> list[tuple[Axes, Run]]:
     grid = list(figure.subplots(-(-len(found) // across), across, squeeze=False).flat)
     for unused in grid[len(found) :]:
         unused.remove()
-    names = told_apart([name for name, _ in found], TITLE * (3 - across))
+    names = short_names([name for name, _ in found], TITLE * (3 - across))
     for axes, (name, _) in zip(grid, found, strict=False):
         axes.set_title(textwrap.fill(names[name], TITLE * (3 - across)), fontsize=10)
     return [(axes, run) for axes, (_, run) in zip(grid, found, strict=False)]

@@ -68,7 +68,7 @@ def check(path: Path) -> Found:
     record = look.at(partial(state.read_record, look.folder))
     files = look.at(partial(records.read, path)) or records.Record({}, frozenset())
     rows = _progress(look)
-    sets = {number: look.at(partial(manifest.read, look.folder.manifest(number))) for number in _stages(path)}
+    sets = {number: look.at(partial(manifest.read, file)) for number, file in look.folder.manifests().items()}
     whole = {number: found for number, found in sets.items() if found is not None}
     tables = _values(look, whole)
     if record is not None:
@@ -89,11 +89,6 @@ def check(path: Path) -> Found:
     counts = {"manifests": len(sets), "values": len(tables), "networks": len(networks), "requeried": len(mixes)}
     unfinished = tuple(sorted(files.pending))
     return Found(counts, unfinished, look.folder.summary.exists(), tuple(look.problems))
-
-
-def _stages(path: Path) -> list[int]:
-    names = [file.parent.name for file in path.glob("stages/*/manifest.parquet")]
-    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def _progress(look: _Look) -> list[dict[str, Any]]:

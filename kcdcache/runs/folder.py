@@ -65,6 +65,11 @@ class RunFolder:
         """Return the path of the manifest that stage `number` trains on (or that a finished run exports)."""
         return self.stage(number) / "manifest.parquet"
 
+    def manifests(self) -> dict[int, Path]:
+        """Return number of a stage -> its manifest, of all that there are, in order."""
+        names = [file.parent.name for file in self.path.glob("stages/*/manifest.parquet")]
+        return {number: self.manifest(number) for number in sorted(int(name) for name in names if name.isdecimal())}
+
     def stage_values(self, number: int) -> Path:
         """Return the path of the value estimate at the end of a stage."""
         return self.stage(number) / "values.parquet"

@@ -5,15 +5,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import safetensors.torch
 import torch
+from pydantic import ConfigDict, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
 from kcdcache.condense import manifest
+from kcdcache.condense.compare import SetCounts
 from kcdcache.condense.manifest import Manifest
+from kcdcache.data.label_noise import NOISE_SEED
 from kcdcache.environment import changed, check_environment, environment
 from kcdcache.errors import (
     CorruptionError,
@@ -48,11 +51,202 @@ from kcdcache.files.atomic import (
 from kcdcache.files.timing import logged_seconds
 from kcdcache.networks.weights import MOST_HEADER_BYTES
 from kcdcache.runs.folder import RunFolder
+from kcdcache.settings import Settings
 
 RECORD_KEY = "kcdcache"
 CHECKPOINT_NAME = re.compile(r"[0-9a-f]{16}\.safetensors")
 VOLATILE = ("seconds", "images_per_second", "store_teacher_forwards")
 """entries of a summary that the clock, or a store that grew, changes"""
+
+
+class Environment(Settings):
+    """Where a run, or a part of it, was done: see `environment.environment`."""
+
+    model_config = ConfigDict(strict=True)
+
+    python: str
+    versions: dict[str, str]
+    device: str
+    device_name: str
+    threads: int
+    processes: int = 1
+    """earlier commits had one and did not say so"""
+    git_commit: str | None
+    command: str
+
+
+class Inputs(Settings):
+    """What a run was made from, by digests; a `fit` has `data` and `test` alone."""
+
+    model_config = ConfigDict(strict=True)
+
+    test: str
+    """digest of the test split"""
+    data: str | None = None
+    """digest of the training split, of a `fit`"""
+    knowledge_id: str | None = None
+    views: int | None = None
+    """cached views it cycles through"""
+    encodings: dict[str, str] | None = None
+    """field of the store -> how it is encoded"""
+    teacher_batch: int | None = None
+    given: str | None = None
+    """digest of the condensed set it began with, if one was given"""
+    skipped: list[int] | None = None
+    """samples the store has nothing of"""
+
+
+class RunRecord(Settings):
+    """What run.json says."""
+
+    model_config = ConfigDict(strict=True)
+
+    settings: dict[str, Any]
+    """those of the command, without what never changes a result"""
+    inputs: Inputs
+    environment: Environment
+    changes: list[Environment]
+    """where it went on after `--allow-env-change`"""
+
+    @property
+    def latest(self) -> Environment:
+        """Where it went on last."""
+        return [self.environment, *self.changes][-1]
+
+
+class MetricsRow(Settings):
+    """A line of metrics.jsonl: one epoch. Losses are in nats, accuracies and agreement are shares in [0, 1]."""
+
+    model_config = ConfigDict(strict=True)
+
+    epoch: int
+    """from 0"""
+    learning_rate: float
+    samples: int
+    """forwarded by the student in this epoch"""
+    samples_so_far: int
+    loss: float
+    train_accuracy: float
+    agreement: float | None = None
+    """how often student and teacher named the same class"""
+    test_accuracy: float | None = None
+    """unset, as the two below, where the epoch was not evaluated"""
+    test_loss: float | None = None
+    test_calibration_error: float | None = None
+    view: int
+    stage: int | None = None
+    """unset, as all below, in a `fit`"""
+    kept: int | None = None
+    mixed: int | None = None
+    rows_read: int | None = None
+    """from the store, by all processes"""
+    bytes_read: int | None = None
+    rows_read_by_each: list[int] | None = None
+    """by each of several processes"""
+    bytes_read_by_each: list[int] | None = None
+
+
+class Speed(Settings):
+    """Images per second: see `timing.Rate`."""
+
+    model_config = ConfigDict(strict=True)
+
+    n: int
+    mean: float
+    std: float | None
+    warm_up: float | None = None
+
+
+class CorruptionRecord(Settings):
+    """What a data spec did to the training split: see `label_noise.Corruption`."""
+
+    model_config = ConfigDict(strict=True)
+
+    noise: float | None = None
+    noise_seed: int = NOISE_SEED
+    redraw: bool = True
+    gamma: float | None = None
+    n_max: int | None = None
+    n_min: int | None = None
+
+
+class Summary(Settings):
+    """What came of a run: summary.json. Entries that its command, data or options do not give are unset."""
+
+    model_config = ConfigDict(strict=True)
+
+    kind: Literal["fit", "train"]
+    model: str
+    accuracy_last: float
+    """on the test split after the last epoch, in [0, 1]: the result"""
+    accuracy_best: float
+    best_epoch: int
+    calibration_error: float
+    relative_cost: float
+    """student samples / (count x epochs), C of Eq. 16"""
+    student_samples: int
+    epochs: int
+    count: int
+    """N, of the training split"""
+    teacher_forwards: int
+    """of this run alone: mixes that the teacher was asked about"""
+    seconds: float
+    images_per_second: Speed | None = None
+
+    finished: bool | None = None
+    """true of every `train`; unset, as all below to `condensed_set`, of a `fit`"""
+    method: str | None = None
+    knowledge_id: str | None = None
+    store_teacher_forwards: int | None = None
+    rows_read: int | None = None
+    bytes_read: int | None = None
+    kept: int | None = None
+    """samples of the exported set"""
+    condensed_set: str | None = None
+    """its manifest, relative to the run"""
+
+    corruption: CorruptionRecord | None = None
+    mislabelled: int | None = None
+    true_labels: str | None = None
+    """digest of the labels before label noise"""
+    class_sizes: list[int] | None = None
+    teacher_data: Literal["same", "other"] | None = None
+    """whether the teacher learned from the same training split"""
+
+    agreement_train: float | None = None
+    """this and all below: see `evaluation.of_run`"""
+    agreement_test: float | None = None
+    accuracy_train: float | None = None
+    accuracy_true: float | None = None
+    accuracy_right: float | None = None
+    memorised: float | None = None
+    recovered: float | None = None
+    accuracy_frequent: float | None = None
+    accuracy_rare: float | None = None
+    teacher_accuracy: float | None = None
+    teacher_accuracy_train: float | None = None
+    teacher_accuracy_true: float | None = None
+    teacher_accuracy_right: float | None = None
+    teacher_memorised: float | None = None
+    teacher_recovered: float | None = None
+    sets: list[SetCounts] | None = None
+
+
+M = TypeVar("M", bound=Settings)
+
+
+def parsed(model: type[M], document: Mapping[str, Any], where: Path | str) -> M:
+    """Return a JSON object of a run's files as its model.
+
+    Raises:
+        CorruptionError: an entry is missing, unknown or of another type; names it.
+    """
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        item = error.errors()[0]
+        place = ".".join(map(str, item["loc"]))
+        raise CorruptionError(f"{where}, {place:.200}: {item['msg']}, found {item['input']!r:.80}") from None
 
 
 @contextmanager

@@ -154,7 +154,7 @@ def fidelity(
     same of the teacher begins with `teacher_`. `accuracy_frequent`, `accuracy_rare`: of test images of the classes that
     have most training samples (see `label_noise.frequent`) and of the others.
 
-    `sets` says of every stage what `compare.per_set` does.
+    `sets` are the `compare.SetCounts` of every stage.
     """
     source = identity.read_origin(knowledge.path)
     found = (source.told(knowledge.knowledge.data.digest) if source else {}) | data.corrupted()
@@ -219,6 +219,12 @@ def _on_test(data: Dataset, guess: Labels, theirs: Labels | None = None) -> dict
     return found
 
 
+def rare(data: Dataset) -> Marks | None:
+    """Return which training samples truly are of a rare class; None where no class was thinned out."""
+    often = _frequent(data)
+    return None if often is None else ~often[data.train.clean_labels]
+
+
 def _frequent(data: Dataset) -> Marks | None:
     """Return which classes have most training samples; None where none was thinned out."""
     if data.corruption.gamma is None or data.train.clean_labels is None:
@@ -228,14 +234,13 @@ def _frequent(data: Dataset) -> Marks | None:
 
 def _sets(data: Dataset, folder: RunFolder) -> list[Mapping[str, Any]]:
     """Return what became of wrong labels and rare classes in each of a run's sets, in order."""
-    marked, often = mislabelled(data.train), _frequent(data)
+    marked = mislabelled(data.train)
     wrong = marked if marked is not None and marked.any() else None
-    rare = None if often is None else ~often[data.train.clean_labels]
-    numbers = sorted(int(path.parent.name) for path in folder.path.glob("stages/*/manifest.parquet"))
-    return [
-        compare.per_set(manifest.read(folder.manifest(k)), _value(folder.stage_values(k), data), wrong, rare)
-        for k in numbers
-    ]
+    counted = (
+        compare.count_set(manifest.read(file), _value(folder.stage_values(number), data), wrong, rare(data))
+        for number, file in folder.manifests().items()
+    )
+    return [counts.model_dump(exclude_unset=True) for counts in counted]
 
 
 def _value(path: Path, data: Dataset) -> np.ndarray | None:

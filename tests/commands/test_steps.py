@@ -3,12 +3,11 @@ import pytest
 from pupils import SCHOOL, SPEC, command, school
 
 from kcdcache import progress
-from kcdcache.commands import steps
+from kcdcache.commands import methods, steps
 from kcdcache.condense import schedule
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError
 from kcdcache.export import condensed_set
 from kcdcache.methods import registry
-from kcdcache.report import show
 from kcdcache.runs import state
 from kcdcache.settings import FitCommand, MethodSettings, PrecomputeCommand, TrainSettings
 
@@ -110,7 +109,7 @@ def test_the_authors_settings_are_told_where_they_hold(place, tmp_path, caplog):
 def test_the_listing_tells_the_recipe_of_the_pair():
     rates = {}
     for student in ("resnet8", "ShuffleV2"):
-        rows = show.listing("resnet8", student, 10, 16)["methods"]
+        rows = methods.run("resnet8", student, 10, 16)["methods"]
         rates[student] = {row["method"]: row["recipe"].get("learning_rate") for row in rows}
     assert (rates["resnet8"]["kd"], rates["resnet8"]["reviewkd"]) == (None, 0.1)
     assert (rates["ShuffleV2"]["kd"], rates["ShuffleV2"]["reviewkd"]) == (0.01, 0.02)

@@ -21,7 +21,7 @@ from pupils import command as taught
 
 from kcdcache import progress
 from kcdcache import settings as kcdcache_settings
-from kcdcache.commands import differ, steps, verify
+from kcdcache.commands import diff, steps, verify
 from kcdcache.condense import manifest, value_files, values
 from kcdcache.errors import (
     CorruptionError,
@@ -134,7 +134,7 @@ def test_inspect_verify_and_diff_tell_the_same_of_both_forms(place):
         one, many = (show.inspect(place / f"{name}.{form}") for form in ("parquet", "parts"))
         assert {**one, "path": 0} == {**many, "path": 0}
         assert verify.verify(place / f"{name}.parts")["problems"] == 0
-    found = differ.run(place / "before.parquet", place / "before.parts")
+    found = diff.run(place / "before.parquet", place / "before.parts")
     assert found["set"]["identical"] if "set" in found else "identical" in found["note"]
 
 

@@ -16,14 +16,14 @@ NAMES = st.text(st.sampled_from("ab :,…"), max_size=90)
 
 @given(st.lists(NAMES, max_size=8))
 def test_names_that_differ_are_called_differently(names):
-    called = figures.told_apart(names)
+    called = figures.short_names(names)
     assert list(called) == list(dict.fromkeys(names))
     assert len(set(called.values())) == len(called)
 
 
 @given(st.lists(NAMES, max_size=8))
 def test_names_are_short_unless_that_would_make_two_the_same(names):
-    called = figures.told_apart(names)
+    called = figures.short_names(names)
     if any(len(label) > figures.LONGEST for label in called.values()):
         assert len({figures.short(label) for label in called.values()}) < len(called)
 
@@ -43,7 +43,7 @@ def test_names_are_short_unless_that_would_make_two_the_same(names):
     ],
 )
 def test_what_all_begin_with_is_left_out_and_the_rest_cut_in_its_middle(names, expected):
-    assert list(figures.told_apart(names).values()) == expected
+    assert list(figures.short_names(names).values()) == expected
 
 
 @pytest.mark.parametrize("length", [3, 20, 45, 90])

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kcdcache import statistics
 from kcdcache.errors import SettingsError
-from kcdcache.report import statistics
 
 T_TWO = 4.302652729911275
 """97.5 % point of Student's t with 2 degrees of freedom: sqrt(2) * 0.95 / sqrt(1 - 0.95^2)"""

@@ -1,21 +1,14 @@
-"""How two condensed sets differ, against plain loops and laws."""
-
-import json
+"""How condensed sets differ, against plain loops and laws."""
 
 import numpy as np
 import pytest
-from commands import alone, failure, outcome
-from exports import exporting, prepared
 from hypothesis import given
 from hypothesis import strategies as st
-from pupils import SPEC
 
-from kcdcache import progress
-from kcdcache.commands import differ, steps
-from kcdcache.condense import manifest, summary
+from kcdcache.condense import compare, manifest, summary
 from kcdcache.condense.values import Values
-from kcdcache.errors import MismatchError, NotFoundError
-from kcdcache.settings import CondenseSettings, TrainCommand, make
+from kcdcache.errors import MismatchError
+from kcdcache.settings import CondenseSettings
 
 COUNT, CLASSES = 40, 4
 NUMBERS = st.lists(st.integers(-3, 3), min_size=0, max_size=12)
@@ -46,7 +39,7 @@ def slow_spearman(x, y):
 @given(st.data(), NUMBERS)
 def test_rank_correlation_is_spearmans(data, x):
     y = data.draw(st.lists(st.integers(-3, 3), min_size=len(x), max_size=len(x)))
-    found = differ.spearman(np.array(x), np.array(y))
+    found = compare.spearman(np.array(x), np.array(y))
     wanted = slow_spearman(x, y) if len(x) > 1 else None
     assert found == (wanted if wanted is None else pytest.approx(wanted, abs=1e-12))
 
@@ -55,8 +48,8 @@ def test_rank_correlation_is_spearmans(data, x):
 def test_rank_correlation_is_one_under_any_monotone_change(x):
     if len(set(x)) > 1:
         x = np.array(x, np.float64)
-        assert differ.spearman(x, np.exp(x)) == pytest.approx(1)
-        assert differ.spearman(x, -(x**3)) == pytest.approx(-1)
+        assert compare.spearman(x, np.exp(x)) == pytest.approx(1)
+        assert compare.spearman(x, -(x**3)) == pytest.approx(-1)
 
 
 def slow_compare(a, b):
@@ -95,38 +88,37 @@ def slow_compare(a, b):
 @pytest.mark.parametrize("seed", range(3))
 def test_every_number_is_the_one_counted_by_hand(keep, other, unseen, seed):
     a, b = a_set(seed, keep), a_set(seed + 10, other, unseen=unseen, knowledge_id="other")
-    found = differ.compare(a, b)
-    wanted = slow_compare(a, b)
+    found, wanted = compare.compare(a, b).model_dump(), slow_compare(a, b)
     assert found.pop("class_difference") == wanted.pop("class_difference")
     assert found == pytest.approx(wanted)
 
 
 def test_a_set_differs_in_nothing_from_itself():
     a = a_set(0, 0.7)
-    found = differ.compare(a, a)
-    assert (found["identical"], found["jaccard"], found["hamming"], found["parts_moved"]) == (True, 1.0, 0.0, 0)
-    assert (found["rank_correlation"], found["value_correlation"]) == (pytest.approx(1), pytest.approx(1))
-    assert found["same_partner"] == int(a.mixed.sum()) > 0
+    found = compare.compare(a, a)
+    assert (found.identical, found.jaccard, found.hamming, found.parts_moved) == (True, 1.0, 0.0, 0)
+    assert (found.rank_correlation, found.value_correlation) == (pytest.approx(1), pytest.approx(1))
+    assert found.same_partner == int(a.mixed.sum()) > 0
 
 
 def test_turned_around_it_says_the_same_of_the_other():
     a, b = a_set(1, 0.7), a_set(2, 0.5)
-    there, back = differ.compare(a, b), differ.compare(b, a)
+    there, back = compare.compare(a, b), compare.compare(b, a)
     for name in ("both", "jaccard", "hamming", "rank_correlation", "parts_moved", "same_partner", "dropped_by_both"):
-        assert there[name] == pytest.approx(back[name])
-    assert (there["only_a"], there["K_1H_to_K_Aug"]) == (back["only_b"], back["K_Aug_to_K_1H"])
-    assert [-number for number in there["class_difference"]] == back["class_difference"]
+        assert getattr(there, name) == pytest.approx(getattr(back, name))
+    assert (there.only_a, there.K_1H_to_K_Aug) == (back.only_b, back.K_Aug_to_K_1H)
+    assert [-number for number in there.class_difference] == back.class_difference
 
 
 def test_what_cannot_be_said_is_none():
     a, b = a_set(0, labels=None, classes=None), a_set(1)
-    assert differ.compare(a, b)["class_difference"] is None
+    assert compare.compare(a, b).class_difference is None
     one = manifest.Manifest(
         **manifest.plain(np.array([3])), rank=np.zeros(1, np.int64), value=np.zeros(1, np.float32),
         visits=np.zeros(1, np.int32), knowledge_id="k", count=COUNT, stage=0, keep=0.5,
     )  # fmt: skip
-    found = differ.compare(one, manifest.full("k", COUNT))
-    assert (found["both"], found["rank_correlation"], found["value_correlation"]) == (1, None, None)
+    found = compare.compare(one, manifest.full("k", COUNT))
+    assert (found.both, found.rank_correlation, found.value_correlation) == (1, None, None)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +126,7 @@ def test_what_cannot_be_said_is_none():
     [
         ({"count": 44}, r"A is a set of data with samples 40, B with 44; compare sets of one data set"),
         ({"data_digest": "d2"}, r"data with data digest d1, B with d2"),
-        ({"labels": np.arange(COUNT) % 5, "classes": 5}, "A counts 4 classes, B 5"),
+        ({"labels": np.arange(COUNT) % 5, "classes": 5}, r"data with classes 4, B with 5"),
     ],
     ids=["samples", "digest", "classes"],
 )
@@ -143,69 +135,86 @@ def test_sets_of_other_data_are_not_compared(changes, said):
     if "count" in given:
         given["labels"] = None
     with pytest.raises(MismatchError, match=said):
-        differ.compare(a_set(0, data_digest="d1"), a_set(0, **given))
+        compare.compare(a_set(0, data_digest="d1"), a_set(0, **given))
 
 
-# of files
+# over the stages of a run
+
+sets = st.integers(1, 6).flatmap(
+    lambda count: st.lists(st.lists(st.integers(0, 2), min_size=count, max_size=count), min_size=1, max_size=40)
+).map(lambda samples: np.array(samples, np.int8).T)  # fmt: skip
+"""parts of up to 40 samples in up to 6 sets"""
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """Two runs of one store, an exported set, and a manifest."""
-    place = prepared(tmp_path_factory.mktemp("difference"), fields=("logits",))
-    settings = {"student": "lessons:TinyNet", "epochs": 4, "batch_size": 64, "data": SPEC, "device": "cpu"}
-    for name, stages, keep in (("one", 2, 0.5), ("two", 4, 0.4)):
-        given = settings | {"store": place.knowledge.path, "out": place.root / name, "stages": stages, "keep": keep}
-        steps.train(make(TrainCommand, given), progress.silent)
-    exporting(place, place.root / "set")
-    return place
+def fate_of(kept):
+    """What became of one sample, by a walk over its stages."""
+    was, dropped, back = False, False, False
+    for now in kept:
+        back = back or (now and dropped)
+        dropped = dropped or (was and not now)
+        was = was or now
+    if not was:
+        return "never"
+    if back:
+        return "returned" if kept[-1] else "unsteady"
+    if all(kept):
+        return "stayed"
+    return "joined" if kept[-1] else "left"
 
 
-def test_runs_are_compared_stage_by_stage(place):
-    found = differ.run(place.root / "one", place.root / "two")
-    assert list(found["stages"]) == ["0", "1", "2"]
-    assert (found["only_in_a"], found["only_in_b"]) == ([], [3, 4])
-    assert found["stages"]["0"]["identical"]
-    for number in (1, 2):
-        sets = [manifest.read(place.root / name / f"stages/{number}/manifest.parquet") for name in ("one", "two")]
-        assert found["stages"][str(number)] == differ.compare(*sets)
+@given(sets)
+def test_every_sample_has_the_fate_of_its_own_walk(parts):
+    found = compare.fates(parts)
+    for sample in range(parts.shape[1]):
+        fates = [fate for fate, mask in found.items() if mask[sample]]
+        assert fates == [fate_of([bool(part) for part in parts[:, sample]])]
 
 
-def test_a_run_beside_a_set_is_its_last_one_and_an_export_its_manifest(place):
-    wanted = differ.compare(manifest.read(place.root / "two/stages/4/manifest.parquet"), place.set)
-    found = differ.run(place.root / "two", place.root / "set")
-    assert {name: found[name] for name in wanted} == wanted
-    assert differ.run(place.file, place.root / "set")["identical"]
+@given(sets)
+def test_turnover_counts_one_by_one(parts):
+    seen, before, expected = set(), set(), []
+    for row in parts:
+        now = {sample for sample, part in enumerate(row) if part}
+        expected.append((len(now & before), len(before - now), len((now - before) & seen), len(now - seen)))
+        seen, before = seen | now, now
+    assert [tuple(row) for row in compare.turnover(parts)] == expected
 
 
-def test_the_table_has_a_line_a_stage_and_no_torch_is_loaded(place):
-    done = alone("diff", place.root / "one", place.root / "two")
-    assert (done.returncode, done.stderr) == (0, "loaded: pydantic\n")
-    lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[2:6]] == ["stage", "0", "1", "2"]
-    assert lines[2].split()[1:] == list(differ.COLUMNS)
-    assert lines[3].split()[1:4] == ["200", "200", "200"]
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=30))
+def test_percentiles_count_what_lies_below(numbers):
+    found = compare.percentiles(np.array(numbers, np.float32))
+    for number, place in zip(numbers, found, strict=True):
+        below = sum(other < number for other in numbers) + (numbers.count(number) - 1) / 2
+        assert place == pytest.approx(below / max(1, len(numbers) - 1))
 
 
-def test_json_holds_every_number(capsys, place):
-    code, out, _ = outcome(capsys, "diff", place.file, place.root / "set", "--json")
-    found = json.loads(out)
-    assert (code, found["kept_a"], found["jaccard"], found["class_difference"]) == (0, 80, 1.0, [0] * 10)
+def chosen(index, count=10, mixed=()):
+    index = np.array(index)
+    columns = manifest.plain(index)
+    enriched = np.isin(index, list(mixed))
+    spare = np.setdiff1d(np.arange(count), index)
+    columns["mixed"], columns["partner"] = enriched, np.where(enriched, spare[0] if len(spare) else 0, -1)
+    rows = len(index)
+    return manifest.Manifest(
+        **columns, rank=np.arange(rows), value=np.zeros(rows, np.float32), visits=np.zeros(rows, np.int32),
+        knowledge_id="k", count=count, stage=0, keep=rows / count, dropped=len(spare),
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("other", "code", "said"), [("store", 4, "is a store; diff compares"), ("none", 10, "nothing at")]
-)
-def test_other_things_are_refused(capsys, place, other, code, said):
-    found = failure(capsys, "diff", place.file, place.root / other)
-    assert found[0] == code
-    assert said in found[1]
+def test_parts_say_dropped_kept_and_enriched():
+    assert compare.parts([chosen([0]), chosen([2, 3], mixed=[3])])[:, :4].tolist() == [[1, 0, 0, 0], [0, 0, 1, 2]]
 
 
-def test_a_run_without_a_set_says_so(place, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/run.json").write_text("{}")
-    with pytest.raises(NotFoundError, match="has no condensed set yet"):
-        differ.run(tmp_path / "run", place.file)
-    with pytest.raises(NotFoundError, match="have no stage in common"):
-        differ.run(tmp_path / "run", place.root / "one")
+def test_hamming_is_what_one_set_keeps_and_the_other_does_not():
+    a, b, c = (chosen(index) for index in ([0, 1, 2], [0, 1, 2], [2, 3]))
+    assert compare.hamming([a, b, c]).tolist() == [[0, 0, 0.3], [0, 0, 0.3], [0.3, 0.3, 0]]
+
+
+def test_distance_by_chance_is_that_of_random_sets():
+    random, one, other = np.random.default_rng(0), chosen(range(7)), chosen(range(4))
+    drawn = [
+        len(set(random.permutation(10)[:7].tolist()) ^ set(random.permutation(10)[:4].tolist())) / 10
+        for _ in range(9000)
+    ]
+    assert compare.by_chance(one, other) == pytest.approx(0.54)
+    assert np.mean(drawn) == pytest.approx(0.54, abs=0.01)

@@ -1,11 +1,9 @@
-"""Mean and spread over seeds, and paired differences with confidence intervals."""
+"""Mean and spread of repeated measurements, and paired differences with confidence intervals."""
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
-
-from scipy import stats
 
 from kcdcache.errors import SettingsError
 
@@ -59,14 +57,12 @@ def difference(
     Raises:
         SettingsError: the confidence lies outside (0, 1).
     """
+    from scipy import stats
+
     if not 0 < confidence < 1:
         raise SettingsError(f"a confidence lies between 0 and 1, found {confidence}; 0.95 is usual")
-    pairs = [measured[seed] - reference[seed] for seed in sorted(measured.keys() & reference.keys())]
-    if not pairs:
-        return None
-    found = spread(pairs)
-    assert found.mean is not None
-    if found.std is None:
-        return Difference(found.n, found.mean, None, None, None)
-    reach = float(stats.t.ppf((1 + confidence) / 2, found.n - 1)) * found.std / math.sqrt(found.n)
-    return Difference(found.n, found.mean, found.std, found.mean - reach, found.mean + reach)
+    n, mean, std = spread([measured[seed] - reference[seed] for seed in sorted(measured.keys() & reference.keys())])
+    if mean is None or std is None:
+        return None if mean is None else Difference(n, mean, None, None, None)
+    reach = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * std / math.sqrt(n)
+    return Difference(n, mean, std, mean - reach, mean + reach)

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kcdcache.report.tables import SHOWN, Column, Table, printable, shown
+from kcdcache.errors import printable
+from kcdcache.report.tables import SHOWN, Column, Table, shown, texts, worded
 
 
 def table(rows, kind="number"):
@@ -30,7 +31,7 @@ def test_a_text_is_one_printable_line_wherever_it_is_shown(text):
     cell = made.cells()[0][0]
     assert cell.isprintable()
     assert cell == printable(text)
-    assert len(made.text().splitlines()) == 3
+    assert len(made.text().split("\n")) == 3
     assert read(made.csv())[0]["name"].removeprefix("'") == printable(text).removeprefix("'")
 
 
@@ -58,5 +59,12 @@ def test_how_numbers_are_shown(kind, value, text):
 
 def test_text_for_a_terminal_is_aligned():
     made = table([{"name": "long name", "value": 1.5}, {"name": "b"}])
-    lines = ["the name   value (s)", "-" * 20, "long name        1.5", "b" + 19 * " "]
+    lines = ["the name   value (s)", "-" * 20, "long name        1.5", "b"]
     assert made.text().splitlines() == lines
+
+
+def test_every_column_is_shown_in_a_way_there_is_and_has_a_name_of_its_own():
+    for key in texts()["tables"]:
+        columns = worded(key, [], fates="").columns
+        assert {column.kind for column in columns} <= set(SHOWN)
+        assert len({column.name for column in columns}) == len(columns)

@@ -1,0 +1,87 @@
+"""How two manifests, runs or exported sets differ: opens them and shows `condense.compare` of their sets."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kcdcache.condense import manifest
+from kcdcache.condense.compare import Difference, compare
+from kcdcache.errors import MismatchError, NotFoundError
+from kcdcache.export import record
+from kcdcache.report import show
+from kcdcache.report.tables import aligned
+from kcdcache.runs.folder import RunFolder
+
+COLUMNS = ("kept_a", "kept_b", "both", "only_a", "only_b", "jaccard", "hamming", "rank_correlation", "parts_moved")
+"""what the table shows of each pair of sets"""
+TERMS = (
+    "(jaccard: share of what either keeps that both keep; hamming: share of all samples that only one of them keeps;",
+    "rank_correlation: Spearman's, over what both keep; parts_moved: kept by both, but enriched in one only)",
+)
+
+
+def run(first: Path, second: Path) -> dict[str, Any]:
+    """Return how two manifests, runs or exported sets differ, as JSON values with a `table` for people.
+
+    Two runs are compared stage by stage, where both have the stage; beside anything else a run stands for its last set.
+
+    Raises:
+        NotFoundError: nothing is there, or a run has no set yet.
+        MismatchError: one of them is something else, or they are sets of different data.
+    """
+    kinds = [show.kind_of(path) for path in (first, second)]
+    if kinds == ["run", "run"]:
+        return _runs(first, second)
+    found = _compare(*(_manifest_of(path, kind) for path, kind in zip((first, second), kinds, strict=True)))
+    return _shown(first, second, {"": found}) | found.model_dump()
+
+
+def _runs(first: Path, second: Path) -> dict[str, Any]:
+    ours, theirs = (RunFolder(path=path).manifests() for path in (first, second))
+    stages = {str(number): _compare(ours[number], theirs[number]) for number in ours if number in theirs}
+    if not stages:
+        raise NotFoundError(f"the runs in {first} and {second} have no stage in common; continue them")
+    return _shown(first, second, stages, "stage") | {
+        "stages": {number: found.model_dump() for number, found in stages.items()},
+        "only_in_a": [number for number in ours if number not in theirs],
+        "only_in_b": [number for number in theirs if number not in ours],
+    }
+
+
+def _compare(a: Path, b: Path) -> Difference:
+    return compare(manifest.read(a), manifest.read(b), (str(a), str(b)))
+
+
+def _manifest_of(path: Path, kind: str) -> Path:
+    if kind == "condensed":
+        return record.read(path).place(record.MANIFEST)
+    if kind == "run":
+        stages = RunFolder(path=path).manifests()
+        if not stages:
+            raise NotFoundError(f"the run in {path} has no condensed set yet; give a manifest, or continue the run")
+        return stages[max(stages)]
+    if kind != "manifest":
+        raise MismatchError(f"{path} is a {kind}; diff compares manifests, runs and exported sets")
+    return path
+
+
+def _shown(first: Path, second: Path, sets: Mapping[str, Difference], heading: str = "") -> dict[str, Any]:
+    """Return the two paths, a table with a line for each pair of sets, and a note on the last pair."""
+    rows = [[name, *(_cell(getattr(found, column)) for column in COLUMNS)] for name, found in sets.items()]
+    table = "\n".join([f"a = {first}", f"b = {second}", *aligned([[heading, *COLUMNS], *rows], left=()), *TERMS])
+    return {"a": str(first), "b": str(second), "table": table, "note": _note(list(sets.values())[-1])}
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
+
+
+def _note(found: Difference) -> str:
+    same = "the sets are identical; " if found.identical else ""
+    classes = found.class_difference
+    largest = f"; classes differ by {min(classes):+d} to {max(classes):+d} samples" if classes else ""
+    return (
+        f"{same}of {found.samples} samples {found.dropped_by_both} are in neither; {found.K_1H_to_K_Aug} moved from "
+        f"K_1H to K_Aug, {found.K_Aug_to_K_1H} back; {found.same_partner} of {found.mixed_in_both} mixed in both have "
+        f"the same partner{largest}"
+    )
