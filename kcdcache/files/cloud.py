@@ -597,11 +597,12 @@ def _opened(cache: str, folder: str, bucket: str) -> Bucket:
 
 
 def _cache() -> str:
-    usual = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return _resolved(os.environ.get(FOLDER) or os.path.join(usual, "kcdcache"))
+    return _cache_of(*map(os.environ.get, (FOLDER, "XDG_CACHE_HOME", "HOME")))
 
 
-_resolved = functools.cache(os.path.realpath)
+@functools.cache
+def _cache_of(given: str | None, caches: str | None, home: str | None) -> str:
+    return os.path.realpath(given or os.path.join(caches or os.path.expanduser("~/.cache"), "kcdcache"))
 
 
 def _folder_of(scheme: str) -> str:
