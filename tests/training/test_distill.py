@@ -1,16 +1,19 @@
-"""Algorithm 1 as a whole: against a plain loop, against the same steps by hand, and reuse of what came out."""
+"""Algorithm 1 as a whole: against a plain loop, against the same steps by hand, resumed, and reuse of what came out."""
 
 import json
+import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from lessons import precomputed
+from lessons import condensed, opinionated, precomputed, teacher_of
 from pupils import (
     SCHOOL,
     TRAIN,
+    BrokenOffError,
     command,
     digits,
     distilled,
@@ -22,17 +25,21 @@ from pupils import (
     saved_teacher,
     school,
     settings,
+    stop_after,
 )
 from safetensors.torch import load_file
 
 from kcdcache import rng
 from kcdcache.condense import manifest, value_files
 from kcdcache.condense.schedule import expected_cost, kept_count, plan
-from kcdcache.errors import MismatchError, SettingsError
-from kcdcache.networks import registry
+from kcdcache.errors import MismatchError, NonFiniteError, SettingsError
+from kcdcache.methods import registry as methods_registry
+from kcdcache.networks import registry, weights
 from kcdcache.runs.state import read_metrics, read_summary
+from kcdcache.settings import TrainSettings
 from kcdcache.store import reader
 from kcdcache.training import batches, distill
+from kcdcache.training.stage import views_used
 
 TARGETS = ["linear_prob", "requery"]
 
@@ -45,6 +52,10 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(place):
     return once(place)
+
+
+def set_of(run, stage):
+    return manifest.read(run / "stages" / str(stage) / "manifest.parquet")
 
 
 def plain_kd(data, knowledge, *, epochs, batch, views, padding=2, seed=0):
@@ -92,7 +103,7 @@ def test_keeping_everything_is_plain_distillation_bit_for_bit(plainly, runs, sch
     run = runs(student="resnet8", keep=1.0, schedule=schedule)
     assert same_tensors(load_file(run / "student.safetensors"), plainly[0].state_dict())
     assert read_summary(run)["relative_cost"] == 1
-    assert len(manifest.read(run / "stages" / "2" / "manifest.parquet")) == TRAIN
+    assert len(set_of(run, 2)) == TRAIN
 
 
 def test_condensing_changes_the_student(plainly, runs):
@@ -105,6 +116,23 @@ def test_a_value_is_the_mean_of_all_entropies_seen(plainly, runs):
     ).values
     assert found.visits.tolist() == [6] * TRAIN
     np.testing.assert_allclose(found.value, [np.mean(seen) for seen in plainly[1]], rtol=1e-4, atol=1e-6)
+
+
+def test_a_teacher_whose_targets_were_uniform_would_make_all_of_this_say_nothing(place):
+    probabilities = torch.from_numpy(reader.open(place.knowledge.path).read("logits", 0, np.arange(TRAIN))).softmax(1)
+    assert probabilities.max(1).values.mean() > 0.2
+    assert opinionated(registry.build("resnet8", 10, 1)).fc.weight.abs().max() > 1
+
+
+def test_defaults_are_the_papers_recipe():
+    plain = TrainSettings()
+    assert (plain.epochs, plain.batch_size, plain.learning_rate, plain.momentum) == (240, 64, 0.05, 0.9)
+    assert (plain.weight_decay, plain.keep, plain.stages, plain.cost_exponent) == (5e-4, 0.7, 6, 0.03)
+    resolved = methods_registry.weights_of(plain)
+    assert (resolved.gamma, resolved.alpha, resolved.temperature) == (0.1, 0.9, 4.0)
+
+
+# by hand, stopped and resumed
 
 
 def by_hand(place, run, target, stages, **more):
@@ -156,6 +184,48 @@ def test_stopping_inside_a_stage_changes_nothing(place, runs, tmp_path, until):
     assert same_files(runs(), tmp_path / "cut")
 
 
+@pytest.mark.parametrize("epochs", [1, 3, 6])
+def test_broken_off_after_an_epoch_and_resumed_gives_the_same_bytes(place, runs, tmp_path, epochs):
+    with pytest.raises(BrokenOffError):
+        distilled(place, tmp_path / "run", run={"progress": stop_after(epochs)})
+    distilled(place, tmp_path / "run")
+    assert same_files(runs(), tmp_path / "run")
+
+
+def test_a_requery_broken_off_inside_the_teachers_work_resumes(place, runs, tmp_path):
+    whole = runs(mix_target="requery")
+    stops = 0
+    for step in range(1, 12):
+        try:
+            distilled(place, tmp_path / "run", mix_target="requery", run={"progress": stop_after(step)})
+            break
+        except BrokenOffError:
+            stops += 1
+    assert stops > 3
+    assert same_files(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("change", [{}, {"mix_target": "requery"}, {"method": "ce"}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"graphs": False}], ids=str)
+def test_a_run_with_resident_data_writes_the_files_of_one_without(place, runs, tmp_path, change, more):
+    distilled(place, tmp_path / "run", resident="on", **more, **change)
+    assert same_files(runs(**change), tmp_path / "run")
+
+
+def test_settings_that_change_no_result_may_change(place, runs, tmp_path):
+    distilled(place, tmp_path / "run", checkpoint_seconds=0, run={"until": 3})
+    distilled(place, tmp_path / "run", memory_gb=1e-9)
+    assert same_files(runs(), tmp_path / "run")
+
+
+def test_a_finished_run_says_so_and_changes_no_byte(place, tmp_path):
+    first = distilled(place, tmp_path / "run")
+    before = everything(tmp_path / "run")
+    assert distilled(place, tmp_path / "run") == first
+    assert distilled(place, tmp_path / "run", run={"until": 2}) == first
+    assert everything(tmp_path / "run") == before
+
+
 def by_hand_once(place, run):
     command(place, "train", out=run, until=2, **SCHOOL)
     made = run.parent / "mine.parquet"
@@ -166,7 +236,7 @@ def by_hand_once(place, run):
 def test_a_set_condensed_by_hand_may_be_another_than_ours(place, tmp_path):
     options = by_hand_once(place, tmp_path / "run")
     command(place, "train", until=4, **options)
-    assert len(manifest.read(tmp_path / "run" / "stages" / "1" / "manifest.parquet")) == 160
+    assert len(set_of(tmp_path / "run", 1)) == 160
     assert read_metrics(tmp_path / "run")[2]["kept"] == 160
 
 
@@ -180,27 +250,84 @@ def test_the_command_that_gave_a_set_continues_when_it_is_run_again(place, tmp_p
     assert command(place, "train", **options)["finished"]
 
 
-def test_a_set_is_taken_only_where_a_stage_begins(place, tmp_path):
-    options = by_hand_once(place, tmp_path / "run")
-    command(place, "train", out=tmp_path / "run", until=3, **SCHOOL)
-    with pytest.raises(
-        SettingsError, match=r"stands at epoch 3, inside a stage; .* only where a stage begins: 0, 2, 4"
-    ):
-        command(place, "train", **options)
-
-
-def test_a_stage_keeps_the_set_it_has(place, tmp_path):
+def test_a_set_is_taken_only_where_a_stage_begins_and_a_stage_keeps_the_set_it_has(place, tmp_path):
     options = by_hand_once(place, tmp_path / "run")
     command(place, "train", until=2, **options)
     other = tmp_path / "other.parquet"
     command(place, "condense", values=tmp_path / "run" / "values.parquet", keep=0.7, out=other)
     with pytest.raises(SettingsError, match="stage 1 of this run has another manifest already"):
         command(place, "train", **(options | {"manifest": other}))
+    command(place, "train", **(options | {"until": 3}))
+    with pytest.raises(
+        SettingsError, match=r"stands at epoch 3, inside a stage; .* only where a stage begins: 0, 2, 4"
+    ):
+        command(place, "train", **(options | {"manifest": other}))
 
 
-def test_a_runs_own_sets_name_their_data(place, runs):
-    for path in sorted(runs().glob("stages/*/manifest.parquet")):
-        assert manifest.read(path).data_digest == place.data.identity().digest
+# what is recorded
+
+
+@pytest.mark.parametrize("change", [{"record": "last"}, {"record": "ema"}, {"record_mixed": False}])
+def test_how_values_are_recorded_decides_what_is_kept(runs, change):
+    plain, other = (runs(**given) for given in ({}, change))
+    assert promised(plain)["stages/0/manifest.parquet"] == promised(other)["stages/0/manifest.parquet"]
+    assert promised(plain)["values.parquet"] != promised(other)["values.parquet"]
+
+
+def test_values_and_sets_name_what_they_are_of(place, runs):
+    for stage, epoch in ((0, 2), (1, 4), (2, 6)):
+        found = value_files.read(runs() / "stages" / str(stage) / "values.parquet", TRAIN)
+        assert found.document["epoch"] == epoch
+        assert found.document["student"] == settings().student
+        assert found.document["knowledge_id"] == place.knowledge.knowledge_id
+        assert np.array_equal(found.labels, place.data.train.labels)
+        assert set_of(runs(), stage).data_digest == place.data.identity().digest
+
+
+def test_metrics_have_a_row_an_epoch(runs):
+    rows = read_metrics(runs())
+    assert [row["epoch"] for row in rows] == [*range(6)]
+    assert [row["stage"] for row in rows] == [0, 0, 1, 1, 2, 2]
+    assert [row["view"] for row in rows] == [0, 1, 2, 0, 1, 2]
+    assert [row["samples"] for row in rows] == [row["kept"] for row in rows]
+    assert np.cumsum([row["samples"] for row in rows]).tolist() == [row["samples_so_far"] for row in rows]
+    assert all(0 <= row["agreement"] <= 1 and 0 <= row["train_accuracy"] <= 1 for row in rows)
+
+
+def test_the_student_saved_is_the_one_measured(place, runs):
+    run = runs(student="resnet8")
+    document, state = weights.load_network(run, "student")
+    assert (document["architecture"], document["epoch"]) == ("resnet8", 6)
+    network = registry.build("resnet8", 10)
+    weights.load_into(network, state, "student")
+    network.eval()
+    pixels = torch.from_numpy(place.data.test.images(np.arange(60))).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(document["transform"][key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    guess = network((pixels - mean) / std).argmax(1)
+    right = float((guess.numpy() == place.data.test.labels).mean())
+    assert abs(right - read_summary(run)["accuracy_last"]) < 1e-9
+
+
+def test_views_used_are_those_of_the_epochs():
+    assert views_used(0, 40, 1) == (0,)
+    assert views_used(38, 42, 40) == (0, 1, 38, 39)
+    assert views_used(2, 100, 3) == (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mix": "additive_clip"},
+        {"mix_label": "mix"},
+        *({"mix_target": target} for target in ("keep", "linear_logit", "requery")),
+    ],
+)
+def test_each_way_of_mixing_teaches_something_else(runs, change):
+    plain, other = (runs(keep=0.5, stages=2, **given) for given in ({}, change))
+    before, after = (read_metrics(run) for run in (plain, other))
+    assert before[:3] == after[:3]  # nothing is mixed in the first stage
+    assert before[3]["mixed"] > 0
+    assert before[3]["loss"] != after[3]["loss"]
 
 
 @pytest.mark.parametrize("change", [{}, {"schedule": "alg1_shift"}, {"schedule": "reference_linear", "keep": 0.5}])
@@ -219,7 +346,7 @@ def test_the_summary_says_what_it_cost(runs):
     wanted = {"accuracy_last", "accuracy_best", "relative_cost", "teacher_forwards", "student_samples", "epochs"}
     assert wanted | {"seconds", "rows_read", "bytes_read"} <= set(plain)
     assert (plain["teacher_forwards"], plain["epochs"]) == (0, 6)
-    sets = [manifest.read(again / "stages" / str(number) / "manifest.parquet") for number in (1, 2)]
+    sets = [set_of(again, number) for number in (1, 2)]
     assert asked["teacher_forwards"] == 2 * sum(int(found.mixed.sum()) for found in sets) > 0
     assert plain["store_teacher_forwards"] == 3 * TRAIN
     rows = read_metrics(run)
@@ -232,35 +359,39 @@ def test_two_seeds_are_two_students(runs):
     assert promised(runs())["student.safetensors"] != promised(runs(seed=1))["student.safetensors"]
 
 
-def test_a_finished_run_says_so_and_changes_no_byte(place, tmp_path):
-    first = distilled(place, tmp_path / "run")
-    before = everything(tmp_path / "run")
-    assert distilled(place, tmp_path / "run") == first
-    assert distilled(place, tmp_path / "run", run={"until": 2}) == first
-    assert everything(tmp_path / "run") == before
+def test_samples_left_out_are_not_visited(runs):
+    kept = set_of(runs(), 1)
+    found = pq.read_table(runs() / "stages" / "1" / "values.parquet").column("visits").to_numpy()
+    expected = np.full(TRAIN, 2)
+    expected[kept.index] += 2
+    assert np.array_equal(found, expected)
 
 
-def test_settings_that_change_no_result_may_change(place, runs, tmp_path):
-    distilled(place, tmp_path / "run", checkpoint_seconds=0, run={"until": 3})
-    distilled(place, tmp_path / "run", memory_gb=1e-9)
-    assert same_files(runs(), tmp_path / "run")
+@pytest.mark.parametrize(
+    ("views", "change"), [(3, {}), (3, {"k0": "stage_slice"}), (1, {}), (3, {"method": "ce"})], ids=str
+)
+def test_rows_read_are_those_of_the_manifests_in_each_new_view(place, tmp_path, views, change):
+    """Of one view each stage reads once, of several every epoch; plain training reads nothing."""
+    made = {"augment": "crop", "padding": 2, "views": views}
+    knowledge = place.knowledge if views == 3 else precomputed(tmp_path / "store", place.data, place.network, **made)
+    material = distill.Material(data=place.data, knowledge=(held := reader.open(knowledge.path)))
+    summary = distill.run(settings(**change), material, out=tmp_path / "run", device="cpu")
+    assert (summary["rows_read"], summary["bytes_read"]) == (held.rows_read, held.bytes_read)
+    for row in read_metrics(tmp_path / "run"):
+        reads = change.get("method") != "ce" and (views > 1 or row["epoch"] % 2 == 0)
+        assert row["rows_read"] == reads * len(batches.needed_rows(set_of(tmp_path / "run", row["stage"])))
 
 
-def test_a_missing_field_is_told_with_its_remedy_before_a_folder_is_made(place, tmp_path):
-    told = (
-        r"method 'rkd\+kd' for resnet8 reads logits, penultimate; the store lacks penultimate and holds logits\. "
-        r"Add them with `kcdcache precompute --for rkd\+kd --student resnet8`"
-    )
-    with pytest.raises(MismatchError, match=told):
-        distilled(place, tmp_path / "run", method="rkd+kd", student="resnet8")
-    assert not (tmp_path / "run").exists()
-
-
-def test_only_the_requery_target_needs_the_teacher(place, tmp_path):
-    wanted = settings(preset="release")
-    material = distill.Material(data=place.data, knowledge=place.knowledge)
-    with pytest.raises(SettingsError, match="'requery' runs the teacher on mixed images: give --teacher"):
-        distill.run(wanted, material, out=tmp_path / "run", device="cpu")
+def test_a_run_can_use_fewer_views_than_are_cached(place, tmp_path):
+    distilled(place, tmp_path / "two", cached_views=2)
+    rows = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
+    assert [row["view"] for row in rows] == [0, 1, 0, 1, 0, 1]
+    fewer = school(tmp_path / "fewer", views=2)
+    distilled(fewer, tmp_path / "same")
+    weights = [(tmp_path / name / "student.safetensors").read_bytes() for name in ("two", "same")]
+    assert weights[0] == weights[1]
+    with pytest.raises(SettingsError, match=r"--cached-views 4: the store at .* has 3; precompute more"):
+        distilled(place, tmp_path / "four", cached_views=4)
 
 
 def test_the_presets_go_through(place, tmp_path):
@@ -270,12 +401,6 @@ def test_the_presets_go_through(place, tmp_path):
         assert sorted({row["kept"] for row in rows}, reverse=True) == stages
         assert (summary["teacher_forwards"] > 0) == (preset == "release")
         assert summary["kept"] == 120
-
-
-def test_the_release_presets_teacher_must_be_the_stores(place, tmp_path):
-    other = saved_teacher(tmp_path / "teacher", place.data, seed=5)
-    with pytest.raises(MismatchError, match=r"differ in weights: .*; requery needs the store's own teacher"):
-        command(place, "train", out=tmp_path / "run", preset="release", teacher=str(other), **SCHOOL)
 
 
 def test_a_clock_of_samples_stretches_the_learning_rate(place, tmp_path):
@@ -295,21 +420,9 @@ def test_both_clocks_agree_where_all_is_kept(runs):
     assert promised(left)["student.safetensors"] == promised(right)["student.safetensors"]
 
 
-def test_another_data_set_is_refused(place, tmp_path):
-    material = distill.Material(data=digits(150, 50), knowledge=place.knowledge)
-    with pytest.raises(MismatchError, match=r"count.*200.*150"):
-        distill.run(settings(), material, out=tmp_path / "run", device="cpu")
-    assert not (tmp_path / "run").exists()
-
-
-def test_epochs_that_are_no_multiple_of_stages_are_refused(place, tmp_path):
-    with pytest.raises(SettingsError, match="epochs must be a multiple of stages; found 7 epochs in 3"):
-        distilled(place, tmp_path / "run", epochs=7)
-
-
 def test_a_seeded_random_stage_begins_the_papers_schedule(place, tmp_path):
     distilled(place, tmp_path / "run", schedule="paper_stage", run={"until": 1})
-    first = manifest.read(tmp_path / "run" / "stages" / "0" / "manifest.parquet")
+    first = set_of(tmp_path / "run", 0)
     assert len(first) == kept_count(0.6 ** (1 / 3), TRAIN) < TRAIN
     assert not first.mixed.any()
 
@@ -326,50 +439,132 @@ def test_sets_drawn_at_random_follow_the_runs_seed_unless_they_have_one_of_their
     assert first[place_of_the_draw] == fixed[place_of_the_draw]
 
 
-def test_samples_left_out_are_not_visited(runs):
-    kept = manifest.read(runs() / "stages" / "1" / "manifest.parquet")
-    found = pq.read_table(runs() / "stages" / "1" / "values.parquet").column("visits").to_numpy()
-    expected = np.full(TRAIN, 2)
-    expected[kept.index] += 2
-    assert np.array_equal(found, expected)
+# refused
 
 
-def test_targets_are_read_for_the_stage_alone(place, tmp_path):
-    knowledge = reader.open(place.knowledge.path)
-    material = distill.Material(data=place.data, knowledge=knowledge)
-    summary = distill.run(settings(), material, out=tmp_path / "run", device="cpu")
-    assert (summary["rows_read"], summary["bytes_read"]) == (knowledge.rows_read, knowledge.bytes_read)
+REFUSED = {
+    "unknown method": (SettingsError, "unknown method 'kdd'; did you mean 'kd'", {"method": "kdd"}),
+    "unknown student": (SettingsError, "unknown network 'resnet9'; did you mean", {"student": "resnet9"}),
+    "missing field": (
+        MismatchError,
+        r"method 'rkd\+kd' for resnet8 reads logits, penultimate; the store lacks penultimate and holds logits\. "
+        r"Add them with `kcdcache precompute --for rkd\+kd --student resnet8`",
+        {"method": "rkd+kd", "student": "resnet8"},
+    ),
+    "epochs": (SettingsError, "epochs must be a multiple of stages; found 7 epochs in 3", {"epochs": 7}),
+}
 
 
-def test_rows_are_counted_as_the_manifests_say(place, tmp_path):
-    distilled(place, tmp_path / "run", k0="stage_slice")
-    for row in read_metrics(tmp_path / "run"):
-        chosen = manifest.read(tmp_path / "run" / "stages" / str(row["stage"]) / "manifest.parquet")
-        assert row["rows_read"] == len(batches.needed_rows(chosen))
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_trained_is_refused_before_a_folder_is_made(place, tmp_path, name):
+    kind, message, change = REFUSED[name]
+    with pytest.raises(kind, match=message):
+        distilled(place, tmp_path / "run", **change)
+    assert not (tmp_path / "run").exists()
 
 
-def test_one_view_is_read_once_a_stage(place, tmp_path):
-    knowledge = precomputed(tmp_path / "store", place.data, place.network, views=1)
-    material = distill.Material(data=place.data, knowledge=knowledge)
-    summary = distill.run(settings(), material, out=tmp_path / "run", device="cpu")
-    assert [row["rows_read"] > 0 for row in read_metrics(tmp_path / "run")] == [True, False] * 3
-    assert (summary["rows_read"], summary["bytes_read"]) == (knowledge.rows_read, knowledge.bytes_read)
+def test_another_data_set_or_a_teacher_that_is_missing_or_anothers_is_refused(place, tmp_path):
+    material = distill.Material(data=digits(150, 50), knowledge=place.knowledge)
+    with pytest.raises(MismatchError, match=r"count.*200.*150"):
+        distill.run(settings(), material, out=tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+    material = distill.Material(data=place.data, knowledge=place.knowledge)
+    with pytest.raises(SettingsError, match="'requery' runs the teacher on mixed images: give --teacher"):
+        distill.run(settings(preset="release"), material, out=tmp_path / "run", device="cpu")
+    other = saved_teacher(tmp_path / "teacher", place.data, seed=5)
+    with pytest.raises(MismatchError, match=r"differ in weights: .*; requery needs the store's own teacher"):
+        command(place, "train", out=tmp_path / "other", preset="release", teacher=str(other), **SCHOOL)
 
 
-def test_plain_training_reads_no_knowledge(place, tmp_path):
-    knowledge = reader.open(place.knowledge.path)
-    material = distill.Material(data=place.data, knowledge=knowledge)
-    summary = distill.run(settings(method="ce"), material, out=tmp_path / "run", device="cpu")
-    assert (summary["rows_read"], knowledge.rows_read) == (0, 0)
+def test_a_diverged_student_leaves_no_student(place, tmp_path):
+    with pytest.raises(NonFiniteError, match=r"the training loss is (nan|inf) in epoch 0"):
+        distilled(place, tmp_path / "run", checkpoint_seconds=0, student="resnet8", learning_rate=1e30)
+    assert not (tmp_path / "run" / "student.safetensors").exists()
 
 
-def test_a_run_can_use_fewer_views_than_are_cached(place, tmp_path):
-    distilled(place, tmp_path / "two", cached_views=2)
-    rows = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
-    assert [row["view"] for row in rows] == [0, 1, 0, 1, 0, 1]
-    fewer = school(tmp_path / "fewer", views=2)
-    distilled(fewer, tmp_path / "same")
-    weights = [(tmp_path / name / "student.safetensors").read_bytes() for name in ("two", "same")]
-    assert weights[0] == weights[1]
-    with pytest.raises(SettingsError, match=r"--cached-views 4: the store at .* has 3; precompute more"):
-        distilled(place, tmp_path / "four", cached_views=4)
+# reuse of a condensed set: as it is, condensed further inside itself, or with another teacher's store
+
+
+@pytest.fixture(scope="module")
+def small_set(place):
+    return condensed(place.knowledge, keep=0.6)
+
+
+def test_a_reused_set_is_taught_as_it_is(place, small_set, tmp_path):
+    summary = distilled(place, tmp_path / "run", given=small_set, stages=1, student="resnet14", epochs=4)
+    assert [row["kept"] for row in read_metrics(tmp_path / "run")] == [120] * 4
+    assert [row["mixed"] for row in read_metrics(tmp_path / "run")] == [int(small_set.mixed.sum())] * 4
+    assert sorted(path.name for path in (tmp_path / "run" / "stages").iterdir()) == ["0"]
+    assert summary["condensed_set"] == "stages/0/manifest.parquet"
+    assert (summary["kept"], summary["relative_cost"]) == (120, 0.6)
+    kept = set_of(tmp_path / "run", 0)
+    assert kept.digest == small_set.digest
+
+
+def test_a_reused_sets_values_are_of_its_own_samples(place, small_set, tmp_path):
+    distilled(place, tmp_path / "run", given=small_set, stages=1, epochs=2, run={"until": 99})
+    found = value_files.read(tmp_path / "run" / "values.parquet", TRAIN).values
+    assert np.array_equal(np.flatnonzero(found.visits), small_set.index)
+    assert set(found.visits[small_set.index].tolist()) == {2}
+
+
+@pytest.mark.parametrize("k0", ["complement", "stage_slice"])
+def test_a_reused_set_is_condensed_inside_itself(place, small_set, tmp_path, caplog, k0):
+    with caplog.at_level(logging.INFO, "kcdcache"):
+        summary = distilled(place, tmp_path / "run", given=small_set, keep=0.3, k0=k0)
+    assert "reuse: the candidates are the 120 samples of the given set" in caplog.text
+    before = set(small_set.index.tolist())
+    for number in (1, 2, 3):
+        found = set_of(tmp_path / "run", number)
+        assert set(found.index.tolist()) < before
+        before = set(found.index.tolist())
+        assert found.rule["candidates"] == "current"
+    assert summary["kept"] == len(before) == 60
+
+
+def test_a_fresh_run_condenses_among_everything(place, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "kcdcache"):
+        distilled(place, tmp_path / "run")
+    assert "reuse" not in caplog.text
+    found = set_of(tmp_path / "run", 1)
+    assert found.rule["candidates"] == "global"
+
+
+def test_a_reused_set_cannot_grow(place, small_set, tmp_path):
+    with pytest.raises(SettingsError, match=r"keep 0.8 exceeds the given set's share 0.6"):
+        distilled(place, tmp_path / "run", given=small_set, keep=0.8)
+
+
+@pytest.fixture(scope="module")
+def other_teacher(place):
+    network = teacher_of(place.data, seed=2)
+    return precomputed(place.root / "other", place.data, network)
+
+
+def test_another_teachers_store_takes_a_set_only_by_transfer(place, small_set, other_teacher, tmp_path):
+    path = tmp_path / "set.parquet"
+    manifest.write(path, small_set)
+    options = SCHOOL | {"stages": 1, "out": tmp_path / "run", "manifest": path, "store": other_teacher.path}
+    with pytest.raises(MismatchError, match=r"the store holds .* or --transfer to use it with another teacher's"):
+        command(place, "train", **options)
+    assert not (tmp_path / "run").exists()
+    summary = command(place, "train", transfer=True, **options)
+    assert summary["knowledge_id"] == other_teacher.knowledge_id != small_set.knowledge_id
+    kept = set_of(tmp_path / "run", 0)
+    assert (kept.parent, kept.knowledge_id) == (small_set.digest, other_teacher.knowledge_id)
+    assert np.array_equal(kept.index, small_set.index)
+    assert command(place, "train", transfer=True, **options) == summary
+
+
+def test_a_transfer_to_other_data_is_refused(place, small_set, tmp_path):
+    dataset = digits(TRAIN, 50)
+    images = dataset.train.source.pixels.copy()
+    images[7, 3, 3, 0] ^= 1
+    dataset = replace(dataset, train=replace(dataset.train, source=replace(dataset.train.source, pixels=images)))
+    elsewhere = precomputed(tmp_path / "store", dataset, place.network)
+    bound = replace(small_set, data_digest=place.data.identity().digest)
+    with pytest.raises(MismatchError, match="--transfer needs a store of the same data: data digest"):
+        distill.accept(bound, elsewhere, transfer=True)
+    smaller = precomputed(tmp_path / "smaller", digits(150, 50), place.network)
+    with pytest.raises(MismatchError, match=r"--transfer needs a store of the same data: samples 200 .* 150"):
+        distill.accept(bound, smaller, transfer=True)

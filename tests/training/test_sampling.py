@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from pupils import command, distilled, same_files, school
 
 from kcdcache import interrupt, rng
 from kcdcache.condense import value_files
-from kcdcache.condense.manifest import Manifest, full
+from kcdcache.condense.manifest import Manifest, full, plain
 from kcdcache.condense.values import Values
 from kcdcache.errors import InterruptedRunError, SettingsError
-from kcdcache.settings import SamplingSettings, TrainSettings, make
+from kcdcache.settings import OptimizerSettings, SamplingSettings, TrainSettings, make
 from kcdcache.training import sampling
 from kcdcache.training.sampling import SAMPLING, Sampler
 
@@ -51,9 +52,11 @@ def values_of(count=COUNT, seed=0, unseen=0):
 def sampler_of(name, chosen=None, values=None, seed=7, epochs=8, batch_size=48, **more):
     held = values if values is not None else values_of()
     return Sampler(
-        manifest=chosen or manifest_of(), settings=SamplingSettings(sampling=name, **more), seed=seed, epochs=epochs,
-        batch_size=batch_size, started=lambda: held if SAMPLING[name].values else None,
-    )  # fmt: skip
+        manifest=chosen or manifest_of(),
+        optimizer=OptimizerSettings(seed=seed, epochs=epochs, batch_size=batch_size),
+        settings=SamplingSettings(sampling=name, **more),
+        started=lambda: held if SAMPLING[name].values else None,
+    )
 
 
 def columns(drawn):
@@ -66,18 +69,18 @@ def test_the_settings_name_exactly_the_schemes():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_draw_is_a_function_of_its_plan_alone(name):
-    one, other = (columns(sampler_of(name).draw(3)) for _ in range(2))
+def test_points_are_a_function_of_their_sampler_and_epoch_alone(name):
+    one, other = (columns(sampler_of(name).points(3)) for _ in range(2))
     assert one == other
-    assert columns(sampler_of(name).draw(2)) != one
-    assert columns(sampler_of(name, seed=8).draw(3)) != one
+    assert columns(sampler_of(name).points(2)) != one
+    assert columns(sampler_of(name, seed=8).points(3)) != one
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_points_are_of_the_set_each_at_most_once_and_weigh_more_than_nothing(name):
     chosen = manifest_of()
     for epoch in range(8):
-        drawn = sampler_of(name, chosen).draw(epoch)
+        drawn = sampler_of(name, chosen).points(epoch)
         assert set(drawn.index) <= set(chosen.index)
         assert len(set(drawn.index)) == len(drawn.index) > 0
         assert (drawn.weight > 0).all()
@@ -90,7 +93,7 @@ def test_points_are_of_the_set_each_at_most_once_and_weigh_more_than_nothing(nam
 def test_partners_shares_and_weights_are_those_of_the_manifest(name):
     chosen = mixed_manifest()
     values = values_of(40, unseen=40)
-    drawn = sampler_of(name, chosen, values).draw(1)
+    drawn = sampler_of(name, chosen, values).points(1)
     rows = {int(i): row for row, i in enumerate(chosen.index)}
     for place, index in enumerate(drawn.index.tolist()):
         row = rows[index]
@@ -98,9 +101,28 @@ def test_partners_shares_and_weights_are_those_of_the_manifest(name):
         assert (drawn.partner[place], drawn.epsilon[place], drawn.weight[place]) == expected
 
 
-def test_all_visits_everything_in_the_epochs_order():
-    drawn = sampler_of("all").draw(5)
-    assert drawn.index.tolist() == rng.epoch_order(7, 5, np.arange(COUNT)).tolist()
+indices = st.lists(st.integers(0, 999), min_size=1, max_size=60, unique=True)
+
+
+def order(index, seed, epoch):
+    """The epoch's order of a set of some samples of 1,000."""
+    kept = np.sort(np.array(index, np.int64))
+    columns = plain(kept) | {"rank": np.arange(len(kept)), "count": 1000, "keep": 0.5}
+    return sampler_of("all", replace(full("k", len(kept)), **columns), seed=seed).points(epoch).index.tolist()
+
+
+@settings(max_examples=50)
+@given(indices, st.integers(0, 2**64 - 1), st.integers(0, 500), st.data())
+def test_all_visits_every_sample_once_and_a_subset_keeps_the_relative_order_of_the_whole(index, seed, epoch, data):
+    whole = order(index, seed, epoch)
+    assert whole == rng.epoch_order(seed, epoch, np.sort(index)).tolist() == order(index, seed, epoch)
+    assert sorted(whole) == sorted(index)
+    part = data.draw(st.lists(st.sampled_from(index), min_size=1, unique=True))
+    assert [i for i in whole if i in set(part)] == order(part, seed, epoch)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    assert len({tuple(order(range(200), seed, epoch)) for epoch in range(4) for seed in range(4)}) == 16
 
 
 @settings(max_examples=40)
@@ -111,25 +133,25 @@ def test_a_random_share_is_of_its_size_and_keeps_the_whole_sets_order(share, cou
         found = sampler_of(name, chosen, sample_share=share)
         if int(share * count) == 0:
             with pytest.raises(SettingsError, match=f"of {count} samples visits none; raise it to at least"):
-                found.draw(epoch)
+                found.points(epoch)
             continue
-        index = found.draw(epoch).index.tolist()
+        index = found.points(epoch).index.tolist()
         assert len(index) == math.floor(share * count)
-        whole = [i for i in sampler_of("all", chosen).draw(epoch).index.tolist() if i in set(index)]
+        whole = [i for i in sampler_of("all", chosen).points(epoch).index.tolist() if i in set(index)]
         assert index == whole
 
 
 def test_a_fixed_share_is_the_same_every_epoch_and_another_for_another_seed():
-    drawn = [set(sampler_of("random_fixed").draw(epoch).index) for epoch in range(5)]
+    drawn = [set(sampler_of("random_fixed").points(epoch).index) for epoch in range(5)]
     assert all(found == drawn[0] for found in drawn)
-    assert set(sampler_of("random_fixed", seed=8).draw(0).index) != drawn[0]
+    assert set(sampler_of("random_fixed", seed=8).points(0).index) != drawn[0]
 
 
 def test_a_share_per_epoch_is_new_in_every_epoch_and_fair():
     times = np.zeros(COUNT)
     epochs = 2000
     for epoch in range(epochs):
-        times[sampler_of("random_per_epoch", sample_share=0.25).draw(epoch).index] += 1
+        times[sampler_of("random_per_epoch", sample_share=0.25).points(epoch).index] += 1
     # each is a binomial with p = 1/4: 5 standard deviations over 400 samples
     assert np.abs(times - epochs / 4).max() < 5 * math.sqrt(epochs * 3 / 16)
 
@@ -138,7 +160,7 @@ def test_infobatch_thins_out_what_is_below_the_mean_and_weighs_the_rest_of_it():
     """A plain loop over the definition."""
     values = values_of(unseen=50)
     mean = np.mean([float(v) for v, n in zip(values.value, values.visits, strict=True) if n > 0])
-    drawn = sampler_of("infobatch", values=values, prune_probability=0.3).draw(2)
+    drawn = sampler_of("infobatch", values=values, prune_probability=0.3).points(2)
     place = {int(i): row for row, i in enumerate(drawn.index)}
     for index in range(COUNT):
         low = values.visits[index] > 0 and values.value[index] < mean
@@ -153,7 +175,7 @@ def test_infobatch_expects_the_loss_of_all_samples():
     loss = np.random.default_rng(1).gamma(2.0, 1.0, COUNT)
     sums = []
     for epoch in range(3000):
-        drawn = sampler_of("infobatch", values=values, epochs=10**6).draw(epoch)
+        drawn = sampler_of("infobatch", values=values, epochs=10**6).points(epoch)
         sums.append(float((drawn.weight * loss[drawn.index]).sum()))
     spread = np.std(sums) / math.sqrt(len(sums))
     assert abs(np.mean(sums) - loss.sum()) < 5 * spread
@@ -161,10 +183,10 @@ def test_infobatch_expects_the_loss_of_all_samples():
 
 def test_infobatch_visits_everything_while_nothing_is_known_and_at_the_end():
     unknown = values_of(unseen=COUNT)
-    assert len(sampler_of("infobatch", values=unknown).draw(0).index) == COUNT
-    sizes = [len(sampler_of("infobatch", epochs=16).draw(epoch).index) for epoch in range(16)]
+    assert len(sampler_of("infobatch", values=unknown).points(0).index) == COUNT
+    sizes = [len(sampler_of("infobatch", epochs=16).points(epoch).index) for epoch in range(16)]
     assert [size == COUNT for size in sizes] == [epoch >= 14 for epoch in range(16)]
-    assert (sampler_of("infobatch", epochs=16).draw(15).weight == 1).all()
+    assert (sampler_of("infobatch", epochs=16).points(15).weight == 1).all()
 
 
 def test_infobatch_scores_by_the_last_loss_and_keeps_everything_unless_told():
@@ -196,21 +218,20 @@ def unix_slowly(order, values, batch_size, share, clear, slope, seed, epoch):
 @pytest.mark.parametrize(("batch_size", "share", "count"), [(48, 0.75, 400), (7, 1.0, 30), (5, 0.5, 23), (64, 0.1, 9)])
 def test_unix_agrees_with_plain_loops(batch_size, share, count):
     chosen, values = manifest_of(count), values_of(count, unseen=3)
-    drawn = sampler_of("unix", chosen, values, batch_size=batch_size, sample_share=share).draw(4)
-    order = sampler_of("all", chosen).draw(4).index
+    drawn = sampler_of("unix", chosen, values, batch_size=batch_size, sample_share=share).points(4)
+    order = sampler_of("all", chosen).points(4).index
     expected = unix_slowly(order, values, batch_size, share, 0.5, 10, 7, 4)
     assert [(int(i), int(p)) for i, p in zip(drawn.index, drawn.partner, strict=True)] == [row[:2] for row in expected]
     np.testing.assert_allclose(drawn.epsilon, [row[2] for row in expected], rtol=1e-6)
 
 
 def test_unix_mixes_the_certain_more_and_visits_its_share():
-    drawn = sampler_of("unix", manifest_of(640), values_of(640)).draw(1)
+    drawn = sampler_of("unix", manifest_of(640), values_of(640)).points(1)
     assert len(drawn.index) == 480
     shares = drawn.epsilon.reshape(10, 48)
     assert shares[:, :8].mean() < 0.05
     assert shares[:, 40:].mean() > 0.2
-    for pool in range(10):
-        assert len(set(drawn.partner[pool * 48 : (pool + 1) * 48]) - {-1}) >= 40
+    assert all(len(set(pool) - {-1}) >= 40 for pool in drawn.partner.reshape(10, 48).tolist())
 
 
 def test_unix_refuses_points_that_are_mixed_already():
@@ -264,7 +285,7 @@ def whole(place):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_stopped_inside_an_epoch_goes_on_with_the_same_points(place, whole, tmp_path, name):
+def test_a_run_stopped_inside_an_epoch_goes_on_with_the_same_points_also_on_the_device(place, whole, tmp_path, name):
     BELL[:] = [23]  # inside the fourth epoch: its points depend on values that have changed since it began
     with (
         interrupt.listening(),
@@ -272,18 +293,12 @@ def test_a_run_stopped_inside_an_epoch_goes_on_with_the_same_points(place, whole
     ):
         distilled(place, tmp_path / "run", **chosen(name))
     with interrupt.listening():
-        distilled(place, tmp_path / "run", **chosen(name))
+        distilled(place, tmp_path / "run", **chosen(name), resident="on")
     assert same_files(whole(name), tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_batches_made_on_the_device_are_of_the_same_points(place, whole, tmp_path, name):
-    distilled(place, tmp_path / "run", **chosen(name), resident="on")
-    assert same_files(whole(name), tmp_path / "run")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_cost_counts_what_was_visited(whole, name):
+def test_cost_and_values_count_what_was_visited(whole, name):
     rows = [json.loads(line) for line in (whole(name) / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((whole(name) / "summary.json").read_text())
     samples = [row["samples"] for row in rows]
@@ -295,13 +310,8 @@ def test_the_cost_counts_what_was_visited(whole, name):
         assert all(60 <= size < 200 for size in samples[1:5]), samples
     else:
         assert samples == [row["kept"] for row in rows]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_values_count_the_visits(whole, name):
-    found = value_files.read(whole(name) / "values.parquet", 200).values
-    rows = [json.loads(line) for line in (whole(name) / "metrics.jsonl").read_text().splitlines()]
-    assert found.visits.sum() == sum(row["samples"] for row in rows)
+    visits = value_files.read(whole(name) / "values.parquet", 200).values.visits
+    assert visits.sum() == sum(samples)
 
 
 def test_a_recorded_loss_is_the_students_own(place, whole, tmp_path):

@@ -1,4 +1,4 @@
-"""What a finished student does on right and wrong labels and rare classes, and what its sets kept of them."""
+"""What networks are measured by, and what a finished student makes of wrong labels, rare classes and its sets."""
 
 import json
 import statistics
@@ -9,26 +9,114 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lessons import CPU, opinionated, precomputed
+from lessons import CPU, TinyNet, digits, precomputed, teacher_of
+from torch import nn
 
 from kcdcache.condense import compare, manifest, value_files
 from kcdcache.data import datasets
 from kcdcache.errors import MismatchError
+from kcdcache.methods.losses import cross_entropy
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.networks.weights import load_network
-from kcdcache.settings import TrainSettings
-from kcdcache.teacher import teacher
+from kcdcache.settings import TrainSettings, ViewSettings
 from kcdcache.training import distill, evaluation
+from kcdcache.training.device_batches import hold
 from kcdcache.views import rules
 
-SPEC = "digits?train=180&test=50&noise=0.5"
+UNSCALED = InputTransform((0.0,) * 3, (1.0,) * 3)
+RULE = rules.plain(rules.rule_from(ViewSettings(augment="crop", padding=2), (16, 16)))
+
+
+@pytest.fixture(scope="module")
+def split():
+    return digits(20, 30).test
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(3)
+    return TinyNet()
+
+
+def views_of(split):
+    return evaluation.first_views(split, RULE, CPU)
+
+
+def some_logits(count, classes, seed, spread=3.0):
+    return torch.randn(count, classes, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def reference_calibration_error(logits, labels, bins):
+    """Sum over bins of |bin| / n times |accuracy - mean confidence|, with bin b holding [b, b+1) / bins."""
+    members = [[] for _ in range(bins)]
+    for row, label in zip(logits.double(), labels, strict=True):
+        p = torch.softmax(row, 0)
+        confidence = float(p.max())
+        members[min(int(confidence * bins), bins - 1)].append((confidence, float(p.argmax() == label)))
+    gaps = [abs(np.mean([r for _, r in bin]) - np.mean([c for c, _ in bin])) * len(bin) for bin in members if bin]
+    return sum(gaps) / len(labels)
+
+
+@given(st.integers(1, 60), st.integers(2, 8), st.integers(1, 20), st.integers(0, 999), st.sampled_from([0.1, 3, 50]))
+def test_calibration_error_equals_a_slow_reference(count, classes, bins, seed, spread):
+    logits = some_logits(count, classes, seed, spread)
+    labels = torch.from_numpy(np.random.default_rng(seed).integers(0, classes, count))
+    found = evaluation.calibration_error(logits, labels, bins)
+    assert found == pytest.approx(reference_calibration_error(logits, labels, bins), abs=1e-9)
+    assert 0 <= found <= 1
+
+
+def test_calibration_error_by_hand():
+    sure, unsure = torch.tensor([100.0, 0.0]), torch.tensor([0.0, 0.0])
+    labels = torch.tensor([0, 1, 0, 1])
+    assert evaluation.calibration_error(torch.stack([sure] * 4), labels) == pytest.approx(0.5)
+    assert evaluation.calibration_error(torch.stack([unsure] * 4), labels) == pytest.approx(0)
+
+
+def test_accuracy_and_agreement_count_samples():
+    logits, labels = torch.eye(4)[[0, 1, 2, 2]], torch.tensor([0, 1, 2, 3])
+    assert evaluation.accuracy(logits, labels) == 0.75
+    assert evaluation.agreement(np.array([0, 1, 2, 2]), np.array([0, 1, 3, 3])) == 0.5
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_measuring_leaves_the_network_as_it_was_also_where_it_fails(network, split, training):
+    network.train(training)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    evaluation.predict(network, UNSCALED, views_of(split))
+    assert network.training == training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    wrong = nn.Sequential(nn.Flatten(), nn.Linear(5, 2)).train(training)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        evaluation.predict(wrong, UNSCALED, views_of(split))
+    assert wrong.training == training
+
+
+def test_predictions_are_those_of_single_plain_images_in_eval_mode(network, split, monkeypatch):
+    monkeypatch.setattr(evaluation, "BATCH", 7)
+    transform = InputTransform((0.3, 0.2, 0.1), (0.5, 0.4, 0.3))
+    found = evaluation.predict(network.train(), transform, views_of(split))
+    held = evaluation.first_views_held(hold(split, RULE, CPU))
+    assert torch.equal(evaluation.predict(network, transform, held), found)
+    assert np.array_equal(evaluation.guesses(network, transform, views_of(split)), found.argmax(1))
+    network.eval()
+    for i in range(len(split)):
+        pixels = torch.from_numpy(split.images(np.array([i]))).permute(0, 3, 1, 2) / 255
+        torch.testing.assert_close(found[i : i + 1], network(transform(pixels)), atol=1e-5, rtol=1e-5)
+
+
+def test_measurements_are_those_of_the_predictions(split):
+    logits, labels = some_logits(len(split), 10, 1), torch.from_numpy(split.labels)
+    assert evaluation.measure(logits, split.labels) == {
+        "test_accuracy": evaluation.accuracy(logits, labels),
+        "test_loss": pytest.approx(float(cross_entropy(logits, labels).mean())),
+        "test_calibration_error": evaluation.calibration_error(logits, labels),
+    }
+
+
+NOISY = "digits?train=180&test=50&noise=0.5"
 SETTINGS = {"student": "lessons:TinyNet", "epochs": 4, "stages": 2, "batch_size": 30, "keep": 0.6}
-
-
-def teacher_of(dataset, seed=1):
-    module = opinionated(registry.build("resnet8", 10, seed))
-    return teacher.freeze(module, InputTransform(dataset.mean, dataset.std), "resnet8", dataset.classes, CPU)
 
 
 def trained(root, spec_, **changes):
@@ -43,7 +131,7 @@ def trained(root, spec_, **changes):
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("noisy"), SPEC, with_teacher=True)
+    return trained(tmp_path_factory.mktemp("noisy"), NOISY, with_teacher=True)
 
 
 @pytest.fixture(scope="module")
@@ -157,16 +245,19 @@ def test_rare_classes_are_measured_where_classes_were_thinned_out(uneven):
     assert "kept_wrong" not in first
 
 
-def test_clean_data_are_measured_only_where_asked(tmp_path):
-    summary = trained(tmp_path / "auto", "digits?train=60&test=20", epochs=2)[3]
-    assert "agreement_train" not in summary
-    summary = trained(tmp_path / "on", "digits?train=60&test=20", epochs=2, fidelity="on")[3]
-    assert {"agreement_train", "accuracy_train"} <= summary.keys()
-    assert not {"sets", "corruption", "memorised", "agreement_test"} & summary.keys()
-    summary = trained(tmp_path / "off", "digits?train=60&test=20&noise=0.5", epochs=2, fidelity="off")[3]
-    assert not {"agreement_train", "accuracy_train", "sets"} & summary.keys()
-    summary = trained(tmp_path / "teacher", "digits?train=60&test=20", epochs=2, with_teacher=True, fidelity="on")[3]
-    assert {"agreement_train", "agreement_test"} <= summary.keys()
+@pytest.mark.parametrize(
+    ("spec", "change", "there", "missing"),
+    [
+        ("", {}, set(), {"agreement_train"}),
+        ("", {"fidelity": "on"}, {"agreement_train"}, {"sets", "corruption", "memorised", "agreement_test"}),
+        ("&noise=0.5", {"fidelity": "off"}, {"corruption"}, {"agreement_train", "accuracy_train", "sets"}),
+        ("", {"fidelity": "on", "with_teacher": True}, {"agreement_train", "agreement_test"}, {"sets"}),
+    ],
+)  # fmt: skip
+def test_clean_data_are_measured_only_where_asked(tmp_path, spec, change, there, missing):
+    summary = trained(tmp_path, f"digits?train=60&test=20{spec}", epochs=2, **change)[3]
+    assert there <= summary.keys()
+    assert not missing & summary.keys()
 
 
 def test_samples_never_visited_have_no_value_to_be_told_apart_by(tmp_path):
@@ -198,9 +289,6 @@ def test_another_teacher_than_the_stores_is_refused(noisy):
         MismatchError, match=r"--teacher is resnet8 with weights \w{16}, the store at .* give the store's own"
     ):
         evaluation.require_own(teacher_of(dataset, seed=2), knowledge)
-
-
-# separation of marked samples by a score
 
 
 def reference_separation(score, marked):

@@ -1,0 +1,392 @@
+"""Every stage by several real processes: the same order, exact values, one set of files, its own rows, resume.
+
+The processes are forks of one that imported all and meet by gloo; slow tests start torchrun itself, and one quick one.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from killing import environment
+from lessons import condensed
+from pupils import SPEC, digits, lines, loaded, precomputed, same_files, saved_teacher
+from ranks import PATH, PLAIN, Forked, PlainNet, launched, ran, stopped
+from safetensors.torch import load_file
+
+from kcdcache.commands import differ
+from kcdcache.condense import manifest, value_files
+from kcdcache.errors import SettingsError
+from kcdcache.methods import registry
+from kcdcache.settings import MethodSettings, OptimizerSettings
+from kcdcache.store import reader
+from kcdcache.training import batches, learner, processes, requery
+from kcdcache.training.learner import ValueRecord
+from kcdcache.training.processes import Group
+from kcdcache.training.sampling import Sampler
+
+CPU = torch.device("cpu")
+CE = registry.Loss(registry.weights_of(MethodSettings(method="ce")), {})
+UNEVEN = 33
+"""batch size that leaves two samples of 200 to the last batch, which is none for two of four processes"""
+TRAIN = {"data": SPEC, "epochs": 4, "stages": 2, "batch_size": UNEVEN, "keep": 0.6, "threads": 1}
+FIT = {"data": SPEC, "epochs": 3, "batch_size": UNEVEN, "threads": 1, "augment": "crop", "padding": 2}
+FILL = {"data": SPEC, "augment": "crop", "padding": 2, "views": 3, "batch_size": 16, "min_accuracy": 0, "threads": 1}
+TINY = "lessons:TinyNet"
+WORLDS = (1, 2, 4)
+SIGNALS = (signal.SIGTERM, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("processes")
+    data = digits(200, 60)
+    precomputed(root / "store", data, loaded(saved_teacher(root / "teacher", data), data), views=3)
+    return root
+
+
+def training(place, out, student=PLAIN, **changes):
+    return ["train", *lines(TRAIN | {"store": place / "store", "student": student, "out": out} | changes)]
+
+
+def fitting(place, out, model=PLAIN, **changes):
+    return ["fit", *lines(FIT | {"model": model, "out": out} | changes)]
+
+
+def filling(place, out, **changes):
+    return ["precompute", *lines(FILL | {"teacher": place / "teacher", "store": out} | changes)]
+
+
+STAGES = {"train": (training, "student"), "fit": (fitting, "model")}
+"""stage -> its command's words, and the name of what it trains"""
+
+
+def done(start, words, world, log):
+    """What a command's processes printed, once all have ended well."""
+    running = Forked(start, words, world, log)
+    assert running.codes() == [0] * world, "\n".join(running.told())
+    return running.told()
+
+
+def rows_of(run):
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class Worlds:
+    """One stage's run by one, two and four processes."""
+
+    def __init__(self, start, place, stage):
+        words, weights = STAGES[stage]
+        root = place / stage
+        root.mkdir()
+        self.runs = {world: root / str(world) for world in WORLDS}
+        self.told = {world: done(start, words(place, run), world, f"{run}.log") for world, run in self.runs.items()}
+        self.weights = {world: load_file(run / f"{weights}.safetensors") for world, run in self.runs.items()}
+
+
+@pytest.fixture(scope="module")
+def worlds(start, place):
+    return {stage: Worlds(start, place, stage) for stage in STAGES}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_number_of_processes_trains_the_same_float64_network_and_one_tells_of_it(worlds, stage, world):
+    """Sums over a batch are taken in another order, so that the last bits differ, and nothing else."""
+    found = worlds[stage]
+    for name, weight in found.weights[1].items():
+        torch.testing.assert_close(found.weights[world][name], weight, rtol=1e-11, atol=1e-13)
+    assert not torch.equal(found.weights[1]["conv.weight"], PlainNet().conv.weight)
+    for alone, shared in zip(rows_of(found.runs[1]), rows_of(found.runs[world]), strict=True):
+        counts = {name: value for name, value in alone.items() if isinstance(value, int) and name != "bytes_read"}
+        means = counts.keys() ^ alone.keys() - {"bytes_read"}
+        assert counts.items() <= shared.items()
+        assert {name: shared[name] for name in means} == pytest.approx({name: alone[name] for name in means}, rel=1e-6)
+    record, summary = (json.loads((found.runs[world] / name).read_text()) for name in ("run.json", "summary.json"))
+    assert record["environment"]["processes"] == world
+    assert {"mean", "std", "n", "warm_up"} == summary["images_per_second"].keys()
+    assert "accuracy_last:" in found.told[world][0]
+    assert not any("accuracy_last" in text or "epoch" in text for text in found.told[world][1:])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_they_visit_and_keep_the_same_samples_and_each_reads_the_rows_of_its_share(worlds, world):
+    """A row of the store is read by the one process that shows its sample; checksums are of whole files."""
+    runs = worlds["train"].runs
+    for stage in (0, 1, 2):
+        one, many = (manifest.read(runs[n] / f"stages/{stage}/manifest.parquet") for n in (1, world))
+        assert np.array_equal(one.index, many.index)
+        assert np.array_equal(one.partner, many.partner)
+    one, many = (value_files.read(runs[n] / "values.parquet", 200).values for n in (1, world))
+    assert np.array_equal(one.visits, many.visits)
+    np.testing.assert_allclose(many.value, one.value, rtol=1e-6)
+    for alone, shared in zip(rows_of(runs[1]), rows_of(runs[world]), strict=True):
+        each = shared["rows_read_by_each"]
+        assert (len(each), sum(each)) == (world, alone["rows_read"])
+        assert max(each) <= alone["rows_read"] / world + 10  # batches of 33 leave one more to the first
+        assert shared["bytes_read"] == sum(shared["bytes_read_by_each"]) <= world * alone["bytes_read"]
+        assert "rows_read_by_each" not in alone
+
+
+def test_four_shards_at_once_make_the_store_of_one_process(start, place, tmp_path):
+    for world in (1, 4):
+        told = done(start, filling(place, tmp_path / str(world)), world, tmp_path / f"{world}.log")
+    assert same_files(tmp_path / "1", tmp_path / "4")
+    assert all(f"shard {rank}/4, from RANK and WORLD_SIZE" in text for rank, text in enumerate(told))
+
+
+def test_two_processes_run_twice_make_the_same_bytes_and_keep_almost_the_sets_of_one(start, place, tmp_path):
+    """Batch statistics are each process's own, so that values differ from those of one process."""
+    runs = {name: tmp_path / name for name in ("one", "two", "again")}
+    for world, name in ((1, "one"), (2, "two"), (2, "again")):
+        done(start, training(place, runs[name], TINY), world, tmp_path / f"{name}.log")
+    assert same_files(runs["two"], runs["again"])
+    stages = differ.run(runs["one"], runs["two"])["stages"]
+    assert stages["0"]["jaccard"] == 1
+    assert 0.2 < stages["2"]["jaccard"] < 1
+
+
+LONG = {"epochs": 12, "checkpoint_seconds": 0}
+"""long enough to be stopped inside an epoch"""
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("stage", ["train", pytest.param("fit", marks=SLOW)])
+@pytest.mark.parametrize(
+    ("number", "codes"), [pytest.param(signal.SIGTERM, [143, 130], marks=SLOW), (signal.SIGKILL, [9, -9])]
+)
+def test_stopped_or_one_killed_the_rest_ends_and_the_same_command_makes_the_same_bytes(
+    start, place, tmp_path, stage, number, codes
+):
+    words, run = STAGES[stage][0](place, tmp_path / "run", TINY, **LONG), tmp_path / "run"
+    running = Forked(start, words, 2, tmp_path / "log")
+    running.signal_once(lambda: len(rows_of(run)) >= 2, int(number == signal.SIGKILL), number)
+    assert running.codes() == codes
+    expected = "lost another one of this run" if number == signal.SIGKILL else "the same command resumes"
+    assert expected in running.told()[0]
+    assert len(rows_of(run)) < LONG["epochs"]
+    done(start, words, 2, tmp_path / "log")
+    done(start, STAGES[stage][0](place, tmp_path / "whole", TINY, epochs=LONG["epochs"]), 2, tmp_path / "log")
+    assert same_files(run, tmp_path / "whole")
+
+
+@SLOW
+@pytest.mark.parametrize("stage", STAGES)
+def test_another_number_of_processes_goes_on_if_asked_to(start, place, tmp_path, stage):
+    """Where nothing but rounding depends on the number, the result is that of one process throughout."""
+    words, name = STAGES[stage]
+    run = words(place, tmp_path / "run", **LONG)
+    running = Forked(start, run, 4, tmp_path / "log")
+    running.signal_once(lambda: len(rows_of(tmp_path / "run")) >= 2, 2, signal.SIGTERM)
+    assert running.codes() == [130, 130, 143, 130]
+    refused = Forked(start, run, 2, tmp_path / "refused")
+    assert refused.codes() == [4, 9]
+    assert "differ in processes: 4 against 2" in refused.told()[0]
+    done(start, [*run, "--allow-env-change"], 2, tmp_path / "log")
+    done(start, words(place, tmp_path / "whole", **LONG), 1, tmp_path / "log")
+    found, wanted = (load_file(tmp_path / folder / f"{name}.safetensors") for folder in ("run", "whole"))
+    for key, weight in wanted.items():
+        torch.testing.assert_close(found[key], weight, rtol=1e-6, atol=1e-8)
+
+
+def test_what_fit_cannot_share_is_refused_before_it_trains(start, place, tmp_path):
+    running = Forked(start, fitting(place, tmp_path / "run", batch_size=3), 4, tmp_path / "log")
+    assert running.codes() == [2] * 4
+    assert "--batch-size 3 leaves some of 4 processes without a sample" in running.told()[0]
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+# under the real torchrun; each launch imports torch in every process
+
+
+def test_two_processes_of_torchrun_train_one_network_and_the_first_tells_of_it(place, tmp_path):
+    ran(2, [*fitting(place, tmp_path / "run", TINY, epochs=2), "--json", "--quiet"], tmp_path / "log")
+    told = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("{")]
+    assert len(told) == 1
+    assert json.loads(told[0])["epochs"] == 2
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["environment"]["processes"] == 2
+
+
+@SLOW
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("world", [2, 4])
+def test_training_that_lost_a_process_ends_and_resumes_to_the_same_bytes(place, tmp_path, stage, number, world):
+    words, log, run = STAGES[stage][0], tmp_path / "log", tmp_path / "run"
+    long = {"epochs": 24, "checkpoint_seconds": 0}
+    stopped(launched(world, words(place, run, TINY, **long), log), log, lambda: len(rows_of(run)) >= 3, number)
+    assert len(rows_of(run)) < 24
+    ran(world, words(place, run, TINY, **long), log)
+    ran(world, words(place, tmp_path / "whole", TINY, **long), log)
+    assert same_files(run, tmp_path / "whole")
+
+
+@SLOW
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_store_that_lost_a_process_is_filled_to_the_same_bytes(place, tmp_path, number, world):
+    def parts():
+        return len(list((tmp_path / "store").glob("_kcd/log/0/v*.json")))
+
+    log, many = tmp_path / "log", {"data": "digits", "views": 25}
+    words = filling(place, tmp_path / "store", **many)
+    stopped(launched(world, words, log), log, lambda: parts() >= 3, number)
+    assert parts() < 25
+    ran(world, words, log)
+    ran(1, filling(place, tmp_path / "whole", **many), log)
+    assert same_files(tmp_path / "store", tmp_path / "whole")
+
+
+@SLOW
+def test_one_process_under_torchrun_is_one_without(place, tmp_path):
+    ran(1, training(place, tmp_path / "one", TINY), tmp_path / "log")
+    words = [sys.executable, "-m", "kcdcache", *training(place, tmp_path / "other", TINY)]
+    alone = subprocess.run(words, capture_output=True, check=False, env=environment(PYTHONPATH=PATH))
+    assert alone.returncode == 0, alone.stderr.decode()
+    assert same_files(tmp_path / "one", tmp_path / "other")
+
+
+# the parts, in this process
+
+
+def test_processes_draw_their_own_dropout_masks_also_after_a_stop():
+    """Two processes stopped; of four that go on, two have a state of their own, and the others draw yet others."""
+    torch.manual_seed(1)
+    states = [torch.get_rng_state(), torch.manual_seed(2).get_state()]
+    drawn = []
+    for rank in range(4):
+        pupil = learner.new_learner(TINY, digits(200, 60), OptimizerSettings(), CE, CPU, group=Group(rank, 4))
+        pupil.restore(pupil.tensors() | {"rng": torch.stack(states)}, pupil.state())
+        drawn.append(torch.rand(3))
+    for state, found in zip(states, drawn, strict=False):
+        torch.set_rng_state(state)
+        assert torch.equal(torch.rand(3), found)
+    assert len({tuple(found.tolist()) for found in drawn}) == 4
+
+
+@pytest.fixture(scope="module")
+def sets(place):
+    """What epochs may be made of: everything, or a condensed set, whose mixes the teacher was perhaps asked about."""
+    knowledge, data = reader.open(place / "store"), digits(200, 60)
+    mixed, network = condensed(knowledge), loaded(place / "teacher", data)
+    with batches.connect(data, knowledge, mixed, fields=()) as source:
+        requery.write(source, network, knowledge, place / "mixes", fields=("logits",), view_numbers=(0, 1, 2))
+    full = manifest.full(
+        knowledge.knowledge_id, 200, data.train.labels, 10, data_digest=knowledge.knowledge.data.digest
+    )
+    return {"full": (full, None), "mixed": (mixed, None), "asked again": (mixed, place / "mixes")}
+
+
+def shown(place, sets, rank, world, epochs=(1,), kind="full", views=None, stop=None, size=UNEVEN):
+    """One process's batches of some epochs, and the store that it read."""
+    knowledge, (chosen, asked) = reader.open(place / "store"), sets[kind]
+    mixes = None if asked is None else reader.open(asked)
+    with batches.connect(digits(200, 60), knowledge, chosen, requeried=mixes, cached_views=views) as source:
+        sampler = Sampler(manifest=chosen, optimizer=OptimizerSettings(batch_size=size, seed=3))
+        source = replace(source, stop=epochs[-1] + 1 if stop is None else stop)
+        made = batches.HostBatches(source=source, sampler=sampler, group=Group(rank, world))
+        found = [batch for epoch in epochs for batch in made.epoch(epoch)]
+        return found, knowledge
+
+
+@pytest.mark.parametrize("world", [2, 3, 5, 7])
+def test_of_several_views_each_row_is_read_by_one_process(place, sets, world):
+    assert sum(shown(place, sets, rank, world)[1].rows_read for rank in range(world)) == 200
+
+
+def test_of_one_view_all_rows_are_read_once_and_kept(place, sets):
+    assert shown(place, sets, 1, 4, epochs=(0, 1, 2), views=1)[1].rows_read == 200
+
+
+def test_the_next_epochs_rows_are_fetched_ahead_if_they_are_known(place, sets):
+    knowledge, share = reader.open(place / "store"), len(processes.deal(200, UNEVEN, 1, 4).points)
+    limit = time.monotonic() + 60
+    with batches.connect(digits(200, 60), knowledge, sets["full"][0]) as source:
+        sampler = Sampler(manifest=source.manifest, optimizer=OptimizerSettings(batch_size=UNEVEN))
+        made = batches.HostBatches(source=replace(source, stop=2), sampler=sampler, group=Group(1, 4))
+        list(made.epoch(0))
+        while knowledge.rows_read < 2 * share:
+            assert time.monotonic() < limit, "nothing was fetched in the background"
+        list(made.epoch(1))
+    assert knowledge.rows_read == 2 * share
+
+
+@pytest.mark.parametrize(("count", "batch_size", "world"), [(200, 33, 4), (5, 3, 3), (2, 8, 4), (64, 16, 4), (0, 4, 2)])
+def test_a_deal_gives_every_point_to_one_process(count, batch_size, world):
+    dealt = [processes.deal(count, batch_size, rank, world) for rank in range(world)]
+    for step, low in enumerate(range(0, count, batch_size)):
+        whole = list(range(low, min(low + batch_size, count)))
+        for rank, (points, parts) in enumerate(dealt):
+            mine = points[parts[step].mine].tolist()
+            assert mine == (whole[rank::world] or points[:1].tolist())
+            assert parts[step][1:] == (len(whole), not whole[rank::world])
+    if count >= world:
+        assert sorted(place for points, _ in dealt for place in points.tolist()) == list(range(count))
+
+
+@pytest.mark.parametrize("kind", ["full", "mixed", "asked again"])
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_batches_of_all_processes_together_are_those_of_one(place, sets, kind, world):
+    parts = [shown(place, sets, rank, world, kind=kind)[0] for rank in range(world)]
+    for step, batch in enumerate(shown(place, sets, 0, 1, kind=kind)[0]):
+        assert {part[step].shared for part in parts} == {len(batch.index)}
+        for rank, part in enumerate(part[step] for part in parts):
+            assert part.idle == (rank >= len(batch.index))
+            for name, value in {} if part.idle else vars(batch).items():
+                if isinstance(value, torch.Tensor):
+                    assert torch.equal(getattr(part, name), value[rank::world]), name
+            assert part.idle or torch.equal(part.knowledge["logits"], batch.knowledge["logits"][rank::world])
+
+
+def test_a_process_without_a_sample_counts_nothing(place, sets):
+    last = [shown(place, sets, rank, 5, epochs=(0,), size=66)[0][-1] for rank in range(5)]
+    assert [part.idle for part in last] == [False, False, True, True, True]
+    assert [len(part.index) for part in last] == [1, 1, 1, 1, 1]
+    assert {part.shared for part in last} == {2}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 3}, "--batch-size 3 leaves some of 4 processes without a sample; raise it, or start fewer"),
+        ({"compile": True}, "--compile is for one process"),
+        ({"resident": "on"}, "--resident on is for one process"),
+        ({"sync_bn": True}, "--sync-bn joins the batch statistics of several processes on GPUs"),
+    ],
+)
+def test_what_processes_cannot_share_is_refused(change, message):
+    with pytest.raises(SettingsError, match=message):
+        learner.new_learner("resnet8", digits(200, 60), OptimizerSettings(**change), CE, CPU, group=Group(1, 4))
+
+
+PLACES = ({"RANK": "2", "MASTER_ADDR": "here"}, {"RANK": "-1", "MASTER_ADDR": "here"}, {"RANK": "0"})
+
+
+@pytest.mark.parametrize("place_of", PLACES)
+def test_a_place_that_is_none_is_refused(place_of):
+    with (
+        pytest.raises(SettingsError, match="which is no place among processes of torchrun; start it with `torchrun"),
+        processes.group_of({"WORLD_SIZE": "2"} | place_of),
+    ):
+        pass
+
+
+def test_observations_joined_are_those_of_one_process():
+    """Alone, in a group of one that keeps its observations, the record is the same."""
+    record, held = (ValueRecord(6, MethodSettings(), CPU) for _ in range(2))
+    held.pending = []
+    logits, index = torch.randn(4, 3), torch.tensor([5, 0, 2, 3])
+    mixed = torch.tensor([True, False, False, True])
+    for one in (record, held):
+        one.observe(logits, logits[:, 0], index, mixed)
+    assert held.visits.sum() == 0
+    held.join(processes.ALONE)
+    assert torch.equal(held.visits, record.visits)
+    assert torch.equal(held.value, record.value)
+    assert held.pending == []
