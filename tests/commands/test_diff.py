@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from commands import alone, failure, outcome
 from exports import exporting, prepared
 from pupils import SPEC
-from test_cli import alone, failure, outcome
 
 from kcdcache import progress
 from kcdcache.commands import diff, steps
