@@ -97,7 +97,7 @@ def failure(capsys, *words):
 def alone(*words, before=""):
     """Run the command line in a process of its own, which afterwards names the heavy modules it has loaded."""
     code = (
-        f"import sys; {before}\nfrom kcdcache import cli\ncode = cli._outcome(sys.argv[1:])\n"
+        f"import sys; {before}\nfrom kcdcache.cli import main\ncode = main._outcome(sys.argv[1:])\n"
         "print('loaded:', *[m for m in ('torch', 'zarr', 'pydantic') if m in sys.modules], file=sys.stderr)\n"
         "sys.exit(code)"
     )

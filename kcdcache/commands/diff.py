@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kcdcache.commands.tables import TextTable
 from kcdcache.condense import manifest
 from kcdcache.condense.compare import Difference, compare
 from kcdcache.errors import MismatchError, NotFoundError
 from kcdcache.export import record
 from kcdcache.report import show
-from kcdcache.report.tables import aligned
 from kcdcache.runs.folder import RunFolder
 
 COLUMNS = ("kept_a", "kept_b", "both", "only_a", "only_b", "jaccard", "hamming", "rank_correlation", "parts_moved")
@@ -68,7 +68,7 @@ def _manifest_of(path: Path, kind: str) -> Path:
 def _shown(first: Path, second: Path, sets: Mapping[str, Difference], heading: str = "") -> dict[str, Any]:
     """Return the two paths, a table with a line for each pair of sets, and a note on the last pair."""
     rows = [[name, *(_cell(getattr(found, column)) for column in COLUMNS)] for name, found in sets.items()]
-    table = "\n".join([f"a = {first}", f"b = {second}", *aligned([[heading, *COLUMNS], *rows], left=()), *TERMS])
+    table = TextTable((heading, *COLUMNS), rows, above=(f"a = {first}", f"b = {second}"), below=TERMS)
     return {"a": str(first), "b": str(second), "table": table, "note": _note(list(sets.values())[-1])}
 
 

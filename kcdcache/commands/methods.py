@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from kcdcache.commands.tables import TextTable
 from kcdcache.errors import SettingsError
 from kcdcache.methods import registry
 from kcdcache.methods.base import Pair
 from kcdcache.methods.registry import METHODS
 from kcdcache.networks.registry import tap_shapes
-from kcdcache.report.tables import aligned
 from kcdcache.settings import MethodSettings
 from kcdcache.store import encoding, plan
 from kcdcache.teacher import fields
@@ -89,10 +89,10 @@ def bytes_of(names: Sequence[str], taps: fields.Taps, image: tuple[int, int, int
     return total
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    cells = [["method", "bytes", "teacher", "reads", "source"]]
+def _table(rows: Sequence[dict[str, Any]]) -> TextTable:
+    cells = []
     for row in rows:
         reads = row["problem"] or ", ".join(row["reads"]) or "-"
         size = "-" if row["bytes"] is None else f"{row['bytes']:,}"
         cells.append([row["method"], size, "live" if row["live"] else "cached", reads, row["source"]])
-    return "\n".join(aligned(cells, left=range(5)))
+    return TextTable(("method", "bytes", "teacher", "reads", "source"), cells, left=5)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -91,7 +91,7 @@ class Problem(NamedTuple):
 
 
 class Step(Settings):
-    """A run as results.json lists it."""
+    """A row or a run as results.json lists it."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -103,31 +103,33 @@ class Step(Settings):
     seconds: float | None = None
 
 
-class Results(Settings):
-    """What a report needs of a recipe's results.json."""
+class Grid(Settings):
+    """A folder of runs, with what a report needs of its results.json, if it has one."""
 
     model_config = ConfigDict(extra="ignore")
-
-    title: str | None = None
-    data: str | None = None
-    rows: list[Step] = Field(default_factory=list)
-    runs: list[Step] = Field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """A folder of runs, with what its results.json says of them, if it has one."""
 
     path: Path
     title: str
     data: str | None = None
     """data spec"""
-    titles: Mapping[str, str] = field(default_factory=dict)
-    """step -> how the recipe calls it, in the recipe's order"""
-    listed: Mapping[str, str | None] = field(default_factory=dict)
-    """folder of each training run -> its data spec, where that is another than `data`"""
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """store's step -> seconds that filling it took"""
+    rows: list[Step] = Field(default_factory=list)
+    runs: list[Step] = Field(default_factory=list)
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """Step -> how the recipe calls it, in the recipe's order."""
+        return {row.step: row.title or row.step for row in self.rows}
+
+    @property
+    def listed(self) -> dict[str, str | None]:
+        """Folder of each training run -> its data spec, where that is another than `data`."""
+        trained = [run for run in self.runs if run.kind in ("fit", "train")]
+        return {run.step if run.seed is None else f"{run.step}-seed{run.seed}": run.data for run in trained}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Step of a store -> seconds that filling it took."""
+        return {run.step: run.seconds for run in self.runs if run.kind == "store" and run.seconds is not None}
 
 
 class Loaded(NamedTuple):
@@ -170,8 +172,8 @@ def read(paths: Sequence[Path]) -> Loaded:
         place = (path.parent if single else path).resolve()
         folders |= dict.fromkeys([path.resolve()] if single else _runs_in(path), place)
         if place not in grids:
-            plain = Grid(path=place, title=place.name)
-            grids[place] = _attempt(place / RESULTS, partial(_described, plain), problems) or plain
+            described = _attempt(place / RESULTS, partial(_grid, place), problems)
+            grids[place] = described or Grid(path=place, title=place.name)
     whole = [grids[path] for path in dict.fromkeys(path.resolve() for path in paths if not is_run(path))]
     missing = [grid.path / name for grid in whole for name in grid.listed if not is_run(grid.path / name)]
     problems += [Problem(path, "missing", f"{RESULTS} lists this run, but it is not there") for path in missing]
@@ -214,23 +216,10 @@ def _attempt(path: Path, work: Callable[[], T], problems: list[Problem]) -> T | 
     return None
 
 
-def _described(plain: Grid) -> Grid:
-    """Return a grid with what its results.json says, if there is one."""
-    file = plain.path / RESULTS
-    if not file.exists():
-        return plain
-    found = state.parsed(Results, read_object(file), file)
-    return Grid(
-        path=plain.path,
-        title=found.title or plain.title,
-        data=found.data,
-        titles={row.step: row.title or row.step for row in found.rows},
-        listed={
-            run.step if run.seed is None else f"{run.step}-seed{run.seed}": run.data
-            for run in found.runs if run.kind in ("fit", "train")
-        },
-        seconds={run.step: run.seconds for run in found.runs if run.kind == "store" and run.seconds is not None},
-    )  # fmt: skip
+def _grid(path: Path) -> Grid:
+    file = path / RESULTS
+    found = read_object(file) if file.exists() else {}
+    return state.parsed(Grid, found | {"path": path, "title": found.get("title") or path.name}, file)
 
 
 def _run(path: Path, grid: Path) -> Run:

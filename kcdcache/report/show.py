@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import InstanceOf
 
@@ -78,7 +78,7 @@ def inspect(path: Path) -> dict[str, Any]:
         CorruptionError: it is damaged.
     """
     kind = kind_of(path)
-    return {"kind": kind, "path": str(path), "id": id_of(path), **CONTENTS[kind](path)}
+    return {"kind": kind, "path": str(path), "id": KINDS[kind].id(path), **KINDS[kind].contents(path)}
 
 
 def id_of(path: Path) -> str | None:
@@ -91,7 +91,7 @@ def id_of(path: Path) -> str | None:
     Raises:
         NotFoundError, MismatchError, CorruptionError: as for `inspect`.
     """
-    return IDS[kind_of(path)](path)
+    return KINDS[kind_of(path)].id(path)
 
 
 def require_ids(paths: Iterable[Path], expected: Collection[str] | None) -> None:
@@ -118,9 +118,9 @@ def kind_of(path: Path) -> str:
     """
     if not path.exists():
         raise NotFoundError(f"nothing at {path}")
-    for kind, fits in KINDS.items():
-        if fits(path):
-            return kind
+    for name, kind in KINDS.items():
+        if kind.fits(path):
+            return name
     if runs := sorted(file.parent.name for file in path.glob("*/run.json")) if path.is_dir() else []:
         some = ", ".join(runs[:3]) + (", ..." if len(runs) > 3 else "")
         raise MismatchError(
@@ -135,25 +135,6 @@ def kind_of(path: Path) -> str:
 def is_store(path: Path) -> bool:
     """Return whether a path holds a store, finished or not."""
     return (path / log.FOLDER).is_dir()
-
-
-def _is_network(path: Path) -> bool:
-    return path.suffix in {".json", ".safetensors"} and path.with_suffix(".safetensors").exists()
-
-
-def _is_table(path: Path) -> bool:
-    return parquet.is_folder(path) or (path.suffix == ".parquet" and path.is_file())
-
-
-KINDS: Mapping[str, Callable[[Path], bool]] = {
-    "condensed": lambda path: (path / record.RECORD).exists(),
-    "store": is_store,
-    "run": lambda path: RunFolder(path=path).settings.exists(),
-    "manifest": lambda path: _is_table(path) and manifest.METADATA_KEY in parquet.metadata_keys(path),
-    "values": _is_table,
-    "network": _is_network,
-}
-"""kind -> whether a path holds one, in the order of asking"""
 
 
 def store_report(path: Path) -> StoreReport:
@@ -305,17 +286,6 @@ def _condensed(path: Path) -> dict[str, Any]:
     }
 
 
-CONTENTS: Mapping[str, Callable[[Path], dict[str, Any]]] = {
-    "condensed": _condensed,
-    "store": lambda path: store_report(path).document(),
-    "run": _run,
-    "manifest": lambda path: manifest.summary(manifest.read(path)),
-    "values": _values,
-    "network": _network,
-}
-"""kind -> what `inspect` shows of it"""
-
-
 def _store_id(path: Path) -> str | None:
     sealed = log.growths(path, "commit")
     return sha256_file(log.commit_path(path, sealed - 1), MOST_JSON_BYTES) if sealed else None
@@ -331,12 +301,34 @@ def _values_id(path: Path) -> str | None:
         return None if document is None else str(document["digest"])
 
 
-IDS: Mapping[str, Callable[[Path], str | None]] = {
-    "condensed": lambda path: record.read(path).id,
-    "store": _store_id,
-    "run": _run_id,
-    "manifest": manifest.read_digest,
-    "values": _values_id,
-    "network": lambda path: sha256_file(path.with_suffix(".safetensors"), MOST_FILE_BYTES),
+def _is_table(path: Path) -> bool:
+    return parquet.is_folder(path) or (path.suffix == ".parquet" and path.is_file())
+
+
+class Kind(NamedTuple):
+    """What can lie at a path."""
+
+    fits: Callable[[Path], bool]
+    """whether its marker is there"""
+    contents: Callable[[Path], dict[str, Any]]
+    """what `inspect` shows of it"""
+    id: Callable[[Path], str | None]
+
+
+KINDS: Mapping[str, Kind] = {
+    "condensed": Kind(lambda path: (path / record.RECORD).exists(), _condensed, lambda path: record.read(path).id),
+    "store": Kind(is_store, lambda path: store_report(path).document(), _store_id),
+    "run": Kind(lambda path: RunFolder(path=path).settings.exists(), _run, _run_id),
+    "manifest": Kind(
+        lambda path: _is_table(path) and manifest.METADATA_KEY in parquet.metadata_keys(path),
+        lambda path: manifest.summary(manifest.read(path)),
+        manifest.read_digest,
+    ),
+    "values": Kind(_is_table, _values, _values_id),
+    "network": Kind(
+        lambda path: path.suffix in {".json", ".safetensors"} and path.with_suffix(".safetensors").exists(),
+        _network,
+        lambda path: sha256_file(path.with_suffix(".safetensors"), MOST_FILE_BYTES),
+    ),
 }
-"""kind -> what names its content"""
+"""name of a kind -> kind, in the order of asking"""

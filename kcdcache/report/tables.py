@@ -3,7 +3,7 @@
 import csv
 import io
 import tomllib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -82,9 +82,16 @@ class Table:
 
     def text(self) -> str:
         """Return heading and rows as aligned text."""
-        texts = [place for place, column in enumerate(self.columns) if column.kind == "text"]
-        head, *lines = aligned([[column.title for column in self.columns], *self.cells()], left=texts)
-        return "\n".join([head, "-" * len(head), *lines])
+        lines = [[column.title for column in self.columns], *self.cells()]
+        widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+        aligned = [
+            "  ".join(
+                cell.ljust(width) if column.kind == "text" else cell.rjust(width)
+                for cell, width, column in zip(line, widths, self.columns, strict=True)
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join([aligned[0], "-" * len(aligned[0]), *aligned[1:]])
 
 
 @cache
@@ -98,22 +105,6 @@ def worded(key: str, rows: Sequence[Row], **values: str) -> Table:
     text = texts()["tables"][key]
     columns = tuple(Column(*column) for column in text["columns"])
     return Table(key=key, title=text["title"], note=text["note"].format(**values), columns=columns, rows=rows)
-
-
-def aligned(lines: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
-    """Return rows of cells as lines of text; the columns `left` are aligned to the left, the others to the right.
-
-    >>> aligned([["a", "b"], ["long", "10"]], left=[0])
-    ['a      b', 'long  10']
-    """
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place in left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
 
 
 def shown(value: Any, kind: str) -> str:
