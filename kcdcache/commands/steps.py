@@ -15,7 +15,7 @@ from kcdcache.export import condensed_set as export_condensed_set
 from kcdcache.export import write
 from kcdcache.export.condensed_set import load_data
 from kcdcache.files import timing
-from kcdcache.methods import registry
+from kcdcache.methods import catalogue, registry
 from kcdcache.networks.input_transform import resolve_device, use_threads
 from kcdcache.progress import Progress, silent
 from kcdcache.report import show
@@ -257,7 +257,7 @@ def _fields_for(
 
 def _with_recipe(settings: TrainSettings, given: set[str]) -> TrainSettings:
     """Return settings in which the method's authors' own training recipe holds wherever the user gave nothing."""
-    changed = {key: value for key, value in registry.recipe(settings, settings.student).items() if key not in given}
+    changed = {key: value for key, value in catalogue.recipe(settings.method, settings.student).items() if key not in given}
     if changed:
         told = ", ".join(f"{key} {value}" for key, value in changed.items())
         logger.info("train: the authors' settings of %s for %s: %s", settings.method, settings.student, told)
