@@ -257,7 +257,9 @@ def _fields_for(
 
 def _with_recipe(settings: TrainSettings, given: set[str]) -> TrainSettings:
     """Return settings in which the method's authors' own training recipe holds wherever the user gave nothing."""
-    changed = {key: value for key, value in catalogue.recipe(settings.method, settings.student).items() if key not in given}
+    changed = {
+        key: value for key, value in catalogue.recipe(settings.method, settings.student).items() if key not in given
+    }
     if changed:
         told = ", ".join(f"{key} {value}" for key, value in changed.items())
         logger.info("train: the authors' settings of %s for %s: %s", settings.method, settings.student, told)

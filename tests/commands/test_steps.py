@@ -7,9 +7,9 @@ from kcdcache.commands import methods, steps
 from kcdcache.condense import schedule
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError
 from kcdcache.export import condensed_set
-from kcdcache.methods import registry
+from kcdcache.methods import catalogue
 from kcdcache.runs import state
-from kcdcache.settings import FitCommand, MethodSettings, PrecomputeCommand, TrainSettings
+from kcdcache.settings import FitCommand, PrecomputeCommand, TrainSettings
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,8 @@ def test_light_students_learn_at_their_authors_rate_unless_told_another(method, 
 
 @pytest.mark.parametrize("joined", ["kd+reviewkd", "reviewkd+kd"])
 def test_a_methods_own_rate_wins_over_the_usual_one_in_any_order(joined):
-    settings = MethodSettings(method=joined)
-    assert registry.recipe(settings, "ShuffleV2") == {"learning_rate": 0.02, "batch_size": 128, "nesterov": True}
-    assert registry.recipe(settings, "resnet8") == {"learning_rate": 0.1, "batch_size": 128, "nesterov": True}
+    assert catalogue.recipe(joined, "ShuffleV2") == {"learning_rate": 0.02, "batch_size": 128, "nesterov": True}
+    assert catalogue.recipe(joined, "resnet8") == {"learning_rate": 0.1, "batch_size": 128, "nesterov": True}
 
 
 def test_the_authors_settings_are_told_where_they_hold(place, tmp_path, caplog):
