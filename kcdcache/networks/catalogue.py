@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from kcdcache.errors import SettingsError
+from kcdcache.errors import NotFoundError, SettingsError, UnfinishedError
 from kcdcache.settings import nearest
 
 
@@ -43,6 +44,8 @@ NETWORKS: dict[str, Callable[..., Any]] = {
     "ShuffleV2": partial(_made, "shufflenet:ShuffleV2"),
 }
 """name -> network made from (classes, channels)"""
+SAVED_NAMES = ("model", "student")
+"""what `fit` and `train` call the networks they save"""
 
 
 def require_known_name(spec: str) -> None:
@@ -55,3 +58,29 @@ def require_known_name(spec: str) -> None:
         raise SettingsError(
             f"unknown network '{spec}'; {nearest(spec, NETWORKS)} (or torchvision:NAME, timm:NAME, my.module:factory)"
         )
+
+
+def saved_network(spec: str) -> Path:
+    """Return the record (.json) of a network that `fit` or `train` saved, from its own path or its run's folder.
+
+    Raises:
+        UnfinishedError: its run is not finished.
+        NotFoundError, SettingsError: there is none; says what is missing.
+    """
+    path = Path(spec)
+    if path.suffix == ".json" and path.is_file():
+        return path
+    records = [path / f"{name}.json" for name in SAVED_NAMES]
+    for record in records:
+        if record.exists() or record.with_suffix(".safetensors").exists():
+            if (path / "run.json").exists() and not (path / "summary.json").exists():
+                raise UnfinishedError(f"the run in {path} is not finished; run its command again before it teaches")
+            return record
+    if path.is_dir():
+        raise NotFoundError(f"no saved network in {path} (neither {records[0].name} nor {records[1].name})")
+    if spec in NETWORKS or ":" in spec:
+        raise SettingsError(f"the teacher '{spec}' needs its weights: a safetensors or torch file, or a `fit` folder")
+    hint = nearest(spec, NETWORKS)
+    raise NotFoundError(
+        f"no saved network at {path}; give the folder of a finished `fit`, or a network's name ({hint})"
+    )

@@ -383,7 +383,7 @@ def test_torchvision_networks_are_built_by_name_also_one_that_warns_by_itself():
 
 
 def test_timm_networks_are_built_by_name_or_the_extra_is_named():
-    if registry.timm is None:
+    if importlib.util.find_spec("timm") is None:
         with pytest.raises(SettingsError, match=r"kcdcache\[timm\]"):
             registry.build("timm:resnet18", 10)
     else:

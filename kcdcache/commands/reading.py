@@ -1,0 +1,62 @@
+"""Short commands: inspect, diff, methods, report, seal and export. What each needs is imported when it is called."""
+
+from kcdcache.commands import Result
+from kcdcache.errors import SettingsError
+from kcdcache.progress import Progress
+from kcdcache.settings import DiffCommand, ExportCommand, MethodsCommand, PathCommand, ReportCommand
+
+
+def inspect(command: PathCommand, progress: Progress) -> Result:
+    """Return what lies at a path."""
+    from kcdcache.report import show
+
+    return show.inspect(command.path)
+
+
+def seal(command: PathCommand, progress: Progress) -> Result:
+    """Seal a store whose parts are all written; return whether that was done now."""
+    from kcdcache.store import writer
+
+    return {"store": str(command.path), "sealed": "now" if writer.seal(command.path) else "before"}
+
+
+def diff(command: DiffCommand, progress: Progress) -> Result:
+    """Return how two condensed sets, runs or exported sets differ."""
+    from kcdcache.commands import differ
+
+    return differ.run(command.a, command.b)
+
+
+def methods(command: MethodsCommand, progress: Progress) -> Result:
+    """Return every method with what it keeps for a pair of networks."""
+    from kcdcache.report import show
+
+    return show.listing(command.teacher, command.student, command.classes, command.size, command.encoding)
+
+
+def report(command: ReportCommand, progress: Progress) -> Result:
+    """Write one HTML file about finished runs; return where it lies.
+
+    Raises:
+        SettingsError: of several folders none is where the report belongs.
+    """
+    if command.out is None and len(command.paths) > 1:
+        raise SettingsError("--out is missing: of several folders none is where the report belongs; give a file")
+    from kcdcache.report import page
+
+    out = command.out or command.paths[0] / "report.html"
+    files = {"json_file": command.json_file, "csv": command.csv}
+    return page.write(list(command.paths), out, data=command.data, reference=command.reference, **files)
+
+
+def export(command: ExportCommand, progress: Progress, dry_run: bool = False) -> Result:
+    """Write a condensed set with the knowledge it needs into one folder; see `export.write.run`.
+
+    Raises:
+        MismatchError: set or store is not what was expected, or they were not made for each other.
+    """
+    from kcdcache.export import write
+    from kcdcache.report import show
+
+    show.require_ids((command.manifest, command.store), command.expect_id)
+    return write.run(command, progress, dry_run)
