@@ -28,7 +28,7 @@ LIGHT = (
     "kcdcache.settings",
     "kcdcache.cli.main",
     "kcdcache.condense.summary",
-    "kcdcache.commands.condenser",
+    "kcdcache.commands.condense",
 )
 
 

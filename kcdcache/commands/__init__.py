@@ -42,7 +42,7 @@ COMMANDS: Mapping[str, Command] = {
     "precompute": Command(takes=settings.PrecomputeCommand, where="commands.precompute:run"),
     "train": Command(takes=settings.TrainCommand, where="commands.train:run"),
     "condense": Command(takes=settings.CondenseCommand, where="commands.condense:run"),
-    "export": Command(takes=settings.ExportCommand, where="commands.reading:export"),
+    "export": Command(takes=settings.ExportCommand, where="commands.export:run"),
     "methods": Command(takes=settings.MethodsCommand, where="commands.reading:methods", writes=False),
     "diff": Command(takes=settings.DiffCommand, where="commands.reading:diff", writes=False),
     "report": Command(takes=settings.ReportCommand, where="commands.reading:report", writes=False),

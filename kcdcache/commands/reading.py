@@ -1,9 +1,9 @@
-"""Short commands: inspect, diff, methods, report, seal and export. What each needs is imported when it is called."""
+"""Short commands: inspect, diff, methods, report and seal. What each needs is imported when it is called."""
 
 from kcdcache.commands import Result
 from kcdcache.errors import SettingsError
 from kcdcache.progress import Progress
-from kcdcache.settings import DiffCommand, ExportCommand, MethodsCommand, PathCommand, ReportCommand
+from kcdcache.settings import DiffCommand, MethodsCommand, PathCommand, ReportCommand
 
 
 def inspect(command: PathCommand, progress: Progress) -> Result:
@@ -47,16 +47,3 @@ def report(command: ReportCommand, progress: Progress) -> Result:
     out = command.out or command.paths[0] / "report.html"
     files = {"json_file": command.json_file, "csv": command.csv}
     return page.write(list(command.paths), out, data=command.data, reference=command.reference, **files)
-
-
-def export(command: ExportCommand, progress: Progress, dry_run: bool = False) -> Result:
-    """Write a condensed set with the knowledge it needs into one folder; see `export.write.run`.
-
-    Raises:
-        MismatchError: set or store is not what was expected, or they were not made for each other.
-    """
-    from kcdcache.export import write
-    from kcdcache.report import show
-
-    show.require_ids((command.manifest, command.store), command.expect_id)
-    return write.run(command, progress, dry_run)

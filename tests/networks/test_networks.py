@@ -1,5 +1,6 @@
 """The networks of the paper and from elsewhere: names, shapes, forward passes, initial weights, taps, their input."""
 
+import importlib.util
 import json
 from pathlib import Path
 
