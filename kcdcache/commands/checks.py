@@ -23,7 +23,7 @@ from kcdcache.settings import (
 
 ENCODINGS = ("float16", "float32", "uint8", "top")
 """first words of the encodings that a store knows"""
-FIELDS = ("logits", "penultimate", "attention", "fsp", "maps", "pooled", "rotations", "boundary")
+FIELDS = ("logits", "penultimate", "attention", "fsp", "maps", "pooled", "rotations", "boundary", "parameters")
 """first words of the fields that a teacher gives"""
 NOT_IMPORTED = {
     "teacher", "weights", "teacher_mean", "teacher_std", "teacher_size", "teacher_precision", "manifest", "mix",

@@ -103,8 +103,6 @@ def condensed(folder, held, dry_run=False, count=150):
     command = {"values": folder / "values.parquet", "store": folder / "store", "keep": 0.5, "out": out}
     given = kcdcache_settings.make(kcdcache_settings.CondenseCommand, command)
     told = condense_command.run(given, dry_run=dry_run, held=held)
-        kcdcache_settings.make(kcdcache_settings.CondenseCommand, command), dry_run=dry_run, held=held
-    )
     return told, out.read_bytes() if out.exists() else b""
 
 
