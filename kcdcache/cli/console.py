@@ -120,6 +120,7 @@ class _Lines(logging.Handler):
 
     def __init__(self, line: Callable[[str], None]) -> None:
         super().__init__()
+        self.setFormatter(logging.Formatter("%(message)s"))
         self._line = line
 
     def emit(self, record: logging.LogRecord) -> None:
