@@ -580,6 +580,8 @@ def make(model: type[S], values: Mapping[str, Any], source: str = "the command l
     Raises:
         SettingsError: a key is unknown (names the nearest known one) or a value is out of range; says where and why.
     """
+    if issubclass(model, Composed) and (inner := model.parts().keys() & values.keys()):
+        raise SettingsError(f"unknown setting '{min(inner)}' in {source}; {nearest(min(inner), keys(model))}")
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
