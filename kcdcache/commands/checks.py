@@ -7,7 +7,7 @@ from typing import Any
 from kcdcache.condense import schedule
 from kcdcache.data import spec
 from kcdcache.errors import SettingsError
-from kcdcache.methods.catalogue import named
+from kcdcache.methods.catalogue import named, weights_of
 from kcdcache.networks.catalogue import require_known_name, saved_network
 from kcdcache.settings import (
     CondenseCommand,
@@ -124,7 +124,7 @@ def _train(command: TrainCommand) -> None:
         raise SettingsError("--student is missing: name the network to train, for example --student resnet8")
     for network in filter(None, (settings.student, settings.peer)):
         require_known_name(network)
-    named(settings.method)
+    weights_of(settings)
     spec.parse(command.data)
     if command.teaching.teacher is not None:
         _require_teacher(command.teaching)

@@ -22,16 +22,16 @@ def seal(command: PathCommand, progress: Progress) -> Result:
 
 def diff(command: DiffCommand, progress: Progress) -> Result:
     """Return how two condensed sets, runs or exported sets differ."""
-    from kcdcache.commands import differ
+    from kcdcache.commands import diff
 
-    return differ.run(command.a, command.b)
+    return diff.run(command.a, command.b)
 
 
 def methods(command: MethodsCommand, progress: Progress) -> Result:
     """Return every method with what it keeps for a pair of networks."""
-    from kcdcache.report import show
+    from kcdcache.commands import methods
 
-    return show.listing(command.teacher, command.student, command.classes, command.size, command.encoding)
+    return methods.run(command.teacher, command.student, command.classes, command.size, command.encoding)
 
 
 def report(command: ReportCommand, progress: Progress) -> Result:

@@ -8,7 +8,7 @@ from kcdcache.condense import manifest, schedule
 from kcdcache.data.datasets import Dataset
 from kcdcache.export import condensed_set
 from kcdcache.export.condensed_set import load_data
-from kcdcache.methods import catalogue, registry
+from kcdcache.methods import catalogue
 from kcdcache.progress import Progress
 from kcdcache.report import show
 from kcdcache.settings import TrainCommand, TrainSettings
@@ -87,7 +87,7 @@ def _exported_material(command: TrainCommand, settings: TrainSettings, path: Pat
     """
     opened, data = condensed_set.open(path), load_data(command.data)
     if opened.mixes is not None:
-        condensed_set.require_served(opened, settings, registry.choose(settings))
+        condensed_set.require_served(opened, settings, catalogue.weights_of(settings))
     return distill.Material(
         data=data,
         knowledge=opened.knowledge,
@@ -101,7 +101,7 @@ def _asked_teacher(
     command: TrainCommand, settings: TrainSettings, data: Dataset, knowledge: reader.Store
 ) -> Teacher | None:
     """Return the teacher if mixed images are to be shown to it, or test images, and one is named."""
-    compared = evaluation.wanted(settings, data, knowledge)
+    compared = evaluation.fidelity_wanted(settings, data, knowledge)
     if command.teaching.teacher is None:
         return None
     if settings.mix_target != "requery" and not compared:

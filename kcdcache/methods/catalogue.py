@@ -12,7 +12,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from kcdcache.errors import SettingsError
-from kcdcache.settings import nearest
+from kcdcache.settings import MethodSettings, nearest
 
 LIGHT_STUDENTS = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
 """students that the methods' authors train with a lower learning rate"""
@@ -180,6 +180,29 @@ METHODS: dict[str, Method] = {
 PART = re.compile(r"([a-z0-9_]+)(?:\*([0-9.eE+-]+?))?")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Resolved weights of one run's loss: of a method, or of several joined by '+'."""
+
+    gamma: float
+    """weight of the hard-label cross-entropy"""
+    alpha: float
+    """weight of the soft-label divergence"""
+    temperature: float
+    """distillation temperature T"""
+    parts: Mapping[str, float]
+    """name -> weight of its own term; 0 where it has none"""
+    mix_label: str
+    """'keep' or 'mix': the hard label of a mixed point"""
+    smoothing: float
+    """label smoothing of the hard-label term"""
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Name -> weight of the methods with a term of their own."""
+        return {name: weight for name, weight in self.parts.items() if METHODS[name].term is not None}
+
+
 def method_named(name: str) -> Method:
     """Return the method of that name.
 
@@ -207,6 +230,43 @@ def named(method: str) -> dict[str, float | None]:
         method_named(name)
         found[name] = weight
     return found
+
+
+def weights_of(settings: MethodSettings, smoothing: float = 0.0) -> Weights:
+    """Return the weights of the methods a user named: the settings' where given, their authors' elsewhere.
+
+    One method has its own weights. Several have gamma = 1, alpha = 1 if kd is among them, and each its own beta
+    (RepDistiller's combinations, such as crd+kd); `A*w` gives method A the weight w.
+
+    Raises:
+        SettingsError: a method is unknown, named twice or has no weight to change, or beta is given for several terms.
+    """
+    parts: dict[str, float] = {}
+    alpha = 0.0
+    for name, weight in named(settings.method).items():
+        method = METHODS[name]
+        parts[name] = 0.0 if method.term is None else method.beta if weight is None else weight
+        if name == "kd":
+            alpha = 1.0 if weight is None else weight
+    only = METHODS[next(iter(parts))]
+    alone = len(parts) == 1 and "*" not in settings.method
+    terms = [name for name in parts if METHODS[name].term is not None]
+    if settings.beta is not None:
+        if len(terms) != 1:
+            raise SettingsError(
+                f"--beta is the weight of one method's own term, '{settings.method}' has {len(terms)}; "
+                "write the weights into the method: kd+at*1000+pkt*30000"
+            )
+        parts[terms[0]] = settings.beta
+    own = [METHODS[name].temperature for name in parts if name != "ce"]
+    return Weights(
+        gamma=(only.gamma if alone else 1.0) if settings.gamma is None else settings.gamma,
+        alpha=(only.alpha if alone else alpha) if settings.alpha is None else settings.alpha,
+        temperature=(own[0] if own else 1.0) if settings.temperature is None else settings.temperature,
+        parts=parts,
+        mix_label=settings.mix_label,
+        smoothing=smoothing,
+    )
 
 
 def recipe(method: str, student: str) -> dict[str, Any]:

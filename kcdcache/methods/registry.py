@@ -1,8 +1,7 @@
-"""The loss of a run: which methods were chosen with which weights, and their terms for one pair of networks."""
+"""The loss of a run: labels, softened outputs, and the terms of the chosen methods for one pair of networks."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,35 +12,12 @@ from kcdcache.data.datasets import Dataset
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.methods import losses
 from kcdcache.methods.base import Lesson, Pair, Seen, Term, constant, hard_term
-from kcdcache.methods.catalogue import METHODS, named
+from kcdcache.methods.catalogue import METHODS, Weights, weights_of
 from kcdcache.networks import registry
 from kcdcache.networks.registry import tap_shapes
 from kcdcache.settings import MethodSettings
 from kcdcache.store import identity
 from kcdcache.store.identity import Knowledge
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """Resolved weights of one run's loss: of a method, or of several joined by '+'."""
-
-    gamma: float
-    """weight of the hard-label cross-entropy"""
-    alpha: float
-    """weight of the soft-label divergence"""
-    temperature: float
-    """distillation temperature T"""
-    parts: Mapping[str, float]
-    """name -> weight of its own term; 0 where it has none"""
-    mix_label: str
-    """'keep' or 'mix': the hard label of a mixed point"""
-    smoothing: float
-    """label smoothing of the hard-label term"""
-
-    @property
-    def terms(self) -> dict[str, float]:
-        """Name -> weight of the methods with a term of their own."""
-        return {name: weight for name, weight in self.parts.items() if METHODS[name].term is not None}
 
 
 class Loss(nn.Module):
@@ -95,43 +71,6 @@ class Loss(nn.Module):
 
     def _of(self) -> list[Term]:
         return list(self._terms.values())  # type: ignore[arg-type]
-
-
-def weights_of(settings: MethodSettings, smoothing: float = 0.0) -> Weights:
-    """Return the weights of the methods a user named: the settings' where given, their authors' elsewhere.
-
-    One method has its own weights. Several have gamma = 1, alpha = 1 if kd is among them, and each its own beta
-    (RepDistiller's combinations, such as crd+kd); `A*w` gives method A the weight w.
-
-    Raises:
-        SettingsError: a method is unknown, named twice or has no weight to change, or beta is given for several terms.
-    """
-    parts: dict[str, float] = {}
-    alpha = 0.0
-    for name, weight in named(settings.method).items():
-        method = METHODS[name]
-        parts[name] = 0.0 if method.term is None else method.beta if weight is None else weight
-        if name == "kd":
-            alpha = 1.0 if weight is None else weight
-    only = METHODS[next(iter(parts))]
-    alone = len(parts) == 1 and "*" not in settings.method
-    terms = [name for name in parts if METHODS[name].term is not None]
-    if settings.beta is not None:
-        if len(terms) != 1:
-            raise SettingsError(
-                f"--beta is the weight of one method's own term, '{settings.method}' has {len(terms)}; "
-                "write the weights into the method: kd+at*1000+pkt*30000"
-            )
-        parts[terms[0]] = settings.beta
-    own = [METHODS[name].temperature for name in parts if name != "ce"]
-    return Weights(
-        gamma=(only.gamma if alone else 1.0) if settings.gamma is None else settings.gamma,
-        alpha=(only.alpha if alone else alpha) if settings.alpha is None else settings.alpha,
-        temperature=(own[0] if own else 1.0) if settings.temperature is None else settings.temperature,
-        parts=parts,
-        mix_label=settings.mix_label,
-        smoothing=smoothing,
-    )
 
 
 def make_loss(weights: Weights, pair: Callable[[], Pair]) -> Loss:

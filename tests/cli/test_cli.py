@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from commands import ENVIRONMENT, alone, failure, outcome
 from stores import content
 
 import kcdcache
@@ -29,8 +30,6 @@ from kcdcache.files.atomic import locked
 
 DATA = "digits?train=200&test=100"
 WITH_SETTINGS = ("fit", "precompute", "train", "condense", "export")
-HEAVY = ("torch", "torchvision", "zarr", "sklearn", "matplotlib", "scipy")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(kcdcache.__file__).parent.parent)}
 
 
 def fit(place, **more):
@@ -70,30 +69,6 @@ WRITING = {"fit": fit, "precompute": precompute, "train": train, "condense": con
 def arguments(command, **options):
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     return [command, *words]
-
-
-def outcome(capsys, *words):
-    """Return (exit code, stdout, stderr) of a command run in this process."""
-    code = main._outcome([str(word) for word in words])
-    return code, *capsys.readouterr()
-
-
-def failure(capsys, *words):
-    """Return (exit code, message) of a command that fails: nothing on stdout, no traceback."""
-    code, out, err = outcome(capsys, *words)
-    assert out == ""
-    assert "Traceback" not in err
-    return code, err
-
-
-def alone(*words, before="", **variables):
-    """Run the command line in a process of its own, which afterwards names the heavy modules it has loaded."""
-    code = (
-        f"import sys; {before}\nfrom kcdcache.cli import main\ncode = main._outcome(sys.argv[1:])\n"
-        f"print('loaded:', *[m for m in {HEAVY} if m in sys.modules], file=sys.stderr)\nsys.exit(code)"
-    )
-    command = [sys.executable, "-c", code, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | variables, check=False)
 
 
 def tree(folder):
