@@ -1,4 +1,4 @@
-"""Frozen settings per stage: one model each, readable from TOML and from flags, unknown keys refused.
+"""Frozen settings: one model per stage, one per command composed of them; from TOML and flags, unknown keys refused.
 
 Defaults stand here and nowhere else. The command line and the recipes are made from these models,
 so a field's docstring is its help text.
@@ -6,11 +6,12 @@ so a field's docstring is its help text.
 
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from kcdcache.errors import NotFoundError, SettingsError
 
@@ -27,6 +28,42 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, defer_build=True
     )
+
+
+class Composed(Settings):
+    """Settings of a command: some of its own, and parts; flags and recipes give the settings of all in one table."""
+
+    @classmethod
+    def parts(cls) -> dict[str, type[Settings]]:
+        """Return the name and model of each part."""
+        found = {name: field.annotation for name, field in cls.model_fields.items()}
+        return {name: part for name, part in found.items() if isinstance(part, type) and issubclass(part, Settings)}
+
+    @property
+    def given(self) -> set[str]:
+        """Names of the settings that the user gave, those of the parts included."""
+        parts = self.parts()
+        return (self.model_fields_set - parts.keys()).union(*(getattr(self, name).model_fields_set for name in parts))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sort_into_parts(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        parts, rest = cls.parts(), dict(values)
+        tables = {
+            name: {key: rest.pop(key) for key in part.model_fields if key in rest} for name, part in parts.items()
+        }
+        return tables | rest
+
+
+def fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Return all that flags and recipes may set of a model, by name: its own settings, then those of its parts."""
+    parts = model.parts() if issubclass(model, Composed) else {}
+    found = {name: field for name, field in model.model_fields.items() if name not in parts}
+    for part in parts.values():
+        found |= part.model_fields
+    return found
 
 
 class ViewSettings(Settings):
@@ -204,41 +241,6 @@ class CondenseSettings(Settings):
     """seed of random rankings and random first sets; a run that draws any takes its own --seed unless this is given"""
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"schedule": "alg1_shift", "k0": "complement", "candidates": "global", "eps_grid": "zero_based",
-              "mix": "convex", "mix_label": "keep", "mix_target": "linear_prob"},
-    "release": {"schedule": "reference_linear", "k0": "stage_slice", "candidates": "global", "eps_grid": "zero_based",
-                "mix": "convex", "mix_label": "keep", "mix_target": "requery"},
-}  # fmt: skip
-
-
-def with_preset(model: type[BaseModel], values: Any) -> Any:
-    """Return a model's raw values over those of the preset they name, as far as the model has such settings."""
-    name = values.get("preset") if isinstance(values, Mapping) else None
-    chosen = PRESETS.get(name, {}) if isinstance(name, str) else {}
-    return (
-        {**{key: value for key, value in chosen.items() if key in model.model_fields}, **values} if chosen else values
-    )
-
-
-SAMPLING_PRESETS: dict[str, dict[str, Any]] = {"infobatch": {"observed": "loss", "record": "last", "keep": 1.0}}
-"""what a way of sampling presupposes, where the user gives nothing else: scores by the last loss, and no condensing"""
-
-
-def with_sampling(values: Any) -> Any:
-    """Return a run's raw values over those that the sampling they name presupposes."""
-    name = values.get("sampling") if isinstance(values, Mapping) else None
-    return {**SAMPLING_PRESETS[name], **values} if isinstance(name, str) and name in SAMPLING_PRESETS else values
-
-
-def with_own_draws(values: Any) -> Any:
-    """Return a run's raw values with its seed as that of the sets it draws at random, so that seeds differ in them."""
-    if not isinstance(values, Mapping) or values.get("condense_seed") is not None:
-        return values
-    draws = values.get("ranking") == "random" or values.get("schedule") == "paper_stage"
-    return {**values, "condense_seed": values["seed"]} if draws and "seed" in values else values
-
-
 class SamplingSettings(Settings):
     """Which points of the current set an epoch visits."""
 
@@ -255,6 +257,35 @@ class SamplingSettings(Settings):
     """unix: share of a pool, the most uncertain, that is mixed least (b / 64 in its release)"""
     unix_slope: float = Field(default=10, gt=0)
     """unix: how sharply mixing grows with certainty (w in its release)"""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"schedule": "alg1_shift", "k0": "complement", "candidates": "global", "eps_grid": "zero_based",
+              "mix": "convex", "mix_label": "keep", "mix_target": "linear_prob"},
+    "release": {"schedule": "reference_linear", "k0": "stage_slice", "candidates": "global", "eps_grid": "zero_based",
+                "mix": "convex", "mix_label": "keep", "mix_target": "requery"},
+}  # fmt: skip
+"""named set of readings -> its settings; `release` cannot repeat mixes of mixes, which its code keeps as
+truncated bytes"""
+SAMPLING_PRESETS: dict[str, dict[str, Any]] = {"infobatch": {"observed": "loss", "record": "last", "keep": 1.0}}
+"""what a way of sampling presupposes, where the user gives nothing else: scores by the last loss, and no condensing"""
+
+
+def with_presets(model: type[BaseModel], values: Any) -> Any:
+    """Return raw values over those of the preset and the sampling they name, as far as the model has such settings."""
+    if not isinstance(values, Mapping):
+        return values
+    chosen = SAMPLING_PRESETS.get(str(values.get("sampling")), {}) | PRESETS.get(str(values.get("preset")), {})
+    known = fields(model)
+    return {key: value for key, value in chosen.items() if key in known} | dict(values)
+
+
+def with_own_draws(values: Any) -> Any:
+    """Return a run's raw values with its seed as that of the sets it draws at random, so that seeds differ in them."""
+    if not isinstance(values, Mapping) or values.get("condense_seed") is not None or "seed" not in values:
+        return values
+    draws = values.get("ranking") == "random" or values.get("schedule") == "paper_stage"
+    return {**values, "condense_seed": values["seed"]} if draws else values
 
 
 class TrainSettings(OptimizerSettings, MethodSettings, ScheduleSettings, CondenseSettings, SamplingSettings):
@@ -277,7 +308,7 @@ class TrainSettings(OptimizerSettings, MethodSettings, ScheduleSettings, Condens
     @model_validator(mode="before")
     @classmethod
     def _apply_presets(cls, values: Any) -> Any:
-        return with_own_draws(with_sampling(with_preset(cls, values)))
+        return with_own_draws(with_presets(cls, values))
 
 
 NEUTRAL = {"checkpoint_seconds", "memory_gb", "resident", "graphs", "workers", "fidelity"}
@@ -319,71 +350,11 @@ class TeacherSettings(Settings):
     """side in pixels a named teacher's input is resized to"""
 
 
-S = TypeVar("S", bound=Settings)
-
-
-def part(model: type[S], settings: Settings) -> S:
-    """Return the part of some settings that `model` describes, from settings of a model derived from it."""
-    return model.model_validate({name: getattr(settings, name) for name in model.model_fields})
-
-
-def make(model: type[S], values: Mapping[str, Any], source: str = "the command line") -> S:
-    """Return validated settings from plain values.
-
-    Raises:
-        SettingsError: a key is unknown (names the nearest known one) or a value is out of range; says where and why.
-    """
-    try:
-        return model.model_validate(dict(values))
-    except ValidationError as error:
-        raise SettingsError("\n".join(_explained(model, item, source) for item in error.errors())) from None
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Return a TOML file's content.
-
-    Raises:
-        NotFoundError: there is no such file.
-        SettingsError: the file is not TOML; gives line and column.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise NotFoundError(f"no recipe at {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} is not valid TOML: {error}") from None
-
-
-def nearest(name: str, known: Mapping[str, Any] | list[str] | tuple[str, ...]) -> str:
-    """Return a hint naming the known name closest to a wrong one, whatever the case, or all of them if none is close.
-
-    >>> nearest("tempreture", ["temperature", "keep"])
-    "did you mean 'temperature'?"
-    >>> nearest("SHUFFLEV2", ["ShuffleV1", "ShuffleV2"])
-    "did you mean 'ShuffleV2'?"
-    """
-    lowered = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(name.lower(), lowered, n=1)
-    return f"did you mean '{lowered[close[0]]}'?" if close else f"known: {', '.join(sorted(known))}"
-
-
-def keys(model: type[BaseModel]) -> list[str]:
-    """Return the names of a model's settings as recipes and flags write them (`for` is a word of Python's own)."""
-    return [name.rstrip("_") for name in model.model_fields]
-
-
-def _explained(model: type[Settings], item: Any, source: str) -> str:
-    key = ".".join(str(part) for part in item["loc"]) or "settings"
-    if item["type"] == "extra_forbidden":
-        return f"unknown setting '{key}' in {source}; {nearest(key, keys(model))}"
-    return f"setting '{key}' in {source}: {item['msg']}; found {item['input']!r}"
-
-
 PART_ROWS = 2**24
 """samples of each part, unless told otherwise: some 100 MB of a condensed set"""
 
 
-class FitCommand(FitSettings, MachineSettings):
+class FitCommand(Composed):
     """Everything `kcdcache fit` takes."""
 
     data: str
@@ -392,9 +363,11 @@ class FitCommand(FitSettings, MachineSettings):
     """network to train"""
     out: Path
     """folder of the run"""
+    machine: MachineSettings
+    training: FitSettings
 
 
-class PrecomputeCommand(PrecomputeSettings, TeacherSettings, MachineSettings):
+class PrecomputeCommand(Composed):
     """Everything `kcdcache precompute` takes."""
 
     data: str
@@ -414,9 +387,12 @@ class PrecomputeCommand(PrecomputeSettings, TeacherSettings, MachineSettings):
     shard: str | None = None
     """write only every N-th part from the I-th on, as one of N processes: I/N, such as 0/4; the last one seals. Unset,
     it is this process's place under torchrun, in a SLURM array or under srun, if there is one; 0/1 is all parts"""
+    machine: MachineSettings
+    teaching: TeacherSettings
+    precompute: PrecomputeSettings
 
 
-class TrainCommand(TrainSettings, TeacherSettings, MachineSettings):
+class TrainCommand(Composed):
     """Everything `kcdcache train` takes."""
 
     store: Path | None = None
@@ -435,9 +411,12 @@ class TrainCommand(TrainSettings, TeacherSettings, MachineSettings):
     """stop when that many epochs are finished; the same command continues"""
     expect_id: tuple[str, ...] | None = None
     """ids that store and condensed set must have (inspect shows them): refuse anything else"""
+    machine: MachineSettings
+    teaching: TeacherSettings
+    training: TrainSettings
 
 
-class CondenseCommand(CondenseSettings):
+class CondenseCommand(Composed):
     """Everything `kcdcache condense` takes."""
 
     values: Path
@@ -462,11 +441,12 @@ class CondenseCommand(CondenseSettings):
     and files beside --out serve beyond it (extra `large`). Never changes results"""
     expect_id: tuple[str, ...] | None = None
     """ids that store, values and previous manifest must have (inspect shows them): refuse anything else"""
+    rules: CondenseSettings
 
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, values: Any) -> Any:
-        return with_preset(cls, values)
+        return with_presets(cls, values)
 
 
 class ExportCommand(Settings):
@@ -500,11 +480,150 @@ class ExportCommand(Settings):
     """ids that store and condensed set must have (inspect shows them): refuse anything else"""
 
 
-COMMANDS: Mapping[str, type[Settings]] = {
-    "fit": FitCommand,
-    "precompute": PrecomputeCommand,
-    "train": TrainCommand,
-    "condense": CondenseCommand,
-    "export": ExportCommand,
-}
-"""command -> what it takes"""
+def _by_place(metavar: str, **more: Any) -> Any:
+    """Return a setting that the command line takes by its place instead of by a flag."""
+    return Field(json_schema_extra={"argument": metavar}, **more)
+
+
+class PathCommand(Settings):
+    """Everything `kcdcache inspect` and `kcdcache seal` take."""
+
+    path: Path = _by_place("PATH")
+    """what is looked at"""
+
+
+class DiffCommand(Settings):
+    """Everything `kcdcache diff` takes."""
+
+    a: Path = _by_place("A")
+    """manifest, run or exported set"""
+    b: Path = _by_place("B")
+    """what it is compared with"""
+
+
+class MethodsCommand(Settings):
+    """Everything `kcdcache methods` takes."""
+
+    teacher: str = "wrn_40_2"
+    """network of the teacher"""
+    student: str = "wrn_16_2"
+    """network of the student"""
+    classes: int = Field(default=100, ge=2)
+    """number of classes"""
+    size: int = Field(default=32, ge=1)
+    """side of views in pixels"""
+    encoding: str = "float16"
+    """as for precompute"""
+
+
+class ReportCommand(Settings):
+    """Everything `kcdcache report` takes."""
+
+    paths: tuple[Path, ...] = _by_place("RUN_OR_FOLDER...", min_length=1)
+    """runs, or folders of runs"""
+    out: Path | None = None
+    """HTML file; a report there is replaced  [default: report.html in the one folder]"""
+    data: str | None = None
+    """data spec for the images; the recipe's if unset, where it can be loaded"""
+    reference: str | None = None
+    """row that the others are compared with  [default: kd, or the first trained]"""
+    json_file: Path | None = None
+    """JSON file for all numbers of the report"""
+    csv: Path | None = None
+    """folder for one CSV file per table"""
+
+
+class VerifyCommand(Composed):
+    """Everything `kcdcache verify` takes."""
+
+    path: Path = _by_place("PATH")
+    """what is checked"""
+    read_data: bool = False
+    """read and hash every chunk file of a store"""
+    sample: str | None = None
+    """read and hash a share of the chunk files, such as 5%"""
+    data: str | None = None
+    """data spec of the store: are they the ones it was made from?"""
+    points: int = 512
+    """points to compute again, at least"""
+    sample_seed: int = 0
+    """seed of their choice"""
+    repair: bool = False
+    """make what is damaged again, with --teacher and --data"""
+    expect_id: str | None = None
+    """refuse what has another id (inspect shows it)"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to compute; auto takes a GPU where there is one"""
+    teaching: TeacherSettings
+
+
+class RunCommand(Composed):
+    """Everything `kcdcache run` takes."""
+
+    recipe: Path | None = _by_place("[RECIPE]", default=None)
+    """TOML file of steps; a small chain on embedded digits if left out"""
+    data: str | None = None
+    """data spec to use instead of the recipe's"""
+    out: Path | None = None
+    """folder of the results  [default: runs/<recipe's name>]"""
+    jobs: int = Field(default=1, ge=1)
+    """runs done at once, each in a process with its share of the cores; several share one GPU"""
+    machine: MachineSettings
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def make(model: type[S], values: Mapping[str, Any], source: str = "the command line") -> S:
+    """Return validated settings from plain values.
+
+    Raises:
+        SettingsError: a key is unknown (names the nearest known one) or a value is out of range; says where and why.
+    """
+    if issubclass(model, Composed) and (inner := model.parts().keys() & values.keys()):
+        raise SettingsError(f"unknown setting '{min(inner)}' in {source}; {nearest(min(inner), keys(model))}")
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise SettingsError("\n".join(_explained(model, item, source) for item in error.errors())) from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return a TOML file's content.
+
+    Raises:
+        NotFoundError: there is no such file.
+        SettingsError: the file is not TOML; gives line and column.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NotFoundError(f"no recipe at {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not valid TOML: {error}") from None
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """Return a hint naming the known name closest to a wrong one, whatever the case, or all of them if none is close.
+
+    >>> nearest("tempreture", ["temperature", "keep"])
+    "did you mean 'temperature'?"
+    >>> nearest("SHUFFLEV2", ["ShuffleV1", "ShuffleV2"])
+    "did you mean 'ShuffleV2'?"
+    """
+    lowered = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower(), lowered, n=1)
+    return f"did you mean '{lowered[close[0]]}'?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def keys(model: type[BaseModel]) -> list[str]:
+    """Return the names of a model's settings as recipes and flags write them (`for` is a word of Python's own)."""
+    return [name.rstrip("_") for name in fields(model)]
+
+
+def _explained(model: type[Settings], item: Any, source: str) -> str:
+    parts = model.parts() if issubclass(model, Composed) else {}
+    key = ".".join(str(name) for name in item["loc"] if name not in parts) or "settings"
+    if item["type"] == "extra_forbidden":
+        return f"unknown setting '{key}' in {source}; {nearest(key, keys(model))}"
+    return f"setting '{key}' in {source}: {item['msg']}; found {item['input']!r}"

@@ -98,11 +98,11 @@ def alone(*words, before=""):
     """Run the command line in a process of its own, which afterwards names the heavy modules it has loaded."""
     code = (
         f"import sys; {before}\nfrom kcdcache.cli import main\ncode = main._outcome(sys.argv[1:])\n"
-        "print('loaded:', *[m for m in ('torch', 'zarr', 'pydantic') if m in sys.modules], file=sys.stderr)\n"
-        "sys.exit(code)"
+        f"print('loaded:', *[m for m in {HEAVY} if m in sys.modules], file=sys.stderr)\nsys.exit(code)"
     )
     command = [sys.executable, "-c", code, *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
 
 
+HEAVY = ("torch", "torchvision", "zarr", "sklearn", "matplotlib", "scipy")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(kcdcache.__file__).parent.parent)}

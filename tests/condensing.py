@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stores import knowledge
 
 from kcdcache import settings
-from kcdcache.commands import condenser
+from kcdcache.commands import condense as condense_command
 from kcdcache.condense import manifest, value_files, values
 from kcdcache.files import atomic
 
@@ -73,7 +73,7 @@ def condensed(root, out, case):
     """What `kcdcache condense` tells, with the settings of a case; names of inputs are those of `prepared`."""
     inputs = {name: root / case[name] for name in ("values", "previous") if case.get(name)}
     given = {"store": root / "store", "keep": 0.6, **case, **inputs, "out": out}
-    return condenser.run(settings.make(settings.CondenseCommand, given))
+    return condense_command.run(settings.make(settings.CondenseCommand, given))
 
 
 def cases(number, seed=7):

@@ -1,10 +1,8 @@
 """Exported condensed sets of a few digits, small enough to make in every test file that needs one."""
 
 import numpy as np
-from pupils import SCHOOL, SPEC, school
+from pupils import SCHOOL, SPEC, executed, school
 
-from kcdcache import progress, settings
-from kcdcache.commands import steps
 from kcdcache.condense import manifest, summary
 from kcdcache.condense.values import Values
 from kcdcache.files.atomic import sha256_file
@@ -39,11 +37,11 @@ def prepared(root, **changes):
 
 def exporting(place, out, dry_run=False, **changes):
     given = {"manifest": place.file, "store": place.knowledge.path, "out": out} | changes
-    return steps.export(settings.make(settings.ExportCommand, given), dry_run=dry_run)
+    return executed("export", given, dry_run)
 
 
 def trained(out, **changes):
     """Train as the command does; return the SHA-256 of the student's weights."""
     given = ONE_STAGE | {"data": SPEC, "device": "cpu", "out": out} | changes
-    steps.train(settings.make(settings.TrainCommand, given), progress.silent)
+    executed("train", given)
     return sha256_file(out / "student.safetensors")

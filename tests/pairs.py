@@ -7,7 +7,7 @@ import torch
 from reference import array
 
 from kcdcache.methods.base import Pair
-from kcdcache.methods.registry import METHODS
+from kcdcache.methods.catalogue import METHODS
 from kcdcache.networks.registry import tap_shapes
 from kcdcache.settings import MethodSettings
 from kcdcache.teacher import fields

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import torch
 from lessons import CPU, digits, precomputed, teacher_of
 
-from kcdcache.commands.steps import STEPS
+from kcdcache.commands import COMMANDS
 from kcdcache.networks.weights import describe_network, save_network
 from kcdcache.progress import silent
-from kcdcache.settings import TrainSettings, make
+from kcdcache.settings import TrainSettings, fields, make
 from kcdcache.store import reader
 from kcdcache.teacher import teacher
 from kcdcache.training import distill
@@ -93,12 +93,16 @@ def stop_after(steps):
 def command(school, name, **given):
     """Call a command's function as the command line does."""
     places = {"store": school.knowledge.path, "data": SPEC, "teacher": str(school.teacher)}
-    model, work = STEPS[name]
-    mine = {key: value for key, value in places.items() if key in model.model_fields}
+    mine = {key: value for key, value in places.items() if key in fields(COMMANDS[name].takes)}
     if "from_logits" in given:
         mine.pop("teacher")
     dry_run = given.pop("dry_run", False)
-    return work(make(model, mine | given), silent, dry_run=dry_run)
+    return executed(name, mine | given, dry_run)
+
+
+def executed(name, given, dry_run=False):
+    """Call a command's function with settings by name."""
+    return COMMANDS[name](make(COMMANDS[name].takes, given), silent, dry_run)
 
 
 def promised(path):

@@ -28,13 +28,13 @@ LIGHT = (
     "kcdcache.settings",
     "kcdcache.cli.main",
     "kcdcache.condense.summary",
-    "kcdcache.commands.condenser",
+    "kcdcache.commands.condense",
 )
 
 
 def room(dotted):
     """Return the room of a module of the package, `` for one at the top."""
-    name = dotted.split(".")[1] if "." in dotted else ""
+    name = dotted.split(".")[1].replace("__main__", "cli") if "." in dotted else ""
     return name if name in ROOMS else ""
 
 

@@ -1,3 +1,4 @@
+import hashlib
 import inspect
 from pathlib import Path
 
@@ -6,48 +7,52 @@ from pydantic import ValidationError
 
 from kcdcache import settings
 from kcdcache.errors import NotFoundError, SettingsError
+from kcdcache.files.atomic import canonical_json
 
 MODELS = [
     model
     for model in vars(settings).values()
-    if inspect.isclass(model) and issubclass(model, settings.Settings) and model is not settings.Settings
+    if inspect.isclass(model) and issubclass(model, settings.Settings) and model.model_fields
 ]
-FIELDS = [(model, name) for model in MODELS for name in model.model_fields]
-COMMANDS = {
+FIELDS = [(model, name) for model in MODELS for name in settings.fields(model)]
+RECORDED = "e1a78a2d648fdf24cce8ee050e212d42d25d3b1fc74dcd65e7bd3fc6b85df0a2"
+"""SHA-256 of what runs of commit 5094037 record of these settings, without mix_base, which went"""
+REQUIRED = {
     settings.FitCommand: {"data": "digits", "model": "resnet8", "out": "run"},
     settings.PrecomputeCommand: {"data": "digits", "store": "store"},
-    settings.TrainCommand: {"data": "digits", "store": "store", "out": "run"},
+    settings.TrainCommand: {"data": "digits", "out": "run"},
     settings.CondenseCommand: {"values": "v", "store": "store", "keep": 0.5, "out": "m"},
+    settings.ExportCommand: {"manifest": "m", "store": "store", "out": "set"},
+    settings.PathCommand: {"path": "p"},
+    settings.DiffCommand: {"a": "a", "b": "b"},
+    settings.ReportCommand: {"paths": ["a"]},
+    settings.VerifyCommand: {"path": "p"},
 }
 
 
-@pytest.mark.parametrize(("model", "name"), FIELDS, ids=lambda part: getattr(part, "__name__", part))
-def test_every_field_is_described(model, name):
-    assert (model.model_fields[name].description or "").strip()
+def test_every_field_is_described():
+    told = {(model.__name__, name): settings.fields(model)[name].description for model, name in FIELDS}
+    assert [place for place, text in told.items() if not (text or "").strip()] == []
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_default_is_allowed_by_its_own_model(model):
-    defaults = {name: field.default for name, field in model.model_fields.items() if not field.is_required()}
-    made = settings.make(model, {**COMMANDS.get(model, {}), **defaults})
-    assert all(getattr(made, name) == value for name, value in defaults.items())
+def test_every_default_is_allowed_by_its_own_model_and_none_can_be_changed(model):
+    defaults = {name: field.default for name, field in settings.fields(model).items() if not field.is_required()}
+    made = settings.make(model, {**REQUIRED.get(model, {}), **defaults})
+    assert made.model_dump() == settings.make(model, REQUIRED.get(model, {})).model_dump()
+    name = next(iter(model.model_fields))
+    with pytest.raises(ValidationError, match="Instance is frozen"):
+        setattr(made, name, getattr(made, name))
 
 
 def test_there_is_one_default_per_setting():
     defaults = {}
     for model, name in FIELDS:
         # `fit` cycles through all views and `precompute` keeps one; a training and a teacher batch differ
-        if name not in ("views", "batch_size") and not model.model_fields[name].is_required():
-            defaults.setdefault(name, set()).add(repr(model.model_fields[name].default))
+        different = name in ("views", "batch_size") or model is settings.MethodsCommand
+        if not different and not settings.fields(model)[name].is_required():
+            defaults.setdefault(name, set()).add(repr(settings.fields(model)[name].default))
     assert {name: found for name, found in defaults.items() if len(found) > 1} == {}
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_settings_are_frozen(model):
-    made = settings.make(model, COMMANDS.get(model, {}))
-    name = next(iter(model.model_fields))
-    with pytest.raises(ValidationError, match="Instance is frozen"):
-        setattr(made, name, getattr(made, name))
 
 
 @pytest.mark.parametrize(
@@ -122,13 +127,28 @@ def test_an_unknown_preset_is_refused():
         settings.make(settings.TrainSettings, {"preset": "papr"})
 
 
-def test_a_part_has_the_values_of_the_whole_and_no_more():
-    whole = settings.make(
-        settings.TrainCommand, {**COMMANDS[settings.TrainCommand], "keep": 0.4, "preset": "paper", "schedule": "poster"}
-    )
-    inner = settings.part(settings.TrainSettings, whole)
-    assert type(inner) is settings.TrainSettings
-    assert {name: getattr(whole, name) for name in settings.TrainSettings.model_fields} == dict(inner)
+def test_a_commands_settings_are_dealt_out_to_its_parts_and_told_as_one_table():
+    flat = {"keep": 0.4, "preset": "paper", "schedule": "poster", "teacher": "t", "device": "cpu", "transfer": True}
+    made = settings.make(settings.TrainCommand, REQUIRED[settings.TrainCommand] | flat)
+    training = {"keep": 0.4, "preset": "paper", "schedule": "poster"}
+    assert made.training == settings.make(settings.TrainSettings, training)
+    assert (made.teaching.teacher, made.machine.device, made.transfer) == ("t", "cpu", True)
+    preset = settings.PRESETS["paper"]
+    assert made.given == {*REQUIRED[settings.TrainCommand], *flat, *preset}
+    with pytest.raises(SettingsError, match=r"^unknown setting 'training' in the command line; "):
+        settings.make(settings.TrainCommand, REQUIRED[settings.TrainCommand] | {"training": 3})
+
+
+def test_a_preset_of_condense_reaches_its_rules():
+    made = settings.make(settings.CondenseCommand, REQUIRED[settings.CondenseCommand] | {"preset": "release"})
+    assert (made.rules.k0, settings.CondenseSettings().k0) == ("stage_slice", "complement")
+
+
+def test_the_record_of_a_run_is_that_of_its_settings_and_nothing_else():
+    """Its digest names runs: what is recorded, and under which names, never changes unseen."""
+    record = settings.recorded(settings.TrainSettings(student="resnet8", kr_lambda=0.1))
+    assert hashlib.sha256(canonical_json(record)).hexdigest() == RECORDED
+    assert not record.keys() & settings.NEUTRAL
 
 
 def test_toml_becomes_plain_values(tmp_path):
@@ -153,7 +173,7 @@ def test_a_missing_recipe_is_not_found(tmp_path):
 
 
 def test_paths_come_from_text():
-    assert settings.make(settings.FitCommand, COMMANDS[settings.FitCommand]).out == Path("run")
+    assert settings.make(settings.FitCommand, REQUIRED[settings.FitCommand]).out == Path("run")
 
 
 @pytest.mark.parametrize(

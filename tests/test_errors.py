@@ -5,7 +5,7 @@ import pytest
 from kcdcache import errors
 from kcdcache.errors import InterruptedRunError, KcdcacheError
 
-LEAVES = [error for error in vars(errors).values() if isinstance(error, type) and error is not KcdcacheError]
+LEAVES = [error for error in vars(errors).values() if isinstance(error, type) and KcdcacheError in error.__mro__[1:]]
 
 
 def drawn():

@@ -14,8 +14,9 @@ from test_architecture import ROOMS
 from kcdcache.cli import help, main
 from kcdcache.commands import methods
 from kcdcache.data import datasets
-from kcdcache.methods.registry import METHODS
+from kcdcache.methods.catalogue import METHODS
 from kcdcache.networks import registry
+from kcdcache.networks.catalogue import NETWORKS
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.networks.taps import TAPS
 from kcdcache.runs.state import read_metrics
@@ -57,16 +58,15 @@ def test_own_training_loop_gives_the_losses_of_train(trained):
     assert losses == pytest.approx([row["loss"] for row in read_metrics(trained / "run")], rel=1e-6)
 
 
-def test_a_method_and_a_network_are_added_as_the_readme_shows(trained, monkeypatch):
-    monkeypatch.setattr(registry, "NETWORKS", dict(registry.NETWORKS))
+def test_a_method_and_a_network_are_added_as_the_readme_shows(trained):
     code = next(text for kind, text in BLOCKS if kind == "python" and "METHODS[" in text)
     code = code.replace("runs/digits/store", str(trained / "store")).replace("runs/shallow", str(trained / "shallow"))
-    before = dict(METHODS), dict(TAPS)
+    before = dict(METHODS), dict(NETWORKS), dict(TAPS)
     try:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compile(code, "README.md", "exec"), {})
     finally:
-        for table, held in zip((METHODS, TAPS), before, strict=True):
+        for table, held in zip((METHODS, NETWORKS, TAPS), before, strict=True):
             table.clear()
             table.update(held)
     assert 0.05 < float(printed.getvalue()) <= 1

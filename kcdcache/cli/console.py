@@ -1,13 +1,26 @@
-"""How results look on a terminal: one line per entry, numbers as people read them, nothing that could steer it."""
+"""How results, progress and log lines are shown: by rich on a terminal, as plain lines elsewhere; nothing steers it."""
 
-from collections.abc import Mapping
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from kcdcache import errors
-from kcdcache.files import cloud
+import click
 
+from kcdcache import errors
+from kcdcache.commands.tables import TextTable
+from kcdcache.files import cloud
+from kcdcache.progress import Progress, silent
+
+SCHEMA_VERSION = 0
 LABELS = {"K_1H": "K_1H (kept as they are)", "K_Aug": "K_Aug (kept and enriched)", "K_0": "K_0 (dropped)"}
 """entries whose names are the paper's -> what is shown"""
+EVERY_SECONDS = 10
+"""between two plain lines of progress"""
 
 
 def printable(text: str) -> str:
@@ -15,12 +28,20 @@ def printable(text: str) -> str:
     return errors.printable(cloud.named(text))
 
 
+def show(result: Mapping[str, Any], as_json: bool = False) -> None:
+    """Print a result on stdout: as one JSON object, or for people."""
+    if as_json:
+        click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **result}))
+    elif isinstance(table := result.get("table"), TextTable) and _is_terminal(sys.stdout):
+        _show_table(table, _closing(result))
+    else:
+        click.echo(readable(result))
+
+
 def readable(result: Mapping[str, Any], indent: str = "") -> str:
     """Return a result for people: a table as it is, otherwise one line per entry, nested ones indented."""
     if "table" in result:
-        last = f"files: {result['files']}" if "files" in result else str(result["note"])
-        last += f"; report: {result['report']}" if result.get("report") not in (None, result.get("files")) else ""
-        return "\n".join(map(printable, [*str(result["table"]).split("\n"), "", last]))
+        return "\n".join(map(printable, [*str(result["table"]).split("\n"), "", _closing(result)]))
     lines = []
     for key, value in result.items():
         if isinstance(value, Mapping) and value:
@@ -30,6 +51,113 @@ def readable(result: Mapping[str, Any], indent: str = "") -> str:
         else:
             lines.append(f"{indent}{printable(f'{LABELS.get(key, key)}: {_brief(key, value)}')}")
     return "\n".join(lines)
+
+
+@contextmanager
+def telling(quiet: bool) -> Iterator[Progress]:
+    """Show log lines on stderr, and yield a report of progress: a bar on a terminal, a line now and then elsewhere."""
+    live = _is_terminal(sys.stderr)
+    if quiet or not live:
+        _log(logging.WARNING if quiet else logging.INFO, lambda line: click.echo(line, err=True))
+        yield silent if quiet else PlainProgress()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True, force_terminal=True)
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[remark]}", markup=False),
+    )  # fmt: skip
+    _log(logging.INFO, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+    with Bars(*columns, console=console) as bars:
+        yield LiveProgress(bars)
+
+
+class PlainProgress:
+    """Lines of progress on stderr, the last of each kind of work and one every ten seconds."""
+
+    def __init__(self) -> None:
+        self._began: dict[str, tuple[float, int]] = {}
+        self._last = 0.0
+
+    def __call__(self, what: str, done: int, total: int, remark: str) -> None:
+        """Tell of one kind of work."""
+        now = time.monotonic()
+        began, first = self._began.setdefault(what, (now, done))
+        if now - self._last < EVERY_SECONDS and done < total:
+            return
+        self._last = now
+        rate = (done - first) / (now - began) if now > began else 0
+        left = f", {(total - done) / rate:,.0f} s left" if rate > 0 and done < total else ""
+        click.echo(printable(f"{what}: {done:,} of {total:,} ({remark}{left})"), err=True)
+        if done >= total:
+            self._began.pop(what)
+
+
+class LiveProgress:
+    """Bars of progress; in another process, whose stderr is a log, lines."""
+
+    def __init__(self, bars: Any) -> None:
+        self._bars = bars
+        self._tasks: dict[str, Any] = {}
+
+    def __call__(self, what: str, done: int, total: int, remark: str) -> None:
+        """Tell of one kind of work."""
+        if what not in self._tasks:
+            self._tasks[what] = self._bars.add_task(printable(what), remark="")
+        self._bars.update(self._tasks[what], completed=done, total=total, remark=printable(remark))
+        if done >= total:
+            self._bars.stop_task(self._tasks.pop(what))
+
+    def __reduce__(self) -> tuple[type[PlainProgress], tuple[()]]:
+        return PlainProgress, ()
+
+
+class _Lines(logging.Handler):
+    """Gives log messages, made printable, to a function that shows a line."""
+
+    def __init__(self, line: Callable[[str], None]) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(message)s"))
+        self._line = line
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._line(printable(self.format(record)))
+
+
+def _log(level: int, line: Callable[[str], None]) -> None:
+    logging.basicConfig(level=level, handlers=[_Lines(line)])
+
+
+def _is_terminal(stream: Any) -> bool:
+    return bool(stream.isatty()) and os.environ.get("TERM") != "dumb"
+
+
+def _show_table(table: TextTable, closing: str) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console, shown = Console(force_terminal=True), Table(box=box.SIMPLE_HEAD)
+    for number, name in enumerate(table.head):
+        shown.add_column(Text(printable(name)), justify="left" if number < table.left else "right")
+    for row in table.rows:
+        shown.add_row(*(Text(printable(cell)) for cell in row))
+    for line in table.above:
+        console.print(Text(printable(line)))
+    console.print(shown)
+    for line in (*table.below, "", closing):
+        console.print(Text(printable(line)))
+
+
+def _closing(result: Mapping[str, Any]) -> str:
+    """Return the line below a table."""
+    last = f"files: {result['files']}" if "files" in result else str(result["note"])
+    report = result.get("report")
+    return last if report in (None, result.get("files")) else f"{last}; report: {report}"
 
 
 def _entry(item: Mapping[str, Any]) -> str:

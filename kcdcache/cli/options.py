@@ -1,11 +1,15 @@
 """Options of the command line made from settings: flag, help and default come from the settings' own fields."""
 
 import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import click
+from pydantic.fields import FieldInfo
+
+from kcdcache.settings import Composed, Settings
 
 INPUTS, OTHERS = "What goes in and out", "Options"
 ARTICLES = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
@@ -28,28 +32,35 @@ class Sectioned(click.Command):
                 formatter.write_dl(found[heading])
 
 
-def sections_of(model: type[Any]) -> dict[str, str]:
-    """Return setting -> heading: the first line of the docstring of the settings class that brings it."""
-    found = {}
-    for own in reversed(model.__mro__):
-        for name in inspect.get_annotations(own).keys() & model.model_fields.keys():
-            found[name] = INPUTS if own is model else (own.__doc__ or "").split("\n")[0].rstrip(".")
+def sections_of(model: type[Settings]) -> dict[str, str]:
+    """Return setting -> heading: the first line of the docstring of the settings that bring it."""
+    found = dict.fromkeys(model.model_fields, INPUTS)
+    for part in model.parts().values() if issubclass(model, Composed) else ():
+        for own in reversed(part.__mro__):
+            for name in inspect.get_annotations(own).keys() & part.model_fields.keys():
+                found[name] = (own.__doc__ or "").split("\n")[0].rstrip(".")
     return found
 
 
-def option(name: str, field: Any) -> click.Option:
-    """Return the option for one settings field, whose values go to the settings unparsed."""
+def option(name: str, field: FieldInfo) -> click.Parameter:
+    """Return the option or argument for one settings field, whose values go to the settings unparsed."""
+    several = "tuple" in str(field.annotation)
+    if isinstance(field.json_schema_extra, dict):
+        metavar = str(field.json_schema_extra["argument"])
+        return click.Argument([name], required=field.is_required(), nargs=-1 if several else 1, metavar=metavar)
     flag = f"--{name.rstrip('_').replace('_', '-')}"
     default = "" if field.is_required() or field.default is None else f"  [default: {shown(field.default)}]"
-    text = " ".join((field.description or "").split()) + default
+    text = re.sub(r"\s*\n\s*", " ", field.description or "") + default
     if field.annotation is bool:
         return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)
     choices = _choices(field.annotation)
-    kind: Any = click.Choice(choices) if choices else click.STRING
-    metavar = None if choices else _metavar(field.annotation)
-    split = _split if get_origin(field.annotation) is tuple or "tuple" in str(field.annotation) else None
     return click.Option(
-        [flag, name], type=kind, help=text, metavar=metavar, required=field.is_required(), callback=split
+        [flag, name],
+        type=click.Choice(choices) if choices else click.STRING,
+        help=text,
+        metavar=None if choices else _metavar(field.annotation),
+        required=field.is_required(),
+        callback=_split if several else None,
     )
 
 

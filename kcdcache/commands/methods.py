@@ -7,9 +7,9 @@ import numpy as np
 
 from kcdcache.commands.tables import TextTable
 from kcdcache.errors import SettingsError
-from kcdcache.methods import registry
+from kcdcache.methods import catalogue, registry
 from kcdcache.methods.base import Pair
-from kcdcache.methods.registry import METHODS
+from kcdcache.methods.catalogue import METHODS
 from kcdcache.networks.registry import tap_shapes
 from kcdcache.settings import MethodSettings
 from kcdcache.store import encoding, plan
@@ -58,7 +58,7 @@ def run(teacher: str, student: str, classes: int, size: int, encoded: str = "flo
 def _method(name: str, pair: Pair, encoded: str) -> dict[str, Any]:
     method = METHODS[name]
     settings = MethodSettings(method=name)
-    weights = registry.weights_of(settings)
+    weights = catalogue.weights_of(settings)
     row: dict[str, Any] = {
         "method": name,
         "about": method.about,
@@ -68,7 +68,7 @@ def _method(name: str, pair: Pair, encoded: str) -> dict[str, Any]:
         "alpha": weights.alpha,
         "beta": weights.parts[name],
         "temperature": weights.temperature,
-        "recipe": registry.recipe(settings, pair.student),
+        "recipe": catalogue.recipe(name, pair.student),
         "reads": [],
         "bytes": None,
         "problem": None,

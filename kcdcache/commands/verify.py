@@ -1,7 +1,7 @@
 """`verify`: is what lies at a path what was written, and does the teacher still say the same?"""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kcdcache import settings
-from kcdcache.commands import steps
+from kcdcache.commands import Result, inputs
+from kcdcache.commands.checks import parse_share
 from kcdcache.condense import manifest
 from kcdcache.data.datasets import Dataset
 from kcdcache.errors import CorruptionError, SettingsError, require_same
 from kcdcache.export import condensed_set
+from kcdcache.export.condensed_set import load_data
 from kcdcache.networks import weights
 from kcdcache.progress import Progress, silent
 from kcdcache.report import show
 from kcdcache.runs import check as runs_check
+from kcdcache.settings import VerifyCommand, make
 from kcdcache.store import check as store_check
 from kcdcache.store import identity, log, plan, reader
 from kcdcache.teacher import precompute, repair, teacher
@@ -29,67 +31,53 @@ TOLERANCE = 2e-3
 the last place of float16 where the gap to the row's maximum is largest"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Depth:
-    """How closely `verify` looks."""
+def run(command: VerifyCommand, progress: Progress = silent) -> Result:
+    """Return what was checked and found in order, or with --repair what was made again.
 
-    share: float = 0.0
-    """share of a store's chunk files that is read and hashed, in [0, 1]"""
-    points: int = 512
-    """points to compute again, at least, where a teacher is given"""
-    seed: int = 0
-    """of the choice of files and points"""
-
-
-FAST = Depth()
-
-
-def verify(path: Path, *, depth: Depth = FAST, data: str | None = None, **named: Any) -> dict[str, Any]:
-    """Return what was checked and found in order.
-
-    A store is checked against its records and listing, and as much of its chunk files as `depth` says; with its data,
+    A store is checked against its records and listing, and as much of its chunk files as asked for; with its data,
     whether they are those it was made from; with a teacher too, some points are computed again. Manifests, values,
     networks and runs are read whole and checked against their digests.
 
     Raises:
         CorruptionError: something is not what was written; lists all of it.
         MismatchError: teacher or data are not the store's.
+        SettingsError: what is asked for is done for stores alone.
     """
+    if command.repair:
+        return _repaired(command, progress)
+    path = command.path
+    show.require_ids([path], [command.expect_id] if command.expect_id else None)
     kind = show.kind_of(path)
-    result = {"kind": kind, "path": str(path), "id": show.id_of(path), **CHECKS[kind](path, depth)}
-    given, device = _given(named)
-    if given.teacher is None and data is None:
+    result = {"kind": kind, "path": str(path), "id": show.id_of(path), **CHECKS[kind](command)}
+    if command.teaching.teacher is None and command.data is None:
         return result
-    if kind != "store" or data is None:
+    if kind != "store" or command.data is None:
         raise SettingsError("to compute points again give a store, its --teacher and its --data")
-    knowledge = reader.open(path)
-    dataset = condensed_set.load_data(data)
-    store_check.check_data(knowledge, dataset)
+    knowledge, data = reader.open(path), load_data(command.data)
+    store_check.check_data(knowledge, data)
     result["data"] = "the store's"
-    return (
-        result
-        if given.teacher is None
-        else result | {"recomputed": _recompute(knowledge, given, dataset, device, depth)}
-    )
+    return result if command.teaching.teacher is None else result | {"recomputed": _recompute(command, knowledge, data)}
 
 
-def mend(path: Path, *, data: str | None = None, progress: Progress = silent, **named: Any) -> dict[str, Any]:
-    """Make what is damaged in a store again, check all of it, and return what was replaced.
+def verify(path: Path, **given: Any) -> Result:
+    """Return what `run` finds at a path, with other settings of `kcdcache verify` by name."""
+    return run(make(VerifyCommand, {"path": path, **given}))
 
-    Raises:
-        SettingsError: the path is no store, or its teacher and data are needed and not given.
-        CorruptionError, MismatchError: it cannot be made again from what is given (see `repair`).
-    """
+
+def _repaired(command: VerifyCommand, progress: Progress) -> Result:
+    """Make what is damaged in a store again, check all of it, and return what was replaced."""
+    path = command.path
     if (kind := show.kind_of(path)) != "store":
         raise SettingsError(f"--repair makes stores again, {path} is a {kind}: {REMEDIES[kind]}")
-    given, device = _given(named)
     means = None
-    if given.teacher is not None and data is not None:
-        dataset = condensed_set.load_data(data)
-        precision = steps.precision_of(repair.knowledge_of(path), path)
-        means = repair.Means(data=dataset, network=steps.load_teacher(given, dataset, precision, device, None))
+    if command.teaching.teacher is not None and command.data is not None:
+        data = load_data(command.data)
+        precision = inputs.precision_of(repair.knowledge_of(path), path)
+        network = inputs.load_teacher(command.teaching, data, precision, command.device, None)
+        means = repair.Means(data=data, network=network)
     replaced = repair.repair(path, means, progress)
-    return {"kind": kind, "path": str(path), "repaired": replaced, **_store(path, Depth(share=1.0))}
+    whole = command.model_copy(update={"read_data": True})
+    return {"kind": kind, "path": str(path), "repaired": replaced, **_store(whole)}
 
 
 REMEDIES: Mapping[str, str] = {
@@ -102,36 +90,10 @@ REMEDIES: Mapping[str, str] = {
 """kind -> what to do with one that is damaged"""
 
 
-def _given(named: Mapping[str, Any]) -> tuple[settings.TeacherSettings, str]:
-    device = named.get("device") or "auto"
-    plain = {key: value for key, value in named.items() if value is not None and key != "device"}
-    return settings.make(settings.TeacherSettings, plain), device
-
-
-def parse_share(text: str) -> float:
-    """Return a share in (0, 1] from a text such as `5%` or `0.05`.
-
-    Raises:
-        SettingsError: it is none.
-
-    >>> parse_share("5%")
-    0.05
-    """
-    try:
-        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise SettingsError(f"--sample takes a share above 0 and at most 100%, such as 5%; found {text!r}")
-    return share
-
-
-def _recompute(
-    knowledge: reader.Store, named: settings.TeacherSettings, data: Dataset, device: str, depth: Depth
-) -> dict[str, Any]:
-    precision = steps.precision_of(knowledge.knowledge, knowledge.path)
-    network = steps.load_teacher(named, data, precision, device, None)
-    found = recheck(knowledge, data, network, points=depth.points, seed=depth.seed)
+def _recompute(command: VerifyCommand, knowledge: reader.Store, data: Dataset) -> Result:
+    precision = inputs.precision_of(knowledge.knowledge, knowledge.path)
+    network = inputs.load_teacher(command.teaching, data, precision, command.device, None)
+    found = recheck(knowledge, data, network, points=command.points, seed=command.sample_seed)
     if found["largest"] > TOLERANCE:
         raise CorruptionError(
             f"the teacher no longer gives what {knowledge.path} holds: {found['differing']} of {found['points']} "
@@ -145,9 +107,7 @@ def _recompute(
     return found
 
 
-def recheck(
-    knowledge: reader.Store, data: Dataset, network: teacher.Teacher, *, points: int, seed: int = 0
-) -> dict[str, Any]:
+def recheck(knowledge: reader.Store, data: Dataset, network: teacher.Teacher, *, points: int, seed: int = 0) -> Result:
     """Run the teacher again on randomly chosen teacher batches and compare with the store, field by field.
 
     On the same kind of machine and versions the result is exact; `largest` is the largest |difference| / (1 + |value|).
@@ -208,12 +168,11 @@ def _usable(knowledge: reader.Store, start: int, stop: int) -> np.ndarray:
     return np.setdiff1d(np.arange(start, stop), knowledge.skipped)
 
 
-def _store(path: Path, depth: Depth) -> dict[str, Any]:
-    found = store_check.verify(path, share=depth.share, seed=depth.seed)
-    if found.problems:
-        shown = "\n  ".join(found.problems[:20])
-        raise CorruptionError(f"{path}: {len(found.problems)} problems\n  {shown}")
-    told: dict[str, Any] = {"files": found.files, "files_read": found.read, "bytes_read": found.bytes, "problems": 0}
+def _store(command: VerifyCommand) -> Result:
+    path = command.path
+    found = store_check.verify(path, share=_share(command), seed=command.sample_seed)
+    _require_none(path, found.problems)
+    told: Result = {"files": found.files, "files_read": found.read, "bytes_read": found.bytes, "problems": 0}
     if not found.read:
         told["compared"] = "records, listing and sizes; no chunk was read, --read-data reads all and --sample 5% some"
     if log.growths(path, "plan") > log.growths(path, "commit"):
@@ -221,34 +180,42 @@ def _store(path: Path, depth: Depth) -> dict[str, Any]:
     return told
 
 
-def _run(path: Path, depth: Depth) -> dict[str, Any]:
-    found = runs_check.check(path)
-    if found.problems:
-        shown = "\n  ".join(found.problems[:20])
-        raise CorruptionError(f"{path}: {len(found.problems)} problems\n  {shown}")
+def _run(command: VerifyCommand) -> Result:
+    found = runs_check.check(command.path)
+    _require_none(command.path, found.problems)
     cut = {"cut_short": list(found.unfinished)} if found.unfinished else {}
     return found.counts | {"finished": found.finished, "problems": 0} | cut
 
 
-def _network(path: Path, depth: Depth) -> dict[str, Any]:
-    weights.load_network(path.with_suffix(".json"))
-    return {"problems": 0}
-
-
-def _condensed(path: Path, depth: Depth) -> dict[str, Any]:
-    if found := condensed_set.problems(path, share=depth.share, seed=depth.seed):
-        shown = "\n  ".join(found[:20])
-        raise CorruptionError(f"{path}: {len(found)} problems\n  {shown}")
+def _condensed(command: VerifyCommand) -> Result:
+    path = command.path
+    _require_none(path, condensed_set.problems(path, share=_share(command), seed=command.sample_seed))
     opened = condensed_set.open(path)
     return {"rows": opened.knowledge.plan.count, "kept": len(opened.manifest), "problems": 0}
 
 
-CHECKS: Mapping[str, Callable[[Path, Depth], dict[str, Any]]] = {
+def _network(command: VerifyCommand) -> Result:
+    weights.load_network(command.path.with_suffix(".json"))
+    return {"problems": 0}
+
+
+def _share(command: VerifyCommand) -> float:
+    """Return the share of the chunk files that is read and hashed, in [0, 1]."""
+    return 1.0 if command.read_data else parse_share(command.sample) if command.sample else 0.0
+
+
+def _require_none(path: Path, problems: Sequence[str]) -> None:
+    if problems:
+        shown = "\n  ".join(problems[:20])
+        raise CorruptionError(f"{path}: {len(problems)} problems\n  {shown}")
+
+
+CHECKS: Mapping[str, Callable[[VerifyCommand], Result]] = {
     "condensed": _condensed,
     "store": _store,
     "run": _run,
-    "manifest": lambda path, depth: {"rows": len(manifest.read(path)), "problems": 0},
-    "values": lambda path, depth: {"rows": show.inspect(path)["samples"], "problems": 0},
+    "manifest": lambda command: {"rows": len(manifest.read(command.path)), "problems": 0},
+    "values": lambda command: {"rows": show.inspect(command.path)["samples"], "problems": 0},
     "network": _network,
 }
 """kind -> how it is checked"""

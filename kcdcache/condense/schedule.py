@@ -73,6 +73,16 @@ def export_keep(stages: int, keep: float, base: float = 1.0) -> float | None:
     return None if base < 1 and stages == 1 else keep
 
 
+def require_whole_stages(epochs: int, stages: int) -> None:
+    """Do nothing if epochs can be dealt out to stages evenly.
+
+    Raises:
+        SettingsError: they cannot.
+    """
+    if stages < 1 or epochs < 1 or epochs % stages:
+        raise SettingsError(f"epochs must be a multiple of stages; found {epochs} epochs in {stages} stages")
+
+
 def expected_cost(stages: Sequence[Stage], count: int, epochs: int) -> float:
     """Return the relative cost C in (0, 1]: samples the student forwards over N times epochs, counted, not estimated.
 
@@ -137,7 +147,6 @@ def _require_plan(schedule: str, epochs: int, stages: int, keep: float, base: fl
         raise SettingsError(f"unknown schedule '{schedule}'; known: {', '.join(SCHEDULES)}")
     if not 0 < base <= 1 or not 0 < keep <= 1:
         raise SettingsError(f"keep and base are shares in (0, 1]; found keep {keep}, base {base}")
-    if stages < 1 or epochs < 1 or epochs % stages:
-        raise SettingsError(f"epochs must be a multiple of stages; found {epochs} epochs in {stages} stages")
+    require_whole_stages(epochs, stages)
     if export_keep(stages, keep, base) is not None and keep > base:
         raise SettingsError(f"keep {keep} exceeds the given set's share {base} of all samples; lower keep to it")

@@ -15,7 +15,6 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torchvision
 from jaxtyping import Int64, UInt8
 
 from kcdcache import rng
@@ -292,8 +291,10 @@ def _doubled(images: Int64[np.ndarray, "n h w"], axis: int) -> Int64[np.ndarray,
 
 
 def _cifar(spec: DataSpec) -> Loaded:
+    from torchvision.datasets import CIFAR10, CIFAR100
+
     folder = Path(spec.location or CACHE).expanduser()
-    dataset = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[spec.kind]
+    dataset = {"cifar10": CIFAR10, "cifar100": CIFAR100}[spec.kind]
     try:
         parts = [dataset(str(folder), train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:

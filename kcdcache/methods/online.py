@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 
 import torch
-import torchvision
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 from torch.nn import functional
@@ -14,6 +13,7 @@ from kcdcache.methods.base import Lesson, Pair, Seen, Term, constant, hard_term
 from kcdcache.methods.losses import logit_divergence
 from kcdcache.networks import registry
 from kcdcache.networks.resnet import ResNet, ResNet50
+from kcdcache.networks.taps import of_family
 from kcdcache.networks.wrn import WideResNet
 
 
@@ -71,11 +71,11 @@ BRANCHES = 3
 RAMP = 80 / 240
 """share of the epochs in which the divergences grow to their weight"""
 
-TAILS: Mapping[type[nn.Module], tuple[str, tuple[str, ...]]] = {
+TAILS: Mapping[type[nn.Module] | str, tuple[str, tuple[str, ...]]] = {
     ResNet: ("stage2", ("layer3", "avgpool", "fc")),
     ResNet50: ("stage3", ("layer4", "avgpool", "linear")),
     WideResNet: ("stage2", ("block3", "bn1", "relu", "avgpool", "fc")),
-    torchvision.models.ResNet: ("stage3", ("layer4", "avgpool", "fc")),
+    "torchvision.models.resnet.ResNet": ("stage3", ("layer4", "avgpool", "fc")),
 }
 """family -> the tap of its last stage but one, and all that follows it, classifier last"""
 
@@ -139,11 +139,11 @@ class Gate(nn.Module):
 def _tail(pair: Pair) -> tuple[str, nn.Module]:
     """Return the tap of the student's last stage but one, and a newly initialised copy of all that follows it."""
     network = registry.build(pair.student, pair.classes, drawn_seed(), channels=pair.image[0])
-    if type(network) not in TAILS:
+    if (found := of_family(TAILS, network)) is None:
         raise SettingsError(
             f"one branches off before a residual network's last stage, which '{pair.student}' does not have; take a "
             "student of the resnet or wrn families (resnet20, wrn_16_2, ResNet50, torchvision:resnet18, ...)"
         )
-    stage, names = TAILS[type(network)]
+    stage, names = found
     parts = [network.get_submodule(name) for name in names]
     return stage, nn.Sequential(*parts[:-1], nn.Flatten(1), parts[-1]).to(memory_format=torch.channels_last)

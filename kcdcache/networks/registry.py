@@ -7,53 +7,12 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 
 from kcdcache.errors import SettingsError
 from kcdcache.networks import taps
-from kcdcache.networks.mobilenet import MobileNetV2
-from kcdcache.networks.resnet import ResNet, ResNet50
-from kcdcache.networks.shufflenet import ShuffleV1, ShuffleV2
-from kcdcache.networks.vgg import VGG
-from kcdcache.networks.wrn import WideResNet
+from kcdcache.networks.catalogue import NETWORKS, require_known_name
 from kcdcache.settings import nearest
-
-try:
-    import timm
-except ImportError:
-    timm = None
-
-NARROW = (16, 16, 32, 64)
-WIDE = (32, 64, 128, 256)
-
-NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "resnet8": partial(ResNet, 8, NARROW),
-    "resnet14": partial(ResNet, 14, NARROW),
-    "resnet20": partial(ResNet, 20, NARROW),
-    "resnet32": partial(ResNet, 32, NARROW),
-    "resnet44": partial(ResNet, 44, NARROW),
-    "resnet56": partial(ResNet, 56, NARROW),
-    "resnet110": partial(ResNet, 110, NARROW),
-    "resnet8x4": partial(ResNet, 8, WIDE),
-    "resnet32x4": partial(ResNet, 32, WIDE),
-    "ResNet50": ResNet50,
-    "wrn_10_2": partial(WideResNet, 10, 2),
-    "wrn_16_1": partial(WideResNet, 16, 1),
-    "wrn_16_2": partial(WideResNet, 16, 2),
-    "wrn_28_2": partial(WideResNet, 28, 2),
-    "wrn_40_1": partial(WideResNet, 40, 1),
-    "wrn_40_2": partial(WideResNet, 40, 2),
-    "vgg8": partial(VGG, (1, 1, 1, 1, 1)),
-    "vgg11": partial(VGG, (1, 1, 2, 2, 2)),
-    "vgg13": partial(VGG, (2, 2, 2, 2, 2)),
-    "vgg16": partial(VGG, (2, 2, 3, 3, 3)),
-    "vgg19": partial(VGG, (2, 2, 4, 4, 4)),
-    "MobileNetV2": MobileNetV2,
-    "ShuffleV1": ShuffleV1,
-    "ShuffleV2": ShuffleV2,
-}
-"""name -> network made from (classes, channels)"""
 
 # their training-only second outputs are not logits, and their default initialisation warns
 TORCHVISION_OPTIONS: dict[str, dict[str, Any]] = {
@@ -100,17 +59,16 @@ def runs_foreign_code(spec: str) -> bool:
 def _maker(spec: str, classes: int, channels: int) -> Callable[[], nn.Module]:
     if spec in NETWORKS:
         return partial(NETWORKS[spec], classes, channels)
-    source, colon, name = spec.partition(":")
-    if not colon:
-        raise SettingsError(
-            f"unknown network '{spec}'; {nearest(spec, NETWORKS)} (or torchvision:NAME, timm:NAME, my.module:factory)"
-        )
+    require_known_name(spec)
+    source, _, name = spec.partition(":")
     if source in PACKAGES:
         return PACKAGES[source](name, classes, channels)
     return partial(_call_factory, spec, _factory(source, name), classes)
 
 
 def _torchvision(name: str, classes: int, channels: int) -> Callable[[], nn.Module]:
+    import torchvision
+
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         raise SettingsError(f"unknown network 'torchvision:{name}'; {nearest(name, known)}")
@@ -121,8 +79,11 @@ def _torchvision(name: str, classes: int, channels: int) -> Callable[[], nn.Modu
 
 
 def _timm(name: str, classes: int, channels: int) -> Callable[[], nn.Module]:
-    if timm is None:
-        raise SettingsError(f"timm:{name} needs the package timm; install it with: pip install 'kcdcache[timm]'")
+    try:
+        import timm
+    except ImportError:
+        hint = "install it with: pip install 'kcdcache[timm]'"
+        raise SettingsError(f"timm:{name} needs the package timm; {hint}") from None
     if not timm.is_model(name):
         raise SettingsError(f"unknown network 'timm:{name}'; {nearest(name, timm.list_models())}")
     return partial(timm.create_model, name, pretrained=False, num_classes=classes, in_chans=channels)

@@ -1,11 +1,10 @@
 """Feature taps: inner values of a network by names that are the same for every family."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
-import torchvision
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -17,6 +16,8 @@ from kcdcache.networks.shufflenet import ShuffleV1, ShuffleV2
 from kcdcache.networks.vgg import VGG
 from kcdcache.networks.wrn import WideResNet
 from kcdcache.settings import nearest
+
+T = TypeVar("T")
 
 FILTERS = "filters:"
 """begins the name under which a student's own filter profile of a stage is asked for, beside its taps"""
@@ -57,7 +58,7 @@ def _mobilenet_taps(module: Any) -> dict[str, Tap]:
     return {"stage0": Tap("conv1", "output"), **ends, **{f"{name}.pre": tap for name, tap in ends.items()}}
 
 
-TAPS: dict[type[nn.Module], Callable[[Any], dict[str, Tap]]] = {
+TAPS: dict[type[nn.Module] | str, Callable[[Any], dict[str, Tap]]] = {
     ResNet: partial(_layer_taps, stem="relu", relu="relu2"),
     ResNet50: partial(_layer_taps, stem="relu", relu="relu3", count=4),
     WideResNet: _wide_resnet_taps,
@@ -65,11 +66,17 @@ TAPS: dict[type[nn.Module], Callable[[Any], dict[str, Tap]]] = {
     MobileNetV2: _mobilenet_taps,
     ShuffleV1: partial(_layer_taps, stem="relu", relu="relu3"),
     ShuffleV2: partial(_layer_taps, stem="relu", relu="relu3"),
-    torchvision.models.ResNet: partial(_layer_taps, stem="maxpool", relu="relu", count=4),
+    "torchvision.models.resnet.ResNet": partial(_layer_taps, stem="maxpool", relu="relu", count=4),
 }
 """family -> its stages: `stage0` is the stem, `stageN` what RepDistiller calls feature N with preact=False, and
 `stageN.pre` the same with preact=True: the value whose ReLU is `stageN` (ShuffleV2: `stageN` before its shuffle;
 wide networks: what the next stage starts from; MobileNetV2 activates no stage, so both are equal)"""
+
+
+def of_family(table: Mapping[Any, T], module: nn.Module) -> T | None:
+    """Return a table's entry for a network's class; those of libraries that need not be loaded go by their names."""
+    family = type(module)
+    return table.get(family, table.get(f"{family.__module__}.{family.__qualname__}"))
 
 
 def stage_taps(module: nn.Module) -> dict[str, Tap]:
@@ -78,7 +85,8 @@ def stage_taps(module: nn.Module) -> dict[str, Tap]:
     Every network has `logits` (its output) and, where it ends in a linear classifier, `penultimate` (the vector that
     classifier reads: the input of the last `nn.Linear`). The families in `TAPS` have stages besides.
     """
-    stages = TAPS[type(module)](module) if type(module) in TAPS else {}
+    family = of_family(TAPS, module)
+    stages = {} if family is None else family(module)
     linear = [path for path, inner in module.named_modules() if isinstance(inner, nn.Linear)]
     penultimate = {"penultimate": Tap(linear[-1], "input")} if linear else {}
     return {**stages, **penultimate, "logits": Tap("", "output")}

@@ -1,5 +1,4 @@
-"""Units of work that need each other, done in turn or several at once in processes of their own; one failing stops none
-but those that need it."""
+"""Pieces of work that need each other, in turn or several at once in processes; a failing one stops what needs it."""
 
 import logging
 import multiprocessing
@@ -8,12 +7,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from kcdcache import interrupt
 from kcdcache.errors import InterruptedRunError, KcdcacheError
@@ -25,17 +25,8 @@ LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
-    """One piece of work."""
-
-    name: str
-    needs: tuple[str, ...] = ()
-    """units that must have succeeded before"""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a unit."""
+    """What became of a piece of work."""
 
     result: dict[str, Any] | None = None
     """what it returned; None if it failed or was not begun"""
@@ -45,36 +36,62 @@ class Outcome:
 
 
 Prepare = Callable[[str], Any]
-"""name of a unit -> what it is given, asked for when all that it needs is there"""
+"""name of a piece -> what it is given, asked for when all that it needs is there"""
 Work = Callable[[Any], dict[str, Any]]
-"""what a unit is given -> its result; importable by name, since other processes call it"""
+"""what a piece is given -> its result; importable by name, since other processes call it"""
 
 
 def execute(
-    units: Sequence[Unit], prepare: Prepare, work: Work, *, jobs: int = 1, logs: Path | None = None
+    needs: Mapping[str, Collection[str]],
+    prepare: Prepare,
+    work: Work,
+    *,
+    jobs: int = 1,
+    logs: Path | None = None,
+    preload: Sequence[str] = (),
 ) -> dict[str, Outcome]:
-    """Do all units, each as soon as what it needs is done; return what became of each.
+    """Do all pieces of work, each as soon as what it needs is done; return what became of each.
 
-    With `jobs` above 1, so many at once, each in a process of its own, whose log goes to logs/NAME.log.
+    `needs` holds, by name and in the order wanted, what must have succeeded before. With `jobs` above 1, so many are
+    done at once, each in a process of its own that has imported `preload` and whose log goes to logs/NAME.log.
 
     Raises:
         InterruptedRunError: the user asked to stop; what was running has stopped at a safe point.
     """
-    if jobs == 1:
-        return _in_turn(units, prepare, work)
-    assert logs is not None, "processes need a place for their logs"
-    return _Crew(units, prepare, work, jobs, logs).execute()
+    assert jobs == 1 or logs is not None, "processes need a place for their logs"
+    workers: _Workers = _InTurn(work) if logs is None or jobs == 1 else _Processes(work, jobs, logs, preload)
+    order, found, ready = list(needs), dict[str, Outcome](), list[str]()
+    sorter = TopologicalSorter(needs)
+    sorter.prepare()
+
+    def settle(name: str, outcome: Outcome) -> None:
+        found[name] = outcome
+        _tell(name, outcome, len(found), len(order))
+        sorter.done(name)
+
+    while sorter.is_active():
+        ready = sorted([*ready, *sorter.get_ready()], key=order.index)
+        for name in ready.copy():
+            failed = [need for need in needs[name] if found[need].result is None]
+            if not failed and not workers.free():
+                break
+            ready.remove(name)
+            if failed:
+                settle(name, Outcome(error=f"not begun: it needs '{failed[0]}', which failed", exit_code=9))
+            else:
+                workers.begin(name, prepare)
+        for name, outcome in workers.ended():
+            settle(name, outcome)
+        if workers.stopped():
+            interrupt.stop(f"{len(found)} of {len(order)} finished; the others stand at a safe point")
+    return {name: found[name] for name in order}
 
 
-def _in_turn(units: Sequence[Unit], prepare: Prepare, work: Work) -> dict[str, Outcome]:
-    found: dict[str, Outcome] = {}
-    for unit in units:
-        if (missing := _missing(unit, found)) is not None:
-            found[unit.name] = missing
-            continue
-        found[unit.name] = _attempted(lambda unit=unit: work(prepare(unit.name)))  # type: ignore[misc]
-        _tell(unit.name, found[unit.name], len(found), len(units))
-    return found
+def _tell(name: str, outcome: Outcome, done: int, total: int) -> None:
+    if outcome.result is None:
+        logger.error("%s failed: %s", name, outcome.error)
+    else:
+        logger.info("%s is done, %d of %d", name, done, total)
 
 
 def _attempted(do: Callable[[], dict[str, Any]]) -> Outcome:
@@ -90,112 +107,97 @@ def _attempted(do: Callable[[], dict[str, Any]]) -> Outcome:
         return Outcome(error=f"{type(error).__name__}: {error}", exit_code=1)
 
 
-def _missing(unit: Unit, found: Mapping[str, Outcome]) -> Outcome | None:
-    """Return the outcome of a unit that cannot be begun, None if it can."""
-    failed = [need for need in unit.needs if found[need].result is None]
-    return Outcome(error=f"not begun: it needs '{failed[0]}', which failed", exit_code=9) if failed else None
+class _Workers(Protocol):
+    def free(self) -> bool: ...
+    def begin(self, name: str, prepare: Prepare) -> None: ...
+    def ended(self) -> Iterator[tuple[str, Outcome]]: ...
+    def stopped(self) -> bool: ...
 
 
-def _tell(name: str, outcome: Outcome, done: int, total: int) -> None:
-    if outcome.result is None:
-        logger.error("%s failed: %s", name, outcome.error)
-    else:
-        logger.info("%s is done, %d of %d", name, done, total)
+class _InTurn:
+    """One piece at a time, in this process."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._done: list[tuple[str, Outcome]] = []
+
+    def free(self) -> bool:
+        return not self._done
+
+    def begin(self, name: str, prepare: Prepare) -> None:
+        self._done.append((name, _attempted(lambda: self._work(prepare(name)))))
+
+    def ended(self) -> Iterator[tuple[str, Outcome]]:
+        while self._done:
+            yield self._done.pop()
+
+    def stopped(self) -> bool:
+        return False  # a wish to stop has ended the work itself
 
 
-@dataclass(kw_only=True)
-class _Running:
-    process: ForkServerProcess
-    pipe: Connection
+class _Processes:
+    """Several pieces at a time, each in a process of its own."""
 
-
-@dataclass
-class _Crew:
-    """Several processes at work."""
-
-    units: Sequence[Unit]
-    prepare: Prepare
-    work: Work
-    jobs: int
-    logs: Path
-    found: dict[str, Outcome] = field(default_factory=dict)
-    running: dict[str, _Running] = field(default_factory=dict)
-    stopping: bool = False
-
-    def execute(self) -> dict[str, Outcome]:
-        """Do all units."""
-        self.logs.mkdir(parents=True, exist_ok=True)
+    def __init__(self, work: Work, jobs: int, logs: Path, preload: Sequence[str]) -> None:
+        self._work, self._jobs, self._logs = work, jobs, logs
+        self._running: dict[str, tuple[ForkServerProcess, Connection]] = {}
+        self._failed: list[tuple[str, Outcome]] = []
+        self._stopping = False
+        logs.mkdir(parents=True, exist_ok=True)
         # children fork from a server that has imported everything and started no thread
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([self.work.__module__])
-        while self._begin(context) or self.running:
-            self._look()
-            for name in [name for name, one in self.running.items() if _ended(one)]:
-                self._end(name)
-        if self.stopping:
-            interrupt.stop(f"{len(self.found)} of {len(self.units)} finished; the others stand at a safe point")
-        return self.found
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([work.__module__, *preload])
 
-    def _begin(self, context: Any) -> bool:
-        """Start what can be started; return whether anything was."""
-        begun = False
-        for unit in self.units:
-            if unit.name in self.found or unit.name in self.running or not all(n in self.found for n in unit.needs):
-                continue
-            if (missing := _missing(unit, self.found)) is not None:
-                self._note(unit.name, missing)
-                begun = True
-            elif len(self.running) < self.jobs and not self.stopping:
-                self._start(unit.name, context)
-                begun = True
-        return begun
+    def free(self) -> bool:
+        return len(self._running) < self._jobs and not self._stopping
 
-    def _start(self, name: str, context: Any) -> None:
+    def begin(self, name: str, prepare: Prepare) -> None:
         try:
-            given = self.prepare(name)
+            given = prepare(name)
         except KcdcacheError as error:
-            self._note(name, Outcome(error=str(error), exit_code=error.exit_code))
+            self._failed.append((name, Outcome(error=str(error), exit_code=error.exit_code)))
             return
-        here, there = context.Pipe()
-        process = context.Process(target=_child, args=(there, self.work, given, self.logs / f"{name}.log"))
+        here, there = self._context.Pipe()
+        process = self._context.Process(target=_child, args=(there, self._work, given, self._logs / f"{name}.log"))
         process.start()
         there.close()
-        self.running[name] = _Running(process=process, pipe=here)
+        self._running[name] = process, here
         logger.info("%s begun, process %d", name, process.pid)
 
-    def _look(self) -> None:
-        """Wait a little; pass a wish to stop on, once."""
-        wait([one.pipe for one in self.running.values()], LOOK_SECONDS)
-        if interrupt.requested() and not self.stopping:
-            self.stopping = True
-            for one in self.running.values():
-                one.process.terminate()
+    def ended(self) -> Iterator[tuple[str, Outcome]]:
+        """Wait a little, pass a wish to stop on, once, and yield what has ended."""
+        while self._failed:
+            yield self._failed.pop()
+        wait([pipe for _, pipe in self._running.values()], LOOK_SECONDS)
+        if interrupt.requested() and not self._stopping:
+            self._stopping = True
+            for process, _ in self._running.values():
+                process.terminate()
+        for name, (process, pipe) in list(self._running.items()):
+            if pipe.poll() or not process.is_alive():
+                del self._running[name]
+                outcome = self._outcome(name, process, pipe)
+                if not (self._stopping and outcome.exit_code in (130, 143)):
+                    yield name, outcome
 
-    def _end(self, name: str) -> None:
-        one = self.running.pop(name)
+    def stopped(self) -> bool:
+        return self._stopping and not self._running
+
+    def _outcome(self, name: str, process: ForkServerProcess, pipe: Connection) -> Outcome:
         try:
-            outcome = one.pipe.recv() if one.pipe.poll() else None
+            outcome: Outcome | None = pipe.recv() if pipe.poll() else None
         except EOFError:
             outcome = None
-        one.process.join()
-        if outcome is None:
-            code = one.process.exitcode or 0
-            how = f"by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"with exit code {code}"
-            outcome = Outcome(error=f"its process ended {how}; see {self.logs / f'{name}.log'}", exit_code=1)
-        if not (self.stopping and outcome.exit_code in (130, 143)):
-            self._note(name, outcome)
-
-    def _note(self, name: str, outcome: Outcome) -> None:
-        self.found[name] = outcome
-        _tell(name, outcome, len(self.found), len(self.units))
-
-
-def _ended(one: _Running) -> bool:
-    return one.pipe.poll() or not one.process.is_alive()
+        process.join()
+        if outcome is not None:
+            return outcome
+        code = process.exitcode or 0
+        how = f"by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"with exit code {code}"
+        return Outcome(error=f"its process ended {how}; see {self._logs / f'{name}.log'}", exit_code=1)
 
 
 def _child(pipe: Connection, work: Work, given: Any, log: Path) -> None:
-    """Do one unit in a process of its own."""
+    """Do one piece of work in a process of its own."""
     # the terminal sends Ctrl-C to all processes; the parent passes the wish on, once
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_stop_with_parent, daemon=True).start()

@@ -1,35 +1,323 @@
-"""Recipes written short: steps repeated for pairs of networks and for variants, spelled out one by one."""
+"""Recipes: commands as steps that build on each other, repeated for seeds, pairs of networks and variants."""
 
 import itertools
 import logging
 import os
 import re
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
 
 from kcdcache import settings
-from kcdcache.commands import steps
+from kcdcache.commands import COMMANDS, STEPS, Result, checks
+from kcdcache.commands.tables import TextTable
 from kcdcache.data import spec
-from kcdcache.data.spec import extended
-from kcdcache.environment import environment
-from kcdcache.errors import SettingsError
+from kcdcache.errors import KcdcacheError, SettingsError
 from kcdcache.files import cloud
 from kcdcache.files.atomic import readable_json, write_atomic
-from kcdcache.networks.input_transform import resolve_device
 from kcdcache.progress import Progress
-from kcdcache.recipes.jobs import Unit, execute
-from kcdcache.runs import state
-from kcdcache.settings import MachineSettings, Settings, nearest
+from kcdcache.recipes.jobs import Outcome, execute
+from kcdcache.settings import MachineSettings, RunCommand, Settings, nearest
 
+logger = logging.getLogger(__name__)
+
+EMBEDDED = Path(__file__).with_name("digits.toml")
+REFERENCE = re.compile(r"@([A-Za-z0-9_.-]+)(:condensed|:values)?")
 PLACE = re.compile(r"\{(\w+)\}")
 """where a pair's entry goes, as in model = "{student}" """
+PLACES = {"fit": "out", "precompute": "store", "train": "out", "condense": "out"}
+"""command -> the setting that says where its result goes"""
+AVERAGED = ("accuracy_last", "accuracy_best", "relative_cost", "teacher_forwards", "seconds")
+HEAD = ("", "network", "n", "accuracy %", "best %", "relative cost", "teacher forwards", "seconds")
 Entry = Mapping[str, Any]
+
+
+class Step(Settings):
+    """One step of a recipe."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+    """name of the step and of its folder; other steps refer to it as @name"""
+    run: str
+    """command: fit, precompute, train or condense"""
+    title: str = ""
+    """how the table calls it; the name if empty"""
+    per_seed: bool = False
+    """run once for every seed of the recipe, in its own folder"""
+    data_options: str = ""
+    """what is added to the recipe's data spec for this step, such as noise=0.4 or gamma=0.6"""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """the command's settings; @name stands for a step's result, @name:condensed for a run's condensed set"""
+
+
+class Recipe(Settings):
+    """A chain of steps, those of pairs and variants spelled out."""
+
+    title: str
+    """what the recipe shows"""
+    data: str
+    """data spec given to every step that takes one"""
+    train_images: int | None = Field(default=None, ge=1)
+    """use only the first so many training images, but for steps whose data_options have a `train` of their own"""
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    """seeds of the steps that run per seed"""
+    machine: MachineSettings = Field(default_factory=MachineSettings)
+    """device and threads for every step that takes them"""
+    step: tuple[Step, ...]
+    """the steps in order"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A step for one seed, or for all."""
+
+    step: Step
+    seed: int | None
+
+    @property
+    def name(self) -> str:
+        """The name, which is that of its folder."""
+        return self.step.name if self.seed is None else f"{self.step.name}-seed{self.seed}"
+
+    def place(self, out: Path) -> Path:
+        """Return where its result lies."""
+        return out / (f"{self.name}.parquet" if self.step.run == "condense" else self.name)
+
+
+def pieces(step: Step, recipe: Recipe) -> list[Piece]:
+    """Return a step once for each seed it runs for."""
+    return [Piece(step=step, seed=seed) for seed in (recipe.seeds if step.per_seed else (None,))]
+
+
+def command(given: RunCommand, progress: Progress, dry_run: bool = False) -> Result:
+    """Do a recipe's steps and report on them; return its table, or with `dry_run` every step's settings."""
+    path = given.recipe or EMBEDDED
+    recipe, out = load(path), given.out or Path("runs") / path.stem
+    if dry_run:
+        return {"would": "run", "recipe": str(path), "steps": planned(recipe, out, given.data)}
+    machine, words = given.machine.model_dump(exclude_unset=True), " ".join(["kcdcache", *sys.argv[1:]])
+    results = run(
+        recipe, out, data=given.data, machine=machine, jobs=given.jobs, command=words, progress=progress
+    )  # fmt: skip
+    return {"table": table(results), "files": str(out), "report": _reported(out), **results}
+
+
+def load(path: Path) -> Recipe:
+    """Return a recipe read from TOML; unknown keys and names are refused, those of the steps' settings included.
+
+    Raises:
+        NotFoundError: there is no such file.
+        SettingsError: it is not TOML, a key is unknown, a value out of range, or a reference names no earlier step.
+    """
+    content = settings.read_toml(path)
+    entries, pairs = content.get("step", []), content.pop("pair", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise SettingsError(f"{path}: steps are tables headed [[step]], found step = {entries!r}")
+    if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
+        raise SettingsError(f"{path}: pairs of networks are tables headed [[pair]], found pair = {pairs!r}")
+    content["step"] = tuple(
+        settings.make(Step, _nested(entry), f"{path}, step {number + 1}")
+        for number, entry in enumerate(spelled_out(entries, pairs, str(path)))
+    )
+    recipe = settings.make(Recipe, content, str(path))
+    _require_order(recipe, path)
+    for step in recipe.step:  # what is wrong is found before hours are spent on the steps before it
+        first = pieces(step, recipe)[0]
+        _checked(step, resolved(first, recipe, path.with_suffix(""), recipe.data), f"{path}, step '{step.name}'")
+    return recipe
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    data: str | None = None,
+    machine: Mapping[str, Any] | None = None,
+    jobs: int = 1,
+    command: str = "",
+    progress: Progress,
+) -> Result:
+    """Execute the steps into `out`, passing over finished ones; return the table, also written to out/results.json.
+
+    With `jobs` above 1, so many steps and seeds at once, each in a process with its share of the cores unless
+    `machine` gives threads. A step that fails stops only those that need it; it is named in the result's `failed`.
+
+    Raises:
+        SettingsError: a step's settings are wrong; nothing has been done.
+        InterruptedRunError: the user asked to stop; the same call resumes.
+    """
+    used = data or recipe.data
+    share = {"threads": max(1, (os.cpu_count() or 1) // jobs)} if jobs > 1 else {}
+    given = {**share, **recipe.machine.model_dump(exclude_unset=True), **(machine or {})}
+    extra = settings.make(MachineSettings, given).model_dump(exclude_unset=True)
+    named = {piece.name: piece for step in recipe.step for piece in pieces(step, recipe)}
+
+    def prepare(name: str) -> Job:
+        step = named[name].step
+        own = {key: value for key, value in extra.items() if key in settings.fields(COMMANDS[step.run].takes)}
+        values = {key: cloud.opened(value) for key, value in resolved(named[name], recipe, out, used).items()} | own
+        title = (step.title or step.name) + ("" if named[name].seed is None else f" (seed {named[name].seed})")
+        return Job(title=title, step=step, values=values, progress=progress)
+
+    for name in named:  # what is out of range is found before the first step
+        _checked(named[name].step, prepare(name).values, f"step '{named[name].step.name}'")
+    modules = sorted({f"kcdcache.{COMMANDS[step.run].where.partition(':')[0]}" for step in recipe.step})
+    needs = {name: _needs(piece, recipe) for name, piece in named.items()}
+    outcomes = execute(needs, prepare, do, jobs=jobs, logs=out / "logs", preload=modules)
+    results = {
+        "title": recipe.title,
+        "command": command,
+        "data": _limited(used, recipe.train_images),
+        "seeds": list(recipe.seeds),
+        "jobs": jobs,
+        "environment": _environment(extra),
+        **_told(recipe, named, outcomes, used),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "results.json", readable_json(cloud.shown(results)))
+    return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A step for one seed, ready to be done, in this process or another."""
+
+    title: str
+    step: Step
+    values: dict[str, Any]
+    """its command's settings"""
+    progress: Progress
+
+
+def do(job: Job) -> Result:
+    """Do a step; return its result.
+
+    Raises:
+        KcdcacheError: as for the step's command.
+    """
+    logger.info("%s", job.title)
+    command = COMMANDS[job.step.run]
+    return command(settings.make(command.takes, job.values, f"step '{job.step.name}'"), job.progress)
+
+
+def planned(recipe: Recipe, out: Path, data: str | None = None) -> list[dict[str, Any]]:
+    """Return every step's resolved settings, in order, without doing anything."""
+    return [
+        {"step": step.name, "run": step.run, **resolved(piece, recipe, out, data or recipe.data)}
+        for step in recipe.step
+        for piece in pieces(step, recipe)
+    ]
+
+
+def resolved(piece: Piece, recipe: Recipe, out: Path, data: str) -> dict[str, Any]:
+    """Return a step's settings with data, seed, folder and references filled in."""
+    step = piece.step
+    known = settings.fields(COMMANDS[step.run].takes)
+    filled: dict[str, Any] = {PLACES[step.run]: str(piece.place(out))}
+    if "data" in known:
+        filled["data"] = _data_of(step, recipe, data)
+    if piece.seed is not None and "seed" in known:
+        filled["seed"] = piece.seed
+    return filled | {key: _resolved(value, piece, recipe, out) for key, value in step.settings.items()}
+
+
+def table(results: Mapping[str, Any]) -> TextTable:
+    """Return the recipe's rows as a table: accuracy in percent, cost relative to full training."""
+    failures = [f"failed: {failure['run']}: {failure['error']}" for failure in results.get("failed", [])]
+    return TextTable(
+        HEAD,
+        [_cells(row) for row in results["rows"]],
+        left=2,
+        above=(results["title"], ""),
+        below=("", *failures) if failures else (),
+        rule=True,
+    )
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    return [
+        row["title"],
+        row.get("model", ""),
+        str(row["n"]),
+        _percent(row, "accuracy_last"),
+        _percent(row, "accuracy_best"),
+        f"{row['relative_cost']:.3f}" if "relative_cost" in row else "",
+        f"{row['teacher_forwards']:,.0f}" if "teacher_forwards" in row else "",
+        f"{row['seconds']:.1f}" if "seconds" in row else "",
+    ]
+
+
+def _percent(row: Mapping[str, Any], name: str) -> str:
+    if name not in row:
+        return ""
+    spread = row.get(f"{name}_std")
+    return f"{100 * row[name]:.2f}" + (f" ± {100 * spread:.2f}" if spread is not None else "")
+
+
+def _reported(folder: Path) -> str | None:
+    """Write the report of a recipe's folder; return its path, or None where none could be made, which is told."""
+    from kcdcache.report import page
+
+    path = folder / "report.html"
+    try:
+        page.write([folder], path)
+    except KcdcacheError as error:
+        logger.warning("no report: %s", error)
+        return None
+    return str(path)
+
+
+def _checked(step: Step, values: Mapping[str, Any], source: str) -> None:
+    """Do nothing if a step's settings are such as its command takes."""
+    checks.require_possible(settings.make(COMMANDS[step.run].takes, values, source))
+
+
+def _environment(machine: Mapping[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from kcdcache.environment import environment
+    from kcdcache.networks.input_transform import resolve_device
+
+    threads = machine.get("threads") or torch.get_num_threads()
+    return environment(resolve_device(machine.get("device", "auto")), threads)
+
+
+def _told(
+    recipe: Recipe, named: Mapping[str, Piece], outcomes: Mapping[str, Outcome], data: str
+) -> dict[str, list[dict[str, Any]]]:
+    """Return what became of the steps: a row for each, each run, and those that failed."""
+    found = {name: outcome.result for name, outcome in outcomes.items() if outcome.result is not None}
+    return {
+        "rows": [_row(step, recipe, found) for step in recipe.step if step.run != "condense"],
+        "runs": [
+            {"step": piece.step.name, "seed": piece.seed, **_own_data(piece.step, recipe, data), **found[name]}
+            for name, piece in named.items()
+            if name in found
+        ],
+        "failed": [
+            {"run": name, "error": outcome.error, "exit_code": outcome.exit_code}
+            for name, outcome in outcomes.items()
+            if outcome.result is None
+        ],
+    }
+
+
+def _row(step: Step, recipe: Recipe, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the mean over seeds of what the table shows, with the sample standard deviation where n > 1."""
+    summaries = [found[piece.name] for piece in pieces(step, recipe) if piece.name in found]
+    row: dict[str, Any] = {"step": step.name, "title": step.title or step.name, "n": len(summaries)}
+    first = summaries[0] if summaries else {}
+    row |= {key: first[key] for key in ("model", "method", "kept") if key in first}
+    for name in AVERAGED:
+        numbers = [summary[name] for summary in summaries if name in summary]
+        if numbers:
+            row[name] = statistics.fmean(numbers)
+            row |= {f"{name}_std": statistics.stdev(numbers)} if len(numbers) > 1 else {}
+    return row
 
 
 def spelled_out(entries: Sequence[Entry], pairs: Sequence[Mapping[str, Any]], source: str) -> list[dict[str, Any]]:
@@ -94,254 +382,6 @@ def _of_pair(name: str, pair: Mapping[str, str], source: str) -> str:
     return str(pair[name])
 
 
-logger = logging.getLogger(__name__)
-
-EMBEDDED = Path(__file__).with_name("digits.toml")
-REFERENCE = re.compile(r"@([A-Za-z0-9_.-]+)(:condensed|:values)?")
-PLACES = {"fit": "out", "precompute": "store", "train": "out", "condense": "out"}
-"""command -> the setting that says where its result goes"""
-AVERAGED = ("accuracy_last", "accuracy_best", "relative_cost", "teacher_forwards", "seconds")
-
-
-class Step(Settings):
-    """One step of a recipe."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
-    """name of the step and of its folder; other steps refer to it as @name"""
-    run: str
-    """command: fit, precompute, train or condense"""
-    title: str = ""
-    """how the table calls it; the name if empty"""
-    per_seed: bool = False
-    """run once for every seed of the recipe, in its own folder"""
-    data_options: str = ""
-    """what is added to the recipe's data spec for this step, such as noise=0.4 or gamma=0.6"""
-    settings: dict[str, Any] = Field(default_factory=dict)
-    """the command's settings; @name stands for a step's result, @name:condensed for a run's condensed set"""
-
-
-class Recipe(Settings):
-    """A chain of steps, those of pairs and variants spelled out."""
-
-    title: str
-    """what the recipe shows"""
-    data: str
-    """data spec given to every step that takes one"""
-    train_images: int | None = Field(default=None, ge=1)
-    """use only the first so many training images, but for steps whose data_options have a `train` of their own"""
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
-    """seeds of the steps that run per seed"""
-    machine: MachineSettings = Field(default_factory=MachineSettings)
-    """device and threads for every step that takes them"""
-    step: tuple[Step, ...]
-    """the steps in order"""
-
-
-def load(path: Path) -> Recipe:
-    """Return a recipe read from TOML; unknown keys are refused, those of the steps' settings included.
-
-    Raises:
-        NotFoundError: there is no such file.
-        SettingsError: it is not TOML, a key is unknown, a value out of range, or a reference names no earlier step.
-    """
-    content = settings.read_toml(path)
-    entries = content.get("step", [])
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise SettingsError(f"{path}: steps are tables headed [[step]], found step = {entries!r}")
-    pairs = content.pop("pair", [])
-    if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
-        raise SettingsError(f"{path}: pairs of networks are tables headed [[pair]], found pair = {pairs!r}")
-    content["step"] = tuple(
-        settings.make(Step, _nested(entry), f"{path}, step {number + 1}")
-        for number, entry in enumerate(spelled_out(entries, pairs, str(path)))
-    )
-    recipe = settings.make(Recipe, content, str(path))
-    _require_order(recipe, path)
-    for step in recipe.step:  # a value out of range is found before hours are spent on the steps before it
-        values = resolved(step, recipe, path.with_suffix(""), recipe.data, recipe.seeds[0] if step.per_seed else None)
-        settings.make(steps.STEPS[step.run][0], values, f"{path}, step '{step.name}'")
-    return recipe
-
-
-def run(
-    recipe: Recipe,
-    out: Path,
-    *,
-    data: str | None = None,
-    machine: Mapping[str, Any] | None = None,
-    jobs: int = 1,
-    command: str = "",
-    progress: Progress,
-) -> dict[str, Any]:
-    """Execute the steps into `out`, passing over finished ones; return the table, also written to out/results.json.
-
-    With `jobs` above 1, so many steps and seeds at once, each in a process with its share of the cores unless
-    `machine` gives threads. A step that fails stops only those that need it; it is named in the result's `failed`.
-
-    Raises:
-        SettingsError: a step's settings are wrong; nothing has been done.
-        InterruptedRunError: the user asked to stop; the same call resumes.
-    """
-    given = {**recipe.machine.model_dump(exclude_unset=True), **(machine or {})}
-    share = {"threads": max(1, (os.cpu_count() or 1) // jobs)} if jobs > 1 else {}
-    extra = settings.make(MachineSettings, share | given).model_dump(exclude_unset=True)
-    named = {_name(step, seed): (step, seed) for step in recipe.step for seed in _seeds(step, recipe)}
-
-    def prepare(name: str) -> Job:
-        step, seed = named[name]
-        values = _here(resolved(step, recipe, out, data or recipe.data, seed) | _accepted(step.run, extra))
-        title = (step.title or step.name) + ("" if seed is None else f" (seed {seed})")
-        where = f"step '{step.name}'"
-        return Job(title=title, command=step.run, values=values, source=where, progress=progress)
-
-    for name in named:  # what is out of range is found before the first step
-        model, job = steps.STEPS[named[name][0].run][0], prepare(name)
-        settings.make(model, job.values, job.source)
-    units = [Unit(name=name, needs=_needs(step, recipe, seed)) for name, (step, seed) in named.items()]
-    outcomes = execute(units, prepare, do, jobs=jobs, logs=out / "logs")
-    found = {name: outcome.result for name, outcome in outcomes.items() if outcome.result is not None}
-    failed = [
-        {"run": name, "error": outcome.error, "exit_code": outcome.exit_code}
-        for name, outcome in outcomes.items()
-        if outcome.result is None
-    ]
-    threads = extra.get("threads") or torch.get_num_threads()
-    results = {
-        "title": recipe.title,
-        "command": command,
-        "data": _limited(data or recipe.data, recipe.train_images),
-        "seeds": list(recipe.seeds),
-        "jobs": jobs,
-        "environment": environment(resolve_device(extra.get("device", "auto")), threads),
-        "rows": [_row(step, recipe, found) for step in recipe.step if step.run != "condense"],
-        "runs": [
-            {"step": step.name, "seed": seed, **_told_data(step, recipe, data or recipe.data), **found[name]}
-            for name, (step, seed) in named.items()
-            if name in found
-        ],
-        "failed": failed,
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "results.json", readable_json(cloud.shown(results)))
-    return results
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A step for one seed, ready to be done, in this process or another."""
-
-    title: str
-    command: str
-    values: dict[str, Any]
-    source: str
-    """where the values are from, for errors"""
-    progress: Progress
-
-
-def do(job: Job) -> dict[str, Any]:
-    """Do a step; return its result.
-
-    Raises:
-        KcdcacheError: as for the step's command.
-    """
-    logger.info("%s", job.title)
-    model, work = steps.STEPS[job.command]
-    return work(settings.make(model, job.values, job.source), job.progress)
-
-
-def planned(recipe: Recipe, out: Path, data: str | None = None) -> list[dict[str, Any]]:
-    """Return every step's resolved settings, in order, without doing anything."""
-    return [
-        {"step": step.name, "run": step.run, **resolved(step, recipe, out, data or recipe.data, seed)}
-        for step in recipe.step
-        for seed in _seeds(step, recipe)
-    ]
-
-
-def resolved(step: Step, recipe: Recipe, out: Path, data: str, seed: int | None) -> dict[str, Any]:
-    """Return a step's settings with data, seed, folder and references filled in."""
-    values = {key: _resolved(value, recipe, out, seed) for key, value in step.settings.items()}
-    filled: dict[str, Any] = {PLACES[step.run]: str(place(step, out, seed))}
-    if "data" in steps.STEPS[step.run][0].model_fields:
-        filled["data"] = _data_of(step, recipe, data)
-    if seed is not None and "seed" in steps.STEPS[step.run][0].model_fields:
-        filled["seed"] = seed
-    return filled | values
-
-
-def place(step: Step, out: Path, seed: int | None) -> Path:
-    """Return where a step's result lies."""
-    folder = out / _name(step, seed)
-    return out / f"{folder.name}.parquet" if step.run == "condense" else folder
-
-
-def table(results: Mapping[str, Any]) -> str:
-    """Return the recipe's rows as aligned text: accuracy in percent, cost relative to full training."""
-    head = ["", "network", "n", "accuracy %", "best %", "relative cost", "teacher forwards", "seconds"]
-    lines = [head] + [_cells(row) for row in results["rows"]]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    aligned = [
-        "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    failures = [f"failed: {failure['run']}: {failure['error']}" for failure in results.get("failed", [])]
-    shown = [results["title"], "", aligned[0], "-" * len(aligned[0]), *aligned[1:]]
-    return "\n".join([*shown, *(["", *failures] if failures else [])])
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    return [
-        row["title"],
-        row.get("model", ""),
-        str(row["n"]),
-        _percent(row, "accuracy_last"),
-        _percent(row, "accuracy_best"),
-        f"{row['relative_cost']:.3f}" if "relative_cost" in row else "",
-        f"{row['teacher_forwards']:,.0f}" if "teacher_forwards" in row else "",
-        f"{row['seconds']:.1f}" if "seconds" in row else "",
-    ]
-
-
-def _percent(row: Mapping[str, Any], name: str) -> str:
-    if name not in row:
-        return ""
-    spread = row.get(f"{name}_std")
-    return f"{100 * row[name]:.2f}" + (f" ± {100 * spread:.2f}" if spread is not None else "")
-
-
-def _seeds(step: Step, recipe: Recipe) -> tuple[int | None, ...]:
-    return recipe.seeds if step.per_seed else (None,)
-
-
-def _name(step: Step, seed: int | None) -> str:
-    """Return the name of a step for one seed, which is that of its folder."""
-    return step.name if seed is None else f"{step.name}-seed{seed}"
-
-
-def _needs(step: Step, recipe: Recipe, seed: int | None) -> tuple[str, ...]:
-    """Return the names of what a step refers to."""
-    known = {other.name: other for other in recipe.step}
-    matches = (REFERENCE.fullmatch(text) for text in _references(step))
-    others = [known[match[1]] for match in matches if match is not None]
-    return tuple(dict.fromkeys(_name(other, seed if other.per_seed else None) for other in others))
-
-
-def _row(step: Step, recipe: Recipe, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the mean over seeds of what the table shows, with the sample standard deviation where n > 1."""
-    summaries = [found[name] for seed in _seeds(step, recipe) if (name := _name(step, seed)) in found]
-    row: dict[str, Any] = {"step": step.name, "title": step.title or step.name, "n": len(summaries)}
-    first = summaries[0] if summaries else {}
-    row |= {key: first[key] for key in ("model", "method", "kept") if key in first}
-    for name in AVERAGED:
-        numbers = [summary[name] for summary in summaries if name in summary]
-        if numbers:
-            row[name] = statistics.fmean(numbers)
-            row |= {f"{name}_std": statistics.stdev(numbers)} if len(numbers) > 1 else {}
-    return row
-
-
 def _nested(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return a step's TOML table with the command's settings gathered under `settings`."""
     own = set(Step.model_fields) - {"settings"}
@@ -353,10 +393,8 @@ def _nested(entry: Mapping[str, Any]) -> dict[str, Any]:
 def _require_order(recipe: Recipe, path: Path) -> None:
     known: dict[str, Step] = {}
     for step in recipe.step:
-        if step.run not in steps.STEPS:
-            raise SettingsError(
-                f"{path}, step '{step.name}': unknown command '{step.run}'; {nearest(step.run, steps.STEPS)}"
-            )
+        if step.run not in STEPS:
+            raise SettingsError(f"{path}, step '{step.name}': unknown command '{step.run}'; {nearest(step.run, STEPS)}")
         if step.name in known:
             raise SettingsError(f"{path}: two steps are called '{step.name}'")
         _require_settings(step, path)
@@ -379,7 +417,7 @@ def _require_reference(text: str, step: Step, known: Mapping[str, Step], place: 
 
 
 def _require_settings(step: Step, path: Path) -> None:
-    known = settings.keys(steps.STEPS[step.run][0])
+    known = settings.keys(COMMANDS[step.run].takes)
     if step.per_seed and "seed" in step.settings:
         raise SettingsError(f"{path}, step '{step.name}': it runs once per seed of the recipe, so it cannot set 'seed'")
     for key in step.settings:
@@ -391,29 +429,33 @@ def _references(step: Step) -> list[str]:
     return [value for value in step.settings.values() if isinstance(value, str) and value.startswith("@")]
 
 
-def _resolved(value: Any, recipe: Recipe, out: Path, seed: int | None) -> Any:
+def _needs(piece: Piece, recipe: Recipe) -> tuple[str, ...]:
+    """Return the names of what a step refers to."""
+    matches = (REFERENCE.fullmatch(text) for text in _references(piece.step))
+    others = [_referred(match[1], piece, recipe).name for match in matches if match is not None]
+    return tuple(dict.fromkeys(others))
+
+
+def _referred(name: str, piece: Piece, recipe: Recipe) -> Piece:
+    """Return the step that a reference of another one names, for the other's seed."""
+    step = next(step for step in recipe.step if step.name == name)
+    return Piece(step=step, seed=piece.seed if step.per_seed else None)
+
+
+def _resolved(value: Any, piece: Piece, recipe: Recipe, out: Path) -> Any:
     match = REFERENCE.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         return value
-    step = next(step for step in recipe.step if step.name == match[1])
-    path = place(step, out, seed if step.per_seed else None)
+    path = _referred(match[1], piece, recipe).place(out)
     if match[2] == ":condensed":
+        from kcdcache.runs import state
+
         return str(state.condensed_set(path))
     return str(path / "values.parquet" if match[2] == ":values" else path)
 
 
-def _here(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a step's settings with the paths of mirrors instead of URLs."""
-    return {key: cloud.opened(value) for key, value in values.items()}
-
-
-def _accepted(command: str, machine: Mapping[str, Any]) -> dict[str, Any]:
-    fields = steps.STEPS[command][0].model_fields
-    return {key: value for key, value in machine.items() if key in fields}
-
-
-def _limited(spec: str, train_images: int | None) -> str:
-    return spec if train_images is None else extended(spec, f"train={train_images}")
+def _limited(text: str, train_images: int | None) -> str:
+    return text if train_images is None else spec.extended(text, f"train={train_images}")
 
 
 def _data_of(step: Step, recipe: Recipe, data: str) -> str:
@@ -421,6 +463,6 @@ def _data_of(step: Step, recipe: Recipe, data: str) -> str:
     return _limited(spec.extended(data, step.data_options) if step.data_options else data, recipe.train_images)
 
 
-def _told_data(step: Step, recipe: Recipe, data: str) -> dict[str, str]:
+def _own_data(step: Step, recipe: Recipe, data: str) -> dict[str, str]:
     """Return the data spec of a step that has its own, for the results."""
     return {"data": _data_of(step, recipe, data)} if step.data_options else {}

@@ -14,22 +14,17 @@ from torch import Tensor, nn
 from kcdcache.errors import (
     CorruptionError,
     MismatchError,
-    NotFoundError,
-    SettingsError,
-    UnfinishedError,
     UnsafeError,
     first_difference,
 )
 from kcdcache.networks import registry, taps
+from kcdcache.networks.catalogue import saved_network
 from kcdcache.networks.input_transform import InputTransform, transform_from
 from kcdcache.networks.weights import digest_weights, load_into, load_network, load_weights
-from kcdcache.settings import Precision, nearest
+from kcdcache.settings import Precision
 from kcdcache.store.identity import TeacherIdentity
 from kcdcache.teacher import boundary_images, fields
 from kcdcache.teacher.fields import aggregated
-
-SAVED_NAMES = ("model", "student")
-"""names under which `fit` and `train` save their network in a run's folder"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +75,7 @@ def load(
         CorruptionError: a file is damaged.
     """
     if weights_path is None or weights_path.is_dir():
-        record = _saved(str(weights_path or spec))
+        record = saved_network(str(weights_path or spec))
         document, state = load_network(record)
         _check_saved(document, record, classes, channels, None if weights_path is None else spec)
         spec, transform, where = document["architecture"], transform_from(document["transform"]), str(record)
@@ -183,26 +178,6 @@ def filter_profiles(network: nn.Module) -> dict[str, list[float]]:
     """
     found = taps.filters(network)
     return {stage: aggregated([weight.detach().cpu() for weight in layers]).tolist() for stage, layers in found.items()}
-
-
-def _saved(spec: str) -> Path:
-    path = Path(spec)
-    if path.suffix == ".json" and path.is_file():
-        return path
-    records = [path / f"{name}.json" for name in SAVED_NAMES]
-    for record in records:
-        if record.exists() or record.with_suffix(".safetensors").exists():
-            if (path / "run.json").exists() and not (path / "summary.json").exists():
-                raise UnfinishedError(f"the run in {path} is not finished; run its command again before it teaches")
-            return record
-    if path.is_dir():
-        raise NotFoundError(f"no saved network in {path} (neither {records[0].name} nor {records[1].name})")
-    if spec in registry.NETWORKS or ":" in spec:
-        raise SettingsError(f"the teacher '{spec}' needs its weights: a safetensors or torch file, or a `fit` folder")
-    hint = nearest(spec, registry.NETWORKS)
-    raise NotFoundError(
-        f"no saved network at {path}; give the folder of a finished `fit`, or a network's name ({hint})"
-    )
 
 
 def _check_saved(

@@ -1,8 +1,14 @@
+"""The command line: help, options made from settings, results, exit codes, and what nothing may print."""
+
+import contextlib
 import json
 import os
 import pickle
+import pty
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -12,28 +18,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from commands import alone, failure, outcome
+from commands import ENVIRONMENT, alone, failure, outcome
 from stores import content
 
 import kcdcache
-from kcdcache import settings as settings_
+from kcdcache import settings
 from kcdcache.cli import console, help, main
 from kcdcache.cli.options import shown
-from kcdcache.commands import steps
 from kcdcache.condense import manifest
 from kcdcache.files.atomic import locked
-from kcdcache.recipes import recipe
-from kcdcache.settings import CondenseCommand, ExportCommand, FitCommand, PrecomputeCommand, TrainCommand
 
 DATA = "digits?train=200&test=100"
-MODELS = {
-    "fit": FitCommand,
-    "precompute": PrecomputeCommand,
-    "train": TrainCommand,
-    "condense": CondenseCommand,
-    "export": ExportCommand,
-}
-FIELDS = [(name, field) for name, model in MODELS.items() for field in model.model_fields]
+WITH_SETTINGS = ("fit", "precompute", "train", "condense", "export")
 
 
 def fit(place, **more):
@@ -98,8 +94,7 @@ def chain(finished, tmp_path):
 
 def test_help_answers_without_the_heavy_libraries():
     done = alone("--help")
-    assert done.returncode == 0
-    assert done.stderr == "loaded:\n"
+    assert (done.returncode, done.stderr) == (0, "loaded:\n")
     assert [name for name in help.SUMMARIES if f"\n  {name} " in done.stdout] == list(help.SUMMARIES)
 
 
@@ -121,27 +116,19 @@ def test_the_version_is_the_packages(capsys):
 
 
 @pytest.mark.parametrize("command", help.SUMMARIES)
-def test_help_of_a_command_ends_its_text_with_examples(capsys, command):
+def test_options_are_the_fields_of_the_settings_and_help_gives_text_default_and_examples(capsys, command):
     code, out, _ = outcome(capsys, command, "--help")
     assert (code, help.SUMMARIES[command].split()[0] in out) == (0, True)
     assert f"Examples:\n    kcdcache {command}" in out
-
-
-@pytest.mark.parametrize(("command", "name"), FIELDS)
-def test_help_gives_every_settings_flag_text_and_default(command, name):
-    option = next(option for option in main.BUILDERS[command]().params if option.name == name)
-    field = MODELS[command].model_fields[name]
-    assert option.help.startswith(" ".join(field.description.split()))
-    if field.is_required():
-        assert option.required
-    elif field.default is not None:
-        assert option.help.endswith(f"  [default: {shown(field.default)}]")
-
-
-def test_every_option_of_every_command_has_help():
-    for name, build in main.BUILDERS.items():
-        without = [option.name for option in build().params if isinstance(option, click.Option) and not option.help]
-        assert (name, without) == (name, [])
+    fields = settings.fields(main.COMMANDS[command].takes)
+    parameters = {parameter.name: parameter for parameter in main.build(command).params}
+    assert parameters.keys() - {"as_json", "debug", "quiet", "dry_run"} == fields.keys()
+    for name, field in fields.items():
+        if isinstance(parameters[name], click.Option):
+            assert " ".join(parameters[name].help.split()).startswith(" ".join(field.description.split()))
+            if not field.is_required() and field.default is not None:
+                assert parameters[name].help.endswith(f"  [default: {shown(field.default)}]")
+        assert parameters[name].required == field.is_required()
 
 
 def test_defaults_are_shown_as_they_are_typed():
@@ -150,7 +137,7 @@ def test_defaults_are_shown_as_they_are_typed():
     ]  # fmt: skip
 
 
-# usage
+# usage and settings
 
 
 @pytest.mark.parametrize(
@@ -187,13 +174,6 @@ def sample_of(annotation):
     )
 
 
-SAMPLES = [
-    (command, name, value)
-    for command, name in FIELDS
-    if command in steps.STEPS  # the others have no step in recipes
-    for value in sample_of(MODELS[command].model_fields[name].annotation)
-    if not (MODELS[command].model_fields[name].is_required() and value == [])
-]
 REQUIRED = {
     "fit": {"data": "digits", "model": "resnet8", "out": "o"},
     "precompute": {"data": "digits", "store": "s"},
@@ -209,31 +189,64 @@ def from_flags(command, name, value):
     if isinstance(value, bool):
         words = [flag if value else f"--no-{flag[2:]}"]
     others = {key: given for key, given in REQUIRED[command].items() if key != name}
-    context = main.BUILDERS[command]().make_context(command, [*arguments(command, **others)[1:], *words])
-    given = {key: found for key, found in context.params.items() if found is not None}
-    return settings_.make(MODELS[command], {key: given[key] for key in given if key in MODELS[command].model_fields})
+    context = main.build(command).make_context(command, [*arguments(command, **others)[1:], *words])
+    takes = main.COMMANDS[command].takes
+    known = settings.fields(takes)
+    given = {key: found for key, found in context.params.items() if found is not None and key in known}
+    return settings.make(takes, given)
 
 
-def from_toml(folder, command, name, value):
-    settings = REQUIRED[command] | {name.rstrip("_"): value}
-    lines = [f"{key} = {json.dumps(given)}" for key, given in settings.items()]
-    text = "\n".join(['title = "t"', 'data = "digits"', "[[step]]", 'name = "a"', f'run = "{command}"', *lines])
-    (folder / "recipe.toml").write_text(text)
-    return settings_.make(MODELS[command], recipe.load(folder / "recipe.toml").step[0].settings)
+@pytest.mark.parametrize("command", REQUIRED)
+def test_a_flag_and_a_toml_key_give_equal_settings(command):
+    for name, field in settings.fields(main.COMMANDS[command].takes).items():
+        for value in sample_of(field.annotation):
+            toml = settings.make(main.COMMANDS[command].takes, REQUIRED[command] | {name.rstrip("_"): value})
+            assert from_flags(command, name, value) == toml
+            held = dict(toml)
+            for part in [part for part in held.values() if isinstance(part, settings.Settings)]:
+                held |= dict(part)
+            plain = list(held[name]) if isinstance(held[name], tuple) else held[name]
+            assert (str(plain) if isinstance(plain, Path) else plain) == value
 
 
-@pytest.mark.parametrize(("command", "name", "value"), SAMPLES)
-def test_a_flag_and_a_toml_key_give_equal_settings(tmp_path, command, name, value):
-    flags, toml = from_flags(command, name, value), from_toml(tmp_path, command, name, value)
-    assert flags == toml
-    found = getattr(flags, name)
-    assert (list(found) if isinstance(found, tuple) else str(found) if isinstance(found, Path) else found) == value
+WRONG = [
+    (["--student", "resnt8"], "unknown network 'resnt8'; did you mean 'resnet8'?"),
+    (["--student", "resnet8", "--peer", "resnt8"], "unknown network 'resnt8'; did you mean 'resnet8'?"),
+    (["--student", "resnet8", "--method", "kd+fitnett"], "unknown method 'fitnett'; did you mean 'fitnet'?"),
+    (["--student", "resnet8", "--data", "digts"], "unknown data 'digts' in 'digts'; did you mean 'digits'?"),
+    (["--student", "resnet8", "--data", "digits?trian=3"], "unknown option 'trian' in data spec"),
+    (["--student", "resnet8", "--epochs", "7", "--stages", "2"], "epochs must be a multiple of stages"),
+    (["--student", "resnet8", "--keep", "1.5"], "setting 'keep' in the command line: Input should be less than"),
+    (["--student", "resnet8", "--precision", "half"], "'half' is not one of 'float32', 'bfloat16'"),
+    ([], "--student is missing"),
+]
+WRONG_COMMANDS = [
+    *((["train", "--data", "digits", "--store", "s", "--out", "o", *words], message) for words, message in WRONG),
+    (["train", "--data", "digits", "--out", "o", "--student", "resnet8"], "train needs knowledge: --store"),
+    (["fit", "--data", "digits", "--model", "vgg9", "--out", "o"], "unknown network 'vgg9'"),
+    (["precompute", "--data", "digits", "--store", "s"], "--teacher is missing"),
+    (["precompute", "--data", "digits", "--store", "s", "--teacher", "t", "--encoding", "top16"], "unknown encoding"),
+    (["precompute", "--data", "digits", "--store", "s", "--teacher", "t", "--fields", "map"], "unknown field 'map'"),
+    (["precompute", "--data", "digits", "--store", "s", "--teacher", "none"], "no saved network at none"),
+    (["methods", "--student", "wrn_16"], "unknown network 'wrn_16'; did you mean 'wrn_16_2'?"),
+    (["verify", "s", "--sample", "0"], "--sample takes a share above 0"),
+    (["run", "nowhere.toml"], "no recipe at nowhere.toml"),
+    (["report", "a", "b"], "--out is missing: of several folders"),
+]
 
 
-def test_options_of_a_command_are_the_fields_of_its_settings():
-    common = {"as_json", "debug", "quiet", "dry_run"}
-    for command, model in MODELS.items():
-        assert {option.name for option in main.BUILDERS[command]().params} == set(model.model_fields) | common
+@pytest.mark.parametrize(("words", "message"), WRONG_COMMANDS)
+def test_a_wrong_value_or_name_is_told_before_anything_heavy_is_loaded(words, message, tmp_path):
+    done = alone(*words, before=f"import os; os.chdir({str(tmp_path)!r})")
+    assert done.returncode in (2, 10)
+    assert message in done.stderr
+    assert done.stderr.endswith("loaded:\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_heavy_libraries_are_seen_where_they_are_loaded(tmp_path):
+    done = alone(*fit(tmp_path), "--dry-run")
+    assert done.stderr.endswith("loaded: torch zarr\n")  # and neither torchvision, scipy, sklearn nor matplotlib
 
 
 # results
@@ -243,7 +256,7 @@ def test_options_of_a_command_are_the_fields_of_its_settings():
 def test_json_is_one_object_and_nothing_else(capsys, chain, command):
     code, out, _ = outcome(capsys, *WRITING[command](chain), "--json")
     assert (code, out.count("\n")) == (0, 1)
-    assert json.loads(out)["schema_version"] == main.SCHEMA_VERSION
+    assert json.loads(out)["schema_version"] == console.SCHEMA_VERSION
 
 
 @pytest.mark.parametrize(
@@ -315,7 +328,7 @@ def test_progress_goes_to_stderr_and_quiet_silences_it(tmp_path):
     assert "epoch 1 of 1: loss " in loud.stderr
     assert "train: 1 of 1 (" in loud.stderr
     quiet = alone(*fit(tmp_path / "other"), "--json", "--quiet")
-    assert quiet.stderr == "loaded: torch pydantic\n" or quiet.stderr == "loaded: torch zarr pydantic\n"
+    assert quiet.stderr == "loaded: torch zarr\n"
 
 
 # condense stands alone
@@ -323,7 +336,7 @@ def test_progress_goes_to_stderr_and_quiet_silences_it(tmp_path):
 
 def test_condense_needs_neither_torch_nor_zarr(chain):
     done = alone(*condense(chain, out=chain / "alone.parquet"), "--json")
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "loaded: pydantic")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "loaded:")
     assert json.loads(done.stdout)["values_from"] == "kcdcache"
     assert (chain / "alone.parquet").read_bytes() == (chain / "set.parquet").read_bytes()
 
@@ -331,7 +344,8 @@ def test_condense_needs_neither_torch_nor_zarr(chain):
 def test_condense_is_refused_under_torchrun(capsys, chain, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, err = failure(capsys, *condense(chain, out=chain / "m.parquet"))
-    assert (code, "condense is work for one process; start it without torchrun" in err) == (2, True)
+    assert code == 2
+    assert "condense is work for one process, and torchrun has started 2: run `kcdcache condense` without" in err
     assert not (chain / "m.parquet").exists()
 
 
@@ -466,7 +480,7 @@ def test_debug_shows_where_an_error_came_from(capsys, tmp_path):
     code, _, err = outcome(capsys, "inspect", tmp_path / "nowhere", "--debug")
     assert code == 10
     assert "Traceback (most recent call last)" in err
-    assert "inspection.py" in err
+    assert "show.py" in err
 
 
 # names from files must not steer the terminal
@@ -501,11 +515,63 @@ def test_control_characters_in_a_recipe_are_shown_not_sent():
 
 
 def test_control_characters_in_log_lines_are_shown_not_sent(tmp_path):
-    text = (
-        'title = "t"\ndata = "nothing"\n[[step]]\nname = "a"\ntitle = "\\u001b[2Jfit"\nrun = "fit"\nmodel = "resnet8"\n'
-    )
+    step = '[[step]]\nname = "a"\ntitle = "\\u001b[2Jfit"\nrun = "fit"\nmodel = "resnet8"\n'
+    text = 'title = "t"\ndata = "folder:nowhere"\n' + step
     (tmp_path / "recipe.toml").write_text(text)
     done = alone("run", tmp_path / "recipe.toml", "--out", tmp_path / "out")
-    assert done.returncode == 2
+    assert done.returncode == 10
     assert done.stderr.startswith("\\x1b[2Jfit\n")
     assert "\x1b" not in done.stderr
+
+
+# a terminal gets bars and fitted tables, everything else plain lines
+
+
+TALKING = """
+import logging, os
+from kcdcache.cli import console
+from kcdcache.commands.tables import TextTable
+with console.telling(quiet=False) as progress:
+    for done in (1, 2, 3):
+        logging.getLogger("kcdcache").info("epoch %d\\x1b[2J", done)
+        progress("train", done, 3, "loss 1\\x1b[2J")
+table = TextTable(["name", "n"], [["a\\x1b[31m[red]", "1"]], left=1, above=["above"])
+console.show({"table": table, "note": "the end"})
+"""
+
+
+def talked(terminal):
+    """Return what a command that talks writes to both its streams, on a terminal or into a pipe."""
+    ours, theirs = pty.openpty() if terminal else os.pipe()
+    with open(ours, "rb", buffering=0) as read:
+        done = subprocess.Popen(
+            [sys.executable, "-c", TALKING], stdout=theirs, stderr=theirs, env=ENVIRONMENT | {"TERM": "xterm"}
+        )
+        os.close(theirs)
+        found = b""
+        with contextlib.suppress(OSError):  # of a terminal that nobody writes to any more
+            while block := read.read(4096):
+                found += block
+        assert done.wait() == 0
+    return found.decode()
+
+
+def test_off_a_terminal_progress_logs_and_tables_are_plain_lines():
+    assert talked(terminal=False).splitlines() == [
+        "epoch 1\\x1b[2J", "train: 1 of 3 (loss 1\\x1b[2J)", "epoch 2\\x1b[2J", "epoch 3\\x1b[2J",
+        "train: 3 of 3 (loss 1\\x1b[2J)", "above", "name         n", "a\\x1b[31m[red]  1", "", "the end",
+    ]  # fmt: skip
+
+
+def test_on_a_terminal_there_are_bars_and_a_fitted_table_and_no_plain_lines():
+    found = talked(terminal=True)
+    assert "train: " not in found
+    assert "name         n" not in found
+    assert re.search(r"train .*━.*3/3.*loss 1\\x1b\[2J", found)
+    assert all(text in found for text in ("epoch 2\\x1b[2J", "above", "a\\x1b[31m[red]", "the end"))
+    assert "\x1b[2J" not in found
+
+
+def test_in_another_process_bars_are_lines():
+    bars = console.LiveProgress(None)
+    assert type(pickle.loads(pickle.dumps(bars))) is console.PlainProgress

@@ -8,7 +8,7 @@ import pytest
 from stores import content, knowledge, make
 
 from kcdcache import settings
-from kcdcache.commands import condenser
+from kcdcache.commands import condense as condense_command
 from kcdcache.condense import manifest, summary, value_files, values
 from kcdcache.errors import LockedError, MismatchError, NotFoundError, SettingsError
 
@@ -48,7 +48,7 @@ def write_values(path, knowledge_id=None, seed=0):
 
 def run(place, dry_run=False, **more):
     given = {"values": place / "values.parquet", "store": place / "store", "keep": 0.6, "out": place / "out/m.parquet"}
-    return condenser.run(settings.make(settings.CondenseCommand, given | more), dry_run=dry_run)
+    return condense_command.run(settings.make(settings.CondenseCommand, given | more), dry_run=dry_run)
 
 
 def test_the_manifest_is_that_of_condense(place):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from stores import knowledge, make
 
 from kcdcache import settings as kcdcache_settings
-from kcdcache.commands import condenser
+from kcdcache.commands import condense as condense_command
 from kcdcache.condense import manifest, streamed, summary, value_files, values
 from kcdcache.errors import CorruptionError, MismatchError, NonFiniteError
 from kcdcache.files import atomic, parquet
@@ -101,7 +101,8 @@ def condensed(folder, held, dry_run=False, count=150):
     value_files.write(folder / "values.parquet", some_values(1, 150), np.arange(150) % 2, document)
     out = folder / "m.parquet"
     command = {"values": folder / "values.parquet", "store": folder / "store", "keep": 0.5, "out": out}
-    told = condenser.run(kcdcache_settings.make(kcdcache_settings.CondenseCommand, command), dry_run=dry_run, held=held)
+    given = kcdcache_settings.make(kcdcache_settings.CondenseCommand, command)
+    told = condense_command.run(given, dry_run=dry_run, held=held)
     return told, out.read_bytes() if out.exists() else b""
 
 
@@ -113,9 +114,9 @@ def test_the_command_makes_the_same_file_from_a_file_too_large_to_hold(tmp_path)
 def test_a_dry_run_tells_memory_temporary_bytes_and_time(tmp_path):
     told, written_ = condensed(tmp_path, 0, dry_run=True)
     assert written_ == b""
-    assert (told["temporary_bytes"], told["kept"]) == (round(75 * condenser.BYTES_A_ROW), 75)
+    assert (told["temporary_bytes"], told["kept"]) == (round(75 * condense_command.BYTES_A_ROW), 75)
     given = {"values": tmp_path, "store": tmp_path, "keep": 0.5, "out": tmp_path}
-    huge = condenser.estimate(
+    huge = condense_command.estimate(
         kcdcache_settings.make(kcdcache_settings.CondenseCommand, given | {"memory_gb": 16}), 10**9
     )
     assert 9 * 10**9 < huge["memory_bytes"] < 10**10

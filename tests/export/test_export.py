@@ -13,12 +13,9 @@ from killing import finished, nursery, succeeds
 from lessons import CPU, precomputed, teacher_of
 from lessons import condensed as halved
 from PIL import Image
-from pupils import SPEC, lines
+from pupils import SPEC, executed, lines
 
-from kcdcache import progress
-from kcdcache import settings as settings_
 from kcdcache.commands import verify
-from kcdcache.commands.steps import fit, precompute_store, train
 from kcdcache.condense import manifest
 from kcdcache.data import datasets
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError, UnfinishedError
@@ -30,7 +27,6 @@ from kcdcache.networks.input_transform import InputTransform
 from kcdcache.report import show
 from kcdcache.runs import state
 from kcdcache.runs.folder import RunFolder
-from kcdcache.settings import FitCommand, PrecomputeCommand, TrainCommand
 from kcdcache.store import reader
 from kcdcache.teacher import teacher
 from kcdcache.training import batches
@@ -127,7 +123,7 @@ def test_skipped_samples_stay_known(place, tmp_path):
     logits[17] = np.nan
     np.save(tmp_path / "logits.npy", logits)
     given = {"data": SPEC, "store": tmp_path / "store", "from_logits": tmp_path / "logits.npy", "augment": "none"}
-    precompute_store(PrecomputeCommand(**given, on_nonfinite="skip"), progress.silent)
+    executed("precompute", given | {"on_nonfinite": "skip"})
     knowledge = reader.open(tmp_path / "store")
     manifest.write(tmp_path / "set.parquet", narrowed(knowledge))
     exporting(SimpleNamespace(file=tmp_path / "set.parquet", knowledge=knowledge), tmp_path / "e")
@@ -179,16 +175,15 @@ def test_a_set_with_images_trains_and_tests_without_the_data(place, tmp_path):
 
 
 def test_stages_are_one_unless_given(place, tmp_path):
-    settings = {"student": "lessons:TinyNet", "epochs": 2, "out": tmp_path / "run", "data": SPEC}
-    command = settings_.make(TrainCommand, settings | {"condensed": place.root / "plain"})
-    planned = train(command, progress.silent, dry_run=True)
+    given = {"student": "lessons:TinyNet", "epochs": 2, "out": tmp_path / "run", "data": SPEC}
+    planned = executed("train", given | {"condensed": place.root / "plain"}, dry_run=True)
     assert [(stage["samples"], stage["source"]) for stage in planned["stages"]] == [(80, "given")]
 
 
 def test_a_run_continues_from_it_to_the_same_bytes(place, tmp_path):
     given = {"condensed": place.root / "plain"}
-    command = settings_.make(TrainCommand, ONE_STAGE | {"data": SPEC, "out": tmp_path / "run", "until": 1} | given)
-    assert train(command, progress.silent)["finished"] is False
+    begun = executed("train", ONE_STAGE | {"data": SPEC, "out": tmp_path / "run", "until": 1} | given)
+    assert begun["finished"] is False
     assert trained(tmp_path / "run", **given) == trained(tmp_path / "once", **given)
 
 
@@ -244,7 +239,7 @@ def test_an_image_that_is_not_there_is_refused_and_never_made_up(place, tmp_path
     with pytest.raises(MismatchError, match=rf"sample {missing[0]} is not among the 120 of 200 images"):
         dataset.train.images(missing[:2])
     with pytest.raises(MismatchError, match=r"is not among the 120 of 200 images that the exported set holds"):
-        fit(FitCommand(data=dataset.name, model="resnet8", out=tmp_path / "fit", epochs=1), progress.silent)
+        executed("fit", {"data": dataset.name, "model": "resnet8", "out": tmp_path / "fit", "epochs": 1})
 
 
 def test_without_images_the_data_must_be_given(place):

@@ -18,14 +18,12 @@ from PIL import Image
 from pupils import SPEC, lines
 
 from kcdcache.commands import verify
-from kcdcache.commands.verify import Depth
 from kcdcache.data import datasets
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, UnsafeError
 from kcdcache.export import condensed_set, record
 from kcdcache.files.atomic import digest_of, sealed_json, sha256_file
 from kcdcache.store import reader
 
-WHOLE = Depth(share=1.0)
 IMAGES = {"data": SPEC, "with_images": True}
 UNREAD = "_kcd/lock"
 SLOW = (*THOROUGH, "60 MB of objects")
@@ -84,11 +82,11 @@ def test_no_damage_of_any_file_is_silent(made, tmp_path, export, share):
         put(folder / name, DAMAGE[how](content, chance.randrange(len(content))))
         if not (folder / name).exists() or (folder / name).read_bytes() != content:
             with pytest.raises(KcdcacheError, match=r"\w"):
-                verify.verify(folder, depth=WHOLE)
+                verify.verify(folder, read_data=True)
             with suppress(KcdcacheError):
                 assert everything(folder) == whole, name  # what it damaged is not read for training
         put(folder / name, content)
-    verify.verify(folder, depth=WHOLE)
+    verify.verify(folder, read_data=True)
 
 
 def test_files_of_another_export_are_refused(made, root):
@@ -98,14 +96,14 @@ def test_files_of_another_export_are_refused(made, root):
         content = (root / name).read_bytes()
         shutil.copy(made.root / "other" / name, root / name)
         with pytest.raises(KcdcacheError):
-            verify.verify(root, depth=WHOLE)
+            verify.verify(root, read_data=True)
         put(root / name, content)
 
 
 def test_two_chunks_swapped_are_found(root):
     swap(root, "store/logits/c.0.0.0", "store/logits/c.1.0.0")
     with pytest.raises(CorruptionError, match=r"logits/c\.0\.0\.0 .*is not what was written"):
-        verify.verify(root, depth=WHOLE)
+        verify.verify(root, read_data=True)
     with pytest.raises(CorruptionError, match="is not what was written"):
         everything(root)
 
@@ -222,7 +220,7 @@ def test_a_forged_frame_is_refused(root, more, error, said):
 def test_resealed_without_change_is_read(root):
     reseal(root)
     assert everything(root)
-    verify.verify(root, depth=WHOLE)
+    verify.verify(root, read_data=True)
 
 
 def rewritten(root, change):

@@ -16,12 +16,10 @@ from condensing import COUNT, condensed, content, labels, prepared, some_values,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from killing import nursery, succeeds
-from pupils import SCHOOL, leftovers, school
+from pupils import SCHOOL, executed, leftovers, school
 from pupils import command as taught
 
-from kcdcache import progress
-from kcdcache import settings as kcdcache_settings
-from kcdcache.commands import diff, steps, verify
+from kcdcache.commands import diff, verify
 from kcdcache.condense import manifest, value_files, values
 from kcdcache.errors import (
     CorruptionError,
@@ -148,9 +146,7 @@ def test_a_student_learns_from_a_set_in_parts_as_from_one_file(tmp_path):
         told = taught(place, "train", out=out, manifest=tmp_path / name, **given)
         assert told["kept"] == 120
         wanted = {"manifest": tmp_path / name, "store": place.knowledge.path, "out": tmp_path / "export"}
-        planned = steps.export(
-            kcdcache_settings.make(kcdcache_settings.ExportCommand, wanted), progress.silent, dry_run=True
-        )
+        planned = executed("export", wanted, dry_run=True)
         assert planned["kept"] == 120
     assert (tmp_path / "many.parquet").is_dir()
     assert (tmp_path / "one/student.safetensors").read_bytes() == (tmp_path / "many/student.safetensors").read_bytes()

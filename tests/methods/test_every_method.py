@@ -17,7 +17,7 @@ from pupils import BrokenOffError, distilled, leftovers, lines, promised, same_f
 from safetensors import safe_open
 
 from kcdcache.methods import registry as methods_registry
-from kcdcache.methods.registry import METHODS
+from kcdcache.methods.catalogue import METHODS
 from kcdcache.networks import registry as networks_registry
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.settings import MethodSettings, OptimizerSettings

@@ -11,9 +11,10 @@ from pairs import knowledge_of, pair_between, published_pair, random_lesson, ter
 from reference import array, close, drawn, tensor
 
 from kcdcache.errors import MismatchError, SettingsError
+from kcdcache.methods import catalogue
 from kcdcache.methods import registry as methods_registry
+from kcdcache.methods.catalogue import METHODS
 from kcdcache.methods.feature_maps import hierarchical_context, hint
-from kcdcache.methods.registry import METHODS
 from kcdcache.methods.relations import angle_wise, distance_wise, probabilistic, similarity_preserving
 from kcdcache.networks import registry as networks_registry
 from kcdcache.networks.input_transform import InputTransform
@@ -337,7 +338,7 @@ def test_the_modules_of_the_published_pair_with_unlike_sizes_have_its_shapes():
 def test_schedules_and_recipes_are_those_of_the_papers():
     assert {(METHODS[name].gamma, METHODS[name].alpha) for name in NAMES} == {(1, 0)}
     recipe = {"learning_rate": 0.1, "batch_size": 128, "nesterov": True}
-    assert methods_registry.recipe(MethodSettings(method="reviewkd"), "wrn_16_2") == recipe
+    assert catalogue.recipe("reviewkd", "wrn_16_2") == recipe
     assert all(METHODS[name].recipe == {} for name in NAMES if name != "reviewkd")
     weights_at = {name: METHODS[name].term(fitting(name)).weights_at for name in NAMES}
     # fsp teaches alone in the first eighth and not at all later, reviewkd grows over twenty epochs

@@ -11,9 +11,10 @@ from reference import array, close, drawn, tensor
 
 from kcdcache.errors import SettingsError
 from kcdcache.methods.base import hard_term
+from kcdcache.methods.catalogue import method_named
 from kcdcache.methods.logits import decoupled, entropy_weighted, entropy_weights
 from kcdcache.methods.losses import logit_divergence, soft_divergence
-from kcdcache.methods.registry import basic, method_named, weights_of
+from kcdcache.methods.registry import basic, weights_of
 from kcdcache.settings import MethodSettings
 
 LABELS = torch.tensor([0, 2, 5, 5, 1])

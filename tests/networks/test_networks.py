@@ -1,5 +1,6 @@
 """The networks of the paper and from elsewhere: names, shapes, forward passes, initial weights, taps, their input."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -383,7 +384,7 @@ def test_torchvision_networks_are_built_by_name_also_one_that_warns_by_itself():
 
 
 def test_timm_networks_are_built_by_name_or_the_extra_is_named():
-    if registry.timm is None:
+    if importlib.util.find_spec("timm") is None:
         with pytest.raises(SettingsError, match=r"kcdcache\[timm\]"):
             registry.build("timm:resnet18", 10)
     else:

@@ -55,7 +55,7 @@ def condense(root, path, keep=0.5):
 VOLLEY = """
 import json, os, sys
 from kcdcache.cli import main
-from kcdcache.commands import condenser, steps
+from kcdcache.commands import condense, precompute, train
 for line in sys.stdin:
     gate, release = os.pipe()
     children = []

@@ -13,7 +13,7 @@ from pupils import distilled, school
 
 from kcdcache import rng
 from kcdcache import settings as kcdcache_settings
-from kcdcache.commands import condenser
+from kcdcache.commands import condense as condense_command
 from kcdcache.condense import manifest, summary, value_files, values
 from kcdcache.errors import CorruptionError, MismatchError, NonFiniteError
 from kcdcache.files import parquet
@@ -253,7 +253,7 @@ def test_condense_takes_no_value_that_is_no_number(place, tmp_path, ranking, num
         "out": tmp_path / "m.parquet",
     }
     with pytest.raises(NonFiniteError, match=rf"v\.parquet, row 33: 'value' is {number}, expected a finite float32"):
-        condenser.run(kcdcache_settings.make(kcdcache_settings.CondenseCommand, given | {"ranking": ranking}))
+        condense_command.run(kcdcache_settings.make(kcdcache_settings.CondenseCommand, given | {"ranking": ranking}))
     assert not (tmp_path / "m.parquet").exists()
 
 

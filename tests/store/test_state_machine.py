@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 from stores import creating, finish, form, knowledge, small_parts, values, write_part
 
 from kcdcache import settings as kcdcache_settings
-from kcdcache.commands import condenser
+from kcdcache.commands import condense as condense_command
 from kcdcache.condense import manifest, value_files
 from kcdcache.condense import values as condense_values
 from kcdcache.condense.schedule import kept_count
@@ -321,7 +321,7 @@ class StoreMachine(RuleBasedStateMachine):
             kcdcache_settings.CondenseCommand, {"values": made, "store": self.path, "keep": keep, "out": out}
         )
         with self.damage_may_refuse():
-            told = condenser.run(command)
+            told = condense_command.run(command)
             assert told["already"] == (out in self.manifests)
             self.manifests[out] = told["digest"]
 

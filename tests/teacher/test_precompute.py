@@ -310,7 +310,7 @@ def test_imported_logits_cannot_be_asked_again(place, tmp_path):
 
 
 def test_verify_computes_points_again(place):
-    found = verify.verify(place.knowledge.path, data=SPEC, teacher=str(place.teacher), depth=verify.Depth(points=150))
+    found = verify.verify(place.knowledge.path, data=SPEC, teacher=str(place.teacher), points=150)
     assert found["recomputed"]["differing"] == 0
     assert found["recomputed"]["points"] >= 150
     assert found["recomputed"]["largest"] == 0

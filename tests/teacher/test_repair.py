@@ -196,13 +196,13 @@ def test_a_store_may_be_damaged_while_it_grows(place, damaged):
 
 def test_only_stores_are_repaired(place):
     with pytest.raises(SettingsError, match=r"--repair makes stores again, .*model.json is a network"):
-        verify.mend(place.teacher / "model.json")
+        verify.verify(place.teacher / "model.json", repair=True)
 
 
 def test_verify_repairs_from_the_command_line(place, damaged):
     (damaged / "logits/c.0.0.0").unlink()
     (damaged / "_kcd/identity.json").unlink()
-    found = verify.mend(damaged, data=SPEC, teacher=str(place.teacher), device="cpu")
+    found = verify.verify(damaged, repair=True, data=SPEC, teacher=str(place.teacher), device="cpu")
     assert sorted(found["repaired"]) == ["_kcd/identity.json", "logits/c.0.0.0"]
     assert found["problems"] == 0
     assert found["files_read"] == found["files"]

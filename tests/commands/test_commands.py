@@ -1,15 +1,16 @@
 import numpy as np
 import pytest
-from pupils import SCHOOL, SPEC, command, school
+from pupils import SCHOOL, SPEC, command, executed, school
 
-from kcdcache import progress
-from kcdcache.commands import methods, steps
+from kcdcache.commands import checks, inputs, methods, train
 from kcdcache.condense import schedule
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError
 from kcdcache.export import condensed_set
-from kcdcache.methods import registry
+from kcdcache.methods import catalogue
 from kcdcache.runs import state
-from kcdcache.settings import FitCommand, MethodSettings, PrecomputeCommand, TrainSettings
+from kcdcache.settings import TrainCommand, make
+from kcdcache.store import encoding, identity
+from kcdcache.teacher import fields
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +27,7 @@ def imported(place, tmp_path_factory):
 
 
 def import_from(file, out, **more):
-    given = {"data": SPEC, "store": out, "from_logits": file, "augment": "none"}
-    return steps.precompute_store(PrecomputeCommand(**(given | more)), progress.silent)
-
-
-def test_steps_are_the_commands_that_write():
-    assert {name: model.__name__ for name, (model, _) in steps.STEPS.items()} == {
-        "fit": "FitCommand", "precompute": "PrecomputeCommand", "train": "TrainCommand", "condense": "CondenseCommand",
-    }  # fmt: skip
+    return executed("precompute", {"data": SPEC, "store": out, "from_logits": file, "augment": "none"} | more)
 
 
 def test_data_is_loaded_once():
@@ -41,13 +35,10 @@ def test_data_is_loaded_once():
 
 
 def test_a_dry_fit_counts_steps(tmp_path):
-    found = command_fit(tmp_path, epochs=3, batch_size=64)
-    assert found == {"would": "fit", "model": "resnet8", "samples": 200, "steps": 12, "out": str(tmp_path / "out")}
+    given = {"data": SPEC, "model": "resnet8", "out": tmp_path / "out", "epochs": 3, "batch_size": 64}
+    wanted = {"would": "fit", "model": "resnet8", "samples": 200, "steps": 12, "out": str(tmp_path / "out")}
+    assert executed("fit", given, dry_run=True) == wanted
     assert list(tmp_path.iterdir()) == []
-
-
-def command_fit(folder, **more):
-    return steps.fit(FitCommand(data=SPEC, model="resnet8", out=folder / "out", **more), progress.silent, dry_run=True)
 
 
 def test_a_dry_train_lists_the_stages_of_the_schedule(place, tmp_path):
@@ -80,19 +71,17 @@ def test_few_views_for_many_epochs_are_noted(place, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(("method", "rate"), [("ce", 0.01), ("kd", 0.01), ("at+kd", 0.01), ("reviewkd", 0.02)])
-@pytest.mark.parametrize("student", ["MobileNetV2", "ShuffleV1", "ShuffleV2"])
-def test_light_students_learn_at_their_authors_rate_unless_told_another(method, rate, student):
-    wanted = TrainSettings(student=student, method=method)
-    assert steps._with_recipe(wanted, {"student", "method"}).learning_rate == rate
-    told = wanted.model_copy(update={"learning_rate": 0.3})
-    assert steps._with_recipe(told, {"learning_rate"}).learning_rate == 0.3
+def test_light_students_learn_at_their_authors_rate_unless_told_another(method, rate):
+    for student in catalogue.LIGHT_STUDENTS:
+        given = {"data": SPEC, "store": "s", "out": "o", "student": student, "method": method}
+        assert train.settings_of(make(TrainCommand, given)).learning_rate == rate
+        assert train.settings_of(make(TrainCommand, given | {"learning_rate": 0.3})).learning_rate == 0.3
 
 
 @pytest.mark.parametrize("joined", ["kd+reviewkd", "reviewkd+kd"])
 def test_a_methods_own_rate_wins_over_the_usual_one_in_any_order(joined):
-    settings = MethodSettings(method=joined)
-    assert registry.recipe(settings, "ShuffleV2") == {"learning_rate": 0.02, "batch_size": 128, "nesterov": True}
-    assert registry.recipe(settings, "resnet8") == {"learning_rate": 0.1, "batch_size": 128, "nesterov": True}
+    assert catalogue.recipe(joined, "ShuffleV2") == {"learning_rate": 0.02, "batch_size": 128, "nesterov": True}
+    assert catalogue.recipe(joined, "resnet8") == {"learning_rate": 0.1, "batch_size": 128, "nesterov": True}
 
 
 def test_the_authors_settings_are_told_where_they_hold(place, tmp_path, caplog):
@@ -115,15 +104,15 @@ def test_the_listing_tells_the_recipe_of_the_pair():
     assert (rates["ShuffleV2"]["kd"], rates["ShuffleV2"]["reviewkd"]) == (0.01, 0.02)
 
 
-def test_digits_are_cropped_where_no_views_are_named(tmp_path):
-    settings = FitCommand(data=SPEC, model="resnet8", out=tmp_path)
-    assert steps._usual_views(settings, condensed_set.load_data(SPEC)) == {"augment": "crop", "padding": 2}
-    named = FitCommand(data=SPEC, model="resnet8", out=tmp_path, augment="none")
-    assert steps._usual_views(named, condensed_set.load_data(SPEC)) == {}
+def test_digits_are_cropped_where_no_views_are_named():
+    data = condensed_set.load_data(SPEC)
+    assert inputs.usual_views({"epochs"}, data) == {"augment": "crop", "padding": 2}
+    assert inputs.usual_views({"padding"}, data) == {"augment": "crop"}
+    assert inputs.usual_views({"augment"}, data) == {}
 
 
 def test_the_precision_of_a_teacher_is_the_stores(place):
-    assert steps.precision_of(place.knowledge.knowledge, place.knowledge.path) == "float32"
+    assert inputs.precision_of(place.knowledge.knowledge, place.knowledge.path) == "float32"
 
 
 def test_imported_logits_have_no_teacher_to_ask(place, imported, tmp_path):
@@ -146,9 +135,9 @@ def test_an_import_refuses_flags_it_would_ignore(tmp_path, flag):
 
 
 def test_an_import_must_say_which_views_it_is_of(tmp_path):
-    given = PrecomputeCommand(data=SPEC, store=tmp_path / "s", from_logits=tmp_path / "logits.npy")
+    given = {"data": SPEC, "store": tmp_path / "s", "from_logits": tmp_path / "logits.npy"}
     with pytest.raises(SettingsError, match=r"--from-logits needs --augment: say which views"):
-        steps.precompute_store(given, progress.silent)
+        executed("precompute", given)
 
 
 def test_a_missing_file_to_import_is_not_found(tmp_path):
@@ -164,3 +153,18 @@ def test_the_condensed_set_of_a_run_is_what_it_exported(place, tmp_path):
     found = command(place, "train", out=out, **SCHOOL)
     assert state.condensed_set(out) == out / found["condensed_set"]
     assert state.condensed_set(out).is_file()
+
+
+def test_what_checks_know_without_torch_is_what_there_is():
+    assert set(checks.ENCODINGS) == set(encoding.ENCODINGS)
+    assert set(checks.FIELDS) == {*fields.KINDS, identity.PARAMETERS}
+
+
+def test_a_saved_teacher_brings_its_own_input_transform(place, tmp_path):
+    with pytest.raises(SettingsError, match=r"--teacher-size does nothing here: .* brings its own input transform"):
+        command(place, "precompute", store=tmp_path / "new", teacher_size=9)
+
+
+def test_what_an_exported_set_brings_is_not_given_beside_it(place, tmp_path):
+    with pytest.raises(SettingsError, match="--store does nothing beside --condensed, which brings its own"):
+        command(place, "train", out=tmp_path / "out", condensed=tmp_path / "set", **SCHOOL)

@@ -1,18 +1,20 @@
-"""From a values file to a manifest file, standalone: of the knowledge it reads only the store's small records."""
+"""`condense`: from a values file to a manifest file; of the knowledge it reads only the store's small records."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from kcdcache.commands import Result
 from kcdcache.condense import large, manifest, ranking, streamed, summary, value_files
 from kcdcache.condense.schedule import kept_count
 from kcdcache.condense.value_files import Source
 from kcdcache.errors import LockedError, MismatchError
 from kcdcache.files import atomic, parquet
 from kcdcache.files.atomic import create_filled
+from kcdcache.progress import Progress, silent
 from kcdcache.report import show
-from kcdcache.settings import CondenseCommand, CondenseSettings, part
+from kcdcache.settings import CondenseCommand
 from kcdcache.store import identity, log
 
 BASE_BYTES, BYTES_A_ROW, SECONDS_A_MILLION, SECONDS_A_MILLION_BEYOND = 400 * 2**20, 11.5, 0.6, 1.4
@@ -21,7 +23,12 @@ BYTES_OTHERWISE = 32
 """memory for each sample of rankings at random or by class"""
 
 
-def run(command: CondenseCommand, dry_run: bool = False, held: int = value_files.HELD_SAMPLES) -> dict[str, Any]:
+def run(
+    command: CondenseCommand,
+    progress: Progress = silent,
+    dry_run: bool = False,
+    held: int = value_files.HELD_SAMPLES,
+) -> Result:
     """Turn values into the next manifest; return its summary. Needs no torch, no zarr and no images.
 
     Values of up to `held` samples are held in memory; of more they are read again instead. What takes more memory than
@@ -55,7 +62,7 @@ def run(command: CondenseCommand, dry_run: bool = False, held: int = value_files
         return {**_made(command, knowledge, source, facts), **note}
 
 
-def estimate(command: CondenseCommand, count: int) -> dict[str, Any]:
+def estimate(command: CondenseCommand, count: int) -> Result:
     """Return what condensing `count` samples takes: memory, bytes on the disk beside the manifest, and time."""
     beyond = _is_large(command, count)
     memory = max(large.LEAST_BYTES, int(command.memory_gb * 10**9)) + manifest.BYTES_A_SAMPLE * count
@@ -79,7 +86,7 @@ def _values(command: CondenseCommand, count: int, held: int) -> AbstractContextM
 
 
 def _bytes_of_samples(command: CondenseCommand, count: int) -> int:
-    plain = command.ranking == "value" and not command.stratify
+    plain = command.rules.ranking == "value" and not command.rules.stratify
     return ((ranking.BYTES_A_SAMPLE if plain else BYTES_OTHERWISE) + manifest.BYTES_A_SAMPLE) * count
 
 
@@ -89,7 +96,7 @@ def _plan(command: CondenseCommand, knowledge: identity.Knowledge, source: Sourc
         manifest.require_knowledge(previous, knowledge.knowledge_id)
     return summary.plan(
         source,
-        part(CondenseSettings, command),
+        command.rules,
         count=knowledge.data.count,
         stage=_stage(command, previous.stage if previous else None),
         keep=command.keep,
@@ -98,9 +105,7 @@ def _plan(command: CondenseCommand, knowledge: identity.Knowledge, source: Sourc
     )
 
 
-def _made(
-    command: CondenseCommand, knowledge: identity.Knowledge, source: Source, facts: dict[str, Any]
-) -> dict[str, Any]:
+def _made(command: CondenseCommand, knowledge: identity.Knowledge, source: Source, facts: dict[str, Any]) -> Result:
     """Plan and write a manifest; with a folder beside it for parts and for what memory does not hold."""
     beyond, several = _is_large(command, knowledge.data.count), knowledge.data.count > command.partition_rows
     with ExitStack() as held:
@@ -125,7 +130,7 @@ def _large_plan(
         manifest.require_document(before, knowledge.knowledge_id)
     with large.planned(
         source,
-        part(CondenseSettings, command),
+        command.rules,
         count=count,
         stage=_stage(command, before["stage"] if before else None),
         keep=command.keep,
@@ -146,7 +151,7 @@ def _stage(command: CondenseCommand, before: int | None) -> int:
 
 def _in_parts(
     command: CondenseCommand, plan: streamed.Planned, source: Source, facts: dict[str, Any], made: Path
-) -> dict[str, Any]:
+) -> Result:
     """Write a manifest as a folder of parts, at first named `made`."""
     made.mkdir()
     told, seal = streamed.write_parts(plan, source, made, partition_rows=command.partition_rows, **facts)
@@ -168,7 +173,7 @@ def _placed(made: Path, seal: parquet.Seal, out: Path, most_rows: int) -> bool:
     return False
 
 
-def _write_once(path: Path, write: Callable[[BinaryIO | None], dict[str, Any]], most_rows: int) -> dict[str, Any]:
+def _write_once(path: Path, write: Callable[[BinaryIO | None], dict[str, Any]], most_rows: int) -> Result:
     """Write a manifest, or accept that the same one lies there, put by whom and whenever; return summary and which."""
     path.parent.mkdir(parents=True, exist_ok=True)
     made: list[dict[str, Any]] = []

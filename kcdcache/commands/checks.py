@@ -1,0 +1,176 @@
+"""What settings alone decide: unknown names and settings that contradict each other, refused without torch or data."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kcdcache.condense import schedule
+from kcdcache.data import spec
+from kcdcache.errors import SettingsError
+from kcdcache.methods.catalogue import named, weights_of
+from kcdcache.networks.catalogue import require_known_name, saved_network
+from kcdcache.settings import (
+    CondenseCommand,
+    FitCommand,
+    MethodsCommand,
+    PrecomputeCommand,
+    Settings,
+    TeacherSettings,
+    TrainCommand,
+    VerifyCommand,
+    nearest,
+)
+
+ENCODINGS = ("float16", "float32", "uint8", "top")
+"""first words of the encodings that a store knows"""
+FIELDS = ("logits", "penultimate", "attention", "fsp", "maps", "pooled", "rotations", "boundary", "parameters")
+"""first words of the fields that a teacher gives"""
+NOT_IMPORTED = {
+    "teacher", "weights", "teacher_mean", "teacher_std", "teacher_size", "teacher_precision", "manifest", "mix",
+    "views", "fields", "for_", "student", "batch_size", "budget_gb", "shard", "workers",
+}  # fmt: skip
+"""settings of `precompute` that logits made elsewhere decide or have no part in"""
+
+
+def require_possible(command: Settings) -> None:
+    """Do nothing unless a command's settings rule out by themselves that it can be done.
+
+    Raises:
+        SettingsError: a network, method, data set, field or encoding is unknown, or settings contradict each other.
+    """
+    if type(command) in CHECKS:
+        CHECKS[type(command)](command)
+
+
+def require_present(command: Settings) -> None:
+    """Do nothing if the teacher that a command runs, where it is a saved one, is there.
+
+    Raises:
+        NotFoundError, UnfinishedError, SettingsError: it is not; says what is missing.
+    """
+    if isinstance(command, PrecomputeCommand | VerifyCommand):
+        named = command.teaching
+        if named.teacher is not None and named.weights is None:
+            saved_network(named.teacher)
+
+
+def parse_share(text: str) -> float:
+    """Return a share in (0, 1] from a text such as `5%` or `0.05`.
+
+    Raises:
+        SettingsError: it is none.
+
+    >>> parse_share("5%")
+    0.05
+    """
+    try:
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise SettingsError(f"--sample takes a share above 0 and at most 100%, such as 5%; found {text!r}")
+    return share
+
+
+def _fit(command: FitCommand) -> None:
+    spec.parse(command.data)
+    require_known_name(command.model)
+
+
+def _precompute(command: PrecomputeCommand) -> None:
+    spec.parse(command.data)
+    if command.from_logits is not None:
+        _require_importable(command.given)
+    else:
+        _require_teacher(command.teaching)
+    settings = command.precompute
+    _require_known("encoding", settings.encoding, ENCODINGS)
+    for field in settings.fields:
+        _require_known("field", field, FIELDS)
+    if command.for_ is None and not command.student:
+        return
+    if command.for_ is None or not command.student:
+        raise SettingsError("--for METHOD and --student NETWORK go together: feature sizes depend on both networks")
+    if "fields" in command.given:
+        raise SettingsError("--for works out the fields; leave --fields out")
+    named(command.for_)
+    require_known_name(command.student)
+
+
+def _require_teacher(named: TeacherSettings) -> None:
+    if named.teacher is None:
+        raise SettingsError("--teacher is missing: a folder written by `kcdcache fit`, or a network with --weights")
+    own = [name for name in ("teacher_mean", "teacher_std", "teacher_size") if getattr(named, name) is not None]
+    if own and named.weights is None:
+        flag = f"--{own[0].replace('_', '-')}"
+        raise SettingsError(f"{flag} does nothing here: {named.teacher} brings its own input transform")
+
+
+def _require_importable(given: set[str]) -> None:
+    """Refuse what an import cannot follow, and logits of which nobody says what view they are of."""
+    if ignored := given & NOT_IMPORTED:
+        flag = f"--{min(ignored).rstrip('_').replace('_', '-')}"
+        raise SettingsError(f"{flag} does nothing beside --from-logits: the file decides it; leave it out")
+    if "augment" not in given:
+        raise SettingsError(
+            "--from-logits needs --augment: say which views the logits belong to (--augment none for images as they "
+            "are); logits of other images than the student sees are the known failure of offline distillation"
+        )
+
+
+def _train(command: TrainCommand) -> None:
+    settings, given = command.training, command.given
+    if not settings.student:
+        raise SettingsError("--student is missing: name the network to train, for example --student resnet8")
+    for network in filter(None, (settings.student, settings.peer)):
+        require_known_name(network)
+    weights_of(settings)
+    spec.parse(command.data)
+    if command.teaching.teacher is not None:
+        _require_teacher(command.teaching)
+    if command.condensed is None and command.store is None:
+        raise SettingsError("train needs knowledge: --store with the folder of a store, or --condensed with that of an "
+                            "exported set")  # fmt: skip
+    if command.condensed is not None and (ignored := given & {"store", "manifest", "transfer"}):
+        raise SettingsError(f"--{min(ignored)} does nothing beside --condensed, which brings its own; leave it out")
+    if command.condensed is None:
+        schedule.require_whole_stages(settings.epochs, settings.stages)
+
+
+def _condense(command: CondenseCommand) -> None:
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise SettingsError(
+            f"condense is work for one process, and torchrun has started {processes}: run `kcdcache condense` without "
+            "torchrun; what takes more memory than --memory-gb is sorted with files on the disk"
+        )
+
+
+def _methods(command: MethodsCommand) -> None:
+    require_known_name(command.teacher)
+    require_known_name(command.student)
+    _require_known("encoding", command.encoding, ENCODINGS)
+
+
+def _verify(command: VerifyCommand) -> None:
+    if command.data is not None:
+        spec.parse(command.data)
+    if command.sample is not None:
+        parse_share(command.sample)
+    if command.teaching.teacher is not None:
+        _require_teacher(command.teaching)
+
+
+def _require_known(what: str, text: str, known: tuple[str, ...]) -> None:
+    if (word := text.partition(":")[0]) not in known:
+        raise SettingsError(f"unknown {what} '{text}'; {nearest(word, known)}")
+
+
+CHECKS: Mapping[type[Settings], Callable[[Any], None]] = {
+    FitCommand: _fit,
+    PrecomputeCommand: _precompute,
+    TrainCommand: _train,
+    CondenseCommand: _condense,
+    MethodsCommand: _methods,
+    VerifyCommand: _verify,
+}
+"""settings of a command -> what is looked at before it is done"""

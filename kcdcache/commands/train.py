@@ -1,0 +1,139 @@
+"""`train`: a student from a store or an exported set, condensing between stages (Algorithm 1)."""
+
+import logging
+from pathlib import Path
+
+from kcdcache.commands import Result, inputs
+from kcdcache.condense import manifest, schedule
+from kcdcache.data.datasets import Dataset
+from kcdcache.export import condensed_set
+from kcdcache.export.condensed_set import load_data
+from kcdcache.methods import catalogue
+from kcdcache.progress import Progress
+from kcdcache.report import show
+from kcdcache.settings import TrainCommand, TrainSettings
+from kcdcache.store import reader
+from kcdcache.teacher.teacher import Teacher
+from kcdcache.training import distill, evaluation, processes, requery, sampling
+
+logger = logging.getLogger(__name__)
+
+FEW_VIEWS = (
+    "note: %d cached views for %d epochs; fewer than a third of the epochs is known to cost accuracy "
+    "(add some with `kcdcache precompute --views N` on the same store)"
+)
+
+
+def run(command: TrainCommand, progress: Progress, dry_run: bool = False) -> Result:
+    """Run Algorithm 1, or a part of it; return the summary, or with `dry_run` the stages and their expected cost."""
+    places = (command.store, command.manifest, command.condensed)
+    show.require_ids((path for path in places if path), command.expect_id)
+    settings = settings_of(command)
+    material = _material(command, settings)
+    knowledge = material.knowledge
+    if 3 * knowledge.views < settings.epochs and settings.method != "ce":
+        logger.warning(FEW_VIEWS, knowledge.views, settings.epochs)
+    if dry_run:
+        return _planned_stages(settings, material, command.out)
+    with processes.group_of() as group:
+        return distill.run(
+            settings,
+            material,
+            out=command.out,
+            until=command.until,
+            device=command.machine.device,
+            threads=command.machine.threads,
+            allow_env_change=command.machine.allow_env_change,
+            group=group,
+            progress=inputs.paced(progress, command.out),
+        )
+
+
+def settings_of(command: TrainCommand) -> TrainSettings:
+    """Return a run's settings; where the user gave nothing, its authors' own, and one stage for exported sets."""
+    asked, given = command.training, command.training.model_fields_set
+    authors = catalogue.recipe(asked.method, asked.student)
+    changed = {key: value for key, value in authors.items() if key not in given}
+    if changed:
+        told = ", ".join(f"{key} {value}" for key, value in changed.items())
+        logger.info("train: the authors' settings of %s for %s: %s", asked.method, asked.student, told)
+    stages = {"stages": 1} if command.condensed is not None and "stages" not in given else {}
+    return asked.model_copy(update=changed | stages)
+
+
+def _material(command: TrainCommand, settings: TrainSettings) -> distill.Material:
+    """Return what a student learns from: a store, perhaps with a manifest, or an exported set."""
+    if command.condensed is not None:
+        return _exported_material(command, settings, command.condensed)
+    assert command.store is not None
+    data, knowledge = load_data(command.data), reader.open(command.store)
+    given = None
+    if command.manifest is not None:
+        given = distill.accept(manifest.read(command.manifest, knowledge.count), knowledge, command.transfer)
+    return distill.Material(
+        data=data,
+        knowledge=knowledge,
+        given=given,
+        teacher=_asked_teacher(command, settings, data, knowledge),
+        requeried=(requery.path_for(command.manifest),) if command.manifest else (),
+    )
+
+
+def _exported_material(command: TrainCommand, settings: TrainSettings, path: Path) -> distill.Material:
+    """Return what a student learns from an exported set.
+
+    Raises:
+        SettingsError: its baked targets do not fit.
+    """
+    opened, data = condensed_set.open(path), load_data(command.data)
+    if opened.mixes is not None:
+        condensed_set.require_served(opened, settings, catalogue.weights_of(settings))
+    return distill.Material(
+        data=data,
+        knowledge=opened.knowledge,
+        given=opened.manifest,
+        teacher=_asked_teacher(command, settings, data, opened.knowledge),
+        baked=opened.mixes,
+    )
+
+
+def _asked_teacher(
+    command: TrainCommand, settings: TrainSettings, data: Dataset, knowledge: reader.Store
+) -> Teacher | None:
+    """Return the teacher if mixed images are to be shown to it, or test images, and one is named."""
+    compared = evaluation.fidelity_wanted(settings, data, knowledge)
+    if command.teaching.teacher is None:
+        return None
+    if settings.mix_target != "requery" and not compared:
+        logger.info("train: --teacher is not used; it serves --mix-target requery and --fidelity on")
+        return None
+    precision = inputs.precision_of(knowledge.knowledge, knowledge.path)
+    machine = command.machine
+    found = inputs.load_teacher(command.teaching, data, precision, machine.device, machine.threads)
+    if compared:
+        evaluation.require_own(found, knowledge)
+    return found
+
+
+def _planned_stages(settings: TrainSettings, material: distill.Material, out: Path) -> Result:
+    count = material.knowledge.knowledge.data.count
+    usable = count - len(material.knowledge.skipped)
+    stages = distill.planned(settings, material)
+    share = settings.sample_share if sampling.scheme_named(settings.sampling).partial else 1.0
+    return {
+        "would": "train",
+        "out": str(out),
+        # of infobatch, which leaves out what turns out to be easy, the most it can be
+        "relative_cost": share * schedule.expected_cost(stages, count, settings.epochs),
+        "stages": [
+            {
+                "stage": stage.number,
+                "epochs": f"{stage.start}-{stage.stop - 1}",
+                "keep": stage.keep,  # unrounded: `condense --keep` with it gives the run's own bytes
+                "samples": min(schedule.kept_count(stage.keep, count), usable),
+                "source": stage.source,
+            }
+            for stage in stages
+        ],
+        **material.data.corrupted(),
+    }

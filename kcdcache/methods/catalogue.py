@@ -1,0 +1,298 @@
+"""The distillation methods: METHODS maps a name to its idea, source, default weights and what its authors did.
+
+A method's term is imported when it is made: names and weights are checked without torch.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pkgutil import resolve_name
+from typing import Any
+
+from kcdcache.errors import SettingsError
+from kcdcache.settings import MethodSettings, nearest
+
+LIGHT_STUDENTS = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
+"""students that the methods' authors train with a lower learning rate"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One distillation method: L = gamma CE(y, z_S) + alpha T^2 KL(p_T || p_S) + beta (its own term)."""
+
+    about: str
+    """the idea in a few words"""
+    source: str
+    """paper, and where the defaults are from"""
+    term: Callable[..., Any] | None = None
+    """makes its own `Term` of a `Pair`; None for methods on logits and labels alone"""
+    gamma: float = 1.0
+    alpha: float = 0.0
+    beta: float = 0.0
+    temperature: float = 4.0
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """training settings its authors changed; they hold where the user gives none"""
+    light: Mapping[str, Any] = field(default_factory=dict)
+    """what its authors changed further for LIGHT_STUDENTS, if it is not LIGHT_RECIPE"""
+    live: bool = False
+    """whether it trains further networks with the student, so that no store can replace its forward passes"""
+
+
+LIGHT_RECIPE: Mapping[str, Any] = {"learning_rate": 0.01}
+"""what RepDistiller and the releases after it change for LIGHT_STUDENTS (0.05 for all others)"""
+
+
+def _made(where: str, pair: Any) -> Any:
+    return resolve_name(f"kcdcache.methods.{where}")(pair)
+
+
+METHODS: dict[str, Method] = {
+    "ce": Method(about="plain cross-entropy, no teacher", source="-", temperature=1.0),
+    "kd": Method(
+        about="softened outputs",
+        source="Hinton et al. 2015 (arXiv 1503.02531); weights and T of RepDistiller",
+        gamma=0.1,
+        alpha=0.9,
+    ),
+    "at": Method(
+        about="normalised attention maps of every stage",
+        source="Zagoruyko & Komodakis, ICLR 2017 (arXiv 1612.03928); weight of RepDistiller",
+        term=partial(_made, "feature_maps:Attention"),
+        beta=1000.0,
+    ),
+    "fitnet": Method(
+        about="the teacher's map in the middle, regressed",
+        source="Romero et al., ICLR 2015 (arXiv 1412.6550); weight and regressor of RepDistiller",
+        term=partial(_made, "feature_maps:Hint"),
+        beta=100.0,
+    ),
+    "sp": Method(
+        about="similarities between the last maps of a batch",
+        source="Tung & Mori, ICCV 2019 (arXiv 1907.09682); weight of RepDistiller",
+        term=partial(_made, "feature_maps:Similarity"),
+        beta=3000.0,
+    ),
+    "vid": Method(
+        about="variational information between the maps of every stage",
+        source="Ahn et al., CVPR 2019 (arXiv 1904.05835); weight of RepDistiller",
+        term=partial(_made, "feature_maps:Variational"),
+        beta=1.0,
+    ),
+    "rkd": Method(
+        about="distances and angles within a batch",
+        source="Park et al., CVPR 2019 (arXiv 1904.05068); weights of RepDistiller",
+        term=partial(_made, "relations:Relational"),
+        beta=1.0,
+    ),
+    "pkt": Method(
+        about="probabilities of being neighbours within a batch",
+        source="Passalis & Tefas, ECCV 2018 (arXiv 1803.10837); weight of RepDistiller",
+        term=partial(_made, "relations:Probabilistic"),
+        beta=30000.0,
+    ),
+    "fsp": Method(
+        about="flow matrices of consecutive stages, taught alone before the labels",
+        source="Yim et al., CVPR 2017 (A Gift from Knowledge Distillation); phases of RepDistiller",
+        term=partial(_made, "feature_maps:Flow"),
+        beta=1.0,
+    ),
+    "reviewkd": Method(
+        about="fused features of all stages against maps before their activation",
+        source="Chen et al., CVPR 2021 (arXiv 2104.09044); weight, warm-up and recipe of its CIFAR-100 code",
+        term=partial(_made, "feature_maps:Review"),
+        beta=5.0,
+        recipe={"learning_rate": 0.1, "batch_size": 128, "nesterov": True},
+        light={"learning_rate": 0.02},
+    ),
+    "crd": Method(
+        about="contrast of embeddings with those of other classes, over a memory of all samples",
+        source="Tian et al., ICLR 2020 (arXiv 1910.10699); weight of RepDistiller",
+        term=partial(_made, "contrast:Contrast"),
+        beta=0.8,
+    ),
+    "wcord": Method(
+        about="contrast through a 1-Lipschitz critic, and optimal transport between batches",
+        source="Chen et al., CVPR 2021 (arXiv 2012.08674); critic and transport plan are our reading",
+        term=partial(_made, "contrast:WassersteinContrast"),
+        beta=1.0,
+    ),
+    "sskd": Method(
+        about="classes and similarities of rotated images, beside softened outputs",
+        source="Xu et al., ECCV 2020 (arXiv 2006.07114); its release, whose views are cropped and not flipped",
+        term=partial(_made, "self_supervision:SelfSupervision"),
+        gamma=0.1,
+        alpha=0.9,
+        beta=1.0,
+    ),
+    "bss": Method(
+        about="softened outputs, also on adversarial images beside the decision boundary",
+        source="Heo et al., AAAI 2019 (arXiv 1805.05532); its release",
+        term=partial(_made, "boundary:BoundarySupport"),
+        beta=1.0,
+        temperature=3.0,
+    ),
+    "dkd": Method(
+        about="softened outputs, target class and other classes weighed apart",
+        source="Zhao et al., CVPR 2022 (arXiv 2203.08679); its release's default weights",
+        term=partial(_made, "logits:Decoupled"),
+        beta=1.0,
+    ),
+    "eakd": Method(
+        about="softened outputs, the more the less sure both networks are of a sample",
+        source="Su et al., ICCV 2025 (arXiv 2311.13621); weights and temperatures of its release",
+        term=partial(_made, "logits:Adaptive"),
+        gamma=0.1,
+        beta=0.9,
+    ),
+    "kr": Method(
+        about="distributions of the filters of every stage, recoded sparsely",
+        source="our reading of Liu et al. 2019 (arXiv 1911.05329), of which no formula could be read",
+        term=partial(_made, "filter_statistics:FilterStatistics"),
+        beta=1.0,
+    ),
+    "kr_activations": Method(
+        about="distributions of the pooled channels of every stage, recoded sparsely",
+        source="our reading of Liu et al. 2019 (arXiv 1911.05329), of which no formula could be read",
+        term=partial(_made, "filter_statistics:PooledDistributions"),
+        beta=1.0,
+    ),
+    "dml": Method(
+        about="a peer network that learns with the student, no teacher",
+        source="Zhang et al., CVPR 2018 (arXiv 1706.00384)",
+        term=partial(_made, "online:MutualLearning"),
+        beta=1.0,
+        temperature=1.0,
+        live=True,
+    ),
+    "one": Method(
+        about="two more branches of the student and their gated ensemble, no teacher",
+        source="Lan et al., NeurIPS 2018 (arXiv 1806.04606)",
+        term=partial(_made, "online:Ensemble"),
+        beta=1.0,
+        temperature=3.0,
+        live=True,
+    ),
+}
+
+
+PART = re.compile(r"([a-z0-9_]+)(?:\*([0-9.eE+-]+?))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Resolved weights of one run's loss: of a method, or of several joined by '+'."""
+
+    gamma: float
+    """weight of the hard-label cross-entropy"""
+    alpha: float
+    """weight of the soft-label divergence"""
+    temperature: float
+    """distillation temperature T"""
+    parts: Mapping[str, float]
+    """name -> weight of its own term; 0 where it has none"""
+    mix_label: str
+    """'keep' or 'mix': the hard label of a mixed point"""
+    smoothing: float
+    """label smoothing of the hard-label term"""
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Name -> weight of the methods with a term of their own."""
+        return {name: weight for name, weight in self.parts.items() if METHODS[name].term is not None}
+
+
+def method_named(name: str) -> Method:
+    """Return the method of that name.
+
+    Raises:
+        SettingsError: there is none; names the nearest.
+    """
+    if name not in METHODS:
+        raise SettingsError(
+            f"unknown method '{name}'; {nearest(name, list(METHODS))}, or several such as kd+at or kd+at*500"
+        )
+    return METHODS[name]
+
+
+def named(method: str) -> dict[str, float | None]:
+    """Return name -> weight of the methods that a text such as `kd` or `kd*0.5+at` names, None where it gives none.
+
+    Raises:
+        SettingsError: a method is unknown, named twice or has no weight to change.
+    """
+    found: dict[str, float | None] = {}
+    for text in method.split("+"):
+        name, weight = _parsed(text, method)
+        if name in found:
+            raise SettingsError(f"method '{method}' names '{name}' twice")
+        method_named(name)
+        found[name] = weight
+    return found
+
+
+def weights_of(settings: MethodSettings, smoothing: float = 0.0) -> Weights:
+    """Return the weights of the methods a user named: the settings' where given, their authors' elsewhere.
+
+    One method has its own weights. Several have gamma = 1, alpha = 1 if kd is among them, and each its own beta
+    (RepDistiller's combinations, such as crd+kd); `A*w` gives method A the weight w.
+
+    Raises:
+        SettingsError: a method is unknown, named twice or has no weight to change, or beta is given for several terms.
+    """
+    parts: dict[str, float] = {}
+    alpha = 0.0
+    for name, weight in named(settings.method).items():
+        method = METHODS[name]
+        parts[name] = 0.0 if method.term is None else method.beta if weight is None else weight
+        if name == "kd":
+            alpha = 1.0 if weight is None else weight
+    only = METHODS[next(iter(parts))]
+    alone = len(parts) == 1 and "*" not in settings.method
+    terms = [name for name in parts if METHODS[name].term is not None]
+    if settings.beta is not None:
+        if len(terms) != 1:
+            raise SettingsError(
+                f"--beta is the weight of one method's own term, '{settings.method}' has {len(terms)}; "
+                "write the weights into the method: kd+at*1000+pkt*30000"
+            )
+        parts[terms[0]] = settings.beta
+    own = [METHODS[name].temperature for name in parts if name != "ce"]
+    return Weights(
+        gamma=(only.gamma if alone else 1.0) if settings.gamma is None else settings.gamma,
+        alpha=(only.alpha if alone else alpha) if settings.alpha is None else settings.alpha,
+        temperature=(own[0] if own else 1.0) if settings.temperature is None else settings.temperature,
+        parts=parts,
+        mix_label=settings.mix_label,
+        smoothing=smoothing,
+    )
+
+
+def recipe(method: str, student: str) -> dict[str, Any]:
+    """Return the training settings that the authors of a method, or of several, changed for this student."""
+    light = student in LIGHT_STUDENTS
+    found: dict[str, Any] = dict(LIGHT_RECIPE) if light else {}
+    for name in named(method):
+        found |= METHODS[name].recipe
+        found |= METHODS[name].light if light else {}
+    return found
+
+
+def _parsed(text: str, whole: str) -> tuple[str, float | None]:
+    found = PART.fullmatch(text.strip())
+    if found is None:
+        raise SettingsError(f"method '{whole}': write a name, or names with weights such as kd+at or kd*0.5+at*1000")
+    name, weight = found.groups()
+    if weight is None:
+        return name, None
+    method_named(name)
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise SettingsError(f"method '{whole}': the weight of {name} should be a number of at least 0, found {weight}")
+    if METHODS[name].term is None and name != "kd":
+        raise SettingsError(f"method '{whole}': {name} has no term of its own to weigh; --gamma weighs the labels")
+    return name, value

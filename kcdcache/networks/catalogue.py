@@ -1,0 +1,86 @@
+"""The networks of the zoo by name, imported when they are made: names are checked without torch."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+from kcdcache.errors import NotFoundError, SettingsError, UnfinishedError
+from kcdcache.settings import nearest
+
+
+def _made(where: str, *arguments: Any) -> Any:
+    return resolve_name(f"kcdcache.networks.{where}")(*arguments)
+
+
+NARROW = (16, 16, 32, 64)
+WIDE = (32, 64, 128, 256)
+
+NETWORKS: dict[str, Callable[..., Any]] = {
+    "resnet8": partial(_made, "resnet:ResNet", 8, NARROW),
+    "resnet14": partial(_made, "resnet:ResNet", 14, NARROW),
+    "resnet20": partial(_made, "resnet:ResNet", 20, NARROW),
+    "resnet32": partial(_made, "resnet:ResNet", 32, NARROW),
+    "resnet44": partial(_made, "resnet:ResNet", 44, NARROW),
+    "resnet56": partial(_made, "resnet:ResNet", 56, NARROW),
+    "resnet110": partial(_made, "resnet:ResNet", 110, NARROW),
+    "resnet8x4": partial(_made, "resnet:ResNet", 8, WIDE),
+    "resnet32x4": partial(_made, "resnet:ResNet", 32, WIDE),
+    "ResNet50": partial(_made, "resnet:ResNet50"),
+    "wrn_10_2": partial(_made, "wrn:WideResNet", 10, 2),
+    "wrn_16_1": partial(_made, "wrn:WideResNet", 16, 1),
+    "wrn_16_2": partial(_made, "wrn:WideResNet", 16, 2),
+    "wrn_28_2": partial(_made, "wrn:WideResNet", 28, 2),
+    "wrn_40_1": partial(_made, "wrn:WideResNet", 40, 1),
+    "wrn_40_2": partial(_made, "wrn:WideResNet", 40, 2),
+    "vgg8": partial(_made, "vgg:VGG", (1, 1, 1, 1, 1)),
+    "vgg11": partial(_made, "vgg:VGG", (1, 1, 2, 2, 2)),
+    "vgg13": partial(_made, "vgg:VGG", (2, 2, 2, 2, 2)),
+    "vgg16": partial(_made, "vgg:VGG", (2, 2, 3, 3, 3)),
+    "vgg19": partial(_made, "vgg:VGG", (2, 2, 4, 4, 4)),
+    "MobileNetV2": partial(_made, "mobilenet:MobileNetV2"),
+    "ShuffleV1": partial(_made, "shufflenet:ShuffleV1"),
+    "ShuffleV2": partial(_made, "shufflenet:ShuffleV2"),
+}
+"""name -> network made from (classes, channels)"""
+SAVED_NAMES = ("model", "student")
+"""what `fit` and `train` call the networks they save"""
+
+
+def require_known_name(spec: str) -> None:
+    """Do nothing if a spec names a network of the zoo, or one of another package, which is not looked into.
+
+    Raises:
+        SettingsError: it does not; names the nearest.
+    """
+    if ":" not in spec and spec not in NETWORKS:
+        raise SettingsError(
+            f"unknown network '{spec}'; {nearest(spec, NETWORKS)} (or torchvision:NAME, timm:NAME, my.module:factory)"
+        )
+
+
+def saved_network(spec: str) -> Path:
+    """Return the record (.json) of a network that `fit` or `train` saved, from its own path or its run's folder.
+
+    Raises:
+        UnfinishedError: its run is not finished.
+        NotFoundError, SettingsError: there is none; says what is missing.
+    """
+    path = Path(spec)
+    if path.suffix == ".json" and path.is_file():
+        return path
+    records = [path / f"{name}.json" for name in SAVED_NAMES]
+    for record in records:
+        if record.exists() or record.with_suffix(".safetensors").exists():
+            if (path / "run.json").exists() and not (path / "summary.json").exists():
+                raise UnfinishedError(f"the run in {path} is not finished; run its command again before it teaches")
+            return record
+    if path.is_dir():
+        raise NotFoundError(f"no saved network in {path} (neither {records[0].name} nor {records[1].name})")
+    if spec in NETWORKS or ":" in spec:
+        raise SettingsError(f"the teacher '{spec}' needs its weights: a safetensors or torch file, or a `fit` folder")
+    hint = nearest(spec, NETWORKS)
+    raise NotFoundError(
+        f"no saved network at {path}; give the folder of a finished `fit`, or a network's name ({hint})"
+    )
