@@ -122,6 +122,10 @@ def _connected(folder: Path, memory_bytes: float) -> Iterator[Any]:
             yield connection
         except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
             raise _explained(str(error), folder, limit) from error
+        except RuntimeError as error:
+            if str(error) != "Query interrupted":
+                raise
+            raise KeyboardInterrupt from None  # what DuckDB makes of Ctrl-C while it works
 
 
 def _explained(text: str, folder: Path, limit: int) -> Exception:

@@ -1,8 +1,11 @@
 """Sets planned by DuckDB are those made in memory, to the byte, for every option; what it lacks is told."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +101,15 @@ def test_too_little_memory_is_told(tmp_path, monkeypatch):
     planned = large.planned(many(), CondenseSettings(stratify=True), **SPILLING, folder=tmp_path / "spill")
     with pytest.raises(SettingsError, match=r"condensing takes more than 0\.005 GB here; give more with --memory-gb"):
         planned.__enter__()
+
+
+def test_ctrl_c_stops_it_while_duckdb_works(tmp_path):
+    common = {"count": COUNT, "stage": 1, "keep": 0.5, "folder": tmp_path / "spill", "memory_bytes": 1}
+    planned = large.planned(value_files.Held(some_values()), CondenseSettings(), **common)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt), planned as plan:
+        plan.connection.execute("SELECT sum(a.range * b.range) FROM range(10000000) a, range(10000000) b")
 
 
 FULL = f"""
