@@ -219,7 +219,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=[str(number) for number in range(len(CASES))])
 def test_batches_made_on_the_device_have_the_bytes_of_those_made_on_the_host(world, case):
     chosen = case["chosen"](world) if "chosen" in case else None
     with connected(world, **(case | {"chosen": chosen})) as source:
