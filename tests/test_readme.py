@@ -93,7 +93,7 @@ def test_own_training_loop_is_about_25_lines():
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_parse(line):
     words = shlex.split(line, comments=True)[1:]
-    command = main.BUILDERS[words[0]]()
+    command = main.build(words[0])
     with click.Context(command, info_name=words[0]) as context:
         command.parse_args(context, words[1:])
 

@@ -44,7 +44,7 @@ def test_a_run_beside_a_set_is_its_last_one_and_an_export_its_manifest(place):
 
 def test_the_table_has_a_line_a_stage_and_no_torch_is_loaded(place):
     done = alone("diff", place.root / "one", place.root / "two")
-    assert (done.returncode, done.stderr) == (0, "loaded:\n")
+    assert (done.returncode, done.stderr) == (0, "loaded: scipy\n")
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[2:6]] == ["stage", "0", "1", "2"]
     assert lines[2].split()[1:] == list(diff.COLUMNS)
