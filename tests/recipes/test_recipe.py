@@ -12,9 +12,8 @@ import pytest
 from killing import POLL, Cold, environment
 from stores import content
 
-from kcdcache import settings
 from kcdcache.condense import manifest
-from kcdcache.errors import NotFoundError, SettingsError
+from kcdcache.errors import SettingsError
 from kcdcache.progress import silent
 from kcdcache.recipes import recipe
 
@@ -130,11 +129,6 @@ def test_a_wrong_recipe_is_refused_before_anything_runs(tmp_path, text, message)
         recipe.load(written(tmp_path, text))
 
 
-def test_a_missing_recipe_is_not_found(tmp_path):
-    with pytest.raises(NotFoundError, match=r"no recipe at .*tiny.toml"):
-        recipe.load(tmp_path / "tiny.toml")
-
-
 # planning
 
 
@@ -176,23 +170,14 @@ def test_train_images_limit_the_data_unless_it_limits_itself(tmp_path, spec, exp
 # running
 
 
-def test_every_step_leaves_its_result_where_the_plan_says(finished):
-    out, _ = finished
+def test_steps_leave_their_results_where_the_plan_says_and_build_on_each_other(finished):
+    out, results = finished
     expected = ["kcd-seed0", "kcd-seed1", "results.json", "reuse-seed0", "reuse-seed1", "smaller-seed0.parquet"]
     assert sorted(path.name for path in out.iterdir()) == [*expected, "smaller-seed1.parquet", "store", "teacher"]
-
-
-def test_steps_build_on_each_other(finished):
-    out, _ = finished
     smaller = manifest.read(out / "smaller-seed1.parquet")
     run = json.loads((out / "kcd-seed1/summary.json").read_text())
-    assert smaller.parent == manifest.read(out / "kcd-seed1" / run["condensed_set"]).digest
-    assert len(smaller) == 50
+    assert (smaller.parent, len(smaller)) == (manifest.read(out / "kcd-seed1" / run["condensed_set"]).digest, 50)
     assert json.loads((out / "reuse-seed1/run.json").read_text())["inputs"]["given"] == smaller.digest
-
-
-def test_seeds_differ_and_are_recorded(finished):
-    out, results = finished
     seeds = [json.loads((out / f"kcd-seed{seed}/run.json").read_text())["settings"]["seed"] for seed in (0, 1)]
     assert seeds == results["seeds"] == [0, 1]
     assert (out / "kcd-seed0/values.parquet").read_bytes() != (out / "kcd-seed1/values.parquet").read_bytes()
@@ -246,7 +231,7 @@ class BrokenOffError(BaseException):
     """Raised where the test breaks the recipe off."""
 
 
-@pytest.mark.parametrize("reports", [1, 3, 5, 7])
+@pytest.mark.parametrize("reports", [1, 4, 7])
 def test_a_recipe_broken_off_anywhere_resumes_to_the_same_bytes(finished, tmp_path, reports):
     told = []
 
@@ -325,9 +310,8 @@ def test_a_wrong_grid_is_refused(tmp_path, text, message):
         grid_of(tmp_path, HEAD + text)
 
 
-@pytest.mark.parametrize("jobs", [2, 3])
-def test_several_at_once_make_the_same_bytes(finished, tmp_path, jobs):
-    results = carried_out(tmp_path, tmp_path / "out", jobs=jobs, machine={"threads": 1})
+def test_several_at_once_make_the_same_bytes(finished, tmp_path):
+    results = carried_out(tmp_path, tmp_path / "out", jobs=3, machine={"threads": 1})
     assert results["failed"] == []
     shutil.rmtree(tmp_path / "out/logs")
     assert timeless(settled(tmp_path / "out")) == timeless(settled(finished[0]))
@@ -383,8 +367,3 @@ def test_a_recipe_at_several_jobs_that_is_stopped_resumes_to_the_same_bytes(fini
     assert resumed["failed"] == []
     shutil.rmtree(tmp_path / "out/logs")
     assert timeless(settled(tmp_path / "out")) == timeless(settled(finished[0]))
-
-
-def test_recipes_are_frozen():
-    assert settings.Settings in recipe.Recipe.__mro__
-    assert recipe.Recipe.model_config["frozen"]
