@@ -33,35 +33,35 @@ class Settings(BaseModel):
 class Composed(Settings):
     """Settings of a command: some of its own, and parts; flags and recipes give the settings of all in one table."""
 
-    @classmethod
-    def parts(cls) -> dict[str, type[Settings]]:
-        """Return the name and model of each part."""
-        found = {name: field.annotation for name, field in cls.model_fields.items()}
-        return {name: part for name, part in found.items() if isinstance(part, type) and issubclass(part, Settings)}
-
     @property
     def given(self) -> set[str]:
         """Names of the settings that the user gave, those of the parts included."""
-        parts = self.parts()
-        return (self.model_fields_set - parts.keys()).union(*(getattr(self, name).model_fields_set for name in parts))
+        inner = parts(type(self))
+        return (self.model_fields_set - inner.keys()).union(*(getattr(self, name).model_fields_set for name in inner))
 
     @model_validator(mode="before")
     @classmethod
     def _sort_into_parts(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        parts, rest = cls.parts(), dict(values)
+        rest = dict(values)
         tables = {
-            name: {key: rest.pop(key) for key in part.model_fields if key in rest} for name, part in parts.items()
+            name: {key: rest.pop(key) for key in part.model_fields if key in rest} for name, part in parts(cls).items()
         }
         return tables | rest
 
 
+def parts(model: type[BaseModel]) -> dict[str, type[Settings]]:
+    """Return the name and model of each part of a command's settings; other settings have none."""
+    kinds = {name: field.annotation for name, field in model.model_fields.items() if issubclass(model, Composed)}
+    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Settings)}
+
+
 def fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
     """Return all that flags and recipes may set of a model, by name: its own settings, then those of its parts."""
-    parts = model.parts() if issubclass(model, Composed) else {}
-    found = {name: field for name, field in model.model_fields.items() if name not in parts}
-    for part in parts.values():
+    inner = parts(model)
+    found = {name: field for name, field in model.model_fields.items() if name not in inner}
+    for part in inner.values():
         found |= part.model_fields
     return found
 
@@ -580,7 +580,7 @@ def make(model: type[S], values: Mapping[str, Any], source: str = "the command l
     Raises:
         SettingsError: a key is unknown (names the nearest known one) or a value is out of range; says where and why.
     """
-    if issubclass(model, Composed) and (inner := model.parts().keys() & values.keys()):
+    if inner := parts(model).keys() & values.keys():
         raise SettingsError(f"unknown setting '{min(inner)}' in {source}; {nearest(min(inner), keys(model))}")
     try:
         return model.model_validate(dict(values))
@@ -622,8 +622,7 @@ def keys(model: type[BaseModel]) -> list[str]:
 
 
 def _explained(model: type[Settings], item: Any, source: str) -> str:
-    parts = model.parts() if issubclass(model, Composed) else {}
-    key = ".".join(str(name) for name in item["loc"] if name not in parts) or "settings"
+    key = ".".join(str(name) for name in item["loc"] if name not in parts(model)) or "settings"
     if item["type"] == "extra_forbidden":
         return f"unknown setting '{key}' in {source}; {nearest(key, keys(model))}"
     return f"setting '{key}' in {source}: {item['msg']}; found {item['input']!r}"

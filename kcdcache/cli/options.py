@@ -4,12 +4,13 @@ import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import click
 from pydantic.fields import FieldInfo
 
-from kcdcache.settings import Composed, Settings
+from kcdcache.settings import Settings, parts
 
 INPUTS, OTHERS = "What goes in and out", "Options"
 ARTICLES = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
@@ -35,7 +36,7 @@ class Sectioned(click.Command):
 def sections_of(model: type[Settings]) -> dict[str, str]:
     """Return setting -> heading: the first line of the docstring of the settings that bring it."""
     found = dict.fromkeys(model.model_fields, INPUTS)
-    for part in model.parts().values() if issubclass(model, Composed) else ():
+    for part in parts(model).values():
         for own in reversed(part.__mro__):
             for name in inspect.get_annotations(own).keys() & part.model_fields.keys():
                 found[name] = (own.__doc__ or "").split("\n")[0].rstrip(".")
@@ -44,7 +45,8 @@ def sections_of(model: type[Settings]) -> dict[str, str]:
 
 def option(name: str, field: FieldInfo) -> click.Parameter:
     """Return the option or argument for one settings field, whose values go to the settings unparsed."""
-    several = "tuple" in str(field.annotation)
+    kinds = _kinds(field.annotation)
+    several = any(get_origin(kind) is tuple for kind in kinds)
     if isinstance(field.json_schema_extra, dict):
         metavar = str(field.json_schema_extra["argument"])
         return click.Argument([name], required=field.is_required(), nargs=-1 if several else 1, metavar=metavar)
@@ -53,19 +55,16 @@ def option(name: str, field: FieldInfo) -> click.Parameter:
     text = re.sub(r"\s*\n\s*", " ", field.description or "") + default
     if field.annotation is bool:
         return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)
-    choices = _choices(field.annotation)
+    choices = get_args(kinds[0]) if len(kinds) == 1 and get_origin(kinds[0]) is Literal else None
+    word = "A,B,..." if several else next((ARTICLES[kind] for kind in kinds if kind in ARTICLES), "TEXT")
     return click.Option(
         [flag, name],
         type=click.Choice(choices) if choices else click.STRING,
         help=text,
-        metavar=None if choices else _metavar(field.annotation),
+        metavar=None if choices else word,
         required=field.is_required(),
         callback=_split if several else None,
     )
-
-
-def _split(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    return None if value is None else tuple(part.strip() for part in value.split(",") if part.strip())
 
 
 def shown(default: Any) -> str:
@@ -75,20 +74,11 @@ def shown(default: Any) -> str:
     return ",".join(str(part) for part in default) if isinstance(default, tuple) else str(default)
 
 
-def _metavar(annotation: Any) -> str:
-    kinds = _kinds(annotation)
-    if any(get_origin(kind) is tuple for kind in kinds):
-        return "A,B,..."
-    return next((word for kind in kinds for plain, word in ARTICLES.items() if kind is plain), "TEXT")
+def _kinds(annotation: Any) -> list[Any]:
+    """Return what an annotation allows besides None: the members of `A | B`, or itself."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return [kind for kind in members if kind is not NoneType]
 
 
-def _choices(annotation: Any) -> tuple[Any, ...] | None:
-    """Return the values to choose from, or None where others are possible too."""
-    kinds = [annotation] if get_origin(annotation) is Literal else get_args(annotation)
-    told = [kind for kind in kinds if kind is not type(None)]
-    return get_args(told[0]) if len(told) == 1 and get_origin(told[0]) is Literal else None
-
-
-def _kinds(annotation: Any) -> tuple[Any, ...]:
-    """Return an annotation and, of `A | None`, what it is made of."""
-    return (annotation, *get_args(annotation))
+def _split(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    return None if value is None else tuple(part.strip() for part in value.split(",") if part.strip())
