@@ -16,10 +16,11 @@ from kcdcache.data import datasets
 from kcdcache.errors import CorruptionError, MismatchError
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform
-from kcdcache.settings import PrecomputeSettings, TrainSettings, ViewSettings
+from kcdcache.settings import OptimizerSettings, PrecomputeSettings, TrainSettings, ViewSettings
 from kcdcache.store import plan
 from kcdcache.teacher import precompute, teacher
 from kcdcache.training import batches, distill, evaluation
+from kcdcache.training.sampling import Sampler, everything
 from kcdcache.views import prefetch, rules
 
 NAMES = ("ant", "bee", "cow")
@@ -158,7 +159,9 @@ def test_a_store_and_a_test_accuracy_do_not_depend_on_the_number_of_workers(load
         precomputed(tmp_path / str(workers), loaded, network, views=2, batch_size=7, workers=workers, **SEEN)
     assert same_files(tmp_path / "1", tmp_path / "4")
     one, four = (
-        evaluation.predict(network.module, network.transform, loaded.test, rules.plain(rule), CPU, workers=count)
+        evaluation.predict(
+            network.module, network.transform, evaluation.first_views(loaded.test, rules.plain(rule), CPU, count)
+        )
         for count in (1, 4)
     )
     assert torch.equal(one, four)
@@ -178,11 +181,13 @@ def test_a_run_goes_on_with_another_number_of_workers_to_the_same_bytes(loaded, 
 def test_mixed_points_are_shown_ahead_as_without(loaded, tmp_path):
     knowledge = precomputed(tmp_path / "store", loaded, teacher_of(loaded), views=1, **SEEN)
     with batches.connect(loaded, knowledge, condensed(knowledge)) as source:
-        plan = batches.plan_epoch(source, 0, 0)
+        points = everything(Sampler(manifest=source.manifest, optimizer=OptimizerSettings()), 0)
+        plan = batches.plan_epoch(source, 0, points)
+        source.prepare(0)
         found = list(batches.iterate(source, 0, batch_size=11, workers=2))
         assert sum(int(batch.mixed.sum()) for batch in found) > 5
         for number, batch in enumerate(found):
-            alone = batches.make_batch(source, plan, slice(11 * number, 11 * number + 11), CPU)
+            alone = batches.make_batch(source, plan.part(slice(11 * number, 11 * number + 11)))
             assert torch.equal(batch.pixels, alone.pixels)
             assert torch.equal(batch.index, alone.index)
 
