@@ -22,7 +22,7 @@ from kcdcache.runs.state import load_checkpoint, read_record, read_summary, writ
 from kcdcache.settings import TrainSettings, recorded
 from kcdcache.store import check, identity, reader
 from kcdcache.store.reader import Store
-from kcdcache.training import batches, evaluation, requery
+from kcdcache.training import evaluation, requery
 from kcdcache.training.processes import ALONE, Group
 from kcdcache.training.stage import Material, Run, run_stage, views_used
 
@@ -200,21 +200,18 @@ def _outputs_on_mixes(run: Run, stage: Stage, chosen: Manifest) -> Path | None:
         return None
     if material.baked is not None or run.settings.mix_target != "requery":
         return material.baked
-    path = requery.path_for(run.folder.manifest(stage.number))
-    mixing = batches.Mixing(mix=run.settings.mix)
+    path, mix = requery.path_for(run.folder.manifest(stage.number)), run.settings.mix
     used = views_used(stage.start, stage.stop, run.views)
     for made in (path, *material.requeried):
-        if requery.serves(made, chosen, mixing.mix, used, needs):
+        if requery.serves(made, chosen, mix, used, needs):
             return made
     if material.teacher is None:
         raise SettingsError(
             "mix_target 'requery' runs the teacher on mixed images: give --teacher (and --weights), or make them "
             "before with `kcdcache precompute --manifest`"
         )
-    with batches.connect(material.data, material.knowledge, chosen, fields=(), mixing=mixing) as source:
-        requery.write(
-            source, material.teacher, material.knowledge, path, fields=needs, view_numbers=used, progress=run.progress
-        )
+    how: dict[str, Any] = {"fields": needs, "view_numbers": used, "mix": mix, "progress": run.progress}
+    requery.write(path, chosen, material.knowledge, material.data, material.teacher, **how)
     return path
 
 

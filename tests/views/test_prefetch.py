@@ -85,57 +85,7 @@ def test_views_made_ahead_have_the_bits_of_those_made_one_by_one(loaded, workers
     for mine, its in zip(found, expected, strict=True):
         assert torch.equal(mine, its)
         assert mine.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_nothing_asked_for_is_nothing_shown(loaded):
-    assert list(prefetch.shown(loaded.train, rule_of(loaded), [], CPU, 2)) == []
-
-
-def test_the_crop_is_taken_from_the_original_image(loaded):
-    """A view by its definition: box on the full-size pixels, then one resize, in float64 by another implementation."""
-    rule = rule_of(loaded)
-    for sample in (0, 19, 45):
-        image = loaded.train.images(np.array([sample]))[0]
-        drawn = rules.parameters(rule, np.array([sample]), 2)
-        boxes, flips = rules._boxes(drawn, *(np.array([float(side)]) for side in image.shape[:2]))
-        top, left, high, wide = boxes[0].tolist()
-        assert high <= image.shape[0]
-        assert wide <= image.shape[1]
-        assert high * wide >= 0.07 * image[..., 0].size
-        expected = resized(image[top : top + high, left : left + wide] / 255, 16, 16)
-        expected = expected[:, ::-1] if flips[0] else expected
-        found = rules.show(rule, [image], drawn, CPU)[0].permute(1, 2, 0).numpy()
-        assert np.abs(found - expected).max() < 1e-5
-
-
-def resized(pixels, high, wide):
-    """Bilinear with a kernel as wide as the reduction, in float64."""
-    return np.einsum("yh,xw,hwc->yxc", triangle(pixels.shape[0], high), triangle(pixels.shape[1], wide), pixels)
-
-
-def triangle(length, side):
-    scale = length / side
-    width = max(scale, 1.0)
-    weights = np.zeros((side, length))
-    for target in range(side):
-        centre = scale * (target + 0.5)
-        for source in range(length):
-            weights[target, source] = max(0.0, 1 - abs(source + 0.5 - centre) / width)
-        weights[target] /= weights[target].sum()
-    return weights
-
-
-def test_evaluation_takes_the_centre_of_the_image_enlarged_by_256_over_224(loaded):
-    rule = rules.plain(rule_of(loaded))
-    for sample in (2, 30):
-        image = loaded.train.images(np.array([sample]))[0]
-        high, wide = image.shape[:2]
-        scale = 256 / 224 * 16 / min(high, wide)
-        size = round(high * scale), round(wide * scale)
-        whole = resized(image / 255, *size)
-        top, left = (size[0] - 16) // 2, (size[1] - 16) // 2
-        found = rules.show(rule, [image], np.zeros((1, 0), np.int64), CPU)[0].permute(1, 2, 0).numpy()
-        assert np.abs(found - whole[top : top + 16, left : left + 16]).max() < 1e-5
+    assert list(prefetch.shown(loaded.train, rule, [], CPU, workers)) == []
 
 
 def test_training_shows_the_views_the_teacher_saw_bit_for_bit(loaded, tmp_path):
