@@ -21,7 +21,7 @@ from kcdcache.store.check import check_data
 from kcdcache.store.reader import Store
 from kcdcache.store.rows import PlannedRows, StoredTargets, Targets
 from kcdcache.teacher import fields
-from kcdcache.training.processes import ALONE, Group, deal
+from kcdcache.training.processes import ALONE, Group, Share, deal
 from kcdcache.training.sampling import Points, Sampler
 from kcdcache.views import prefetch, rules
 from kcdcache.views.mixing import mix_pixels, mix_probabilities
@@ -250,29 +250,18 @@ def _put(
     return own
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """One epoch's points in order, with all of their views that integers decide, computed once."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan(Points):
+    """The points of an epoch with all of their views, and of their partners', that integers decide, computed once."""
 
-    view: int
-    points: Points
     parameters: Int64[np.ndarray, "n k"]
     partner_parameters: Int64[np.ndarray, "n k"]
 
-    def part(self, chosen: slice | Int64[np.ndarray, " some"]) -> "Plan":
-        """Return some of the points, in the order given."""
-        return Plan(
-            view=self.view,
-            points=self.points.part(chosen),
-            parameters=self.parameters[chosen],
-            partner_parameters=self.partner_parameters[chosen],
-        )
-
     def asked(self) -> Iterator[prefetch.Asked]:
         """Yield which views it shows: those of its samples, then those of partners if there are any."""
-        yield prefetch.Asked(self.points.index, self.parameters)
-        if len(where := np.flatnonzero(self.points.partner >= 0)):
-            yield prefetch.Asked(self.points.partner[where], self.partner_parameters[where])
+        yield prefetch.Asked(self.index, self.parameters)
+        if len(where := np.flatnonzero(self.partner >= 0)):
+            yield prefetch.Asked(self.partner[where], self.partner_parameters[where])
 
 
 def plan_epoch(source: Source, epoch: int, points: Points) -> Plan:
@@ -281,7 +270,7 @@ def plan_epoch(source: Source, epoch: int, points: Points) -> Plan:
     parameters = rules.parameters(source.rule, points.index, view)
     partner_parameters = np.zeros_like(parameters)
     partner_parameters[partner >= 0] = rules.parameters(source.rule, partner[partner >= 0], view)
-    return Plan(view=view, points=points, parameters=parameters, partner_parameters=partner_parameters)
+    return Plan(**vars(points), parameters=parameters, partner_parameters=partner_parameters)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,7 +312,7 @@ class HostBatches:
                 batch = make_batch(source, plan.part(part.mine), self.device, rows, shown)
                 yield batch if self.group.world == 1 else replace(batch, shared=part.shared, idle=part.idle)
 
-    def _mine(self, epoch: int) -> tuple[Points, list[Any]]:
+    def _mine(self, epoch: int) -> tuple[Points, list[Share]]:
         """Return this process's points of an epoch, and which of them each batch takes."""
         points = self.sampler.points(epoch)
         size = self.sampler.optimizer.batch_size
@@ -358,37 +347,37 @@ def make_batch(
 
     `planned` are the teacher's rows of an epoch and the slice of it that this is; `shown` gives the views.
     """
-    points, temperature = plan.points, source.mixing.temperature
+    temperature = source.mixing.temperature
     seen = shown or (rules.show(source.rule, source.data.train.images(i), p, device) for i, p in plan.asked())
     if planned is not None:
         rows, part = planned
         own = rows.gather(part, temperature, device)
     else:
-        own = {} if source.targets is None else source.targets.gather(points.index, temperature, device)
-    labels, is_mixed = source.data.train.labels, points.partner >= 0
+        own = {} if source.targets is None else source.targets.gather(plan.index, temperature, device)
+    labels, is_mixed = source.data.train.labels, plan.partner >= 0
     plain = Batch(
-        index=torch.from_numpy(points.index).to(device),
+        index=torch.from_numpy(plan.index).to(device),
         pixels=next(seen),
-        labels=torch.from_numpy(labels[points.index]).to(device),
-        partner_labels=torch.from_numpy(labels[np.where(is_mixed, points.partner, points.index)]).to(device),
+        labels=torch.from_numpy(labels[plan.index]).to(device),
+        partner_labels=torch.from_numpy(labels[np.where(is_mixed, plan.partner, plan.index)]).to(device),
         mixed=torch.from_numpy(is_mixed).to(device),
-        epsilon=torch.from_numpy(points.epsilon).to(device),
-        weight=torch.from_numpy(points.weight).to(device),
+        epsilon=torch.from_numpy(plan.epsilon).to(device),
+        weight=torch.from_numpy(plan.weight).to(device),
         knowledge=own,
     )
     where = np.flatnonzero(is_mixed)
-    return mix_in(plain, _partners(source, points, where, next(seen), device) if len(where) else None, source.mixing)
+    return mix_in(plain, _partners(source, plan, where, next(seen), device) if len(where) else None, source.mixing)
 
 
 def _partners(
-    source: Source, points: Points, where: Int64[np.ndarray, " some"], pixels: Tensor, device: torch.device
+    source: Source, plan: Plan, where: Int64[np.ndarray, " some"], pixels: Tensor, device: torch.device
 ) -> Partners:
     """Return what is mixed into the points numbered `where`, whose partners' views are `pixels`."""
     temperature, other, asked = source.mixing.temperature, {}, None
     if source.requeried is not None:
-        asked = source.requeried.gather(points.index[where], temperature, device)
+        asked = source.requeried.gather(plan.index[where], temperature, device)
     elif source.targets is not None and source.mixing.target != "keep":
-        other = source.targets.gather(points.partner[where], temperature, device)
+        other = source.targets.gather(plan.partner[where], temperature, device)
     return Partners(rows=torch.from_numpy(where).to(device), pixels=pixels, knowledge=other, asked=asked)
 
 
@@ -423,7 +412,7 @@ class KnowledgePoints(TorchDataset[dict[str, Any]]):
         self._source.prepare(epoch)
 
     def __len__(self) -> int:
-        return len(self._plan.points)
+        return len(self._plan)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         return self.__getitems__([number])[0]

@@ -14,7 +14,7 @@ from kcdcache.training.batches import Batch, HostBatches, Partners, Source, mix_
 from kcdcache.training.processes import ALONE, Group
 from kcdcache.training.sampling import Sampler, everything
 from kcdcache.views import rules
-from kcdcache.views.prefetch import image_bytes, images_obstacle, room_obstacle, wanted
+from kcdcache.views.prefetch import every_image, image_bytes, images_obstacle, room_obstacle, wanted
 
 
 def batches_of(
@@ -54,7 +54,7 @@ def hold(split: Split, rule: rules.ViewRule, device: torch.device) -> rules.Held
     """Return a split's images on the device, or None where they cannot lie there."""
     if images_obstacle(split, rule) is not None:
         return None
-    return rules.HeldImages(rule, np.asarray(split.images(np.arange(len(split)))), device)
+    return rules.HeldImages(rule, every_image(split), device)
 
 
 class DeviceBatches:
@@ -68,7 +68,7 @@ class DeviceBatches:
         """Hold the images of a source that has no `obstacle`."""
         split = source.data.train
         self._source, self._sampler, self._size = source, sampler, sampler.optimizer.batch_size
-        self._images = rules.HeldImages(source.rule, np.asarray(split.images(np.arange(len(split)))), device)
+        self._images = rules.HeldImages(source.rule, every_image(split), device)
         self._labels = torch.from_numpy(np.array(split.labels)).to(device)
         self._count = 0
         whole = vars(everything(sampler, 0))

@@ -1,7 +1,7 @@
 """Algorithm 1: train a stage, condense, next stage; the only place where training and condensation meet."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from kcdcache.runs.state import load_checkpoint, read_record, read_summary, writ
 from kcdcache.settings import TrainSettings, recorded
 from kcdcache.store import check, identity, reader
 from kcdcache.store.reader import Store
-from kcdcache.training import batches, evaluation, requery
+from kcdcache.training import evaluation, requery
 from kcdcache.training.processes import ALONE, Group
 from kcdcache.training.stage import Material, Run, run_stage, views_used
 
@@ -149,54 +149,44 @@ def _by_first(run: Run, work: Callable[[], T]) -> T:
 
 def _manifest_for(run: Run, stage: Stage) -> Manifest:
     """Return the stage's manifest: from disk if it was made before, else given, random, full or condensed."""
-    path = run.folder.manifest(stage.number)
+    path, knowledge = run.folder.manifest(stage.number), run.material.knowledge
     if run.folder.stands(path):
         found = manifest.read(path)
-        manifest.require_knowledge(found, run.material.knowledge.knowledge_id)
+        manifest.require_knowledge(found, knowledge.knowledge_id)
         return found
-    made = MAKERS[stage.source](run, stage)
+    known: dict[str, Any] = {
+        "knowledge_id": knowledge.knowledge_id,
+        "count": knowledge.count,
+        "labels": run.material.data.train.labels,
+        "classes": len(run.material.data.classes),
+        "data_digest": knowledge.knowledge.data.digest,
+        "excluded": knowledge.skipped,
+    }
+    made = MAKERS[stage.source](run, stage, known)
     write_manifest(run.folder, path, made)
     return made
 
 
-def _full(run: Run, stage: Stage) -> Manifest:
-    data, knowledge = run.material.data, run.material.knowledge
-    return manifest.full(
-        knowledge.knowledge_id, knowledge.count, data.train.labels, len(data.classes),
-        data_digest=knowledge.knowledge.data.digest, excluded=knowledge.skipped,
-    )  # fmt: skip
+def _full(run: Run, stage: Stage, known: Mapping[str, Any]) -> Manifest:
+    return manifest.full(**known)
 
 
-def _given(run: Run, stage: Stage) -> Manifest:
+def _given(run: Run, stage: Stage, known: Mapping[str, Any]) -> Manifest:
     assert run.material.given is not None
     return run.material.given
 
 
-def _random(run: Run, stage: Stage) -> Manifest:
-    data, knowledge = run.material.data, run.material.knowledge
-    return summary.random_stage(
-        knowledge_id=knowledge.knowledge_id, count=knowledge.count, keep=stage.keep,
-        seed=run.settings.condense_seed, labels=data.train.labels, classes=len(data.classes),
-        previous=run.material.given, data_digest=knowledge.knowledge.data.digest, excluded=knowledge.skipped,
-    )  # fmt: skip
+def _random(run: Run, stage: Stage, known: Mapping[str, Any]) -> Manifest:
+    seed, previous = run.settings.condense_seed, run.material.given
+    return summary.random_stage(keep=stage.keep, seed=seed, previous=previous, **known)
 
 
-def _condensed(run: Run, stage: Stage) -> Manifest:
+def _condensed(run: Run, stage: Stage, known: Mapping[str, Any]) -> Manifest:
     """Condense the values at the end of the stage before (the E-step)."""
-    known = run.material.knowledge.knowledge.data
-    return summary.condense(
-        value_files.read(run.folder.stage_values(stage.number - 1), known.count).values,
-        run.settings,
-        knowledge_id=run.material.knowledge.knowledge_id,
-        count=known.count,
-        stage=stage.number,
-        keep=stage.keep,
-        labels=run.material.data.train.labels,
-        classes=len(known.classes),
-        previous=manifest.read(run.folder.manifest(stage.number - 1)),
-        data_digest=known.digest,
-        excluded=run.material.knowledge.skipped,
-    )
+    before = stage.number - 1
+    values = value_files.read(run.folder.stage_values(before), known["count"]).values
+    previous = manifest.read(run.folder.manifest(before))
+    return summary.condense(values, run.settings, stage=stage.number, keep=stage.keep, previous=previous, **known)
 
 
 MAKERS = {"full": _full, "given": _given, "random": _random, "condensed": _condensed}
@@ -210,21 +200,18 @@ def _outputs_on_mixes(run: Run, stage: Stage, chosen: Manifest) -> Path | None:
         return None
     if material.baked is not None or run.settings.mix_target != "requery":
         return material.baked
-    path = requery.path_for(run.folder.manifest(stage.number))
-    mixing = batches.Mixing(mix=run.settings.mix)
+    path, mix = requery.path_for(run.folder.manifest(stage.number)), run.settings.mix
     used = views_used(stage.start, stage.stop, run.views)
     for made in (path, *material.requeried):
-        if requery.serves(made, chosen, mixing.mix, used, needs):
+        if requery.serves(made, chosen, mix, used, needs):
             return made
     if material.teacher is None:
         raise SettingsError(
             "mix_target 'requery' runs the teacher on mixed images: give --teacher (and --weights), or make them "
             "before with `kcdcache precompute --manifest`"
         )
-    with batches.connect(material.data, material.knowledge, chosen, fields=(), mixing=mixing) as source:
-        requery.write(
-            source, material.teacher, material.knowledge, path, fields=needs, view_numbers=used, progress=run.progress
-        )
+    how: dict[str, Any] = {"fields": needs, "view_numbers": used, "mix": mix, "progress": run.progress}
+    requery.write(path, chosen, material.knowledge, material.data, material.teacher, **how)
     return path
 
 
@@ -359,12 +346,11 @@ def _sorted_out(material: Material, folder: RunFolder) -> tuple[Material, Manife
     began_with = read_record(folder)["inputs"]["given"]
     if began_with == material.given.digest:
         return material, None
-    first = manifest.read(folder.given) if began_with else None
-    return replace(material, given=first), material.given
+    return replace(material, given=manifest.read(folder.given) if began_with else None), material.given
 
 
 def _keep_given(run: Run, following: Manifest | None) -> None:
-    """Keep the set a run began with beside it: stage 0 may train on a part of it only; and place that of its stage."""
+    """Keep the set a run began with, of which stage 0 may train on a part only; put the next stage's in its place."""
     given, folder = run.material.given, run.folder
     if given is not None and not folder.stands(folder.given):
         write_manifest(folder, folder.given, given)
@@ -379,11 +365,12 @@ def _place(run: Run, chosen: Manifest) -> None:
         SettingsError: the run is inside a stage, or has another manifest for this one.
         MismatchError: the manifest is of other knowledge, or was made from another stage before; prints both ids.
     """
-    folder = run.folder
+    folder, done = run.folder, finished_epochs(run.folder)
     manifest.require_knowledge(chosen, run.material.knowledge.knowledge_id)
-    if _has_placed(run, chosen):  # the command that placed it is run again, to resume
+    standing = [path for stage in run.stages if folder.stands(path := folder.manifest(stage.number))]
+    if any(manifest.read(path).digest == chosen.digest for path in standing):
+        logger.info("train: the given set is that of a stage already")  # the same command is run again, to resume
         return
-    done = finished_epochs(folder)
     starts = {stage.start: stage.number for stage in run.stages}
     if done not in starts:
         raise SettingsError(
@@ -397,7 +384,7 @@ def _place(run: Run, chosen: Manifest) -> None:
             f"with --stage {number}, or with the manifest of stage {number - 1} as --previous"
         )
     path = folder.manifest(number)
-    if folder.stands(path):
+    if path in standing:
         raise SettingsError(f"stage {number} of this run has another manifest already: {path}")
     before = manifest.read(folder.manifest(number - 1)).digest if number else None
     if chosen.parent not in (None, before):
@@ -406,12 +393,3 @@ def _place(run: Run, chosen: Manifest) -> None:
             f"on {before}; condense again with that one as --previous"
         )
     write_manifest(folder, path, chosen)
-
-
-def _has_placed(run: Run, chosen: Manifest) -> bool:
-    for stage in run.stages:
-        path = run.folder.manifest(stage.number)
-        if run.folder.stands(path) and manifest.read(path).digest == chosen.digest:
-            logger.info("train: the given set is that of stage %d already", stage.number)
-            return True
-    return False

@@ -26,16 +26,10 @@ class Share(NamedTuple):
     """whether none is left for this process"""
 
 
-class Deal(NamedTuple):
-    """What one process takes of an epoch."""
-
-    points: Int64[np.ndarray, " mine"] | slice
-    """its own points among the epoch's, in their order"""
-    batches: list[Share]
-
-
-def deal(count: int, batch_size: int, rank: int = 0, world: int = 1) -> Deal:
-    """Return what one process takes of an epoch of `count` points: rank, rank + world, ... of each batch.
+def deal(
+    count: int, batch_size: int, rank: int = 0, world: int = 1
+) -> tuple[Int64[np.ndarray, " mine"] | slice, list[Share]]:
+    """Return one process's points of an epoch of `count`: rank, rank + world, ... of each batch; and each batch's.
 
     Every point belongs to one process. One that gets none at all is given the first point as a stand-in.
 
@@ -50,10 +44,10 @@ def deal(count: int, batch_size: int, rank: int = 0, world: int = 1) -> Deal:
         found.append(Share(slice(taken, taken + own) if own else slice(0, 1), size, not own))
         taken += own
     if world == 1:
-        return Deal(slice(None), found)
+        return slice(None), found
     every = np.arange(count)
     mine = every[every % batch_size % world == rank]
-    return Deal(mine if len(mine) else every[:1], found)
+    return mine if len(mine) else every[:1], found
 
 
 PATIENCE = timedelta(minutes=30)

@@ -20,13 +20,15 @@ from kcdcache.training import batches
 
 
 def write(
-    source: batches.Source,
-    network: teacher.Teacher,
-    knowledge: reader.Store,
     path: Path,
+    chosen: Manifest,
+    knowledge: reader.Store,
+    data: Dataset,
+    network: teacher.Teacher,
     *,
     fields: Sequence[str],
     view_numbers: Sequence[int],
+    mix: str = "convex",
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the teacher's outputs on the mixed images of a manifest's K_Aug, in the given views, into a small store.
@@ -34,7 +36,8 @@ def write(
     Row j is the j-th K_Aug point by index; place s on the view axis is view_numbers[s].
 
     Raises:
-        MismatchError: the teacher is not the one of the store, or another store lies at `path`.
+        MismatchError: the teacher is not the one of the store, the manifest is of other knowledge, or another store
+            lies at `path`.
     """
     require_same(
         knowledge.knowledge.document()["teacher"],
@@ -42,26 +45,26 @@ def write(
         (f"the teacher of {knowledge.path}", "the teacher given for requery"),
         "requery needs the store's own teacher",
     )
-    rows = np.flatnonzero(source.manifest.mixed)
-    mixes = {"manifest": source.manifest.digest, "mix": source.mixing.mix, "views": list(view_numbers)}
-    if serves(path, source.manifest, source.mixing.mix, view_numbers, fields):
+    if serves(path, chosen, mix, view_numbers, fields):
         return precompute.describe(path)
+    rows = np.flatnonzero(chosen.mixed)
     forms = [_stored_form(knowledge, field) for field in fields]
     plan = plan_store(len(rows), len(view_numbers), forms, batch_size=knowledge.plan.batch_size)
+    mixes = {"manifest": chosen.digest, "mix": mix, "views": list(view_numbers)}
+    with batches.connect(data, knowledge, chosen, fields=(), mixing=batches.Mixing(mix=mix)) as source:
 
-    def outputs(slot: int, start: int, stop: int) -> dict[str, Tensor]:
-        pixels = batches.mixed_views(source, rows[start:stop], view_numbers[slot], network.device)
-        return teacher.outputs(network, pixels, fields)
+        def outputs(slot: int, start: int, stop: int) -> dict[str, Tensor]:
+            pixels = batches.mixed_views(source, rows[start:stop], view_numbers[slot], network.device)
+            return teacher.outputs(network, pixels, fields)
 
-    index = source.manifest.index[rows]
-    job = precompute.Job(
-        outputs=outputs,
-        labels=source.data.train.labels[index],
-        digests=source.data.train.digests()[index],
-        least_accuracy=0.0,
-        place=precompute.Place(device=network.device, allow_change=True),
-    )
-    precompute.fill(path, replace(knowledge.knowledge, mixes=mixes), plan, job, progress)
+        job = precompute.Job(
+            outputs=outputs,
+            labels=data.train.labels[chosen.index[rows]],
+            digests=data.train.digests()[chosen.index[rows]],
+            least_accuracy=0.0,
+            place=precompute.Place(device=network.device, allow_change=True),
+        )
+        precompute.fill(path, replace(knowledge.knowledge, mixes=mixes), plan, job, progress)
     return precompute.describe(path)
 
 
@@ -95,8 +98,9 @@ def write_for(
     if dry_run:
         return {"would": "requery", "points": points, "store": str(path)}
     numbers = range(knowledge.views)
-    with batches.connect(data, knowledge, chosen, fields=(), mixing=batches.Mixing(mix=mix)) as source:
-        return write(source, network, knowledge, path, fields=fields, view_numbers=numbers, progress=progress)
+    return write(
+        path, chosen, knowledge, data, network, fields=fields, view_numbers=numbers, mix=mix, progress=progress
+    )
 
 
 def _stored_form(knowledge: reader.Store, field: str) -> encoding.Encoding:

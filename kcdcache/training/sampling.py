@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
@@ -28,9 +29,9 @@ class Points:
     def __len__(self) -> int:
         return len(self.index)
 
-    def part(self, chosen: Int64[np.ndarray, " some"] | Bool[np.ndarray, " n"] | slice) -> "Points":
+    def part(self, chosen: Int64[np.ndarray, " some"] | Bool[np.ndarray, " n"] | slice) -> Self:
         """Return some of the points, in the order given."""
-        return Points(**{name: column[chosen] for name, column in vars(self).items()})
+        return type(self)(**{name: column[chosen] for name, column in vars(self).items()})
 
     def samples(self, partners: bool = True) -> Int64[np.ndarray, " some"]:
         """Return the samples visited, and those mixed in if asked for, ascending, each once."""

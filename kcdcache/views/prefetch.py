@@ -6,11 +6,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
 from kcdcache.data.images import Split
@@ -35,13 +36,6 @@ class Asked(NamedTuple):
     """their numbers, at least one"""
     parameters: Int64[np.ndarray, "batch k"]
     """as `views.parameters` gives them"""
-
-
-class _Block(NamedTuple):
-    samples: np.ndarray
-    parameters: np.ndarray
-    last: bool
-    """whether it ends its batch"""
 
 
 def pays(split: Split, rule: rules.ViewRule) -> bool:
@@ -80,15 +74,18 @@ def shown(
         CorruptionError, MismatchError, NotFoundError: as for `Split.images`, in the turn of the batch it is about.
     """
     count = workers or torch.get_num_threads()
-    device = _numbered(device)
+    if device.type == "cuda" and device.index is None:  # the current one, which another thread would not know
+        device = torch.device("cuda", torch.cuda.current_device())
 
-    def make(block: _Block) -> tuple[Tensor, bool]:
-        images = split.images(block.samples, threads=1)
-        return rules.show(rule, images, block.parameters, device), block.last
+    def make(block: tuple[np.ndarray, np.ndarray, bool]) -> tuple[Tensor, bool]:
+        samples, parameters, last = block
+        return rules.show(rule, split.images(samples, threads=1), parameters, device), last
 
-    first, batches = _peeked(asked)
-    pieces: list[Tensor] = []
-    with closing(ahead(make, _blocks(batches), count, count + -(-first // BLOCK))) as made:
+    batches = iter(asked)
+    if (first := next(batches, None)) is None:
+        return
+    depth, pieces = count + -(-len(first.samples) // BLOCK), []
+    with closing(ahead(make, _blocks(chain([first], batches)), count, depth)) as made:
         for pixels, last in made:
             pieces.append(pixels)
             if last:
@@ -169,32 +166,12 @@ def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def _numbered(device: torch.device) -> torch.device:
-    """Return the device by number: the current one, which another thread would not know, where none is named."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _peeked(asked: Iterable[Asked]) -> tuple[int, Iterator[Asked]]:
-    """Return the size of the first batch, 0 if there is none, and all batches."""
-    found = iter(asked)
-    first = next(found, None)
-    if first is None:
-        return 0, found
-
-    def every() -> Iterator[Asked]:
-        yield first
-        yield from found
-
-    return len(first.samples), every()
-
-
-def _blocks(asked: Iterable[Asked]) -> Iterator[_Block]:
+def _blocks(asked: Iterable[Asked]) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+    """Yield samples and parameters of each block, and whether it ends its batch."""
     for index, parameters in asked:
         for low in range(0, len(index), BLOCK):
             part = slice(low, low + BLOCK)
-            yield _Block(index[part], parameters[part], low + BLOCK >= len(index))
+            yield index[part], parameters[part], low + BLOCK >= len(index)
 
 
 SHARE = 0.5
@@ -226,6 +203,11 @@ def images_obstacle(split: Split, rule: rules.ViewRule) -> str | None:
     return None if rules.can_hold(rule, split.image_size) else f"views by '{rule.name}' are resized one by one"
 
 
+def every_image(split: Split) -> UInt8[np.ndarray, "n h w c"]:
+    """Return all images of a split that has no `images_obstacle`."""
+    return np.asarray(split.images(np.arange(len(split))))
+
+
 def image_bytes(split: Split, rule: rules.ViewRule) -> int:
     """Return the bytes that a split's padded images take."""
     height, width = rule.height + 2 * rule.padding, rule.width + 2 * rule.padding
@@ -245,6 +227,6 @@ def held_views(
     found = images_obstacle(split, rule)
     if not wanted(asked, found or room_obstacle(image_bytes(split, rule), device), device):
         return None
-    images = rules.HeldImages(rule, np.asarray(split.images(np.arange(len(split)))), device)
+    images = rules.HeldImages(rule, every_image(split), device)
     parameters = lru_cache(1)(images.parameters)
     return lambda view, start, stop: images.views(torch.arange(start, stop, device=device), parameters(view))

@@ -96,12 +96,7 @@ def rule_of(identity: ViewIdentity) -> ViewRule:
     """Return the rule that a store recorded."""
     height, width = identity.size
     return ViewRule(
-        name=identity.rule,
-        padding=identity.padding,
-        fill=identity.fill,
-        height=height,
-        width=width,
-        seed=identity.seed,
+        name=identity.rule, padding=identity.padding, fill=identity.fill, height=height, width=width, seed=identity.seed
     )
 
 

@@ -42,8 +42,8 @@ def world(tmp_path_factory):
     chosen, mixes = condensed(knowledge), {}
     assert 30 < chosen.mixed.sum() < len(chosen) == 90
     for mix in MIXES:
-        with connect(dataset, knowledge, chosen, fields=(), mixing=Mixing(mix=mix)) as source:
-            requery.write(source, network, knowledge, root / mix, fields=FIELDS, view_numbers=range(3))
+        how = {"fields": FIELDS, "view_numbers": range(3), "mix": mix}
+        requery.write(root / mix, chosen, knowledge, dataset, network, **how)
         mixes[mix] = reader.open(root / mix)
     return SimpleNamespace(
         data=dataset, network=network, stores=stores, knowledge=knowledge, manifest=chosen, mixes=mixes

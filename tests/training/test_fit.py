@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from lessons import precomputed
+from lessons import CPU, precomputed
 from pupils import BrokenOffError, command, digits, everything, loaded, same_files, same_tensors, school, stop_after
 from safetensors.torch import load_file
 
@@ -63,8 +63,7 @@ def test_a_baseline_uses_every_view_of_a_sample_before_any_twice(tmp_path):
     assert [row["view"] for row in read_metrics(tmp_path / "run")] == [*range(9), 0, 1, 2]
 
 
-@pytest.mark.parametrize("epochs", [1, 3])
-@pytest.mark.parametrize("decay", ["milestones", "cosine"])
+@pytest.mark.parametrize(("epochs", "decay"), [(1, "milestones"), (3, "cosine")])
 def test_broken_off_and_resumed_gives_the_same_bytes(tmp_path, epochs, decay):
     fitted(tmp_path / "whole", decay=decay)
     with pytest.raises(BrokenOffError):
@@ -73,37 +72,31 @@ def test_broken_off_and_resumed_gives_the_same_bytes(tmp_path, epochs, decay):
     assert same_files(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_a_finished_fit_changes_no_byte(tmp_path):
-    first = fitted(tmp_path / "run")
+def test_a_finished_fit_says_what_was_forwarded_changes_no_byte_and_is_no_run_of_other_settings(tmp_path):
+    first = fitted(tmp_path / "run", evaluate_every=3)
+    assert [row["epoch"] for row in read_metrics(tmp_path / "run") if "test_accuracy" in row] == [2, 3]
+    assert (first["relative_cost"], first["student_samples"], first["epochs"]) == (1, 480, 4)
+    assert (first["teacher_forwards"], first["count"]) == (0, 120)
     before = everything(tmp_path / "run")
-    assert fitted(tmp_path / "run") == first
+    assert fitted(tmp_path / "run", evaluate_every=3) == first
     assert everything(tmp_path / "run") == before
-
-
-def test_other_settings_or_another_network_are_refused(tmp_path):
-    fitted(tmp_path / "run")
     with pytest.raises(
         SettingsError, match=r"holds a run with learning_rate = 0.05, asked for now: 0.1; .* another --out"
     ):
-        fitted(tmp_path / "run", learning_rate=0.1)
+        fitted(tmp_path / "run", learning_rate=0.1, evaluate_every=3)
     with pytest.raises(SettingsError, match="holds a run with model = 'lessons:TinyNet', asked for now: 'resnet8'"):
-        fitted(tmp_path / "run", model="resnet8")
+        fitted(tmp_path / "run", model="resnet8", evaluate_every=3)
 
 
 def test_the_saved_network_is_a_teacher_of_the_accuracy_it_claims(tmp_path):
     summary = fitted(tmp_path / "run", model="resnet8", epochs=2)
     network = loaded(tmp_path / "run", SMALL)
     rule = rules.plain(rules.rule_from(FitSettings(**RECIPE), (16, 16)))
-    measured = evaluation.measure(network.module, network.transform, SMALL.test, rule, network.device)
+    logits = evaluation.predict(network.module, network.transform, evaluation.first_views(SMALL.test, rule, CPU))
+    measured = evaluation.measure(logits, SMALL.test.labels)
     assert measured["test_accuracy"] == summary["accuracy_last"] == read_metrics(tmp_path / "run")[-1]["test_accuracy"]
     assert summary["calibration_error"] == measured["test_calibration_error"]
     assert json.loads((tmp_path / "run" / "model.json").read_bytes())["accuracy"] == summary["accuracy_last"]
-
-
-def test_the_summary_counts_what_was_forwarded(tmp_path):
-    summary = fitted(tmp_path / "run")
-    assert (summary["relative_cost"], summary["student_samples"], summary["epochs"]) == (1, 480, 4)
-    assert (summary["teacher_forwards"], summary["count"]) == (0, 120)
 
 
 def test_a_diverged_fit_says_so_and_what_was_before_it_is_kept(tmp_path):
@@ -113,11 +106,6 @@ def test_a_diverged_fit_says_so_and_what_was_before_it_is_kept(tmp_path):
         fitted(tmp_path / "run", model="resnet8", learning_rate=1e18)
     assert not (tmp_path / "run" / "summary.json").exists()
     assert not (tmp_path / "run" / "checkpoint" / "latest.json").exists()
-
-
-def test_the_epochs_measured_are_those_asked_for(tmp_path):
-    fitted(tmp_path / "run", evaluate_every=3)
-    assert [row["epoch"] for row in read_metrics(tmp_path / "run") if "test_accuracy" in row] == [2, 3]
 
 
 def test_a_dry_run_trains_nothing(tmp_path):

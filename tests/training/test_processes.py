@@ -275,8 +275,7 @@ def sets(place):
     """What epochs may be made of: everything, or a condensed set, whose mixes the teacher was perhaps asked about."""
     knowledge, data = reader.open(place / "store"), digits(200, 60)
     mixed, network = condensed(knowledge), loaded(place / "teacher", data)
-    with batches.connect(data, knowledge, mixed, fields=()) as source:
-        requery.write(source, network, knowledge, place / "mixes", fields=("logits",), view_numbers=(0, 1, 2))
+    requery.write(place / "mixes", mixed, knowledge, data, network, fields=("logits",), view_numbers=(0, 1, 2))
     full = manifest.full(
         knowledge.knowledge_id, 200, data.train.labels, 10, data_digest=knowledge.knowledge.data.digest
     )
@@ -305,7 +304,7 @@ def test_of_one_view_all_rows_are_read_once_and_kept(place, sets):
 
 
 def test_the_next_epochs_rows_are_fetched_ahead_if_they_are_known(place, sets):
-    knowledge, share = reader.open(place / "store"), len(processes.deal(200, UNEVEN, 1, 4).points)
+    knowledge, share = reader.open(place / "store"), len(processes.deal(200, UNEVEN, 1, 4)[0])
     limit = time.monotonic() + 60
     with batches.connect(digits(200, 60), knowledge, sets["full"][0]) as source:
         sampler = Sampler(manifest=source.manifest, optimizer=OptimizerSettings(batch_size=UNEVEN))

@@ -174,7 +174,7 @@ def test_infobatch_expects_the_loss_of_all_samples():
     values = values_of()
     loss = np.random.default_rng(1).gamma(2.0, 1.0, COUNT)
     sums = []
-    for epoch in range(3000):
+    for epoch in range(800):
         drawn = sampler_of("infobatch", values=values, epochs=10**6).points(epoch)
         sums.append(float((drawn.weight * loss[drawn.index]).sum()))
     spread = np.std(sums) / math.sqrt(len(sums))

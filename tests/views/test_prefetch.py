@@ -16,10 +16,11 @@ from kcdcache.data import datasets
 from kcdcache.errors import CorruptionError, MismatchError
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform
-from kcdcache.settings import PrecomputeSettings, TrainSettings, ViewSettings
+from kcdcache.settings import OptimizerSettings, PrecomputeSettings, TrainSettings, ViewSettings
 from kcdcache.store import plan
 from kcdcache.teacher import precompute, teacher
 from kcdcache.training import batches, distill, evaluation
+from kcdcache.training.sampling import Sampler, everything
 from kcdcache.views import prefetch, rules
 
 NAMES = ("ant", "bee", "cow")
@@ -84,57 +85,7 @@ def test_views_made_ahead_have_the_bits_of_those_made_one_by_one(loaded, workers
     for mine, its in zip(found, expected, strict=True):
         assert torch.equal(mine, its)
         assert mine.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_nothing_asked_for_is_nothing_shown(loaded):
-    assert list(prefetch.shown(loaded.train, rule_of(loaded), [], CPU, 2)) == []
-
-
-def test_the_crop_is_taken_from_the_original_image(loaded):
-    """A view by its definition: box on the full-size pixels, then one resize, in float64 by another implementation."""
-    rule = rule_of(loaded)
-    for sample in (0, 19, 45):
-        image = loaded.train.images(np.array([sample]))[0]
-        drawn = rules.parameters(rule, np.array([sample]), 2)
-        boxes, flips = rules._boxes(drawn, *(np.array([float(side)]) for side in image.shape[:2]))
-        top, left, high, wide = boxes[0].tolist()
-        assert high <= image.shape[0]
-        assert wide <= image.shape[1]
-        assert high * wide >= 0.07 * image[..., 0].size
-        expected = resized(image[top : top + high, left : left + wide] / 255, 16, 16)
-        expected = expected[:, ::-1] if flips[0] else expected
-        found = rules.show(rule, [image], drawn, CPU)[0].permute(1, 2, 0).numpy()
-        assert np.abs(found - expected).max() < 1e-5
-
-
-def resized(pixels, high, wide):
-    """Bilinear with a kernel as wide as the reduction, in float64."""
-    return np.einsum("yh,xw,hwc->yxc", triangle(pixels.shape[0], high), triangle(pixels.shape[1], wide), pixels)
-
-
-def triangle(length, side):
-    scale = length / side
-    width = max(scale, 1.0)
-    weights = np.zeros((side, length))
-    for target in range(side):
-        centre = scale * (target + 0.5)
-        for source in range(length):
-            weights[target, source] = max(0.0, 1 - abs(source + 0.5 - centre) / width)
-        weights[target] /= weights[target].sum()
-    return weights
-
-
-def test_evaluation_takes_the_centre_of_the_image_enlarged_by_256_over_224(loaded):
-    rule = rules.plain(rule_of(loaded))
-    for sample in (2, 30):
-        image = loaded.train.images(np.array([sample]))[0]
-        high, wide = image.shape[:2]
-        scale = 256 / 224 * 16 / min(high, wide)
-        size = round(high * scale), round(wide * scale)
-        whole = resized(image / 255, *size)
-        top, left = (size[0] - 16) // 2, (size[1] - 16) // 2
-        found = rules.show(rule, [image], np.zeros((1, 0), np.int64), CPU)[0].permute(1, 2, 0).numpy()
-        assert np.abs(found - whole[top : top + 16, left : left + 16]).max() < 1e-5
+    assert list(prefetch.shown(loaded.train, rule, [], CPU, workers)) == []
 
 
 def test_training_shows_the_views_the_teacher_saw_bit_for_bit(loaded, tmp_path):
@@ -158,7 +109,9 @@ def test_a_store_and_a_test_accuracy_do_not_depend_on_the_number_of_workers(load
         precomputed(tmp_path / str(workers), loaded, network, views=2, batch_size=7, workers=workers, **SEEN)
     assert same_files(tmp_path / "1", tmp_path / "4")
     one, four = (
-        evaluation.predict(network.module, network.transform, loaded.test, rules.plain(rule), CPU, workers=count)
+        evaluation.predict(
+            network.module, network.transform, evaluation.first_views(loaded.test, rules.plain(rule), CPU, count)
+        )
         for count in (1, 4)
     )
     assert torch.equal(one, four)
@@ -178,11 +131,13 @@ def test_a_run_goes_on_with_another_number_of_workers_to_the_same_bytes(loaded, 
 def test_mixed_points_are_shown_ahead_as_without(loaded, tmp_path):
     knowledge = precomputed(tmp_path / "store", loaded, teacher_of(loaded), views=1, **SEEN)
     with batches.connect(loaded, knowledge, condensed(knowledge)) as source:
-        plan = batches.plan_epoch(source, 0, 0)
+        points = everything(Sampler(manifest=source.manifest, optimizer=OptimizerSettings()), 0)
+        plan = batches.plan_epoch(source, 0, points)
+        source.prepare(0)
         found = list(batches.iterate(source, 0, batch_size=11, workers=2))
         assert sum(int(batch.mixed.sum()) for batch in found) > 5
         for number, batch in enumerate(found):
-            alone = batches.make_batch(source, plan, slice(11 * number, 11 * number + 11), CPU)
+            alone = batches.make_batch(source, plan.part(slice(11 * number, 11 * number + 11)))
             assert torch.equal(batch.pixels, alone.pixels)
             assert torch.equal(batch.index, alone.index)
 

@@ -88,17 +88,9 @@ def test_parameters_of_an_epoch_are_uniform_over_samples(view):
     assert chi_square(np.bincount(cells, minlength=50)) < 49 + 5 * 98**0.5
 
 
-@pytest.mark.parametrize(("name", "expected"), [("none", 1), ("crop", 25), ("crop-flip", 50)])
-def test_count_is_the_size_of_the_finite_set(name, expected):
-    assert rules_.count(make_rule(name)) == expected
-
-
-def test_resized_crops_have_no_end():
-    assert rules_.count(make_rule("resized-crop-flip")) is None
+def test_views_are_as_many_as_the_rule_has_and_others_are_refused():
+    assert [rules_.count(make_rule(name)) for name in RULES] == [1, 25, 50, None]
     assert parameters(make_rule("resized-crop-flip"), np.arange(2), 10**9).shape == (2, 4)
-
-
-def test_a_view_beyond_the_set_is_refused():
     with pytest.raises(SettingsError, match=r"view 50 does not exist: 'crop-flip' with padding 2 has 50 views"):
         parameters(make_rule(), np.arange(3), 50)
     with pytest.raises(SettingsError, match="view -1 does not exist"):
@@ -108,17 +100,13 @@ def test_a_view_beyond_the_set_is_refused():
 @given(rule_names, st.sampled_from(["zero", "reflect"]))
 def test_views_are_in_range_in_channels_last_memory(name, fill):
     rule, images = make_rule(name, fill=fill), make_images(4)
-    out = apply(rule, images, parameters(rule, np.arange(4), 0))
+    chosen = parameters(rule, np.arange(4), 0)
+    out = apply(rule, images, chosen)
+    assert torch.equal(out, apply(rule, images, torch.from_numpy(chosen)))
     assert out.shape == (4, 3, 6, 6)
+    assert apply(rule, images[:0], chosen[:0]).shape == (0, 3, 6, 6)
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert 0 <= out.min() <= out.max() <= 1
-
-
-@pytest.mark.parametrize("name", ["crop", "crop-flip", "resized-crop-flip"])
-def test_numpy_and_torch_parameters_give_equal_views(name):
-    rule, images = make_rule(name), make_images(4)
-    chosen = parameters(rule, np.arange(4), 2)
-    assert torch.equal(apply(rule, images, chosen), apply(rule, images, torch.from_numpy(chosen)))
 
 
 def test_the_rule_none_keeps_every_level():
@@ -187,28 +175,18 @@ def test_images_of_differing_size_become_one_batch():
         assert apply(rule, images, parameters(rule, np.arange(2), 0)).shape == (2, 3, 6, 6)
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_an_empty_batch_has_empty_views(name):
-    rule, images = make_rule(name), make_images(0)
-    chosen = parameters(rule, np.arange(0), 0)
-    assert apply(rule, images, chosen).shape == (0, 3, 6, 6)
-
-
 def test_different_seeds_give_different_views():
     first, second = (parameters(make_rule(seed=seed), np.arange(500), 0) for seed in (1, 2))
     assert (first == second).all(axis=1).mean() < 0.08
 
 
-def test_a_crop_of_images_of_another_size_is_refused():
+def test_what_a_rule_cannot_be_applied_to_is_refused():
     with pytest.raises(MismatchError, match="'crop' was made for 6x6 images; found 5x6"):
         apply(make_rule("crop"), make_images(1, 5), np.zeros((1, 2), np.int64))
     with pytest.raises(MismatchError, match="found a list"):
         apply(make_rule("crop"), [make_images(1)[0]], np.zeros((1, 2), np.int64))
     with pytest.raises(MismatchError, match="2 images came with parameters for 1"):
         apply(make_rule("none"), list(make_images(2)), np.zeros((1, 0), np.int64))
-
-
-def test_an_unknown_rule_names_the_nearest():
     with pytest.raises(SettingsError, match="unknown view rule 'crop-flop'; did you mean 'crop-flip'"):
         rules_.count(make_rule("crop-flop"))
 
@@ -234,12 +212,15 @@ def test_settings_a_rule_does_not_use_leave_its_identity_alone():
     assert rules[0] == rules[1] == plain(rules[0])
 
 
-def test_rules_that_cannot_work_say_what_would():
-    with pytest.raises(SettingsError, match="need --size, for example --augment resized-crop-flip --size 224"):
-        rule_from(ViewSettings(augment="crop"), None)
-    with pytest.raises(SettingsError, match="images differ in size; use --augment resized-crop-flip --size 224"):
-        rule_from(ViewSettings(augment="crop", size=32), None)
-    with pytest.raises(SettingsError, match="images are 16x16; use --augment resized-crop-flip"):
-        rule_from(ViewSettings(augment="crop", size=32), (16, 16))
-    with pytest.raises(SettingsError, match="reflected padding is at most 3 on these images; found padding 4"):
-        rule_from(ViewSettings(fill="reflect"), (4, 9))
+@pytest.mark.parametrize(
+    ("given", "size", "said"),
+    [
+        ({"augment": "crop"}, None, "need --size, for example --augment resized-crop-flip --size 224"),
+        ({"augment": "crop", "size": 32}, None, "images differ in size; use --augment resized-crop-flip --size 224"),
+        ({"augment": "crop", "size": 32}, (16, 16), "images are 16x16; use --augment resized-crop-flip"),
+        ({"fill": "reflect"}, (4, 9), "reflected padding is at most 3 on these images; found padding 4"),
+    ],
+)
+def test_rules_that_cannot_work_say_what_would(given, size, said):
+    with pytest.raises(SettingsError, match=said):
+        rule_from(ViewSettings(**given), size)
