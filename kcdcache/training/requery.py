@@ -58,8 +58,7 @@ def write(
         outputs=outputs,
         labels=source.data.train.labels[index],
         digests=source.data.train.digests()[index],
-        least_accuracy=0.0,
-        place=precompute.Place(device=network.device, allow_change=True),
+        device=network.device,
     )
     precompute.fill(path, replace(knowledge.knowledge, mixes=mixes), plan, job, progress)
     return precompute.describe(path)
