@@ -126,7 +126,7 @@ def test_what_is_computed_nowhere_needs_no_teacher(damaged, names):
 
 COMMIT, RECORD = "_kcd/commit.1.json", "_kcd/log/1/v00000-p00000.json"
 BEYOND = [
-    (["logits/c.0.0.0"], SettingsError, r"v00000-p00000 of .* has to be made again: give --teacher and --data"),
+    (["logits/c.0.0.0"], SettingsError, r"v00000-p00000 of .* is damaged: give --teacher and --data"),
     (["_kcd/plan.1.json", COMMIT], CorruptionError, r"commit.1.json is damaged, and so is what it could be made from"),
     ([COMMIT, RECORD], CorruptionError, r"commit.1.json is damaged, and so .*v00000-p00000.json"),
     (["_kcd/commit.0.json", COMMIT], UnfinishedError, "run the same `kcdcache precompute` again"),
