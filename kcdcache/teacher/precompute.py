@@ -45,6 +45,10 @@ Outputs = Callable[[int, int, int], dict[str, Tensor]]
 """(view, first row, last row + 1) -> field -> float32 outputs of those rows"""
 
 
+def _nothing_ahead(rows: Iterable[Rows]) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What fills a store: where its rows come from, what they should be, and where they are computed.
@@ -55,7 +59,7 @@ class Job:
     outputs: Outputs
     labels: np.ndarray
     digests: np.ndarray
-    announced: Callable[[Iterable[Rows]], AbstractContextManager[None]] = lambda rows: nullcontext()
+    announced: Callable[[Iterable[Rows]], AbstractContextManager[None]] = _nothing_ahead
     """told which rows' outputs will be asked for, in order; within what it returns they may be prepared ahead"""
     least_accuracy: float = 0.0
     """accuracy on a view below which the outputs cannot be right; 0 where none is demanded"""
@@ -197,7 +201,7 @@ def job_for(
         truth=data.train.clean_labels,
         digests=data.train.digests(),
         device=network.device,
-        **({"announced": shown.announced} if held is None else {}),
+        announced=shown.announced if held is None else _nothing_ahead,
     )
 
 
