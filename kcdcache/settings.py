@@ -265,8 +265,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "release": {"schedule": "reference_linear", "k0": "stage_slice", "candidates": "global", "eps_grid": "zero_based",
                 "mix": "convex", "mix_label": "keep", "mix_target": "requery"},
 }  # fmt: skip
-"""named set of readings -> its settings; `release` cannot repeat mixes of mixes, which its code keeps as
-truncated bytes"""
+"""named set of readings -> its settings
+
+`release` cannot repeat the released code's images: that writes its mixes over the data at every stage, as bytes that it
+truncates and does not round, and from stage 2 on 39-66 % of the partners are mixes themselves. Here each stage mixes
+the original images.
+"""
 SAMPLING_PRESETS: dict[str, dict[str, Any]] = {"infobatch": {"observed": "loss", "record": "last", "keep": 1.0}}
 """what a way of sampling presupposes, where the user gives nothing else: scores by the last loss, and no condensing"""
 
@@ -294,7 +298,7 @@ class TrainSettings(OptimizerSettings, MethodSettings, ScheduleSettings, Condens
     student: str = ""
     """network of the student"""
     preset: Literal["paper", "release"] | None = None
-    """named set of readings: 'paper', or 'release' (the authors' code); flags given beside it win"""
+    """named set of readings: 'paper', or 'release' (the authors' code, but for mixes of mixes); flags beside it win"""
     cached_views: int | None = Field(default=None, ge=1)
     """use only the first so many of the store's views; all of them if unset"""
     fidelity: Literal["auto", "on", "off"] = "auto"

@@ -15,8 +15,9 @@ from kcdcache.settings import MethodSettings
 from kcdcache.teacher import fields
 
 Seen = Mapping[str, Float[Tensor, "..."]]
-"""tap of the student -> its values for the batch, then for extra images; `logits` is among them, perhaps bfloat16; a
-tap `filters:STAGE` is no value of samples but the profile of the student's own filters"""
+"""tap of the student -> its values for the batch, and for a term that shows further images, for those after it;
+`logits` is among them, perhaps bfloat16; a tap `filters:STAGE` is no value of samples but the profile of the student's
+own filters"""
 
 
 @runtime_checkable
@@ -104,6 +105,8 @@ class Pair:
     def stages(self) -> list[tuple[str, str]]:
         """Return (student's, teacher's) stage by stage without the stems; of unequal numbers, the last ones.
 
+        RepDistiller pairs the first ones instead: there the last stage of a vgg teacher meets none of a resnet student.
+
         Raises:
             SettingsError: one of them has no known stages.
         """
@@ -127,6 +130,11 @@ class Term(nn.Module):
     """whether it reads what the store keeps of the teacher's parameters"""
     remembers: bool = False
     """whether it keeps something of all samples from step to step, which several processes would not share"""
+
+    @property
+    def shows_images(self) -> bool:
+        """Whether it has the student see further images, and so is given the values of more rows than the batch's."""
+        return type(self).extra is not Term.extra
 
     def weights_at(self, epoch: int, epochs: int) -> tuple[float, float]:
         """Return factors in an epoch: of the cross-entropy and soft-label terms, and of this one."""

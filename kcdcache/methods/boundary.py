@@ -1,4 +1,4 @@
-"""Losses on samples that support the teacher's decision boundary (BSS); one value per sample."""
+"""Boundary supporting samples (BSS): softened outputs also on images beside the teacher's decision boundary."""
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int
@@ -7,47 +7,8 @@ from torch import Tensor
 from kcdcache.methods.base import Lesson, Pair, Seen, Term, constant
 from kcdcache.methods.losses import logit_divergence
 
-
-def boundary_divergence(
-    student: Float[Tensor, "batch classes"],
-    teacher: Float[Tensor, "batch classes"],
-    weights: Float[Tensor, " batch"] | Bool[Tensor, " batch"],
-    temperature: float,
-) -> Float[Tensor, " batch"]:
-    """Return KL(teacher || student) at T of the logits on the attacked images, times weights / their mean; no T^2.
-
-    With the 0/1 weights of `base_weights` the mean over the batch is the mean over the base samples; all zero where no
-    weight is positive. Weights are not negative. It differs from the released soft cross-entropy by the teacher's
-    entropy only.
-
-    Source: Heo et al. 2019 (Adversarial Samples Supporting Decision Boundary); T = 3.
-    """
-    share = weights.detach().float()
-    mean = share.mean()
-    rows = logit_divergence(student, teacher, temperature) / (temperature * temperature)
-    return rows * share / torch.where(mean > 0, mean, 1)
-
-
-def base_weights(
-    student: Float[Tensor, "batch classes"],
-    teacher: Float[Tensor, "batch classes"],
-    labels: Int[Tensor, " batch"],
-    most: int = 64,
-) -> Float[Tensor, " batch"]:
-    """Return 1 for the samples to attack, 0 for the others; the arguments are class probabilities. No gradient.
-
-    Eligible are samples both networks classify correctly; of those the `most` with the largest squared difference of
-    probabilities over the classes other than the label, ties by position. Shapes do not depend on the values.
-    The released code asks correctness of the teacher alone.
-
-    Source: Heo et al. 2019 (Adversarial Samples Supporting Decision Boundary), base sample selection.
-    """
-    found, wanted = student.detach().float(), teacher.detach().float()
-    correct = (found.argmax(dim=1) == labels) & (wanted.argmax(dim=1) == labels)
-    squared = (found - wanted).square().scatter(1, labels.unsqueeze(1), 0)
-    score = torch.where(correct, squared.sum(dim=1), -1)
-    order = torch.argsort(score, descending=True, stable=True)
-    return (correct & (torch.argsort(order) < most)).float()
+MOST_ATTACKED = 64
+"""base samples of a batch, at most"""
 
 
 class BoundarySupport(Term):
@@ -55,7 +16,8 @@ class BoundarySupport(Term):
 
     Boundary images count for the base samples: those both networks get right, at most 64, with the largest difference
     of probabilities. Both divergences are without T^2, as released. The boundary images pass the student together with
-    the batch, also where their weight is 0, so batch statistics are those of both.
+    the batch, also where their weight is 0, so batch statistics are those of both; the release shows it the base
+    samples' alone, in a second pass.
     Source: Heo et al., AAAI 2019 (arXiv 1805.05532), Eq. 7-9; factors of its release (facts.md section 4).
     """
 
@@ -89,3 +51,41 @@ class BoundarySupport(Term):
         softened = logit_divergence(plain, teacher, temperature) / (temperature * temperature)
         attacked = boundary_divergence(beside, lesson.knowledge["boundary:logits"], base, temperature)
         return self._plain * softened + self._beside * attacked
+
+
+def base_weights(
+    student: Float[Tensor, "batch classes"],
+    teacher: Float[Tensor, "batch classes"],
+    labels: Int[Tensor, " batch"],
+    most: int = MOST_ATTACKED,
+) -> Float[Tensor, " batch"]:
+    """Return 1 for the samples to attack, 0 for the others; the arguments are class probabilities. No gradient.
+
+    Eligible are samples both networks classify correctly, as in the release (its first commit asks the teacher alone);
+    of those the `most` with the largest squared difference of probabilities over the classes other than the label, ties
+    by position. Shapes do not depend on the values.
+    """
+    found, wanted = student.detach().float(), teacher.detach().float()
+    correct = (found.argmax(dim=1) == labels) & (wanted.argmax(dim=1) == labels)
+    squared = (found - wanted).square().scatter(1, labels.unsqueeze(1), 0)
+    score = torch.where(correct, squared.sum(dim=1), -1)
+    order = torch.argsort(score, descending=True, stable=True)
+    return (correct & (torch.argsort(order) < most)).float()
+
+
+def boundary_divergence(
+    student: Float[Tensor, "batch classes"],
+    teacher: Float[Tensor, "batch classes"],
+    weights: Float[Tensor, " batch"] | Bool[Tensor, " batch"],
+    temperature: float,
+) -> Float[Tensor, " batch"]:
+    """Return KL(teacher || student) at T of the logits on the attacked images, times weights / their mean; no T^2.
+
+    With the 0/1 weights of `base_weights` the mean over the batch is the mean over the base samples; all zero where no
+    weight is positive. Weights are not negative. It differs from the released soft cross-entropy by the teacher's
+    entropy only.
+    """
+    share = weights.detach().float()
+    mean = share.mean()
+    rows = logit_divergence(student, teacher, temperature) / (temperature * temperature)
+    return rows * share / torch.where(mean > 0, mean, 1)

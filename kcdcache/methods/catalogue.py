@@ -71,7 +71,7 @@ METHODS: dict[str, Method] = {
     "sp": Method(
         about="similarities between the last maps of a batch",
         source="Tung & Mori, ICCV 2019 (arXiv 1907.09682); weight of RepDistiller",
-        term=partial(_made, "feature_maps:Similarity"),
+        term=partial(_made, "relations:Similarity"),
         beta=3000.0,
     ),
     "vid": Method(
@@ -120,7 +120,7 @@ METHODS: dict[str, Method] = {
     ),
     "sskd": Method(
         about="classes and similarities of rotated images, beside softened outputs",
-        source="Xu et al., ECCV 2020 (arXiv 2006.07114); its release, whose views are cropped and not flipped",
+        source="Xu et al., ECCV 2020 (arXiv 2006.07114); its release, but one view is turned, not each turn cropped",
         term=partial(_made, "self_supervision:SelfSupervision"),
         gamma=0.1,
         alpha=0.9,

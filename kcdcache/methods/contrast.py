@@ -1,4 +1,4 @@
-"""Contrastive losses: noise-contrastive estimation (CRD), optimal transport and its dual form (WCoRD); per sample."""
+"""Methods that contrast a sample's embeddings with those of other samples in a memory: CRD and WCoRD."""
 
 import math
 
@@ -14,19 +14,60 @@ from kcdcache.methods.base import Lesson, Pair, Seen, Term, constant
 from kcdcache.methods.losses import cosines
 from kcdcache.teacher.fields import length, product, unit
 
-TINY = 1e-7
-"""what CRD adds to its denominators"""
+SIZE = 128
+"""length of an embedding"""
+MOMENTUM = 0.5
+"""of the memory"""
+TEMPERATURE, TINY = 0.07, 1e-7
+"""CRD's temperature, and what it adds to its denominators"""
+GLOBAL, LOCAL = 0.8, 0.05
+"""WCoRD's weights of the dual contrast (GCKT) and of the transport between batches (LCKT)"""
+ENTROPY, ITERATIONS = 0.1, 20
+"""of WCoRD's Sinkhorn plan: weight of its entropy in units of the cost, and how often it is balanced"""
+DRAWS = 2**62
+"""range of the raw draws, so large that the remainder by a number of samples is uniform"""
 
 
-def log_partition(scores: Float[Tensor, "batch candidates"], count: int) -> Float[Tensor, ""]:
-    """Return log Z = log(count * mean of exp(scores)), the reference's estimate from its first batch; no gradient.
+class Contrast(Term):
+    """CRD: noise-contrastive estimation between both networks' embeddings of a sample and those of other classes.
 
-    `scores` are those of the positive and all negatives, already divided by the temperature; `count` is the number of
-    training samples. In logarithms, as exp(score) leaves float32 at 89.
-
-    Source: Wu et al. 2018 (Instance Discrimination), as in CRD's released memory.
+    Both embeddings are trained, the teacher's too; Z is that of the first batch. The negatives of both directions are
+    the same. With the memory of only kept samples, Z and the noise still count all samples: the count cancels in them.
+    Source: Tian et al., ICLR 2020, Eq. 18-19; K, temperature and momentum of RepDistiller (facts.md section 4).
     """
-    return torch.logsumexp(scores.detach().float().flatten(), dim=0) + math.log(count) - math.log(scores.numel())
+
+    taps = ("penultimate",)
+    fields = ("penultimate",)
+    remembers = True
+    _log_z: Tensor
+    _started: Tensor
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__()
+        self._negatives, self._total = pair.settings.crd_negatives, len(pair.labels)
+        self.student = nn.Linear(pair.student_shape("penultimate")[0], SIZE)
+        self.teacher = nn.Linear(pair.teacher_shape("penultimate")[0], SIZE)
+        self.memory = Memory(self._total)
+        self.others = Others(pair)
+        self.register_buffer("_log_z", torch.zeros(2))
+        self.register_buffer("_started", torch.zeros((), dtype=torch.bool))
+
+    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+        """Return the loss per sample, and move the memory on."""
+        ours = unit(self.student(seen["penultimate"]))
+        theirs = unit(self.teacher(lesson.knowledge["penultimate"].detach()))
+        chosen = torch.cat([lesson.index[:, None], self.others.draw(lesson.labels, self._negatives)], dim=1)
+        student = similarities(ours, self.memory.teacher, chosen) / TEMPERATURE
+        teacher = similarities(theirs, self.memory.student, chosen) / TEMPERATURE
+        log_z = torch.stack([log_partition(scores, self._total) for scores in (student, teacher)])
+        self._log_z.copy_(torch.where(self._started, self._log_z, log_z))
+        self._started.fill_(True)
+        self.memory.update(lesson.index, ours, theirs)
+        self.memory.normalise(lesson.index)
+        return sum(  # type: ignore[return-value]
+            nce(scores[:, 0], scores[:, 1:], self._total, shift)
+            for scores, shift in zip((student, teacher), self._log_z.clone(), strict=True)
+        )
 
 
 def nce(
@@ -51,19 +92,58 @@ def nce(
     return missed + mistaken + negatives.shape[1] * math.log1p(TINY / noise)
 
 
-def sinkhorn_distance(
-    student: Float[Tensor, "batch dim"], teacher: Float[Tensor, "batch dim"], epsilon: float, iterations: int
-) -> Float[Tensor, " batch"]:
-    """Return b * sum_j P_ij C_ij with C = 1 - cos and P the Sinkhorn plan between the two batches; in [0, 2].
+def log_partition(scores: Float[Tensor, "batch candidates"], count: int) -> Float[Tensor, ""]:
+    """Return log Z = log(count * mean of exp(scores)), the reference's estimate from its first batch; no gradient.
 
-    The mean over rows is the transport cost <P, C> (WCoRD's LCKT). P has marginals 1 / b, rows exact and columns as far
-    as `iterations` (at least 1) bring them; `epsilon` weighs its entropy, in units of the cost. P is a constant to the
-    gradient, which at convergence is that of the entropy-regularised cost (envelope theorem).
+    `scores` are those of the positive and all negatives, already divided by the temperature; `count` is the number of
+    training samples. In logarithms, as exp(score) leaves float32 at 89.
 
-    Source: Chen et al. 2021 (Wasserstein Contrastive Representation Distillation), LCKT; Cuturi 2013.
+    Source: Wu et al. 2018 (Instance Discrimination), as in CRD's released memory.
     """
-    cost = 1 - cosines(student, teacher.detach())
-    return student.shape[0] * (_plan(cost.detach(), epsilon, iterations) * cost).sum(dim=1)
+    return torch.logsumexp(scores.detach().float().flatten(), dim=0) + math.log(count) - math.log(scores.numel())
+
+
+class WassersteinContrast(Term):
+    """WCoRD: 0.8 GCKT + 0.05 LCKT.
+
+    The critic is g(s, t) = <ball(A s), ball(B t)> / sqrt(2) with A and B of spectral norm 1 (by power iteration, so
+    nearly), hence 1-Lipschitz in (s, t). Positives are the batch's pairs, negatives are embeddings of other classes'
+    samples in a memory of each network, half of them per direction. LCKT compares the directions of A s and B t.
+    Source: Chen et al., CVPR 2021 (arXiv 2012.08674), for the two terms; weights as in facts.md section 4. The form of
+    the critic, the Sinkhorn plan's constants and the memory's use are our reading.
+    """
+
+    taps = ("penultimate",)
+    fields = ("penultimate",)
+    remembers = True
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__()
+        self._negatives = pair.settings.crd_negatives
+        self.student = spectral_norm(nn.Linear(pair.student_shape("penultimate")[0], SIZE, bias=False))
+        self.teacher = spectral_norm(nn.Linear(pair.teacher_shape("penultimate")[0], SIZE, bias=False))
+        self.memory = Memory(len(pair.labels))
+        self.others = Others(pair)
+
+    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+        """Return the loss per sample, and move the memory on."""
+        student = self.student(seen["penultimate"])
+        teacher = self.teacher(lesson.knowledge["penultimate"].detach())
+        ours, theirs = ball(student), ball(teacher)
+        chosen = self.others.draw(lesson.labels, self._negatives)
+        memory = self.memory
+        apart = torch.cat(
+            [similarities(ours, memory.teacher, chosen), similarities(theirs, memory.student, chosen)], dim=1
+        )
+        memory.update(lesson.index, ours, theirs)
+        together = (ours * theirs).sum(dim=1)
+        dual = dual_contrast(together, apart) / math.sqrt(2)
+        return GLOBAL * dual + LOCAL * sinkhorn_distance(student, teacher, ENTROPY, ITERATIONS)
+
+
+def ball(x: Float[Tensor, "*stack dim"]) -> Float32[Tensor, "*stack dim"]:
+    """Return the nearest point of the unit ball, along the last axis; this never takes two points further apart."""
+    return x.float() / length(x).clamp_min(1).unsqueeze(-1)
 
 
 def dual_contrast(
@@ -81,6 +161,21 @@ def dual_contrast(
     return negatives.float().mean(dim=1) - positive.float()
 
 
+def sinkhorn_distance(
+    student: Float[Tensor, "batch dim"], teacher: Float[Tensor, "batch dim"], epsilon: float, iterations: int
+) -> Float[Tensor, " batch"]:
+    """Return b * sum_j P_ij C_ij with C = 1 - cos and P the Sinkhorn plan between the two batches; in [0, 2].
+
+    The mean over rows is the transport cost <P, C> (WCoRD's LCKT). P has marginals 1 / b, rows exact and columns as far
+    as `iterations` (at least 1) bring them; `epsilon` weighs its entropy, in units of the cost. P is a constant to the
+    gradient, which at convergence is that of the entropy-regularised cost (envelope theorem).
+
+    Source: Chen et al. 2021 (Wasserstein Contrastive Representation Distillation), LCKT; Cuturi 2013.
+    """
+    cost = 1 - cosines(student, teacher.detach())
+    return student.shape[0] * (_plan(cost.detach(), epsilon, iterations) * cost).sum(dim=1)
+
+
 def _plan(cost: Tensor, epsilon: float, iterations: int) -> Tensor:
     kernel, share = -cost / epsilon, -math.log(cost.shape[0])
     rows = torch.zeros_like(kernel[:, :1])
@@ -90,12 +185,32 @@ def _plan(cost: Tensor, epsilon: float, iterations: int) -> Tensor:
     return (kernel + rows + columns).exp()
 
 
-SIZE = 128
-"""length of an embedding"""
-TEMPERATURE = 0.07
-MOMENTUM = 0.5
-DRAWS = 2**62
-"""range of the raw draws, so large that the remainder by a number of samples is uniform"""
+class Memory(nn.Module):
+    """Moving averages of both networks' embeddings of every sample."""
+
+    student: Tensor
+    teacher: Tensor
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(SIZE / 3)
+        for name in ("student", "teacher"):
+            self.register_buffer(name, torch.empty(count, SIZE).uniform_(-bound, bound))
+
+    def update(
+        self,
+        index: Int64[Tensor, " batch"],
+        student: Float[Tensor, "batch size"],
+        teacher: Float[Tensor, "batch size"],
+    ) -> None:
+        """Move the samples' rows halfway to new embeddings; no gradient."""
+        for bank, new in ((self.student, student), (self.teacher, teacher)):
+            bank.index_copy_(0, index, MOMENTUM * bank[index] + (1 - MOMENTUM) * new.detach())
+
+    def normalise(self, index: Int64[Tensor, " batch"]) -> None:
+        """Give the samples' rows length 1."""
+        for bank in (self.student, self.teacher):
+            bank.index_copy_(0, index, unit(bank[index]))
 
 
 class Others(nn.Module):
@@ -133,34 +248,6 @@ class Others(nn.Module):
         return self._order[torch.where(rank < self._first[own], rank, rank + self._count[own])]
 
 
-class Memory(nn.Module):
-    """Moving averages of both networks' embeddings of every sample."""
-
-    student: Tensor
-    teacher: Tensor
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        bound = 1 / math.sqrt(SIZE / 3)
-        for name in ("student", "teacher"):
-            self.register_buffer(name, torch.empty(count, SIZE).uniform_(-bound, bound))
-
-    def update(
-        self,
-        index: Int64[Tensor, " batch"],
-        student: Float[Tensor, "batch size"],
-        teacher: Float[Tensor, "batch size"],
-    ) -> None:
-        """Move the samples' rows halfway to new embeddings; no gradient."""
-        for bank, new in ((self.student, student), (self.teacher, teacher)):
-            bank.index_copy_(0, index, MOMENTUM * bank[index] + (1 - MOMENTUM) * new.detach())
-
-    def normalise(self, index: Int64[Tensor, " batch"]) -> None:
-        """Give the samples' rows length 1."""
-        for bank in (self.student, self.teacher):
-            bank.index_copy_(0, index, unit(bank[index]))
-
-
 def similarities(
     anchors: Float[Tensor, "batch size"], bank: Float[Tensor, "count size"], index: Int64[Tensor, "batch number"]
 ) -> Float32[Tensor, "batch number"]:
@@ -170,94 +257,3 @@ def similarities(
     defaults, and its gradient twice. The bank is copied, as it moves on before the gradient is taken.
     """
     return product(anchors, bank.clone().mT).gather(1, index)
-
-
-class Contrast(Term):
-    """CRD: noise-contrastive estimation between both networks' embeddings of a sample and those of other classes.
-
-    Both embeddings are trained, the teacher's too; Z is that of the first batch. The negatives of both directions are
-    the same. With the memory of only kept samples, Z and the noise still count all samples: the count cancels in them.
-    Source: Tian et al., ICLR 2020, Eq. 18-19; K, temperature and momentum of RepDistiller (facts.md section 4).
-    """
-
-    taps = ("penultimate",)
-    fields = ("penultimate",)
-    remembers = True
-    _log_z: Tensor
-    _started: Tensor
-
-    def __init__(self, pair: Pair) -> None:
-        super().__init__()
-        self._negatives, self._total = pair.settings.crd_negatives, len(pair.labels)
-        self.student = nn.Linear(pair.student_shape("penultimate")[0], SIZE)
-        self.teacher = nn.Linear(pair.teacher_shape("penultimate")[0], SIZE)
-        self.memory = Memory(self._total)
-        self.others = Others(pair)
-        self.register_buffer("_log_z", torch.zeros(2))
-        self.register_buffer("_started", torch.zeros((), dtype=torch.bool))
-
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
-        """Return the loss per sample, and move the memory on."""
-        ours = unit(self.student(seen["penultimate"][: len(lesson.labels)]))
-        theirs = unit(self.teacher(lesson.knowledge["penultimate"].detach()))
-        chosen = torch.cat([lesson.index[:, None], self.others.draw(lesson.labels, self._negatives)], dim=1)
-        student = similarities(ours, self.memory.teacher, chosen) / TEMPERATURE
-        teacher = similarities(theirs, self.memory.student, chosen) / TEMPERATURE
-        log_z = torch.stack([log_partition(scores, self._total) for scores in (student, teacher)])
-        self._log_z.copy_(torch.where(self._started, self._log_z, log_z))
-        self._started.fill_(True)
-        self.memory.update(lesson.index, ours, theirs)
-        self.memory.normalise(lesson.index)
-        return sum(  # type: ignore[return-value]
-            nce(scores[:, 0], scores[:, 1:], self._total, shift)
-            for scores, shift in zip((student, teacher), self._log_z.clone(), strict=True)
-        )
-
-
-GLOBAL, LOCAL = 0.8, 0.05
-"""weights of the dual contrast (GCKT) and of the transport between batches (LCKT)"""
-ENTROPY, ITERATIONS = 0.1, 20
-"""of the Sinkhorn plan: weight of its entropy in units of the cost, and how often it is balanced"""
-
-
-def ball(x: Float[Tensor, "*stack dim"]) -> Float32[Tensor, "*stack dim"]:
-    """Return the nearest point of the unit ball, along the last axis; this never takes two points further apart."""
-    return x.float() / length(x).clamp_min(1).unsqueeze(-1)
-
-
-class WassersteinContrast(Term):
-    """WCoRD: 0.8 GCKT + 0.05 LCKT.
-
-    The critic is g(s, t) = <ball(A s), ball(B t)> / sqrt(2) with A and B of spectral norm 1 (by power iteration, so
-    nearly), hence 1-Lipschitz in (s, t). Positives are the batch's pairs, negatives are embeddings of other classes'
-    samples in a memory of each network, half of them per direction. LCKT compares the directions of A s and B t.
-    Source: Chen et al., CVPR 2021 (arXiv 2012.08674), for the two terms; weights as in facts.md section 4. The form of
-    the critic, the Sinkhorn plan's constants and the memory's use are our reading.
-    """
-
-    taps = ("penultimate",)
-    fields = ("penultimate",)
-    remembers = True
-
-    def __init__(self, pair: Pair) -> None:
-        super().__init__()
-        self._negatives = pair.settings.crd_negatives
-        self.student = spectral_norm(nn.Linear(pair.student_shape("penultimate")[0], SIZE, bias=False))
-        self.teacher = spectral_norm(nn.Linear(pair.teacher_shape("penultimate")[0], SIZE, bias=False))
-        self.memory = Memory(len(pair.labels))
-        self.others = Others(pair)
-
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
-        """Return the loss per sample, and move the memory on."""
-        student = self.student(seen["penultimate"][: len(lesson.labels)])
-        teacher = self.teacher(lesson.knowledge["penultimate"].detach())
-        ours, theirs = ball(student), ball(teacher)
-        chosen = self.others.draw(lesson.labels, self._negatives)
-        memory = self.memory
-        apart = torch.cat(
-            [similarities(ours, memory.teacher, chosen), similarities(theirs, memory.student, chosen)], dim=1
-        )
-        memory.update(lesson.index, ours, theirs)
-        together = (ours * theirs).sum(dim=1)
-        dual = dual_contrast(together, apart) / math.sqrt(2)
-        return GLOBAL * dual + LOCAL * sinkhorn_distance(student, teacher, ENTROPY, ITERATIONS)

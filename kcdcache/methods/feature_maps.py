@@ -1,4 +1,4 @@
-"""Losses on feature maps: attention, flow matrices, hints, variational information, hierarchical context."""
+"""Methods that compare feature maps: AT, FitNet, FSP, VID and ReviewKD."""
 
 import math
 from itertools import pairwise
@@ -10,92 +10,29 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kcdcache.errors import MismatchError, SettingsError
-from kcdcache.methods import relations
 from kcdcache.methods.base import Lesson, Pair, Seen, Term
 from kcdcache.teacher import fields
 
-POOLED_SIDES = (4, 2, 1)
-"""sides of the pooled levels of the hierarchical context loss"""
 
+def squared_error(student: Float[Tensor, "batch ..."], target: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
+    """Return the mean over entries of (student - target)^2 per sample, in float32; the target is a constant.
 
-def attention_transfer(
-    student: Float[Tensor, "batch positions"], target: Float[Tensor, "batch positions"]
-) -> Float[Tensor, " batch"]:
-    """Return the mean over positions of (Q_S - Q_T)^2, in [0, 4 / positions]; both come from `attention`.
+    AT takes it of normalised attention maps, FSP of flow matrices, FitNet of maps, where the papers have the sum (or
+    half of it) and their released losses the mean.
 
-    Source: Zagoruyko and Komodakis 2017, Eq. 2; the square and the mean are those of the released loss.
+    Raises:
+        MismatchError: the shapes differ.
     """
-    return _squared_error(student, target)
+    return _difference(student, target).square().flatten(1).mean(dim=1)
 
 
-def fsp(student: Float[Tensor, "batch low high"], target: Float[Tensor, "batch low high"]) -> Float[Tensor, " batch"]:
-    """Return the mean squared difference of two flow matrices of one pair of layers, from `fsp_matrix`.
-
-    The values grow with the fourth power of the features: float16 features beyond a few hundred can have gradients
-    that float16 does not hold.
-
-    Source: Yim et al. 2017 (A Gift from Knowledge Distillation), with the mean over entries of the released losses.
-    """
-    return _squared_error(student, target)
-
-
-def hint(student: Float[Tensor, "batch ..."], target: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
-    """Return the mean squared difference of the regressed student features and the teacher's.
-
-    Source: Romero et al. 2015 (FitNets), Eq. 3, with the mean over entries in place of half the sum.
-    """
-    return _squared_error(student, target)
-
-
-def variational(
-    mean: Float[Tensor, "batch channels height width"],
-    target: Float[Tensor, "batch channels height width"],
-    raw_variance: Float[Tensor, " channels"],
-) -> Float[Tensor, " batch"]:
-    """Return the mean over entries of 1/2 [(mu - t)^2 / s_c^2 + log s_c^2], s_c^2 = softplus(raw_variance_c) + 1e-5.
-
-    It is the negative log-likelihood of the teacher's map without its constant, and so may be negative. Gradient
-    flows into `mean` and `raw_variance`.
-
-    Source: Ahn et al. 2019 (Variational Information Distillation), with the mean over entries as released.
-    """
-    _refuse_other_shape(mean, target)
-    variance = (functional.softplus(raw_variance.float()) + 1e-5).view(1, -1, 1, 1)
-    squared = (mean.float() - target.detach().float()).square()
-    return ((squared / variance + variance.log()) / 2).flatten(1).mean(dim=1)
-
-
-def hierarchical_context(
-    student: Float[Tensor, "batch channels height width"], target: Float[Tensor, "batch channels height width"]
-) -> Float[Tensor, " batch"]:
-    """Return the weighted mean of the squared error at full size and pooled to 4, 2 and 1; weights 1, 1/2, 1/4, 1/8.
-
-    A level not smaller than the map's shorter side is left out, and the weights go on halving over those that remain.
-
-    Source: Chen et al. 2021 (Distilling Knowledge via Knowledge Review): HCL, weights as released.
-    """
-    student, target = student.float(), target.float()
-    loss, weight, total = _squared_error(student, target), 1.0, 1.0
-    for side in (side for side in POOLED_SIDES if side < min(student.shape[2:])):
-        weight /= 2
-        total += weight
-        small, small_target = (functional.adaptive_avg_pool2d(f, side) for f in (student, target))
-        loss = loss + weight * _squared_error(small, small_target)
-    return loss / total
-
-
-def _squared_error(student: Tensor, target: Tensor) -> Tensor:
-    _refuse_other_shape(student, target)
-    return (student.float() - target.detach().float()).square().flatten(1).mean(dim=1)
-
-
-def _refuse_other_shape(student: Tensor, target: Tensor) -> None:
-    """Raise where broadcasting would quietly compare a map with another's row or channel."""
-    if student.shape != target.shape:
+def _difference(student: Tensor, target: Tensor) -> Tensor:
+    if student.shape != target.shape:  # broadcasting would quietly compare a map with another's row or channel
         raise MismatchError(
             f"expected the student's features in the teacher's shape {tuple(target.shape)}, "
             f"found {tuple(student.shape)}: pool or project one of the two first"
         )
+    return student.float() - target.detach().float()
 
 
 class Attention(Term):
@@ -109,70 +46,24 @@ class Attention(Term):
         super().__init__()
         self._places: list[tuple[str, str, tuple[int, int]]] = []
         for ours, theirs in pair.stages():
-            (_, h, w), (_, height, width) = pair.student_shape(ours), pair.teacher_shape(theirs)
-            side = (min(h, height), min(w, width))
+            side = _common_side(pair, ours, theirs)
             self._places.append((ours, f"attention:{theirs}:{side[0]}x{side[1]}", side))
         self.taps = tuple(tap for tap, _, _ in self._places)
         self.fields = tuple(name for _, name, _ in self._places)
 
     def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
-        rows = len(lesson.labels)
         return sum(  # type: ignore[return-value]
-            attention_transfer(fields.attention(seen[tap][:rows], side), lesson.knowledge[name])
-            for tap, name, side in self._places
+            squared_error(fields.attention(seen[tap], side), lesson.knowledge[name]) for tap, name, side in self._places
         )
 
 
-SHARE = 8
-"""one in so many epochs, the first ones, is taught by the flow alone: 30 of 240"""
+def _common_side(pair: Pair, ours: str, theirs: str) -> tuple[int, int]:
+    (_, h, w), (_, height, width) = pair.student_shape(ours), pair.teacher_shape(theirs)
+    return min(h, height), min(w, width)
 
 
-class Flow(Term):
-    """FSP: sum over consecutive stages of the mean over entries of (G_S - G_T)^2, G = F_i F_{i+1}^T / (h w).
-
-    In two phases: the first eighth of the epochs (rounded down, but one where there are two or more) teaches by this
-    term alone, the rest without it. The stem is the first stage where both networks have as many stages. Both need the
-    same numbers of channels; heights and widths may differ.
-    Source: Yim et al., CVPR 2017 (A Gift from Knowledge Distillation), Sec. 3; layers, mean over entries, thirty epochs
-    and their weight 1 of RepDistiller, which adds them to the 240; the 50 of its script weighs nothing there, and made
-    a wide network diverge here.
-    """
-
-    def __init__(self, pair: Pair) -> None:
-        super().__init__()
-        stages = pair.stages()
-        if stages[0] == ("stage1", "stage1"):
-            stages = [("stage0", "stage0"), *stages]
-        for ours, theirs in stages:
-            _require_equal_channels(pair, ours, theirs)
-        self._places = [(bottom, top, f"fsp:{below}:{above}") for (bottom, below), (top, above) in pairwise(stages)]
-        self.taps = tuple(tap for tap, _ in stages)
-        self.fields = tuple(name for _, _, name in self._places)
-
-    def weights_at(self, epoch: int, epochs: int) -> tuple[float, float]:
-        """Return (0, 1) in the first phase, (1, 0) in the second."""
-        first = min(max(1, epochs // SHARE), epochs - 1)
-        return (0.0, 1.0) if epoch < first else (1.0, 0.0)
-
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
-        """Return the loss per sample."""
-        own = {tap: seen[tap][: len(lesson.labels)] for tap in self.taps}
-        return sum(  # type: ignore[return-value]
-            fsp(fields.fsp_matrix(own[bottom], own[top]), lesson.knowledge[name]) for bottom, top, name in self._places
-        )
-
-
-def _require_equal_channels(pair: Pair, ours: str, theirs: str) -> None:
-    found, wanted = pair.student_shape(ours), pair.teacher_shape(theirs)
-    if found[0] != wanted[0]:
-        raise SettingsError(
-            f"fsp needs equal numbers of channels: '{theirs}' of the teacher '{pair.teacher}' has shape {wanted}, "
-            f"'{ours}' of the student '{pair.student}' has {found}; take a student as wide, or another method"
-        )
-
-
-STAGE = 2
+HINT_STAGE = 2
 """the stage of the hint, counted from 1 over the matched stages; the stem is none of them"""
 
 
@@ -185,15 +76,14 @@ class Hint(Term):
 
     def __init__(self, pair: Pair) -> None:
         super().__init__()
-        ours, theirs = pair.stages()[STAGE - 1]
+        ours, theirs = pair.stages()[HINT_STAGE - 1]
         self.taps, self.fields = (ours,), (f"maps:{theirs}",)
         shapes = pair.student_shape(ours), pair.teacher_shape(theirs)
         self.regressor = nn.Sequential(_to_shape(*shapes), nn.BatchNorm2d(shapes[1][0]), nn.ReLU())
 
     def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
-        own = seen[self.taps[0]][: len(lesson.labels)]
-        return hint(self.regressor(own), lesson.knowledge[self.fields[0]])
+        return squared_error(self.regressor(seen[self.taps[0]]), lesson.knowledge[self.fields[0]])
 
 
 def _to_shape(ours: tuple[int, ...], theirs: tuple[int, ...]) -> nn.Module:
@@ -216,10 +106,120 @@ def _to_shape(ours: tuple[int, ...], theirs: tuple[int, ...]) -> nn.Module:
     return nn.Conv2d(channels, wanted, (kernel[0], kernel[1]))
 
 
+FLOW_SHARE = 8
+"""one in so many epochs, the first ones, is taught by the flow alone: 30 of 240"""
+
+
+class Flow(Term):
+    """FSP: sum over consecutive stages of the mean over entries of (G_S - G_T)^2, G = F_i F_{i+1}^T / (h w).
+
+    In two phases: the first eighth of the epochs (rounded down, but one where there are two or more) teaches by this
+    term alone, the rest without it. The stem is the first stage where both networks have as many stages. Both need the
+    same numbers of channels; heights and widths may differ. The values grow with the fourth power of the features:
+    float16 features beyond a few hundred can have gradients that float16 does not hold.
+    Source: Yim et al., CVPR 2017 (A Gift from Knowledge Distillation), Sec. 3; layers, mean over entries, thirty epochs
+    and their weight 1 of RepDistiller, which adds them to the 240; the 50 of its script weighs nothing there, and made
+    a wide network diverge here.
+    """
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__()
+        stages = pair.stages()
+        if stages[0] == ("stage1", "stage1"):
+            stages = [("stage0", "stage0"), *stages]
+        for ours, theirs in stages:
+            _require_equal_channels(pair, ours, theirs)
+        self._places = [(bottom, top, f"fsp:{below}:{above}") for (bottom, below), (top, above) in pairwise(stages)]
+        self.taps = tuple(tap for tap, _ in stages)
+        self.fields = tuple(name for _, _, name in self._places)
+
+    def weights_at(self, epoch: int, epochs: int) -> tuple[float, float]:
+        """Return (0, 1) in the first phase, (1, 0) in the second."""
+        first = min(max(1, epochs // FLOW_SHARE), epochs - 1)
+        return (0.0, 1.0) if epoch < first else (1.0, 0.0)
+
+    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+        """Return the loss per sample."""
+        return sum(  # type: ignore[return-value]
+            squared_error(fields.fsp_matrix(seen[bottom], seen[top]), lesson.knowledge[name])
+            for bottom, top, name in self._places
+        )
+
+
+def _require_equal_channels(pair: Pair, ours: str, theirs: str) -> None:
+    found, wanted = pair.student_shape(ours), pair.teacher_shape(theirs)
+    if found[0] != wanted[0]:
+        raise SettingsError(
+            f"fsp needs equal numbers of channels: '{theirs}' of the teacher '{pair.teacher}' has shape {wanted}, "
+            f"'{ours}' of the student '{pair.student}' has {found}; take a student as wide, or another method"
+        )
+
+
+VARIANCE, LEAST_VARIANCE = 5.0, 1e-5
+"""VID's variance of each channel at the start, and what is added to its softplus"""
+
+
+class Variational(Term):
+    """VID: sum over stages of the `variational` loss of three 1x1 convolutions of F_S against F_T; may be negative.
+
+    The convolutions have no bias, a ReLU between them and the width of the teacher's map; the variance, one per channel
+    of the teacher, is learned and starts at 5. The larger of the two maps is average-pooled to the other's size.
+    Source: Ahn et al., CVPR 2019 (arXiv 1904.05835); modules, stages and pooling of RepDistiller.
+    """
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__()
+        self._places: list[tuple[str, str, tuple[int, int]]] = []
+        self.means, self.raw_variances = nn.ModuleList(), nn.ParameterList()
+        start = math.log(math.expm1(VARIANCE - LEAST_VARIANCE))
+        for ours, theirs in pair.stages():
+            channels, wanted = pair.student_shape(ours)[0], pair.teacher_shape(theirs)[0]
+            self._places.append((ours, f"maps:{theirs}", _common_side(pair, ours, theirs)))
+            self.means.append(_three_convolutions(channels, wanted))
+            self.raw_variances.append(nn.Parameter(torch.full((wanted,), start)))
+        self.taps = tuple(tap for tap, _, _ in self._places)
+        self.fields = tuple(name for _, name, _ in self._places)
+
+    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+        """Return the loss per sample."""
+        losses = []
+        for (tap, name, side), mean, raw in zip(self._places, self.means, self.raw_variances, strict=True):
+            # a network's own output may lie otherwise in memory than a store's values, which changes the last bits
+            maps = seen[tap], lesson.knowledge[name].contiguous()
+            own, target = (functional.adaptive_avg_pool2d(values, side) for values in maps)
+            losses.append(variational(mean(own), target, raw))
+        return torch.stack(losses).sum(dim=0)
+
+
+def variational(
+    mean: Float[Tensor, "batch channels height width"],
+    target: Float[Tensor, "batch channels height width"],
+    raw_variance: Float[Tensor, " channels"],
+) -> Float[Tensor, " batch"]:
+    """Return the mean over entries of 1/2 [(mu - t)^2 / s_c^2 + log s_c^2], s_c^2 = softplus(raw_variance_c) + 1e-5.
+
+    It is the negative log-likelihood of the teacher's map without its constant, and so may be negative. Gradient
+    flows into `mean` and `raw_variance`.
+
+    Source: Ahn et al. 2019 (Variational Information Distillation), with the mean over entries as released.
+    """
+    variance = (functional.softplus(raw_variance.float()) + LEAST_VARIANCE).view(1, -1, 1, 1)
+    squared = _difference(mean, target).square()
+    return ((squared / variance + variance.log()) / 2).flatten(1).mean(dim=1)
+
+
+def _three_convolutions(channels: int, wanted: int) -> nn.Module:
+    widths = (channels, wanted, wanted, wanted)
+    first, second, third = (nn.Conv2d(width, following, 1, bias=False) for width, following in pairwise(widths))
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
+
+
 WIDTH = 512
-"""most channels that are fused"""
+"""most channels that ReviewKD fuses"""
 WARM_UP = 20
-"""epochs until the term has its full weight"""
+"""epochs until ReviewKD has its full weight"""
+POOLED_SIDES = (4, 2, 1)
+"""sides of the pooled levels of the hierarchical context loss"""
 
 
 class _Level(NamedTuple):
@@ -229,35 +229,6 @@ class _Level(NamedTuple):
     field: str
     ours: tuple[int, ...]
     theirs: tuple[int, ...]
-
-
-class Fusion(nn.Module):
-    """ABF: a level's features at common width, weighed position by position against what comes from above.
-
-    f = a_1 conv(F) + a_2 up(above), a = sigmoid(conv([conv(F), up(above)])); without a level above f = conv(F).
-    """
-
-    def __init__(self, channels: int, width: int, wanted: tuple[int, ...], fuse: bool) -> None:
-        super().__init__()
-        self._side = wanted[1:]
-        self.narrow = nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width))
-        self.attend = nn.Sequential(nn.Conv2d(2 * width, 2, 1), nn.Sigmoid()) if fuse else None
-        self.answer = nn.Sequential(nn.Conv2d(width, wanted[0], 3, padding=1, bias=False), nn.BatchNorm2d(wanted[0]))
-        for block in (self.narrow, self.answer):
-            nn.init.kaiming_uniform_(block[0].weight, a=1)  # type: ignore[arg-type]
-
-    def forward(
-        self, features: Float[Tensor, "batch channels h w"], above: Float[Tensor, "batch width h2 w2"] | None
-    ) -> tuple[Float[Tensor, "batch wanted height width2"], Float[Tensor, "batch width height width2"]]:
-        """Return what answers for the teacher's map, in its shape, and the fused features for the level below."""
-        fused = self.narrow(features)
-        if self.attend is not None and above is not None:
-            above = functional.interpolate(above, fused.shape[2:])
-            shares = self.attend(torch.cat([fused, above], dim=1))
-            fused = fused * shares[:, :1] + above * shares[:, 1:]
-        if fused.shape[2:] != self._side:
-            fused = functional.interpolate(fused, self._side)
-        return self.answer(fused), fused
 
 
 class Review(Term):
@@ -291,78 +262,65 @@ class Review(Term):
         losses, fused = [], None
         for level, fusion in zip(self._levels, self.fusions, strict=True):
             # a network's own output may lie otherwise in memory than a store's values, which changes the last bits
-            own, target = seen[level.tap][: len(lesson.labels)], lesson.knowledge[level.field].contiguous()
-            answer, fused = fusion(own.reshape(-1, *level.ours), fused)
+            target = lesson.knowledge[level.field].contiguous()
+            answer, fused = fusion(seen[level.tap].reshape(-1, *level.ours), fused)
             losses.append(hierarchical_context(answer, target.reshape(-1, *level.theirs)))
         return torch.stack(losses).sum(dim=0)
 
 
 def _levels(pair: Pair) -> list[_Level]:
     """Return the levels from the classifier down to the first stage."""
-    matched = [(ours, f"{theirs}.pre") for ours, theirs in pair.stages()]
-    stages = [
-        _Level(ours, f"maps:{theirs}", pair.student_shape(ours), pair.teacher_shape(theirs)) for ours, theirs in matched
-    ]
-    ours, theirs = (shape("penultimate") for shape in (pair.student_shape, pair.teacher_shape))
-    last = _Level("penultimate", "penultimate", (*ours, 1, 1), (*theirs, 1, 1))
-    return [last, *reversed(stages)]
+    stages = pair.stages()
+    ours, theirs = pair.student_shape("penultimate"), pair.teacher_shape("penultimate")
+    found = [_Level("penultimate", "penultimate", (*ours, 1, 1), (*theirs, 1, 1))]
+    for tap, stage in reversed(stages):
+        before = f"{stage}.pre"
+        found.append(_Level(tap, f"maps:{before}", pair.student_shape(tap), pair.teacher_shape(before)))
+    return found
 
 
-class Similarity(Term):
-    """SP: ||G_S - G_T||_F^2 / b^2, G = Q Q^T with rows of length 1, Q the last stage's map, flattened; b the batch.
+class Fusion(nn.Module):
+    """ABF: a level's features at common width, weighed position by position against what comes from above.
 
-    The two maps may differ in shape.
-    Source: Tung & Mori, ICCV 2019 (arXiv 1907.09682); the layer is that of RepDistiller.
+    f = a_1 conv(F) + a_2 up(above), a = sigmoid(conv([conv(F), up(above)])); without a level above f = conv(F).
     """
 
-    def __init__(self, pair: Pair) -> None:
+    def __init__(self, channels: int, width: int, wanted: tuple[int, ...], fuse: bool) -> None:
         super().__init__()
-        ours, theirs = pair.stages()[-1]
-        self.taps, self.fields = (ours,), (f"maps:{theirs}",)
+        self._side = wanted[1:]
+        self.narrow = nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width))
+        self.attend = nn.Sequential(nn.Conv2d(2 * width, 2, 1), nn.Sigmoid()) if fuse else None
+        self.answer = nn.Sequential(nn.Conv2d(width, wanted[0], 3, padding=1, bias=False), nn.BatchNorm2d(wanted[0]))
+        for block in (self.narrow, self.answer):
+            nn.init.kaiming_uniform_(block[0].weight, a=1)  # type: ignore[arg-type]
 
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
-        """Return the loss per sample."""
-        own = seen[self.taps[0]][: len(lesson.labels)]
-        return relations.similarity_preserving(own, lesson.knowledge[self.fields[0]])
+    def forward(
+        self, features: Float[Tensor, "batch channels h w"], above: Float[Tensor, "batch width h2 w2"] | None
+    ) -> tuple[Float[Tensor, "batch wanted height width2"], Float[Tensor, "batch width height width2"]]:
+        """Return what answers for the teacher's map, in its shape, and the fused features for the level below."""
+        fused = self.narrow(features)
+        if self.attend is not None and above is not None:
+            above = functional.interpolate(above, fused.shape[2:])
+            shares = self.attend(torch.cat([fused, above], dim=1))
+            fused = fused * shares[:, :1] + above * shares[:, 1:]
+        if fused.shape[2:] != self._side:
+            fused = functional.interpolate(fused, self._side)
+        return self.answer(fused), fused
 
 
-VARIANCE, LEAST_VARIANCE = 5.0, 1e-5
-"""each channel's variance at the start, and what `losses.maps.variational` adds to its softplus"""
+def hierarchical_context(
+    student: Float[Tensor, "batch channels height width"], target: Float[Tensor, "batch channels height width"]
+) -> Float[Tensor, " batch"]:
+    """Return the weighted mean of the squared error at full size and pooled to 4, 2 and 1; weights 1, 1/2, 1/4, 1/8.
 
+    A level not smaller than the map's shorter side is left out, and the weights go on halving over those that remain.
 
-class Variational(Term):
-    """VID: sum over stages of the mean over entries of 1/2 [(mu(F_S) - F_T)^2 / s_c^2 + log s_c^2]; may be negative.
-
-    mu is three 1x1 convolutions without bias, ReLU between them, as wide as the teacher's map; s_c^2, one per channel
-    of the teacher, is learned and starts at 5. The larger of the two maps is average-pooled to the other's size.
-    Source: Ahn et al., CVPR 2019 (arXiv 1904.05835); modules, stages and pooling of RepDistiller.
+    Source: Chen et al. 2021 (Distilling Knowledge via Knowledge Review): HCL, weights as released.
     """
-
-    def __init__(self, pair: Pair) -> None:
-        super().__init__()
-        self._places: list[tuple[str, str, tuple[int, int]]] = []
-        self.means, self.raw_variances = nn.ModuleList(), nn.ParameterList()
-        for ours, theirs in pair.stages():
-            (channels, h, w), (wanted, height, width) = pair.student_shape(ours), pair.teacher_shape(theirs)
-            self._places.append((ours, f"maps:{theirs}", (min(h, height), min(w, width))))
-            self.means.append(_mean(channels, wanted))
-            start = math.log(math.expm1(VARIANCE - LEAST_VARIANCE))
-            self.raw_variances.append(nn.Parameter(torch.full((wanted,), start)))
-        self.taps = tuple(tap for tap, _, _ in self._places)
-        self.fields = tuple(name for _, name, _ in self._places)
-
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
-        """Return the loss per sample."""
-        losses = []
-        for (tap, name, side), mean, raw in zip(self._places, self.means, self.raw_variances, strict=True):
-            # a network's own output may lie otherwise in memory than a store's values, which changes the last bits
-            own, target = seen[tap][: len(lesson.labels)], lesson.knowledge[name].contiguous()
-            own, target = (functional.adaptive_avg_pool2d(values, side) for values in (own, target))
-            losses.append(variational(mean(own), target, raw))
-        return torch.stack(losses).sum(dim=0)
-
-
-def _mean(channels: int, wanted: int) -> nn.Module:
-    widths = (channels, wanted, wanted, wanted)
-    first, second, third = (nn.Conv2d(width, following, 1, bias=False) for width, following in pairwise(widths))
-    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
+    student, target = student.float(), target.float()
+    loss, weight, total = squared_error(student, target), 1.0, 1.0
+    for side in (side for side in POOLED_SIDES if side < min(student.shape[2:])):
+        weight /= 2
+        total += weight
+        loss = loss + weight * squared_error(*(functional.adaptive_avg_pool2d(f, side) for f in (student, target)))
+    return loss / total

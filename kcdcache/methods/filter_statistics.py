@@ -1,10 +1,6 @@
-"""Distributions of a network's filters and pooled activations, and their sparse matching.
+"""Methods that match distributions of filters (KR) or of pooled activations, recoded sparsely: our reading of a paper.
 
-Our reading of "Knowledge Representing: Efficient, Sparse Representation of Prior Knowledge for Knowledge Distillation"
-(Liu et al., arXiv 1911.05329). Its abstract states: the teacher's parameter distribution is the knowledge; it is
-aggregated to a more abstract level; a sparse recoding penalty makes the student learn with penalised gradients. That
-the groups are of several layers and the loss a cross-entropy is said by Gou et al.'s survey. No formula of it could be
-read: stages as groups, norms, quantiles, softmax and the penalty below are ours (facts.md section 3).
+Of "Knowledge Representing" (Liu et al. 2019, arXiv 1911.05329) no formula could be read (facts.md section 3).
 """
 
 from collections.abc import Sequence
@@ -16,30 +12,6 @@ from torch import Tensor, nn
 from kcdcache.methods.base import Lesson, Pair, Seen, Term, constant
 from kcdcache.networks.taps import FILTERS
 from kcdcache.teacher.fields import pooled
-
-
-def soft_threshold(residual: Float[Tensor, "..."], threshold: float) -> Float[Tensor, "..."]:
-    """Return sign(r) max(|r| - threshold, 0), the identity for threshold = 0."""
-    return residual.sign() * (residual.abs() - threshold).clamp_min(0)
-
-
-def recoded_divergence(
-    student: Float[Tensor, "... bins"], teacher: Float[Tensor, "... bins"], threshold: float = 0.0
-) -> Float[Tensor, "..."]:
-    """Return sum_k P_T (e^s - 1 - s) with s = soft(log P_S - log P_T, threshold), from log-probabilities; at least 0.
-
-    With threshold = 0 this is KL(P_T || P_S), the cross-entropy less its constant. An entry whose log-ratio is within
-    the threshold costs nothing and gets no gradient; the others' gradient by log P_S is P_T (e^s - 1), which is the
-    cross-entropy's own residual P_S - P_T for threshold = 0. Hence 0 for equal distributions, and the support of the
-    gradient shrinks as the threshold grows.
-    """
-    teacher = teacher.detach()  # what is known of the teacher is not to be moved
-    target = teacher.exp()
-    rest = soft_threshold(student - teacher, threshold)
-    near = rest.clamp(-1, 1)
-    # each form where it is accurate: expm1 loses a large ratio of tiny probabilities, the other cancels near 0
-    close, far = target * (torch.expm1(near) - near), (teacher + rest).exp() - target * (1 + rest)
-    return torch.where(rest.abs() <= 1, close, far).sum(-1)
 
 
 class _Represented(Term):
@@ -71,9 +43,9 @@ class FilterStatistics(_Represented):
     same for every sample: the loss moves the student's weights alone. Of the teacher it needs 64 numbers a stage, which
     the store keeps beside its fields (`precompute --fields parameters`).
 
-    Liu et al. (arXiv 1911.05329, abstract) state: distributions of parameters, aggregated to a more abstract level,
-    with a sparse recoding penalty, apt for small students, to be combined with other methods; Gou et al.'s survey adds
-    that groups of layers are compared, by cross-entropy. Ours: stages as groups, all with the same weight, L2 norms,
+    Liu et al.'s abstract states: distributions of parameters, aggregated to a more abstract level, with a sparse
+    recoding penalty, apt for small students, to be combined with other methods; Gou et al.'s survey adds that groups of
+    layers are compared, by cross-entropy. Ours: stages as groups, all with the same weight, L2 norms,
     quantiles, softmax, the divergence, its threshold (`kr_lambda`), and that its weight falls linearly
     (`kr_schedule`). Before batch normalisation a filter's norm does not change what the network computes, only how
     fast the filter turns; so expect little of it there.
@@ -117,9 +89,32 @@ class PooledDistributions(_Represented):
 
     def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
-        rows = len(lesson.labels)
         places = zip(self._places, self._connectors, strict=True)
         return sum(  # type: ignore[return-value]
-            self._compared(connector(pooled(seen[ours][:rows].float())), lesson.knowledge[f"pooled:{theirs}"])
+            self._compared(connector(pooled(seen[ours].float())), lesson.knowledge[f"pooled:{theirs}"])
             for (ours, theirs), connector in places
         )
+
+
+def soft_threshold(residual: Float[Tensor, "..."], threshold: float) -> Float[Tensor, "..."]:
+    """Return sign(r) max(|r| - threshold, 0), the identity for threshold = 0."""
+    return residual.sign() * (residual.abs() - threshold).clamp_min(0)
+
+
+def recoded_divergence(
+    student: Float[Tensor, "... bins"], teacher: Float[Tensor, "... bins"], threshold: float = 0.0
+) -> Float[Tensor, "..."]:
+    """Return sum_k P_T (e^s - 1 - s) with s = soft(log P_S - log P_T, threshold), from log-probabilities; at least 0.
+
+    With threshold = 0 this is KL(P_T || P_S), the cross-entropy less its constant. An entry whose log-ratio is within
+    the threshold costs nothing and gets no gradient; the others' gradient by log P_S is P_T (e^s - 1), which is the
+    cross-entropy's own residual P_S - P_T for threshold = 0. Hence 0 for equal distributions, and the support of the
+    gradient shrinks as the threshold grows.
+    """
+    teacher = teacher.detach()  # what is known of the teacher is not to be moved
+    target = teacher.exp()
+    rest = soft_threshold(student - teacher, threshold)
+    near = rest.clamp(-1, 1)
+    # each form where it is accurate: expm1 loses a large ratio of tiny probabilities, the other cancels near 0
+    close, far = target * (torch.expm1(near) - near), (teacher + rest).exp() - target * (1 + rest)
+    return torch.where(rest.abs() <= 1, close, far).sum(-1)

@@ -1,4 +1,4 @@
-"""The divergence weighed by what both networks are unsure of (EA-KD); one value per sample."""
+"""Methods that weigh softened outputs anew: DKD (target and other classes apart) and EA-KD (by entropy)."""
 
 import math
 
@@ -10,33 +10,36 @@ from torch.nn import functional
 from kcdcache.methods.base import Lesson, Pair, Seen, Term
 from kcdcache.methods.losses import entropy, logit_divergence
 
+TARGET, REST = 1.0, 8.0
+"""DKD's weights of the target's and the other classes' divergence"""
+WARM_UP = 20
+"""epochs over which DKD grows to its weight"""
+WEIGHT_TEMPERATURE = 3.0
+"""temperature of the entropies by which EA-KD weighs the samples"""
 
-def entropy_weights(
-    student: Float[Tensor, "batch classes"], teacher: Float[Tensor, "batch classes"], temperature: float
-) -> Float[Tensor, " batch"]:
-    """Return (H_T + H_T H_S / ln C) / 2, H the entropy in nats of the softmax at `temperature`; in [0, ln C].
 
-    0 where the teacher is sure, ln C where both networks are undecided among all C >= 2 classes. No gradient.
+class Decoupled(Term):
+    """DKD: T^2 (TCKD + 8 NCKD), times min(1, e / 20) in epoch e = 1, 2, ...
 
-    Source: Su et al. 2025 (EA-KD). H_ub = ln C is what its ImageNet code has; its CIFAR-100 code divides by 100, not by
-    ln 100, so that the student hardly counts there.
+    A mixed point's target class is the kept point's.
+    Source: Zhao et al., CVPR 2022 (arXiv 2203.08679), Eq. 7. The weight 8 is its release's default and that of
+    resnet32x4 teachers; it takes 6 for wrn_40_2 and vgg13, 2 for resnet56 and resnet20.
     """
-    ours, theirs = (entropy(logits.detach().float() / temperature) for logits in (student, teacher))
-    return theirs * (1 + ours / math.log(student.shape[1])) / 2
 
+    fields = ("logits",)
 
-def entropy_weighted(
-    student: Float[Tensor, "batch classes"],
-    teacher: Float[Tensor, "batch classes"],
-    temperature: float,
-    weight_temperature: float,
-) -> Float[Tensor, " batch"]:
-    """Return w T^2 KL(softmax(teacher / T) || softmax(student / T)), w the `entropy_weights`; nats squared, at least 0.
+    def __init__(self, pair: Pair) -> None:
+        super().__init__()
+        self._temperature = pair.settings.temperature or 4.0
 
-    Source: Su et al. 2025 (EA-KD).
-    """
-    weights = entropy_weights(student, teacher, weight_temperature)
-    return weights * logit_divergence(student, teacher, temperature)
+    def weights_at(self, epoch: int, epochs: int) -> tuple[float, float]:
+        """Return 1, and the warm-up's share of the term."""
+        return 1.0, min(1.0, (epoch + 1) / WARM_UP)
+
+    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+        """Return the loss per sample."""
+        teacher = lesson.knowledge["logits"]
+        return decoupled(seen["logits"], teacher, lesson.labels, TARGET, REST, self._temperature)
 
 
 def decoupled(
@@ -51,8 +54,6 @@ def decoupled(
 
     TCKD = KL of (p_y, 1 - p_y), NCKD = KL of softmax over the classes other than y, teacher against student, at T. With
     alpha = 1 and beta = 1 - p_y of the teacher it is T^2 KL(teacher || student).
-
-    Source: Zhao et al. 2022 (Decoupled Knowledge Distillation).
     """
     binary, others = _split(student.float() / temperature, labels)
     wanted_binary, wanted_others = _split(teacher.detach().float() / temperature, labels)
@@ -77,15 +78,12 @@ def _divergence(log_target: Tensor, log_found: Tensor) -> Tensor:
     return (log_target.exp() * (log_target - log_found)).sum(dim=1)
 
 
-WEIGHT_TEMPERATURE = 3.0
-"""temperature of the entropies that weigh the samples"""
-
-
 class Adaptive(Term):
     """EA-KD: w T^2 KL(p_T || p_S), w = (H_T + H_T H_S / ln C) / 2 with both entropies at temperature 3, no gradient.
 
     Source: Su et al., ICCV 2025 (arXiv 2311.13621); temperatures and weights of its release (cpsu00/EA-KD). Its
-    ImageNet code divides by ln 1000 as here; its CIFAR-100 code divides H_T H_S by 100 instead of ln 100.
+    ImageNet code divides by ln 1000 as here; its CIFAR-100 code divides H_T H_S by 100 instead of ln 100, so that the
+    student hardly counts there.
     """
 
     fields = ("logits",)
@@ -96,35 +94,26 @@ class Adaptive(Term):
 
     def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
-        logits = seen["logits"][: len(lesson.labels)]
-        return entropy_weighted(logits, lesson.knowledge["logits"], self._temperature, WEIGHT_TEMPERATURE)
+        return entropy_weighted(seen["logits"], lesson.knowledge["logits"], self._temperature, WEIGHT_TEMPERATURE)
 
 
-TARGET, REST = 1.0, 8.0
-"""weights of the target's and the other classes' divergence"""
-WARM_UP = 20
-"""epochs over which the term grows to its weight"""
+def entropy_weighted(
+    student: Float[Tensor, "batch classes"],
+    teacher: Float[Tensor, "batch classes"],
+    temperature: float,
+    weight_temperature: float,
+) -> Float[Tensor, " batch"]:
+    """Return w T^2 KL(softmax(teacher / T) || softmax(student / T)), w the `entropy_weights`; nats squared, >= 0."""
+    weights = entropy_weights(student, teacher, weight_temperature)
+    return weights * logit_divergence(student, teacher, temperature)
 
 
-class Decoupled(Term):
-    """DKD: T^2 (TCKD + 8 NCKD), times min(1, e / 20) in epoch e = 1, 2, ...
+def entropy_weights(
+    student: Float[Tensor, "batch classes"], teacher: Float[Tensor, "batch classes"], temperature: float
+) -> Float[Tensor, " batch"]:
+    """Return (H_T + H_T H_S / ln C) / 2, H the entropy in nats of the softmax at `temperature`; in [0, ln C].
 
-    A mixed point's target class is the kept point's.
-    Source: Zhao et al., CVPR 2022 (arXiv 2203.08679), Eq. 7. The weight 8 is its release's default and that of
-    resnet32x4 teachers; it takes 6 for wrn_40_2 and vgg13, 2 for resnet56 and resnet20.
+    0 where the teacher is sure, ln C where both networks are undecided among all C >= 2 classes. No gradient.
     """
-
-    fields = ("logits",)
-
-    def __init__(self, pair: Pair) -> None:
-        super().__init__()
-        self._temperature = pair.settings.temperature or 4.0
-
-    def weights_at(self, epoch: int, epochs: int) -> tuple[float, float]:
-        """Return 1, and the warm-up's share of the term."""
-        return 1.0, min(1.0, (epoch + 1) / WARM_UP)
-
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
-        """Return the loss per sample."""
-        logits = seen["logits"][: len(lesson.labels)]
-        return decoupled(logits, lesson.knowledge["logits"], lesson.labels, TARGET, REST, self._temperature)
+    ours, theirs = (entropy(logits.detach().float() / temperature) for logits in (student, teacher))
+    return theirs * (1 + ours / math.log(student.shape[1])) / 2

@@ -1,4 +1,4 @@
-"""Losses between networks trained together: mutual learning (DML) and the on-the-fly ensemble (ONE); per sample."""
+"""Methods that train further networks with the student: mutual learning (DML) and the on-the-fly ensemble (ONE)."""
 
 import math
 from collections.abc import Mapping
@@ -15,26 +15,6 @@ from kcdcache.networks import registry
 from kcdcache.networks.resnet import ResNet, ResNet50
 from kcdcache.networks.taps import of_family
 from kcdcache.networks.wrn import WideResNet
-
-
-def mutual(student: Float[Tensor, "batch classes"], peer: Float[Tensor, "batch classes"]) -> Float[Tensor, " batch"]:
-    """Return KL(softmax(peer) || softmax(student)) in nats, at least 0; the peer is a constant to the gradient.
-
-    With several peers the method takes the mean over them.
-
-    Source: Zhang et al. 2018 (Deep Mutual Learning).
-    """
-    return logit_divergence(student, peer, 1.0)
-
-
-def ensemble_divergence(
-    branch: Float[Tensor, "batch classes"], ensemble: Float[Tensor, "batch classes"], temperature: float
-) -> Float[Tensor, " batch"]:
-    """Return T^2 KL(ensemble || branch) of the softmax at T, in nats; the ensemble is a constant to the gradient.
-
-    Source: Lan et al. 2018 (Knowledge Distillation by On-the-Fly Native Ensemble); T = 3.
-    """
-    return logit_divergence(branch, ensemble, temperature)
 
 
 class MutualLearning(Term):
@@ -56,9 +36,9 @@ class MutualLearning(Term):
 
     def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
-        count = len(lesson.labels)
-        student, peer = seen["logits"][:count], self.peer(seen["input"][:count])
-        return mutual(student, peer) + hard_term(peer, lesson, *self._labels) + mutual(peer, student)
+        student, peer = seen["logits"], self.peer(seen["input"])
+        taught = logit_divergence(student, peer, 1.0) + hard_term(peer, lesson, *self._labels)
+        return taught + logit_divergence(peer, student, 1.0)
 
 
 def drawn_seed() -> int:
@@ -68,7 +48,7 @@ def drawn_seed() -> int:
 
 BRANCHES = 3
 """the student's own among them"""
-RAMP = 80 / 240
+RAMP = 80 / 300
 """share of the epochs in which the divergences grow to their weight"""
 
 TAILS: Mapping[type[nn.Module] | str, tuple[str, tuple[str, ...]]] = {
@@ -85,8 +65,8 @@ class Ensemble(Term):
 
     Branches are the student's last stage and classifier with initial weights of their own; the ensemble is the mean of
     the three logits by a gate on the shared stage's pooled values. The ramp is exp(-5 (1 - e / R)^2) in epoch
-    e = 1 .. R, R a third of all. Labels are smoothed and mixed as the student's; branches compute in float32.
-    Source: Lan et al., NeurIPS 2018 (arXiv 1806.04606), Eq. 4-8, T = 3. Its gate has a ReLU before the softmax.
+    e = 0 .. R, R 80 of 300 epochs. Labels are smoothed and mixed as the student's; branches compute in float32.
+    Source: Lan et al., NeurIPS 2018 (arXiv 1806.04606), Eq. 4-8, T = 3; gate and ramp of its release.
     """
 
     _ramp: Tensor
@@ -103,24 +83,23 @@ class Ensemble(Term):
 
     def weights_at(self, epoch: int, epochs: int) -> tuple[float, float]:
         """Put the epoch's weight of the divergences in force; factors are 1."""
-        behind = min(1.0, (epoch + 1) / max(1, round(epochs * RAMP)))
+        behind = min(1.0, epoch / max(1, round(epochs * RAMP)))
         self._ramp.fill_(math.exp(-5 * (1 - behind) ** 2))
         return 1.0, 1.0
 
     def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
-        count = len(lesson.labels)
-        shared = seen[self._stage][:count]
-        logits = [seen["logits"][:count].float(), *(branch(shared) for branch in self.branches)]
+        shared = seen[self._stage]
+        logits = [seen["logits"].float(), *(branch(shared) for branch in self.branches)]
         shares = self.gate(shared.mean(dim=(2, 3)))
         ensemble = (shares[:, :, None] * torch.stack(logits, dim=1)).sum(dim=1)
         hard = sum(hard_term(found, lesson, *self._labels) for found in (*logits[1:], ensemble))
-        soft = sum(ensemble_divergence(found, ensemble, self._temperature) for found in logits)
+        soft = sum(logit_divergence(found, ensemble, self._temperature) for found in logits)
         return hard + self._ramp * soft
 
 
 class Gate(nn.Module):
-    """A linear layer, batch normalisation and softmax: how much each branch counts for a sample."""
+    """A linear layer, batch normalisation, ReLU and softmax: how much each branch counts for a sample."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -133,7 +112,7 @@ class Gate(nn.Module):
         normal = functional.batch_norm(
             raw, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=len(raw) > 1
         )
-        return normal.softmax(dim=1)
+        return normal.relu().softmax(dim=1)
 
 
 def _tail(pair: Pair) -> tuple[str, nn.Module]:

@@ -15,6 +15,7 @@ from kcdcache.methods.base import Lesson, Pair, Seen, Term, constant, hard_term
 from kcdcache.methods.catalogue import METHODS, Weights, weights_of
 from kcdcache.networks import registry
 from kcdcache.networks.registry import tap_shapes
+from kcdcache.networks.taps import FILTERS
 from kcdcache.settings import MethodSettings
 from kcdcache.store import identity
 from kcdcache.store.identity import Knowledge
@@ -65,12 +66,18 @@ class Loss(nn.Module):
         total = basic(seen["logits"][: len(lesson.labels)], lesson, self.weights)
         if self._terms:
             total = self._base * total
-        for place, (name, term) in enumerate(self._terms.items()):
-            total = total + self.weights.parts[name] * self._shares[place] * term(seen, lesson)
+        for place, (name, term) in enumerate(zip(self._terms, self._of(), strict=True)):
+            given = seen if term.shows_images else _own_rows(seen, term, len(lesson.labels))
+            total = total + self.weights.parts[name] * self._shares[place] * term(given, lesson)
         return total
 
     def _of(self) -> list[Term]:
         return list(self._terms.values())  # type: ignore[arg-type]
+
+
+def _own_rows(seen: Seen, term: Term, rows: int) -> Seen:
+    """Return the values a term reads without the rows of another term's further images."""
+    return {tap: seen[tap] if tap.startswith(FILTERS) else seen[tap][:rows] for tap in ("logits", *term.taps)}
 
 
 def make_loss(weights: Weights, pair: Callable[[], Pair]) -> Loss:
@@ -90,7 +97,7 @@ def make_loss(weights: Weights, pair: Callable[[], Pair]) -> Loss:
             assert between is not None
             torch.default_generator.manual_seed(registry.torch_seed(between.seed + number + 1))
             made[name] = make(between)
-    own = [name for name, term in made.items() if type(term).extra is not Term.extra]
+    own = [name for name, term in made.items() if term.shows_images]
     if len(own) > 1:
         raise SettingsError(f"{' and '.join(own)} each show the student images of their own; use one of them")
     return Loss(weights, made)

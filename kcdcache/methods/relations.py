@@ -1,4 +1,4 @@
-"""Losses on relations inside a batch: similarities, distances, angles, neighbour probabilities; one row per sample.
+"""Methods that compare relations inside a batch: RKD (distances, angles), PKT (neighbours) and SP (similarities).
 
 Each compares a table over all pairs of the batch. The value of sample i is its row's share, scaled so that the plain
 mean over the batch is the published number.
@@ -13,91 +13,10 @@ from kcdcache.methods.base import Lesson, Pair, Seen, Term
 from kcdcache.methods.losses import cosines
 from kcdcache.teacher.fields import length, product, unit
 
-TINY = 1e-7
-"""what PKT adds to both probabilities under the logarithm"""
-
-
-def similarity_preserving(
-    student: Float[Tensor, "batch ..."], teacher: Float[Tensor, "batch ..."]
-) -> Float[Tensor, " batch"]:
-    """Return row sums of (G_S - G_T)^2 divided by the batch; G = Q Q^T with rows of length 1, Q flattened features.
-
-    The mean over rows is ||G_S - G_T||_F^2 / b^2. In [0, 4 / batch]; the two may differ in shape per sample.
-
-    Source: Tung and Mori 2019 (Similarity-Preserving Knowledge Distillation).
-    """
-    difference = _similarity(student) - _similarity(teacher.detach())
-    return difference.square().mean(dim=1)
-
-
-def distance_wise(
-    student: Float[Tensor, "batch dim"], teacher: Float[Tensor, "batch other"]
-) -> Float[Tensor, " batch"]:
-    """Return row means of Huber(d_S, d_T); d are distances between samples over the mean of those that are not zero.
-
-    Huber is smooth L1 with its knee at 1; the row's distance to itself counts in the mean. Where all samples are equal
-    every d is 0.
-
-    Source: Park et al. 2019 (Relational Knowledge Distillation): RKD-D.
-    """
-    return functional.smooth_l1_loss(_distances(student), _distances(teacher.detach()), reduction="none").mean(dim=1)
-
-
-def angle_wise(student: Float[Tensor, "batch dim"], teacher: Float[Tensor, "batch other"]) -> Float[Tensor, " batch"]:
-    """Return, per sample i, the mean over j and k of Huber(cos_S, cos_T) of the angle j-i-k; i is the vertex.
-
-    An angle with two equal corners has cosine 0. Takes batch^3 numbers of memory.
-
-    Source: Park et al. 2019 (Relational Knowledge Distillation): RKD-A.
-    """
-    found, wanted = _angles(student), _angles(teacher.detach())
-    return functional.smooth_l1_loss(found, wanted, reduction="none").mean(dim=(1, 2))
-
-
-def probabilistic(
-    student: Float[Tensor, "batch dim"], teacher: Float[Tensor, "batch other"]
-) -> Float[Tensor, " batch"]:
-    """Return row means of P_T log((P_T + 1e-7) / (P_S + 1e-7)); P are rows of (cos + 1) / 2 divided by their sums.
-
-    The mean over rows is the mean over all batch^2 entries, as released, so a row is its divergence over the batch.
-    A row of zeros has cosine 0 with every row, itself included.
-
-    Source: Passalis and Tefas 2018 (Probabilistic Knowledge Transfer): the cosine kernel.
-    """
-    found, wanted = _neighbours(student), _neighbours(teacher.detach())
-    return (wanted * ((wanted + TINY) / (found + TINY)).log()).mean(dim=1)
-
-
-def _similarity(features: Tensor) -> Tensor:
-    flat = features.float().flatten(1)
-    return unit(product(flat, flat.mT))
-
-
-def _differences(features: Tensor) -> Tensor:
-    """Return x_j - x_i at [i, j]; taken before squaring, as |a|^2 + |b|^2 - 2ab loses near neighbours to rounding."""
-    x = features.float()
-    return x.unsqueeze(0) - x.unsqueeze(1)
-
-
-def _distances(features: Tensor) -> Tensor:
-    found = length(_differences(features))
-    mean = found.sum() / (found > 0).sum().clamp_min(1)
-    return found / torch.where(mean > 0, mean, 1)
-
-
-def _angles(features: Tensor) -> Tensor:
-    directions = unit(_differences(features))
-    return product(directions, directions.mT)
-
-
-def _neighbours(features: Tensor) -> Tensor:
-    x = features.float()
-    affinity = ((cosines(x, x) + 1) / 2).clamp_min(0)  # rounding passes -1 by an ulp
-    return affinity / affinity.sum(dim=1, keepdim=True)
-
-
 DISTANCE, ANGLE = 25.0, 50.0
 """weights of the two parts of RKD"""
+TINY = 1e-7
+"""what PKT adds to both probabilities under the logarithm"""
 
 
 class _Penultimate(Term):
@@ -121,8 +40,45 @@ class Relational(_Penultimate):
 
     def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
-        own, target = seen["penultimate"][: len(lesson.labels)], lesson.knowledge["penultimate"]
+        own, target = seen["penultimate"], lesson.knowledge["penultimate"]
         return DISTANCE * distance_wise(own, target) + ANGLE * angle_wise(own, target)
+
+
+def distance_wise(
+    student: Float[Tensor, "batch dim"], teacher: Float[Tensor, "batch other"]
+) -> Float[Tensor, " batch"]:
+    """Return row means of Huber(d_S, d_T); d are distances between samples over the mean of those that are not zero.
+
+    Huber is smooth L1 with its knee at 1; the row's distance to itself counts in the mean. Where all samples are equal
+    every d is 0. Source: RKD-D.
+    """
+    return functional.smooth_l1_loss(_distances(student), _distances(teacher.detach()), reduction="none").mean(dim=1)
+
+
+def angle_wise(student: Float[Tensor, "batch dim"], teacher: Float[Tensor, "batch other"]) -> Float[Tensor, " batch"]:
+    """Return, per sample i, the mean over j and k of Huber(cos_S, cos_T) of the angle j-i-k; i is the vertex.
+
+    An angle with two equal corners has cosine 0. Takes batch^3 numbers of memory. Source: RKD-A.
+    """
+    found, wanted = _angles(student), _angles(teacher.detach())
+    return functional.smooth_l1_loss(found, wanted, reduction="none").mean(dim=(1, 2))
+
+
+def _differences(features: Tensor) -> Tensor:
+    """Return x_j - x_i at [i, j]; taken before squaring, as |a|^2 + |b|^2 - 2ab loses near neighbours to rounding."""
+    x = features.float()
+    return x.unsqueeze(0) - x.unsqueeze(1)
+
+
+def _distances(features: Tensor) -> Tensor:
+    found = length(_differences(features))
+    mean = found.sum() / (found > 0).sum().clamp_min(1)
+    return found / torch.where(mean > 0, mean, 1)
+
+
+def _angles(features: Tensor) -> Tensor:
+    directions = unit(_differences(features))
+    return product(directions, directions.mT)
 
 
 class Probabilistic(_Penultimate):
@@ -134,5 +90,52 @@ class Probabilistic(_Penultimate):
 
     def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
-        own = seen["penultimate"][: len(lesson.labels)]
-        return probabilistic(own, lesson.knowledge["penultimate"])
+        return probabilistic(seen["penultimate"], lesson.knowledge["penultimate"])
+
+
+def probabilistic(
+    student: Float[Tensor, "batch dim"], teacher: Float[Tensor, "batch other"]
+) -> Float[Tensor, " batch"]:
+    """Return row means of P_T log((P_T + 1e-7) / (P_S + 1e-7)); P are rows of (cos + 1) / 2 divided by their sums.
+
+    The mean over rows is the mean over all batch^2 entries, as released, so a row is its divergence over the batch.
+    A row of zeros has cosine 0 with every row, itself included.
+    """
+    found, wanted = _neighbours(student), _neighbours(teacher.detach())
+    return (wanted * ((wanted + TINY) / (found + TINY)).log()).mean(dim=1)
+
+
+def _neighbours(features: Tensor) -> Tensor:
+    x = features.float()
+    affinity = ((cosines(x, x) + 1) / 2).clamp_min(0)  # rounding passes -1 by an ulp
+    return affinity / affinity.sum(dim=1, keepdim=True)
+
+
+class Similarity(Term):
+    """SP: ||G_S - G_T||_F^2 / b^2, G = Q Q^T with rows of length 1, Q the last stage's map, flattened; b the batch.
+
+    The two maps may differ in shape.
+    Source: Tung & Mori, ICCV 2019 (arXiv 1907.09682); the layer is that of RepDistiller.
+    """
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__()
+        ours, theirs = pair.stages()[-1]
+        self.taps, self.fields = (ours,), (f"maps:{theirs}",)
+
+    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+        """Return the loss per sample."""
+        return similarity_preserving(seen[self.taps[0]], lesson.knowledge[self.fields[0]])
+
+
+def similarity_preserving(
+    student: Float[Tensor, "batch ..."], teacher: Float[Tensor, "batch ..."]
+) -> Float[Tensor, " batch"]:
+    """Return row sums of (G_S - G_T)^2 divided by the batch, G as in `Similarity`; in [0, 4 / batch]."""
+    difference = _similarity(student) - _similarity(teacher.detach())
+    return difference.square().mean(dim=1)
+
+
+def _similarity(features: Tensor) -> Tensor:
+    flat = features.float().flatten(1)
+    return unit(product(flat, flat.mT))

@@ -1,4 +1,4 @@
-"""The device a stage runs on, and its thread count."""
+"""What a network does to pixels first, and where it computes: input transform, device, threads, memory."""
 
 import math
 from collections.abc import Iterator, Mapping

@@ -1,9 +1,11 @@
 """MobileNetV2 at half width for small images, in the layout of RepDistiller's checkpoints."""
 
+from functools import partial
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kcdcache.networks.resnet import initialise_classifier, initialise_convolutions
+from kcdcache.networks.resnet import initialise_classifier, initialise_convolutions, stage
 
 STEM = 16
 STAGES = ((1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1))
@@ -51,7 +53,7 @@ class MobileNetV2(nn.Module):
         self.blocks = nn.Sequential()
         width = STEM
         for expansion, outputs, blocks, stride in STAGES:
-            self.blocks.append(_stage(width, outputs, blocks, stride, expansion))
+            self.blocks.append(stage(partial(InvertedResidual, expansion=expansion), width, outputs, blocks, stride))
             width = outputs
         self.conv2 = _activated(width, LAST, 1, stride=1)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
@@ -69,8 +71,3 @@ class MobileNetV2(nn.Module):
 def _activated(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
     convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
-
-
-def _stage(inputs: int, outputs: int, blocks: int, stride: int, expansion: int) -> nn.Sequential:
-    rest = [InvertedResidual(outputs, outputs, 1, expansion) for _ in range(blocks - 1)]
-    return nn.Sequential(InvertedResidual(inputs, outputs, stride, expansion), *rest)

@@ -1,4 +1,6 @@
-"""The initial weights that several families share."""
+"""The residual networks of the paper, and what other families share with them: initial weights, stages of blocks."""
+
+from collections.abc import Callable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -25,73 +27,18 @@ def initialise_classifier(classifier: nn.Linear) -> None:
     nn.init.zeros_(classifier.bias)
 
 
-EXPANSION = 4
-"""channels a block gives, in multiples of those its 3x3 convolution sees"""
+def stage(
+    block: Callable[[int, int, int], nn.Module], inputs: int, outputs: int, blocks: int, stride: int
+) -> nn.Sequential:
+    """Return a row of blocks, each made of (input channels, output channels, stride); the first has the stride."""
+    rest = [block(outputs, outputs, 1) for _ in range(blocks - 1)]  # drawn first, which is part of what a seed gives
+    return nn.Sequential(block(inputs, outputs, stride), *rest)
 
 
-class Bottleneck(nn.Module):
-    """A 1x1, a 3x3 and a widening 1x1 convolution beside an identity or projected shortcut, activated after the sum.
-
-    The 3x3 convolution carries the stride. Source: He et al. 2016, "Deep Residual Learning", Figure 5 right.
-    """
-
-    def __init__(self, inputs: int, inner: int, stride: int) -> None:
-        super().__init__()
-        outputs = EXPANSION * inner
-        self.conv1 = nn.Conv2d(inputs, inner, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(inner)
-        self.relu1 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(inner, inner, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(inner)
-        self.relu2 = nn.ReLU(inplace=True)
-        self.conv3 = nn.Conv2d(inner, outputs, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outputs)
-        self.shortcut = _shortcut(inputs, outputs, stride)
-        # not in place: feature taps read what goes into it
-        self.relu3 = nn.ReLU()
-
-    def forward(self, features: Float[Tensor, "batch inputs h w"]) -> Float[Tensor, "batch outputs h2 w2"]:
-        """Return the activated sum of both branches."""
-        branch = self.relu1(self.bn1(self.conv1(features)))
-        branch = self.relu2(self.bn2(self.conv2(branch)))
-        return self.relu3(self.bn3(self.conv3(branch)) + self.shortcut(features))
-
-
-class ResNet50(nn.Module):
-    """The residual network of 50 layers with a 3x3 stem that keeps the image's size; three stages halve it.
-
-    Source: He et al. 2016, Table 1; stem, names and initialisation as in RepDistiller's `models/resnetv2.py`.
-    """
-
-    def __init__(self, classes: int, channels: int = 3) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.relu = nn.ReLU(inplace=True)
-        self.layer1 = _bottleneck_stage(64, inner=64, blocks=3, stride=1)
-        self.layer2 = _bottleneck_stage(256, inner=128, blocks=4, stride=2)
-        self.layer3 = _bottleneck_stage(512, inner=256, blocks=6, stride=2)
-        self.layer4 = _bottleneck_stage(1024, inner=512, blocks=3, stride=2)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(2048, classes)
-        initialise_convolutions(self)
-
-    def forward(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch classes"]:
-        """Return the logits of transformed pixels."""
-        features = self.relu(self.bn1(self.conv1(pixels)))
-        features = self.layer4(self.layer3(self.layer2(self.layer1(features))))
-        return self.linear(self.avgpool(features).flatten(1))
-
-
-def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+def _projection(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
     if stride == 1 and inputs == outputs:
-        return nn.Sequential()
+        return None
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-
-def _bottleneck_stage(inputs: int, inner: int, blocks: int, stride: int) -> nn.Sequential:
-    rest = [Bottleneck(EXPANSION * inner, inner, 1) for _ in range(blocks - 1)]
-    return nn.Sequential(Bottleneck(inputs, inner, stride), *rest)
 
 
 class BasicBlock(nn.Module):
@@ -133,9 +80,9 @@ class ResNet(nn.Module):
         self.conv1 = nn.Conv2d(channels, stem, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = _stage(stem, first, blocks, stride=1)
-        self.layer2 = _stage(first, second, blocks, stride=2)
-        self.layer3 = _stage(second, third, blocks, stride=2)
+        self.layer1 = stage(BasicBlock, stem, first, blocks, stride=1)
+        self.layer2 = stage(BasicBlock, first, second, blocks, stride=2)
+        self.layer3 = stage(BasicBlock, second, third, blocks, stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(third, classes)
         initialise_convolutions(self)
@@ -147,12 +94,59 @@ class ResNet(nn.Module):
         return self.fc(self.avgpool(features).flatten(1))
 
 
-def _projection(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
-    if stride == 1 and inputs == outputs:
-        return None
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+EXPANSION = 4
+"""channels a bottleneck gives, in multiples of those its 3x3 convolution sees"""
 
 
-def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
-    rest = [BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)]
-    return nn.Sequential(BasicBlock(inputs, outputs, stride), *rest)
+class Bottleneck(nn.Module):
+    """A 1x1, a 3x3 and a widening 1x1 convolution beside an identity or projected shortcut, activated after the sum.
+
+    The 3x3 convolution carries the stride. Source: He et al. 2016, "Deep Residual Learning", Figure 5 right.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        inner = outputs // EXPANSION
+        self.conv1 = nn.Conv2d(inputs, inner, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.conv3 = nn.Conv2d(inner, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.shortcut = _projection(inputs, outputs, stride) or nn.Sequential()
+        # not in place: feature taps read what goes into it
+        self.relu3 = nn.ReLU()
+
+    def forward(self, features: Float[Tensor, "batch inputs h w"]) -> Float[Tensor, "batch outputs h2 w2"]:
+        """Return the activated sum of both branches."""
+        branch = self.relu1(self.bn1(self.conv1(features)))
+        branch = self.relu2(self.bn2(self.conv2(branch)))
+        return self.relu3(self.bn3(self.conv3(branch)) + self.shortcut(features))
+
+
+class ResNet50(nn.Module):
+    """The residual network of 50 layers with a 3x3 stem that keeps the image's size; three stages halve it.
+
+    Source: He et al. 2016, Table 1; stem, names and initialisation as in RepDistiller's `models/resnetv2.py`.
+    """
+
+    def __init__(self, classes: int, channels: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = stage(Bottleneck, 64, 256, blocks=3, stride=1)
+        self.layer2 = stage(Bottleneck, 256, 512, blocks=4, stride=2)
+        self.layer3 = stage(Bottleneck, 512, 1024, blocks=6, stride=2)
+        self.layer4 = stage(Bottleneck, 1024, 2048, blocks=3, stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(2048, classes)
+        initialise_convolutions(self)
+
+    def forward(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch classes"]:
+        """Return the logits of transformed pixels."""
+        features = self.relu(self.bn1(self.conv1(pixels)))
+        features = self.layer4(self.layer3(self.layer2(self.layer1(features))))
+        return self.linear(self.avgpool(features).flatten(1))

@@ -98,13 +98,8 @@ def load_into(module: nn.Module, state: Mapping[str, Any], where: str) -> None:
     Raises:
         MismatchError: the weights are of another architecture or another number of classes; names the first difference.
     """
-    found, expected = unwrap(state, where), module.state_dict()
-    missing = [name for name in expected if name not in found and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in found if name not in expected]
-    shaped = [name for name in expected if name in found and found[name].shape != expected[name].shape]
-    if missing or unexpected or shaped:
-        reason = _class_difference(module, found, shaped) if shaped and not missing and not unexpected else None
-        reason = reason or _difference(expected, found, missing, unexpected, shaped)
+    found = unwrap(state, where)
+    if reason := _difference(module, found):
         raise MismatchError(f"the weights in {where} do not fit {type(module).__name__}: {reason}")
     module.load_state_dict(found)
 
@@ -215,27 +210,19 @@ def _check_document(document: Any, record: Path) -> None:
         raise CorruptionError(f"{record} should hold an input transform, it holds {_described(document['transform'])}")
 
 
-def _class_difference(module: nn.Module, found: Mapping[str, Tensor], shaped: Sequence[str]) -> str | None:
+def _difference(module: nn.Module, found: Mapping[str, Tensor]) -> str | None:
+    """Return in which way weights do not fit a network; None where they do."""
+    expected = module.state_dict()
+    missing = [name for name in expected if name not in found and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in found if name not in expected]
+    shaped = [name for name in expected if name in found and found[name].shape != expected[name].shape]
     linear = [path for path, inner in module.named_modules() if isinstance(inner, nn.Linear)]
-    if not linear or not all(name.startswith(f"{linear[-1]}.") for name in shaped):
-        return None
-    expected = module.get_submodule(linear[-1]).out_features
-    weight = found[f"{linear[-1]}.weight"]
-    return (
-        f"they are for {weight.shape[0]} classes, the network here has {expected}"
-        if weight.shape[0] != expected
-        else None
-    )
-
-
-def _difference(
-    expected: Mapping[str, Tensor],
-    found: Mapping[str, Tensor],
-    missing: Sequence[str],
-    unexpected: Sequence[str],
-    shaped: Sequence[str],
-) -> str:
-    parts = ["another architecture"]
+    if shaped and not missing and not unexpected and linear:
+        weight = f"{linear[-1]}.weight"
+        theirs, ours = (tuple(side[weight].shape)[:1] for side in (found, expected))
+        if theirs and theirs != ours and all(name.startswith(f"{linear[-1]}.") for name in shaped):
+            return f"they are for {theirs[0]} classes, the network here has {ours[0]}"
+    parts = []
     if missing:
         parts.append(f"{len(missing)} tensors are missing, first '{missing[0]}'")
     if unexpected:
@@ -243,7 +230,7 @@ def _difference(
     if shaped:
         sides = f"{list(expected[shaped[0]].shape)} expected, {list(found[shaped[0]].shape)} found"
         parts.append(f"{len(shaped)} have another shape, first '{shaped[0]}': {sides}")
-    return "; ".join(parts)
+    return "; ".join(["another architecture", *parts]) if parts else None
 
 
 def _described(value: Any) -> str:

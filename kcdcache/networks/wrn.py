@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kcdcache.networks.resnet import initialise_convolutions
+from kcdcache.networks.resnet import initialise_convolutions, stage
 
 
 class WideBlock(nn.Module):
@@ -36,8 +36,7 @@ class WideStage(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, blocks: int, stride: int) -> None:
         super().__init__()
-        rest = [WideBlock(outputs, outputs, 1) for _ in range(blocks - 1)]
-        self.layer = nn.Sequential(WideBlock(inputs, outputs, stride), *rest)
+        self.layer = stage(WideBlock, inputs, outputs, blocks, stride)
 
     def forward(self, features: Float[Tensor, "batch inputs h w"]) -> Float[Tensor, "batch outputs h2 w2"]:
         """Return what the last block gives."""

@@ -1,9 +1,13 @@
-"""The teacher's fields by name: what is read from its forward pass, how it is stored, and how two of them are mixed."""
+"""The teacher's fields by name: what is read from its forward pass, how it is stored, and how two of them are mixed.
+
+The reductions below are taken of the teacher's values when a store is filled, and of the student's in every step.
+"""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Float32
@@ -14,6 +18,167 @@ from kcdcache.errors import SettingsError
 from kcdcache.settings import nearest
 from kcdcache.store.identity import QUANTILES
 from kcdcache.views.mixing import mix_values
+
+Look = Literal["plain", "rotated", "boundary"]
+"""which images the teacher sees: a view, the view in four rotations, or a sample beyond its decision boundary"""
+
+Taps = Mapping[str, tuple[int, ...]]
+"""tap of a network -> shape of one sample's value there"""
+
+STAGE = r"(stage\d+(?:\.pre)?)"
+SIDE = r"([1-9]\d{0,3})"
+TURNS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """One field: where it comes from."""
+
+    name: str
+    look: Look = "plain"
+    taps: tuple[str, ...] = ()
+    """values of the teacher's forward pass it is made from"""
+    derive: Callable[..., Tensor] = lambda value: value
+    """those values, batch first -> the field, batch first"""
+    encoding: str | None = None
+    """the only encoding it may have; None where the user chooses"""
+
+
+def parse(name: str) -> Field:
+    """Return the field of that name.
+
+    `logits`; `penultimate` (the vector the classifier reads); `attention:STAGE:HxW` (the stage's normalised attention
+    map at that size); `fsp:STAGE:STAGE` (the Gram matrix of two stages); `maps:STAGE` (the whole feature map, of
+    `STAGE.pre` before its last ReLU); `pooled:STAGE` (the mean of each of its channels); `rotations:logits`,
+    `rotations:penultimate` (on the view turned by 0, 90, 180 and 270 degrees); `boundary:images`, `boundary:logits` (an
+    adversarial image just beyond the decision boundary).
+
+    Raises:
+        SettingsError: there is none of that name; says which there are.
+    """
+    for form, described in KINDS.items():
+        if match := re.fullmatch(form, name):
+            return Field(name=name, **described(*match.groups()))
+    raise SettingsError(f"unknown field '{name}'; {nearest(name, EXAMPLES)}")
+
+
+def expand(names: Iterable[str], teacher: Callable[[], Taps]) -> tuple[str, ...]:
+    """Return field names with the short ones replaced, each once, in order.
+
+    Short are `rotations` and `boundary` (both parts), `attention` (every stage but the stem, at its own size), `fsp`
+    (consecutive stages), `maps` and `pooled` (every stage but the stem). `teacher` gives the teacher's taps; it is
+    called only if needed.
+
+    Raises:
+        SettingsError: a name is unknown, or stands for stages and the teacher has none.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        for part in SHORT[name](teacher()) if name in SHORT else [name]:
+            found[parse(part).name] = None
+    return tuple(found)
+
+
+def encoding_for(name: str, asked: str) -> str:
+    """Return the encoding a field is kept in: images as bytes, and only logits have a top."""
+    if (only := parse(name).encoding) is not None:
+        return only
+    return "float16" if name != "logits" and asked.startswith("top") else asked
+
+
+def row_shape(name: str, taps: Taps, image: tuple[int, int, int]) -> tuple[int, ...]:
+    """Return the shape of one sample's row of a field, of a teacher with these taps on images (channels, h, w).
+
+    Raises:
+        SettingsError: the field is unknown, or this teacher has not what it is made from.
+    """
+    field = parse(name)
+    known = {**taps, "images": image} if field.look == "boundary" else taps
+    rows = TURNS if field.look == "rotated" else 1
+    for tap in field.taps:
+        if tap not in known:
+            raise SettingsError(f"field '{name}' is made from '{tap}', which this teacher lacks ({', '.join(taps)})")
+    values = [torch.zeros(rows, *known[tap]) for tap in field.taps]
+    return tuple(field.derive(*values).shape[1:])
+
+
+def stages(taps: Taps) -> list[str]:
+    """Return a network's stages in order, its stem `stage0` first.
+
+    Raises:
+        SettingsError: it has none: its family is not among those whose stages are known.
+    """
+    names = [tap for tap in taps if re.fullmatch(r"stage\d+", tap)]
+    if not names:
+        raise SettingsError(
+            "this network's stages are not known, so no field or method that reads feature maps can use it; take a "
+            "network of the zoo, or add its family to TAPS (kcdcache/networks/taps.py)"
+        )
+    return sorted(names, key=lambda tap: int(tap.removeprefix("stage")))
+
+
+def rotated(pixels: Float32[Tensor, "batch c h w"]) -> Float32[Tensor, "batch4 c h w"]:
+    """Return all images turned by 0, 90, 180 and 270 degrees: first all unturned, then all turned once, ...
+
+    Raises:
+        SettingsError: the images are not square.
+    """
+    if pixels.shape[2] != pixels.shape[3]:
+        raise SettingsError(f"rotations need square views, found {pixels.shape[2]}x{pixels.shape[3]}; set --size")
+    return torch.cat([torch.rot90(pixels, turn, (2, 3)) for turn in range(TURNS)])
+
+
+def unrotated(values: Float[Tensor, "batch4 ..."]) -> Float[Tensor, "batch 4 ..."]:
+    """Return what was computed of `rotated` images with one row per image again."""
+    return values.reshape(TURNS, len(values) // TURNS, *values.shape[1:]).transpose(0, 1)
+
+
+def mix(
+    name: str, kept: Float[Tensor, "batch ..."], dropped: Float[Tensor, "batch ..."], epsilon: Float[Tensor, " batch"]
+) -> Float[Tensor, "batch ..."]:
+    """Return a field of mixed points from both points' own.
+
+    Linear where it is a vector, a map or a Gram matrix; that is exact for none of them but what a network linear
+    between the two images would give, as for `linear_prob` (facts.md A10). Attention maps are normalised again, since
+    the loss compares unit vectors. A boundary sample belongs to the kept point: the mean of two adversarial images is
+    none.
+    """
+    kind = name.partition(":")[0]
+    if kind == "boundary":
+        return kept
+    mixed = mix_values(kept, dropped, epsilon)
+    return functional.normalize(mixed, dim=1) if kind == "attention" else mixed
+
+
+KINDS: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "(logits|penultimate)": lambda tap: {"taps": (tap,)},
+    f"attention:{STAGE}:{SIDE}x{SIDE}": lambda stage, height, width: {
+        "taps": (stage,), "derive": lambda value: attention(value, (int(height), int(width)))
+    },
+    f"fsp:{STAGE}:{STAGE}": lambda low, high: {"taps": (low, high), "derive": fsp_matrix},
+    f"maps:{STAGE}": lambda stage: {"taps": (stage,)},
+    f"pooled:{STAGE}": lambda stage: {"taps": (stage,), "derive": pooled},
+    "rotations:(logits|penultimate)": lambda tap: {"look": "rotated", "taps": (tap,), "derive": unrotated},
+    "boundary:(logits)": lambda tap: {"look": "boundary", "taps": (tap,)},
+    "boundary:(images)": lambda tap: {"look": "boundary", "taps": (tap,), "encoding": "uint8"},
+}  # fmt: skip
+"""form of a field's name -> what the field is, of the name's variable parts"""
+
+EXAMPLES = (
+    "logits", "penultimate", "attention:stage1:32x32", "fsp:stage0:stage1", "maps:stage1", "pooled:stage1", "rotations",
+    "boundary",
+)  # fmt: skip
+"""one name of each kind, for messages"""
+
+SHORT: Mapping[str, Callable[[Taps], list[str]]] = {
+    "rotations": lambda taps: ["rotations:logits", "rotations:penultimate"],
+    "boundary": lambda taps: ["boundary:images", "boundary:logits"],
+    "attention": lambda taps: [f"attention:{stage}:{taps[stage][1]}x{taps[stage][2]}" for stage in stages(taps)[1:]],
+    "fsp": lambda taps: [f"fsp:{first}:{then}" for first, then in pairwise(stages(taps))],
+    "maps": lambda taps: [f"maps:{stage}" for stage in stages(taps)[1:]],
+    "pooled": lambda taps: [f"pooled:{stage}" for stage in stages(taps)[1:]],
+}
+"""short name -> the fields it stands for, of a teacher's taps"""
 
 
 def product(left: Float[Tensor, "*stack m k"], right: Float[Tensor, "*stack k n"]) -> Float[Tensor, "*stack m n"]:
@@ -84,206 +249,3 @@ def aggregated(layers: Sequence[Float[Tensor, "_ ..."]], count: int = QUANTILES)
 def pooled(value: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch channels"]:
     """Return each channel's mean over all places."""
     return value.mean((2, 3))
-
-
-Look = Literal["plain", "rotated", "boundary"]
-"""which images the teacher sees: a view, the view in four rotations, or a sample beyond its decision boundary"""
-
-Taps = Mapping[str, tuple[int, ...]]
-"""tap of a network -> shape of one sample's value there"""
-
-STAGE = re.compile(r"stage\d+(\.pre)?")
-TURNS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Field:
-    """One field: where it comes from."""
-
-    name: str
-    look: Look = "plain"
-    taps: tuple[str, ...] = ()
-    """values of the teacher's forward pass it is made from"""
-    derive: Callable[..., Tensor]
-    """those values, batch first -> the field, batch first"""
-    encoding: str | None = None
-    """the only encoding it may have; None where the user chooses"""
-
-
-def parse(name: str) -> Field:
-    """Return the field of that name.
-
-    `logits`; `penultimate` (the vector the classifier reads); `attention:STAGE:HxW` (the stage's normalised attention
-    map at that size); `fsp:STAGE:STAGE` (the Gram matrix of two stages); `maps:STAGE` (the whole feature map, of
-    `STAGE.pre` before its last ReLU); `pooled:STAGE` (the mean of each of its channels); `rotations:logits`,
-    `rotations:penultimate` (on the view turned by 0, 90, 180 and 270 degrees); `boundary:images`, `boundary:logits` (an
-    adversarial image just beyond the decision boundary).
-
-    Raises:
-        SettingsError: there is none of that name; says which there are.
-    """
-    kind, *arguments = name.split(":")
-    if kind in KINDS and (found := KINDS[kind](name, arguments)) is not None:
-        return found
-    raise SettingsError(f"unknown field '{name}'; {nearest(name, FORMS)}")
-
-
-def expand(names: Iterable[str], teacher: Callable[[], Taps]) -> tuple[str, ...]:
-    """Return field names with the short ones replaced, each once, in order.
-
-    Short are `rotations` and `boundary` (both parts), `attention` (every stage but the stem, at its own size), `fsp`
-    (consecutive stages), `maps` and `pooled` (every stage but the stem). `teacher` gives the teacher's taps; it is
-    called only if needed.
-
-    Raises:
-        SettingsError: a name is unknown, or stands for stages and the teacher has none.
-    """
-    found: dict[str, None] = {}
-    for name in names:
-        for part in SHORT[name](teacher()) if name in SHORT else [name]:
-            found[parse(part).name] = None
-    return tuple(found)
-
-
-def encoding_for(name: str, asked: str) -> str:
-    """Return the encoding a field is kept in: images as bytes, and only logits have a top."""
-    if (only := parse(name).encoding) is not None:
-        return only
-    return "float16" if name != "logits" and asked.startswith("top") else asked
-
-
-def row_shape(name: str, taps: Taps, image: tuple[int, int, int]) -> tuple[int, ...]:
-    """Return the shape of one sample's row of a field, of a teacher with these taps on images (channels, h, w).
-
-    Raises:
-        SettingsError: the field is unknown, or this teacher has not what it is made from.
-    """
-    field = parse(name)
-    known = {**taps, "images": image} if field.look == "boundary" else taps
-    rows = TURNS if field.look == "rotated" else 1
-    for tap in field.taps:
-        if tap not in known:
-            raise SettingsError(f"field '{name}' is made from '{tap}', which this teacher lacks ({', '.join(taps)})")
-    values = [torch.zeros(rows, *known[tap]) for tap in field.taps]
-    return tuple(field.derive(*values).shape[1:])
-
-
-def stages(taps: Taps) -> list[str]:
-    """Return a network's stages in order, its stem `stage0` first.
-
-    Raises:
-        SettingsError: it has none: its family is not among those whose stages are known.
-    """
-    names = [tap for tap in taps if STAGE.fullmatch(tap) and not tap.endswith(".pre")]
-    if not names:
-        raise SettingsError(
-            "this network's stages are not known, so no field or method that reads feature maps can use it; take a "
-            "network of the zoo, or add its family to TAPS (kcdcache/models/taps.py)"
-        )
-    return sorted(names, key=lambda tap: int(tap.removeprefix("stage")))
-
-
-def rotated(pixels: Float32[Tensor, "batch c h w"]) -> Float32[Tensor, "batch4 c h w"]:
-    """Return all images turned by 0, 90, 180 and 270 degrees: first all unturned, then all turned once, ...
-
-    Raises:
-        SettingsError: the images are not square.
-    """
-    if pixels.shape[2] != pixels.shape[3]:
-        raise SettingsError(f"rotations need square views, found {pixels.shape[2]}x{pixels.shape[3]}; set --size")
-    return torch.cat([torch.rot90(pixels, turn, (2, 3)) for turn in range(TURNS)])
-
-
-def unrotated(values: Float[Tensor, "batch4 ..."]) -> Float[Tensor, "batch 4 ..."]:
-    """Return what was computed of `rotated` images with one row per image again."""
-    return values.reshape(TURNS, len(values) // TURNS, *values.shape[1:]).transpose(0, 1)
-
-
-def mix(
-    name: str, kept: Float[Tensor, "batch ..."], dropped: Float[Tensor, "batch ..."], epsilon: Float[Tensor, " batch"]
-) -> Float[Tensor, "batch ..."]:
-    """Return a field of mixed points from both points' own.
-
-    Linear where it is a vector, a map or a Gram matrix; that is exact for none of them but what a network linear
-    between the two images would give, as for `linear_prob` (facts.md A10). Attention maps are normalised again, since
-    the loss compares unit vectors. A boundary sample belongs to the kept point: the mean of two adversarial images is
-    none.
-    """
-    kind = name.partition(":")[0]
-    if kind == "boundary":
-        return kept
-    mixed = mix_values(kept, dropped, epsilon)
-    return torch.nn.functional.normalize(mixed, dim=1) if kind == "attention" else mixed
-
-
-def _tapped(name: str, arguments: Sequence[str]) -> Field | None:
-    return None if arguments else Field(name=name, taps=(name,), derive=lambda value: value)
-
-
-def _attention(name: str, arguments: Sequence[str]) -> Field | None:
-    stage, size = arguments if len(arguments) == 2 else ("", "")
-    sides = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", size)
-    if not STAGE.fullmatch(stage) or sides is None:
-        return None
-    side = int(sides[1]), int(sides[2])
-    return Field(name=name, taps=(stage,), derive=lambda value: attention(value, side))
-
-
-def _fsp(name: str, arguments: Sequence[str]) -> Field | None:
-    if len(arguments) != 2 or not all(STAGE.fullmatch(stage) for stage in arguments):
-        return None
-    return Field(name=name, taps=tuple(arguments), derive=fsp_matrix)
-
-
-def _maps(name: str, arguments: Sequence[str]) -> Field | None:
-    if len(arguments) != 1 or not STAGE.fullmatch(arguments[0]):
-        return None
-    return Field(name=name, taps=(arguments[0],), derive=lambda value: value)
-
-
-def _pooled(name: str, arguments: Sequence[str]) -> Field | None:
-    if len(arguments) != 1 or not STAGE.fullmatch(arguments[0]):
-        return None
-    return Field(name=name, taps=(arguments[0],), derive=pooled)
-
-
-def _rotations(name: str, arguments: Sequence[str]) -> Field | None:
-    if list(arguments) not in (["logits"], ["penultimate"]):
-        return None
-    return Field(name=name, look="rotated", taps=(arguments[0],), derive=unrotated)
-
-
-def _boundary(name: str, arguments: Sequence[str]) -> Field | None:
-    if list(arguments) not in (["logits"], ["images"]):
-        return None
-    encoding = "uint8" if arguments[0] == "images" else None
-    return Field(name=name, look="boundary", taps=(arguments[0],), derive=lambda value: value, encoding=encoding)
-
-
-KINDS: Mapping[str, Callable[[str, Sequence[str]], Field | None]] = {
-    "logits": _tapped,
-    "penultimate": _tapped,
-    "attention": _attention,
-    "fsp": _fsp,
-    "maps": _maps,
-    "pooled": _pooled,
-    "rotations": _rotations,
-    "boundary": _boundary,
-}
-"""first word of a field's name -> the field made of name and arguments, None if they do not fit"""
-
-FORMS = (
-    "logits", "penultimate", "attention:stage1:32x32", "fsp:stage0:stage1", "maps:stage1", "pooled:stage1", "rotations",
-    "boundary",
-)  # fmt: skip
-"""one name of each kind, for messages"""
-
-SHORT: Mapping[str, Callable[[Taps], list[str]]] = {
-    "rotations": lambda taps: ["rotations:logits", "rotations:penultimate"],
-    "boundary": lambda taps: ["boundary:images", "boundary:logits"],
-    "attention": lambda taps: [f"attention:{stage}:{taps[stage][1]}x{taps[stage][2]}" for stage in stages(taps)[1:]],
-    "fsp": lambda taps: [f"fsp:{first}:{then}" for first, then in zip(stages(taps), stages(taps)[1:], strict=False)],
-    "maps": lambda taps: [f"maps:{stage}" for stage in stages(taps)[1:]],
-    "pooled": lambda taps: [f"pooled:{stage}" for stage in stages(taps)[1:]],
-}
-"""short name -> the fields it stands for, of a teacher's taps"""

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +20,10 @@ from kcdcache.files.atomic import (
     write_atomic,
 )
 from kcdcache.progress import Progress, silent
-from kcdcache.store import identity, log, plan, writer
-from kcdcache.store import plan as plan_
+from kcdcache.store import identity, log, writer
 from kcdcache.store.identity import IDENTITY_FILE, Knowledge, knowledge_from, read_store_identity
 from kcdcache.store.log import FileRecord, Record
-from kcdcache.store.plan import Chunk, Part, StorePlan, parts, plan_from
+from kcdcache.store.plan import Chunk, Part, StorePlan, part_chunks, parts, plan_from, sample_chunks
 from kcdcache.store.reader import ChunkWriter
 from kcdcache.store.writer import held
 from kcdcache.teacher import precompute, teacher
@@ -52,18 +51,15 @@ class _Piece(NamedTuple):
     part: Part | None
     """None for the arrays that describe samples"""
 
-    def record_path(self, root: Path) -> Path:
-        return log.record_path(root, self.growth, self.name)
-
     @property
     def chunks(self) -> list[Chunk]:
-        return plan.sample_chunks(self.plan) if self.part is None else plan.part_chunks(self.plan, self.part)
+        return sample_chunks(self.plan) if self.part is None else part_chunks(self.plan, self.part)
 
 
 def repair(root: Path, means: Means | None, progress: Progress = silent) -> list[str]:
     """Make every file of a sealed store what was written; return the paths that were replaced, relative to it.
 
-    Records are restored from each other (see `ledger.commit_bytes`). Chunks and log records are made again from the
+    Records are restored from each other (see `log.commit_bytes`). Chunks and log records are made again from the
     teacher and its data, part by part, and put in place only if they equal what was logged, so that a repair ends in
     the bytes the store had or changes nothing of that part.
 
@@ -80,37 +76,30 @@ def repair(root: Path, means: Means | None, progress: Progress = silent) -> list
         bad = [piece for piece in _pieces(root) if not _sound(root, piece)]
         try:
             for done, piece in enumerate(bad):
-                replaced += _make_again(root, piece, _require_means(root, means, piece))
+                replaced += _make_again(root, piece, means)
                 progress("repair", done + 1, len(bad), _named(piece))
         finally:
             shutil.rmtree(root / SCRATCH, ignore_errors=True)
-        replaced += _restore_parameters(root, means) + _restore_told(root, means)
-    return replaced
-
-
-def _restore_parameters(root: Path, means: Means | None) -> list[str]:
-    """Make the record of the teacher's parameters again if it is damaged; return its path if so."""
-    knowledge = knowledge_of(root)
-    if (bad := identity.parameters_problem(root, knowledge)) is None:
-        return []
-    if means is None:
-        raise SettingsError(f"{bad}: give --teacher and --data to make it again")
-    _require_origin(root, knowledge, means)
-    identity.write_parameters(root, teacher.filter_profiles(means.network.module), knowledge)
-    return [identity.PARAMETERS_FILE.as_posix()]
+        return replaced + _restore_told(root, means)
 
 
 def _restore_told(root: Path, means: Means | None) -> list[str]:
-    """Make the record of where the store came from again if it is damaged or gone; return its path if so."""
-    bad, knowledge = identity.origin_problem(root), knowledge_of(root)
-    if bad is None and (means is None or (root / identity.ORIGIN_FILE).exists()):
-        return []
-    if means is None:
-        raise SettingsError(f"{bad}: give --teacher and --data to make it again")
-    _require_origin(root, knowledge, means)
-    remove(root / identity.ORIGIN_FILE)
-    identity.write_origin(root, identity.Origin(means.data.corrupted(), means.network.data))
-    return [identity.ORIGIN_FILE.as_posix()]
+    """Make the records of the teacher's parameters and of the store's origin again where damaged; return their paths.
+
+    An origin that is gone is told again where somebody knows it, and not missed elsewhere.
+    """
+    knowledge, replaced = knowledge_of(root), list[str]()
+    if bad := identity.parameters_problem(root, knowledge):
+        network = _required(means, bad, root, knowledge).network
+        identity.write_parameters(root, teacher.filter_profiles(network.module), knowledge)
+        replaced.append(identity.PARAMETERS_FILE.as_posix())
+    gone = means is not None and not (root / identity.ORIGIN_FILE).exists()
+    if bad := identity.origin_problem(root) or ("its origin is gone" if gone else None):
+        given = _required(means, bad, root, knowledge)
+        remove(root / identity.ORIGIN_FILE)
+        identity.write_origin(root, identity.Origin(given.data.corrupted(), given.network.data))
+        replaced.append(identity.ORIGIN_FILE.as_posix())
+    return replaced
 
 
 def _named(piece: _Piece) -> str:
@@ -154,8 +143,7 @@ def _restore_growth(root: Path, growth: int) -> list[str]:
     commit = log.commit_path(root, growth)
     seal = _whole(log.read_seal, root, growth)
     if seal is None or not _vouched_for(root, growth):
-        data = _commit_again(root, growth)
-        return _put(root, commit, data)
+        return _put(root, commit, _commit_again(root, growth))
     return _put(root, root / IDENTITY_FILE, canonical_json(seal["identity"])) + _put(
         root, log.plan_path(root, growth), sealed_json(seal["plan"])
     )
@@ -203,24 +191,20 @@ def _pieces(root: Path) -> list[_Piece]:
     for growth in range(_sealed_growths(root)):
         seal = log.read_seal(root, growth)
         plan = plan_from(seal["plan"])
-        parts = {writer.name_of(part): part for part in plan_.parts(plan, before)}
-        found += [_Piece(growth, plan, name, digest, parts.get(name)) for name, digest in seal["log"]]
+        named = {writer.name_of(part): part for part in parts(plan, before)}
+        found += [_Piece(growth, plan, name, digest, named.get(name)) for name, digest in seal["log"]]
         before = plan
     return found
 
 
 def _sound(root: Path, piece: _Piece) -> bool:
-    record = _logged(root, piece)
-    return record is not None and not _bad_files(root, piece, record)
+    path = log.record_path(root, piece.growth, piece.name)
+    if not path.exists() or _whole(sha256_file, path, MOST_JSON_BYTES) != piece.digest:
+        return False
+    return not _bad_files(root, log.read_record(path))
 
 
-def _logged(root: Path, piece: _Piece) -> Record | None:
-    path = piece.record_path(root)
-    sound = path.exists() and _whole(sha256_file, path, MOST_JSON_BYTES) == piece.digest
-    return log.read_record(path) if sound else None
-
-
-def _bad_files(root: Path, piece: _Piece, record: Record) -> list[FileRecord]:
+def _bad_files(root: Path, record: Record) -> list[FileRecord]:
     return [file for file in record.files if not _as_logged(root / file.path, file)]
 
 
@@ -229,17 +213,11 @@ def _as_logged(path: Path, file: FileRecord) -> bool:
     return plain and path.stat().st_size == file.bytes and sha256_file(path) == file.sha256
 
 
-def _require_means(root: Path, means: Means | None, piece: _Piece) -> Means:
-    if means is None:
-        raise SettingsError(f"{piece.name} of {root} has to be made again: give --teacher and --data")
-    return means
-
-
-def _make_again(root: Path, piece: _Piece, means: Means) -> list[str]:
+def _make_again(root: Path, piece: _Piece, means: Means | None) -> list[str]:
     """Compute one piece in the scratch folder, and move what was bad into place if it is what was logged."""
     knowledge = knowledge_from(log.read_seal(root, 0)["identity"]["knowledge"])
-    _require_origin(root, knowledge, means)
-    made = _computed(root, piece, knowledge, means)
+    given = _required(means, f"{piece.name} of {root} is damaged", root, knowledge)
+    made = _computed(root, piece, knowledge, given)
     data = log.record_bytes(piece.growth, made)
     if sha256_bytes(data) != piece.digest:
         raise MismatchError(
@@ -247,20 +225,23 @@ def _make_again(root: Path, piece: _Piece, means: Means) -> list[str]:
             f"other last bits ({root / log.FOLDER / 'environment.json'} says where it was made); nothing of it was "
             "changed: repair there, or make the store anew"
         )
-    bad = [file.path for file in made.files if not _as_logged(root / file.path, file)]
+    bad = [file.path for file in _bad_files(root, made)]
     for key in bad:
         move(root / SCRATCH / key, root / key)
-    return bad + _put(root, piece.record_path(root), data)
+    return bad + _put(root, log.record_path(root, piece.growth, piece.name), data)
 
 
-def _require_origin(root: Path, knowledge: Knowledge, means: Means) -> None:
-    """Refuse other teachers, other data, and stores whose outputs did not come from a teacher on plain views."""
+def _required(means: Means | None, bad: str, root: Path, knowledge: Knowledge) -> Means:
+    """Return the means; refuse none, another teacher, other data, and outputs that no teacher gave on plain views."""
+    if means is None:
+        raise SettingsError(f"{bad}: give --teacher and --data to make it again")
     if not knowledge.whole or knowledge.teacher.architecture == "imported":
         kind = "imported" if knowledge.whole else "of an exported set" if knowledge.subset else "on a manifest's mixes"
         raise SettingsError(f"the outputs in {root} were {kind}: delete the folder and run its `precompute` again")
     now = Knowledge(teacher=means.network.identity, data=means.data.identity(), views=knowledge.views).document()
     names = (f"the store at {root}", "what is given")
     require_same(knowledge.document(), now, names, "give the teacher and data it was made with")
+    return means
 
 
 def _computed(root: Path, piece: _Piece, knowledge: Knowledge, means: Means) -> Record:
@@ -271,7 +252,7 @@ def _computed(root: Path, piece: _Piece, knowledge: Knowledge, means: Means) -> 
         labels, digests = means.data.train.labels, means.data.train.digests()
         return _written(chunks, piece, {"labels": labels, "sample_digest": digests})
     precompute.use_recorded_threads(root)
-    job = precompute.job_for(means.data, means.network, knowledge, part.fields, may_skip=True)
+    job = replace(precompute.job_for(means.data, means.network, knowledge, part.fields), may_skip=True)
     made = precompute.compute(part, plan, job)
     statistics = {field: asdict(counted) for field, counted in made.statistics.items()}
     counted = {"correct": made.correct}

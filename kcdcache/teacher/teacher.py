@@ -11,12 +11,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor, nn
 
-from kcdcache.errors import (
-    CorruptionError,
-    MismatchError,
-    UnsafeError,
-    first_difference,
-)
+from kcdcache.errors import CorruptionError, MismatchError, UnsafeError, first_difference
 from kcdcache.networks import registry, taps
 from kcdcache.networks.catalogue import saved_network
 from kcdcache.networks.input_transform import InputTransform, transform_from
@@ -171,7 +166,7 @@ def _frozen(
 
 
 def filter_profiles(network: nn.Module) -> dict[str, list[float]]:
-    """Return stage -> quantiles of the norms of a network's filters (see `losses.parameters`), computed on the CPU.
+    """Return stage -> quantiles of the norms of a network's filters (see `fields.aggregated`), computed on the CPU.
 
     Raises:
         SettingsError: the network's stages are not known.

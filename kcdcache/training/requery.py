@@ -57,12 +57,12 @@ def write(
             pixels = batches.mixed_views(source, rows[start:stop], view_numbers[slot], network.device)
             return teacher.outputs(network, pixels, fields)
 
+        index = chosen.index[rows]
         job = precompute.Job(
             outputs=outputs,
-            labels=data.train.labels[chosen.index[rows]],
-            digests=data.train.digests()[chosen.index[rows]],
-            least_accuracy=0.0,
-            place=precompute.Place(device=network.device, allow_change=True),
+            labels=data.train.labels[index],
+            digests=data.train.digests()[index],
+            device=network.device,
         )
         precompute.fill(path, replace(knowledge.knowledge, mixes=mixes), plan, job, progress)
     return precompute.describe(path)

@@ -14,7 +14,7 @@ from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.methods import catalogue
 from kcdcache.methods import registry as methods_registry
 from kcdcache.methods.catalogue import METHODS
-from kcdcache.methods.feature_maps import hierarchical_context, hint
+from kcdcache.methods.feature_maps import hierarchical_context, squared_error
 from kcdcache.methods.relations import angle_wise, distance_wise, probabilistic, similarity_preserving
 from kcdcache.networks import registry as networks_registry
 from kcdcache.networks.input_transform import InputTransform
@@ -42,7 +42,7 @@ def test_flow_matrix_equals_a_float64_reference(sides):
     close(fsp_matrix(tensor(bottom), tensor(top)), reference.flow(bottom, top))
 
 
-@pytest.mark.parametrize("loss", [hint, hierarchical_context])
+@pytest.mark.parametrize("loss", [squared_error, hierarchical_context])
 @pytest.mark.parametrize("shape", [(2, 1, 4, 4), (2, 3, 1, 4), (2, 3, 4, 5)])
 def test_a_map_that_would_only_broadcast_is_refused(loss, shape):
     message = r"expected the student's features in the teacher's shape \(.*found \(2, 3, 4, 4\)"

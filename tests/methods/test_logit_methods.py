@@ -167,8 +167,8 @@ TERMS = {
 @pytest.mark.parametrize(("temperature", "given"), [(4.0, {}), (2.0, {"temperature": 2.0})])
 @pytest.mark.parametrize("name", TERMS)
 def test_terms_on_logits_equal_a_slow_reference(name, temperature, given):
-    student, teacher = drawn(0, 6, CLASSES, scale=3), tensor(drawn(1, 4, CLASSES, scale=3))
+    student, teacher = drawn(0, 4, CLASSES, scale=3), tensor(drawn(1, 4, CLASSES, scale=3))
     lesson = lesson_of(range(4), LABELS[:4] % CLASSES, logits=teacher)
     found = term_of(name, pair_of([2, 0, 1, 3], **given))({"logits": tensor(student)}, lesson)
-    expected = TERMS[name](student[:4], knowledge_of(lesson)["logits"], temperature)
+    expected = TERMS[name](student, knowledge_of(lesson)["logits"], temperature)
     close(found, expected, rtol=1e-4, atol=1e-5)

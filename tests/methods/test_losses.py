@@ -18,7 +18,6 @@ from kcdcache.methods import (
     contrast,
     feature_maps,
     losses,
-    online,
     relations,
     self_supervision,
 )
@@ -58,12 +57,12 @@ def case(loss, slow, shape, *settings, **more):
 
 
 def attended(student, teacher, side=None):
-    return feature_maps.attention_transfer(fields.attention(student, side), fields.attention(teacher, side))
+    return feature_maps.squared_error(fields.attention(student, side), fields.attention(teacher, side))
 
 
 def flows(student, teacher):
     student = student.float()  # which stands for two maps here
-    return feature_maps.fsp(fields.fsp_matrix(student, student), fields.fsp_matrix(teacher, teacher))
+    return feature_maps.squared_error(fields.fsp_matrix(student, student), fields.fsp_matrix(teacher, teacher))
 
 
 def rotations(module):
@@ -80,7 +79,7 @@ SIDES = tuple((3, (4, *side), (4, *side)) for side in ((8, 8), (5, 5), (3, 6), (
 BATCHES = tuple((batch, (6,), (9,)) for batch in (1, 2, 7))
 
 CASES = {
-    "hint": case(feature_maps.hint, reference.error, MAP, also=((3, (7,), (7,)),)),
+    "hint": case(feature_maps.squared_error, reference.error, MAP, also=((3, (7,), (7,)),)),
     "attention": case(
         attended,
         lambda s, t, side=None: reference.error(*(reference.attention(x, side) for x in (s, t))),
@@ -129,8 +128,6 @@ CASES = {
         lambda s, t, y, *settings: reference.boundary(s, t, *weighted(s, y, *settings)),
         LOGITS, ((3.0,), (3.0, 0.0), (3.0, 0.5)),
     ),
-    "mutual": case(online.mutual, reference.logits, LOGITS),
-    "ensemble": case(online.ensemble_divergence, reference.logits, LOGITS, (3.0,), (0.5,), (1.0,)),
     "logits": case(losses.logit_divergence, reference.logits, LOGITS, (4.0,), (0.5,), (1.0,), (3.0,)),
 }  # fmt: skip
 ALL = list(CASES)

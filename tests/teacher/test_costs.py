@@ -14,7 +14,7 @@ from kcdcache.store import plan, reader
 from kcdcache.store import plan as plan_
 from kcdcache.store.plan import plan_store
 from kcdcache.teacher import precompute
-from kcdcache.teacher.precompute import Job, Place
+from kcdcache.teacher.precompute import Job
 
 CROPS = {"augment": "crop", "padding": 2, "batch_size": 32, "min_accuracy": 0}
 FIELDS = ("logits", "penultimate")
@@ -69,7 +69,7 @@ def test_shards_plans_add_up_to_the_whole_stores(place, tmp_path, monkeypatch):
 def test_hours_are_forwards_over_the_measured_rate(place, tmp_path):
     told = planned(place, tmp_path / "store")
     rate, to_do = told["images_per_second"], told["to_do"]
-    assert rate["n"] == precompute.BATCHES
+    assert rate["n"] == precompute.TIMED_BATCHES
     assert to_do["teacher_hours"] == pytest.approx(3 * TRAIN / rate["mean"] / 3600, rel=0.01)
     assert to_do["teacher_hours_std"] == pytest.approx(to_do["teacher_hours"] * rate["std"] / rate["mean"], rel=0.1)
 
@@ -117,14 +117,14 @@ def test_the_first_batches_are_not_timed(place, monkeypatch):
     monkeypatch.setattr(precompute.time, "perf_counter", lambda: clock[0])
 
     def outputs(view, start, stop):
-        clock[0] += 100.0 if len(asked) < precompute.BEFORE else 0.5
+        clock[0] += 100.0 if len(asked) < precompute.UNTIMED_BATCHES else 0.5
         asked.append((view, start, stop))
         return {"logits": torch.zeros(stop - start, 10)}
 
-    job = Job(outputs=outputs, labels=np.zeros(1), digests=np.zeros(1), least_accuracy=0.0, place=Place())
+    job = Job(outputs=outputs, labels=np.zeros(1), digests=np.zeros(1))
     plan = plan_store(TRAIN, 9, forms_of(place), batch_size=100)
     found = precompute.measured(job, plan, plan_.parts(plan))
-    assert found == timing.Rate(precompute.BATCHES, 200.0, 0.0)
+    assert found == timing.Rate(precompute.TIMED_BATCHES, 200.0, 0.0)
     assert asked[:3] == [(0, 0, 100), (0, 100, 200), (1, 0, 100)]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from damaging import DAMAGE, flip, put, swap
-from pupils import SPEC, digits, everything, loaded, saved_teacher, school
 from pupils import TRAIN as COUNT
+from pupils import digits, everything, loaded, saved_teacher, school
 
 from kcdcache.commands import verify
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, SettingsError, UnfinishedError
@@ -126,7 +126,7 @@ def test_what_is_computed_nowhere_needs_no_teacher(damaged, names):
 
 COMMIT, RECORD = "_kcd/commit.1.json", "_kcd/log/1/v00000-p00000.json"
 BEYOND = [
-    (["logits/c.0.0.0"], SettingsError, r"v00000-p00000 of .* has to be made again: give --teacher and --data"),
+    (["logits/c.0.0.0"], SettingsError, r"v00000-p00000 of .* is damaged: give --teacher and --data"),
     (["_kcd/plan.1.json", COMMIT], CorruptionError, r"commit.1.json is damaged, and so is what it could be made from"),
     ([COMMIT, RECORD], CorruptionError, r"commit.1.json is damaged, and so .*v00000-p00000.json"),
     (["_kcd/commit.0.json", COMMIT], UnfinishedError, "run the same `kcdcache precompute` again"),
@@ -192,27 +192,6 @@ def test_a_store_may_be_damaged_while_it_grows(place, damaged):
     precompute.run(settings, place.data, place.network, damaged)
     assert reader.open(damaged).views == 9
     assert check.verify(damaged).problems == ()
-
-
-def test_only_stores_are_repaired(place):
-    with pytest.raises(SettingsError, match=r"--repair makes stores again, .*model.json is a network"):
-        verify.verify(place.teacher / "model.json", repair=True)
-
-
-def test_verify_repairs_from_the_command_line(place, damaged):
-    (damaged / "logits/c.0.0.0").unlink()
-    (damaged / "_kcd/identity.json").unlink()
-    found = verify.verify(damaged, repair=True, data=SPEC, teacher=str(place.teacher), device="cpu")
-    assert sorted(found["repaired"]) == ["_kcd/identity.json", "logits/c.0.0.0"]
-    assert found["problems"] == 0
-    assert found["files_read"] == found["files"]
-
-
-@pytest.mark.parametrize(("share", "read"), [(0.0, 0), (0.05, 1), (0.5, 6), (1.0, 11)])
-def test_as_many_files_are_read_as_asked_for(place, share, read):
-    found = check.verify(place.knowledge.path, share=share)
-    assert (found.files, found.read, found.problems) == (11, read, ())
-    assert bool(found.bytes) == bool(read)
 
 
 def test_other_seeds_read_other_files(place, damaged):

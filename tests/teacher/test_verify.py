@@ -98,7 +98,8 @@ def test_repair_makes_the_same_bytes(capsys, place):
     code, error = told(capsys, "verify", place / "store", "--repair")
     assert (code, "give --teacher and --data" in error) == (2, True)
     code, found = told(capsys, "verify", place / "store", "--repair", *teacher_of(place))
-    assert (code, sorted(found["repaired"])) == (0, ["logits/c.1.0.0"])  # the plan came back at the first attempt
+    assert (code, found["repaired"]) == (0, ["logits/c.1.0.0"])  # the plan came back at the first attempt
+    assert (found["problems"], found["files_read"]) == (0, found["files"])
     assert everything(place / "store") == before
 
 
