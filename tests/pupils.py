@@ -3,10 +3,14 @@
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from lessons import CPU, digits, precomputed, teacher_of
+from torch.nn import functional
 
+from kcdcache import rng
 from kcdcache.commands import COMMANDS
+from kcdcache.networks import registry
 from kcdcache.networks.weights import describe_network, save_network
 from kcdcache.progress import silent
 from kcdcache.settings import TrainSettings, fields, make
@@ -72,6 +76,38 @@ def once(school):
         return made[key]
 
     return run
+
+
+def plainly_taught(data, *, epochs, views, knowledge=None):
+    """A resnet8 as a textbook trains it on crops of digits, from labels or by Hinton's distillation, and every sample's
+    entropies: no manifest, no stages, nothing of `kcdcache.training`."""
+    network = registry.build("resnet8", len(data.classes), 0).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    scale = torch.tensor([1 / std for std in data.std]).view(1, 3, 1, 1)
+    shift = torch.tensor([-mean / std for mean, std in zip(data.mean, data.std, strict=True)]).view(1, 3, 1, 1)
+    everyone, T = np.arange(len(data.train)), 4.0
+    padded = np.pad(data.train.images(everyone), ((0, 0), (2, 2), (2, 2), (0, 0)))
+    entropies = [[] for _ in everyone]
+    for epoch in range(epochs):
+        optimizer.param_groups[0]["lr"] = 0.05 * 0.1 ** sum(epoch >= share * epochs for share in (0.625, 0.75, 0.875))
+        order = rng.epoch_order(0, epoch, everyone)
+        columns = order, *rng.permuted(0, order, epoch % views, 5, 5)
+        for index, dy, dx in zip(*(np.split(one, range(32, len(order), 32)) for one in columns), strict=True):
+            crops = [padded[i, y : y + 16, x : x + 16] for i, y, x in zip(index, dy, dx, strict=True)]
+            pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() * float(np.float32(1 / 255))
+            logits = network(pixels * scale + shift)
+            loss = functional.cross_entropy(logits, torch.from_numpy(data.train.labels[index]), reduction="none")
+            if knowledge is not None:
+                teacher = (torch.from_numpy(knowledge.read("logits", epoch % views, index)) / T).softmax(1)
+                soft = functional.kl_div((logits / T).log_softmax(1), teacher, reduction="none").sum(1)
+                loss = 0.1 * loss + 0.9 * T * T * soft
+            optimizer.zero_grad()
+            loss.mean().backward()
+            optimizer.step()
+            p = logits.detach().double().softmax(1)
+            for i, entropy in zip(index, -(p * p.log()).sum(1), strict=True):
+                entropies[i].append(float(entropy))
+    return network, entropies
 
 
 class BrokenOffError(Exception):

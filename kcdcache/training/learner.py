@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kcdcache.condense import values
 from kcdcache.data.datasets import Dataset
-from kcdcache.errors import SettingsError
+from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.methods.losses import entropy
 from kcdcache.methods.registry import Loss
 from kcdcache.networks import registry, taps, weights
@@ -153,7 +153,13 @@ class Learner:
         return {"epoch": self.epoch, "step": self.step, "samples": self.samples, "rows": self.rows, "optimizer": rest}
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Become what `tensors` and `state` describe."""
+        """Become what `tensors` and `state` describe.
+
+        Raises:
+            MismatchError: they are of an older kcdcache, which did not keep the optimizer's own state.
+        """
+        if "optimizer" not in state:
+            raise MismatchError("the run's checkpoint is of an older kcdcache; start anew with another --out")
         self.network.load_state_dict(_section(tensors, "network."))
         self.loss.load_state_dict(_section(tensors, "loss."))
         optimizer.restore(self.optimizer, _section(tensors, "optimizer."), state["optimizer"])

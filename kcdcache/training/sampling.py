@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
@@ -12,6 +12,8 @@ from kcdcache.condense.manifest import Manifest
 from kcdcache.condense.values import Values
 from kcdcache.errors import SettingsError
 from kcdcache.settings import OptimizerSettings, SamplingSettings, nearest
+
+P = TypeVar("P", bound="Points")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,7 +31,7 @@ class Points:
     def __len__(self) -> int:
         return len(self.index)
 
-    def part(self, chosen: Int64[np.ndarray, " some"] | Bool[np.ndarray, " n"] | slice) -> Self:
+    def part(self: P, chosen: Int64[np.ndarray, " some"] | Bool[np.ndarray, " n"] | slice) -> P:
         """Return some of the points, in the order given."""
         return type(self)(**{name: column[chosen] for name, column in vars(self).items()})
 

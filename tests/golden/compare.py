@@ -44,6 +44,7 @@ class Allowed(NamedTuple):
 
 _MIX_BASE = "issue 15: mix_base = cumulative is gone, and with it the setting"
 _RUN_ID = "digest of a run's settings, which lost mix_base"
+_OPTIMIZER = "issue 15: the optimizer's own state_dict instead of momentum saved by hand"
 _SORT = "issue 15: DuckDB sorts and spills instead of our own shares"
 ALLOWED: tuple[Allowed, ...] = (
     Allowed("*/zarr.json", "dimension_names", "added", "issue 15: arrays carry dimension_names, which xarray needs"),
@@ -51,10 +52,12 @@ ALLOWED: tuple[Allowed, ...] = (
     Allowed("report/*.json", "tables.settings.rows*", "removed", _MIX_BASE),
     Allowed("*/files.json", "run", "changed", _RUN_ID),
     Allowed("*/checkpoint/*.safetensors", "metadata.kcdcache.run", "changed", _RUN_ID),
+    Allowed("*/checkpoint/*.safetensors", "metadata.kcdcache.optimizer*", "added", _OPTIMIZER),
+    Allowed("*/checkpoint/*.safetensors", "tensor momentum.*", "renamed", _OPTIMIZER),
     Allowed("condense/told/*.json", "shares", "removed", _SORT),
     Allowed("condense/told/*.json", "temporary_bytes", "removed", _SORT),
 )
-TENSOR_NAMES: tuple[tuple[str, str], ...] = ()
+TENSOR_NAMES: tuple[tuple[str, str], ...] = ((r"^head\.", "loss."),)
 """(pattern, replacement): what tensors of a checkpoint are called now; others are found by their bytes and told"""
 IGNORED = {
     "*.lock": "who holds a folder, or held it",

@@ -2,17 +2,24 @@
 
 import json
 
-import numpy as np
 import pytest
-import torch
 from lessons import CPU, precomputed
-from pupils import BrokenOffError, command, digits, everything, loaded, same_files, same_tensors, school, stop_after
+from pupils import (
+    BrokenOffError,
+    command,
+    digits,
+    everything,
+    loaded,
+    plainly_taught,
+    same_files,
+    same_tensors,
+    school,
+    stop_after,
+)
 from safetensors.torch import load_file
 
-from kcdcache import rng
 from kcdcache.data.datasets import load
 from kcdcache.errors import NonFiniteError, SettingsError
-from kcdcache.networks import registry
 from kcdcache.progress import silent
 from kcdcache.runs.state import read_metrics
 from kcdcache.settings import FitSettings, TrainSettings
@@ -28,34 +35,10 @@ def fitted(out, model="lessons:TinyNet", data=SMALL, progress=silent, **changes)
     return fit.run(FitSettings(**(RECIPE | changes)), data=data, model=model, out=out, progress=progress)
 
 
-def plain_training(data, epochs, batch, views):
-    """Cross-entropy as a textbook writes it."""
-    network = registry.build("resnet8", 10, 0).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    scale = torch.tensor([1 / std for std in data.std]).view(1, 3, 1, 1)
-    shift = torch.tensor([-mean / std for mean, std in zip(data.mean, data.std, strict=True)]).view(1, 3, 1, 1)
-    everyone = np.arange(len(data.train))
-    padded = np.pad(data.train.images(everyone), ((0, 0), (2, 2), (2, 2), (0, 0)))
-    for epoch in range(epochs):
-        optimizer.param_groups[0]["lr"] = 0.05 * 0.1 ** sum(epoch >= share * epochs for share in (0.625, 0.75, 0.875))
-        order = rng.epoch_order(0, epoch, everyone)
-        down, right = rng.permuted(0, order, epoch % views, 5, 5)
-        for start in range(0, len(order), batch):
-            chosen = range(start, min(start + batch, len(order)))
-            crops = np.stack([padded[order[i], down[i] : down[i] + 16, right[i] : right[i] + 16] for i in chosen])
-            pixels = torch.from_numpy(crops).permute(0, 3, 1, 2).float() * float(np.float32(1 / 255))
-            labels = torch.from_numpy(data.train.labels[order[chosen]])
-            optimizer.zero_grad()
-            logits = network(pixels * scale + shift)
-            torch.nn.functional.cross_entropy(logits, labels, reduction="none").mean().backward()
-            optimizer.step()
-    return network
-
-
 def test_fit_is_plain_training_bit_for_bit(tmp_path):
     fitted(tmp_path / "run", model="resnet8")
     found = load_file(tmp_path / "run" / "model.safetensors")
-    assert same_tensors(found, plain_training(SMALL, 4, 32, 25).state_dict())
+    assert same_tensors(found, plainly_taught(SMALL, epochs=4, views=25)[0].state_dict())
 
 
 def test_a_baseline_uses_every_view_of_a_sample_before_any_twice(tmp_path):

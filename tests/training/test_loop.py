@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lessons import CPU, TinyNet, condensed, digits, precomputed, teacher_of
 from torch import nn
 
-from kcdcache.errors import NonFiniteError
+from kcdcache.errors import MismatchError, NonFiniteError
 from kcdcache.files.atomic import canonical_json
 from kcdcache.methods import registry
 from kcdcache.methods.losses import entropy
@@ -143,6 +143,12 @@ def test_a_run_may_change_between_batches_of_host_and_device_inside_an_epoch(wor
         with pytest.raises(StoppedError):
             train(world, tmp_path, chosen, stop_at=stop_at)
     assert_same_run(tmp_path, train(world, tmp_path, second), *uninterrupted)
+
+
+def test_a_checkpoint_without_the_optimizers_state_is_refused(world):
+    pupil = pupil_of(world, settings_of())
+    with pytest.raises(MismatchError, match="of an older kcdcache; start anew with another --out"):
+        pupil.restore(pupil.tensors(), {key: value for key, value in pupil.state().items() if key != "optimizer"})
 
 
 def test_the_seed_decides_weights_and_order(world, tmp_path, uninterrupted):
