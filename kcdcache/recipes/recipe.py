@@ -4,7 +4,6 @@ import itertools
 import logging
 import os
 import re
-import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from pydantic import Field
 
-from kcdcache import settings
+from kcdcache import settings, statistics
 from kcdcache.commands import COMMANDS, STEPS, Result, checks
 from kcdcache.commands.tables import TextTable
 from kcdcache.data import spec
@@ -313,10 +312,8 @@ def _row(step: Step, recipe: Recipe, found: Mapping[str, Mapping[str, Any]]) -> 
     first = summaries[0] if summaries else {}
     row |= {key: first[key] for key in ("model", "method", "kept") if key in first}
     for name in AVERAGED:
-        numbers = [summary[name] for summary in summaries if name in summary]
-        if numbers:
-            row[name] = statistics.fmean(numbers)
-            row |= {f"{name}_std": statistics.stdev(numbers)} if len(numbers) > 1 else {}
+        _, mean, std = statistics.spread([summary[name] for summary in summaries if name in summary])
+        row |= {key: value for key, value in ((name, mean), (f"{name}_std", std)) if value is not None}
     return row
 
 

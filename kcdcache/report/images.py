@@ -3,7 +3,6 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from kcdcache.data import datasets
 from kcdcache.data.datasets import Dataset
 from kcdcache.data.spec import parse
 from kcdcache.errors import KcdcacheError, MismatchError, NotFoundError, printable
+from kcdcache.export import condensed_set
 from kcdcache.report.load import Run, Stage
 from kcdcache.settings import ViewSettings
 from kcdcache.views import mixing, rules
@@ -78,7 +78,7 @@ def collected(
     """
     found: list[Strip] = []
     notes: list[str] = []
-    opened = cache(datasets.load)
+
     first = {run.grid: (name, run) for name, run in reversed(runs)}
     for name, run in reversed(first.values()):
         spec = asked or specs.get(run.path) or specs.get(run.grid)
@@ -88,7 +88,9 @@ def collected(
         try:
             if asked is None:
                 require_cheap(spec, run.sets[0].count)
-            found += [strip._replace(title=f"{strip.title} ({name})") for strip in strips(run, opened(spec))]
+            found += [
+                strip._replace(title=f"{strip.title} ({name})") for strip in strips(run, condensed_set.load_data(spec))
+            ]
         except KcdcacheError as error:
             notes.append(f"{name}: no images, because the data '{spec}' cannot be used: {error}")
     return found, notes

@@ -340,6 +340,7 @@ def test_the_images_shown_are_those_of_the_numbers_below_them(place, known):
     [
         ("digits?train=120", r"the data 'digits\?train=120' cannot be used: .* is not what kcd-seed0 was trained on"),
         ("folder:/nowhere", r"the data 'folder:/nowhere' cannot be used: no folder"),
+        ("condensed:/nowhere", r"the data 'condensed:/nowhere' cannot be used: no exported set"),
         (None, r"no results.json that names the data; give --data"),
     ],
 )
