@@ -20,7 +20,8 @@ from kcdcache.data.spec import extended
 from kcdcache.environment import environment
 from kcdcache.errors import SettingsError
 from kcdcache.files import cloud
-from kcdcache.files.atomic import readable_json, write_atomic
+from kcdcache.files.atomic import write_atomic
+from kcdcache.files.records import readable_json
 from kcdcache.networks.input_transform import resolve_device
 from kcdcache.progress import Progress
 from kcdcache.recipes.jobs import Unit, execute

@@ -15,7 +15,8 @@ from kcdcache.condense.manifest import Manifest
 from kcdcache.condense.values import Values
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, UnfinishedError
 from kcdcache.files import timing
-from kcdcache.files.atomic import MOST_JSON_BYTES, parse_json, read_bytes, read_object
+from kcdcache.files.atomic import read_bytes
+from kcdcache.files.records import MOST_RECORD_BYTES, parse_json, read_object
 from kcdcache.report import show
 from kcdcache.report.show import StoreReport
 from kcdcache.runs import check, state
@@ -245,7 +246,7 @@ def _run(path: Path, grid: Path) -> Run:
         raise CorruptionError("; ".join(found.problems))
     folder = RunFolder(path=path)
     if not found.finished or found.unfinished:
-        done = read_bytes(folder.metrics, MOST_JSON_BYTES).count(b"\n") if folder.metrics.exists() else 0
+        done = read_bytes(folder.metrics, MOST_RECORD_BYTES).count(b"\n") if folder.metrics.exists() else 0
         raise UnfinishedError(f"{done} epochs are done; run its command again to continue it")
     record = state.parsed(RunRecord, state.read_record(folder), folder.settings)
     seeded = SEEDED.fullmatch(path.name)
@@ -272,7 +273,7 @@ def _run(path: Path, grid: Path) -> Run:
 
 def _seconds(file: Path) -> dict[int, float]:
     found: dict[int, float] = {}
-    lines = read_bytes(file, MOST_JSON_BYTES).splitlines()[: timing.MOST_LINES] if file.exists() else []
+    lines = read_bytes(file, MOST_RECORD_BYTES).splitlines()[: timing.MOST_LINES] if file.exists() else []
     for number, line in enumerate(lines, 1):
         try:
             row = parse_json(line, f"{file}, line {number}")

@@ -10,8 +10,9 @@ from kcdcache.condense import manifest, value_files
 from kcdcache.condense.manifest import Manifest
 from kcdcache.condense.value_files import ValuesFile
 from kcdcache.errors import KcdcacheError, LockedError, MismatchError, NotFoundError
-from kcdcache.files import cloud, records
-from kcdcache.files.atomic import MOST_JSON_BYTES, open_plain, read_bytes
+from kcdcache.files import cloud, run_files
+from kcdcache.files.atomic import open_plain, read_bytes
+from kcdcache.files.records import MOST_RECORD_BYTES
 from kcdcache.networks import weights
 from kcdcache.runs import state
 from kcdcache.runs.folder import RunFolder
@@ -66,7 +67,7 @@ def check(path: Path) -> Found:
     """
     look = _Look(path)
     record = look.at(partial(state.read_record, look.folder))
-    files = look.at(partial(records.read, path)) or records.Record({}, frozenset())
+    files = look.at(partial(run_files.read, path)) or run_files.Record({}, frozenset())
     rows = _progress(look)
     sets = {number: look.at(partial(manifest.read, file)) for number, file in look.folder.manifests().items()}
     whole = {number: found for number, found in sets.items() if found is not None}
@@ -81,7 +82,7 @@ def check(path: Path) -> Found:
         _mixes(look, made, whole.get(int(made.parent.name)))
     if look.folder.summary.exists() and look.folder.summary.name not in files.pending:
         _summary(look, rows, record, whole)
-    for file, problem in records.problems(path, files).items():
+    for file, problem in run_files.problems(path, files).items():
         if not any(str(file) in known for known in look.problems):
             look.add(f"{file} {problem}")
     if look.problems:
@@ -101,7 +102,7 @@ def _progress(look: _Look) -> list[dict[str, Any]]:
             look.add(f"{pointer} is missing, but {folder.metrics.name} tells of finished epochs; start the run anew")
         return []
     rows: list[dict[str, Any]] = found[1]["rows"]
-    written = read_bytes(folder.metrics, MOST_JSON_BYTES) if folder.metrics.exists() else b""
+    written = read_bytes(folder.metrics, MOST_RECORD_BYTES) if folder.metrics.exists() else b""
     behind = not folder.summary.exists() and written == state.metrics_lines(rows[:-1])
     if written != state.metrics_lines(rows) and not behind:  # a kill may fall between a checkpoint and its metrics
         look.add(f"{folder.metrics}, line {_first_difference(written, state.metrics_lines(rows))}: {_OTHER_ROWS}")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from kcdcache.files import records
+from kcdcache.files import run_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,4 +80,4 @@ class RunFolder:
 
     def stands(self, path: Path) -> bool:
         """Return whether a file is there for good: not cut short by a kill before the run recorded it."""
-        return path.exists() and not records.cut_short(self.path, self.name_of(path))
+        return path.exists() and not run_files.cut_short(self.path, self.name_of(path))

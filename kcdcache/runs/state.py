@@ -28,25 +28,27 @@ from kcdcache.errors import (
     first_difference,
     require_same,
 )
-from kcdcache.files import records
+from kcdcache.files import run_files
 from kcdcache.files.atomic import (
-    MOST_JSON_BYTES,
     append,
-    canonical_json,
-    digest_of,
     locked,
-    parse_json,
     parse_lines,
     read_bytes,
-    read_sealed,
     read_written,
-    readable_json,
     remove,
     remove_leftovers,
     require_no_links,
-    sealed_json,
     sha256_bytes,
     write_atomic,
+)
+from kcdcache.files.records import (
+    MOST_RECORD_BYTES,
+    canonical_json,
+    digest_of,
+    parse_json,
+    read_sealed,
+    readable_json,
+    sealed_json,
 )
 from kcdcache.files.timing import logged_seconds
 from kcdcache.networks.weights import MOST_HEADER_BYTES
@@ -363,7 +365,7 @@ def write_manifest(folder: RunFolder, path: Path, made: Manifest) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not folder.stands(path):
         remove(path)  # a kill fell before its record: written again, from the start
-    with records.writing(folder.path, {folder.name_of(path): records.Facts(len(made), made.digest)}):
+    with run_files.writing(folder.path, {folder.name_of(path): run_files.Facts(len(made), made.digest)}):
         manifest.write(path, made)
 
 
@@ -371,7 +373,7 @@ def save_checkpoint(folder: RunFolder, tensors: Mapping[str, Tensor], record: Ma
     """Replace the run's checkpoint; a kill at any moment leaves the old one or the new one."""
     folder.checkpoints.mkdir(exist_ok=True)
     owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    content = canonical_json({**record, "run": records.run_id(folder.path)})
+    content = canonical_json({**record, "run": run_files.run_id(folder.path)})
     data = safetensors.torch.save(owned, metadata={RECORD_KEY: content.decode()})
     digest = sha256_bytes(data)
     name = f"{digest[:16]}.safetensors"
@@ -403,7 +405,7 @@ def load_checkpoint(folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, Any
             f"checkpoint {path} is damaged: its SHA-256 is not the one in {pointer}; start the run anew"
         )
     tensors, record = _parse_checkpoint(data, path)
-    if (of := record.pop("run", None)) != (own := records.run_id(folder.path)):
+    if (of := record.pop("run", None)) != (own := run_files.run_id(folder.path)):
         raise MismatchError(f"checkpoint {path} is of run {of}, {folder.settings} of {own}; put the run's own back")
     return tensors, record
 
@@ -430,7 +432,7 @@ def seconds_spent(folder: RunFolder) -> float:
 
 def write_summary(folder: RunFolder, summary: Mapping[str, Any]) -> None:
     """Write summary.json with a digest of its own, and that of its lasting part into the run's record."""
-    with records.writing(folder.path, {folder.summary.name: _lasting(summary)}):
+    with run_files.writing(folder.path, {folder.summary.name: _lasting(summary)}):
         _write_signed(folder.summary, summary)
 
 
@@ -446,7 +448,7 @@ def read_summary(path: Path) -> dict[str, Any]:
     folder = RunFolder(path=path)
     if folder.summary.exists():
         summary = _read_signed(folder.summary)
-        records.require(folder.summary, _lasting(summary))
+        run_files.require(folder.summary, _lasting(summary))
         return summary
     if folder.settings.exists():
         raise UnfinishedError(f"the run in {path} is not finished; run its command again to continue it")
@@ -464,7 +466,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     file = RunFolder(path=path).metrics
     if not file.exists():
         raise NotFoundError(f"no metrics at {file}")
-    rows = parse_lines(read_bytes(file, MOST_JSON_BYTES), file)
+    rows = parse_lines(read_bytes(file, MOST_RECORD_BYTES), file)
     if odd := [number for number, row in enumerate(rows, 1) if not isinstance(row, dict)]:
         raise CorruptionError(f"{file}, line {odd[0]} should hold a JSON object, found {rows[odd[0] - 1]!r:.80}")
     return rows
@@ -496,8 +498,8 @@ def _read_signed(file: Path, *keys: str) -> dict[str, Any]:
     return document
 
 
-def _lasting(summary: Mapping[str, Any]) -> records.Facts:
-    return records.Facts(digest=digest_of({key: value for key, value in summary.items() if key not in VOLATILE}))
+def _lasting(summary: Mapping[str, Any]) -> run_files.Facts:
+    return run_files.Facts(digest=digest_of({key: value for key, value in summary.items() if key not in VOLATILE}))
 
 
 def _parse_checkpoint(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

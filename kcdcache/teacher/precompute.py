@@ -19,7 +19,8 @@ from kcdcache import environment, interrupt
 from kcdcache.data.datasets import Dataset
 from kcdcache.errors import MismatchError, NonFiniteError, NotFoundError, SettingsError
 from kcdcache.files import cloud, timing
-from kcdcache.files.atomic import append, canonical_json, read_json, readable_json, sha256_file, write_atomic
+from kcdcache.files.atomic import append, sha256_file, write_atomic
+from kcdcache.files.records import canonical_json, read_json, readable_json
 from kcdcache.networks.input_transform import enough_memory
 from kcdcache.progress import Progress, silent
 from kcdcache.settings import PrecomputeSettings
@@ -273,7 +274,7 @@ def run(
     if dry_run:
         return _planned(plan, knowledge, path) | expected(path, knowledge, plan, job)
     left = fill(path, knowledge, plan, job, progress)
-    identity.write_origin(path, identity.Origin(data.corrupted(), network.data))
+    identity.write_origin(path, identity.Origin(corruption=dict(data.corrupted()), teacher_data=network.data))
     if profiles is not None:
         identity.write_parameters(path, profiles, knowledge)
     if left:
@@ -357,7 +358,7 @@ def import_logits(
         may_skip=settings.on_nonfinite == "skip",
     )
     fill(path, knowledge, plan, job, progress)
-    identity.write_origin(path, identity.Origin(data.corrupted(), None))
+    identity.write_origin(path, identity.Origin(corruption=dict(data.corrupted()), teacher_data=None))
     return describe(path)
 
 

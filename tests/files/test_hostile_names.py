@@ -14,8 +14,9 @@ from stores import creating, finish, make, plan_of
 from kcdcache.condense import manifest
 from kcdcache.data.spec import DataIdentity
 from kcdcache.errors import CorruptionError, UnsafeError
-from kcdcache.files import records
-from kcdcache.files.atomic import read_json, sha256_file
+from kcdcache.files import run_files
+from kcdcache.files.atomic import sha256_file
+from kcdcache.files.records import read_json
 from kcdcache.runs import check, state
 from kcdcache.runs.folder import RunFolder
 from kcdcache.store import reader
@@ -179,7 +180,7 @@ def test_a_summary_that_names_its_own_condensed_set_is_followed(folder):
 def test_a_record_of_files_names_files_of_the_run_only(folder, change):
     write_resealed(folder.path / "files.json", read_json(folder.path / "files.json") | change)
     with pytest.raises(CorruptionError, match=r"files\.json is damaged: "):
-        records.read(folder.path)
+        run_files.read(folder.path)
 
 
 @pytest.mark.parametrize("line", [b"[]", b"{}", b'{"seconds":"1"}', b'{"seconds":1e999}', b"[" * 900, b"", b"3"])

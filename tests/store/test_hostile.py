@@ -13,7 +13,7 @@ from stores import make, plan_of
 
 from kcdcache.condense import manifest
 from kcdcache.errors import CorruptionError, MismatchError, UnsafeError
-from kcdcache.files.atomic import read_json
+from kcdcache.files.records import read_json
 from kcdcache.store import log, reader
 from kcdcache.store.plan import plan_from
 

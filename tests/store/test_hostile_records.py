@@ -13,7 +13,7 @@ from stores import content, creating, grown, make, plan_of
 
 from kcdcache.commands import verify
 from kcdcache.errors import CorruptionError, UnsafeError
-from kcdcache.files.atomic import canonical_json, parse_json, read_json
+from kcdcache.files.records import canonical_json, parse_json, read_json
 from kcdcache.report import show
 from kcdcache.store import log, reader
 from kcdcache.store.identity import knowledge_from

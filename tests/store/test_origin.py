@@ -13,7 +13,8 @@ from torch import nn
 from kcdcache.cli import main
 from kcdcache.data import datasets
 from kcdcache.errors import CorruptionError, MismatchError, SettingsError
-from kcdcache.files.atomic import sealed_json, write_atomic
+from kcdcache.files.atomic import write_atomic
+from kcdcache.files.records import sealed_json
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.report import show
 from kcdcache.settings import FitSettings, PrecomputeSettings, TrainSettings

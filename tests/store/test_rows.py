@@ -17,7 +17,7 @@ from kcdcache.commands import condenser
 from kcdcache.condense import manifest, summary, value_files, values
 from kcdcache.errors import CorruptionError, MismatchError, NonFiniteError
 from kcdcache.files import parquet
-from kcdcache.files.atomic import canonical_json
+from kcdcache.files.records import canonical_json
 from kcdcache.runs import state
 from kcdcache.runs.folder import RunFolder
 
