@@ -95,7 +95,7 @@ def test_an_interrupted_golden_run_is_resumed(place, name):
 
 
 def same_environment(path):
-    known = state.latest_environment(state.read_record(RunFolder(path=path)))
+    known = state.read_record(RunFolder(path=path)).latest.document()
     return not environment.changed(known, environment.environment(torch.device("cpu"), 1))
 
 

@@ -40,7 +40,15 @@ class Sealed(Record):
     """SHA-256 of all else, in the file alone: empty here"""
 
 
-R = TypeVar("R", bound=Record)
+class Sparse(Sealed):
+    """A record whose unset entries are not written."""
+
+    def document(self) -> dict[str, Any]:
+        """Return what is set of it as JSON values."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+R = TypeVar("R", bound=BaseModel)
 S = TypeVar("S", bound=Sealed)
 
 
@@ -124,7 +132,10 @@ def read_object(path: Path, *keys: str) -> dict[str, Any]:
         NotFoundError, UnsafeError: as for `read_json`.
         CorruptionError: the file is not JSON, not an object, or lacks a key.
     """
-    found = read_json(path)
+    return _object(read_json(path), path, *keys)
+
+
+def _object(found: Any, path: Path, *keys: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CorruptionError(f"{path} should hold a JSON object, found {type(found).__name__}")
     if missing := [key for key in keys if key not in found]:
@@ -147,17 +158,18 @@ def read_sealed(path: Path, model: type[S], form: Callable[[Any], bytes] = canon
     return found.model_copy(update={"digest": ""})
 
 
-def read_sealed_object(path: Path, *keys: str) -> dict[str, Any]:
-    """Return the document that `sealed_json` wrote, without its digest; it has at least these keys.
+def read_sealed_object(path: Path, *keys: str, form: Callable[[Any], bytes] = canonical_json) -> dict[str, Any]:
+    """Return the document that `sealed_json` wrote in that form, without its digest; it has at least these keys.
 
     Raises:
         NotFoundError, CorruptionError, UnsafeError: as for `read_sealed`.
     """
-    found = read_object(path, *keys, "digest")
-    document = {key: value for key, value in found.items() if key != "digest"}
-    if read_bytes(path, MOST_RECORD_BYTES) != sealed_json(document):
+    data = read_bytes(path, MOST_RECORD_BYTES)  # once: the file may change meanwhile
+    found = _object(parse_json(data, path), path, *keys)
+    found.pop("digest", None)
+    if data != sealed_json(found, form):
         raise CorruptionError(f"{path} was changed: its content does not match its digest")
-    return document
+    return found
 
 
 def _require_few_values(data: bytes, where: Path | str) -> None:

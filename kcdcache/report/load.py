@@ -16,7 +16,7 @@ from kcdcache.condense.values import Values
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, UnfinishedError
 from kcdcache.files import timing
 from kcdcache.files.atomic import read_bytes
-from kcdcache.files.records import MOST_RECORD_BYTES, parse_json, read_object
+from kcdcache.files.records import MOST_RECORD_BYTES, canonical_json, parse, parse_json, read_object
 from kcdcache.report import show
 from kcdcache.report.show import StoreReport
 from kcdcache.runs import check, state
@@ -220,7 +220,7 @@ def _described(plain: Grid) -> Grid:
     file = plain.path / RESULTS
     if not file.exists():
         return plain
-    found = state.parsed(Results, read_object(file), file)
+    found = parse(Results, read_bytes(file, MOST_RECORD_BYTES), file)
     return Grid(
         path=plain.path,
         title=found.title or plain.title,
@@ -248,7 +248,7 @@ def _run(path: Path, grid: Path) -> Run:
     if not found.finished or found.unfinished:
         done = read_bytes(folder.metrics, MOST_RECORD_BYTES).count(b"\n") if folder.metrics.exists() else 0
         raise UnfinishedError(f"{done} epochs are done; run its command again to continue it")
-    record = state.parsed(RunRecord, state.read_record(folder), folder.settings)
+    record = state.read_record(folder)
     seeded = SEEDED.fullmatch(path.name)
     network = next((read_object(file) for name in check.NETWORKS if (file := path / f"{name}.json").exists()), {})
     return Run(
@@ -258,12 +258,9 @@ def _run(path: Path, grid: Path) -> Run:
         seed=int(seeded[2] if seeded else record.settings["seed"]),
         seeded=seeded is not None,
         id=show.id_of(path),
-        summary=state.parsed(Summary, state.read_summary(path), folder.summary),
+        summary=parse(Summary, canonical_json(state.read_summary(path)), folder.summary),
         record=record,
-        metrics=[
-            state.parsed(MetricsRow, row, f"{folder.metrics}, line {number}")
-            for number, row in enumerate(state.read_metrics(path), 1)
-        ],
+        metrics=state.read_metrics(path),
         seconds=_seconds(folder.timing),
         stages=_stages(folder, record.settings),
         classes=tuple(map(str, network.get("classes", ()))),

@@ -185,7 +185,7 @@ def test_equal_checkpoints_are_equal_bytes(tmp_path):
 
 
 def test_metrics_and_summary_are_read_back(place, begun, tmp_path):
-    assert [row["epoch"] for row in read_metrics(begun)] == [0, 1, 2]
+    assert [row.epoch for row in read_metrics(begun)] == [0, 1, 2]
     with pytest.raises(UnfinishedError, match="is not finished; run its command again"):
         read_summary(begun)
     with pytest.raises(NotFoundError, match="no run at"):

@@ -167,7 +167,7 @@ def test_a_set_condensed_by_hand_may_be_another_than_ours(place, tmp_path):
     options = by_hand_once(place, tmp_path / "run")
     command(place, "train", until=4, **options)
     assert len(manifest.read(tmp_path / "run" / "stages" / "1" / "manifest.parquet")) == 160
-    assert read_metrics(tmp_path / "run")[2]["kept"] == 160
+    assert read_metrics(tmp_path / "run")[2].kept == 160
 
 
 @pytest.mark.parametrize("until", [3, 4])
@@ -223,8 +223,8 @@ def test_the_summary_says_what_it_cost(runs):
     assert asked["teacher_forwards"] == 2 * sum(int(found.mixed.sum()) for found in sets) > 0
     assert plain["store_teacher_forwards"] == 3 * TRAIN
     rows = read_metrics(run)
-    assert plain["accuracy_last"] == rows[-1]["test_accuracy"]
-    assert plain["accuracy_best"] == max(row["test_accuracy"] for row in rows)
+    assert plain["accuracy_last"] == rows[-1].test_accuracy
+    assert plain["accuracy_best"] == max(row.test_accuracy for row in rows)
     assert 0 < plain["seconds"] < 60
 
 
@@ -267,7 +267,7 @@ def test_the_presets_go_through(place, tmp_path):
     for preset, stages in (("paper", [200, 168, 142, 120]), ("release", [200, 173, 146])):
         summary = command(place, "train", out=tmp_path / preset, preset=preset, **SCHOOL)
         rows = read_metrics(tmp_path / preset)
-        assert sorted({row["kept"] for row in rows}, reverse=True) == stages
+        assert sorted({row.kept for row in rows}, reverse=True) == stages
         assert (summary["teacher_forwards"] > 0) == (preset == "release")
         assert summary["kept"] == 120
 
@@ -282,10 +282,10 @@ def test_a_clock_of_samples_stretches_the_learning_rate(place, tmp_path):
     change = {"decay": "cosine", "keep": 0.3, "cost_exponent": 0.0}
     distilled(place, tmp_path / "run", clock="samples", **change)
     rows = read_metrics(tmp_path / "run")
-    total = sum(row["samples"] for row in rows)
-    before = np.cumsum([0] + [row["samples"] for row in rows])[:-1]
+    total = sum(row.samples for row in rows)
+    before = np.cumsum([0] + [row.samples for row in rows])[:-1]
     expected = [0.05 * (1 + math.cos(math.pi * share)) / 2 for share in before / total]
-    np.testing.assert_allclose([row["learning_rate"] for row in rows], expected, rtol=0.01)
+    np.testing.assert_allclose([row.learning_rate for row in rows], expected, rtol=0.01)
     epochs = [0.05 * (1 + math.cos(math.pi * epoch / 6)) / 2 for epoch in range(6)]
     assert not np.allclose(expected, epochs, rtol=0.05)
 
@@ -344,15 +344,15 @@ def test_targets_are_read_for_the_stage_alone(place, tmp_path):
 def test_rows_are_counted_as_the_manifests_say(place, tmp_path):
     distilled(place, tmp_path / "run", k0="stage_slice")
     for row in read_metrics(tmp_path / "run"):
-        chosen = manifest.read(tmp_path / "run" / "stages" / str(row["stage"]) / "manifest.parquet")
-        assert row["rows_read"] == len(batches.needed_rows(chosen))
+        chosen = manifest.read(tmp_path / "run" / "stages" / str(row.stage) / "manifest.parquet")
+        assert row.rows_read == len(batches.needed_rows(chosen))
 
 
 def test_one_view_is_read_once_a_stage(place, tmp_path):
     knowledge = precomputed(tmp_path / "store", place.data, place.network, views=1)
     material = distill.Material(data=place.data, knowledge=knowledge)
     summary = distill.run(settings(), material, out=tmp_path / "run", device="cpu")
-    assert [row["rows_read"] > 0 for row in read_metrics(tmp_path / "run")] == [True, False] * 3
+    assert [row.rows_read > 0 for row in read_metrics(tmp_path / "run")] == [True, False] * 3
     assert (summary["rows_read"], summary["bytes_read"]) == (knowledge.rows_read, knowledge.bytes_read)
 
 

@@ -60,7 +60,7 @@ def test_fit_is_plain_training_bit_for_bit(tmp_path):
 
 def test_a_baseline_uses_every_view_of_a_sample_before_any_twice(tmp_path):
     fitted(tmp_path / "run", epochs=12, padding=1, evaluate_every=12)
-    assert [row["view"] for row in read_metrics(tmp_path / "run")] == [*range(9), 0, 1, 2]
+    assert [row.view for row in read_metrics(tmp_path / "run")] == [*range(9), 0, 1, 2]
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
@@ -95,7 +95,7 @@ def test_the_saved_network_is_a_teacher_of_the_accuracy_it_claims(tmp_path):
     network = loaded(tmp_path / "run", SMALL)
     rule = rules.plain(rules.rule_from(FitSettings(**RECIPE), (16, 16)))
     measured = evaluation.measure(network.module, network.transform, SMALL.test, rule, network.device)
-    assert measured["test_accuracy"] == summary["accuracy_last"] == read_metrics(tmp_path / "run")[-1]["test_accuracy"]
+    assert measured["test_accuracy"] == summary["accuracy_last"] == read_metrics(tmp_path / "run")[-1].test_accuracy
     assert summary["calibration_error"] == measured["test_calibration_error"]
     assert json.loads((tmp_path / "run" / "model.json").read_bytes())["accuracy"] == summary["accuracy_last"]
 
@@ -117,7 +117,7 @@ def test_a_diverged_fit_says_so_and_what_was_before_it_is_kept(tmp_path):
 
 def test_the_epochs_measured_are_those_asked_for(tmp_path):
     fitted(tmp_path / "run", evaluate_every=3)
-    assert [row["epoch"] for row in read_metrics(tmp_path / "run") if "test_accuracy" in row] == [2, 3]
+    assert [row.epoch for row in read_metrics(tmp_path / "run") if row.test_accuracy is not None] == [2, 3]
 
 
 def test_a_dry_run_trains_nothing(tmp_path):
@@ -132,8 +132,8 @@ def test_options_change_what_is_learned_and_still_learn(tmp_path, change):
     fitted(tmp_path / "plain", epochs=8)
     fitted(tmp_path / "other", epochs=8, **change)
     plain, other = (read_metrics(tmp_path / name) for name in ("plain", "other"))
-    assert plain[-1]["loss"] != other[-1]["loss"]
-    assert other[-1]["loss"] < 0.7 * other[0]["loss"]
+    assert plain[-1].loss != other[-1].loss
+    assert other[-1].loss < 0.7 * other[0].loss
 
 
 def test_a_few_epochs_teach_digits(tmp_path):

@@ -26,8 +26,8 @@ def small_set(place):
 
 def test_a_reused_set_is_taught_as_it_is(place, small_set, tmp_path):
     summary = distilled(place, tmp_path / "run", given=small_set, stages=1, student="resnet14", epochs=4)
-    assert [row["kept"] for row in read_metrics(tmp_path / "run")] == [120] * 4
-    assert [row["mixed"] for row in read_metrics(tmp_path / "run")] == [int(small_set.mixed.sum())] * 4
+    assert [row.kept for row in read_metrics(tmp_path / "run")] == [120] * 4
+    assert [row.mixed for row in read_metrics(tmp_path / "run")] == [int(small_set.mixed.sum())] * 4
     assert sorted(path.name for path in (tmp_path / "run" / "stages").iterdir()) == ["0"]
     assert summary["condensed_set"] == "stages/0/manifest.parquet"
     assert (summary["kept"], summary["relative_cost"]) == (120, 0.6)

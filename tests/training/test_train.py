@@ -82,12 +82,12 @@ def test_values_name_their_student_knowledge_and_epoch(place, runs):
 
 def test_metrics_have_a_row_an_epoch(runs):
     rows = read_metrics(runs())
-    assert [row["epoch"] for row in rows] == [*range(6)]
-    assert [row["stage"] for row in rows] == [0, 0, 1, 1, 2, 2]
-    assert [row["view"] for row in rows] == [0, 1, 2, 0, 1, 2]
-    assert [row["samples"] for row in rows] == [row["kept"] for row in rows]
-    assert np.cumsum([row["samples"] for row in rows]).tolist() == [row["samples_so_far"] for row in rows]
-    assert all(0 <= row["agreement"] <= 1 and 0 <= row["train_accuracy"] <= 1 for row in rows)
+    assert [row.epoch for row in rows] == [*range(6)]
+    assert [row.stage for row in rows] == [0, 0, 1, 1, 2, 2]
+    assert [row.view for row in rows] == [0, 1, 2, 0, 1, 2]
+    assert [row.samples for row in rows] == [row.kept for row in rows]
+    assert np.cumsum([row.samples for row in rows]).tolist() == [row.samples_so_far for row in rows]
+    assert all(0 <= row.agreement <= 1 and 0 <= row.train_accuracy <= 1 for row in rows)
 
 
 def test_the_student_saved_is_the_one_measured(place, runs):
@@ -127,8 +127,8 @@ def test_each_way_of_mixing_teaches_something_else(runs, change):
     plain, other = (runs(keep=0.5, stages=2, **given) for given in ({}, change))
     before, after = (read_metrics(run) for run in (plain, other))
     assert before[:3] == after[:3]  # nothing is mixed in the first stage
-    assert before[3]["mixed"] > 0
-    assert before[3]["loss"] != after[3]["loss"]
+    assert before[3].mixed > 0
+    assert before[3].loss != after[3].loss
 
 
 @pytest.mark.parametrize("encoding", ["float16", "top:8"])
@@ -137,7 +137,7 @@ def test_shorter_encodings_teach_nearly_the_same(place, runs, tmp_path, encoding
     material = distill.Material(data=place.data, knowledge=knowledge)
     distill.run(settings(keep=1.0), material, out=tmp_path / "run", device="cpu")
     exact, found = (read_metrics(run) for run in (runs(keep=1.0), tmp_path / "run"))
-    np.testing.assert_allclose(found[0]["loss"], exact[0]["loss"], rtol=1e-3 if encoding == "float16" else 0.05)
+    np.testing.assert_allclose(found[0].loss, exact[0].loss, rtol=1e-3 if encoding == "float16" else 0.05)
 
 
 def test_a_missing_field_names_the_command_that_adds_it(place, tmp_path):
