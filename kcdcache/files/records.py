@@ -88,7 +88,9 @@ def parse_json(data: bytes, where: Path | str) -> Any:
     """
     _require_few_values(data, where)
     try:
-        return from_json(data, allow_inf_nan=False)
+        found = from_json(data, allow_inf_nan=False)
+        json.dumps(found, allow_nan=False)  # numbers beyond floats were read as infinite
+        return found
     except ValueError as error:
         raise CorruptionError(f"{where} should hold JSON: {error}") from None
 

@@ -123,7 +123,7 @@ def _unpacked(data: np.ndarray, size: int, path: Path) -> np.ndarray:
         return np.frombuffer(pa.Codec("zstd").decompress(data, size), np.uint8)
     except OSError as error:
         raise UnsafeError(
-            f"{path} does not unpack to the {size} bytes that its plan implies ({error}); it was not written by kcdcache"
+            f"{path} does not unpack to the {size} bytes its plan implies ({error}); it was not written by kcdcache"
         ) from None
 
 

@@ -192,6 +192,12 @@ def test_an_unknown_part_is_named_by_row(tmp_path, part):
         manifest.read(tmp_path / "m.parquet")
 
 
+def test_a_manifest_longer_than_the_data_is_refused(tmp_path):
+    manifest.write(tmp_path / "m.parquet", manifest.full("k", 50))
+    with pytest.raises(MismatchError, match="holds 50 rows, expected at most 40"):
+        manifest.read(tmp_path / "m.parquet", 40)
+
+
 # ---- numbers that are none, in values
 
 
