@@ -73,6 +73,7 @@ def test_an_unfinished_golden_store_is_refused_then_resumed_to_the_bytes_of_its_
     with creating(path, make.plan()) as writing:
         assert len(writing.pending()) == len(writing.parts) - 1
         finish(writing)
+    write_documents(twin, make.plan())  # it was made before axes had names
     (path / "_kcd/lock").unlink()
     assert content(path) == content(twin)
 

@@ -172,7 +172,7 @@ def _settings_command(name: str) -> click.Command:
 
     def work(dry_run: bool, **values: Any) -> dict[str, Any]:
         settings = make(model, {key: value for key, value in values.items() if value is not None})
-        if name == "condense":  # stays free of torch and zarr
+        if name == "condense":  # stays free of torch
             if os.environ.get("WORLD_SIZE", "1") != "1":
                 raise SettingsError("condense is work for one process; start it without torchrun")
             return importlib.import_module("kcdcache.commands.condenser").run(settings, dry_run=dry_run)

@@ -22,7 +22,7 @@ BYTES_OTHERWISE = 32
 
 
 def run(command: CondenseCommand, dry_run: bool = False, held: int = value_files.HELD_SAMPLES) -> dict[str, Any]:
-    """Turn values into the next manifest; return its summary. Needs no torch, no zarr and no images.
+    """Turn values into the next manifest; return its summary. Needs no torch and no images.
 
     Values of up to `held` samples are held in memory; of more they are read again instead. What takes more memory than
     --memory-gb is planned by DuckDB with files beside --out. The bytes are the same in each case.

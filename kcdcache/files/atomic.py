@@ -274,14 +274,18 @@ def lock(file: Path, what: str, wait: bool = False) -> Iterator[None]:
 
 
 def is_locked(file: Path) -> bool:
-    """Return whether a process of this machine holds a lock file; one that cannot be written is held by nobody."""
+    """Return whether a process of this machine holds a lock file; one that cannot be written is held by nobody.
+
+    Raises:
+        UnsafeError: it is a link, a pipe or a device.
+    """
     try:
         os.close(open_own(file, os.O_RDWR))
         with FileLock(file, blocking=False):
             return False
     except Timeout:
         return True
-    except (OSError, UnsafeError):
+    except OSError:
         return False
 
 

@@ -107,7 +107,7 @@ def size_problem(plan: StorePlan, chunk: Chunk, logged: FileRecord | None, found
     """Return what is wrong with a chunk file of `found` bytes (None: no plain file there), or None."""
     if logged is None:
         return "is not in the log"
-    most = chunk.array.chunk_bytes + CHECKSUM_BYTES
+    most = chunk.array.file_bytes
     if plan.compression == "none" and logged.bytes != most:
         return f"is logged with {logged.bytes} bytes, its plan implies {most}"
     if not CHECKSUM_BYTES < logged.bytes <= most + most // 128 + 1024:  # what zstd adds to incompressible input at most

@@ -16,10 +16,11 @@ from kcdcache.store.log import FieldPlan, PlanRecord
 
 CHECKSUM_BYTES = 4
 """bytes after the rows, their crc32c with the lowest byte first"""
-
-
 MOST_PART_ROWS = 16384
+CHUNK_BYTES = 8 * 2**20
+"""of a new store's chunks, unless one row takes more: small enough to be read whole and checked in the cache"""
 MOST_CHUNK_BYTES = 32 * 2**20
+"""of any store's chunks"""
 MOST_PADDING = 0.02
 ROW_UNIT = 64
 SAMPLES = "labels and digests"
@@ -69,6 +70,11 @@ class ArrayPlan:
         """Bytes of one chunk before compression and checksum."""
         return self.chunk_rows * self.row_bytes
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of one chunk's file before compression: its rows, padding included, and a checksum."""
+        return self.chunk_bytes + CHECKSUM_BYTES
+
 
 class Chunk(NamedTuple):
     """One chunk file: its key, its view (None for arrays without views) and its samples."""
@@ -113,20 +119,22 @@ class StorePlan:
     @property
     def chunk_count(self) -> int:
         """Number of chunk files."""
-        return sum(
-            -(-self.count // array.chunk_rows) * (1 if array.field is None else self.views) for array in self.arrays
-        )
+        return sum(map(self.chunks_of, self.arrays))
 
     @property
     def bytes_per_view(self) -> int:
         """Bytes of one view's rows, padding included, before compression."""
-        return sum(_array_bytes(array, self.count) for array in self.arrays if array.field is not None)
+        arrays = self.arrays_of(self.fields)
+        return sum(self.chunks_of(array) * array.chunk_bytes for array in arrays) // self.views
 
     @property
     def bytes(self) -> int:
         """Bytes of all chunks, padding included, before compression."""
-        samples = sum(_array_bytes(array, self.count) for array in self.arrays if array.field is None)
-        return self.views * self.bytes_per_view + samples
+        return sum(self.chunks_of(array) * array.chunk_bytes for array in self.arrays)
+
+    def chunks_of(self, array: ArrayPlan) -> int:
+        """Return the number of an array's chunk files."""
+        return -(-self.count // array.chunk_rows) * (1 if array.field is None else self.views)
 
     def arrays_of(self, fields: Iterable[str] | None) -> tuple[ArrayPlan, ...]:
         """Return the arrays of some fields; None stands for the arrays that describe samples."""
@@ -173,7 +181,7 @@ class StorePlan:
 def plan_store(
     count: int, views: int, fields: Sequence[Encoding], compression: str = "none", batch_size: int = 256
 ) -> StorePlan:
-    """Return the plan of a new store: parts of 4,096-16,384 rows (one part below that), chunks of at most 32 MiB.
+    """Return the plan of a new store: parts of 4,096-16,384 rows (one part below that), chunks of at most 8 MiB.
 
     Every array's chunk rows divide the part's rows and padding is at most 2 % of its rows.
 
@@ -279,17 +287,11 @@ def all_chunks(plan: StorePlan) -> list[Chunk]:
     return viewed + sample_chunks(plan)
 
 
-def chunk_file_bytes(array: ArrayPlan) -> int:
-    """Return the bytes of one chunk's file, before compression: its rows, padding included, and a checksum."""
-    return array.chunk_bytes + CHECKSUM_BYTES
-
-
 def file_bytes(plan: StorePlan) -> dict[str, int]:
     """Return the bytes of all chunk files of each field, and of what describes samples, before compression."""
     found = dict.fromkeys((*plan.fields, SAMPLES), 0)
     for array in plan.arrays:
-        times = -(-plan.count // array.chunk_rows) * (1 if array.field is None else plan.views)
-        found[array.field or SAMPLES] += times * chunk_file_bytes(array)
+        found[array.field or SAMPLES] += plan.chunks_of(array) * array.file_bytes
     return found
 
 
@@ -354,19 +356,18 @@ def _part_rows(count: int) -> int:
 
 
 def _chunk_rows(part_rows: int, bytes_a_row: int) -> int:
-    """Return the largest divisor of the part's rows whose chunk stays within the limit; 0 if one row exceeds it."""
-    most = min(part_rows, MOST_CHUNK_BYTES // max(1, bytes_a_row))
-    return next((rows for rows in range(most, 0, -1) if part_rows % rows == 0), 0)
+    """Return the largest divisor of the part's rows whose chunk is small enough, or 1."""
+    most = min(part_rows, CHUNK_BYTES // max(1, bytes_a_row))
+    return next((rows for rows in range(most, 0, -1) if part_rows % rows == 0), 1)
 
 
 def _planned(spec: ArraySpec, field: str | None, part_rows: int) -> ArrayPlan:
-    rows = _chunk_rows(part_rows, row_bytes(spec.row_shape, spec.dtype))
-    if not rows:
-        found = row_bytes(spec.row_shape, spec.dtype)
+    found = row_bytes(spec.row_shape, spec.dtype)
+    if found > MOST_CHUNK_BYTES:
         raise SettingsError(
             f"one row of '{spec.name}' {spec.row_shape} takes {found} bytes; at most 32 MiB are possible"
         )
-    return ArrayPlan(spec.name, spec.row_shape, spec.dtype, rows, field)
+    return ArrayPlan(spec.name, spec.row_shape, spec.dtype, _chunk_rows(part_rows, found), field)
 
 
 def _with_samples(arrays: Sequence[ArrayPlan], part_rows: int) -> tuple[ArrayPlan, ...]:
@@ -378,10 +379,6 @@ def _with_samples(arrays: Sequence[ArrayPlan], part_rows: int) -> tuple[ArrayPla
         twice = next(name for name in names if names.count(name) > 1)
         raise SettingsError(f"two arrays of a store would be called '{twice}'; choose other fields")
     return together
-
-
-def _array_bytes(array: ArrayPlan, count: int) -> int:
-    return -(-count // array.chunk_rows) * array.chunk_bytes
 
 
 def _fields_to_write(plan: StorePlan, before: StorePlan | None, view: int) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from kcdcache.progress import Progress, silent
 from kcdcache.settings import PrecomputeSettings
 from kcdcache.store import encoding, identity, log, plan, reader, writer
 from kcdcache.store.identity import Knowledge, TeacherIdentity
-from kcdcache.store.plan import Part, StorePlan, chunk_file_bytes, file_bytes, part_chunks, row_bytes
+from kcdcache.store.plan import Part, StorePlan, file_bytes, part_chunks, row_bytes
 from kcdcache.store.writer import WHOLE, Shard
 from kcdcache.teacher import fields, teacher
 from kcdcache.views import prefetch, rules
@@ -211,7 +211,7 @@ def _to_do(plan: StorePlan, parts: Sequence[Part], rate: timing.Rate | None) -> 
     return {
         "parts": len(parts),
         "teacher_forwards": points,
-        "bytes": sum(chunk_file_bytes(chunk.array) for part in parts for chunk in part_chunks(plan, part)),
+        "bytes": sum(chunk.array.file_bytes for part in parts for chunk in part_chunks(plan, part)),
         "teacher_hours": None if hours is None else float(f"{hours:.3g}"),
         "teacher_hours_std": None if spread is None else float(f"{spread:.2g}"),
     }

@@ -215,6 +215,7 @@ def payloads(size):
 PAYLOADS = payloads(next(a.chunk_bytes for a in plan_of(16384, compression="zstd").arrays if a.name == "logits"))
 LOAD = """
 import numpy as np
+from kcdcache.store import reader
 opened = reader.open({path!r})
 opened.load(0, np.arange(opened.count), ("logits",))
 """

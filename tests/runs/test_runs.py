@@ -77,8 +77,8 @@ def test_another_version_is_refused_unless_allowed(place, tmp_path):
     distilled(place, tmp_path / "run", run={"until": 1})
     file, folder = tmp_path / "run" / "run.json", RunFolder(path=tmp_path / "run")
     record = state.read_record(folder)
-    record["environment"]["versions"]["torch"] = "1.0"
-    state.write_record(folder, record["settings"], record["inputs"], [record["environment"]])
+    record.environment.versions["torch"] = "1.0"
+    state.write_record(folder, record)
     with pytest.raises(MismatchError, match=r"versions\.torch.*1\.0"):
         distilled(place, tmp_path / "run")
     distilled(place, tmp_path / "run", run={"until": 2, "allow_env_change": True})

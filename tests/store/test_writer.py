@@ -23,7 +23,7 @@ from stores import (
     write_part,
 )
 
-from kcdcache.errors import LockedError, MismatchError, SettingsError, UnfinishedError
+from kcdcache.errors import MismatchError, SettingsError, UnfinishedError
 from kcdcache.report import show
 from kcdcache.store import check, log, reader, writer
 
@@ -145,15 +145,6 @@ def test_other_peoples_folders_are_left_alone(tmp_path):
     ):
         pass
     assert content(tmp_path) == {"thesis.tex": b"precious"}
-
-
-def test_a_second_writer_is_turned_away(tmp_path):
-    with (
-        creating(tmp_path / "s", plan_of()),
-        pytest.raises(LockedError, match="is being written by process"),
-        creating(tmp_path / "s", plan_of()),
-    ):
-        pass
 
 
 @pytest.mark.parametrize(
