@@ -17,6 +17,7 @@ from kcdcache.errors import MismatchError, UnfinishedError
 from kcdcache.runs import check, state
 from kcdcache.runs.folder import RunFolder
 from kcdcache.store import reader
+from kcdcache.store.writer import write_documents
 
 spec = importlib.util.spec_from_file_location("golden_make", Path(__file__).parent / "golden/make.py")
 make = importlib.util.module_from_spec(spec)

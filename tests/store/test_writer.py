@@ -52,10 +52,6 @@ def test_constant_values_are_written_too(tmp_path):
     assert reader.open(tmp_path / "s").read("logits", 0, np.arange(10)).sum() == 0
 
 
-def test_writing_twice_gives_the_same_bytes(sealed, tmp_path):
-    assert content(make(tmp_path / "again", small_parts(150, 2, 64, 32))) == content(sealed)
-
-
 def test_parts_written_in_any_order_give_the_same_bytes(sealed, tmp_path):
     with creating(tmp_path / "s", small_parts(150, 2, 64, 32)) as writing:
         for part in reversed(writing.pending()):
