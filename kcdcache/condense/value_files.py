@@ -15,8 +15,9 @@ from jaxtyping import Float32, Int32, Int64, Shaped
 from kcdcache.condense import values
 from kcdcache.condense.values import MOST_VISITS, Values, _require_finite, fingerprint
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NonFiniteError, NotFoundError, SettingsError
-from kcdcache.files import parquet, records
-from kcdcache.files.atomic import canonical_json, write_atomic
+from kcdcache.files import parquet, run_files
+from kcdcache.files.atomic import write_atomic
+from kcdcache.files.records import canonical_json
 
 MOST_INDEX = 2**62
 COLUMNS = ("index", "visits", "value", "label")
@@ -288,8 +289,8 @@ def read(path: Path | str, count: int) -> ValuesFile:
         NonFiniteError: a visited sample's value is NaN or infinite; names the row.
     """
     path = Path(path)
-    found = records.steady(path, lambda: _read(path, count))
-    records.require(path, records.Facts(len(found.values.visits), fingerprint(found.values)))
+    found = run_files.steady(path, lambda: _read(path, count))
+    run_files.require(path, run_files.Facts(len(found.values.visits), fingerprint(found.values)))
     return found
 
 
@@ -560,7 +561,7 @@ def _stream(path: Path, count: int) -> Iterator[tuple[Stream, parquet.Table]]:
             reader = stack.enter_context(parquet.opened(path, count))
             return Stream(reader, path, count), reader
 
-        yield records.steady(path, look)
+        yield run_files.steady(path, look)
 
 
 def _look(source: Stream, reader: parquet.Table, path: Path) -> None:
@@ -570,4 +571,4 @@ def _look(source: Stream, reader: parquet.Table, path: Path) -> None:
     else:
         for _ in source.blocks():
             pass
-    records.require(path, records.Facts(reader.rows, source.fingerprint()))
+    run_files.require(path, run_files.Facts(reader.rows, source.fingerprint()))

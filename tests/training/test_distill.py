@@ -309,8 +309,8 @@ def test_the_summary_says_what_it_cost(runs):
     assert asked["teacher_forwards"] == 2 * sum(int(found.mixed.sum()) for found in sets) > 0
     assert plain["store_teacher_forwards"] == 3 * TRAIN
     rows = read_metrics(run)
-    assert plain["accuracy_last"] == rows[-1]["test_accuracy"]
-    assert plain["accuracy_best"] == max(row["test_accuracy"] for row in rows)
+    assert plain["accuracy_last"] == rows[-1].test_accuracy
+    assert plain["accuracy_best"] == max(row.test_accuracy for row in rows)
     assert 0 < plain["seconds"] < 60
 
 
@@ -353,7 +353,7 @@ def test_the_presets_go_through(place, tmp_path):
     for preset, stages in (("paper", [200, 168, 142, 120]), ("release", [200, 173, 146])):
         summary = command(place, "train", out=tmp_path / preset, preset=preset, **SCHOOL)
         rows = read_metrics(tmp_path / preset)
-        assert sorted({row["kept"] for row in rows}, reverse=True) == stages
+        assert sorted({row.kept for row in rows}, reverse=True) == stages
         assert (summary["teacher_forwards"] > 0) == (preset == "release")
         assert summary["kept"] == 120
 
@@ -362,10 +362,10 @@ def test_a_clock_of_samples_stretches_the_learning_rate(place, tmp_path):
     change = {"decay": "cosine", "keep": 0.3, "cost_exponent": 0.0}
     distilled(place, tmp_path / "run", clock="samples", **change)
     rows = read_metrics(tmp_path / "run")
-    total = sum(row["samples"] for row in rows)
-    before = np.cumsum([0] + [row["samples"] for row in rows])[:-1]
+    total = sum(row.samples for row in rows)
+    before = np.cumsum([0] + [row.samples for row in rows])[:-1]
     expected = [0.05 * (1 + math.cos(math.pi * share)) / 2 for share in before / total]
-    np.testing.assert_allclose([row["learning_rate"] for row in rows], expected, rtol=0.01)
+    np.testing.assert_allclose([row.learning_rate for row in rows], expected, rtol=0.01)
     epochs = [0.05 * (1 + math.cos(math.pi * epoch / 6)) / 2 for epoch in range(6)]
     assert not np.allclose(expected, epochs, rtol=0.05)
 

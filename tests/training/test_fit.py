@@ -43,7 +43,7 @@ def test_fit_is_plain_training_bit_for_bit(tmp_path):
 
 def test_a_baseline_uses_every_view_of_a_sample_before_any_twice(tmp_path):
     fitted(tmp_path / "run", epochs=12, padding=1, evaluate_every=12)
-    assert [row["view"] for row in read_metrics(tmp_path / "run")] == [*range(9), 0, 1, 2]
+    assert [row.view for row in read_metrics(tmp_path / "run")] == [*range(9), 0, 1, 2]
 
 
 @pytest.mark.parametrize(("epochs", "decay"), [(1, "milestones"), (3, "cosine")])
@@ -103,8 +103,8 @@ def test_options_change_what_is_learned_and_still_learn(tmp_path, change):
     fitted(tmp_path / "plain", epochs=8)
     fitted(tmp_path / "other", epochs=8, **change)
     plain, other = (read_metrics(tmp_path / name) for name in ("plain", "other"))
-    assert plain[-1]["loss"] != other[-1]["loss"]
-    assert other[-1]["loss"] < 0.7 * other[0]["loss"]
+    assert plain[-1].loss != other[-1].loss
+    assert other[-1].loss < 0.7 * other[0].loss
 
 
 def test_a_few_epochs_teach_digits(tmp_path):
