@@ -57,7 +57,7 @@ def test_broken_off_and_resumed_gives_the_same_bytes(tmp_path, epochs, decay):
 
 def test_a_finished_fit_says_what_was_forwarded_changes_no_byte_and_is_no_run_of_other_settings(tmp_path):
     first = fitted(tmp_path / "run", evaluate_every=3)
-    assert [row["epoch"] for row in read_metrics(tmp_path / "run") if "test_accuracy" in row] == [2, 3]
+    assert [row.epoch for row in read_metrics(tmp_path / "run") if row.test_accuracy is not None] == [2, 3]
     assert (first["relative_cost"], first["student_samples"], first["epochs"]) == (1, 480, 4)
     assert (first["teacher_forwards"], first["count"]) == (0, 120)
     before = everything(tmp_path / "run")
@@ -77,7 +77,7 @@ def test_the_saved_network_is_a_teacher_of_the_accuracy_it_claims(tmp_path):
     rule = rules.plain(rules.rule_from(FitSettings(**RECIPE), (16, 16)))
     logits = evaluation.predict(network.module, network.transform, evaluation.first_views(SMALL.test, rule, CPU))
     measured = evaluation.measure(logits, SMALL.test.labels)
-    assert measured["test_accuracy"] == summary["accuracy_last"] == read_metrics(tmp_path / "run")[-1]["test_accuracy"]
+    assert measured["test_accuracy"] == summary["accuracy_last"] == read_metrics(tmp_path / "run")[-1].test_accuracy
     assert summary["calibration_error"] == measured["test_calibration_error"]
     assert json.loads((tmp_path / "run" / "model.json").read_bytes())["accuracy"] == summary["accuracy_last"]
 
