@@ -59,14 +59,15 @@ def test_every_option_gives_the_rows_of_memory(tmp_path_factory, options, keep, 
     path = tmp_path_factory.mktemp("options") / "before.parquet"
     manifest.write(path, previous)
     common = {"count": 30, "stage": 2, "keep": keep, "excluded": excluded}
-    more = {"folder": path.parent / "spill", "memory_bytes": 1, "before": manifest.read_document(path)}
+    more = {"folder": path.parent / "spill", "memory_bytes": 1}
+    more |= {"previous": path, "before": manifest.read_document(path)}
     try:
         held = summary.plan(source, option, previous=previous, **common)
     except SettingsError as error:
         with pytest.raises(SettingsError, match=str(error)[:20]), large.planned(source, option, **common, **more):
             pass
         return
-    with large.planned(source, option, previous=path, **common, **more) as plan:
+    with large.planned(source, option, **common, **more) as plan:
         for block in source.blocks():
             found, expected = plan.columns(block), held.columns(block)
             assert found.keys() == expected.keys()
