@@ -60,7 +60,7 @@ def test_a_legend_stays_inside_its_figure(length):
 
 
 def test_a_picture_is_a_png_of_its_size():
-    picture = figures.drawn("k", "t", "c", 2.0, lambda figure: figure.subplots().plot([1, 2]))
+    picture = figures.drawn("cost", 2.0, lambda figure: figure.subplots().plot([1, 2]))
     image = Image.open(io.BytesIO(picture.png))
     assert image.size == (figures.WIDTH * figures.DOTS, 2.0 * figures.DOTS)
     assert np.asarray(image.convert("L")).min() < 128
