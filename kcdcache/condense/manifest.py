@@ -1,6 +1,6 @@
 """What must hold of the rows of a condensed set: of a whole one, or block by block in bounded memory."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -268,12 +268,9 @@ ARRAYS: dict[str, type] = {
 }  # fmt: skip
 """column -> its type, in the order of the digest"""
 SCHEMA = pa.schema([
-    ("index", pa.int64()), ("part", pa.string()), ("partner", pa.int64()), ("epsilon", pa.float32()),
-    ("rank", pa.int64()), ("value", pa.float32()), ("visits", pa.int32()), ("weight", pa.float32()),
+    ("index", pa.int64()), ("part", pa.dictionary(pa.int32(), pa.string())), ("partner", pa.int64()),
+    ("epsilon", pa.float32()), ("rank", pa.int64()), ("value", pa.float32()), ("visits", pa.int32()), ("weight", pa.float32()),
 ])  # fmt: skip
-_NAMES = pa.dictionary(pa.int8(), pa.string())
-SCHEMA_WRITTEN = SCHEMA.set(1, pa.field("part", _NAMES))
-"""the same file comes of it: parts are written as numbers of names, and read as names"""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -375,7 +372,7 @@ def write(path: Path, manifest: Manifest, partition_rows: int | None = None) -> 
     """
     if partition_rows is not None and manifest.count > partition_rows:
         content = seal_of(manifest.document(), manifest.digest, manifest.count, partition_rows)
-        parquet.write(path, content, SCHEMA_WRITTEN, lambda span: _cells_of(manifest, span))
+        parquet.write(path, content, SCHEMA, lambda span: _cells_of(manifest, span))
         return
     table = cells(manifest.columns()).replace_schema_metadata(metadata(manifest.document(), manifest.digest))
     create_exclusive(path, parquet.encode(table))
@@ -394,7 +391,6 @@ def read(path: Path | str, most_rows: int = MOST_ROWS) -> Manifest:
     """
     path = Path(path)
     with parquet.opened(path, most_rows) as reader:
-        reader.check()  # before anything it says is taken up
         document = _document(reader.schema, path)
         blocks = list(_checked(reader, document, path))
     columns: dict[str, Any] = {name: _joined([block[name] for block in blocks], kind) for name, kind in ARRAYS.items()}
@@ -426,7 +422,6 @@ def read_document(
             with the digest of a valid manifest is that manifest.
     """
     with parquet.opened(path, most_rows) as reader:
-        reader.check()  # before anything it says is taken up
         document = _document(reader.schema, path)
         for columns in _checked(reader, document, path):
             if each is not None:
@@ -446,9 +441,14 @@ def arrays(
     return {name: _column(table, name, path, first) for name in names}
 
 
-def seal_of(document: Mapping[str, Any], digest: str, count: int, partition_rows: int) -> parquet.Seal:
-    """Return the record of a folder for a manifest, as yet without parts."""
-    return parquet.Seal(METADATA_KEY, count, partition_rows, {**document, "digest": digest}, None, ())
+def seal_of(
+    document: Mapping[str, Any], digest: str, count: int, partition_rows: int, parts: Sequence[parquet.Part] = ()
+) -> parquet.Seal:
+    """Return the record of a folder for a manifest; as yet without parts, if none are given."""
+    return parquet.Seal(
+        key=METADATA_KEY, samples=count, partition_rows=partition_rows, document={**document, "digest": digest},
+        parts=tuple(parts),
+    )  # fmt: skip
 
 
 def require_knowledge(
@@ -518,7 +518,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
 
 def cells(columns: Mapping[str, np.ndarray]) -> pa.Table:
     """Return rows as they stand in a file."""
-    parts = pa.DictionaryArray.from_arrays(columns["mixed"].astype(np.int8), [KEPT, MIXED])
+    parts = pa.DictionaryArray.from_arrays(columns["mixed"].astype(np.int32), [KEPT, MIXED])
     found = {name: pa.array(column) for name, column in columns.items() if name != "mixed"}
     found["partner"] = pa.array(columns["partner"], mask=~columns["mixed"])
     found["value"] = pa.array(columns["value"], mask=columns["visits"] == 0)
@@ -584,7 +584,7 @@ def _column(table: pa.Table, name: str, path: Path, first: int) -> np.ndarray:
     """Return a column of some rows, `first` rows after the beginning of the file."""
     if name != "mixed":
         return _filled(table, name, {"partner": -1, "value": 0}.get(name), path)
-    part = table.column("part").combine_chunks().dictionary_encode()
+    part = table.column("part").unify_dictionaries().combine_chunks()
     names = part.dictionary.to_pylist()
     codes = part.indices.fill_null(-1).to_numpy(zero_copy_only=False)
     mixed: np.ndarray = codes == (names.index(MIXED) if MIXED in names else -2)

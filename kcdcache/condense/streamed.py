@@ -116,17 +116,17 @@ def write_parts(
     waiting: list[Block] = []
     for span in parquet.spans(plan.count, partition_rows):
         rows = _rows(plan, _until(span.stop, blocks, waiting))
-        parts.append(parquet.write_part(folder, span, manifest.SCHEMA_WRITTEN, tally.tables(rows)))
+        parts.append(parquet.write_part(folder, span, manifest.SCHEMA, tally.tables(rows)))
     next(blocks, None)  # the source compares digests at its end
     made = tally.made(plan, values=source.fingerprint(), **facts)
     document = made.document_of(plan.kept)
     name = tally.digest.over(canonical_json(document))
-    content = manifest.seal_of(document, name, plan.count, partition_rows)._replace(parts=tuple(parts))
+    content = manifest.seal_of(document, name, plan.count, partition_rows, parts)
     return told(made, tally.totals, name), content
 
 
 def _written(blocks: Iterable[pa.Table], sink: BinaryIO | None) -> parquet.Writer | None:
-    writer = None if sink is None else parquet.Writer(sink, manifest.SCHEMA_WRITTEN)
+    writer = None if sink is None else parquet.Writer(sink, manifest.SCHEMA)
     for table in blocks:
         if writer is not None:
             writer.write(table)
