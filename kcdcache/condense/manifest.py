@@ -269,7 +269,8 @@ ARRAYS: dict[str, type] = {
 """column -> its type, in the order of the digest"""
 SCHEMA = pa.schema([
     ("index", pa.int64()), ("part", pa.dictionary(pa.int32(), pa.string())), ("partner", pa.int64()),
-    ("epsilon", pa.float32()), ("rank", pa.int64()), ("value", pa.float32()), ("visits", pa.int32()), ("weight", pa.float32()),
+    ("epsilon", pa.float32()), ("rank", pa.int64()), ("value", pa.float32()), ("visits", pa.int32()),
+    ("weight", pa.float32()),
 ])  # fmt: skip
 
 
