@@ -10,7 +10,7 @@ import pyarrow as pa
 from jaxtyping import Int64
 
 from kcdcache.condense import manifest
-from kcdcache.condense.manifest import Facts, Totals, told
+from kcdcache.condense.manifest import Facts, Totals, summary_of
 from kcdcache.condense.value_files import Block, Source
 from kcdcache.condense.values import Values
 from kcdcache.errors import MismatchError
@@ -122,7 +122,7 @@ def write_parts(
     document = made.document_of(plan.kept)
     name = tally.digest.over(canonical_json(document))
     content = manifest.seal_of(document, name, plan.count, partition_rows, parts)
-    return told(made, tally.totals, name), content
+    return summary_of(made, tally.totals, name), content
 
 
 def _written(blocks: Iterable[pa.Table], sink: BinaryIO | None) -> parquet.Writer | None:
@@ -138,7 +138,7 @@ def _ended(writer: parquet.Writer | None, tally: Tally, made: Facts) -> dict[str
     name = tally.digest.over(canonical_json(document))
     if writer is not None:
         writer.close(manifest.metadata(document, name))
-    return told(made, tally.totals, name)
+    return summary_of(made, tally.totals, name)
 
 
 def _rows(plan: Planned, blocks: Iterable[Block]) -> Iterator[dict[str, np.ndarray]]:
