@@ -13,7 +13,7 @@ import torch
 from kcdcache.errors import require_same
 
 COMPARED = ("python", "versions", "device", "device_name", "threads", "processes")
-LIBRARIES = ("kcdcache", "torch", "torchvision", "zarr", "numpy", "pyarrow")
+LIBRARIES = ("kcdcache", "torch", "torchvision", "numpy", "pyarrow")
 
 
 def environment(device: torch.device, threads: int, processes: int = 1) -> dict[str, Any]:

@@ -14,8 +14,10 @@ KcdcacheError                    1   input/output error or a fault of ours
 └── InterruptedRunError    130/143   stopped by a signal; run it again to resume
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class KcdcacheError(Exception):
@@ -101,6 +103,15 @@ def printable(text: str) -> str:
     'a\\\\x1b[31m'
     """
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def attempt(report: Callable[[str], object], read: Callable[..., T], *arguments: Any) -> T | None:
+    """Return what `read` finds, or None where it raises an error of ours, whose message goes to `report`."""
+    try:
+        return read(*arguments)
+    except KcdcacheError as error:
+        report(str(error))
+        return None
 
 
 def first_difference(expected: Any, found: Any, place: str = "") -> tuple[str, Any, Any] | None:

@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
 
-from kcdcache.files.atomic import read_json
+from kcdcache.files.records import read_json
 from kcdcache.networks import registry
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -43,9 +43,9 @@ def draw_stages(axes: Axes, run: Path) -> None:
 
 def draw_curves(axes: Axes, folders: list[Path]) -> None:
     for folder, colour in zip(folders, COLOURS, strict=False):
-        rows = [row for row in state.read_metrics(folder) if "test_accuracy" in row]
-        samples = [row["samples_so_far"] / 1000 for row in rows]
-        accuracy = [100 * row["test_accuracy"] for row in rows]
+        rows = [row for row in state.read_metrics(folder) if row.test_accuracy is not None]
+        samples = [row.samples_so_far / 1000 for row in rows]
+        accuracy = [100 * row.test_accuracy for row in rows]
         axes.plot(samples, accuracy, marker="o", markersize=4, color=colour, label=folder.name)
     axes.set(
         xlabel="student samples consumed (thousands)", ylabel="test accuracy (%)", title="Accuracy against consumption"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from kcdcache.files.atomic import read_json
+from kcdcache.files.records import read_json
 
 RESULTS = Path(__file__).parent / "results"
 CONDENSED = ("kcd", "direct", "paper", "release")

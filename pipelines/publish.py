@@ -11,7 +11,7 @@ import json
 import shutil
 from pathlib import Path
 
-from kcdcache.files.atomic import read_json
+from kcdcache.files.records import read_json
 from kcdcache.recipes.recipe import table
 from kcdcache.report import page
 

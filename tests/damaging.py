@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kcdcache.condense import manifest, value_files
-from kcdcache.files import records
+from kcdcache.files import run_files
 from kcdcache.networks.weights import load_network
 from kcdcache.runs import state
 from kcdcache.runs.folder import RunFolder
@@ -153,7 +153,7 @@ def read_run(path, names):
     document, weights = load_network(path, "student")
     return {
         "record": state.read_record(folder),
-        "files": records.read(path),
+        "files": run_files.read(path),
         "checkpoint": read_checkpoint(path),
         "manifests": sets,
         "values": {name: read_values(path / name, count) for name in names if name.endswith("values.parquet")},

@@ -2,7 +2,8 @@
 
 import zlib
 
-from kcdcache.files.atomic import read_json, sealed_json, sha256_bytes, sha256_file
+from kcdcache.files.atomic import sha256_bytes, sha256_file
+from kcdcache.files.records import read_json, sealed_json
 from kcdcache.store import log
 
 I32, I64, BINARY, LIST, STRUCT = 5, 6, 8, 9, 12

@@ -4,8 +4,10 @@ import numpy as np
 import torch
 
 from kcdcache.data.spec import DataIdentity
+from kcdcache.files.records import canonical_json, parse
 from kcdcache.store import encoding, reader, writer
 from kcdcache.store.identity import Knowledge, TeacherIdentity
+from kcdcache.store.log import PlanRecord
 from kcdcache.store.plan import plan_from, plan_store
 from kcdcache.views.identity import ViewIdentity
 
@@ -60,12 +62,17 @@ def make(path, plan=None):
     return path
 
 
+def plan_of_document(document):
+    """The plan that a store of this plan document would have."""
+    return plan_from(parse(PlanRecord, canonical_json(document), "a plan"))
+
+
 def small_parts(count, views, part_rows, chunk_rows, text="float16", compression="none"):
     """A plan whose parts and chunks are far smaller than `plan_store` makes them, so that tests see many."""
     document = plan_of(count, views, text, compression=compression).document()
     document["part_rows"] = part_rows
     document["fields"][0]["chunk_rows"] = dict.fromkeys(document["fields"][0]["chunk_rows"], chunk_rows)
-    return plan_from(document)
+    return plan_of_document(document)
 
 
 def content(path):

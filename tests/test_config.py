@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from kcdcache import settings
 from kcdcache.errors import NotFoundError, SettingsError
-from kcdcache.files.atomic import canonical_json
+from kcdcache.files.records import canonical_json
 
 MODELS = [
     model

@@ -170,7 +170,7 @@ def test_a_whole_run_on_hardly_anything_ends_with_numbers(tmp_path, count, class
     place = few(tmp_path, count, classes)
     summary = distilled(place, tmp_path / "run", keep=keep, epochs=2, stages=2)
     rows = read_metrics(tmp_path / "run")
-    numbers = [number for row in rows for number in row.values() if isinstance(number, float)]
+    numbers = [number for row in rows for number in row.document().values() if isinstance(number, float)]
     assert len(numbers) > 4
     assert np.isfinite(numbers).all()
     assert summary["kept"] == int(keep * count)

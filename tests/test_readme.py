@@ -55,7 +55,7 @@ def test_own_training_loop_gives_the_losses_of_train(trained):
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(code, "README.md", "exec"), {})
     losses = [float(line.split()[1]) for line in printed.getvalue().splitlines()]
-    assert losses == pytest.approx([row["loss"] for row in read_metrics(trained / "run")], rel=1e-6)
+    assert losses == pytest.approx([row.loss for row in read_metrics(trained / "run")], rel=1e-6)
 
 
 def test_a_method_and_a_network_are_added_as_the_readme_shows(trained):
@@ -71,7 +71,7 @@ def test_a_method_and_a_network_are_added_as_the_readme_shows(trained):
             table.update(held)
     assert 0.05 < float(printed.getvalue()) <= 1
     rows = read_metrics(trained / "shallow")
-    assert [row["kept"] for row in rows] == [1437, 1016]
+    assert [row.kept for row in rows] == [1437, 1016]
 
 
 def test_the_table_of_methods_is_the_catalogue():

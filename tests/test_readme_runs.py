@@ -80,12 +80,12 @@ def test_crd_and_kd_train_from_that_store_without_the_teacher(chain):
     found = told[line_with("train", "crd+kd")]
     assert (found["finished"], found["method"], found["teacher_forwards"]) == (True, "crd+kd", 0)
     assert found["kept"] == 33  # of 48 with --keep 0.7
-    assert [np.isfinite(row["loss"]) for row in read_metrics(folder / "runs" / "crd")] == [True] * 6
+    assert [np.isfinite(row.loss) for row in read_metrics(folder / "runs" / "crd")] == [True] * 6
 
 
 def test_a_condensed_set_teaches_another_student(chain):
     folder, told = chain
     found = told[line_with("train", "--manifest")]
-    assert {row["kept"] for row in read_metrics(folder / "runs" / "reuse")} == {33}
+    assert {row.kept for row in read_metrics(folder / "runs" / "reuse")} == {33}
     assert found["student_samples"] == 6 * 33
     assert (folder / "half.parquet").is_file()

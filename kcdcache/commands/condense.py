@@ -11,7 +11,7 @@ from kcdcache.condense.schedule import kept_count
 from kcdcache.condense.value_files import Source
 from kcdcache.errors import LockedError, MismatchError
 from kcdcache.files import atomic, parquet
-from kcdcache.files.atomic import create_filled
+from kcdcache.files.atomic import create_exclusive
 from kcdcache.progress import Progress, silent
 from kcdcache.report import show
 from kcdcache.settings import CondenseCommand
@@ -185,7 +185,7 @@ def _write_once(path: Path, write: Callable[[BinaryIO | None], dict[str, Any]], 
     there = path.exists()
     if not there:
         try:
-            create_filled(path, fill)
+            create_exclusive(path, fill)
         except LockedError:  # another process was first, perhaps with the same
             there = True
     atomic.remove_orphans(path)

@@ -1,1 +1,1 @@
-"""From the value estimate to the condensed set; free of torch and zarr."""
+"""From the value estimate to the condensed set; free of torch."""

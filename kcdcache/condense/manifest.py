@@ -13,8 +13,9 @@ from jaxtyping import Bool, Float32, Int32, Int64, Integer, Shaped
 
 from kcdcache.condense.schedule import kept_count
 from kcdcache.errors import CorruptionError, MismatchError
-from kcdcache.files import parquet, records
-from kcdcache.files.atomic import canonical_json, create_exclusive
+from kcdcache.files import parquet, run_files
+from kcdcache.files.atomic import create_exclusive
+from kcdcache.files.records import canonical_json
 
 METADATA_KEY = "kcdcache.manifest"
 MOST_ROWS = 10**8
@@ -260,7 +261,7 @@ def read(path: Path | str, most_rows: int = MOST_ROWS) -> Manifest:
     facts = {name: document[name] for name in FACTS}
     counts = facts["class_counts"]
     found = Manifest(**columns, **{**facts, "class_counts": tuple(counts) if isinstance(counts, list) else counts})
-    records.require(path, records.Facts(len(found), found.digest))
+    run_files.require(path, run_files.Facts(len(found), found.digest))
     return found
 
 
@@ -289,7 +290,7 @@ def read_document(
         for columns in _checked(reader, document, path):
             if each is not None:
                 each(columns["index"])
-        records.require(path, records.Facts(reader.rows, document["digest"]))
+        run_files.require(path, run_files.Facts(reader.rows, document["digest"]))
     return document
 
 

@@ -15,8 +15,8 @@ from kcdcache.condense.value_files import Block, Source
 from kcdcache.condense.values import Values
 from kcdcache.errors import MismatchError
 from kcdcache.files import parquet
-from kcdcache.files.atomic import canonical_json
 from kcdcache.files.parquet import Seal
+from kcdcache.files.records import canonical_json
 
 
 @runtime_checkable

@@ -15,8 +15,9 @@ from jaxtyping import Bool, Float32, Int32, Int64, Shaped
 from kcdcache.condense import values
 from kcdcache.condense.values import MOST_VISITS, Values
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NonFiniteError, NotFoundError, SettingsError
-from kcdcache.files import parquet, records
-from kcdcache.files.atomic import canonical_json, write_atomic
+from kcdcache.files import parquet, run_files
+from kcdcache.files.atomic import write_atomic
+from kcdcache.files.records import canonical_json
 
 METADATA_KEY = "kcdcache.values"
 FORMAT_VERSION = 0

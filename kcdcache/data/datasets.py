@@ -22,7 +22,8 @@ from kcdcache.data.images import DecodedImages, EncodedImages, Origins, Split, S
 from kcdcache.data.label_noise import Corruption
 from kcdcache.data.spec import DataIdentity, DataSpec, parse
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, SettingsError, UnsafeError
-from kcdcache.files.atomic import canonical_json, naming, open_plain, parse_json, sha256_bytes
+from kcdcache.files.atomic import naming, open_plain, sha256_bytes
+from kcdcache.files.records import canonical_json, parse_json
 
 logger = logging.getLogger(__name__)
 

@@ -409,7 +409,7 @@ def _commits(record: Record) -> list[Commit]:
     expected = replace(record.knowledge, subset=subset).document()
     names = (f"the record of {record.path}", HELD)
     require_same(expected, read_store_identity(root).document(), names, "export it again")
-    if len(commits) != 1 or commits[0].plan != record.content.layout:
+    if len(commits) != 1 or commits[0].plan.document() != record.content.layout:
         raise CorruptionError(f"{root} has another plan than {RECORD} says; export it again")
     return commits
 

@@ -12,16 +12,8 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, UnfinishedError
 from kcdcache.files import parquet
-from kcdcache.files.atomic import (
-    MOST_FILE_BYTES,
-    canonical_json,
-    digest_of,
-    read_sealed,
-    sealed_json,
-    sha256_bytes,
-    sha256_file,
-    write_atomic,
-)
+from kcdcache.files.atomic import MOST_FILE_BYTES, sha256_bytes, sha256_file, write_atomic
+from kcdcache.files.records import canonical_json, digest_of, read_sealed_object, sealed_json
 from kcdcache.settings import Settings
 from kcdcache.store.identity import Knowledge, knowledge_from
 
@@ -146,7 +138,7 @@ def read(path: Path) -> Record:
         if (path / STORE).is_dir():
             raise UnfinishedError(f"the export in {path} was cut short (no {RECORD}); run its command again")
         raise NotFoundError(f"no exported set at {path} (no {RECORD} in it); make one with `kcdcache export`")
-    found = read_sealed(file, "format_version", "content", "id", "made")
+    found = read_sealed_object(file, "format_version", "content", "id", "made")
     if (version := found["format_version"]) != FORMAT_VERSION:
         raise MismatchError(
             f"{file} has format {version!r:.40}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache"

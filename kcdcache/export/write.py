@@ -29,15 +29,8 @@ from kcdcache.export import condensed_set, record
 from kcdcache.export.condensed_set import PartialImages
 from kcdcache.export.record import IMAGES, MANIFEST, Baked, Content, Images
 from kcdcache.files import parquet
-from kcdcache.files.atomic import (
-    canonical_json,
-    create_filled,
-    read_bytes,
-    remove,
-    remove_leftovers,
-    require_no_links,
-    write_atomic,
-)
+from kcdcache.files.atomic import create_exclusive, read_bytes, remove, remove_leftovers, require_no_links, write_atomic
+from kcdcache.files.records import canonical_json
 from kcdcache.progress import Progress, silent
 from kcdcache.runs import state
 from kcdcache.settings import ExportCommand
@@ -392,7 +385,7 @@ def _write_images(plan: _Plan) -> Images:
         path = plan.command.out / record.SPLITS[name]
         path.parent.mkdir(exist_ok=True)
         remove(path)
-        create_filled(path, partial(_write_split, split=split, index=index, classes=data.classes))
+        create_exclusive(path, partial(_write_split, split=split, index=index, classes=data.classes))
         kinds[name] = "pixels" if isinstance(split.source, DecodedImages) else "files"
     return Images.model_validate(
         kinds | {"mean": list(data.mean), "std": list(data.std), "test_digest": data.test.digest()}

@@ -1,215 +1,179 @@
-"""What a run wrote: rows, digest and SHA-256 of its files in one record, so that a swapped or stale one is refused."""
+"""Records: JSON in one canonical form, read by strict models, with a digest of its own in which damage shows."""
 
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from kcdcache.errors import CorruptionError, MismatchError
-from kcdcache.files.atomic import (
-    MOST_FILE_BYTES,
-    digest_of,
-    read_object,
-    read_sealed,
-    sealed_json,
-    sha256_file,
-    write_atomic,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
-T = TypeVar("T")
+from kcdcache.errors import CorruptionError, UnsafeError
+from kcdcache.files.atomic import read_bytes, sha256_bytes
 
-FILE = "files.json"
-RUN = "run.json"
-CLOCKED = ("summary.json",)
-"""files with clock times in them: their digest leaves those out, and nobody keeps a SHA-256 of them"""
-_NAMES = re.compile(
-    r"(values|given)\.parquet|stages/\d+/(manifest|values)\.parquet|(student|model)\.(safetensors|json)|summary\.json"
-)
+MOST_RECORD_BYTES = 64 * 2**20
+MOST_JSON_VALUES = 10**6
+"""values in one JSON text: in memory each takes up to some 150 bytes, however few it has in the file"""
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+"""of anything, or an index"""
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""64 hexadecimal digits"""
 
 
-class Facts(NamedTuple):
-    """What is known of a file before it is written."""
+class Record(BaseModel):
+    """What stands in a JSON object of ours: frozen, finite, every key known, no type guessed."""
 
-    rows: int | None = None
-    """rows of a table"""
-    digest: str | None = None
-    """digest of what it means: of a manifest, of values, of a summary without its clock times"""
+    # built when first used: a command needs few of these
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
-
-class Entry(NamedTuple):
-    """A finished file."""
-
-    rows: int | None
-    digest: str | None
-    bytes: int | None
-    sha256: str | None
+    def document(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return self.model_dump(mode="json")
 
 
-class Record(NamedTuple):
-    """All of a run's files by their name in its folder."""
+class Sealed(Record):
+    """A record in a file of its own, which `sealed_json` writes and `read_sealed` reads."""
 
-    files: Mapping[str, Entry]
-    """finished ones"""
-    pending: frozenset[str]
-    """being written now, or cut short by a kill: the run's command writes them again"""
+    digest: str = Field(default="", exclude=True, repr=False)
+    """SHA-256 of all else, in the file alone: empty here"""
 
 
-def run_id(run: Path) -> str | None:
-    """Return the digest of a run's settings and inputs, or None where there is no run.
+class Sparse(Sealed):
+    """A record whose unset entries are not written."""
+
+    def document(self) -> dict[str, Any]:
+        """Return what is set of it as JSON values."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+R = TypeVar("R", bound=BaseModel)
+S = TypeVar("S", bound=Sealed)
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return `value` as JSON bytes that are equal whenever the values are: sorted keys, no spaces, no NaN.
 
     Raises:
-        CorruptionError: its run.json is damaged.
+        ValueError: a float is not finite.
+
+    >>> canonical_json({"b": 1, "a": [1.5, None]})
+    b'{"a":[1.5,null],"b":1}'
     """
-    file = run / RUN
-    if not file.exists():
-        return None
-    document = read_object(file, "settings", "inputs")
-    return digest_of([document["settings"], document["inputs"]])
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
 
 
-def read(run: Path) -> Record:
-    """Return the record of a run's files; an empty one where nothing was written yet.
+def readable_json(value: Any) -> bytes:
+    """Return `value` as indented JSON bytes for people, with sorted keys and a closing newline."""
+    return (json.dumps(value, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def digest_of(value: Any) -> str:
+    """Return the SHA-256 of a JSON value in canonical form."""
+    return sha256_bytes(canonical_json(value))
+
+
+def sealed_json(document: Mapping[str, Any], form: Callable[[Any], bytes] = canonical_json) -> bytes:
+    """Return a document as JSON with its own SHA-256 under `digest`, so that damage shows."""
+    return form({**document, "digest": digest_of(document)})
+
+
+def parse_json(data: bytes, where: Path | str) -> Any:
+    """Return the value of a JSON text in UTF-8.
 
     Raises:
-        CorruptionError: the record is damaged.
-        MismatchError: it is another run's; prints both ids.
+        UnsafeError: it holds more values than any record of ours.
+        CorruptionError: it is no such text, or nested too deeply.
     """
-    file = run / FILE
-    if not file.exists():
-        return Record({}, frozenset())
-    found = read_sealed(file, "run", "files", "pending")
-    if found["run"] != (own := run_id(run)):
-        raise MismatchError(f"{file} is of run {found['run']}, {run / RUN} of {own}: they are of different runs")
+    _require_few_values(data, where)
     try:
-        record = Record({name: Entry(**entry) for name, entry in found["files"].items()}, frozenset(found["pending"]))
-        if odd := [name for name in (*record.files, *record.pending) if not _NAMES.fullmatch(name)]:
-            raise ValueError(f"it names {odd[0]!r:.80}, which no file of a run is called")
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CorruptionError(f"{file} is damaged: {error}") from None
-    return record
+        found = from_json(data, allow_inf_nan=False)
+        json.dumps(found, allow_nan=False)  # numbers beyond floats were read as infinite
+        return found
+    except ValueError as error:
+        raise CorruptionError(f"{where} should hold JSON: {error}") from None
 
 
-@contextmanager
-def writing(run: Path, files: Mapping[str, Facts]) -> Iterator[None]:
-    """Announce files of a run, let the body write them, then record what lies there.
-
-    A kill inside leaves them announced: readers take them as they are (each is whole by itself), and the run's command
-    writes them again. One writer at a time (the run's lock).
+def parse(model: type[R], data: bytes, where: Path | str) -> R:
+    """Return a JSON text as its model.
 
     Raises:
-        NoSpaceError: the disk is full.
+        UnsafeError: it holds more values than any record of ours.
+        CorruptionError: it is no such text, or an entry is missing, unknown, or not what it should be; names it.
     """
-    before = read(run)
-    known = {name: entry for name, entry in before.files.items() if name not in files}
-    if not before.pending >= set(files):
-        _write(run, Record(known, before.pending | set(files)))
-    yield
-    made = {name: _entry(run / name, name, facts) for name, facts in files.items()}
-    _write(run, Record(known | made, before.pending - set(files)))
+    _require_few_values(data, where)
+    try:
+        return model.model_validate_json(data)
+    except ValidationError as error:
+        raise CorruptionError(f"{where} is damaged or was changed: {told(error)}") from None
 
 
-def cut_short(run: Path, name: str) -> bool:
-    """Return whether a kill fell between the announcement of a file and its record, so that it must be made again."""
-    return name in read(run).pending
+def told(error: ValidationError) -> str:
+    """Return what is wrong with the first entry that does not fit a model."""
+    item = error.errors(include_url=False)[0]
+    place = ".".join(map(str, item["loc"]))
+    return f"{place:.200}: {item['msg']}, found {item['input']!r:.80}" if place else f"{item['msg']:.200}"
 
 
-def place_of(path: Path) -> tuple[Path, str] | None:
-    """Return (run folder, name in it) of a file that runs keep a record of, or None for any other."""
-    whole = path.resolve()
-    for folder in (whole.parent, *whole.parents[2:3]):
-        name = str(whole.relative_to(folder))
-        if _NAMES.fullmatch(name) and (folder / RUN).exists():
-            return folder, name
-    return None
-
-
-def require(path: Path, facts: Facts) -> None:
-    """Do nothing if a file that was just read is the one its run wrote, or lies in no run.
+def read_json(path: Path) -> Any:
+    """Return the JSON value in a file.
 
     Raises:
-        MismatchError: it is a whole one, but another; prints both digests and row counts.
-        CorruptionError: its bytes differ, or the run has no record of it.
+        NotFoundError: there is no such file.
+        CorruptionError: the file is not JSON.
+        UnsafeError: it is no plain file, or larger than any record of ours; it is not read.
     """
-    place = place_of(path)
-    if place is None:
-        return
-    record = read(place[0])
-    if place[1] in record.pending:
-        return
-    entry = _known(record, path, place[1])
-    if (entry.rows, entry.digest) != facts:
-        raise MismatchError(
-            f"{path} holds {facts.digest} with {facts.rows} rows, the run wrote {entry.digest} with {entry.rows} rows: "
-            "another file was put in its place; put the run's own back, or start the run anew"
-        )
-    if trouble := _differs(path, entry):
-        raise CorruptionError(f"{path} {trouble}")
+    return parse_json(read_bytes(path, MOST_RECORD_BYTES), path)
 
 
-def steady(path: Path, look: Callable[[], T]) -> T:
-    """Return what `look` finds in a file, looking again where the run replaced the file meanwhile."""
-    while True:
-        before, found = _state(path), look()
-        if _state(path) == before:
-            return found
+def read_object(path: Path, *keys: str) -> dict[str, Any]:
+    """Return the JSON object in a file, which has at least these keys.
+
+    Raises:
+        NotFoundError, UnsafeError: as for `read_json`.
+        CorruptionError: the file is not JSON, not an object, or lacks a key.
+    """
+    return _object(read_json(path), path, *keys)
 
 
-def problems(run: Path, record: Record) -> dict[Path, str]:
-    """Return file -> what is wrong, for each that is missing, not recorded, or not what the run wrote."""
-    found = {}
-    for name, entry in sorted(record.files.items()):
-        if trouble := _differs(run / name, entry):
-            found[run / name] = trouble
-    there = [str(file.relative_to(run)) for file in sorted(run.rglob("*")) if file.is_file()]
-    for name in there:
-        if _NAMES.fullmatch(name) and name not in record.files and name not in record.pending:
-            found[run / name] = _UNKNOWN
+def _object(found: Any, path: Path, *keys: str) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise CorruptionError(f"{path} should hold a JSON object, found {type(found).__name__}")
+    if missing := [key for key in keys if key not in found]:
+        raise CorruptionError(f"{path} should have the key '{missing[0]}', found {', '.join(sorted(found)) or 'none'}")
     return found
 
 
-_UNKNOWN = (
-    f"is not in {FILE}, the record of what the run wrote: an older kcdcache made it, or it was put there by hand; "
-    "start the run anew, and give a set made by hand with --manifest"
-)
+def read_sealed(path: Path, model: type[S], form: Callable[[Any], bytes] = canonical_json) -> S:
+    """Return the record that `sealed_json` wrote in that form, after comparing every byte with it.
+
+    Raises:
+        NotFoundError: there is no such file.
+        CorruptionError: it is not what was written.
+        UnsafeError: it is no plain file, or larger than any record of ours; it is not read.
+    """
+    data = read_bytes(path, MOST_RECORD_BYTES)
+    found = parse(model, data, path)
+    if data != sealed_json(found.document(), form):
+        raise CorruptionError(f"{path} was changed: its content does not match its digest")
+    return found.model_copy(update={"digest": ""})
 
 
-def _state(path: Path) -> Entry | None:
-    place = place_of(path)
-    return read(place[0]).files.get(place[1]) if place else None
+def read_sealed_object(path: Path, *keys: str, form: Callable[[Any], bytes] = canonical_json) -> dict[str, Any]:
+    """Return the document that `sealed_json` wrote in that form, without its digest; it has at least these keys.
+
+    Raises:
+        NotFoundError, CorruptionError, UnsafeError: as for `read_sealed`.
+    """
+    data = read_bytes(path, MOST_RECORD_BYTES)  # once: the file may change meanwhile
+    found = _object(parse_json(data, path), path, *keys)
+    found.pop("digest", None)
+    if data != sealed_json(found, form):
+        raise CorruptionError(f"{path} was changed: its content does not match its digest")
+    return found
 
 
-def _known(record: Record, path: Path, name: str) -> Entry:
-    if name not in record.files:
-        raise CorruptionError(f"{path} {_UNKNOWN}")
-    return record.files[name]
-
-
-def _differs(path: Path, entry: Entry) -> str | None:
-    if not path.is_file():
-        return "is missing; the run wrote it"
-    if entry.sha256 is None:
-        return None
-    if (size := path.stat().st_size) != entry.bytes:
-        return f"has {size} bytes, the run wrote {entry.bytes}; put the run's own file back, or start the run anew"
-    if (found := sha256_file(path, MOST_FILE_BYTES)) != entry.sha256:
-        return (
-            f"is not what the run wrote: its SHA-256 is {found}, recorded was {entry.sha256}; put the run's own file "
-            "back, or start the run anew"
-        )
-    return None
-
-
-def _entry(path: Path, name: str, facts: Facts) -> Entry:
-    if name in CLOCKED:
-        return Entry(facts.rows, facts.digest, None, None)
-    return Entry(facts.rows, facts.digest, path.stat().st_size, sha256_file(path))
-
-
-def _write(run: Path, record: Record) -> None:
-    content: dict[str, Any] = {
-        "run": run_id(run),
-        "files": {name: entry._asdict() for name, entry in record.files.items()},
-        "pending": sorted(record.pending),
-    }
-    write_atomic(run / FILE, sealed_json(content))
+def _require_few_values(data: bytes, where: Path | str) -> None:
+    values = sum(map(data.count, (b",", b"[", b"{")))  # too many only where texts hold such marks
+    if values > MOST_JSON_VALUES:
+        raise UnsafeError(f"{where} holds {values} JSON values, expected at most {MOST_JSON_VALUES}; it is not read")

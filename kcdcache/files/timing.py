@@ -1,16 +1,17 @@
 """Images per second: mean and spread, from lines of clock times or from what was measured."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kcdcache.errors import CorruptionError, UnsafeError
-from kcdcache.files.atomic import MOST_JSON_BYTES, MOST_RECORD_BYTES, parse_json, read_bytes
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+
+from kcdcache.files.atomic import read_bytes
+from kcdcache.files.records import MOST_RECORD_BYTES
 from kcdcache.statistics import spread
 
 MOST_LINES = 10**6
-COUNTS = ("samples", "points")
-"""entries of a line of clock times that say how many images it is about"""
+"""of a file of clock times"""
 
 
 class Rate(NamedTuple):
@@ -34,6 +35,17 @@ class Rate(NamedTuple):
         return f"{self.mean:,.{digits}f}" + ("" if self.std is None else f" ± {self.std:,.{digits}f}")
 
 
+class _Line(BaseModel):
+    """What matters here of a line of clock times."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    seconds: float = Field(gt=0)
+    images: float | None = Field(default=None, validation_alias=AliasChoices("samples", "points"))
+    epoch: int | None = None
+    warm_up: bool = False
+
+
 def rate_of(rates: Iterable[float]) -> Rate | None:
     """Return mean and spread of images per second; None if there are none.
 
@@ -52,19 +64,22 @@ def logged(file: Path) -> Rate | None:
     as `warm_up` are told apart where there are others. A line torn by a power loss counts nothing, and so does one
     without seconds.
     """
-    if not file.exists():
-        return None
-    lines = read_bytes(file, MOST_RECORD_BYTES).split(b"\n", MOST_LINES)[:MOST_LINES]
-    found: dict[tuple[str, int], _Stretch] = {}
-    for number, line in enumerate(lines):
-        if (stretch := _stretch(line, file, number)) is not None:
-            before = found.get(stretch.key)
-            found[stretch.key] = stretch if before is None else before.joined(stretch)
-    steady, first = ([one.rate for one in found.values() if one.warm_up == early] for early in (False, True))
-    if not steady:
-        return rate_of(first)
-    rate = rate_of(steady)
-    return rate if rate is None or not first else rate._replace(warm_up=spread(first).mean)
+    stretches: dict[tuple[str, int], list[_Line]] = {}
+    for number, line in enumerate(_lines(file)):
+        if line.images is not None:
+            key = ("line", number) if line.epoch is None else ("epoch", line.epoch)
+            stretches.setdefault(key, []).append(line)
+    steady, first = (
+        [_rate(lines) for lines in stretches.values() if any(line.warm_up for line in lines) == early]
+        for early in (False, True)
+    )
+    rate = rate_of(steady or first)
+    return rate._replace(warm_up=spread(first).mean) if rate is not None and steady else rate
+
+
+def logged_seconds(file: Path) -> float:
+    """Return the sum of `seconds` over a file of clock times; a line torn by a power loss counts nothing."""
+    return sum((line.seconds for line in _lines(file)), 0.0)
 
 
 def document(rate: Rate | None) -> dict[str, Any] | None:
@@ -75,53 +90,15 @@ def document(rate: Rate | None) -> dict[str, Any] | None:
     return found if rate.warm_up is None else found | {"warm_up": round(rate.warm_up, 2)}
 
 
-class _Stretch(NamedTuple):
-    """What one or more lines tell."""
-
-    key: tuple[str, int]
-    images: float
-    seconds: float
-    warm_up: bool
-
-    @property
-    def rate(self) -> float:
-        return self.images / self.seconds
-
-    def joined(self, other: "_Stretch") -> "_Stretch":
-        return _Stretch(
-            self.key, self.images + other.images, self.seconds + other.seconds, self.warm_up or other.warm_up
-        )
-
-
-def _stretch(line: bytes, file: Path, number: int) -> _Stretch | None:
-    try:
-        row = parse_json(line, file)
-    except (CorruptionError, UnsafeError):
-        return None
-    if not isinstance(row, dict):
-        return None
-    seconds, images = row.get("seconds"), next((row[name] for name in COUNTS if name in row), None)
-    if not isinstance(seconds, int | float) or not isinstance(images, int | float) or seconds <= 0:
-        return None
-    epoch = row.get("epoch")
-    key = ("epoch", epoch) if isinstance(epoch, int) else ("line", number)
-    return _Stretch(key, images, seconds, row.get("warm_up") is True)
-
-
-"""of a file of clock times"""
-
-
-def logged_seconds(file: Path) -> float:
-    """Return the sum of `seconds` over a file of clock times; a line torn by a power loss counts nothing."""
+def _lines(file: Path) -> Iterator[_Line]:
     if not file.exists():
-        return 0.0
-    return sum(_seconds(line, file) for line in read_bytes(file, MOST_JSON_BYTES).split(b"\n", MOST_LINES)[:MOST_LINES])
+        return
+    for text in read_bytes(file, MOST_RECORD_BYTES).split(b"\n", MOST_LINES)[:MOST_LINES]:
+        try:
+            yield _Line.model_validate_json(text)
+        except ValidationError:
+            continue
 
 
-def _seconds(line: bytes, file: Path) -> float:
-    try:
-        found = parse_json(line, file)
-    except (CorruptionError, UnsafeError):
-        return 0.0
-    seconds = found.get("seconds") if isinstance(found, dict) else None
-    return float(seconds) if isinstance(seconds, int | float) else 0.0
+def _rate(lines: list[_Line]) -> float:
+    return sum(line.images or 0 for line in lines) / sum(line.seconds for line in lines)

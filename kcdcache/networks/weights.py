@@ -15,16 +15,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, UnfinishedError, UnsafeError
-from kcdcache.files.atomic import (
-    canonical_json,
-    digest_of,
-    naming,
-    read_bounded,
-    read_json,
-    readable_json,
-    sha256_bytes,
-    write_atomic,
-)
+from kcdcache.files.atomic import naming, read_bytes, sha256_bytes, write_atomic
+from kcdcache.files.records import canonical_json, digest_of, read_json, readable_json
 from kcdcache.networks.input_transform import InputTransform
 
 WRAPPERS = ("model", "state_dict")
@@ -56,7 +48,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         raise NotFoundError(f"no weights file at {path}")
     parse = _parse_safetensors if path.suffix == ".safetensors" else _parse_torch
     with naming(path):
-        data = read_bounded(path, MOST_BYTES)
+        data = read_bytes(path, MOST_BYTES)
     return unwrap(parse(data, path), str(path))
 
 
@@ -151,7 +143,7 @@ def load_network(path: Path, name: str = "model") -> tuple[dict[str, Any], dict[
     if not weights.exists():
         raise CorruptionError(f"{record} describes {weights.name}, which is not there")
     with naming(weights):
-        data = read_bounded(weights, MOST_BYTES)
+        data = read_bytes(weights, MOST_BYTES)
     if sha256_bytes(data) != document["weights_sha256"]:
         raise CorruptionError(f"{weights} is damaged or was replaced: its SHA-256 is not the one in {record.name}")
     return document, _parse_safetensors(data, weights)

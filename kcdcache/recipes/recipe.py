@@ -18,7 +18,8 @@ from kcdcache.commands.tables import TextTable
 from kcdcache.data import spec
 from kcdcache.errors import KcdcacheError, SettingsError
 from kcdcache.files import cloud
-from kcdcache.files.atomic import readable_json, write_atomic
+from kcdcache.files.atomic import write_atomic
+from kcdcache.files.records import readable_json
 from kcdcache.progress import Progress
 from kcdcache.recipes.jobs import Outcome, execute
 from kcdcache.settings import MachineSettings, RunCommand, Settings, nearest

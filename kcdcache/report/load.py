@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, ValidationError
 
 from kcdcache.condense import manifest, value_files, values
 from kcdcache.condense.manifest import Manifest
 from kcdcache.condense.values import Values
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, UnfinishedError
 from kcdcache.files import timing
-from kcdcache.files.atomic import MOST_JSON_BYTES, parse_json, read_bytes, read_object
+from kcdcache.files.atomic import read_bytes
+from kcdcache.files.records import MOST_RECORD_BYTES, canonical_json, parse, parse_json, read_object, told
 from kcdcache.report import show
 from kcdcache.report.show import StoreReport
 from kcdcache.runs import check, state
@@ -219,7 +220,10 @@ def _attempt(path: Path, work: Callable[[], T], problems: list[Problem]) -> T | 
 def _grid(path: Path) -> Grid:
     file = path / RESULTS
     found = read_object(file) if file.exists() else {}
-    return state.parsed(Grid, found | {"path": path, "title": found.get("title") or path.name}, file)
+    try:
+        return Grid.model_validate(found | {"path": path, "title": found.get("title") or path.name})
+    except ValidationError as error:
+        raise CorruptionError(f"{file} is damaged or was changed: {told(error)}") from None
 
 
 def _run(path: Path, grid: Path) -> Run:
@@ -234,9 +238,9 @@ def _run(path: Path, grid: Path) -> Run:
         raise CorruptionError("; ".join(found.problems))
     folder = RunFolder(path=path)
     if not found.finished or found.unfinished:
-        done = read_bytes(folder.metrics, MOST_JSON_BYTES).count(b"\n") if folder.metrics.exists() else 0
+        done = read_bytes(folder.metrics, MOST_RECORD_BYTES).count(b"\n") if folder.metrics.exists() else 0
         raise UnfinishedError(f"{done} epochs are done; run its command again to continue it")
-    record = state.parsed(RunRecord, state.read_record(folder), folder.settings)
+    record = state.read_record(folder)
     seeded = SEEDED.fullmatch(path.name)
     network = next((read_object(file) for name in check.NETWORKS if (file := path / f"{name}.json").exists()), {})
     return Run(
@@ -246,12 +250,9 @@ def _run(path: Path, grid: Path) -> Run:
         seed=int(seeded[2] if seeded else record.settings["seed"]),
         seeded=seeded is not None,
         id=show.id_of(path),
-        summary=state.parsed(Summary, state.read_summary(path), folder.summary),
+        summary=parse(Summary, canonical_json(state.read_summary(path)), folder.summary),
         record=record,
-        metrics=[
-            state.parsed(MetricsRow, row, f"{folder.metrics}, line {number}")
-            for number, row in enumerate(state.read_metrics(path), 1)
-        ],
+        metrics=state.read_metrics(path),
         seconds=_seconds(folder.timing),
         stages=_stages(folder, record.settings),
         classes=tuple(map(str, network.get("classes", ()))),
@@ -261,7 +262,7 @@ def _run(path: Path, grid: Path) -> Run:
 
 def _seconds(file: Path) -> dict[int, float]:
     found: dict[int, float] = {}
-    lines = read_bytes(file, MOST_JSON_BYTES).splitlines()[: timing.MOST_LINES] if file.exists() else []
+    lines = read_bytes(file, MOST_RECORD_BYTES).splitlines()[: timing.MOST_LINES] if file.exists() else []
     for number, line in enumerate(lines, 1):
         try:
             row = parse_json(line, f"{file}, line {number}")

@@ -13,7 +13,8 @@ from markupsafe import Markup
 from kcdcache import __version__
 from kcdcache.condense import compare
 from kcdcache.errors import MismatchError, SettingsError, printable
-from kcdcache.files.atomic import read_bytes, readable_json, write_atomic
+from kcdcache.files.atomic import read_bytes, write_atomic
+from kcdcache.files.records import readable_json
 from kcdcache.report import figures, images, load, robustness, stage_figures, tables
 from kcdcache.report.figures import Picture
 from kcdcache.report.images import Strip

@@ -10,7 +10,8 @@ from kcdcache.condense import manifest, value_files
 from kcdcache.errors import MismatchError, NotFoundError, UnfinishedError
 from kcdcache.export import record
 from kcdcache.files import parquet
-from kcdcache.files.atomic import MOST_FILE_BYTES, MOST_JSON_BYTES, digest_of, read_bytes, read_object, sha256_file
+from kcdcache.files.atomic import MOST_FILE_BYTES, read_bytes, sha256_file
+from kcdcache.files.records import MOST_RECORD_BYTES, digest_of, read_object
 from kcdcache.runs.folder import RunFolder
 from kcdcache.settings import Settings
 from kcdcache.store import identity, log
@@ -146,9 +147,12 @@ def store_report(path: Path) -> StoreReport:
     """
     knowledge = identity.read_store_identity(path)
     commits = _commits(path)
-    plans, records = [commit.plan for commit in commits], [found for commit in commits for found in commit.records]
+    plans, records = (
+        [commit.plan.document() for commit in commits],
+        [found for commit in commits for found in commit.records],
+    )
     for growth in range(len(commits), log.growths(path, "plan")):
-        plans.append(log.read_plan(path, growth))
+        plans.append(log.read_plan(path, growth).document())
         records += log.read_log(path, growth)
     if not plans:
         raise UnfinishedError(f"the store at {path} has no plan yet; run the same `kcdcache precompute` again")
@@ -206,7 +210,7 @@ def _planned_parts(plan: Mapping[str, Any], before: Mapping[str, Any] | None) ->
     return per_view * (plan["views"] - before["views"] if grown and before else plan["views"])
 
 
-def _teacher_accuracy(plan: Mapping[str, Any], records: Sequence[log.Record]) -> dict[str, float]:
+def _teacher_accuracy(plan: Mapping[str, Any], records: Sequence[log.LogEntry]) -> dict[str, float]:
     views = sorted({found.view for found in records if found.view is not None})  # the plan may claim any number
     sums = {view: log.sum_measurements(records, view, plan["count"], plan["part_rows"]) for view in views}
     return {str(view): found["correct"] / found["samples"] for view, found in sums.items() if "correct" in found}
@@ -218,7 +222,7 @@ def _run(path: Path) -> dict[str, Any]:
     summary = read_object(folder.summary) if folder.summary.exists() else None
     return {
         "finished": summary is not None,
-        "epochs_done": read_bytes(folder.metrics, MOST_JSON_BYTES).count(b"\n") if folder.metrics.exists() else 0,
+        "epochs_done": read_bytes(folder.metrics, MOST_RECORD_BYTES).count(b"\n") if folder.metrics.exists() else 0,
         **{name: found[name] for name in ("settings", "inputs", "environment")},
         "stages": [manifest.summary(manifest.read(file)) for file in folder.manifests().values()],
         "summary": summary,
@@ -288,12 +292,12 @@ def _condensed(path: Path) -> dict[str, Any]:
 
 def _store_id(path: Path) -> str | None:
     sealed = log.growths(path, "commit")
-    return sha256_file(log.commit_path(path, sealed - 1), MOST_JSON_BYTES) if sealed else None
+    return sha256_file(log.commit_path(path, sealed - 1), MOST_RECORD_BYTES) if sealed else None
 
 
 def _run_id(path: Path) -> str | None:
     file = RunFolder(path=path).summary
-    return sha256_file(file, MOST_JSON_BYTES) if file.exists() else None
+    return sha256_file(file, MOST_RECORD_BYTES) if file.exists() else None
 
 
 def _values_id(path: Path) -> str | None:

@@ -1,20 +1,21 @@
 """Whether a run's folder is whole: every file is what the run wrote, and all of them belong together."""
 
-import fcntl
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from kcdcache.condense import manifest, value_files
 from kcdcache.condense.manifest import Manifest
 from kcdcache.condense.value_files import ValuesFile
-from kcdcache.errors import KcdcacheError, LockedError, MismatchError, NotFoundError
-from kcdcache.files import cloud, records
-from kcdcache.files.atomic import MOST_JSON_BYTES, open_plain, read_bytes
+from kcdcache.errors import LockedError, MismatchError, NotFoundError, attempt
+from kcdcache.files import cloud, run_files
+from kcdcache.files.atomic import is_locked, read_bytes
+from kcdcache.files.records import MOST_RECORD_BYTES, canonical_json, parse
+from kcdcache.files.run_files import RunFiles
 from kcdcache.networks import weights
 from kcdcache.runs import state
 from kcdcache.runs.folder import RunFolder
+from kcdcache.runs.state import Inputs, RunRecord, Summary
 from kcdcache.store import check as store_check
 from kcdcache.store import reader
 
@@ -38,24 +39,19 @@ class Found(NamedTuple):
 
 
 class _Look:
-    """Reads file after file and keeps what is wrong with them."""
+    """Reads file after file and keeps what is wrong with them, each complaint once."""
 
     def __init__(self, path: Path) -> None:
         self.folder = RunFolder(path=path)
-        self.problems: list[str] = []
+        self.problems: dict[str, None] = {}
 
-    def at(self, read: Callable[[], T]) -> T | None:
+    def at(self, read: Callable[..., T], *arguments: Any) -> T | None:
         """Return what `read` finds, or None with its complaint kept."""
-        try:
-            return read()
-        except KcdcacheError as error:
-            self.add(str(error))
-            return None
+        return attempt(self.add, read, *arguments)
 
     def add(self, problem: str) -> None:
-        """Keep a complaint, once."""
-        if problem not in self.problems:
-            self.problems.append(problem)
+        """Keep a complaint."""
+        self.problems[problem] = None
 
 
 def check(path: Path) -> Found:
@@ -64,44 +60,44 @@ def check(path: Path) -> Found:
     Raises:
         LockedError: damage was found while a process trains here: what it writes changes under the eyes.
     """
-    look = _Look(path)
-    record = look.at(partial(state.read_record, look.folder))
-    files = look.at(partial(records.read, path)) or records.Record({}, frozenset())
+    look, folder = _Look(path), RunFolder(path=path)
+    record = look.at(state.read_record, folder)
+    files = look.at(run_files.read, path) or RunFiles()
     rows = _progress(look)
-    sets = {number: look.at(partial(manifest.read, file)) for number, file in look.folder.manifests().items()}
+    sets = {number: look.at(manifest.read, file) for number, file in folder.manifests().items()}
     whole = {number: found for number, found in sets.items() if found is not None}
     tables = _values(look, whole)
     if record is not None:
-        _chain(look, record["inputs"], whole, tables)
+        _chain(look, record.inputs, whole, tables)
     networks = [name for name in NETWORKS if (path / f"{name}.json").exists() and f"{name}.json" not in files.pending]
     for name in networks:
-        look.at(partial(weights.load_network, path, name))
+        look.at(weights.load_network, path, name)
     mixes = sorted(path.glob("stages/*/*.requery"))
     for made in mixes:
         _mixes(look, made, whole.get(int(made.parent.name)))
-    if look.folder.summary.exists() and look.folder.summary.name not in files.pending:
+    finished = folder.summary.exists()
+    if finished and folder.summary.name not in files.pending:
         _summary(look, rows, record, whole)
-    for file, problem in records.problems(path, files).items():
+    for file, problem in run_files.problems(path, files).items():
         if not any(str(file) in known for known in look.problems):
             look.add(f"{file} {problem}")
     if look.problems:
-        _require_still(look.folder)
+        _require_still(folder)
     counts = {"manifests": len(sets), "values": len(tables), "networks": len(networks), "requeried": len(mixes)}
-    unfinished = tuple(sorted(files.pending))
-    return Found(counts, unfinished, look.folder.summary.exists(), tuple(look.problems))
+    return Found(counts, tuple(sorted(files.pending)), finished, tuple(look.problems))
 
 
 def _progress(look: _Look) -> list[dict[str, Any]]:
     """Check the checkpoint, and that metrics.jsonl holds its rows; return those."""
     folder = look.folder
-    found = look.at(partial(state.load_checkpoint, folder))
+    found = look.at(state.load_checkpoint, folder)
     if found is None:
-        pointer = folder.checkpoints / "latest.json"
-        if folder.metrics.exists() and not pointer.exists():
-            look.add(f"{pointer} is missing, but {folder.metrics.name} tells of finished epochs; start the run anew")
+        if folder.metrics.exists() and not folder.pointer.exists():
+            told = f"{folder.metrics.name} tells of finished epochs; start the run anew"
+            look.add(f"{folder.pointer} is missing, but {told}")
         return []
     rows: list[dict[str, Any]] = found[1]["rows"]
-    written = read_bytes(folder.metrics, MOST_JSON_BYTES) if folder.metrics.exists() else b""
+    written = read_bytes(folder.metrics, MOST_RECORD_BYTES) if folder.metrics.exists() else b""
     behind = not folder.summary.exists() and written == state.metrics_lines(rows[:-1])
     if written != state.metrics_lines(rows) and not behind:  # a kill may fall between a checkpoint and its metrics
         look.add(f"{folder.metrics}, line {_first_difference(written, state.metrics_lines(rows))}: {_OTHER_ROWS}")
@@ -119,35 +115,25 @@ def _first_difference(found: bytes, expected: bytes) -> int:
 
 def _values(look: _Look, sets: dict[int, Manifest]) -> dict[str, ValuesFile]:
     """Check all values files; return those that could be read by their name in the run."""
-    folder = look.folder
-    paths = [folder.values, *(folder.stage_values(number) for number in _numbers(folder.path))]
-    counts = {found.count for found in sets.values()}
-    read = {}
-    for path in paths:
-        if path.exists() and counts:
-            found = look.at(partial(value_files.read, path, max(counts)))
-            if found is not None:
-                read[folder.name_of(path)] = found
-    return read
+    folder, most, found = look.folder, max((chosen.count for chosen in sets.values()), default=0), {}
+    for path in (folder.values, *folder.all_stage_values()):
+        if path.exists() and most and (read := look.at(value_files.read, path, most)) is not None:
+            found[folder.name_of(path)] = read
+    return found
 
 
-def _numbers(path: Path) -> list[int]:
-    names = [file.parent.name for file in path.glob("stages/*/values.parquet")]
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
-def _chain(look: _Look, inputs: dict[str, Any], sets: dict[int, Manifest], tables: dict[str, ValuesFile]) -> None:
+def _chain(look: _Look, inputs: Inputs, sets: dict[int, Manifest], tables: dict[str, ValuesFile]) -> None:
     """Check that manifests and values are of the run's knowledge, and each manifest follows from the one before."""
-    folder, knowledge = look.folder, inputs.get("knowledge_id")
-    given = look.at(partial(manifest.read, folder.given)) if folder.given.exists() else None
-    if given is not None and given.digest != inputs.get("given"):
-        look.add(f"{folder.given} holds manifest {given.digest}, the run began with {inputs.get('given')}")
+    folder, knowledge = look.folder, inputs.knowledge_id
+    given = look.at(manifest.read, folder.given) if folder.given.exists() else None
+    if given is not None and given.digest != inputs.given:
+        look.add(f"{folder.given} holds manifest {given.digest}, the run began with {inputs.given}")
     for number, found in sets.items():
         for problem in _links(folder, number, found, sets, knowledge):
             look.add(f"{folder.manifest(number)} {problem}")
     for name, table in tables.items():
-        if table.document is None or table.document["knowledge_id"] != knowledge:
-            of = None if table.document is None else table.document["knowledge_id"]
+        of = None if table.document is None else table.document["knowledge_id"]
+        if of is None or of != knowledge:
             look.add(f"{folder.path / name} was measured on knowledge {of}, the run is on {knowledge}")
 
 
@@ -168,48 +154,43 @@ def _links(
 
 
 def _mixes(look: _Look, path: Path, of: Manifest | None) -> None:
-    found = look.at(partial(store_check.verify, path))
+    found = look.at(store_check.verify, path)
     for problem in found.problems if found else ():
         look.add(problem)
-    opened = look.at(partial(reader.open, path)) if found and not found.problems else None
+    opened = look.at(reader.open, path) if found and not found.problems else None
     made_for = (opened.knowledge.mixes or {}).get("manifest") if opened else None
     if opened and of is not None and made_for != of.digest:
         look.add(f"{path} holds the teacher's outputs on manifest {made_for}, beside it lies {of.digest}")
 
 
-def _summary(look: _Look, rows: list[dict[str, Any]], record: dict[str, Any] | None, sets: dict[int, Manifest]) -> None:
+def _summary(look: _Look, rows: list[dict[str, Any]], record: RunRecord | None, sets: dict[int, Manifest]) -> None:
     """Check the summary against what it sums up."""
     folder = look.folder
-    summary = look.at(partial(state.read_summary, folder.path))
-    if summary is None or record is None or not rows:
+    written = look.at(state.read_summary, folder.path)
+    found = look.at(parse, Summary, canonical_json(written), folder.summary) if written is not None else None
+    if found is None or record is None or not rows:
         return
-    expected = state.outcome(rows, summary["count"], record["settings"]["epochs"])
+    expected = state.outcome(rows, found.count, record.settings["epochs"])
     expected["seconds"] = state.seconds_spent(folder)
-    if "condensed_set" in summary:
+    if found.condensed_set is not None:
         expected |= {name: sum(row[name] for row in rows) for name in SUMS}
-        expected |= look.at(partial(_exported, folder, summary, sets)) or {}
+        expected |= look.at(_exported, folder, found, sets) or {}
     for name, wanted in expected.items():
-        if summary.get(name) != wanted:
-            look.add(f"{folder.summary}, {name}: {summary.get(name)}, but the run's other files give {wanted}")
+        if getattr(found, name) != wanted:
+            look.add(f"{folder.summary}, {name}: {getattr(found, name)}, but the run's other files give {wanted}")
 
 
-def _exported(folder: RunFolder, summary: dict[str, Any], sets: dict[int, Manifest]) -> dict[str, Any]:
+def _exported(folder: RunFolder, summary: Summary, sets: dict[int, Manifest]) -> dict[str, Any]:
     """Return what a summary should say of the exported set, which is the last one."""
     if not sets:
         raise NotFoundError(f"no readable manifest in {folder.path / 'stages'}, but a summary that names one")
     last = max(sets)
-    if summary["count"] != sets[last].count:
-        raise MismatchError(f"{folder.summary} counts {summary['count']} samples, the set {sets[last].count}")
+    if summary.count != sets[last].count:
+        raise MismatchError(f"{folder.summary} counts {summary.count} samples, the set {sets[last].count}")
     return {"condensed_set": folder.name_of(folder.manifest(last)), "kept": len(sets[last])}
 
 
 def _require_still(folder: RunFolder) -> None:
     cloud.require_free(folder.path)
-    lock = cloud.lock_file(folder.lock)
-    if not lock.exists():
-        return
-    with open_plain(lock) as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LockedError(f"{folder.path} is being written: verify it when its command has ended") from None
+    if is_locked(cloud.lock_file(folder.lock)):
+        raise LockedError(f"{folder.path} is being written: verify it when its command has ended")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from kcdcache.files import records
+from kcdcache.files import run_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,11 @@ class RunFolder:
         return self.path / "checkpoint"
 
     @property
+    def pointer(self) -> Path:
+        """Which checkpoint that is."""
+        return self.checkpoints / "latest.json"
+
+    @property
     def scratch(self) -> Path:
         """Folder of memory-mapped knowledge."""
         return self.path
@@ -67,12 +72,19 @@ class RunFolder:
 
     def manifests(self) -> dict[int, Path]:
         """Return number of a stage -> its manifest, of all that there are, in order."""
-        names = [file.parent.name for file in self.path.glob("stages/*/manifest.parquet")]
-        return {number: self.manifest(number) for number in sorted(int(name) for name in names if name.isdecimal())}
+        return {number: self.manifest(number) for number in self._numbers("manifest")}
 
     def stage_values(self, number: int) -> Path:
         """Return the path of the value estimate at the end of a stage."""
         return self.stage(number) / "values.parquet"
+
+    def all_stage_values(self) -> list[Path]:
+        """Return the value estimates at the end of stages, of all that there are, in order."""
+        return [self.stage_values(number) for number in self._numbers("values")]
+
+    def _numbers(self, kind: str) -> list[int]:
+        names = [file.parent.name for file in self.path.glob(f"stages/*/{kind}.parquet")]
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def name_of(self, path: Path) -> str:
         """Return the name of a file in the folder, as its record has it."""
@@ -80,4 +92,4 @@ class RunFolder:
 
     def stands(self, path: Path) -> bool:
         """Return whether a file is there for good: not cut short by a kill before the run recorded it."""
-        return path.exists() and not records.cut_short(self.path, self.name_of(path))
+        return path.exists() and not run_files.cut_short(self.path, self.name_of(path))

@@ -1,15 +1,15 @@
 """A run's folder: settings, environment, checkpoints, manifests, metrics and summary."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
-from pydantic import ConfigDict, ValidationError
+from pydantic import Field
+from pydantic_core import to_jsonable_python
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -28,41 +28,42 @@ from kcdcache.errors import (
     first_difference,
     require_same,
 )
-from kcdcache.files import records
+from kcdcache.files import run_files
 from kcdcache.files.atomic import (
-    MOST_JSON_BYTES,
     append,
-    canonical_json,
-    digest_of,
     locked,
-    parse_json,
-    parse_lines,
     read_bytes,
-    read_sealed,
-    read_written,
-    readable_json,
     remove,
     remove_leftovers,
     require_no_links,
-    sealed_json,
     sha256_bytes,
     write_atomic,
+)
+from kcdcache.files.records import (
+    MOST_RECORD_BYTES,
+    Sealed,
+    Sha256,
+    Sparse,
+    canonical_json,
+    digest_of,
+    parse,
+    parse_json,
+    read_sealed,
+    read_sealed_object,
+    readable_json,
+    sealed_json,
 )
 from kcdcache.files.timing import logged_seconds
 from kcdcache.networks.weights import MOST_HEADER_BYTES
 from kcdcache.runs.folder import RunFolder
-from kcdcache.settings import Settings
 
 RECORD_KEY = "kcdcache"
-CHECKPOINT_NAME = re.compile(r"[0-9a-f]{16}\.safetensors")
 VOLATILE = ("seconds", "images_per_second", "store_teacher_forwards")
 """entries of a summary that the clock, or a store that grew, changes"""
 
 
-class Environment(Settings):
+class Environment(Sparse):
     """Where a run, or a part of it, was done: see `environment.environment`."""
-
-    model_config = ConfigDict(strict=True)
 
     python: str
     versions: dict[str, str]
@@ -75,10 +76,8 @@ class Environment(Settings):
     command: str
 
 
-class Inputs(Settings):
+class Inputs(Sparse):
     """What a run was made from, by digests; a `fit` has `data` and `test` alone."""
-
-    model_config = ConfigDict(strict=True)
 
     test: str
     """digest of the test split"""
@@ -96,10 +95,8 @@ class Inputs(Settings):
     """samples the store has nothing of"""
 
 
-class RunRecord(Settings):
+class RunRecord(Sparse):
     """What run.json says."""
-
-    model_config = ConfigDict(strict=True)
 
     settings: dict[str, Any]
     """those of the command, without what never changes a result"""
@@ -114,10 +111,8 @@ class RunRecord(Settings):
         return [self.environment, *self.changes][-1]
 
 
-class MetricsRow(Settings):
+class MetricsRow(Sparse):
     """A line of metrics.jsonl: one epoch. Losses are in nats, accuracies and agreement are shares in [0, 1]."""
-
-    model_config = ConfigDict(strict=True)
 
     epoch: int
     """from 0"""
@@ -146,10 +141,8 @@ class MetricsRow(Settings):
     bytes_read_by_each: list[int] | None = None
 
 
-class Speed(Settings):
+class Speed(Sparse):
     """Images per second: see `timing.Rate`."""
-
-    model_config = ConfigDict(strict=True)
 
     n: int
     mean: float
@@ -157,10 +150,8 @@ class Speed(Settings):
     warm_up: float | None = None
 
 
-class CorruptionRecord(Settings):
+class CorruptionRecord(Sparse):
     """What a data spec did to the training split: see `label_noise.Corruption`."""
-
-    model_config = ConfigDict(strict=True)
 
     noise: float | None = None
     noise_seed: int = NOISE_SEED
@@ -170,10 +161,8 @@ class CorruptionRecord(Settings):
     n_min: int | None = None
 
 
-class Summary(Settings):
+class Summary(Sparse):
     """What came of a run: summary.json. Entries that its command, data or options do not give are unset."""
-
-    model_config = ConfigDict(strict=True)
 
     kind: Literal["fit", "train"]
     model: str
@@ -232,21 +221,11 @@ class Summary(Settings):
     sets: list[SetCounts] | None = None
 
 
-M = TypeVar("M", bound=Settings)
+class Pointer(Sealed):
+    """What checkpoint/latest.json says: which file is the run's checkpoint."""
 
-
-def parsed(model: type[M], document: Mapping[str, Any], where: Path | str) -> M:
-    """Return a JSON object of a run's files as its model.
-
-    Raises:
-        CorruptionError: an entry is missing, unknown or of another type; names it.
-    """
-    try:
-        return model.model_validate(document)
-    except ValidationError as error:
-        item = error.errors()[0]
-        place = ".".join(map(str, item["loc"]))
-        raise CorruptionError(f"{where}, {place:.200}: {item['msg']}, found {item['input']!r:.80}") from None
+    file: Annotated[str, Field(pattern=r"^[0-9a-f]{16}\.safetensors$")]
+    sha256: Sha256
 
 
 @contextmanager
@@ -271,21 +250,32 @@ def session(
         record = start(folder, settings, inputs)
         _remove_other_checkpoints(folder)  # a kill may fall between a new checkpoint and the old one's removal
         before = torch.get_num_threads()
-        wanted = threads or (latest_environment(record)["threads"] if record else before)
+        wanted = threads or (record.latest.threads if record else before)
         torch.set_num_threads(wanted)
         try:
-            now = environment(device, wanted, processes)
-            known = [record["environment"], *record["changes"]] if record else []
-            if not known or changed(known[-1], now):
-                if known:
-                    check_environment(known[-1], now, allow_env_change)
-                write_record(folder, settings, inputs, [*known, now])
+            now = Environment(**environment(device, wanted, processes))
+            _go_on(
+                folder,
+                record or RunRecord(settings=dict(settings), inputs=Inputs(**inputs), environment=now, changes=[]),
+                now,
+                allow_env_change,
+            )
             yield
         finally:
             torch.set_num_threads(before)
 
 
-def start(folder: RunFolder, settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+def _go_on(folder: RunFolder, record: RunRecord, now: Environment, allow_change: bool) -> None:
+    """Write the record of a run that begins, or goes on where it may."""
+    known, here = record.latest.document(), now.document()
+    if changed(known, here):
+        check_environment(known, here, allow_change)
+        write_record(folder, record.model_copy(update={"changes": [*record.changes, now]}))
+    elif not folder.settings.exists():
+        write_record(folder, record)
+
+
+def start(folder: RunFolder, settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> RunRecord | None:
     """Return the record of the run already in this folder, or None where a new one begins.
 
     Raises:
@@ -294,24 +284,18 @@ def start(folder: RunFolder, settings: Mapping[str, Any], inputs: Mapping[str, A
     """
     remove_leftovers(folder.path)
     if not folder.settings.exists():
-        require_folder_free(folder)
+        _require_free(folder)
         return None
     record = read_record(folder)
-    if difference := first_difference(record["settings"], json.loads(canonical_json(settings))):
+    if difference := first_difference(record.settings, to_jsonable_python(settings)):
         name, was, now = difference
         raise SettingsError(
             f"{folder.path} holds a run with {name} = {was!r}, asked for now: {now!r}; "
             "give the same settings to continue it, or another --out"
         )
-    asked = json.loads(canonical_json(inputs))
-    require_same(record["inputs"], asked, (f"the run in {folder.path}", "what was given now"), "use another --out")
+    names = (f"the run in {folder.path}", "what was given now")
+    require_same(record.inputs.document(), Inputs(**inputs).document(), names, "use another --out")
     return record
-
-
-def latest_environment(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return where a run went on last: its first environment, or the last change that was allowed."""
-    latest: dict[str, Any] = [record["environment"], *record["changes"]][-1]
-    return latest
 
 
 def outcome(rows: Sequence[Mapping[str, Any]], count: int, epochs: int) -> dict[str, Any]:
@@ -335,22 +319,19 @@ def outcome(rows: Sequence[Mapping[str, Any]], count: int, epochs: int) -> dict[
     }
 
 
-def write_record(
-    folder: RunFolder, settings: Mapping[str, Any], inputs: Mapping[str, Any], environments: Sequence[Mapping[str, Any]]
-) -> None:
-    """Write run.json; `environments` lists the first one and every change that was allowed."""
-    changes = list(environments[1:])
-    document = {"settings": dict(settings), "inputs": dict(inputs), "environment": environments[0], "changes": changes}
-    _write_signed(folder.settings, document)
+def write_record(folder: RunFolder, record: RunRecord) -> None:
+    """Write run.json."""
+    write_atomic(folder.settings, sealed_json(record.document(), readable_json))
 
 
-def read_record(folder: RunFolder) -> dict[str, Any]:
+def read_record(folder: RunFolder) -> RunRecord:
     """Return what run.json holds: settings, inputs, environment and the changes to it that were allowed.
 
     Raises:
-        CorruptionError: it is damaged, or of an older kcdcache that wrote no digest.
+        NotFoundError: there is no run.
+        CorruptionError: it is damaged, or was changed after it was written.
     """
-    return _read_signed(folder.settings, "settings", "inputs", "environment", "changes")
+    return read_sealed(folder.settings, RunRecord, readable_json)
 
 
 def write_manifest(folder: RunFolder, path: Path, made: Manifest) -> None:
@@ -363,7 +344,7 @@ def write_manifest(folder: RunFolder, path: Path, made: Manifest) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not folder.stands(path):
         remove(path)  # a kill fell before its record: written again, from the start
-    with records.writing(folder.path, {folder.name_of(path): records.Facts(len(made), made.digest)}):
+    with run_files.writing(folder.path, {folder.name_of(path): run_files.Facts(len(made), made.digest)}):
         manifest.write(path, made)
 
 
@@ -371,12 +352,12 @@ def save_checkpoint(folder: RunFolder, tensors: Mapping[str, Tensor], record: Ma
     """Replace the run's checkpoint; a kill at any moment leaves the old one or the new one."""
     folder.checkpoints.mkdir(exist_ok=True)
     owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    content = canonical_json({**record, "run": records.run_id(folder.path)})
+    content = canonical_json({**record, "run": run_files.run_id(folder.path)})
     data = safetensors.torch.save(owned, metadata={RECORD_KEY: content.decode()})
     digest = sha256_bytes(data)
     name = f"{digest[:16]}.safetensors"
     write_atomic(folder.checkpoints / name, data)
-    write_atomic(folder.checkpoints / "latest.json", sealed_json({"file": name, "sha256": digest}))
+    write_atomic(folder.pointer, sealed_json(Pointer(file=name, sha256=digest).document()))
     _remove_other_checkpoints(folder)
 
 
@@ -388,22 +369,17 @@ def load_checkpoint(folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, Any
         MismatchError: it is another run's; prints both ids.
         UnsafeError: it, or the list of its tensors, is larger than any of ours.
     """
-    pointer = folder.checkpoints / "latest.json"
-    if not pointer.exists():
+    if not folder.pointer.exists():
         return None
-    entry = read_sealed(pointer, "file", "sha256")
-    if not CHECKPOINT_NAME.fullmatch(str(entry["file"])):
-        raise CorruptionError(
-            f"{pointer} names the file {entry['file']!r:.80}, which no checkpoint is called; start anew"
-        )
-    path = folder.checkpoints / str(entry["file"])
+    pointer = read_sealed(folder.pointer, Pointer)
+    path = folder.checkpoints / pointer.file
     data = read_bytes(path) if path.exists() else b""
-    if sha256_bytes(data) != entry["sha256"]:
+    if sha256_bytes(data) != pointer.sha256:
         raise CorruptionError(
-            f"checkpoint {path} is damaged: its SHA-256 is not the one in {pointer}; start the run anew"
+            f"checkpoint {path} is damaged: its SHA-256 is not the one in {folder.pointer}; start the run anew"
         )
     tensors, record = _parse_checkpoint(data, path)
-    if (of := record.pop("run", None)) != (own := records.run_id(folder.path)):
+    if (of := record.pop("run", None)) != (own := run_files.run_id(folder.path)):
         raise MismatchError(f"checkpoint {path} is of run {of}, {folder.settings} of {own}; put the run's own back")
     return tensors, record
 
@@ -430,8 +406,8 @@ def seconds_spent(folder: RunFolder) -> float:
 
 def write_summary(folder: RunFolder, summary: Mapping[str, Any]) -> None:
     """Write summary.json with a digest of its own, and that of its lasting part into the run's record."""
-    with records.writing(folder.path, {folder.summary.name: _lasting(summary)}):
-        _write_signed(folder.summary, summary)
+    with run_files.writing(folder.path, {folder.summary.name: _lasting(summary)}):
+        write_atomic(folder.summary, sealed_json(summary, readable_json))
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -445,15 +421,15 @@ def read_summary(path: Path) -> dict[str, Any]:
     """
     folder = RunFolder(path=path)
     if folder.summary.exists():
-        summary = _read_signed(folder.summary)
-        records.require(folder.summary, _lasting(summary))
+        summary = read_sealed_object(folder.summary, form=readable_json)
+        run_files.require(folder.summary, _lasting(summary))
         return summary
     if folder.settings.exists():
         raise UnfinishedError(f"the run in {path} is not finished; run its command again to continue it")
     raise NotFoundError(f"no run at {path}")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[MetricsRow]:
     """Return the rows of a run's metrics.jsonl, one per epoch.
 
     Raises:
@@ -464,40 +440,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     file = RunFolder(path=path).metrics
     if not file.exists():
         raise NotFoundError(f"no metrics at {file}")
-    rows = parse_lines(read_bytes(file, MOST_JSON_BYTES), file)
-    if odd := [number for number, row in enumerate(rows, 1) if not isinstance(row, dict)]:
-        raise CorruptionError(f"{file}, line {odd[0]} should hold a JSON object, found {rows[odd[0] - 1]!r:.80}")
-    return rows
+    lines = read_bytes(file, MOST_RECORD_BYTES).splitlines()
+    return [parse(MetricsRow, line, f"{file}, line {number}") for number, line in enumerate(lines, 1)]
 
 
-def require_folder_free(folder: RunFolder) -> None:
-    """Do nothing if a new run may be started here.
-
-    Raises:
-        MismatchError: the folder holds files of something else.
-    """
-    others = [p.name for p in folder.path.iterdir() if p.name != folder.lock.name] if folder.path.exists() else []
+def _require_free(folder: RunFolder) -> None:
+    others = [p.name for p in folder.path.iterdir() if not p.name.startswith(folder.lock.name)]
     if others:
         raise MismatchError(f"{folder.path} holds {others[0]} but no run.json; give an empty or new folder as --out")
 
 
-def _write_signed(file: Path, document: Mapping[str, Any]) -> None:
-    write_atomic(file, readable_json({**document, "digest": digest_of(dict(document))}))
-
-
-def _read_signed(file: Path, *keys: str) -> dict[str, Any]:
-    """Return a document that people read, without its digest, after comparing every byte with what was written."""
-    found, data = read_written(file, *keys)
-    document = {key: value for key, value in found.items() if key != "digest"}
-    if "digest" not in found:
-        raise CorruptionError(f"{file} has no 'digest': an older kcdcache wrote it, or it was edited; start anew")
-    if found["digest"] != digest_of(document) or data != readable_json(found):
-        raise CorruptionError(f"{file} was changed after it was written: its content does not match its digest")
-    return document
-
-
-def _lasting(summary: Mapping[str, Any]) -> records.Facts:
-    return records.Facts(digest=digest_of({key: value for key, value in summary.items() if key not in VOLATILE}))
+def _lasting(summary: Mapping[str, Any]) -> run_files.Facts:
+    return run_files.Facts(digest=digest_of({key: value for key, value in summary.items() if key not in VOLATILE}))
 
 
 def _parse_checkpoint(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -517,8 +471,7 @@ def _parse_checkpoint(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[
 
 
 def _remove_other_checkpoints(folder: RunFolder) -> None:
-    pointer = folder.checkpoints / "latest.json"
-    current = read_sealed(pointer, "file")["file"] if pointer.exists() else None
+    current = read_sealed(folder.pointer, Pointer).file if folder.pointer.exists() else None
     for path in folder.checkpoints.glob("*.safetensors"):
         if path.name != current:
             remove(path)

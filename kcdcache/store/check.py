@@ -1,6 +1,5 @@
 """Whether the files of a store are what was written."""
 
-import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,21 +9,13 @@ import numpy as np
 
 from kcdcache.data.datasets import Dataset
 from kcdcache.data.images import sample_digest
-from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, require_same
+from kcdcache.errors import CorruptionError, MismatchError, attempt, require_same
 from kcdcache.files.atomic import sha256_file
-from kcdcache.store import identity, log, plan
+from kcdcache.store import identity, log
+from kcdcache.store.chunks import listed_sizes, size_problem
 from kcdcache.store.identity import Knowledge, read_store_identity
-from kcdcache.store.log import Commit, FileRecord
-from kcdcache.store.plan import Chunk, StorePlan, all_chunks
-from kcdcache.store.reader import (
-    Store,
-    check_documents,
-    check_listing,
-    file_table,
-    listed_sizes,
-    plausible,
-    size_problem,
-)
+from kcdcache.store.plan import Chunk, all_chunks, plan_from
+from kcdcache.store.reader import Store, check_documents, check_listing, file_table, plausible
 
 
 class Verification(NamedTuple):
@@ -52,27 +43,26 @@ def verify(path: Path | str, *, share: float = 1.0, seed: int = 0) -> Verificati
         MismatchError: it was written by a newer format.
     """
     root, problems = Path(path), list[str]()
+    report = problems.append
     knowledge = _check_identity(root, problems)
-    commits = log.read_commits(root, problems.append)
-    plan = _plan(commits, problems)
+    commits = log.read_commits(root, report)
+    plan = attempt(report, plan_from, commits[-1].plan) if commits else None
     if plan is None:
         return Verification(0, 0, 0, tuple(problems))
     if knowledge is not None:
-        log.check_count(root, plan.count, knowledge, problems.append)
-    if knowledge is not None and (bad := identity.parameters_problem(root, knowledge)) is not None:
-        problems.append(bad)
-    if (bad := identity.origin_problem(root)) is not None:
-        problems.append(bad)
+        log.check_count(root, plan.count, knowledge, report)
+        problems += filter(None, [identity.parameters_problem(root, knowledge)])
+    attempt(report, identity.read_origin, root)
     files = file_table(commits)
-    check_documents(root, plan, len(commits), problems.append)
-    check_listing(root, plan, files, problems.append)
-    chunks = all_chunks(plan) if plausible(plan, files) else []
-    sound = _drawn(_sound_chunks(root, plan, chunks, files), share, seed) if share else []
-    for chunk in sound:
+    check_documents(root, plan, len(commits), report)
+    check_listing(root, plan, files, report)
+    chunks, sizes = all_chunks(plan) if plausible(plan, files) else [], listed_sizes(root, plan)
+    whole = [chunk for chunk in chunks if not size_problem(plan, chunk, files.get(chunk.key), sizes.get(chunk.key))]
+    read = _drawn(whole, share, seed) if share else []  # the others are reported already
+    for chunk in read:
         if sha256_file(root / chunk.key) != files[chunk.key].sha256:
-            problems.append(f"{root}/{chunk} is not what was written: its SHA-256 differs from the log")
-    read = sum(files[chunk.key].bytes for chunk in sound)
-    return Verification(len(chunks), len(sound), read, tuple(problems))
+            report(f"{root}/{chunk} is not what was written: its SHA-256 differs from the log")
+    return Verification(len(chunks), len(read), sum(files[chunk.key].bytes for chunk in read), tuple(problems))
 
 
 def _drawn(chunks: list[Chunk], share: float, seed: int) -> list[Chunk]:
@@ -88,23 +78,6 @@ def _check_identity(root: Path, problems: list[str]) -> Knowledge | None:
     except CorruptionError as error:
         problems.append(str(error))
         return None
-
-
-def _plan(commits: list[Commit], problems: list[str]) -> StorePlan | None:
-    try:
-        return plan.plan_from(commits[-1].plan) if commits else None
-    except KcdcacheError as error:
-        problems.append(str(error))
-        return None
-
-
-def _sound_chunks(root: Path, plan: StorePlan, chunks: list[Chunk], files: dict[str, FileRecord]) -> list[Chunk]:
-    """Return the chunks worth reading: those of the logged size; the others are reported already."""
-    sizes = listed_sizes(root, plan)
-    return [chunk for chunk in chunks if not size_problem(plan, chunk, files.get(chunk.key), sizes.get(chunk.key))]
-
-
-logger = logging.getLogger(__name__)
 
 
 def check_data(store: Store, data: Dataset) -> None:

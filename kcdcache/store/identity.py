@@ -1,18 +1,34 @@
-"""Who made what: digests of teacher, data and views, their comparison, and a store's identity read without zarr."""
+"""Who made what: a store's teacher, data and views, where it came from, its teacher's filters; free of torch."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
+from pydantic import Field, model_serializer
+from pydantic_core import to_jsonable_python
 
 from kcdcache.data.spec import DataIdentity
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError
-from kcdcache.files.atomic import digest_of, read_object, read_sealed, sealed_json, write_atomic
+from kcdcache.files.atomic import write_atomic
+from kcdcache.files.records import (
+    Record,
+    Sealed,
+    canonical_json,
+    digest_of,
+    parse,
+    read_object,
+    read_sealed,
+    sealed_json,
+)
 from kcdcache.views.identity import ViewIdentity
 
-IDENTITY_FILE = Path("_kcd/identity.json")
+FOLDER = Path("_kcd")
+"""where a store keeps its records"""
+IDENTITY_FILE = FOLDER / "identity.json"
+ORIGIN_FILE = FOLDER / "origin.json"
+PARAMETERS_FILE = FOLDER / "parameters.json"
 FORMAT_VERSION = 0
 
 
@@ -54,40 +70,44 @@ class Knowledge:
 
     def document(self) -> dict[str, Any]:
         """Return the identity as JSON values."""
-        document = asdict(self)
-        document["data"]["classes"] = list(self.data.classes)
-        document["data"]["image_size"] = list(self.data.image_size) if self.data.image_size else None
-        document["views"]["size"] = list(self.views.size)
+        document: dict[str, Any] = to_jsonable_python(self)
         if self.subset is None:  # so that every other store keeps the id it had before there were exports
             del document["subset"]
         return document
+
+
+class IdentityRecord(Record):
+    """What identity.json holds."""
+
+    format_version: int = FORMAT_VERSION
+    knowledge: Knowledge
+    knowledge_id: str
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        return {**vars(self), "knowledge": self.knowledge.document()}
+
+
+class _KnowledgeRecord(Record):
+    knowledge: Knowledge
 
 
 def knowledge_from(document: Mapping[str, Any]) -> Knowledge:
     """Return the identity that `Knowledge.document` wrote.
 
     Raises:
-        CorruptionError: a key is missing or unknown.
+        CorruptionError: a key is missing, unknown or of another type.
     """
-    try:
-        data, views = dict(document["data"]), dict(document["views"])
-        data["classes"] = tuple(data["classes"])
-        data["image_size"] = tuple(data["image_size"]) if data["image_size"] else None
-        views["size"] = tuple(views["size"])
-        teacher = TeacherIdentity(**document["teacher"])
-        return Knowledge(
-            teacher=teacher,
-            data=DataIdentity(**data),
-            views=ViewIdentity(**views),
-            mixes=document.get("mixes"),
-            subset=document.get("subset"),
-        )
-    except (KeyError, TypeError) as error:
-        raise CorruptionError(f"a knowledge identity lacks or exceeds its keys: {error}") from None
+    return parse(_KnowledgeRecord, canonical_json({"knowledge": document}), "an identity").knowledge
+
+
+def identity_record(knowledge: Knowledge) -> IdentityRecord:
+    """Return what identity.json should hold."""
+    return IdentityRecord(knowledge=knowledge, knowledge_id=knowledge.knowledge_id)
 
 
 def read_store_identity(store: Path) -> Knowledge:
-    """Return the identity of a store without opening its arrays (no zarr, no torch).
+    """Return the identity of a store without opening its arrays (no torch).
 
     Raises:
         NotFoundError: there is no store at that path.
@@ -99,26 +119,21 @@ def read_store_identity(store: Path) -> Knowledge:
         if any(path.parent.glob("commit.*.json")):
             raise CorruptionError(f"{path} is missing; `kcdcache verify {store} --repair` makes it again")
         raise NotFoundError(f"no knowledge store at {store} (no {IDENTITY_FILE} in it); make one with `precompute`")
-    record = read_object(path, "format_version", "knowledge", "knowledge_id")
-    if record.get("format_version") != FORMAT_VERSION:
-        found = record.get("format_version")
-        raise MismatchError(f"{path} has format {found}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache")
-    try:
-        knowledge = knowledge_from(record["knowledge"])
-    except CorruptionError as error:
-        raise CorruptionError(f"{path} was changed: {error}") from None
-    if record.get("knowledge_id") != knowledge.knowledge_id:
+    found = read_object(path, "format_version")
+    if (version := found["format_version"]) != FORMAT_VERSION:
+        raise MismatchError(
+            f"{path} has format {version!r:.40}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache"
+        )
+    record = parse(IdentityRecord, canonical_json(found), path)
+    if record.knowledge_id != record.knowledge.knowledge_id:
         raise CorruptionError(f"{path} was changed: its content does not match its knowledge_id")
-    return knowledge
+    return record.knowledge
 
 
-ORIGIN_FILE = Path("_kcd") / "origin.json"
-
-
-class Origin(NamedTuple):
+class Origin(Sealed):
     """What a store says of where it came from; no part of its id, which holds digests of the same."""
 
-    corruption: Mapping[str, Any]
+    corruption: dict[str, Any]
     """what was done to the training split, as `Dataset.corrupted` tells it; empty for nothing"""
     teacher_data: str | None
     """digest of the training split that the teacher learned from; None where its folder does not tell"""
@@ -133,26 +148,18 @@ def write_origin(root: Path, found: Origin) -> None:
     """Write a store's record, or complete one that does not know yet what the teacher learned from."""
     held = read_origin(root)
     if held is None or (held.teacher_data is None and found.teacher_data is not None):
-        write_atomic(
-            root / ORIGIN_FILE, sealed_json({"corruption": dict(found.corruption), "teacher_data": found.teacher_data})
-        )
+        write_atomic(root / ORIGIN_FILE, sealed_json(found.document()))
 
 
 def read_origin(root: Path) -> Origin | None:
     """Return where a store came from, None where it does not say: it was made by an earlier kcdcache.
 
     Raises:
-        CorruptionError: the record is not what was written.
+        CorruptionError: the record is not what was written; remedy: delete it and run `precompute` again.
         UnsafeError: it is no plain file, or larger than any record of ours.
     """
     path = root / ORIGIN_FILE
-    if not path.exists():
-        return None
-    found = read_sealed(path, "corruption", "teacher_data")
-    corruption, taught = found["corruption"], found["teacher_data"]
-    if not isinstance(corruption, dict) or not (taught is None or isinstance(taught, str)):
-        raise CorruptionError(f"{path} should hold an object and a digest; {ORIGIN_REMEDY}")
-    return Origin(corruption, taught)
+    return read_sealed(path, Origin) if path.exists() else None
 
 
 def corruption_of(root: Path) -> Mapping[str, Any]:
@@ -161,27 +168,26 @@ def corruption_of(root: Path) -> Mapping[str, Any]:
     return {} if found is None else found.corruption
 
 
-def origin_problem(root: Path) -> str | None:
-    """Return what is wrong with a store's record, None for none or a sound one."""
-    try:
-        read_origin(root)
-    except KcdcacheError as error:
-        return str(error)
-    return None
-
-
-ORIGIN_REMEDY = "delete it and run the store's `kcdcache precompute` again"
-
-
 PARAMETERS = "parameters"
-"""how `--fields` and messages call it: no field, since it has no rows"""
+"""how `--fields` and messages call the record of a teacher's filters: no field, since it has no rows"""
 DEFAULT_PROFILES = ("logits",)
 """fields of a store of which nothing else is asked"""
-PARAMETERS_FILE = Path("_kcd") / "parameters.json"
 QUANTILES = 64
 """numbers that stand for a stage's filters, whatever their count"""
 Profiles = Mapping[str, list[float]]
 """stage -> quantiles of its filters' norms, averaged over its convolutions"""
+_REMEDY = "delete it and run `kcdcache precompute --fields parameters` again"
+_Norms = Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=QUANTILES, max_length=QUANTILES)]
+
+
+class ParametersRecord(Sealed):
+    """What a store keeps of its teacher's filters."""
+
+    weights: str
+    """`TeacherIdentity.weights`"""
+    quantiles: Literal[64] = 64
+    stages: Annotated[dict[str, _Norms], Field(min_length=1)]
+    """`Profiles`"""
 
 
 @runtime_checkable
@@ -213,8 +219,8 @@ def write_parameters(root: Path, stages: Profiles, knowledge: Knowledge) -> None
     Raises:
         NoSpaceError: the disk is full.
     """
-    document = {"weights": knowledge.teacher.weights, "quantiles": QUANTILES, "stages": dict(stages)}
-    write_atomic(root / PARAMETERS_FILE, sealed_json(document))
+    record = ParametersRecord(weights=knowledge.teacher.weights, stages=dict(stages))
+    write_atomic(root / PARAMETERS_FILE, sealed_json(record.document()))
 
 
 def read_parameters(root: Path, knowledge: Knowledge) -> dict[str, list[float]] | None:
@@ -228,16 +234,13 @@ def read_parameters(root: Path, knowledge: Knowledge) -> dict[str, list[float]] 
     path = root / PARAMETERS_FILE
     if not path.exists():
         return None
-    found = read_sealed(path, "weights", "quantiles", "stages")
-    if found["weights"] != knowledge.teacher.weights:
+    found = read_sealed(path, ParametersRecord)
+    if found.weights != knowledge.teacher.weights:
         raise MismatchError(
-            f"{path} is of weights {found['weights']!r:.80}, the store's are {knowledge.teacher.weights}; "
-            "delete it and run `kcdcache precompute --fields parameters` with the store's own teacher"
+            f"{path} is of weights {found.weights!r:.80}, the store's are {knowledge.teacher.weights}; {_REMEDY} with "
+            "the store's own teacher"
         )
-    stages = found["stages"]
-    if not isinstance(stages, dict) or not stages or not all(map(_sound, stages.values())):
-        raise CorruptionError(f"{path} should hold {QUANTILES} numbers of at least 0 per stage; {PARAMETERS_REMEDY}")
-    return stages
+    return found.stages
 
 
 def parameters_problem(root: Path, knowledge: Knowledge, own: Profiles | None = None) -> str | None:
@@ -253,13 +256,4 @@ def parameters_problem(root: Path, knowledge: Knowledge, own: Profiles | None = 
         return None
     if own.keys() == found.keys() and all(np.allclose(own[name], found[name], rtol=1e-5) for name in own):
         return None
-    return f"{root / PARAMETERS_FILE} holds other numbers than this teacher's parameters give; {PARAMETERS_REMEDY}"
-
-
-PARAMETERS_REMEDY = "delete it and run `kcdcache precompute --fields parameters` again"
-
-
-def _sound(numbers: Any) -> bool:
-    if not isinstance(numbers, list) or len(numbers) != QUANTILES:
-        return False
-    return all(type(number) is float and 0 <= number < np.inf for number in numbers)
+    return f"{root / PARAMETERS_FILE} holds other numbers than this teacher's parameters give; {_REMEDY}"

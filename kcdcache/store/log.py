@@ -1,83 +1,139 @@
-"""The log and commit records of a store: which files were finished, and what seals them; touches no array."""
+"""The records of a store: its plans, the log of what was finished, and the commits that seal it; touches no array."""
 
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Annotated, NamedTuple, NoReturn
 
 import numpy as np
 from jaxtyping import Int64
+from pydantic import Field, model_validator
 
-from kcdcache.errors import CorruptionError, KcdcacheError, NonFiniteError, UnfinishedError
-from kcdcache.files.atomic import (
-    MOST_JSON_BYTES,
+from kcdcache.errors import CorruptionError, NonFiniteError, UnfinishedError, attempt
+from kcdcache.files.atomic import create_exclusive, sha256_bytes, sha256_file, write_atomic
+from kcdcache.files.records import (
+    MOST_RECORD_BYTES,
+    Count,
+    Record,
+    Sealed,
+    Sha256,
     canonical_json,
-    create_exclusive,
-    read_json,
     read_sealed,
     sealed_json,
-    sha256_bytes,
-    sha256_file,
-    write_atomic,
 )
-from kcdcache.store.identity import FORMAT_VERSION, IDENTITY_FILE, Knowledge
+from kcdcache.store.identity import FOLDER as FOLDER
+from kcdcache.store.identity import (
+    FORMAT_VERSION,
+    IDENTITY_FILE,
+    IdentityRecord,
+    Knowledge,
+    identity_record,
+    read_store_identity,
+)
 
-FOLDER = Path("_kcd")
 SAMPLES = "samples"
 MOST_SKIPPED = 0.01
 """share of all samples that may be skipped; a teacher that fails on more is broken, or not made for the data"""
-
 REPAIR = "`kcdcache verify STORE --repair --teacher ... --data ...` makes again what is damaged"
 
-PLAN_NUMBERS = ("count", "views", "part_rows", "batch_size")
-_NAME, _SHA256 = re.compile(r"\w[\w-]*", re.ASCII), re.compile(r"[0-9a-f]{64}")
-
-Report = Callable[[str], None]
+Report = Callable[[str], object]
 Numbers = Mapping[str, int | float]
+Size = Annotated[int, Field(gt=0, lt=2**63)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")]
+"""of a log record: never a path out of its folder"""
 
 
-class FileRecord(NamedTuple):
+class FieldPlan(Record):
+    """How the rows of one field are stored."""
+
+    name: str
+    encoding: str
+    """as the user names it, such as `top:16`"""
+    row_shape: tuple[Size, ...]
+    chunk_rows: dict[str, Size]
+    """array -> rows of each of its chunks"""
+
+
+class PlanRecord(Sealed):
+    """What plan.N.json holds: see `plan.StorePlan`."""
+
+    count: Size
+    views: Size
+    part_rows: Size
+    batch_size: Size
+    compression: str
+    fields: tuple[FieldPlan, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
     """One finished chunk file."""
 
     path: str
     """relative to the store, with `/`"""
-    bytes: int
-    sha256: str
-    crc32c: int
+    bytes: Count
+    sha256: Sha256
+    crc32c: Count
     """checksum of the chunk, which the file's last four bytes hold"""
 
 
-@dataclass(frozen=True)
-class Record:
+class LogEntry(Sealed):
     """What was finished together: a part of a view, or the arrays that describe samples (view None)."""
 
-    view: int | None
-    part: int | None
+    growth: Count
+    view: Count | None
+    part: Count | None
     files: tuple[FileRecord, ...]
-    statistics: Mapping[str, Numbers] = field(default_factory=dict)
+    statistics: dict[str, Numbers] = Field(default_factory=dict)
     """field -> count, minimum, maximum, non_finite of its values before encoding"""
-    measurements: Numbers = field(default_factory=dict)
+    measurements: Numbers = Field(default_factory=dict)
     """what was counted while the part was made, such as the teacher's correct answers; may be summed over parts"""
-    skipped: tuple[int, ...] = ()
+    skipped: tuple[Count, ...] = ()
     """samples of the part whose outputs were not finite; their rows hold NaN and are never read"""
 
     @property
     def name(self) -> str:
         """The record's file name, without ending."""
-        return SAMPLES if self.view is None else f"v{self.view:05}-p{self.part:05}"
+        return name_of(self.view, self.part)
 
 
-@dataclass(frozen=True)
-class Commit:
-    """A sealed growth: its number, the plan it ended with, and its records."""
+class CommitRecord(Sealed):
+    """What commit.N.json holds.
 
-    growth: int
-    plan: dict[str, Any]
-    records: tuple[Record, ...]
+    Every small file can be made again from the others: the commit holds what identity and plan hold, and they and the
+    log records hold what the commit holds.
+    """
+
+    format_version: int
+    growth: Count
+    identity: IdentityRecord
+    plan: PlanRecord
+    previous: Sha256 | None
+    """SHA-256 of the commit before"""
+    log: tuple[tuple[Name, Sha256], ...]
+    """log record and its SHA-256"""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "CommitRecord":
+        if len(set(self.log)) < len(self.log):  # a record read again and again would fill the memory
+            raise ValueError("its log names a record twice")
+        return self
+
+
+class Commit(NamedTuple):
+    """A sealed growth: the plan it ended with, and its log."""
+
+    plan: PlanRecord
+    records: tuple[LogEntry, ...]
     sha256: str
     """of the commit file"""
+
+
+def name_of(view: int | None, part: int | None) -> str:
+    """Return the name of the log record of a part (view None: of what describes samples)."""
+    return SAMPLES if view is None else f"v{view:05}-p{part:05}"
 
 
 def plan_path(root: Path, growth: int) -> Path:
@@ -97,49 +153,32 @@ def record_path(root: Path, growth: int, name: str) -> Path:
 
 def growths(root: Path, kind: str) -> int:
     """Return how many consecutive growths from 0 have a `plan` or a `commit` file."""
-    count = 0
-    while (root / FOLDER / f"{kind}.{count}.json").exists():
-        count += 1
-    return count
+    return next(number for number in count() if not (root / FOLDER / f"{kind}.{number}.json").exists())
 
 
-def write_record(root: Path, growth: int, record: Record) -> None:
+def write_record(root: Path, entry: LogEntry) -> None:
     """Write a part's log record, after its files are durable.
 
     Raises:
         LockedError: another writer logged the same part.
     """
-    create_exclusive(record_path(root, growth, record.name), record_bytes(growth, record))
+    create_exclusive(record_path(root, entry.growth, entry.name), sealed_json(entry.document()))
 
 
-def record_bytes(growth: int, record: Record) -> bytes:
-    """Return the content of a part's log record."""
-    files = [entry._asdict() for entry in record.files]
-    return sealed_json(asdict(record) | {"growth": growth, "files": files, "skipped": list(record.skipped)})
-
-
-def read_record(path: Path) -> Record:
+def read_record(path: Path) -> LogEntry:
     """Return a log record.
 
     Raises:
         NotFoundError: there is none.
         CorruptionError: it is damaged.
     """
-    document = read_sealed(path, "growth", *Record.__dataclass_fields__)
-    try:
-        files = tuple(_file_record(entry) for entry in document["files"])
-        given = {name: document[name] for name in Record.__dataclass_fields__}
-        record = Record(**given | {"files": files, "skipped": _indices(document["skipped"])})
-        if record.name != path.stem:
-            raise ValueError(f"it is the record {record.name}")
-        if odd := [value for value in record.measurements.values() if not isinstance(value, int | float)]:
-            raise TypeError(f"it measured {odd[0]!r:.80}")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CorruptionError(f"{path} is damaged: {error}") from None
-    return record
+    entry = read_sealed(path, LogEntry)
+    if entry.name != path.stem:
+        raise CorruptionError(f"{path} is damaged: it is the record {entry.name}")
+    return entry
 
 
-def read_log(root: Path, growth: int) -> list[Record]:
+def read_log(root: Path, growth: int) -> list[LogEntry]:
     """Return all log records of a growth, sealed or not, by name.
 
     Raises:
@@ -148,7 +187,7 @@ def read_log(root: Path, growth: int) -> list[Record]:
     return [read_record(path) for path in sorted(record_path(root, growth, "").parent.glob("*.json"))]
 
 
-def sum_measurements(records: Iterable[Record], view: int, count: int, part_rows: int) -> dict[str, int | float]:
+def sum_measurements(records: Iterable[LogEntry], view: int, count: int, part_rows: int) -> dict[str, int | float]:
     """Return a view's measurements summed over its logged parts, and how many of the `count` samples those hold.
 
     Of a part logged twice (for a new field) the first record that has a measurement counts.
@@ -162,7 +201,7 @@ def sum_measurements(records: Iterable[Record], view: int, count: int, part_rows
     return {"samples": sum(min(part_rows, count - part * part_rows) for part in parts), **sums}
 
 
-def skipped_samples(records: Iterable[Record]) -> Int64[np.ndarray, " skipped"]:
+def skipped_samples(records: Iterable[LogEntry]) -> Int64[np.ndarray, " skipped"]:
     """Return the samples that any of some records leaves out, ascending, each once."""
     return np.array(sorted({index for record in records for index in record.skipped}), np.int64)
 
@@ -202,34 +241,19 @@ def require_few_skipped(skipped: Collection[int], count: int) -> None:
         )
 
 
-def refuse_skipped(skipped: Int64[np.ndarray, " skipped"], rows: Int64[np.ndarray, " rows"], path: Path) -> None:
-    """Do nothing if no skipped sample is among the rows asked for, each of which is named once.
-
-    Raises:
-        NonFiniteError: one is; names the first.
-    """
-    if len(skipped) and len(found := np.intersect1d(rows, skipped, assume_unique=True)):
-        raise NonFiniteError(
-            f"sample {found[0]} was skipped when {path} was made, because the teacher's outputs on it are not finite; "
-            f"leave out the {len(skipped)} samples of `Store.skipped`, as `train` does by itself"
-        )
-
-
-def write_plan(root: Path, growth: int, plan: Mapping[str, Any]) -> None:
+def write_plan(root: Path, growth: int, plan: PlanRecord) -> None:
     """Write the plan of a growth, before its first part."""
-    write_atomic(plan_path(root, growth), sealed_json(plan))
+    write_atomic(plan_path(root, growth), sealed_json(plan.document()))
 
 
-def read_plan(root: Path, growth: int) -> dict[str, Any]:
+def read_plan(root: Path, growth: int) -> PlanRecord:
     """Return the plan of a growth.
 
     Raises:
         NotFoundError: there is none.
         CorruptionError: it is damaged.
     """
-    plan = read_sealed(plan_path(root, growth))
-    _require_plan(plan, plan_path(root, growth))
-    return plan
+    return read_sealed(plan_path(root, growth), PlanRecord)
 
 
 def write_commit(root: Path, growth: int, names: Iterable[str]) -> None:
@@ -242,21 +266,29 @@ def write_commit(root: Path, growth: int, names: Iterable[str]) -> None:
 
 
 def commit_bytes(root: Path, growth: int, names: Iterable[str]) -> bytes:
-    """Return the content of a commit: copies of identity and plan, digests of all records and of the commit before.
-
-    Every small file can be made again from the others: the commit holds what identity and plan hold, and they and the
-    records hold what the commit holds.
-    """
-    return sealed_json(
-        {
-            "format_version": FORMAT_VERSION,
-            "growth": growth,
-            "identity": read_json(root / IDENTITY_FILE),
-            "plan": read_plan(root, growth),
-            "previous": sha256_file(commit_path(root, growth - 1), MOST_JSON_BYTES) if growth else None,
-            "log": [[name, sha256_file(record_path(root, growth, name), MOST_JSON_BYTES)] for name in names],
-        }
+    """Return the content of a commit of records by these names, all of which lie there."""
+    commit = CommitRecord(
+        format_version=FORMAT_VERSION,
+        growth=growth,
+        identity=identity_record(read_store_identity(root)),
+        plan=read_plan(root, growth),
+        previous=_sha256(commit_path(root, growth - 1)) if growth else None,
+        log=tuple((name, _sha256(record_path(root, growth, name))) for name in names),
     )
+    return sealed_json(commit.document())
+
+
+def read_seal(root: Path, growth: int) -> CommitRecord:
+    """Return the content of a commit, compared with nothing but its own digest.
+
+    Raises:
+        NotFoundError: the growth is not sealed.
+        CorruptionError: the commit is damaged.
+    """
+    commit = read_sealed(commit_path(root, growth), CommitRecord)
+    if commit.growth != growth:
+        raise CorruptionError(f"{commit_path(root, growth)} is the commit of growth {commit.growth}")
+    return commit
 
 
 def refuse(problem: str) -> NoReturn:
@@ -296,112 +328,39 @@ def read_commits(root: Path, report: Report = refuse) -> list[Commit]:
     """
     listed = list((root / FOLDER).glob("commit.*.json"))  # first: a growth sealed meanwhile has not passed over another
     sealed = growths(root, "commit")
-    if later := [path.name for path in listed if not _precedes(path, sealed)]:
-        report(f"{root / FOLDER} holds {', '.join(sorted(later))} but not {commit_path(root, sealed).name}")
+    known = {commit_path(root, growth) for growth in range(sealed)}
+    if later := sorted(path.name for path in listed if path not in known):
+        report(f"{root / FOLDER} holds {', '.join(later)} but not {commit_path(root, sealed).name}")
     elif not sealed:
         raise UnfinishedError(
             f"the store at {root} is not finished: it has no commit record; run the same `kcdcache precompute` again "
             "and it resumes"
         )
-    return [commit for growth in range(sealed) if (commit := _attempt(report, _read_commit, root, growth, report))]
-
-
-def read_seal(root: Path, growth: int) -> dict[str, Any]:
-    """Return the content of a commit, compared with nothing but its own digest.
-
-    Raises:
-        NotFoundError: the growth is not sealed.
-        CorruptionError: the commit is damaged.
-    """
-    document = read_sealed(commit_path(root, growth), "growth", "identity", "plan", "previous", "log")
-    _require_commit(document, commit_path(root, growth))
-    if document["growth"] != growth:
-        raise CorruptionError(f"{commit_path(root, growth)} is the commit of growth {document['growth']}")
-    return document
-
-
-def _require_commit(document: Mapping[str, Any], path: Path) -> None:
-    """Refuse a commit of wrong types, and names in it that could lead to files elsewhere."""
-    log = document["log"]
-    if not isinstance(document["identity"], dict) or not isinstance(log, list):
-        raise CorruptionError(f"{path} is damaged: its identity should be an object and its log a list")
-    _require_plan(document["plan"], path)
-    if len({str(entry) for entry in log}) < len(log):  # a record read again and again would fill the memory
-        raise CorruptionError(f"{path} is damaged: its log names a record twice")
-    for entry in log:
-        whole = isinstance(entry, list) and len(entry) == 2 and all(isinstance(text, str) for text in entry)
-        if not whole or not _NAME.fullmatch(entry[0]) or not _SHA256.fullmatch(entry[1]):
-            raise CorruptionError(
-                f"{path} is damaged: its log has the entry {entry!r:.80}, not a record and its SHA-256"
-            )
-
-
-def _require_plan(plan: Any, path: Path) -> None:
-    """Refuse what is no plan at all; `layout.plan_from` looks closer."""
-    numbers = [plan.get(name) for name in PLAN_NUMBERS] if isinstance(plan, dict) else [None]
-    fields = plan.get("fields") if isinstance(plan, dict) else None
-    if not all(type(number) is int and number > 0 for number in numbers) or not isinstance(
-        plan.get("compression"), str
-    ):
-        raise CorruptionError(f"{path} is damaged: {', '.join(PLAN_NUMBERS)} of its plan should be positive numbers")
-    if not isinstance(fields, list) or not all(_is_field(entry) for entry in fields):
-        raise CorruptionError(f"{path} is damaged: the fields of its plan should each have a name and an encoding")
-
-
-def _is_field(entry: Any) -> bool:
-    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "encoding"))
+    return [commit for growth in range(sealed) if (commit := attempt(report, _read_commit, root, growth, report))]
 
 
 def _read_commit(root: Path, growth: int, report: Report) -> Commit:
     path = commit_path(root, growth)
-    document = read_seal(root, growth)
-    _attempt(report, _require_bytes, root / IDENTITY_FILE, canonical_json(document["identity"]), path)
-    _attempt(report, _require_bytes, plan_path(root, growth), sealed_json(document["plan"]), path)
+    seal = read_seal(root, growth)
+    attempt(report, _require_same, root / IDENTITY_FILE, sha256_bytes(canonical_json(seal.identity.document())), path)
+    attempt(report, _require_same, plan_path(root, growth), sha256_bytes(sealed_json(seal.plan.document())), path)
     if growth:
-        _attempt(report, _require_digest, commit_path(root, growth - 1), document["previous"], path)
+        attempt(report, _require_same, commit_path(root, growth - 1), str(seal.previous), path)
     # one path after the other: a list of all would take ten times the memory of their names
-    logged = ((record_path(root, growth, name), digest) for name, digest in document["log"])
-    records = [_attempt(report, _read_logged, file, digest, path) for file, digest in logged]
-    return Commit(
-        growth, document["plan"], tuple(record for record in records if record), sha256_file(path, MOST_JSON_BYTES)
-    )
+    logged = ((record_path(root, growth, name), digest) for name, digest in seal.log)
+    records = tuple(entry for file, digest in logged if (entry := attempt(report, _read_logged, file, digest, path)))
+    return Commit(seal.plan, records, _sha256(path))
 
 
-def _read_logged(path: Path, digest: str, commit: Path) -> Record:
-    _require_digest(path, digest, commit)
+def _read_logged(path: Path, digest: str, commit: Path) -> LogEntry:
+    _require_same(path, digest, commit)
     return read_record(path)
 
 
-def _require_bytes(path: Path, data: bytes, commit: Path) -> None:
-    _require_digest(path, sha256_bytes(data), commit)
-
-
-def _require_digest(path: Path, digest: str, commit: Path) -> None:
-    if sha256_file(path, MOST_JSON_BYTES) != digest:
+def _require_same(path: Path, digest: str, commit: Path) -> None:
+    if _sha256(path) != digest:
         raise CorruptionError(f"{path} is not the file that {commit.name} sealed")
 
 
-def _attempt(report: Report, read: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        return read(*arguments)
-    except KcdcacheError as error:
-        report(str(error))
-        return None
-
-
-def _file_record(entry: Mapping[str, Any]) -> FileRecord:
-    record = FileRecord(**entry)
-    if not isinstance(record.path, str) or not isinstance(record.bytes, int) or not isinstance(record.crc32c, int):
-        raise TypeError(f"file entry {entry}")
-    return record
-
-
-def _indices(entries: Any) -> tuple[int, ...]:
-    if not all(type(index) is int and 0 <= index < 2**63 for index in entries):
-        raise TypeError(f"skipped samples {entries}")
-    return tuple(entries)
-
-
-def _precedes(path: Path, sealed: int) -> bool:
-    number = path.name.split(".")[1]
-    return number.isdecimal() and int(number) < sealed
+def _sha256(path: Path) -> str:
+    return sha256_file(path, MOST_RECORD_BYTES)

@@ -8,17 +8,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kcdcache.errors import CorruptionError, SettingsError
-from kcdcache.files.atomic import digest_of
+from kcdcache.files.records import digest_of
 from kcdcache.settings import nearest
 from kcdcache.store import encoding
 from kcdcache.store.encoding import ArraySpec, Encoding
+from kcdcache.store.log import FieldPlan, PlanRecord
 
 CHECKSUM_BYTES = 4
 """bytes after the rows, their crc32c with the lowest byte first"""
-
-
 MOST_PART_ROWS = 16384
+CHUNK_BYTES = 8 * 2**20
+"""of a new store's chunks, unless one row takes more: small enough to be read whole and checked in the cache"""
 MOST_CHUNK_BYTES = 32 * 2**20
+"""of any store's chunks"""
 MOST_PADDING = 0.02
 ROW_UNIT = 64
 SAMPLES = "labels and digests"
@@ -28,9 +30,10 @@ MOST_PARTS = 330_000
 """of a store: its commit names every part, and is not read with more than 10^6 values"""
 
 GROUP_DOCUMENT: dict[str, Any] = {"attributes": {}, "node_type": "group", "zarr_format": 3}
+ZSTD_LEVEL = 1
 COMPRESSIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "none": (),
-    "zstd": ({"name": "zstd", "configuration": {"level": 1, "checksum": False}},),
+    "zstd": ({"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}},),
 }
 
 
@@ -66,6 +69,11 @@ class ArrayPlan:
     def chunk_bytes(self) -> int:
         """Bytes of one chunk before compression and checksum."""
         return self.chunk_rows * self.row_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of one chunk's file before compression: its rows, padding included, and a checksum."""
+        return self.chunk_bytes + CHECKSUM_BYTES
 
 
 class Chunk(NamedTuple):
@@ -111,20 +119,22 @@ class StorePlan:
     @property
     def chunk_count(self) -> int:
         """Number of chunk files."""
-        return sum(
-            -(-self.count // array.chunk_rows) * (1 if array.field is None else self.views) for array in self.arrays
-        )
+        return sum(map(self.chunks_of, self.arrays))
 
     @property
     def bytes_per_view(self) -> int:
         """Bytes of one view's rows, padding included, before compression."""
-        return sum(_array_bytes(array, self.count) for array in self.arrays if array.field is not None)
+        arrays = self.arrays_of(self.fields)
+        return sum(self.chunks_of(array) * array.chunk_bytes for array in arrays) // self.views
 
     @property
     def bytes(self) -> int:
         """Bytes of all chunks, padding included, before compression."""
-        samples = sum(_array_bytes(array, self.count) for array in self.arrays if array.field is None)
-        return self.views * self.bytes_per_view + samples
+        return sum(self.chunks_of(array) * array.chunk_bytes for array in self.arrays)
+
+    def chunks_of(self, array: ArrayPlan) -> int:
+        """Return the number of an array's chunk files."""
+        return -(-self.count // array.chunk_rows) * (1 if array.field is None else self.views)
 
     def arrays_of(self, fields: Iterable[str] | None) -> tuple[ArrayPlan, ...]:
         """Return the arrays of some fields; None stands for the arrays that describe samples."""
@@ -135,16 +145,29 @@ class StorePlan:
         """Return the fixed (start, stop) batches in which the teacher sees a part."""
         return [(at, min(at + self.batch_size, part.stop)) for at in range(part.start, part.stop, self.batch_size)]
 
+    def record(self) -> PlanRecord:
+        """Return the plan as its record; `plan_from` reads it."""
+        fields = tuple(
+            FieldPlan(
+                name=name,
+                encoding=form.name,
+                row_shape=form.row_shape,
+                chunk_rows={array.name: array.chunk_rows for array in self.arrays_of((name,))},
+            )
+            for name, form in self.fields.items()
+        )
+        return PlanRecord(
+            count=self.count,
+            views=self.views,
+            part_rows=self.part_rows,
+            batch_size=self.batch_size,
+            compression=self.compression,
+            fields=fields,
+        )
+
     def document(self) -> dict[str, Any]:
-        """Return the plan as JSON values; `plan_from` reads them."""
-        return {
-            "count": self.count,
-            "views": self.views,
-            "part_rows": self.part_rows,
-            "batch_size": self.batch_size,
-            "compression": self.compression,
-            "fields": [_field_document(self, field) for field in self.fields],
-        }
+        """Return the plan as JSON values."""
+        return self.record().document()
 
     def __str__(self) -> str:
         names = ", ".join(f"{form.field} {form.row_shape} as {form.name}" for form in self.fields.values())
@@ -158,7 +181,7 @@ class StorePlan:
 def plan_store(
     count: int, views: int, fields: Sequence[Encoding], compression: str = "none", batch_size: int = 256
 ) -> StorePlan:
-    """Return the plan of a new store: parts of 4,096-16,384 rows (one part below that), chunks of at most 32 MiB.
+    """Return the plan of a new store: parts of 4,096-16,384 rows (one part below that), chunks of at most 8 MiB.
 
     Every array's chunk rows divide the part's rows and padding is at most 2 % of its rows.
 
@@ -197,18 +220,33 @@ def grow_plan(plan: StorePlan, views: int, fields: Sequence[Encoding] = ()) -> S
     return _of_allowed_size(replace(plan, views=views, fields=everything, arrays=_with_samples(arrays, plan.part_rows)))
 
 
-def plan_from(document: Mapping[str, Any]) -> StorePlan:
-    """Return the plan that `StorePlan.document` wrote.
+def plan_from(record: PlanRecord) -> StorePlan:
+    """Return the plan that `StorePlan.record` wrote.
 
     Raises:
-        CorruptionError: the document is none, or holds numbers no plan has.
+        CorruptionError: no plan has such fields and numbers.
     """
     try:
-        plan = _plan_from(document)
+        forms = [encoding.parse(entry.encoding, entry.name, entry.row_shape) for entry in record.fields]
+        rows = {array: number for entry in record.fields for array, number in entry.chunk_rows.items()}
+        arrays = [
+            ArrayPlan(spec.name, spec.row_shape, spec.dtype, rows[spec.name], form.field)
+            for form in forms
+            for spec in form.arrays
+        ]
+        plan = StorePlan(
+            count=record.count,
+            views=record.views,
+            fields={form.field: form for form in forms},
+            part_rows=record.part_rows,
+            arrays=_with_samples(arrays, record.part_rows),
+            compression=record.compression,
+            batch_size=record.batch_size,
+        )
         _require_sound(plan)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError) as error:
         raise CorruptionError(f"a store's plan is damaged: {error}") from None
-    if plan.document() != dict(document):
+    if plan.record() != record:
         raise CorruptionError("a store's plan holds entries this kcdcache does not know")
     return plan
 
@@ -249,17 +287,11 @@ def all_chunks(plan: StorePlan) -> list[Chunk]:
     return viewed + sample_chunks(plan)
 
 
-def chunk_file_bytes(array: ArrayPlan) -> int:
-    """Return the bytes of one chunk's file, before compression: its rows, padding included, and a checksum."""
-    return array.chunk_bytes + CHECKSUM_BYTES
-
-
 def file_bytes(plan: StorePlan) -> dict[str, int]:
     """Return the bytes of all chunk files of each field, and of what describes samples, before compression."""
     found = dict.fromkeys((*plan.fields, SAMPLES), 0)
     for array in plan.arrays:
-        times = -(-plan.count // array.chunk_rows) * (1 if array.field is None else plan.views)
-        found[array.field or SAMPLES] += times * chunk_file_bytes(array)
+        found[array.field or SAMPLES] += plan.chunks_of(array) * array.file_bytes
     return found
 
 
@@ -269,19 +301,22 @@ def chunk_key(array: ArrayPlan, view: int | None, number: int) -> str:
     return f"{array.name}/c." + ".".join(str(n) for n in (numbers if view is None else [view, *numbers]))
 
 
+def documents(plan: StorePlan) -> dict[str, dict[str, Any]]:
+    """Return folder in the store -> its `zarr.json`."""
+    return {"": GROUP_DOCUMENT, **{array.name: array_document(plan, array) for array in plan.arrays}}
+
+
 def array_document(plan: StorePlan, array: ArrayPlan) -> dict[str, Any]:
     """Return the `zarr.json` of an array.
 
     Source: Zarr specification version 3, section "Array metadata".
     """
-    samples_only = array.field is None
-    shape = [plan.count, *array.row_shape]
-    chunk = [array.chunk_rows, *array.row_shape]
+    views = () if array.field is None else (plan.views,)
     return {
         "attributes": {},
         "chunk_grid": {
             "name": "regular",
-            "configuration": {"chunk_shape": chunk if samples_only else [1, *chunk]},
+            "configuration": {"chunk_shape": [*(1 for _ in views), array.chunk_rows, *array.row_shape]},
         },
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "codecs": [
@@ -290,9 +325,10 @@ def array_document(plan: StorePlan, array: ArrayPlan) -> dict[str, Any]:
             {"name": "crc32c"},
         ],
         "data_type": array.dtype,
+        "dimension_names": [*("view" for _ in views), "sample", *_axes(array)],
         "fill_value": "NaN" if np.dtype(array.dtype).kind == "f" else 0,
         "node_type": "array",
-        "shape": shape if samples_only else [plan.views, *shape],
+        "shape": [*views, plan.count, *array.row_shape],
         "storage_transformers": [],
         "zarr_format": 3,
     }
@@ -301,6 +337,13 @@ def array_document(plan: StorePlan, array: ArrayPlan) -> dict[str, Any]:
 def row_bytes(row_shape: tuple[int, ...], dtype: str) -> int:
     """Return the bytes of one row."""
     return math.prod(row_shape) * np.dtype(dtype).itemsize
+
+
+def _axes(array: ArrayPlan) -> list[str]:
+    """Return names of a row's axes: an axis of equal name has equal length in all arrays of a store, as xarray asks."""
+    if array.name == "logits" and array.dtype != "uint16":  # those of top:K are packed
+        return ["class"]
+    return [f"{array.name}_{number}" for number in range(len(array.row_shape))]
 
 
 def _part_rows(count: int) -> int:
@@ -313,19 +356,18 @@ def _part_rows(count: int) -> int:
 
 
 def _chunk_rows(part_rows: int, bytes_a_row: int) -> int:
-    """Return the largest divisor of the part's rows whose chunk stays within the limit; 0 if one row exceeds it."""
-    most = min(part_rows, MOST_CHUNK_BYTES // max(1, bytes_a_row))
-    return next((rows for rows in range(most, 0, -1) if part_rows % rows == 0), 0)
+    """Return the largest divisor of the part's rows whose chunk is small enough, or 1."""
+    most = min(part_rows, CHUNK_BYTES // max(1, bytes_a_row))
+    return next((rows for rows in range(most, 0, -1) if part_rows % rows == 0), 1)
 
 
 def _planned(spec: ArraySpec, field: str | None, part_rows: int) -> ArrayPlan:
-    rows = _chunk_rows(part_rows, row_bytes(spec.row_shape, spec.dtype))
-    if not rows:
-        found = row_bytes(spec.row_shape, spec.dtype)
+    found = row_bytes(spec.row_shape, spec.dtype)
+    if found > MOST_CHUNK_BYTES:
         raise SettingsError(
             f"one row of '{spec.name}' {spec.row_shape} takes {found} bytes; at most 32 MiB are possible"
         )
-    return ArrayPlan(spec.name, spec.row_shape, spec.dtype, rows, field)
+    return ArrayPlan(spec.name, spec.row_shape, spec.dtype, _chunk_rows(part_rows, found), field)
 
 
 def _with_samples(arrays: Sequence[ArrayPlan], part_rows: int) -> tuple[ArrayPlan, ...]:
@@ -337,10 +379,6 @@ def _with_samples(arrays: Sequence[ArrayPlan], part_rows: int) -> tuple[ArrayPla
         twice = next(name for name in names if names.count(name) > 1)
         raise SettingsError(f"two arrays of a store would be called '{twice}'; choose other fields")
     return together
-
-
-def _array_bytes(array: ArrayPlan, count: int) -> int:
-    return -(-count // array.chunk_rows) * array.chunk_bytes
 
 
 def _fields_to_write(plan: StorePlan, before: StorePlan | None, view: int) -> tuple[str, ...]:
@@ -355,36 +393,6 @@ def _chunk(plan: StorePlan, array: ArrayPlan, view: int | None, number: int) -> 
     return Chunk(chunk_key(array, view, number), array, view, number, start, stop)
 
 
-def _field_document(plan: StorePlan, field: str) -> dict[str, Any]:
-    form = plan.fields[field]
-    return {
-        "name": field,
-        "encoding": form.name,
-        "row_shape": list(form.row_shape),
-        "chunk_rows": {array.name: array.chunk_rows for array in plan.arrays_of((field,))},
-    }
-
-
-def _plan_from(document: Mapping[str, Any]) -> StorePlan:
-    forms, arrays, rows = [], [], document["part_rows"]
-    for entry in document["fields"]:
-        form = encoding.parse(entry["encoding"], entry["name"], tuple(entry["row_shape"]))
-        forms.append(form)
-        arrays += [
-            ArrayPlan(spec.name, spec.row_shape, spec.dtype, entry["chunk_rows"][spec.name], form.field)
-            for spec in form.arrays
-        ]
-    return StorePlan(
-        count=document["count"],
-        views=document["views"],
-        fields={form.field: form for form in forms},
-        part_rows=rows,
-        arrays=_with_samples(arrays, rows),
-        compression=document["compression"],
-        batch_size=document["batch_size"],
-    )
-
-
 def _of_allowed_size(plan: StorePlan) -> StorePlan:
     if plan.count > MOST_SAMPLES or (parts := plan.views * plan.parts_per_view) > MOST_PARTS:
         told = f"{plan.count} samples" if plan.count > MOST_SAMPLES else f"{plan.views} views in {parts} parts"
@@ -393,9 +401,8 @@ def _of_allowed_size(plan: StorePlan) -> StorePlan:
 
 
 def _require_sound(plan: StorePlan) -> None:
-    numbers = (plan.count, plan.views, plan.part_rows, plan.batch_size, *(array.chunk_rows for array in plan.arrays))
-    if not all(isinstance(number, int) and number > 0 for number in numbers) or plan.compression not in COMPRESSIONS:
-        raise ValueError(f"sizes {numbers}, compression {plan.compression!r}")
+    if plan.compression not in COMPRESSIONS:
+        raise ValueError(f"compression {plan.compression!r:.80}")
     _of_allowed_size(plan)
     for array in plan.arrays:
         if plan.part_rows % array.chunk_rows or array.chunk_bytes > MOST_CHUNK_BYTES:

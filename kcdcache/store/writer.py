@@ -1,60 +1,47 @@
-"""Who may write a store now: one process alone, or several that each hold a share of its parts."""
+"""Writing a store, one part after another, by one process or several that each hold a share of its parts."""
 
-import fcntl
 import logging
-import os
 import re
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt64
 
-from kcdcache.errors import (
-    CorruptionError,
-    LockedError,
-    NotFoundError,
-    SettingsError,
-    UnfinishedError,
-    UnsafeError,
-    require_same,
-)
+from kcdcache.errors import CorruptionError, LockedError, NotFoundError, SettingsError, UnfinishedError, require_same
 from kcdcache.files import cloud
 from kcdcache.files.atomic import (
-    canonical_json,
     create_exclusive,
+    holder,
     holds,
-    naming,
-    open_own,
-    open_plain,
-    read_bytes,
+    is_locked,
+    lock,
     remove,
     remove_leftovers,
     require_no_links,
     sync_directory,
     write_atomic,
 )
-from kcdcache.store import log, plan
-from kcdcache.store import plan as plan_
+from kcdcache.files.records import canonical_json
+from kcdcache.store import log
+from kcdcache.store.chunks import listed_sizes, size_problem, write_chunks
 from kcdcache.store.encoding import Encoding, Statistics
-from kcdcache.store.identity import FORMAT_VERSION, IDENTITY_FILE, Knowledge, read_store_identity
-from kcdcache.store.log import FOLDER, FileRecord, Numbers, Record, record_path
+from kcdcache.store.identity import FOLDER, IDENTITY_FILE, Knowledge, identity_record, read_store_identity
+from kcdcache.store.log import LogEntry, Numbers, name_of, record_path
 from kcdcache.store.plan import (
-    GROUP_DOCUMENT,
     Chunk,
     Part,
     StorePlan,
-    array_document,
+    documents,
     grow_plan,
     part_chunks,
+    parts,
     plan_from,
     sample_chunks,
 )
-from kcdcache.store.reader import ChunkWriter, listed_sizes, size_problem
 
 logger = logging.getLogger(__name__)
 
@@ -139,103 +126,46 @@ def held(root: Path, begin: Callable[[bool], None], shard: Shard = WHOLE) -> Ite
     """
     require_no_links(root, files=False)
     (root / FOLDER).mkdir(parents=True, exist_ok=True)
-    locks = _locks(root)
-    with ExitStack() as stack:
-        with _door(locks):
-            whole = stack.enter_context(_open(locks / "lock"))
-            mine = _take(root, whole, shard, stack)
-            stack.enter_context(cloud.owned(root, cloud.ALL if shard.total == 1 else f"{shard.number}-{shard.total}"))
-            (root / FOLDER).mkdir(parents=True, exist_ok=True)
-            alone = _locked(whole, fcntl.LOCK_EX)
-            if alone:
-                remove_leftovers(root)
-            begin(alone and (shard.total == 1 or not cloud.is_mirrored(root)))
-            if shard.total > 1:
-                _locked(whole, fcntl.LOCK_SH)
+    door = cloud.lock_file(root / FOLDER / "lock")  # held while one process begins or leaves
+    part = f"{shard.number}-{shard.total}"
+    mine, what = door.with_name(f"lock.{part}"), str(root / FOLDER) if shard == WHOLE else f"shard {shard} of {root}"
+    with ExitStack() as held_now:
         try:
+            with lock(door, what, wait=True):
+                alone = _require_apart(root, door, shard)
+                held_now.enter_context(lock(mine, what))
+                held_now.enter_context(cloud.owned(root, cloud.ALL if shard == WHOLE else part))
+                (root / FOLDER).mkdir(parents=True, exist_ok=True)
+                if alone:
+                    remove_leftovers(root)
+                begin(alone and (shard == WHOLE or not cloud.is_mirrored(root)))
             yield
         finally:
-            with _door(locks):
-                mine.truncate(0)
-                if _locked(whole, fcntl.LOCK_EX):
+            with lock(door, what, wait=True):
+                held_now.close()
+                if not _held_by_others(door):
                     remove_leftovers(root)
-                    for path in _shard_locks(root):
+                    for path in door.parent.glob("lock.*"):
                         path.unlink()
 
 
-@contextmanager
-def _door(locks: Path) -> Iterator[None]:
-    """Let one process at a time begin or leave."""
-    folder = os.open(locks, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
+def _held_by_others(door: Path) -> list[Path]:
+    return [path for path in sorted(door.parent.glob("lock.*-*[0-9]")) if is_locked(path)]
 
 
-def _take(root: Path, whole: IO[bytes], shard: Shard, stack: ExitStack) -> IO[bytes]:
-    """Lock what the shard needs and return the file that says who holds it."""
-    if not _locked(whole, fcntl.LOCK_EX if shard.total == 1 else fcntl.LOCK_SH):
-        raise LockedError(f"{root / FOLDER} is being written by {_holders(root)}; wait for it or stop it")
-    mine = whole
-    if shard.total > 1:
-        _require_same_split(root, shard)
-        mine = stack.enter_context(_open(_shard_lock(root, shard)))
-        if not _locked(mine, fcntl.LOCK_EX):
-            raise LockedError(f"shard {shard} of {root} is being written by {_holders(root)}; wait for it or stop it")
-    me = f"process {os.getpid()} on {socket.gethostname()}".encode()
-    with naming(Path(mine.name), len(me)):
-        mine.truncate(0)
-        os.write(mine.fileno(), me)
-    return mine
-
-
-def _require_same_split(root: Path, shard: Shard) -> None:
-    for path in _shard_locks(root):
-        with open_plain(path) as stream:
-            if not path.name.endswith(f"-{shard.total}") and not _locked(stream, fcntl.LOCK_SH):
-                raise LockedError(
-                    f"{root} is being written in another number of shards ({path.name}, by {_holders(root)}), shard "
-                    f"{shard} would share parts with it; wait, or give the same number"
-                )
-
-
-def _locks(root: Path) -> Path:
-    """Return the folder of a store's lock files."""
-    return cloud.lock_file(root / FOLDER / "lock").parent
-
-
-def _shard_lock(root: Path, shard: Shard) -> Path:
-    return _locks(root) / f"lock.{shard.number}-{shard.total}"
-
-
-def _shard_locks(root: Path) -> list[Path]:
-    return sorted(_locks(root).glob("lock.*-*"))
-
-
-def _holders(root: Path) -> str:
-    texts = [_holder(path) for path in (_locks(root) / "lock", *_shard_locks(root))]
-    return ", ".join(text for text in texts if text) or "another process"
-
-
-def _holder(path: Path) -> str:
-    try:
-        return read_bytes(path, 1000).decode(errors="replace").strip()
-    except (NotFoundError, UnsafeError):
-        return ""
-
-
-def _open(path: Path) -> IO[bytes]:
-    return open(path, "a+b", opener=open_own)
-
-
-def _locked(stream: IO[bytes], kind: int) -> bool:
-    try:
-        fcntl.flock(stream, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _require_apart(root: Path, door: Path, shard: Shard) -> bool:
+    """Refuse a shard that shares parts with one held now; return whether none is held."""
+    others = _held_by_others(door)
+    for path in others:
+        total = int(path.name.rpartition("-")[2])
+        if 1 in (total, shard.total):
+            raise LockedError(f"{root / FOLDER} is being written by {holder(path)}; wait for it or stop it")
+        if total != shard.total:
+            raise LockedError(
+                f"{root} is being written in another number of shards ({path.name}, by {holder(path)}), shard {shard} "
+                "would share parts with it; wait, or give the same number"
+            )
+    return not others
 
 
 REMEDY = "continue with the settings it was begun with, or write to another path"
@@ -253,11 +183,10 @@ class Writer:
         self.plan = plan
         self.growth = growth
         """0 while the store is created"""
-        self.parts = tuple(plan_.parts(plan, before))
+        self.parts = tuple(parts(plan, before))
         """all parts of this growth, in order"""
         self.mine = self.parts[shard.number :: shard.total]
         """the parts of this shard"""
-        self._chunks = ChunkWriter(path)
 
     @property
     def sealed(self) -> bool:
@@ -272,7 +201,8 @@ class Writer:
         if self.sealed:
             return []
         sizes = listed_sizes(self.path, self.plan)
-        return [part for part in parts if not self._done(name_of(part), self._part_chunks(part), sizes)]
+        chunks = {part: part_chunks(self.plan, part) for part in parts}
+        return [part for part in parts if not self._done(name_of(part.view, part.number), chunks[part], sizes)]
 
     def write_part(
         self,
@@ -295,9 +225,12 @@ class Writer:
             raise SettingsError(f"{part} holds no sample {strangers[0]} that could be skipped")
         if self.sealed:
             raise SettingsError(f"the store at {self.path} is sealed; grow it to add views or fields")
-        logged = {name: asdict(values) for name, values in statistics.items()}
-        described = {"statistics": logged, "measurements": measurements or {}, "skipped": tuple(skipped)}
-        self._write(part.view, part.number, part.start, self._part_chunks(part), rows, described)
+        described = {
+            "statistics": {name: asdict(values) for name, values in statistics.items()},
+            "measurements": dict(measurements or {}),
+            "skipped": tuple(skipped),
+        }
+        self._write(part.view, part.number, part.start, part_chunks(self.plan, part), rows, described)
 
     def write_samples(self, labels: np.ndarray, sample_digest: np.ndarray) -> None:
         """Write labels and digests of all samples, unless they are logged already."""
@@ -319,7 +252,9 @@ class Writer:
         log.require_few_skipped(log.logged_skips(self.path), self.plan.count)
         names = [] if self.growth else [log.SAMPLES]
         try:
-            log.write_commit(self.path, self.growth, [*names, *(name_of(part) for part in self.parts)])
+            log.write_commit(
+                self.path, self.growth, [*names, *(name_of(part.view, part.number) for part in self.parts)]
+            )
         except LockedError:
             if self.shard == WHOLE:
                 raise  # of several shards that end together one seals, with the same bytes as any other
@@ -342,24 +277,16 @@ class Writer:
         described: Mapping[str, Any],
     ) -> None:
         """Write chunks and then their log record, with the record's other fields in `described`."""
-        name = Record(view, number, ()).name
-        remove(log.record_path(self.path, self.growth, name))
-        for chunk in chunks:  # zarr would merge an old last chunk into the new one
-            remove(self.path / chunk.key)
-        for array in dict.fromkeys(chunk.array for chunk in chunks):
-            self._chunks.write(array, view, start, rows[array.name])
-        record = Record(view, number, self._chunks.take(chunks), **described)
-        log.write_record(self.path, self.growth, record)
-
-    def _part_chunks(self, part: Part) -> list[Chunk]:
-        return part_chunks(self.plan, part)
+        remove(log.record_path(self.path, self.growth, name_of(view, number)))
+        files = write_chunks(self.path, self.plan, chunks, start, rows)
+        log.write_record(self.path, LogEntry(growth=self.growth, view=view, part=number, files=files, **described))
 
     def _done(self, name: str, chunks: Sequence[Chunk], sizes: Mapping[str, int]) -> bool:
         try:
             record = log.read_record(log.record_path(self.path, self.growth, name))
         except (NotFoundError, CorruptionError):
             return False
-        files: dict[str, FileRecord] = {file.path: file for file in record.files}
+        files = {file.path: file for file in record.files}
         return not any(size_problem(self.plan, chunk, files.get(chunk.key), sizes.get(chunk.key)) for chunk in chunks)
 
     def _require_planned(self, part: Part, rows: Mapping[str, np.ndarray]) -> None:
@@ -418,7 +345,7 @@ def missing(root: Path, knowledge: Knowledge, plan: StorePlan, shard: Shard = WH
     Raises:
         MismatchError: a store of other knowledge lies there; names the first difference.
     """
-    if (root / IDENTITY_FILE).exists() and any((root / log.FOLDER / "log" / "0").glob("v*.json")):
+    if (root / IDENTITY_FILE).exists() and any((root / FOLDER / "log" / "0").glob("v*.json")):
         _require_same_knowledge(root, knowledge)
     if not log.commit_path(root, 0).exists():
         return Writer(root, plan, 0, None, shard).pending()
@@ -472,7 +399,7 @@ def seal(path: Path | str) -> bool:
     growth = log.growths(root, "plan") - 1
     if log.commit_path(root, growth).exists():
         return False
-    plans = [plan.plan_from(log.read_plan(root, number)) for number in (growth - 1, growth) if number >= 0]
+    plans = [plan_from(log.read_plan(root, number)) for number in (growth - 1, growth) if number >= 0]
     before = plans[0] if growth else None
     with held(root, lambda alone: None):
         Writer(root, plans[-1], growth, before).seal()
@@ -491,19 +418,18 @@ def _growing(root: Path, views: int | None, fields: Sequence[Encoding], shard: S
 
 
 def _require_place(root: Path) -> None:
-    if root.is_file() or (root.exists() and not (root / log.FOLDER).is_dir() and any(root.iterdir())):
+    if root.is_file() or (root.exists() and not (root / FOLDER).is_dir() and any(root.iterdir())):
         raise SettingsError(f"{root} is there already and is not a knowledge store; choose a new folder")
 
 
 def _begin(root: Path, knowledge: Knowledge, plan: StorePlan, alone: bool) -> None:
-    if alone and not any((root / log.FOLDER / "log" / "0").glob("v*.json")):
+    if alone and not any((root / FOLDER / "log" / "0").glob("v*.json")):
         _forget(root)  # nothing was computed yet, so whoever comes next decides what this store is
     if (root / IDENTITY_FILE).exists():
         _require_same_knowledge(root, knowledge)
     else:
-        document = {"format_version": FORMAT_VERSION, "knowledge": knowledge.document()}
         # only where none is: shards on several machines may begin a store in a bucket at once
-        create_exclusive(root / IDENTITY_FILE, canonical_json(document | {"knowledge_id": knowledge.knowledge_id}))
+        create_exclusive(root / IDENTITY_FILE, canonical_json(identity_record(knowledge).document()))
     _plan_or_compare(root, 0, plan, f"the plan of the store at {root}")
 
 
@@ -519,9 +445,9 @@ def _require_same_knowledge(root: Path, knowledge: Knowledge) -> None:
 
 def _plan_or_compare(root: Path, growth: int, plan: StorePlan, name: str) -> None:
     if log.plan_path(root, growth).exists():
-        require_same(log.read_plan(root, growth), plan.document(), (name, "what is asked for"), REMEDY)
+        require_same(log.read_plan(root, growth).document(), plan.document(), (name, "what is asked for"), REMEDY)
     else:
-        log.write_plan(root, growth, plan.document())
+        log.write_plan(root, growth, plan.record())
 
 
 def _prepare(root: Path, plan: StorePlan, growth: int) -> None:
@@ -535,9 +461,8 @@ def _prepare(root: Path, plan: StorePlan, growth: int) -> None:
 
 def write_documents(root: Path, plan: StorePlan) -> list[str]:
     """Make every array's folder and document what a plan implies; return the documents that were not."""
-    documents = {"": GROUP_DOCUMENT, **{a.name: array_document(plan, a) for a in plan.arrays}}
     replaced = []
-    for name, document in documents.items():
+    for name, document in documents(plan).items():
         (root / name).mkdir(parents=True, exist_ok=True)
         file = root / name / "zarr.json"
         data = canonical_json(document)
@@ -545,8 +470,3 @@ def write_documents(root: Path, plan: StorePlan) -> list[str]:
             write_atomic(file, data)
             replaced.append(str(file.relative_to(root)))
     return replaced
-
-
-def name_of(part: Part) -> str:
-    """Return the name of a part's log record."""
-    return Record(part.view, part.number, ()).name

@@ -19,13 +19,14 @@ from kcdcache import environment, interrupt
 from kcdcache.data.datasets import Dataset
 from kcdcache.errors import MismatchError, NonFiniteError, NotFoundError, SettingsError
 from kcdcache.files import cloud, timing
-from kcdcache.files.atomic import append, canonical_json, read_json, readable_json, sha256_file, write_atomic
+from kcdcache.files.atomic import append, sha256_file, write_atomic
+from kcdcache.files.records import canonical_json, read_json, readable_json
 from kcdcache.networks.input_transform import enough_memory
 from kcdcache.progress import Progress, silent
 from kcdcache.settings import PrecomputeSettings
 from kcdcache.store import encoding, identity, log, plan, reader, writer
 from kcdcache.store.identity import Knowledge, TeacherIdentity
-from kcdcache.store.plan import Part, StorePlan, chunk_file_bytes, file_bytes, part_chunks, row_bytes
+from kcdcache.store.plan import Part, StorePlan, file_bytes, part_chunks, row_bytes
 from kcdcache.store.writer import WHOLE, Shard, Writer
 from kcdcache.teacher import fields, teacher
 from kcdcache.views import prefetch, rules
@@ -123,7 +124,7 @@ def run(
     if dry_run:
         return _described_plan(plan, knowledge, path) | expected_cost(path, knowledge, plan, job)
     left = fill(path, knowledge, plan, job, progress)
-    identity.write_origin(path, identity.Origin(data.corrupted(), network.data))
+    identity.write_origin(path, identity.Origin(corruption=dict(data.corrupted()), teacher_data=network.data))
     if profiles is not None:
         identity.write_parameters(path, profiles, knowledge)
     if left:
@@ -169,7 +170,7 @@ def import_logits(
         may_skip=settings.on_nonfinite == "skip",
     )
     fill(path, knowledge, plan, job, progress)
-    identity.write_origin(path, identity.Origin(data.corrupted(), None))
+    identity.write_origin(path, identity.Origin(corruption=dict(data.corrupted()), teacher_data=None))
     return describe(path)
 
 
@@ -352,7 +353,7 @@ def _to_do(plan: StorePlan, parts: Sequence[Part], rate: timing.Rate | None) -> 
     return {
         "parts": len(parts),
         "teacher_forwards": points,
-        "bytes": sum(chunk_file_bytes(chunk.array) for part in parts for chunk in part_chunks(plan, part)),
+        "bytes": sum(chunk.array.file_bytes for part in parts for chunk in part_chunks(plan, part)),
         "teacher_hours": None if hours is None else float(f"{hours:.3g}"),
         "teacher_hours_std": None if spread is None else float(f"{spread:.2g}"),
     }

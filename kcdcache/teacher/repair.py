@@ -7,24 +7,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kcdcache.data.datasets import Dataset
-from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, SettingsError, UnfinishedError, require_same
-from kcdcache.files.atomic import (
-    MOST_JSON_BYTES,
-    canonical_json,
-    holds,
-    move,
-    remove,
-    sealed_json,
-    sha256_bytes,
-    sha256_file,
-    write_atomic,
+from kcdcache.errors import (
+    CorruptionError,
+    KcdcacheError,
+    MismatchError,
+    SettingsError,
+    UnfinishedError,
+    attempt,
+    require_same,
 )
+from kcdcache.files.atomic import holds, move, remove, sha256_bytes, sha256_file, write_atomic
+from kcdcache.files.records import MOST_RECORD_BYTES, canonical_json, sealed_json
 from kcdcache.progress import Progress, silent
 from kcdcache.store import identity, log, writer
-from kcdcache.store.identity import IDENTITY_FILE, Knowledge, knowledge_from, read_store_identity
-from kcdcache.store.log import FileRecord, Record
+from kcdcache.store.chunks import write_chunks
+from kcdcache.store.identity import IDENTITY_FILE, Knowledge, read_store_identity
+from kcdcache.store.log import FileRecord, LogEntry
 from kcdcache.store.plan import Chunk, Part, StorePlan, part_chunks, parts, plan_from, sample_chunks
-from kcdcache.store.reader import ChunkWriter
 from kcdcache.store.writer import held
 from kcdcache.teacher import precompute, teacher
 
@@ -94,10 +93,14 @@ def _restore_told(root: Path, means: Means | None) -> list[str]:
         identity.write_parameters(root, teacher.filter_profiles(network.module), knowledge)
         replaced.append(identity.PARAMETERS_FILE.as_posix())
     gone = means is not None and not (root / identity.ORIGIN_FILE).exists()
-    if bad := identity.origin_problem(root) or ("its origin is gone" if gone else None):
-        given = _required(means, bad, root, knowledge)
+    problems = ["its origin is gone"] if gone else list[str]()
+    attempt(problems.append, identity.read_origin, root)
+    if problems:
+        given = _required(means, problems[0], root, knowledge)
         remove(root / identity.ORIGIN_FILE)
-        identity.write_origin(root, identity.Origin(given.data.corrupted(), given.network.data))
+        identity.write_origin(
+            root, identity.Origin(corruption=dict(given.data.corrupted()), teacher_data=given.network.data)
+        )
         replaced.append(identity.ORIGIN_FILE.as_posix())
     return replaced
 
@@ -116,7 +119,7 @@ def knowledge_of(root: Path) -> Knowledge:
     """
     if (found := _whole(read_store_identity, root)) is None:
         seals = [seal for growth in range(_sealed_growths(root)) if (seal := _whole(log.read_seal, root, growth))]
-        found = knowledge_from(seals[0]["identity"].get("knowledge")) if seals else read_store_identity(root)
+        found = seals[0].identity.knowledge if seals else read_store_identity(root)
     return found
 
 
@@ -127,7 +130,7 @@ def _restore_records(root: Path) -> list[str]:
     for growth in reversed(range(sealed)):  # a later commit vouches for the one before it
         replaced += _restore_growth(root, growth)
     growing = log.growths(root, "plan") > sealed
-    plan = log.read_plan(root, sealed) if growing else log.read_seal(root, sealed - 1)["plan"]
+    plan = log.read_plan(root, sealed) if growing else log.read_seal(root, sealed - 1).plan
     return replaced + writer.write_documents(root, plan_from(plan))
 
 
@@ -144,15 +147,15 @@ def _restore_growth(root: Path, growth: int) -> list[str]:
     seal = _whole(log.read_seal, root, growth)
     if seal is None or not _vouched_for(root, growth):
         return _put(root, commit, _commit_again(root, growth))
-    return _put(root, root / IDENTITY_FILE, canonical_json(seal["identity"])) + _put(
-        root, log.plan_path(root, growth), sealed_json(seal["plan"])
+    return _put(root, root / IDENTITY_FILE, canonical_json(seal.identity.document())) + _put(
+        root, log.plan_path(root, growth), sealed_json(seal.plan.document())
     )
 
 
 def _vouched_for(root: Path, growth: int) -> bool:
     """Return whether a commit is the one the next names, if there is a next."""
     following = _whole(log.read_seal, root, growth + 1)
-    return following is None or following["previous"] == sha256_file(log.commit_path(root, growth), MOST_JSON_BYTES)
+    return following is None or following.previous == sha256_file(log.commit_path(root, growth), MOST_RECORD_BYTES)
 
 
 def _commit_again(root: Path, growth: int) -> bytes:
@@ -160,7 +163,10 @@ def _commit_again(root: Path, growth: int) -> bytes:
     try:
         before = plan_from(log.read_plan(root, growth - 1)) if growth else None
         plan = plan_from(log.read_plan(root, growth))
-        names = [*([] if growth else [log.SAMPLES]), *(writer.name_of(part) for part in parts(plan, before))]
+        names = [
+            *([] if growth else [log.SAMPLES]),
+            *(log.name_of(part.view, part.number) for part in parts(plan, before)),
+        ]
         for name in names:
             log.read_record(log.record_path(root, growth, name))
         return log.commit_bytes(root, growth, names)
@@ -190,21 +196,21 @@ def _pieces(root: Path) -> list[_Piece]:
     found, before = list[_Piece](), None
     for growth in range(_sealed_growths(root)):
         seal = log.read_seal(root, growth)
-        plan = plan_from(seal["plan"])
-        named = {writer.name_of(part): part for part in parts(plan, before)}
-        found += [_Piece(growth, plan, name, digest, named.get(name)) for name, digest in seal["log"]]
+        plan = plan_from(seal.plan)
+        named = {log.name_of(part.view, part.number): part for part in parts(plan, before)}
+        found += [_Piece(growth, plan, name, digest, named.get(name)) for name, digest in seal.log]
         before = plan
     return found
 
 
 def _sound(root: Path, piece: _Piece) -> bool:
     path = log.record_path(root, piece.growth, piece.name)
-    if not path.exists() or _whole(sha256_file, path, MOST_JSON_BYTES) != piece.digest:
+    if not path.exists() or _whole(sha256_file, path, MOST_RECORD_BYTES) != piece.digest:
         return False
     return not _bad_files(root, log.read_record(path))
 
 
-def _bad_files(root: Path, record: Record) -> list[FileRecord]:
+def _bad_files(root: Path, record: LogEntry) -> list[FileRecord]:
     return [file for file in record.files if not _as_logged(root / file.path, file)]
 
 
@@ -215,10 +221,10 @@ def _as_logged(path: Path, file: FileRecord) -> bool:
 
 def _make_again(root: Path, piece: _Piece, means: Means | None) -> list[str]:
     """Compute one piece in the scratch folder, and move what was bad into place if it is what was logged."""
-    knowledge = knowledge_from(log.read_seal(root, 0)["identity"]["knowledge"])
+    knowledge = log.read_seal(root, 0).identity.knowledge
     given = _required(means, f"{piece.name} of {root} is damaged", root, knowledge)
     made = _computed(root, piece, knowledge, given)
-    data = log.record_bytes(piece.growth, made)
+    data = sealed_json(made.document())
     if sha256_bytes(data) != piece.digest:
         raise MismatchError(
             f"{piece.name} of {root} computed here is not what was written: other versions, device or threads give "
@@ -244,24 +250,22 @@ def _required(means: Means | None, bad: str, root: Path, knowledge: Knowledge) -
     return means
 
 
-def _computed(root: Path, piece: _Piece, knowledge: Knowledge, means: Means) -> Record:
+def _computed(root: Path, piece: _Piece, knowledge: Knowledge, means: Means) -> LogEntry:
     scratch, part, plan = root / SCRATCH, piece.part, piece.plan
     writer.write_documents(scratch, plan)
-    chunks = ChunkWriter(scratch)
     if part is None:
         labels, digests = means.data.train.labels, means.data.train.digests()
-        return _written(chunks, piece, {"labels": labels, "sample_digest": digests})
+        return _written(scratch, piece, {"labels": labels, "sample_digest": digests})
     precompute.use_recorded_threads(root)
     job = replace(precompute.job_for(means.data, means.network, knowledge, part.fields), may_skip=True)
     made = precompute.compute(part, plan, job)
     statistics = {field: asdict(counted) for field, counted in made.statistics.items()}
     counted = {"correct": made.correct}
-    return _written(chunks, piece, made.stored, statistics=statistics, measurements=counted, skipped=made.skipped)
+    skipped = tuple(made.skipped)
+    return _written(scratch, piece, made.stored, statistics=statistics, measurements=counted, skipped=skipped)
 
 
-def _written(chunks: ChunkWriter, piece: _Piece, rows: Mapping[str, Any], **described: Any) -> Record:
-    part = piece.part
-    view, number, start = (None, None, 0) if part is None else (part.view, part.number, part.start)
-    for array in dict.fromkeys(chunk.array for chunk in piece.chunks):
-        chunks.write(array, view, start, rows[array.name])
-    return Record(view, number, chunks.take(piece.chunks), **described)
+def _written(scratch: Path, piece: _Piece, rows: Mapping[str, Any], **described: Any) -> LogEntry:
+    view, number, start = (None, None, 0) if (part := piece.part) is None else (part.view, part.number, part.start)
+    files = write_chunks(scratch, piece.plan, piece.chunks, start, rows)
+    return LogEntry(growth=piece.growth, view=view, part=number, files=files, **described)

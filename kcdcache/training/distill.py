@@ -307,7 +307,7 @@ def _views(settings: TrainSettings, material: Material, folder: RunFolder) -> in
     held = asked or held
     if not folder.settings.exists():
         return held
-    began_with = int(read_record(folder)["inputs"].get("views", held))
+    began_with = read_record(folder).inputs.views or held
     return min(began_with, held)
 
 
@@ -343,7 +343,7 @@ def _sorted_out(material: Material, folder: RunFolder) -> tuple[Material, Manife
     """Return the material the run began with, and the manifest of its next stage if that is what was given."""
     if material.given is None or not folder.settings.exists():
         return material, None
-    began_with = read_record(folder)["inputs"]["given"]
+    began_with = read_record(folder).inputs.given
     if began_with == material.given.digest:
         return material, None
     return replace(material, given=manifest.read(folder.given) if began_with else None), material.given

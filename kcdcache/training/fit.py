@@ -7,7 +7,7 @@ from typing import Any
 
 from kcdcache.condense import manifest
 from kcdcache.data.datasets import Dataset
-from kcdcache.files import records, timing
+from kcdcache.files import run_files, timing
 from kcdcache.methods import registry as methods_registry
 from kcdcache.networks import registry as networks_registry
 from kcdcache.networks.input_transform import resolve_device, use_threads
@@ -100,7 +100,7 @@ def _finish(pupil: learner.Learner, data: Dataset, settings: FitSettings, model:
         "images_per_second": timing.document(timing.logged(folder.timing)),
         **data.corrupted(),
     }
-    with records.writing(folder.path, dict.fromkeys(("model.safetensors", "model.json"), records.Facts())):
+    with run_files.writing(folder.path, dict.fromkeys(("model.safetensors", "model.json"), run_files.Facts())):
         extra = {"accuracy": summary["accuracy_last"], "data": data.identity().digest}
         learner.save(pupil, folder, "model", model, data, extra)
     write_summary(folder, summary)

@@ -10,7 +10,7 @@ from kcdcache.condense import schedule, value_files, values
 from kcdcache.condense.manifest import Manifest
 from kcdcache.condense.schedule import Stage
 from kcdcache.data.datasets import Dataset
-from kcdcache.files import records
+from kcdcache.files import run_files
 from kcdcache.methods import registry
 from kcdcache.methods.base import Pair
 from kcdcache.progress import Progress, silent
@@ -155,9 +155,9 @@ def _write_results(run: Run, stage: Stage, pupil: Learner, found: values.Values)
     tables = [run.folder.values]
     if pupil.epoch == stage.stop:
         tables.append(run.folder.stage_values(stage.number))
-    facts = records.Facts(len(found.visits), values.fingerprint(found))
-    made = dict.fromkeys(("student.safetensors", "student.json"), records.Facts())
-    with records.writing(run.folder.path, made | {run.folder.name_of(path): facts for path in tables}):
+    facts = run_files.Facts(len(found.visits), values.fingerprint(found))
+    made = dict.fromkeys(("student.safetensors", "student.json"), run_files.Facts())
+    with run_files.writing(run.folder.path, made | {run.folder.name_of(path): facts for path in tables}):
         learner.save(pupil, run.folder, "student", student, run.material.data, {"epoch": pupil.epoch})
         for path in tables:
             value_files.write(path, found, run.material.data.train.labels, document)

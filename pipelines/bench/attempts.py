@@ -1,4 +1,4 @@
-"""What was tried where a bar is missed: block sizes and threads for starting a stage, forms of parquet for reading,
+"""What was tried where a bar is missed: threads for starting a stage, forms of parquet for reading,
 ways to take a batch from a memory-mapped file. Figures, not claims; `reading.py` and `files.py` hold the bars.
 
 python pipelines/bench/attempts.py --folder /tmp/attempts
@@ -32,26 +32,15 @@ def line(what, tried, seconds, name, reference, bar, repetitions):
 
 
 def starting(given):
-    """Starting a stage into memory that is there: blocks of other sizes, one thread or two."""
+    """Starting a stage into memory that is there: one thread or two."""
     opened = reader.open(make(given.folder / "store", given.rows, 1000, 2, "float16"))
     kept = kept_rows(opened.count, 0.7)
     held = {2: np.empty((len(kept), 1000), np.float16), 1: np.empty(len(kept), np.float32)}
 
-    def load(block, threads):
-        def work():
-            before, reader.BLOCK_BYTES = reader.BLOCK_BYTES, block
-            try:
-                opened.load(0, kept, ("logits",), threads, lambda shape, dtype: held[len(shape)])
-            finally:
-                reader.BLOCK_BYTES = before
+    def load(threads):
+        return lambda: opened.load(0, kept, ("logits",), threads, lambda shape, dtype: held[len(shape)])
 
-        return work
-
-    ways = {
-        f"blocks of {block // 1024} KiB, {threads} thread(s)": load(block, threads)
-        for block in (2**16, 2**17, 2**18, 2**20)
-        for threads in (1, 2)
-    }
+    ways = {f"{threads} thread(s)": load(threads) for threads in (1, 2)}
     seconds = alternating(given.repetitions, reference=raw_read(opened), **ways)
     what = f"start of a stage, {given.rows} rows, memory used again"
     return [

@@ -22,7 +22,8 @@ from measure import alternating, median, ratio, started, write
 from kcdcache.condense import ranking, value_files
 from kcdcache.data.spec import DataIdentity
 from kcdcache.files import parquet
-from kcdcache.files.atomic import canonical_json, sha256_file, write_atomic
+from kcdcache.files.atomic import sha256_file, write_atomic
+from kcdcache.files.records import canonical_json
 from kcdcache.store.identity import FORMAT_VERSION, IDENTITY_FILE, Knowledge, TeacherIdentity
 from kcdcache.views.identity import ViewIdentity
 

@@ -18,8 +18,8 @@ from kcdcache.data.spec import DataIdentity
 from kcdcache.errors import KcdcacheError
 from kcdcache.store import encoding, log, reader, writer
 from kcdcache.store.identity import Knowledge, TeacherIdentity
-from kcdcache.store.log import FileRecord, Record
-from kcdcache.store.plan import MOST_PART_ROWS, chunk_file_bytes, part_chunks, plan_store
+from kcdcache.store.log import FileRecord, LogEntry
+from kcdcache.store.plan import MOST_PART_ROWS, part_chunks, plan_store
 from kcdcache.views.identity import ViewIdentity
 
 PARTS_A_VIEW = 25
@@ -40,12 +40,12 @@ def filled(root, plan):
         for part in made.parts:
             files = []
             for chunk in part_chunks(plan, part):
-                size = chunk_file_bytes(chunk.array)
+                size = chunk.array.file_bytes
                 with open(root / chunk.key, "wb") as stream:
                     stream.truncate(size)
                 files.append(FileRecord(chunk.key, size, "0" * 64, 0))
             began = time.perf_counter()
-            log.write_record(root, 0, Record(part.view, part.number, tuple(files)))
+            log.write_record(root, LogEntry(growth=0, view=part.view, part=part.number, files=tuple(files)))
             seconds.append(time.perf_counter() - began)
         began = time.perf_counter()
         made.seal()

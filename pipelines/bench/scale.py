@@ -18,7 +18,8 @@ from launch import measured
 from kcdcache import settings
 from kcdcache.condense import value_files
 from kcdcache.files import parquet
-from kcdcache.files.atomic import canonical_json, write_atomic
+from kcdcache.files.atomic import write_atomic
+from kcdcache.files.records import canonical_json
 from kcdcache.store.identity import FORMAT_VERSION, IDENTITY_FILE
 
 KEEP, CLASSES = 0.7, 100

@@ -10,7 +10,7 @@ from pupils import SCHOOL, SPEC, command, everything, school
 from kcdcache.commands import verify
 from kcdcache.condense import manifest
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, SettingsError
-from kcdcache.files.atomic import digest_of
+from kcdcache.files.records import digest_of
 
 
 @pytest.fixture(scope="module")

@@ -169,8 +169,8 @@ def test_a_set_with_images_trains_and_tests_without_the_data(place, tmp_path):
     given = {"data": f"condensed:{place.root / 'pictures'}", "condensed": place.root / "pictures"}
     assert trained(tmp_path / "part", **given) == full
     metrics = [state.read_metrics(tmp_path / name) for name in ("full", "part")]
-    assert [row["test_accuracy"] for row in metrics[0]] == [row["test_accuracy"] for row in metrics[1]]
-    records = [state.read_record(RunFolder(path=tmp_path / name))["inputs"] for name in ("full", "part")]
+    assert [row.test_accuracy for row in metrics[0]] == [row.test_accuracy for row in metrics[1]]
+    records = [state.read_record(RunFolder(path=tmp_path / name)).inputs for name in ("full", "part")]
     assert records[0] == records[1]
 
 

@@ -21,7 +21,8 @@ from kcdcache.commands import verify
 from kcdcache.data import datasets
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, UnsafeError
 from kcdcache.export import condensed_set, record
-from kcdcache.files.atomic import digest_of, sealed_json, sha256_file
+from kcdcache.files.atomic import sha256_file
+from kcdcache.files.records import digest_of, sealed_json
 from kcdcache.store import reader
 
 IMAGES = {"data": SPEC, "with_images": True}

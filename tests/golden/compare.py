@@ -63,6 +63,7 @@ IGNORED = {
     "*.lock": "who holds a folder, or held it",
     "*/_kcd/lock": "who holds a store, or held it",
     "*/_kcd/lock.*": "who holds a share of a store",
+    "*.holder": "who held a folder when it was killed",
     "*.html": "pictures with clock times; the report's JSON is compared",
     "*.toml": "recipes of this script",
     "images/*": "written by this script, once for both",

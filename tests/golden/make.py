@@ -24,7 +24,8 @@ from stores import creating, finish, form, knowledge, make, small_parts, values,
 
 from kcdcache.condense import manifest, value_files
 from kcdcache.condense import values as condense_values
-from kcdcache.files.atomic import canonical_json, sha256_bytes
+from kcdcache.files.atomic import sha256_bytes
+from kcdcache.files.records import canonical_json
 from kcdcache.networks.weights import load_network
 from kcdcache.settings import FitSettings, TrainSettings
 from kcdcache.store import encoding, reader, writer

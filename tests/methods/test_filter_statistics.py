@@ -15,7 +15,7 @@ from reference import array, close, drawn, tensor
 
 from kcdcache import settings as settings_
 from kcdcache.errors import CorruptionError, MismatchError, SettingsError
-from kcdcache.files.atomic import sealed_json
+from kcdcache.files.records import sealed_json
 from kcdcache.methods import registry as methods_registry
 from kcdcache.methods.filter_statistics import FilterStatistics, PooledDistributions, recoded_divergence, soft_threshold
 from kcdcache.networks import registry as networks_registry

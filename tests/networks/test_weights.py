@@ -15,7 +15,8 @@ from pupils import SPEC, loaded, saved_teacher
 from torch import nn
 
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, UnfinishedError, UnsafeError
-from kcdcache.files.atomic import canonical_json, digest_of, sha256_file
+from kcdcache.files.atomic import sha256_file
+from kcdcache.files.records import canonical_json, digest_of
 from kcdcache.networks import registry, weights
 from kcdcache.networks.input_transform import InputTransform
 

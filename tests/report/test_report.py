@@ -23,7 +23,7 @@ from kcdcache import settings
 from kcdcache.cli import main
 from kcdcache.data import datasets
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, printable
-from kcdcache.files.atomic import digest_of, readable_json
+from kcdcache.files.records import digest_of, readable_json
 from kcdcache.report import images, load, tables
 from kcdcache.report.page import tables_of, write
 from kcdcache.runs.state import MetricsRow, RunRecord, Summary, parsed

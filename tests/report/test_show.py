@@ -8,7 +8,7 @@ from stores import creating, finish, form, grown, knowledge, make, many_chunks, 
 
 from kcdcache.condense import manifest, value_files, values
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, UnfinishedError
-from kcdcache.files.atomic import digest_of
+from kcdcache.files.records import digest_of
 from kcdcache.report import show
 from kcdcache.store import plan, reader, writer
 from kcdcache.store.log import read_commits

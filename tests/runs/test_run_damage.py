@@ -13,7 +13,7 @@ from pupils import SCHOOL, command, distilled, school
 from kcdcache.commands import verify
 from kcdcache.condense import manifest, value_files, values
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError
-from kcdcache.files.atomic import sealed_json
+from kcdcache.files.records import sealed_json
 from kcdcache.runs import check, state
 from kcdcache.runs.folder import RunFolder
 

@@ -5,15 +5,16 @@ import os
 import shutil
 from contextlib import suppress
 
+import numpy as np
 import pytest
 from damaging import endless
-from forging import TEXTS, THOROUGH, first_chunk, write_resealed
+from forging import TEXTS, THOROUGH, first_chunk, resealed, write_resealed
 from pupils import SCHOOL, SPEC, distilled, lines, school
 from stores import content, creating, grown, make, plan_of
 
 from kcdcache.commands import verify
 from kcdcache.errors import CorruptionError, UnsafeError
-from kcdcache.files.atomic import canonical_json, parse_json, read_json
+from kcdcache.files.records import canonical_json, parse_json, read_json
 from kcdcache.report import show
 from kcdcache.store import log, reader
 from kcdcache.store.identity import knowledge_from
@@ -37,10 +38,20 @@ FILES = {
 PLACES = [(kind, name) for kind, names in FILES.items() for name in names]
 
 
-@pytest.mark.parametrize("text", [text for text in TEXTS if text not in ("null", "a NUL")])
+VALUES = ("a NUL", "null", "a key twice")
+"""texts that are JSON; models and digests refuse them"""
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if text not in VALUES])
 def test_hostile_json_has_no_value(text):
     with pytest.raises((CorruptionError, UnsafeError), match=r"here (should hold JSON|holds \d+ JSON values)"):
         parse_json(TEXTS[text], "here")
+
+
+def test_a_record_too_large_is_not_read(tmp_path):
+    endless(tmp_path / "large.json", "sparse")
+    with pytest.raises(UnsafeError, match=r"large\.json has 1099511627776 bytes, expected at most 67108864"):
+        read_json(tmp_path / "large.json")
 
 
 def copied(made, kind, folder):
@@ -56,9 +67,6 @@ def refused(run, root, kind, codes):
             assert done.code in codes, done.output
         assert "internal error" not in done.output
         assert "out of memory" not in done.output
-
-
-"""these differ from the others only in `parse_json`, which is tested by itself"""
 
 
 @pytest.mark.parametrize("text", [pytest.param(t, marks=pytest.mark.slow) if t in THOROUGH else t for t in TEXTS])
@@ -77,10 +85,30 @@ def test_records_that_never_end_are_not_waited_for(run, made, tmp_path, what):
         refused(run, root, kind, (3, 8, 9))
 
 
-def test_an_array_document_of_null_is_refused(tmp_path):
+def test_a_resealed_harmless_chunk_is_read(tmp_path):
+    root = make(tmp_path / "s", plan_of(compression="zstd"))
+    key = first_chunk(root)
+    resealed(root, key, (root / key).read_bytes())
+    opened = reader.open(root)
+    assert len(opened.load(0, np.arange(opened.count), ("logits",))["logits"]) == opened.count
+
+
+def test_a_chunk_turned_into_a_link_after_opening_is_refused(tmp_path):
     root = make(tmp_path / "s")
-    (root / "logits/zarr.json").write_bytes(b"null")
-    with pytest.raises(CorruptionError, match="is not what this store's plan implies"):
+    opened = reader.open(root)
+    chunk = root / first_chunk(root)
+    chunk.rename(tmp_path / "elsewhere")
+    chunk.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UnsafeError, match="is a symbolic link"):
+        opened.load(0, np.arange(opened.count), ("logits",))
+
+
+def test_a_plan_of_endless_chunks_is_refused_before_they_are_listed(tmp_path):
+    root = make(tmp_path / "s")
+    plan = log.read_plan(root, 0).document() | {"views": 10**5}
+    write_resealed(log.plan_path(root, 0), plan)
+    write_resealed(log.commit_path(root, 0), read_json(log.commit_path(root, 0)) | {"plan": plan})
+    with pytest.raises(CorruptionError, match=r"was changed or belongs to another store|chunk files, its log names"):
         reader.open(root)
 
 
@@ -95,13 +123,14 @@ def test_an_array_document_of_null_is_refused(tmp_path):
         {"zarr_format": 2, "filters": [{"id": "pickle"}], "compressor": None},
         {"shape": [10**12] * 3},
         {"attributes": {"x": 1}},
+        None,
     ],
-    ids=lambda change: " ".join(map(str, change)),
+    ids=str,
 )
 def test_array_documents_with_anything_of_their_own_are_refused_at_open(tmp_path, change):
     root = make(tmp_path / "s")
     document = json.loads((root / "logits/zarr.json").read_bytes())
-    (root / "logits/zarr.json").write_text(json.dumps(document | change))
+    (root / "logits/zarr.json").write_text(json.dumps(change and document | change))
     with pytest.raises(CorruptionError, match="is not what this store's plan implies"):
         reader.open(root)
 
@@ -291,7 +320,7 @@ def test_commits_of_wrong_types_are_damaged(tmp_path, change):
     path = log.commit_path(root, 0)
     write_resealed(path, read_json(path) | change)
     for look in (show.inspect, reader.open, verify.verify):
-        with pytest.raises(CorruptionError, match=r"commit\.0\.json is damaged: "):
+        with pytest.raises(CorruptionError, match=r"commit\.0\.json is damaged or was changed: "):
             look(root)
 
 

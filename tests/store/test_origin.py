@@ -13,7 +13,8 @@ from torch import nn
 from kcdcache.cli import main
 from kcdcache.data import datasets
 from kcdcache.errors import CorruptionError, MismatchError, SettingsError
-from kcdcache.files.atomic import sealed_json, write_atomic
+from kcdcache.files.atomic import write_atomic
+from kcdcache.files.records import sealed_json
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.report import show
 from kcdcache.settings import FitSettings, PrecomputeSettings, TrainSettings
@@ -27,6 +28,10 @@ CLEAN = "digits?train=120&test=30"
 
 def knowing(dataset, learned_from):
     return replace(teacher_of(dataset), data=learned_from)
+
+
+def told(corruption, teacher_data):
+    return identity.Origin(corruption=corruption, teacher_data=teacher_data)
 
 
 def test_a_store_tells_what_was_done_and_what_its_teacher_learned_from(tmp_path):
@@ -46,7 +51,7 @@ def test_a_store_tells_what_was_done_and_what_its_teacher_learned_from(tmp_path)
 def test_a_store_of_clean_data_tells_of_no_corruption(tmp_path):
     dataset = datasets.load(CLEAN)
     knowledge = precomputed(tmp_path, dataset, teacher_of(dataset), views=1)
-    assert identity.read_origin(knowledge.path) == identity.Origin({}, None)
+    assert identity.read_origin(knowledge.path) == told({}, None)
     assert not {"corruption", "mislabelled", "teacher_data"} & show.inspect(knowledge.path).keys()
     (tmp_path / identity.ORIGIN_FILE).unlink()
     assert identity.read_origin(tmp_path) is None
@@ -55,11 +60,7 @@ def test_a_store_of_clean_data_tells_of_no_corruption(tmp_path):
 
 def test_what_is_known_is_not_forgotten_and_what_is_not_is_completed(tmp_path):
     (tmp_path / "_kcd").mkdir()
-    first, known, later = (
-        identity.Origin({"a": 1}, None),
-        identity.Origin({"a": 1}, "d"),
-        identity.Origin({"b": 2}, "e"),
-    )
+    first, known, later = told({"a": 1}, None), told({"a": 1}, "d"), told({"b": 2}, "e")
     for written, expected in ((first, first), (known, known), (first, known), (later, known)):
         identity.write_origin(tmp_path, written)
         assert identity.read_origin(tmp_path) == expected

@@ -17,7 +17,7 @@ from kcdcache.commands import condense as condense_command
 from kcdcache.condense import manifest, summary, value_files, values
 from kcdcache.errors import CorruptionError, MismatchError, NonFiniteError
 from kcdcache.files import parquet
-from kcdcache.files.atomic import canonical_json
+from kcdcache.files.records import canonical_json
 from kcdcache.runs import state
 from kcdcache.runs.folder import RunFolder
 
@@ -190,6 +190,12 @@ def test_an_unknown_part_is_named_by_row(tmp_path, part):
     pq.write_table(table.set_column(1, "part", pa.array(parts)), tmp_path / "m.parquet")
     with pytest.raises(CorruptionError, match=rf"m\.parquet, row 7: expected part K_1H or K_Aug, found {part}"):
         manifest.read(tmp_path / "m.parquet")
+
+
+def test_a_manifest_longer_than_the_data_is_refused(tmp_path):
+    manifest.write(tmp_path / "m.parquet", manifest.full("k", 50))
+    with pytest.raises(MismatchError, match="holds 50 rows, expected at most 40"):
+        manifest.read(tmp_path / "m.parquet", 40)
 
 
 # ---- numbers that are none, in values

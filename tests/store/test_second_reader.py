@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -53,6 +54,10 @@ def path(tmp_path_factory, request):
 def test_every_array_is_the_same_bits_to_it_to_zarr_and_to_us(path):
     opened = reader.open(path)
     assert len(opened.plan.arrays) >= 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr warns of our _kcd folder, which is no array
+        listed = sorted(zarr.open_group(path, mode="r").array_keys())
+    assert listed == sorted(array.name for array in opened.plan.arrays)
     for array in opened.plan.arrays:
         here = read_here(opened, array)
         assert here.any()

@@ -1,8 +1,5 @@
-import warnings
-
 import numpy as np
 import pytest
-import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stores import CLASSES, form, knowledge, make, many_chunks, small_parts, values
@@ -87,29 +84,3 @@ def test_decoded_values_come_in_any_order_with_duplicates(sealed):
 def test_what_a_store_does_not_hold_is_refused(sealed, view, rows, field, message):
     with pytest.raises(SettingsError, match=message):
         reader.open(sealed).load(view, np.array(rows), [field])
-
-
-@pytest.mark.parametrize("compression", ["none", "zstd"])
-@pytest.mark.parametrize("text", ["float16", "float32", "top:3"])
-def test_zarr_itself_reads_the_same_bits(tmp_path, text, compression):
-    path = make(tmp_path / "store", small_parts(150, 2, 64, 32, text, compression))
-    opened, group = reader.open(path), zarr.open_group(path, mode="r")
-    for array in opened.plan.arrays:
-        found = group[array.name]
-        if array.field is None:
-            assert found[:].tobytes() == getattr(opened, array.name).tobytes()
-        else:
-            loaded = opened.load(1, np.arange(150), ["logits"])
-            assert found[1].tobytes() == loaded[array.name].tobytes()
-            assert found.shape == (2, 150, *array.row_shape)
-
-
-def test_zarr_lists_the_arrays_as_a_group(sealed):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # zarr warns of our _kcd folder, which is no array
-        assert sorted(zarr.open_group(sealed, mode="r").array_keys()) == [
-            "labels",
-            "logits",
-            "logits_rowmax",
-            "sample_digest",
-        ]

@@ -23,7 +23,7 @@ from stores import (
     write_part,
 )
 
-from kcdcache.errors import LockedError, MismatchError, SettingsError, UnfinishedError
+from kcdcache.errors import MismatchError, SettingsError, UnfinishedError
 from kcdcache.report import show
 from kcdcache.store import check, log, reader, writer
 
@@ -50,10 +50,6 @@ def test_constant_values_are_written_too(tmp_path):
         writing.write_part(writing.pending()[0], {"logits": np.zeros((10, CLASSES), np.float32)}, {})
         writing.seal()
     assert reader.open(tmp_path / "s").read("logits", 0, np.arange(10)).sum() == 0
-
-
-def test_writing_twice_gives_the_same_bytes(sealed, tmp_path):
-    assert content(make(tmp_path / "again", small_parts(150, 2, 64, 32))) == content(sealed)
 
 
 def test_parts_written_in_any_order_give_the_same_bytes(sealed, tmp_path):
@@ -145,15 +141,6 @@ def test_other_peoples_folders_are_left_alone(tmp_path):
     ):
         pass
     assert content(tmp_path) == {"thesis.tex": b"precious"}
-
-
-def test_a_second_writer_is_turned_away(tmp_path):
-    with (
-        creating(tmp_path / "s", plan_of()),
-        pytest.raises(LockedError, match="is being written by process"),
-        creating(tmp_path / "s", plan_of()),
-    ):
-        pass
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, UnfinishedError, UnsafeError
-from kcdcache.files.atomic import digest_of
+from kcdcache.files.records import digest_of
 from kcdcache.networks import registry, weights
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.teacher import teacher as teacher_

@@ -84,10 +84,10 @@ def test_a_student_of_baked_targets_is_the_one_of_mixed_targets_up_to_rounding(p
     mixed = {"temperature": 4.0, "learning_rate": 0.01}
     trained(tmp_path / "full", store=place.knowledge.path, manifest=place.file, **mixed)
     trained(tmp_path / "baked", condensed=place.root / "baked", **mixed)
-    losses = [[row["loss"] for row in state.read_metrics(tmp_path / name)] for name in ("full", "baked")]
+    losses = [[row.loss for row in state.read_metrics(tmp_path / name)] for name in ("full", "baked")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     rows = state.read_metrics(tmp_path / "baked")[0]
-    assert rows["rows_read"] == len(place.set) + int(place.set.mixed.sum())
+    assert rows.rows_read == len(place.set) + int(place.set.mixed.sum())
 
 
 @pytest.mark.parametrize(

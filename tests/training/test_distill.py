@@ -196,7 +196,7 @@ def test_a_set_condensed_by_hand_may_be_another_than_ours(place, tmp_path):
     options = by_hand_once(place, tmp_path / "run")
     command(place, "train", until=4, **options)
     assert len(set_of(tmp_path / "run", 1)) == 160
-    assert read_metrics(tmp_path / "run")[2]["kept"] == 160
+    assert read_metrics(tmp_path / "run")[2].kept == 160
 
 
 @pytest.mark.parametrize("until", [3, 4])
@@ -245,12 +245,12 @@ def test_values_and_sets_name_what_they_are_of(place, runs):
 
 def test_metrics_have_a_row_an_epoch(runs):
     rows = read_metrics(runs())
-    assert [row["epoch"] for row in rows] == [*range(6)]
-    assert [row["stage"] for row in rows] == [0, 0, 1, 1, 2, 2]
-    assert [row["view"] for row in rows] == [0, 1, 2, 0, 1, 2]
-    assert [row["samples"] for row in rows] == [row["kept"] for row in rows]
-    assert np.cumsum([row["samples"] for row in rows]).tolist() == [row["samples_so_far"] for row in rows]
-    assert all(0 <= row["agreement"] <= 1 and 0 <= row["train_accuracy"] <= 1 for row in rows)
+    assert [row.epoch for row in rows] == [*range(6)]
+    assert [row.stage for row in rows] == [0, 0, 1, 1, 2, 2]
+    assert [row.view for row in rows] == [0, 1, 2, 0, 1, 2]
+    assert [row.samples for row in rows] == [row.kept for row in rows]
+    assert np.cumsum([row.samples for row in rows]).tolist() == [row.samples_so_far for row in rows]
+    assert all(0 <= row.agreement <= 1 and 0 <= row.train_accuracy <= 1 for row in rows)
 
 
 def test_the_student_saved_is_the_one_measured(place, runs):
@@ -285,8 +285,8 @@ def test_each_way_of_mixing_teaches_something_else(runs, change):
     plain, other = (runs(keep=0.5, stages=2, **given) for given in ({}, change))
     before, after = (read_metrics(run) for run in (plain, other))
     assert before[:3] == after[:3]  # nothing is mixed in the first stage
-    assert before[3]["mixed"] > 0
-    assert before[3]["loss"] != after[3]["loss"]
+    assert before[3].mixed > 0
+    assert before[3].loss != after[3].loss
 
 
 @pytest.mark.parametrize("change", [{}, {"schedule": "alg1_shift"}, {"schedule": "reference_linear", "keep": 0.5}])
@@ -309,8 +309,8 @@ def test_the_summary_says_what_it_cost(runs):
     assert asked["teacher_forwards"] == 2 * sum(int(found.mixed.sum()) for found in sets) > 0
     assert plain["store_teacher_forwards"] == 3 * TRAIN
     rows = read_metrics(run)
-    assert plain["accuracy_last"] == rows[-1]["test_accuracy"]
-    assert plain["accuracy_best"] == max(row["test_accuracy"] for row in rows)
+    assert plain["accuracy_last"] == rows[-1].test_accuracy
+    assert plain["accuracy_best"] == max(row.test_accuracy for row in rows)
     assert 0 < plain["seconds"] < 60
 
 
@@ -333,8 +333,8 @@ def test_rows_read_are_those_of_the_manifests_in_each_new_view(place, tmp_path, 
     summary = distill.run(settings(**change), material, out=tmp_path / "run", device="cpu")
     assert (summary["rows_read"], summary["bytes_read"]) == (held.rows_read, held.bytes_read)
     for row in read_metrics(tmp_path / "run"):
-        reads = change.get("method") != "ce" and (views > 1 or row["epoch"] % 2 == 0)
-        assert row["rows_read"] == reads * len(batches.needed_rows(set_of(tmp_path / "run", row["stage"])))
+        reads = change.get("method") != "ce" and (views > 1 or row.epoch % 2 == 0)
+        assert row.rows_read == reads * len(batches.needed_rows(set_of(tmp_path / "run", row.stage)))
 
 
 def test_a_run_can_use_fewer_views_than_are_cached(place, tmp_path):
@@ -353,7 +353,7 @@ def test_the_presets_go_through(place, tmp_path):
     for preset, stages in (("paper", [200, 168, 142, 120]), ("release", [200, 173, 146])):
         summary = command(place, "train", out=tmp_path / preset, preset=preset, **SCHOOL)
         rows = read_metrics(tmp_path / preset)
-        assert sorted({row["kept"] for row in rows}, reverse=True) == stages
+        assert sorted({row.kept for row in rows}, reverse=True) == stages
         assert (summary["teacher_forwards"] > 0) == (preset == "release")
         assert summary["kept"] == 120
 
@@ -362,10 +362,10 @@ def test_a_clock_of_samples_stretches_the_learning_rate(place, tmp_path):
     change = {"decay": "cosine", "keep": 0.3, "cost_exponent": 0.0}
     distilled(place, tmp_path / "run", clock="samples", **change)
     rows = read_metrics(tmp_path / "run")
-    total = sum(row["samples"] for row in rows)
-    before = np.cumsum([0] + [row["samples"] for row in rows])[:-1]
+    total = sum(row.samples for row in rows)
+    before = np.cumsum([0] + [row.samples for row in rows])[:-1]
     expected = [0.05 * (1 + math.cos(math.pi * share)) / 2 for share in before / total]
-    np.testing.assert_allclose([row["learning_rate"] for row in rows], expected, rtol=0.01)
+    np.testing.assert_allclose([row.learning_rate for row in rows], expected, rtol=0.01)
     epochs = [0.05 * (1 + math.cos(math.pi * epoch / 6)) / 2 for epoch in range(6)]
     assert not np.allclose(expected, epochs, rtol=0.05)
 
@@ -447,8 +447,8 @@ def small_set(place):
 
 def test_a_reused_set_is_taught_as_it_is(place, small_set, tmp_path):
     summary = distilled(place, tmp_path / "run", given=small_set, stages=1, student="resnet14", epochs=4)
-    assert [row["kept"] for row in read_metrics(tmp_path / "run")] == [120] * 4
-    assert [row["mixed"] for row in read_metrics(tmp_path / "run")] == [int(small_set.mixed.sum())] * 4
+    assert [row.kept for row in read_metrics(tmp_path / "run")] == [120] * 4
+    assert [row.mixed for row in read_metrics(tmp_path / "run")] == [int(small_set.mixed.sum())] * 4
     assert sorted(path.name for path in (tmp_path / "run" / "stages").iterdir()) == ["0"]
     assert summary["condensed_set"] == "stages/0/manifest.parquet"
     assert (summary["kept"], summary["relative_cost"]) == (120, 0.6)

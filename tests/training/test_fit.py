@@ -43,7 +43,7 @@ def test_fit_is_plain_training_bit_for_bit(tmp_path):
 
 def test_a_baseline_uses_every_view_of_a_sample_before_any_twice(tmp_path):
     fitted(tmp_path / "run", epochs=12, padding=1, evaluate_every=12)
-    assert [row["view"] for row in read_metrics(tmp_path / "run")] == [*range(9), 0, 1, 2]
+    assert [row.view for row in read_metrics(tmp_path / "run")] == [*range(9), 0, 1, 2]
 
 
 @pytest.mark.parametrize(("epochs", "decay"), [(1, "milestones"), (3, "cosine")])
@@ -57,7 +57,7 @@ def test_broken_off_and_resumed_gives_the_same_bytes(tmp_path, epochs, decay):
 
 def test_a_finished_fit_says_what_was_forwarded_changes_no_byte_and_is_no_run_of_other_settings(tmp_path):
     first = fitted(tmp_path / "run", evaluate_every=3)
-    assert [row["epoch"] for row in read_metrics(tmp_path / "run") if "test_accuracy" in row] == [2, 3]
+    assert [row.epoch for row in read_metrics(tmp_path / "run") if row.test_accuracy is not None] == [2, 3]
     assert (first["relative_cost"], first["student_samples"], first["epochs"]) == (1, 480, 4)
     assert (first["teacher_forwards"], first["count"]) == (0, 120)
     before = everything(tmp_path / "run")
@@ -77,7 +77,7 @@ def test_the_saved_network_is_a_teacher_of_the_accuracy_it_claims(tmp_path):
     rule = rules.plain(rules.rule_from(FitSettings(**RECIPE), (16, 16)))
     logits = evaluation.predict(network.module, network.transform, evaluation.first_views(SMALL.test, rule, CPU))
     measured = evaluation.measure(logits, SMALL.test.labels)
-    assert measured["test_accuracy"] == summary["accuracy_last"] == read_metrics(tmp_path / "run")[-1]["test_accuracy"]
+    assert measured["test_accuracy"] == summary["accuracy_last"] == read_metrics(tmp_path / "run")[-1].test_accuracy
     assert summary["calibration_error"] == measured["test_calibration_error"]
     assert json.loads((tmp_path / "run" / "model.json").read_bytes())["accuracy"] == summary["accuracy_last"]
 
@@ -103,8 +103,8 @@ def test_options_change_what_is_learned_and_still_learn(tmp_path, change):
     fitted(tmp_path / "plain", epochs=8)
     fitted(tmp_path / "other", epochs=8, **change)
     plain, other = (read_metrics(tmp_path / name) for name in ("plain", "other"))
-    assert plain[-1]["loss"] != other[-1]["loss"]
-    assert other[-1]["loss"] < 0.7 * other[0]["loss"]
+    assert plain[-1].loss != other[-1].loss
+    assert other[-1].loss < 0.7 * other[0].loss
 
 
 def test_a_few_epochs_teach_digits(tmp_path):

@@ -14,7 +14,7 @@ from lessons import CPU, TinyNet, condensed, digits, precomputed, teacher_of
 from torch import nn
 
 from kcdcache.errors import MismatchError, NonFiniteError
-from kcdcache.files.atomic import canonical_json
+from kcdcache.files.records import canonical_json
 from kcdcache.methods import registry
 from kcdcache.methods.losses import entropy
 from kcdcache.runs.folder import RunFolder

@@ -18,7 +18,7 @@ from pupils import SPEC, leftovers, lines, same_files, same_tensors, school
 from safetensors import safe_open
 
 import kcdcache
-from kcdcache.files.atomic import canonical_json
+from kcdcache.files.records import canonical_json
 from kcdcache.settings import OptimizerSettings
 from kcdcache.training import optimizer
 from kcdcache.training.optimizer import learning_rate

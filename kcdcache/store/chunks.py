@@ -1,0 +1,152 @@
+"""Chunk files of Zarr version 3: written whole and durably, read with every byte checked.
+
+What is written is what zarr writes and reads: rows in C order, little-endian, padded, then a crc32c; zstd between them.
+"""
+
+import errno
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from awscrt import checksums
+from jaxtyping import Int64, UInt8
+
+from kcdcache.errors import SettingsError, UnsafeError
+from kcdcache.files.atomic import naming, sha256_bytes, write_atomic
+from kcdcache.store.log import FileRecord
+from kcdcache.store.plan import CHECKSUM_BYTES, ZSTD_LEVEL, ArrayPlan, Chunk, StorePlan
+
+WRITERS = 4
+"""chunks that are written at a time: most of it is waiting for the disk"""
+
+
+def write_chunks(
+    root: Path, plan: StorePlan, chunks: Sequence[Chunk], start: int, rows: Mapping[str, np.ndarray]
+) -> tuple[FileRecord, ...]:
+    """Write chunks and return what each file became; `rows` holds each array's rows from sample `start` on.
+
+    Raises:
+        SettingsError: the rows have another type or shape than planned.
+        NoSpaceError: the disk or quota is full.
+    """
+    for array in dict.fromkeys(chunk.array for chunk in chunks):
+        found = rows[array.name]
+        if found.dtype != np.dtype(array.dtype) or found.shape[1:] != array.row_shape:
+            raise SettingsError(
+                f"rows of '{array.name}' should be {array.dtype} {array.row_shape}, found {found.dtype} "
+                f"{found.shape[1:]}"
+            )
+
+    def write(chunk: Chunk) -> FileRecord:
+        data = encoded(chunk.array, rows[chunk.array.name][chunk.start - start : chunk.stop - start], plan.compression)
+        write_atomic(root / chunk.key, data)
+        checksum = int.from_bytes(data[-CHECKSUM_BYTES:], "little")
+        return FileRecord(chunk.key, len(data), sha256_bytes(data), checksum)
+
+    with ThreadPoolExecutor(WRITERS, thread_name_prefix="kcdcache-write") as pool:
+        return tuple(pool.map(write, chunks))
+
+
+def encoded(array: ArrayPlan, rows: np.ndarray, compression: str) -> bytes:
+    """Return a chunk's file: its rows, as many as the chunk has or fewer, and what pads them."""
+    kind = np.dtype(array.dtype).newbyteorder("<")
+    whole = np.full((array.chunk_rows, *array.row_shape), np.nan if kind.kind == "f" else 0, kind)
+    whole[: len(rows)] = rows
+    data = whole.tobytes()
+    if compression == "zstd":
+        data = pa.Codec("zstd", compression_level=ZSTD_LEVEL).compress(data, asbytes=True)
+    return data + int(checksums.crc32c(data)).to_bytes(CHECKSUM_BYTES, "little")
+
+
+def copy_rows(
+    path: Path,
+    record: FileRecord,
+    array: ArrayPlan,
+    compression: str,
+    wanted: Int64[np.ndarray, " rows"],
+    target: np.ndarray,
+    scratch: UInt8[np.ndarray, " bytes"],
+) -> bool:
+    """Copy the rows `wanted` of a chunk, strictly increasing, into `target` (rows, ...), which is in C order.
+
+    The whole file is read, into `scratch` memory of at least its size, and compared with its log entry.
+
+    Returns:
+        Whether the file is what was written; if not, `target` holds anything.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UnsafeError: it is a symbolic link, or was packed from another number of bytes than planned.
+    """
+    size = record.bytes - CHECKSUM_BYTES
+    direct = compression == "none" and len(wanted) == array.chunk_rows
+    data = target.reshape(-1).view(np.uint8) if direct else scratch[:size]
+    with naming(path), open(path, "rb", buffering=0, opener=_open_plain) as stream:
+        if os.fstat(stream.fileno()).st_size != record.bytes or stream.readinto(data.data) != size:
+            return False
+        stored = stream.read(CHECKSUM_BYTES)
+    if checksums.crc32c(data.data) != record.crc32c or stored != record.crc32c.to_bytes(CHECKSUM_BYTES, "little"):
+        return False
+    if not direct:
+        raw = data if compression == "none" else _unpacked(data, array.chunk_bytes, path)
+        rows = raw.view(array.dtype).reshape(array.chunk_rows, *array.row_shape)
+        np.take(rows, wanted, axis=0, out=target, mode="clip")
+    return True
+
+
+def listed_sizes(root: Path, plan: StorePlan) -> dict[str, int]:
+    """Return key -> bytes of the plain files in every array's folder (symbolic links are not followed)."""
+    folders = {array.name: _listed(root / array.name) for array in plan.arrays}
+    return {f"{name}/{file}": size for name, found in folders.items() for file, size in found.items()}
+
+
+def size_problem(plan: StorePlan, chunk: Chunk, logged: FileRecord | None, found: int | None) -> str | None:
+    """Return what is wrong with a chunk file of `found` bytes (None: no plain file there), or None."""
+    if logged is None:
+        return "is not in the log"
+    most = chunk.array.file_bytes
+    if plan.compression == "none" and logged.bytes != most:
+        return f"is logged with {logged.bytes} bytes, its plan implies {most}"
+    if not CHECKSUM_BYTES < logged.bytes <= most + most // 128 + 1024:  # what zstd adds to incompressible input at most
+        return f"is logged with {logged.bytes} bytes, {most} cannot be compressed to that"
+    if found is None:
+        return "is missing"
+    return None if found == logged.bytes else f"has {found} bytes, {logged.bytes} were written"
+
+
+def _unpacked(data: np.ndarray, size: int, path: Path) -> np.ndarray:
+    """Return what was packed; never takes more memory than planned, whatever the data claims."""
+    try:
+        return np.frombuffer(pa.Codec("zstd").decompress(data, size), np.uint8)
+    except OSError as error:
+        raise UnsafeError(
+            f"{path} does not unpack to the {size} bytes its plan implies ({error}); it was not written by kcdcache"
+        ) from None
+
+
+def _open_plain(path: str, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UnsafeError(f"{path} is a symbolic link; a store's files are plain files") from None
+        raise
+
+
+def _listed(folder: Path) -> dict[str, int]:
+    """Return name -> bytes of a folder's plain files; symbolic links are not followed, the folder's own neither."""
+    if not folder.is_dir() or folder.is_symlink():
+        return {}
+    with os.scandir(folder) as entries:
+        found = {entry.name: _plain_size(entry) for entry in entries}
+    return {name: size for name, size in found.items() if size is not None}
+
+
+def _plain_size(entry: os.DirEntry[str]) -> int | None:
+    try:
+        return entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else None
+    except FileNotFoundError:  # a writer's temporary file was renamed since the listing
+        return None
