@@ -143,8 +143,8 @@ def read(path: Path | str, count: int) -> ValuesFile:
         NonFiniteError: a visited sample's value is NaN or infinite; names the row.
     """
     path = Path(path)
-    found = records.steady(path, lambda: _read_own(path, count) if _is_own(path) else _read_foreign(path, count))
-    records.require(path, records.Facts(len(found.values.visits), values.fingerprint(found.values)))
+    found = run_files.steady(path, lambda: _read_own(path, count) if _is_own(path) else _read_foreign(path, count))
+    run_files.require(path, run_files.Facts(len(found.values.visits), values.fingerprint(found.values)))
     return found
 
 
@@ -178,9 +178,9 @@ def streamed(path: Path, count: int) -> Iterator[Opened]:
         yield ForeignFiles(_files_of(path), count), None
         return
     with ExitStack() as stack:
-        source = records.steady(path, lambda: OwnFile(stack.enter_context(parquet.opened(path, count)), path, count))
+        source = run_files.steady(path, lambda: OwnFile(stack.enter_context(parquet.opened(path, count)), path, count))
         source.require_known()
-        records.require(path, records.Facts(count, source.fingerprint()))
+        run_files.require(path, run_files.Facts(count, source.fingerprint()))
         yield source, source.document
 
 
@@ -340,7 +340,8 @@ class ForeignFiles:
                     yield rows
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Rows:
     """Rows of another tool's file."""
 
     index: Int64[np.ndarray, " rows"]
@@ -431,8 +432,9 @@ def _read_foreign(path: Path, count: int) -> ValuesFile:
     _require_unique(found.index, path)
     made = values.start(count)
     made.visits[found.index], made.value[found.index] = found.visits, found.value
-    labels = None if found.label is None else np.empty(count, np.int64)
-    if labels is not None:
+    labels = None
+    if found.label is not None:
+        labels = np.empty(count, np.int64)
         labels[found.index] = found.label
     return ValuesFile(made, labels, None, True)
 

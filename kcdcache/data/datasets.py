@@ -377,6 +377,7 @@ def read_npz(file: Path) -> dict[str, np.ndarray]:
         try:
             _require_small_directory(stream)
             with np.lib.npyio.NpzFile(stream, allow_pickle=False) as arrays:
+                assert arrays.zip is not None
                 _require_few_bytes(arrays.zip.infolist(), stream.seek(0, 2))
                 found = dict(arrays)
             if odd := [name for name, array in found.items() if not isinstance(array, np.ndarray)]:

@@ -21,17 +21,8 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, UnfinishedError, UnsafeError
 from kcdcache.files import atomic
-from kcdcache.files.atomic import (
-    canonical_json,
-    create_filled,
-    naming,
-    open_plain,
-    parse_json,
-    read_sealed,
-    sealed_json,
-    sha256_file,
-    write_atomic,
-)
+from kcdcache.files.atomic import create_exclusive, naming, open_plain, sha256_file, write_atomic
+from kcdcache.files.records import canonical_json, parse_json, read_sealed_object, sealed_json
 from kcdcache.settings import Settings
 
 ROWS = 2**20
@@ -415,7 +406,7 @@ def write_part(folder: Path, span: Span, schema: pa.Schema, blocks: Iterable[pa.
                 rows += block.num_rows
             writer.close({PART_KEY: canonical_json(span._asdict())})
 
-    create_filled(path, fill)
+    create_exclusive(path, fill)
     return Part(rows=rows, bytes=path.stat().st_size, sha256=sha256_file(path))
 
 
@@ -459,7 +450,7 @@ def read_seal(folder: Path) -> Seal:
             f"{folder} has parts but no {SEAL}, which is written last: it was not written or copied to its end; make "
             "or copy it again"
         )
-    found = read_sealed(file, "format_version", *Seal.model_fields)
+    found = read_sealed_object(file, "format_version", *Seal.model_fields)
     if (version := found.pop("format_version")) != FORMAT_VERSION:
         raise MismatchError(f"{folder} has format {version}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache")
     try:
