@@ -7,9 +7,9 @@ from kcdcache.files.records import read_json, sealed_json
 from kcdcache.store import log
 
 I32, I64, BINARY, LIST, STRUCT = 5, 6, 8, 9, 12
-PLAIN, DELTA_BYTE_ARRAY, RLE_DICTIONARY = 0, 7, 8
+PLAIN, RLE_DICTIONARY = 0, 8
 DATA, DICTIONARY = 0, 2
-INT64, BYTE_ARRAY = 2, 6
+INT64 = 2
 UNCOMPRESSED, ZSTD = 0, 6
 
 
@@ -40,21 +40,21 @@ def struct(fields):
     return out + b"\0"
 
 
-def page(data, values, size=None, kind=DATA, encoding=PLAIN, more=()):
+def page(data, values, size=None, kind=DATA, encoding=PLAIN):
     """A page of `data` as it stands in the file, whose header claims `size` bytes once decompressed."""
     size = len(data) if size is None else size
     own = [(1, I32, values), (2, I32, encoding)]
     if kind == DATA:
         own += [(3, I32, 3), (4, I32, 3)]
     fields = [(1, I32, kind), (2, I32, size), (3, I32, len(data)), (4, I32, signed(zlib.crc32(data)))]
-    return struct([*fields, *more, ({DATA: 5, DICTIONARY: 7}[kind], STRUCT, own)]) + data
+    return struct([*fields, ({DATA: 5, DICTIONARY: 7}[kind], STRUCT, own)]) + data
 
 
 def signed(number):
     return number - 2**32 if number >= 2**31 else number
 
 
-def column(start, size, rows, kind=INT64, codec=UNCOMPRESSED, dictionary=None, file=None):
+def column(start, size, rows, kind=INT64, codec=UNCOMPRESSED, dictionary=None):
     """A column chunk's entry in the footer."""
     meta = [
         (1, I32, kind), (2, LIST, (I32, [PLAIN])), (3, LIST, (BINARY, [b"index"])), (4, I32, codec), (5, I64, rows),
@@ -62,8 +62,7 @@ def column(start, size, rows, kind=INT64, codec=UNCOMPRESSED, dictionary=None, f
     ]  # fmt: skip
     if dictionary is not None:
         meta.append((11, I64, dictionary))
-    own = [(2, I64, 0), (3, STRUCT, meta)]
-    return [(1, BINARY, file), *own] if file else own
+    return [(2, I64, 0), (3, STRUCT, meta)]
 
 
 def footer(groups, rows, kind=INT64, names=(b"index",), metadata=()):

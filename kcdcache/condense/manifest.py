@@ -1,6 +1,6 @@
-"""What must hold of the rows of a condensed set: of a whole one, or block by block in bounded memory."""
+"""Manifests: which samples a stage trains on, as an immutable value and as a file, and the rules its rows keep."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,29 @@ from kcdcache.files import parquet, run_files
 from kcdcache.files.atomic import create_exclusive
 from kcdcache.files.records import canonical_json
 
+METADATA_KEY = "kcdcache.manifest"
+MOST_ROWS = 10**8
+_OTHER_KNOWLEDGE = (
+    "the manifest was made for knowledge {}, the store holds {}; give the manifest's own store, or --transfer to use "
+    "it with another teacher's store of the same data"
+)
+
+ARRAYS: dict[str, type] = {
+    "index": np.int64, "mixed": np.bool_, "partner": np.int64, "epsilon": np.float32,
+    "rank": np.int64, "value": np.float32, "visits": np.int32, "weight": np.float32,
+}  # fmt: skip
+"""column -> its type, in the order of the digest"""
+SCHEMA = pa.schema([
+    ("index", pa.int64()), ("part", pa.dictionary(pa.int32(), pa.string())), ("partner", pa.int64()),
+    ("epsilon", pa.float32()), ("rank", pa.int64()), ("value", pa.float32()), ("visits", pa.int32()),
+    ("weight", pa.float32()),
+])  # fmt: skip
+FORMAT_VERSION = 0
+_TYPE_NAMES: dict[type, str] = {NoneType: "None", tuple: "tuple of int"}
+FACTS: dict[str, tuple[type, ...]] = {
+    "knowledge_id": (str,), "count": (int,), "stage": (int,), "keep": (float,), "dropped": (int,), "rule": (dict,),
+    "parent": (str, NoneType), "values": (str, NoneType), "class_counts": (tuple,), "data_digest": (str, NoneType),
+}  # fmt: skip
 KEPT, MIXED = "K_1H", "K_Aug"
 """The parts: points kept as they are, and kept points with a dropped one mixed in."""
 
@@ -29,118 +52,6 @@ Rule = tuple[str, str, Bool[np.ndarray, " rows"]]
 _IN_ORDER, _RANK_ONCE, _PARTNER_ONCE = "ascending order, each sample once", "each rank once", "each partner once"
 _DROPPED = "a dropped sample, not a kept one"
 _AS_KEPT, _AS_PARTNER, _AS_RANK = np.uint8(1), np.uint8(2), np.uint8(4)
-
-
-def require(columns: Columns, count: int) -> None:
-    """Do nothing if the rows of a whole condensed set of `count` samples are valid.
-
-    Raises:
-        MismatchError: they are not; names the first such row.
-    """
-    _raise_first([*_own_rules(columns, count), *_set_rules(columns)], columns, 0)
-
-
-class Blocks:
-    """Holds the rows of one condensed set as they come against all rules; takes one byte for each sample of the set."""
-
-    def __init__(self, count: int) -> None:
-        """Begin with the rows of a set of `count` samples."""
-        self._count, self._rows, self._last = count, 0, -1
-        self._used = np.zeros(count, np.uint8)
-
-    def add(self, columns: Columns) -> None:
-        """Take the next rows.
-
-        Raises:
-            MismatchError: one of them breaks a rule; names the first.
-        """
-        before = self._rows
-        _raise_first(list(_own_rules(columns, self._count, self._last)), columns, before)
-        self._rows += len(columns["index"])
-        self._last = int(columns["index"][-1]) if len(columns["index"]) else self._last
-        partner = columns["partner"][columns["mixed"]]
-        again = np.zeros(len(columns["mixed"]), np.bool_)
-        again[columns["mixed"]] = self._marked(partner, _AS_PARTNER)
-        self._marked(columns["index"], _AS_KEPT)
-        kept = np.zeros_like(again)
-        kept[columns["mixed"]] = self._used[partner] & _AS_KEPT != 0
-        rules = [("partner", _DROPPED, kept), ("partner", _PARTNER_ONCE, again)]
-        rules.append(("rank", _RANK_ONCE, self._marked(columns["rank"], _AS_RANK)))
-        _raise_first(rules, columns, before)
-
-    def end(self) -> None:
-        """Do nothing if no partner of an early row is kept by a later one.
-
-        Raises:
-            MismatchError: one is; names it.
-        """
-        both = _AS_KEPT | _AS_PARTNER
-        for start in range(0, self._count, 2**20):
-            if (bad := self._used[start : start + 2**20] & both == both).any():
-                raise MismatchError(
-                    f"manifest row of index {start + np.argmax(bad)}: expected partner to be {_DROPPED}, found it kept"
-                )
-
-    def _marked(self, places: Integer[np.ndarray, " rows"], mark: np.unsignedinteger) -> Bool[np.ndarray, " rows"]:
-        """Mark some samples or ranks; return which of them had that mark already."""
-        again = self._used[places] & mark != 0
-        self._used[places] |= mark
-        return again | _repeated(places)
-
-
-def _own_rules(columns: Columns, count: int, last: int = -1) -> Iterator[Rule]:
-    """Yield the rules that a row keeps or breaks by itself, or with the row before it (`last` is the index before)."""
-    index, samples = columns["index"], f"a sample in [0, {count})"
-    yield "index", samples, (index < 0) | (index >= count)
-    yield "index", _IN_ORDER, np.diff(index, prepend=last) <= 0
-    partner, mixed = columns["partner"], columns["mixed"]
-    yield "partner", f"none (-1) in {KEPT}", ~mixed & (partner != -1)
-    yield "partner", f"{samples} in {MIXED}", mixed & ((partner < 0) | (partner >= count))
-    epsilon, weight, rank = columns["epsilon"], columns["weight"], columns["rank"]
-    yield "epsilon", "a share in [0, 1]", ~((epsilon >= 0) & (epsilon <= 1))
-    yield "epsilon", f"0 in {KEPT}", ~mixed & (epsilon != 0)
-    yield "rank", f"a rank in [0, {count})", (rank < 0) | (rank >= count)
-    yield "visits", "0 or more", columns["visits"] < 0
-    yield "value", "a finite number", ~np.isfinite(columns["value"])
-    yield "value", "0 for an unseen sample", (columns["visits"] == 0) & (columns["value"] != 0)
-    yield "weight", "a finite number above 0", ~(np.isfinite(weight) & (weight > 0))
-
-
-def _set_rules(columns: Columns) -> Iterator[Rule]:
-    """Yield the rules between any two rows of a whole set."""
-    partner, mixed = columns["partner"], columns["mixed"]
-    yield "partner", _DROPPED, mixed & np.isin(partner, columns["index"])
-    yield "partner", _PARTNER_ONCE, mixed & _repeated(partner, partner[mixed])
-    yield "rank", _RANK_ONCE, _repeated(columns["rank"])
-
-
-def _repeated(array: Shaped[np.ndarray, " rows"], of: Shaped[np.ndarray, " some"] | None = None) -> np.ndarray:
-    """Return which stand there again, after their first row; none, quickly, where those of interest (`of`) differ."""
-    ascending = np.sort(array if of is None else of)
-    repeated = np.zeros(len(array), np.bool_)
-    if (ascending[1:] == ascending[:-1]).any():
-        order = np.argsort(array, kind="stable")
-        repeated[order[1:]] = array[order][1:] == array[order][:-1]
-    return repeated
-
-
-def _raise_first(rules: list[Rule], columns: Columns, before: int) -> None:
-    """Raise for the first row that breaks a rule; `before` is the number of rows before these."""
-    broken = [(int(np.argmax(bad)), column, expected) for column, expected, bad in rules if bad.any()]
-    if broken:
-        row, column, expected = min(broken, key=lambda rule: rule[0])
-        raise MismatchError(
-            f"manifest row {before + row}, index {columns['index'][row]}: expected {column} to be {expected}, "
-            f"found {columns[column][row]}"
-        )
-
-
-FORMAT_VERSION = 0
-_TYPE_NAMES: dict[type, str] = {NoneType: "None", tuple: "tuple of int"}
-FACTS: dict[str, tuple[type, ...]] = {
-    "knowledge_id": (str,), "count": (int,), "stage": (int,), "keep": (float,), "dropped": (int,), "rule": (dict,),
-    "parent": (str, NoneType), "values": (str, NoneType), "class_counts": (tuple,), "data_digest": (str, NoneType),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -213,8 +124,8 @@ class Totals(NamedTuple):
         )  # fmt: skip
 
 
-def told(facts: Facts, totals: Totals, digest: str) -> dict[str, Any]:
-    """Return the same of a manifest that is not in memory."""
+def summary_of(facts: Facts, totals: Totals, digest: str) -> dict[str, Any]:
+    """Return what `summary` does, of a manifest that is not in memory."""
     counts = facts.class_counts
     return {
         "stage": facts.stage, "samples": facts.count, "kept": totals.rows, "keep": facts.keep,
@@ -224,57 +135,6 @@ def told(facts: Facts, totals: Totals, digest: str) -> dict[str, Any]:
         "rule": dict(facts.rule), "knowledge_id": facts.knowledge_id, "parent": facts.parent,
         "values": facts.values, "digest": digest,
     }  # fmt: skip
-
-
-def _require_types(facts: Facts) -> None:
-    for name, kinds in FACTS.items():
-        found = getattr(facts, name)
-        parts = found if isinstance(found, tuple) else ()
-        if not isinstance(found, kinds) or not all(isinstance(part, int) for part in parts):
-            wanted = " or ".join(_TYPE_NAMES.get(kind, kind.__name__) for kind in kinds)
-            raise MismatchError(f"manifest field '{name}': expected {wanted}, found {found!r}")
-
-
-def _require_facts(facts: Facts, rows: int, mixed: int) -> None:
-    counts = facts.class_counts
-    for name, expected, good in (
-        ("count", f"at least its {rows} rows", facts.count >= rows),
-        ("stage", "0 or more", facts.stage >= 0),
-        ("keep", "a share in (0, 1]", 0 < facts.keep <= 1),
-        ("keep", f"a share of {facts.count} that its {rows} rows do not exceed", _fits_share(facts, rows)),
-        ("dropped", "at least the number of mixed rows", facts.dropped >= mixed),
-        ("dropped", "no more than are not kept", facts.dropped <= facts.count - rows),
-        ("class_counts", "0 or more of each class", all(number >= 0 for number in counts)),
-        ("class_counts", f"{rows} in all, or nothing", not counts or sum(counts) == rows),
-    ):
-        if not good:
-            raise MismatchError(f"manifest field '{name}': expected {expected}, found {getattr(facts, name)}")
-
-
-def _fits_share(facts: Facts, rows: int) -> bool:
-    """Fewer rows than the share are fine: where samples were skipped, fewer are left than it allows."""
-    return not 0 < facts.keep <= 1 or rows <= kept_count(facts.keep, facts.count)
-
-
-METADATA_KEY = "kcdcache.manifest"
-MOST_ROWS = 10**8
-_OTHER_KNOWLEDGE = (
-    "the manifest was made for knowledge {}, the store holds {}; give the manifest's own store, or --transfer to use "
-    "it with another teacher's store of the same data"
-)
-
-ARRAYS: dict[str, type] = {
-    "index": np.int64, "mixed": np.bool_, "partner": np.int64, "epsilon": np.float32,
-    "rank": np.int64, "value": np.float32, "visits": np.int32, "weight": np.float32,
-}  # fmt: skip
-"""column -> its type, in the order of the digest"""
-SCHEMA = pa.schema([
-    ("index", pa.int64()), ("part", pa.string()), ("partner", pa.int64()), ("epsilon", pa.float32()),
-    ("rank", pa.int64()), ("value", pa.float32()), ("visits", pa.int32()), ("weight", pa.float32()),
-])  # fmt: skip
-_NAMES = pa.dictionary(pa.int8(), pa.string())
-SCHEMA_WRITTEN = SCHEMA.set(1, pa.field("part", _NAMES))
-"""the same file comes of it: parts are written as numbers of names, and read as names"""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -376,7 +236,7 @@ def write(path: Path, manifest: Manifest, partition_rows: int | None = None) -> 
     """
     if partition_rows is not None and manifest.count > partition_rows:
         content = seal_of(manifest.document(), manifest.digest, manifest.count, partition_rows)
-        parquet.write(path, content, SCHEMA_WRITTEN, lambda span: _cells_of(manifest, span))
+        parquet.write(path, content, SCHEMA, lambda span: _cells_of(manifest, span))
         return
     table = cells(manifest.columns()).replace_schema_metadata(metadata(manifest.document(), manifest.digest))
     create_exclusive(path, parquet.encode(table))
@@ -395,7 +255,6 @@ def read(path: Path | str, most_rows: int = MOST_ROWS) -> Manifest:
     """
     path = Path(path)
     with parquet.opened(path, most_rows) as reader:
-        reader.check()  # before anything it says is taken up
         document = _document(reader.schema, path)
         blocks = list(_checked(reader, document, path))
     columns: dict[str, Any] = {name: _joined([block[name] for block in blocks], kind) for name, kind in ARRAYS.items()}
@@ -427,7 +286,6 @@ def read_document(
             with the digest of a valid manifest is that manifest.
     """
     with parquet.opened(path, most_rows) as reader:
-        reader.check()  # before anything it says is taken up
         document = _document(reader.schema, path)
         for columns in _checked(reader, document, path):
             if each is not None:
@@ -447,9 +305,14 @@ def arrays(
     return {name: _column(table, name, path, first) for name in names}
 
 
-def seal_of(document: Mapping[str, Any], digest: str, count: int, partition_rows: int) -> parquet.Seal:
-    """Return the record of a folder for a manifest, as yet without parts."""
-    return parquet.Seal(METADATA_KEY, count, partition_rows, {**document, "digest": digest}, None, ())
+def seal_of(
+    document: Mapping[str, Any], digest: str, count: int, partition_rows: int, parts: Sequence[parquet.Part] = ()
+) -> parquet.Seal:
+    """Return the record of a folder for a manifest; as yet without parts, if none are given."""
+    return parquet.Seal(
+        key=METADATA_KEY, samples=count, partition_rows=partition_rows, document={**document, "digest": digest},
+        parts=tuple(parts),
+    )  # fmt: skip
 
 
 def require_knowledge(
@@ -514,12 +377,12 @@ def require_usable(manifest: Manifest, skipped: Int64[np.ndarray, " skipped"]) -
 
 def summary(manifest: Manifest) -> dict[str, Any]:
     """Return what `inspect` and `condense` print of a manifest: JSON values, sizes in samples."""
-    return told(manifest, Totals().plus(manifest.columns()), manifest.digest)
+    return summary_of(manifest, Totals().plus(manifest.columns()), manifest.digest)
 
 
 def cells(columns: Mapping[str, np.ndarray]) -> pa.Table:
     """Return rows as they stand in a file."""
-    parts = pa.DictionaryArray.from_arrays(columns["mixed"].astype(np.int8), [KEPT, MIXED])
+    parts = pa.DictionaryArray.from_arrays(columns["mixed"].astype(np.int32), [KEPT, MIXED])
     found = {name: pa.array(column) for name, column in columns.items() if name != "mixed"}
     found["partner"] = pa.array(columns["partner"], mask=~columns["mixed"])
     found["value"] = pa.array(columns["value"], mask=columns["visits"] == 0)
@@ -529,6 +392,63 @@ def cells(columns: Mapping[str, np.ndarray]) -> pa.Table:
 def metadata(document: Mapping[str, Any], digest: str) -> dict[str, bytes]:
     """Return a file's metadata: document and digest."""
     return {METADATA_KEY: canonical_json({**document, "digest": digest})}
+
+
+def require(columns: Columns, count: int) -> None:
+    """Do nothing if the rows of a whole condensed set of `count` samples are valid.
+
+    Raises:
+        MismatchError: they are not; names the first such row.
+    """
+    _raise_first([*_own_rules(columns, count), *_set_rules(columns)], columns, 0)
+
+
+class Blocks:
+    """Holds the rows of one condensed set as they come against all rules; takes one byte for each sample of the set."""
+
+    def __init__(self, count: int) -> None:
+        """Begin with the rows of a set of `count` samples."""
+        self._count, self._rows, self._last = count, 0, -1
+        self._used = np.zeros(count, np.uint8)
+
+    def add(self, columns: Columns) -> None:
+        """Take the next rows.
+
+        Raises:
+            MismatchError: one of them breaks a rule; names the first.
+        """
+        before = self._rows
+        _raise_first(list(_own_rules(columns, self._count, self._last)), columns, before)
+        self._rows += len(columns["index"])
+        self._last = int(columns["index"][-1]) if len(columns["index"]) else self._last
+        partner = columns["partner"][columns["mixed"]]
+        again = np.zeros(len(columns["mixed"]), np.bool_)
+        again[columns["mixed"]] = self._marked(partner, _AS_PARTNER)
+        self._marked(columns["index"], _AS_KEPT)
+        kept = np.zeros_like(again)
+        kept[columns["mixed"]] = self._used[partner] & _AS_KEPT != 0
+        rules = [("partner", _DROPPED, kept), ("partner", _PARTNER_ONCE, again)]
+        rules.append(("rank", _RANK_ONCE, self._marked(columns["rank"], _AS_RANK)))
+        _raise_first(rules, columns, before)
+
+    def end(self) -> None:
+        """Do nothing if no partner of an early row is kept by a later one.
+
+        Raises:
+            MismatchError: one is; names it.
+        """
+        both = _AS_KEPT | _AS_PARTNER
+        for start in range(0, self._count, 2**20):
+            if (bad := self._used[start : start + 2**20] & both == both).any():
+                raise MismatchError(
+                    f"manifest row of index {start + np.argmax(bad)}: expected partner to be {_DROPPED}, found it kept"
+                )
+
+    def _marked(self, places: Integer[np.ndarray, " rows"], mark: np.unsignedinteger) -> Bool[np.ndarray, " rows"]:
+        """Mark some samples or ranks; return which of them had that mark already."""
+        again = self._used[places] & mark != 0
+        self._used[places] |= mark
+        return again | _repeated(places)
 
 
 def _read_only(name: str, array: Any, kind: type, rows: int) -> np.ndarray:
@@ -585,7 +505,7 @@ def _column(table: pa.Table, name: str, path: Path, first: int) -> np.ndarray:
     """Return a column of some rows, `first` rows after the beginning of the file."""
     if name != "mixed":
         return _filled(table, name, {"partner": -1, "value": 0}.get(name), path)
-    part = table.column("part").combine_chunks().dictionary_encode()
+    part = table.column("part").unify_dictionaries().combine_chunks()
     names = part.dictionary.to_pylist()
     codes = part.indices.fill_null(-1).to_numpy(zero_copy_only=False)
     mixed: np.ndarray = codes == (names.index(MIXED) if MIXED in names else -2)
@@ -605,3 +525,80 @@ def _filled(table: pa.Table, name: str, fill: int | None, path: Path) -> np.ndar
     if column.null_count:
         raise CorruptionError(f"{path} was changed after it was written: '{name}' has empty cells; write it again")
     return column.to_numpy()
+
+
+def _own_rules(columns: Columns, count: int, last: int = -1) -> Iterator[Rule]:
+    """Yield the rules that a row keeps or breaks by itself, or with the row before it (`last` is the index before)."""
+    index, samples = columns["index"], f"a sample in [0, {count})"
+    yield "index", samples, (index < 0) | (index >= count)
+    yield "index", _IN_ORDER, np.diff(index, prepend=last) <= 0
+    partner, mixed = columns["partner"], columns["mixed"]
+    yield "partner", f"none (-1) in {KEPT}", ~mixed & (partner != -1)
+    yield "partner", f"{samples} in {MIXED}", mixed & ((partner < 0) | (partner >= count))
+    epsilon, weight, rank = columns["epsilon"], columns["weight"], columns["rank"]
+    yield "epsilon", "a share in [0, 1]", ~((epsilon >= 0) & (epsilon <= 1))
+    yield "epsilon", f"0 in {KEPT}", ~mixed & (epsilon != 0)
+    yield "rank", f"a rank in [0, {count})", (rank < 0) | (rank >= count)
+    yield "visits", "0 or more", columns["visits"] < 0
+    yield "value", "a finite number", ~np.isfinite(columns["value"])
+    yield "value", "0 for an unseen sample", (columns["visits"] == 0) & (columns["value"] != 0)
+    yield "weight", "a finite number above 0", ~(np.isfinite(weight) & (weight > 0))
+
+
+def _set_rules(columns: Columns) -> Iterator[Rule]:
+    """Yield the rules between any two rows of a whole set."""
+    partner, mixed = columns["partner"], columns["mixed"]
+    yield "partner", _DROPPED, mixed & np.isin(partner, columns["index"])
+    yield "partner", _PARTNER_ONCE, mixed & _repeated(partner, partner[mixed])
+    yield "rank", _RANK_ONCE, _repeated(columns["rank"])
+
+
+def _repeated(array: Shaped[np.ndarray, " rows"], of: Shaped[np.ndarray, " some"] | None = None) -> np.ndarray:
+    """Return which stand there again, after their first row; none, quickly, where those of interest (`of`) differ."""
+    ascending = np.sort(array if of is None else of)
+    repeated = np.zeros(len(array), np.bool_)
+    if (ascending[1:] == ascending[:-1]).any():
+        order = np.argsort(array, kind="stable")
+        repeated[order[1:]] = array[order][1:] == array[order][:-1]
+    return repeated
+
+
+def _raise_first(rules: list[Rule], columns: Columns, before: int) -> None:
+    """Raise for the first row that breaks a rule; `before` is the number of rows before these."""
+    broken = [(int(np.argmax(bad)), column, expected) for column, expected, bad in rules if bad.any()]
+    if broken:
+        row, column, expected = min(broken, key=lambda rule: rule[0])
+        raise MismatchError(
+            f"manifest row {before + row}, index {columns['index'][row]}: expected {column} to be {expected}, "
+            f"found {columns[column][row]}"
+        )
+
+
+def _require_types(facts: Facts) -> None:
+    for name, kinds in FACTS.items():
+        found = getattr(facts, name)
+        parts = found if isinstance(found, tuple) else ()
+        if not isinstance(found, kinds) or not all(isinstance(part, int) for part in parts):
+            wanted = " or ".join(_TYPE_NAMES.get(kind, kind.__name__) for kind in kinds)
+            raise MismatchError(f"manifest field '{name}': expected {wanted}, found {found!r}")
+
+
+def _require_facts(facts: Facts, rows: int, mixed: int) -> None:
+    counts = facts.class_counts
+    for name, expected, good in (
+        ("count", f"at least its {rows} rows", facts.count >= rows),
+        ("stage", "0 or more", facts.stage >= 0),
+        ("keep", "a share in (0, 1]", 0 < facts.keep <= 1),
+        ("keep", f"a share of {facts.count} that its {rows} rows do not exceed", _fits_share(facts, rows)),
+        ("dropped", "at least the number of mixed rows", facts.dropped >= mixed),
+        ("dropped", "no more than are not kept", facts.dropped <= facts.count - rows),
+        ("class_counts", "0 or more of each class", all(number >= 0 for number in counts)),
+        ("class_counts", f"{rows} in all, or nothing", not counts or sum(counts) == rows),
+    ):
+        if not good:
+            raise MismatchError(f"manifest field '{name}': expected {expected}, found {getattr(facts, name)}")
+
+
+def _fits_share(facts: Facts, rows: int) -> bool:
+    """Fewer rows than the share are fine: where samples were skipped, fewer are left than it allows."""
+    return not 0 < facts.keep <= 1 or rows <= kept_count(facts.keep, facts.count)

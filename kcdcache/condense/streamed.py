@@ -10,7 +10,7 @@ import pyarrow as pa
 from jaxtyping import Int64
 
 from kcdcache.condense import manifest
-from kcdcache.condense.manifest import Facts, Totals, told
+from kcdcache.condense.manifest import Facts, Totals, summary_of
 from kcdcache.condense.value_files import Block, Source
 from kcdcache.condense.values import Values
 from kcdcache.errors import MismatchError
@@ -116,17 +116,17 @@ def write_parts(
     waiting: list[Block] = []
     for span in parquet.spans(plan.count, partition_rows):
         rows = _rows(plan, _until(span.stop, blocks, waiting))
-        parts.append(parquet.write_part(folder, span, manifest.SCHEMA_WRITTEN, tally.tables(rows)))
+        parts.append(parquet.write_part(folder, span, manifest.SCHEMA, tally.tables(rows)))
     next(blocks, None)  # the source compares digests at its end
     made = tally.made(plan, values=source.fingerprint(), **facts)
     document = made.document_of(plan.kept)
     name = tally.digest.over(canonical_json(document))
-    content = manifest.seal_of(document, name, plan.count, partition_rows)._replace(parts=tuple(parts))
-    return told(made, tally.totals, name), content
+    content = manifest.seal_of(document, name, plan.count, partition_rows, parts)
+    return summary_of(made, tally.totals, name), content
 
 
 def _written(blocks: Iterable[pa.Table], sink: BinaryIO | None) -> parquet.Writer | None:
-    writer = None if sink is None else parquet.Writer(sink, manifest.SCHEMA_WRITTEN)
+    writer = None if sink is None else parquet.Writer(sink, manifest.SCHEMA)
     for table in blocks:
         if writer is not None:
             writer.write(table)
@@ -138,7 +138,7 @@ def _ended(writer: parquet.Writer | None, tally: Tally, made: Facts) -> dict[str
     name = tally.digest.over(canonical_json(document))
     if writer is not None:
         writer.close(manifest.metadata(document, name))
-    return told(made, tally.totals, name)
+    return summary_of(made, tally.totals, name)
 
 
 def _rows(plan: Planned, blocks: Iterable[Block]) -> Iterator[dict[str, np.ndarray]]:

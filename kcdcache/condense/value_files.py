@@ -1,4 +1,4 @@
-"""Values opened to be condensed: in memory, or read again each time."""
+"""Files of values: ours written and read, other tools' read; held whole, or gone through block by block."""
 
 import glob
 from collections.abc import Iterator, Mapping
@@ -10,177 +10,24 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32, Int32, Int64, Shaped
+from jaxtyping import Bool, Float32, Int32, Int64, Shaped
 
 from kcdcache.condense import values
-from kcdcache.condense.values import MOST_VISITS, Values, _require_finite, fingerprint
+from kcdcache.condense.values import MOST_VISITS, Values
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NonFiniteError, NotFoundError, SettingsError
 from kcdcache.files import parquet, run_files
 from kcdcache.files.atomic import write_atomic
 from kcdcache.files.records import canonical_json
 
-MOST_INDEX = 2**62
-COLUMNS = ("index", "visits", "value", "label")
-
-
-def is_several(path: Path) -> bool:
-    """Return whether a path stands for several files of another tool: a folder of parquet files, or a glob pattern."""
-    if path.is_dir():
-        return not parquet.is_folder(path)
-    return not path.exists() and glob.has_magic(str(path))
-
-
-def files_of(path: Path) -> list[Path]:
-    """Return the files a path stands for, by name; of a folder all parquet files in it, hidden ones left out.
-
-    Raises:
-        NotFoundError: there are none.
-    """
-    if not is_several(path):
-        return [path]
-    found = sorted(path.rglob("*.parquet") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True)))
-    found = [file for file in found if file.is_file() and not file.name.startswith(("_", "."))]
-    if not found:
-        raise NotFoundError(f"no parquet files at {path}")
-    return found
-
-
-def whole(path: Path, most_rows: int) -> pa.Table:
-    """Return the rows of all files that a path stands for.
-
-    Raises:
-        NotFoundError, CorruptionError, MismatchError, UnsafeError: one cannot be read, or all have too many rows.
-    """
-    found: list[pa.Table] = []
-    rows = 0
-    for file in files_of(path):
-        with parquet.opened_file(file, most_rows) as reader:
-            parquet.require_no_part(reader.schema, file)
-            if (rows := rows + reader.rows) > most_rows:
-                raise MismatchError(f"{path} holds {rows} rows or more, expected at most {most_rows} (one per sample)")
-            found.append(reader.whole(COLUMNS).replace_schema_metadata())
-    return pa.concat_tables(found, promote_options="permissive")
-
-
-def read_foreign(
-    table: pa.Table, path: Path, count: int
-) -> tuple[Int32[np.ndarray, " n"], Float32[np.ndarray, " n"], Int64[np.ndarray, " n"] | None]:
-    """Return visits, value and, where every sample has one, label of `count` samples; those left out have no visits.
-
-    Raises:
-        MismatchError: a column is missing, or a row is unusable; names it.
-        NonFiniteError: a visited sample's value is not finite; names the row.
-    """
-    require_columns(table.column_names, path)
-    index = _integers(table, "index", count, path)
-    _require_unique(index, path)
-    all_visits, all_value = np.zeros(count, np.int32), np.zeros(count, np.float32)
-    visits = np.ones(len(index), np.int64)
-    if "visits" in table.column_names:
-        visits = _integers(table, "visits", MOST_VISITS + 1, path)
-    all_visits[index] = visits
-    all_value[index] = _floats(table, "value", visits > 0, path)
-    return all_visits, all_value, _labels(table, index, path, count)
-
-
-def require_columns(names: list[str], path: Path) -> None:
-    """Do nothing if a file has the columns without which it holds no values.
-
-    Raises:
-        MismatchError: one is missing; names it.
-    """
-    for name in ("index", "value"):
-        if name not in names:
-            found = ", ".join(names[:20] if is_several(path) else parquet.column_names(path)[:20])
-            raise MismatchError(f"{path} has no column '{name}', expected 'index' and 'value'; found: {found}")
-
-
-def labels_of(table: pa.Table, path: Path) -> Int64[np.ndarray, " n"]:
-    """Return the labels of some rows.
-
-    Raises:
-        MismatchError: a row is unusable; names it.
-    """
-    return _integers(table, "label", 2**62, path)
-
-
-def rows_of(
-    table: pa.Table, path: Path, first: int, stop: int = MOST_INDEX
-) -> tuple[Int64[np.ndarray, " n"], Int32[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
-    """Return index, visits and value of some rows of another tool's file, `first` rows after its beginning.
-
-    Indices lie below `stop`.
-
-    Raises:
-        MismatchError, NonFiniteError: a row is unusable; names it.
-    """
-    index = _integers(table, "index", stop, path, first)
-    visits = np.ones(len(index), np.int64)
-    if "visits" in table.column_names:
-        visits = _integers(table, "visits", MOST_VISITS + 1, path, first)
-    return index, visits.astype(np.int32), _floats(table, "value", visits > 0, path, first)
-
-
-def _labels(table: pa.Table, index: Int64[np.ndarray, " rows"], path: Path, count: int) -> np.ndarray | None:
-    if "label" not in table.column_names or len(index) < count:
-        return None
-    labels = np.empty(count, np.int64)
-    labels[index] = labels_of(table, path)
-    return labels
-
-
-def _require_unique(index: Int64[np.ndarray, " rows"], path: Path) -> None:
-    order = np.argsort(index, kind="stable")
-    again = order[1:][index[order][1:] == index[order][:-1]]
-    if again.size:
-        row = int(again.min())
-        raise MismatchError(f"{path}, row {row}: index {index[row]} stands there again; expected each index once")
-
-
-def _numbers(table: pa.Table, name: str, path: Path) -> Shaped[np.ndarray, " rows"]:
-    if table.column_names.count(name) > 1:
-        raise MismatchError(f"{path} has the column '{name}' more than once; expected it once")
-    column = table.column(name)
-    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-        raise MismatchError(f"{path}: column '{name}' should hold numbers, found {column.type}")
-    if column.null_count:
-        row = int(np.argmax(column.is_null().to_numpy()))
-        raise MismatchError(f"{path}, row {row}: '{name}' is empty; expected a number in every row")
-    return column.to_numpy()
-
-
-def _integers(table: pa.Table, name: str, stop: int, path: Path, first: int = 0) -> Int64[np.ndarray, " rows"]:
-    found = _numbers(table, name, path)
-    fits = (found >= 0) & (found < stop)
-    if found.dtype.kind == "f":
-        fits &= found == np.floor(found)
-    if not fits.all():
-        row = int(np.argmin(fits))
-        raise MismatchError(
-            f"{path}, row {first + row}: '{name}' is {found[row]}, expected a whole number in [0, {stop})"
-        )
-    return found.astype(np.int64)
-
-
-def _floats(
-    table: pa.Table, name: str, seen: Shaped[np.ndarray, " rows"], path: Path, first: int = 0
-) -> Float32[np.ndarray, " rows"]:
-    found = _numbers(table, name, path)
-    with np.errstate(over="ignore"):
-        narrow = np.where(seen, found, 0).astype(np.float32)
-    bad = ~np.isfinite(narrow)
-    if bad.any():
-        row = int(np.argmax(bad))
-        raise NonFiniteError(f"{path}, row {first + row}: '{name}' is {found[row]}, expected a finite float32")
-    return narrow
-
-
 METADATA_KEY = "kcdcache.values"
 FORMAT_VERSION = 0
-
-COLUMNS = COLUMNS
-_KINDS: dict[str, type] = {"index": np.int64, "visits": np.int32, "value": np.float32, "label": np.int64}
-_REQUIRED = ("epoch", "knowledge_id", "student")
+COLUMNS: dict[str, type] = {"index": np.int64, "visits": np.int32, "value": np.float32, "label": np.int64}
+"""column -> its type in our files, in the order of the digest"""
+FINGERPRINTED = ("visits", "value")
+REQUIRED = ("epoch", "knowledge_id", "student")
+HELD_SAMPLES = 2**23
+"""values of more samples are not held in memory while they are condensed, but read again"""
+MOST_LABEL = 2**62
 
 
 class ValuesFile(NamedTuple):
@@ -216,7 +63,7 @@ class Source(Protocol):
         """Yield all samples."""
 
     def fingerprint(self) -> str:
-        """Return `fingerprint` of the values."""
+        """Return `values.fingerprint` of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,12 +86,15 @@ class Held:
             yield Block(first, Values(self.values.visits[some], self.values.value[some]), labels)
 
     def fingerprint(self) -> str:
-        """Return `fingerprint` of the values."""
-        return fingerprint(self.values)
+        """Return `values.fingerprint` of them."""
+        return values.fingerprint(self.values)
+
+
+Opened = tuple[Source, dict[str, Any] | None]
 
 
 def write(
-    path: Path, values: Values, labels: Int64[np.ndarray, " n"] | None, document: Mapping[str, Any],
+    path: Path, known: Values, labels: Int64[np.ndarray, " n"] | None, document: Mapping[str, Any],
     partition_rows: int | None = None,
 ) -> None:  # fmt: skip
     """Write values as parquet, atomically and with the same bytes for the same content.
@@ -259,18 +109,22 @@ def write(
         NoSpaceError: the disk is full; an old file stays as it was.
         LockedError: something lies where a folder should be made.
     """
-    if missing := [key for key in _REQUIRED if key not in document]:
+    count = len(known.visits)
+    if missing := [key for key in REQUIRED if key not in document]:
         raise SettingsError(f"values for {path} need '{missing[0]}' in their document; found {sorted(document)}")
-    if labels is not None and len(labels) != len(values.visits):
-        raise MismatchError(f"{path}: {len(labels)} labels for {len(values.visits)} values; give one label per sample")
-    _require_finite(values.value, values.value, values.visits > 0)
-    columns = _columns(values, labels)
-    content = {**document, "format_version": FORMAT_VERSION, "count": len(values.visits)}
-    content["digest"] = _digest(content, columns)
-    if partition_rows is not None and len(values.visits) > partition_rows:
-        kept = parquet.Seal(METADATA_KEY, content["count"], partition_rows, content, fingerprint(values), ())
-        schema = pa.schema([(name, pa.from_numpy_dtype(_KINDS[name])) for name in columns])
-        parquet.write(path, kept, schema, lambda span: _cells_of(columns, span))
+    if labels is not None and len(labels) != count:
+        raise MismatchError(f"{path}: {len(labels)} labels for {count} values; give one label per sample")
+    values.require_finite(known.value, known.value, known.visits > 0)
+    columns = {"index": np.arange(count), "visits": known.visits, "value": known.value}
+    columns |= {} if labels is None else {"label": labels}
+    content = {**document, "format_version": FORMAT_VERSION, "count": count}
+    content["digest"] = parquet.digest(_header(content), columns)
+    if partition_rows is not None and count > partition_rows:
+        seal = parquet.Seal(
+            key=METADATA_KEY, samples=count, partition_rows=partition_rows, document=content,
+            fingerprint=values.fingerprint(known),
+        )  # fmt: skip
+        parquet.write(path, seal, _schema(labels is not None), lambda span: _cells(columns, span))
         return
     table = pa.table(columns).replace_schema_metadata({METADATA_KEY: canonical_json(content)})
     write_atomic(path, parquet.encode(table))
@@ -279,8 +133,8 @@ def write(
 def read(path: Path | str, count: int) -> ValuesFile:
     """Return the values of `count` samples from our file or, where our metadata is absent, from another tool's.
 
-    Another tool's file needs `index` and `value`; `visits` (1 if absent) and `label` are used where present. Its rows
-    may stand in any order and be of any number type; samples it leaves out are unseen.
+    Another tool's file, a folder of them, or a glob pattern needs `index` and `value`; `visits` (1 if absent) and
+    `label` are used where present. Rows may stand in any order and be of any number type; samples left out are unseen.
 
     Raises:
         NotFoundError: there is no such file.
@@ -289,12 +143,48 @@ def read(path: Path | str, count: int) -> ValuesFile:
         NonFiniteError: a visited sample's value is NaN or infinite; names the row.
     """
     path = Path(path)
-    found = run_files.steady(path, lambda: _read(path, count))
-    run_files.require(path, run_files.Facts(len(found.values.visits), fingerprint(found.values)))
+    found = run_files.steady(path, lambda: _read_own(path, count) if _is_own(path) else _read_foreign(path, count))
+    run_files.require(path, run_files.Facts(len(found.values.visits), values.fingerprint(found.values)))
     return found
 
 
-class Stream:
+@contextmanager
+def opened(path: Path, count: int, held: int = HELD_SAMPLES) -> Iterator[Opened]:
+    """Yield the values of `count` samples, checked as `read` does, and our document (None: from another tool).
+
+    Ours of more than `held` samples are not held in memory but read one row group at a time, each time anew.
+
+    Raises:
+        NotFoundError, CorruptionError, MismatchError, NonFiniteError: as for `read`.
+    """
+    if count > held and _is_own(path):
+        with streamed(path, count) as found:
+            yield found
+    else:
+        whole = read(path, count)
+        yield Held(whole.values, whole.labels), whole.document
+
+
+@contextmanager
+def streamed(path: Path, count: int) -> Iterator[Opened]:
+    """Yield the same without ever holding them.
+
+    Another tool's rows have to be in ascending order of the index, within each file and from file to file.
+
+    Raises:
+        NotFoundError, CorruptionError, MismatchError, NonFiniteError: as for `read`.
+    """
+    if not _is_own(path):
+        yield ForeignFiles(_files_of(path), count), None
+        return
+    with ExitStack() as stack:
+        source = run_files.steady(path, lambda: OwnFile(stack.enter_context(parquet.opened(path, count)), path, count))
+        source.require_known()
+        run_files.require(path, run_files.Facts(count, source.fingerprint()))
+        yield source, source.document
+
+
+class OwnFile:
     """Our values file as a source: every time it is gone through whole it is held against its digest."""
 
     def __init__(self, reader: parquet.Table, path: Path, count: int) -> None:
@@ -305,14 +195,13 @@ class Stream:
             MismatchError: it is of a newer format.
         """
         self._reader, self._path, self._count = reader, path, count
-        self.known = (isinstance(reader, parquet.Joined) and reader.seal.fingerprint) or ""  # or set from elsewhere
+        self._known = (isinstance(reader, parquet.Joined) and reader.seal.fingerprint) or ""
         self.document = parquet.document(reader.schema, METADATA_KEY, path) or {}
         if (version := self.document.get("format_version")) != FORMAT_VERSION:
             raise MismatchError(f"{path} has format {version}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache")
         self.labelled = "label" in reader.schema.names
-        self.kinds = {name: kind for name, kind in _KINDS.items() if name != "label" or self.labelled}
-        expected = pa.schema([(name, pa.from_numpy_dtype(kind)) for name, kind in self.kinds.items()])
-        parquet.require_schema(reader.schema, expected, path)
+        parquet.require_schema(reader.schema, _schema(self.labelled), path)
+        self._kinds = {name: kind for name, kind in COLUMNS.items() if name != "label" or self.labelled}
 
     def blocks(self) -> Iterator[Block]:
         """Yield all samples; what was yielded counts only once all was: only then the digest was compared.
@@ -322,168 +211,80 @@ class Stream:
             MismatchError: it is of another number of samples, or a count of visits is negative; names the row.
             NonFiniteError: a value is not finite; names the row.
         """
-        digest, rows, trouble = parquet.Digest(self.kinds), 0, None
+        digest, rows, trouble = parquet.Digest(self._kinds), 0, None
         for table in self._reader.groups():
             columns = self._columns(table)
             digest.add({**columns, "index": np.arange(rows, rows + table.num_rows)})  # which it then has to hold
-            values = Values(columns["visits"], columns["value"])
-            trouble = trouble or _trouble(values, self._path, rows)
+            some = Values(columns["visits"], columns["value"])
+            trouble = trouble or _trouble(some, self._path, rows)
             if trouble is None:
-                yield Block(rows, values, columns.get("label"))
+                yield Block(rows, some, columns.get("label"))
             rows += table.num_rows
-        self._require_digest({name: (kind, rows, digest.of(name)) for name, kind in self.kinds.items()})
+        self._require_digest(digest)
+        self._require_count(rows)
         if trouble is not None:
             raise trouble
 
     def fingerprint(self) -> str:
-        """Return `fingerprint` of the values, as of the last time they were gone through whole, or as known before."""
-        return self.known
+        """Return `values.fingerprint` of them, as of the last time they were gone through whole, or as recorded."""
+        return self._known
 
-    def _require_digest(self, columns: Mapping[str, tuple[type, int, bytes]]) -> None:
-        """Do nothing if the columns, of which type, rows and SHA-256 are given, have the file's digest."""
-        header = canonical_json({key: item for key, item in self.document.items() if key != "digest"})
-        if parquet.combined(header, columns) != self.document.get("digest"):
+    def require_known(self) -> None:
+        """Learn the fingerprint: from the record of a file's parts, or by going through the file.
+
+        Raises:
+            CorruptionError, MismatchError, NonFiniteError: as for `blocks`.
+        """
+        if self._known:
+            self._require_count(self._reader.rows)
+        else:
+            for _ in self.blocks():
+                pass
+
+    def _require_digest(self, digest: parquet.Digest) -> None:
+        if digest.over(_header(self.document)) != self.document.get("digest"):
             raise CorruptionError(
                 f"{self._path} was changed after it was written: its content does not match its digest"
             )
-        self.require_rows(columns["visits"][1])
-        found = parquet.combined(b"", {name: columns[name] for name in ("visits", "value")})
-        if self.known not in ("", found):
+        found = digest.over(b"", FINGERPRINTED)
+        if self._known not in ("", found):
             raise CorruptionError(
-                f"{self._path}: its values have the fingerprint {found}, its record tells {self.known}"
+                f"{self._path}: its values have the fingerprint {found}, its record tells {self._known}"
             )
-        self.known = found
+        self._known = found
 
-    def require_rows(self, rows: int) -> None:
-        """Do nothing if that is the number of samples.
-
-        Raises:
-            MismatchError: it is not.
-        """
+    def _require_count(self, rows: int) -> None:
         if rows != self._count:
             raise MismatchError(f"{self._path} holds values of {rows} samples, expected {self._count}; use its store")
 
     def _columns(self, table: pa.Table) -> dict[str, np.ndarray]:
         if any(column.null_count for column in table.columns):
             raise CorruptionError(f"{self._path} was changed after it was written: it has empty cells; write it again")
-        return {name: table.column(name).to_numpy() for name in self.kinds}
+        return {name: table.column(name).to_numpy() for name in self._kinds}
 
 
-def _cells_of(columns: Mapping[str, np.ndarray], span: parquet.Span) -> Iterator[pa.Table]:
-    for first in range(span.first, span.stop, parquet.ROWS):
-        some = slice(first, min(first + parquet.ROWS, span.stop))
-        yield pa.table({name: column[some] for name, column in columns.items()})
-
-
-def _read(path: Path, count: int) -> ValuesFile:
-    if is_several(path):
-        visits, value, labels = read_foreign(whole(path, count), path, count)
-        return ValuesFile(Values(visits, value), labels, None, True)
-    with parquet.opened(path, count) as reader:
-        if METADATA_KEY.encode() not in (reader.schema.metadata or {}):
-            visits, value, labels = read_foreign(reader.whole(COLUMNS), path, count)
-            return ValuesFile(Values(visits, value), labels, None, True)
-        source = Stream(reader, path, count)
-        blocks = list(source.blocks())
-    values = Values(
-        _joined([block.values.visits for block in blocks], np.int32),
-        _joined([block.values.value for block in blocks], np.float32),
-    )
-    labels = _joined([block.labels for block in blocks], np.int64) if source.labelled else None
-    return ValuesFile(values, labels, source.document, False)
-
-
-def _joined(blocks: list[Any], kind: type) -> Any:
-    return blocks[0] if len(blocks) == 1 else np.concatenate([np.empty(0, kind), *blocks])
-
-
-def _columns(values: Values, labels: Int64[np.ndarray, " n"] | None) -> dict[str, np.ndarray]:
-    columns = {"index": np.arange(len(values.visits)), "visits": values.visits, "value": values.value}
-    return columns if labels is None else {**columns, "label": labels}
-
-
-def _digest(content: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> str:
-    return parquet.digest(canonical_json({key: content[key] for key in content if key != "digest"}), columns)
-
-
-def _trouble(values: Values, path: Path, first: int) -> KcdcacheError | None:
-    """Return what is wrong with some rows, `first` rows after the beginning of a file of ours."""
-    if (bad := values.visits < 0).any():
-        row = int(np.argmax(bad))
-        return MismatchError(f"{path}, row {first + row}: 'visits' is {values.visits[row]}, expected 0 or more")
-    if (bad := ~np.isfinite(values.value)).any():
-        row = int(np.argmax(bad))
-        found = values.value[row]
-        return NonFiniteError(f"{path}, row {first + row}: 'value' is {found}, expected a finite float32")
-    return None
-
-
-HELD_SAMPLES = 2**23
-"""values of more samples are not held in memory while they are condensed, but read again"""
-_FINGERPRINTED: dict[str, type] = {"visits": np.int32, "value": np.float32}
-Opened = tuple[Source, dict[str, Any] | None]
-
-
-@contextmanager
-def opened(path: Path, count: int, held: int = HELD_SAMPLES) -> Iterator[Opened]:
-    """Yield the values of `count` samples, checked as `values.read` does, and our document (None: from another tool).
-
-    Ours of more than `held` samples are not held in memory but read one row group at a time, each time anew.
-
-    Raises:
-        NotFoundError, CorruptionError, MismatchError, NonFiniteError: as for `values.read`.
-    """
-    if count <= held or not _ours(path):
-        found = read(path, count)
-        yield Held(found.values, found.labels), found.document
-        return
-    with streamed(path, count) as opened_:
-        yield opened_
-
-
-@contextmanager
-def streamed(path: Path, count: int) -> Iterator[Opened]:
-    """Yield the same without ever holding them.
-
-    Another tool's rows have to be in ascending order of the index, within each file and from file to file.
-
-    Raises:
-        NotFoundError, CorruptionError, MismatchError, NonFiniteError: as for `values.read`.
-    """
-    if not _ours(path):
-        yield Files(files_of(path), count), None
-        return
-    with _stream(path, count) as (source, reader):
-        _look(source, reader, path)
-        yield source, source.document
-
-
-class Files:
+class ForeignFiles:
     """Another tool's files as a source: their rows ascend, samples left out are unseen, nothing is held."""
 
     def __init__(self, paths: list[Path], count: int) -> None:
         """Look at the files' columns and first rows.
 
         Raises:
-            MismatchError: a column is missing.
+            MismatchError: a column is missing, or two files begin alike.
         """
         self._count, self._known = count, ""
-        begins, rows, names = [], 0, []
+        begins, rows, self.labelled = [], 0, True
         for path in paths:
-            with parquet.opened_file(path, count) as reader:
-                parquet.require_no_part(reader.schema, path)
-                require_columns(reader.schema.names, path)
+            with _opened_foreign(path, count) as reader:
                 first = next((table["index"][0].as_py() for table in reader.groups(["index"], 0, 1)), None)
-                names.append(reader.schema.names)
+                self.labelled &= "label" in reader.schema.names
                 rows += reader.rows
             if first is not None:
                 begins.append((first, path))
-        begins.sort()
-        self._paths = [path for _, path in begins]
-        self._begins = [first for first, _ in begins]
-        if twice := [first for first, after in pairwise(self._begins) if first == after]:
-            raise MismatchError(f"two of the files begin with index {twice[0]}: {self._paths[0].parent}; sort the rows")
-        self.labelled = rows == count and all("label" in some for some in names)
+        self._begins = sorted(begins)
+        if twice := [one for (one, _), (other, _) in pairwise(self._begins) if one == other]:
+            raise MismatchError(f"two of the files begin with index {twice[0]}: {paths[0].parent}; sort the rows")
+        self.labelled &= rows == count
 
     def blocks(self) -> Iterator[Block]:
         """Yield all samples.
@@ -493,82 +294,215 @@ class Files:
             NonFiniteError: a value is not finite; names the row.
             CorruptionError: they are not those of the time before.
         """
-        digest = parquet.Digest(_FINGERPRINTED)
+        digest = parquet.Digest({name: COLUMNS[name] for name in FINGERPRINTED})
         for block in self._blocks():
             digest.add({"visits": block.values.visits, "value": block.values.value})
             yield block
         found = digest.over(b"")
         if self._known not in ("", found):
-            raise CorruptionError(f"{self._paths[0].parent}: the values were changed meanwhile; run the command again")
+            where = self._begins[0][1].parent
+            raise CorruptionError(f"{where}: the values were changed meanwhile; run the command again")
         self._known = found
-
-    def _blocks(self) -> Iterator[Block]:
-        reached = 0
-        for index, some, labels in self._rows():
-            for first in range(reached, int(index[-1]) + 1, parquet.ROWS):
-                last = min(first + parquet.ROWS, int(index[-1]) + 1)
-                inside = slice(*np.searchsorted(index, [first, last]))
-                yield _filled(first, last, index[inside], Values(some.visits[inside], some.value[inside]),
-                              None if labels is None else labels[inside])  # fmt: skip
-                reached = last
-        nothing = np.empty(0, np.int64)
-        for first in range(reached, self._count, parquet.ROWS):  # never measured
-            yield _filled(first, min(first + parquet.ROWS, self._count), nothing, values.start(0), None)
 
     def fingerprint(self) -> str:
         """Return `values.fingerprint` of them, as of the last time they were gone through whole; "" before."""
         return self._known
 
-    def _rows(self) -> Iterator[tuple[np.ndarray, Values, np.ndarray | None]]:
+    def _blocks(self) -> Iterator[Block]:
+        """Yield all samples: those of the files' rows, and those between and after them, which are unseen."""
+        reached = 0
+        for rows in self._rows():
+            stop = int(rows.index[-1]) + 1
+            for first in range(reached, stop, parquet.ROWS):
+                reached = min(first + parquet.ROWS, stop)
+                yield rows.block(first, reached)
+        for first in range(reached, self._count, parquet.ROWS):
+            yield Block(first, values.start(min(parquet.ROWS, self._count - first)), None)
+
+    def _rows(self) -> Iterator["Rows"]:
         last = -1
-        ends = [*self._begins[1:], self._count]
-        for path, after in zip(self._paths, ends, strict=True):
+        ends = [*(first for first, _ in self._begins[1:]), self._count]
+        for (_, path), after in zip(self._begins, ends, strict=True):
             with parquet.opened_file(path, self._count) as reader:
                 first = 0
-                for table in reader.groups(COLUMNS):
-                    index, visits, value = rows_of(table, path, first, self._count)
-                    if (np.diff(index, prepend=last) <= 0).any():
+                for table in reader.groups(tuple(COLUMNS)):
+                    rows = _rows_of(table, path, self._count, first, self.labelled)
+                    if (np.diff(rows.index, prepend=last) <= 0).any():
                         raise MismatchError(
                             f"{path}, rows from {first}: expected indices above {last} in ascending order, file after "
                             "file; sort the rows, or condense in memory (--memory-gb)"
                         )
-                    if (last := int(index[-1])) >= after:
+                    if (last := int(rows.index[-1])) >= after:
                         raise MismatchError(
                             f"{path} has index {last}, but another file begins with {after}; sort the rows"
                         )
-                    first += len(index)
-                    labels = labels_of(table, path) if self.labelled else None
-                    yield index, Values(visits, value), labels
+                    first += len(rows.index)
+                    yield rows
 
 
-def _filled(first: int, stop: int, index: np.ndarray, some: Values, labels: np.ndarray | None) -> Block:
-    """Return all samples from `first` to `stop`, of which some were measured."""
-    made = values.start(stop - first)
-    made.visits[index - first] = some.visits
-    made.value[index - first] = some.value
-    return Block(first, made, labels)
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of another tool's file."""
+
+    index: Int64[np.ndarray, " rows"]
+    visits: Int32[np.ndarray, " rows"]
+    value: Float32[np.ndarray, " rows"]
+    label: Int64[np.ndarray, " rows"] | None
+
+    def block(self, first: int, stop: int) -> Block:
+        """Return the samples from `first` to `stop`; those without a row are unseen. The rows ascend."""
+        inside = slice(*np.searchsorted(self.index, [first, stop]))
+        made = values.start(stop - first)
+        made.visits[self.index[inside] - first] = self.visits[inside]
+        made.value[self.index[inside] - first] = self.value[inside]
+        return Block(first, made, None if self.label is None else self.label[inside])
 
 
-def _ours(path: Path) -> bool:
-    return not is_several(path) and METADATA_KEY in parquet.metadata_keys(path)
+def _is_several(path: Path) -> bool:
+    """Return whether a path stands for several files of another tool: a folder of parquet files, or a glob pattern."""
+    if path.is_dir():
+        return not parquet.is_folder(path)
+    return not path.exists() and glob.has_magic(str(path))
+
+
+def _is_own(path: Path) -> bool:
+    return not _is_several(path) and METADATA_KEY in parquet.metadata_keys(path)
+
+
+def _files_of(path: Path) -> list[Path]:
+    """Return the files a path stands for, by name; of a folder all parquet files in it, hidden ones left out."""
+    if not _is_several(path):
+        return [path]
+    found = sorted(path.rglob("*.parquet") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True)))
+    found = [file for file in found if file.is_file() and not file.name.startswith(("_", "."))]
+    if not found:
+        raise NotFoundError(f"no parquet files at {path}")
+    return found
+
+
+def _schema(labelled: bool) -> pa.Schema:
+    return pa.schema(
+        [(name, pa.from_numpy_dtype(kind)) for name, kind in COLUMNS.items() if name != "label" or labelled]
+    )
+
+
+def _header(document: Mapping[str, Any]) -> bytes:
+    return canonical_json({key: item for key, item in document.items() if key != "digest"})
+
+
+def _cells(columns: Mapping[str, np.ndarray], span: parquet.Span) -> Iterator[pa.Table]:
+    for first in range(span.first, span.stop, parquet.ROWS):
+        some = slice(first, min(first + parquet.ROWS, span.stop))
+        yield pa.table({name: column[some] for name, column in columns.items()})
+
+
+def _read_own(path: Path, count: int) -> ValuesFile:
+    with parquet.opened(path, count) as reader:
+        source = OwnFile(reader, path, count)
+        blocks = list(source.blocks())
+    visits = np.concatenate([np.empty(0, np.int32), *(block.values.visits for block in blocks)])
+    value = np.concatenate([np.empty(0, np.float32), *(block.values.value for block in blocks)])
+    marks = [block.labels for block in blocks if block.labels is not None]
+    labels = np.concatenate([np.empty(0, np.int64), *marks]) if source.labelled else None
+    return ValuesFile(Values(visits, value), labels, source.document, False)
+
+
+def _trouble(some: Values, path: Path, first: int) -> KcdcacheError | None:
+    """Return what is wrong with some rows, `first` rows after the beginning of a file of ours."""
+    if (bad := some.visits < 0).any():
+        row = int(np.argmax(bad))
+        return MismatchError(f"{path}, row {first + row}: 'visits' is {some.visits[row]}, expected 0 or more")
+    if (bad := ~np.isfinite(some.value)).any():
+        row = int(np.argmax(bad))
+        return NonFiniteError(f"{path}, row {first + row}: 'value' is {some.value[row]}, expected a finite float32")
+    return None
+
+
+def _read_foreign(path: Path, count: int) -> ValuesFile:
+    """Return the values in all files that a path stands for; their rows may stand in any order."""
+    tables: list[pa.Table] = []
+    rows = 0
+    for file in _files_of(path):
+        with _opened_foreign(file, count) as reader:
+            if (rows := rows + reader.rows) > count:
+                raise MismatchError(f"{path} holds {rows} rows or more, expected at most {count} (one per sample)")
+            tables.append(reader.whole(tuple(COLUMNS)).replace_schema_metadata())
+    table = pa.concat_tables(tables, promote_options="permissive")
+    found = _rows_of(table, path, count, 0, "label" in table.column_names and rows == count)
+    _require_unique(found.index, path)
+    made = values.start(count)
+    made.visits[found.index], made.value[found.index] = found.visits, found.value
+    labels = None
+    if found.label is not None:
+        labels = np.empty(count, np.int64)
+        labels[found.index] = found.label
+    return ValuesFile(made, labels, None, True)
 
 
 @contextmanager
-def _stream(path: Path, count: int) -> Iterator[tuple[Stream, parquet.Table]]:
-    with ExitStack() as stack:
+def _opened_foreign(path: Path, count: int) -> Iterator[parquet.Reader]:
+    """Open another tool's file, if it has the columns without which it holds no values."""
+    with parquet.opened_file(path, count) as reader:
+        parquet.require_no_part(reader.schema, path)
+        for name in ("index", "value"):
+            if name not in reader.schema.names:
+                found = ", ".join(reader.schema.names[:20])
+                raise MismatchError(f"{path} has no column '{name}', expected 'index' and 'value'; found: {found}")
+        yield reader
 
-        def look() -> tuple[Stream, parquet.Table]:
-            reader = stack.enter_context(parquet.opened(path, count))
-            return Stream(reader, path, count), reader
 
-        yield run_files.steady(path, look)
+def _rows_of(table: pa.Table, path: Path, count: int, first: int, labelled: bool) -> Rows:
+    """Return rows of another tool's file, `first` rows after its beginning; indices lie below `count`."""
+    index = _integers(table, "index", count, path, first)
+    visits = np.ones(len(index), np.int64)
+    if "visits" in table.column_names:
+        visits = _integers(table, "visits", MOST_VISITS + 1, path, first)
+    value = _floats(table, "value", visits > 0, path, first)
+    label = _integers(table, "label", MOST_LABEL, path, first) if labelled else None
+    return Rows(index, visits.astype(np.int32), value, label)
 
 
-def _look(source: Stream, reader: parquet.Table, path: Path) -> None:
-    """Let a source know its fingerprint, and hold it against its digest unless that comes with every part."""
-    if source.known:
-        source.require_rows(reader.rows)
-    else:
-        for _ in source.blocks():
-            pass
-    run_files.require(path, run_files.Facts(reader.rows, source.fingerprint()))
+def _require_unique(index: Int64[np.ndarray, " rows"], path: Path) -> None:
+    order = np.argsort(index, kind="stable")
+    again = order[1:][index[order][1:] == index[order][:-1]]
+    if again.size:
+        row = int(again.min())
+        raise MismatchError(f"{path}, row {row}: index {index[row]} stands there again; expected each index once")
+
+
+def _numbers(table: pa.Table, name: str, path: Path, first: int) -> Shaped[np.ndarray, " rows"]:
+    if table.column_names.count(name) > 1:
+        raise MismatchError(f"{path} has the column '{name}' more than once; expected it once")
+    column = table.column(name)
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        raise MismatchError(f"{path}: column '{name}' should hold numbers, found {column.type}")
+    if column.null_count:
+        row = first + int(np.argmax(column.is_null().to_numpy()))
+        raise MismatchError(f"{path}, row {row}: '{name}' is empty; expected a number in every row")
+    return column.to_numpy()
+
+
+def _integers(table: pa.Table, name: str, stop: int, path: Path, first: int) -> Int64[np.ndarray, " rows"]:
+    found = _numbers(table, name, path, first)
+    fits = (found >= 0) & (found < stop)
+    if found.dtype.kind == "f":
+        fits &= found == np.floor(found)
+    if not fits.all():
+        row = int(np.argmin(fits))
+        raise MismatchError(
+            f"{path}, row {first + row}: '{name}' is {found[row]}, expected a whole number in [0, {stop})"
+        )
+    return found.astype(np.int64)
+
+
+def _floats(
+    table: pa.Table, name: str, seen: Bool[np.ndarray, " rows"], path: Path, first: int
+) -> Float32[np.ndarray, " rows"]:
+    found = _numbers(table, name, path, first)
+    with np.errstate(over="ignore"):
+        narrow = np.where(seen, found, 0).astype(np.float32)
+    bad = ~np.isfinite(narrow)
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise NonFiniteError(f"{path}, row {first + row}: '{name}' is {found[row]}, expected a finite float32")
+    return narrow

@@ -1,4 +1,4 @@
-"""The online value estimate of every sample: state, update, merge, score, and its parquet file."""
+"""The online value estimate of every sample: state, update, merge, score."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +10,8 @@ from kcdcache.errors import MismatchError, NonFiniteError, SettingsError
 from kcdcache.files import parquet
 
 MOST_VISITS = 2**31 - 1
-
-
 UNSEEN = {"first": np.inf, "last": -np.inf}
 """Score of samples that were never visited, by policy."""
-_MOST_VISITS = MOST_VISITS
 _LOOKED_UP = 2**10
 
 
@@ -70,8 +67,8 @@ def merge(left: Values, right: Values) -> Values:
     if len(left.visits) != len(right.visits):
         raise MismatchError(f"values of {len(left.visits)} and of {len(right.visits)} samples cannot be merged")
     visits = left.visits.astype(np.int64) + right.visits
-    if (visits > _MOST_VISITS).any():
-        raise MismatchError(f"index {np.argmax(visits > _MOST_VISITS)}: more than {_MOST_VISITS} visits in all")
+    if (visits > MOST_VISITS).any():
+        raise MismatchError(f"index {np.argmax(visits > MOST_VISITS)}: more than {MOST_VISITS} visits in all")
     total = left.value * left.visits.astype(np.float64) + right.value * right.visits.astype(np.float64)
     return Values(visits.astype(np.int32), (total / np.maximum(visits, 1)).astype(np.float32))
 
@@ -93,13 +90,26 @@ def score(values: Values, exponent: float, unseen: str, first: int = 0) -> Float
     with np.errstate(over="ignore", invalid="ignore"):
         weighted = values.value * _weights(values.visits, exponent)
         found = weighted.astype(np.float32) + np.float32(0)  # adding 0 turns -0 into +0, so that both tie
-    _require_finite(values.value, found, seen, first)
+    require_finite(values.value, found, seen, first)
     return np.where(seen, found, np.float32(UNSEEN[unseen]))
 
 
 def fingerprint(values: Values) -> str:
     """Return the SHA-256 over visits and values: the same for values in memory, in our file, or from another tool."""
     return parquet.digest(b"", {"visits": values.visits, "value": values.value})
+
+
+def require_finite(value: Shaped[Any, " n"], found: Shaped[Any, " n"], seen: Shaped[Any, " n"], first: int = 0) -> None:
+    """Do nothing if what was found of all seen samples is finite; `first` is the index of the first one.
+
+    Raises:
+        NonFiniteError: it is not; names the first index and its value.
+    """
+    bad = seen & ~np.isfinite(found)
+    if bad.any():
+        index = int(np.argmax(bad))
+        at = f"the value of index {first + index} is {value[index]}, expected a finite number whose score fits float32"
+        raise NonFiniteError(f"{at}; find out in which epoch the student diverged")
 
 
 def _record_mean(visits: Any, mean: Any, value: Any, decay: float) -> Any:
@@ -130,13 +140,3 @@ def _weights(visits: Int32[np.ndarray, " n"], exponent: float) -> Float64[np.nda
         return np.maximum(visits, 1).astype(np.float64) ** exponent
     powers = np.maximum(np.arange(highest + 1), 1).astype(np.float64) ** exponent
     return powers[np.maximum(visits, 0)]
-
-
-def _require_finite(
-    value: Shaped[Any, " n"], found: Shaped[Any, " n"], seen: Shaped[Any, " n"], first: int = 0
-) -> None:
-    bad = seen & ~np.isfinite(found)
-    if bad.any():
-        index = int(np.argmax(bad))
-        at = f"the value of index {first + index} is {value[index]}, expected a finite number whose score fits float32"
-        raise NonFiniteError(f"{at}; find out in which epoch the student diverged")

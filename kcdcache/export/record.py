@@ -217,7 +217,6 @@ def read_samples(record: Record) -> Samples:
     path, data = record.place(SAMPLES), record.knowledge.data
     require_file(record, SAMPLES)
     with parquet.opened_file(path, data.count) as reader:
-        reader.check()
         parquet.require_schema(reader.schema, SCHEMA, path)
         table = reader.whole()
     if table.num_rows != data.count or any(column.null_count for column in table.columns):

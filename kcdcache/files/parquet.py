@@ -1,24 +1,29 @@
-"""Parquet tables as deterministic bytes: page checksums on, a digest over header and columns, damage refused."""
+"""Parquet tables with deterministic bytes, in one file or in the parts of a folder: digested, written, read.
+
+A file of unknown origin meets three guards before a row of it is decoded: its footer is small, it has no more rows than
+expected, and its columns have the expected types. Every page that carries a checksum is compared with it.
+"""
 
 import hashlib
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Shaped
+from pydantic import ConfigDict, Field, ValidationError
 
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, UnfinishedError, UnsafeError
-from kcdcache.files import atomic, pages
+from kcdcache.files import atomic
 from kcdcache.files.atomic import create_exclusive, naming, open_plain, sha256_file, write_atomic
 from kcdcache.files.records import canonical_json, parse_json, read_sealed_object, sealed_json
+from kcdcache.settings import Settings
 
 ROWS = 2**20
 """rows of each row group but the last"""
@@ -26,16 +31,11 @@ UNKNOWN_ROWS = 2**24
 """rows allowed where the number of samples is not known: more than ImageNet-21k has"""
 ROWS_PER_BYTE = 8
 """and so many per byte of the file, which a condensed set stays far below"""
-MOST_NAMES = 64
-"""columns read at once"""
-PAGE_BYTES, VALUE_BYTES = 4096, 16
-"""a page of numbers takes at most so much, and so much more per value"""
-TEXT_BYTES = 64
-"""all different texts of a column together: the names of the parts"""
-LEAST_TEXTS = 2
-"""a dictionary may hold so many where there are fewer rows: the names of both parts"""
-PLAIN_ENCODINGS = (0, 2, 8)
-"""of texts, as parquet numbers them: plain, and the two names of dictionary indices; others can repeat a long text"""
+MOST_FOOTER_BYTES = 2 * 2**20
+MOST_ENTRIES = 20_000
+"""columns or row groups that a footer lists"""
+TEXT = "part"
+"""the column that holds texts; read as a dictionary, so that a long text named by every row stands in memory once"""
 
 
 class Digest:
@@ -55,25 +55,22 @@ class Digest:
             self._rows[name] += little.size
 
     def over(self, header: bytes, names: Sequence[str] | None = None) -> str:
-        """Return the digest of a header and of the rows so far, of all columns or of those named, in that order."""
-        chosen = self._kinds if names is None else names
-        return combined(header, {name: (self._kinds[name], self._rows[name], self.of(name)) for name in chosen})
+        """Return the digest of a header and of the rows so far, of all columns or of those named, in that order.
 
-    def of(self, name: str) -> bytes:
-        """Return the SHA-256 of the rows of one column so far."""
-        return self._states[name].digest()
+        It is the SHA-256 of the header's length (8 bytes, little endian), the header, and for each column
+        `name:type:rows;` and the SHA-256 of its bytes (little endian).
+        """
+        state = hashlib.sha256(len(header).to_bytes(8, "little") + header)
+        for name in self._kinds if names is None else names:
+            state.update(f"{name}:{self._kinds[name].str}:{self._rows[name]};".encode() + self._states[name].digest())
+        return state.hexdigest()
 
 
-def combined(header: bytes, columns: Mapping[str, tuple[Any, int, bytes]]) -> str:
-    """Return the digest of a header and of columns of which numpy type, rows and SHA-256 are known, in their order.
-
-    It is the SHA-256 of the header's length (8 bytes, little endian), the header, and for each column
-    `name:type:rows;` and the SHA-256 of its bytes (little endian).
-    """
-    state = hashlib.sha256(len(header).to_bytes(8, "little") + header)
-    for name, (kind, rows, digest) in columns.items():
-        state.update(f"{name}:{np.dtype(kind).newbyteorder('<').str}:{rows};".encode() + digest)
-    return state.hexdigest()
+def digest(header: bytes, columns: Mapping[str, Shaped[np.ndarray, " rows"]]) -> str:
+    """Return the digest of a header and whole columns, as `Digest` defines it."""
+    state = Digest({name: column.dtype for name, column in columns.items()})
+    state.add(columns)
+    return state.over(header)
 
 
 def regrouped(blocks: Iterable[Mapping[str, np.ndarray]], rows: int) -> Iterator[dict[str, np.ndarray]]:
@@ -91,28 +88,27 @@ def regrouped(blocks: Iterable[Mapping[str, np.ndarray]], rows: int) -> Iterator
         yield {name: np.concatenate([part[name] for part in held]) for name in held[0]}
 
 
-def digest(header: bytes, columns: Mapping[str, Shaped[np.ndarray, " rows"]]) -> str:
-    """Return the digest of a header and whole columns, as `Digest` defines it."""
-    state = Digest({name: column.dtype for name, column in columns.items()})
-    state.add(columns)
-    return state.over(header)
+# ---- writing
 
 
 class Writer:
     """Writes a parquet file by row groups of at most ROWS rows, with the same bytes however the rows come in.
 
-    Integers are DELTA_BINARY_PACKED, floats and 32-bit integers (counts) BYTE_STREAM_SPLIT, strings dictionary encoded;
-    zstd level 1; every page carries a checksum. The metadata stands there once: Arrow's own copy of it would be a
-    second truth.
+    Integers are DELTA_BINARY_PACKED and floats BYTE_STREAM_SPLIT, which other readers know for floats alone; texts
+    are dictionary encoded; zstd level 1; every page carries a checksum. The metadata stands there once: Arrow's own
+    copy of it would be a second truth.
     """
 
     def __init__(self, sink: Any, schema: pa.Schema) -> None:
         """Begin a file in `sink`, a binary stream of Python or Arrow."""
-        plain = {field.name: field.type for field in schema if not _is_text(field.type)}
+        numbers = {field.name: field.type for field in schema if not _is_text(field.type)}
         self._writer = pq.ParquetWriter(
             sink, schema.remove_metadata(), compression="zstd", compression_level=1, write_page_checksum=True,
-            store_schema=False, use_dictionary=[name for name in schema.names if name not in plain],
-            column_encoding={name: _encoding(kind) for name, kind in plain.items()},
+            store_schema=False, use_dictionary=[name for name in schema.names if name not in numbers],
+            column_encoding={
+                name: "BYTE_STREAM_SPLIT" if pa.types.is_floating(kind) else "DELTA_BINARY_PACKED"
+                for name, kind in numbers.items()
+            },
         )  # fmt: skip
 
     def write(self, table: pa.Table) -> None:
@@ -138,44 +134,17 @@ def encode(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-@runtime_checkable
-class Table(Protocol):
-    """Rows open for reading: of a file (`Reader`), or of several as if they were one (`partitioned.Joined`)."""
-
-    rows: int
-    schema: pa.Schema
-    """with the metadata of the file"""
-
-    def check(self, columns: Sequence[str] | None = None) -> list[str]:
-        """Return the columns to read, after holding all that is claimed of them against the rows."""
-
-    def groups(
-        self, columns: Sequence[str] | None = None, start: int = 0, stop: int | None = None
-    ) -> Iterator[pa.Table]:
-        """Yield rows `start` to `stop` in order."""
-
-    def whole(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return all rows at once."""
+# ---- reading
 
 
 class Reader:
-    """A parquet file open for reading, one row group at a time; each is checked before it is decoded."""
+    """A parquet file open for reading, one row group at a time."""
 
-    def __init__(self, path: Path, stream: BinaryIO, groups: list[pages.Group], parquet: pq.ParquetFile) -> None:
-        """Take an open file whose footer was read."""
-        self._path, self._stream, self._groups, self._parquet = path, stream, groups, parquet
-        self._paths = [parquet.schema.column(position).path for position in range(len(parquet.schema))]
-        self._honest: set[tuple[int, str]] = set()
-        self.rows = sum(group.rows for group in groups)
+    def __init__(self, path: Path, parquet: pq.ParquetFile, group_rows: Sequence[int]) -> None:
+        """Take an open file whose row groups have so many rows."""
+        self._path, self._parquet, self._group_rows = path, parquet, group_rows
+        self.rows = sum(group_rows)
         self.schema: pa.Schema = parquet.schema_arrow
-
-    def check(self, columns: Sequence[str] | None = None) -> list[str]:
-        """Return the columns to read, after holding all that the file claims of them against its rows.
-
-        Raises:
-            CorruptionError, MismatchError, UnsafeError: as for `read`.
-        """
-        return self._check(columns, range(len(self._groups)))
 
     def groups(
         self, columns: Sequence[str] | None = None, start: int = 0, stop: int | None = None
@@ -185,10 +154,10 @@ class Reader:
         With `columns` only those that are there are read. Row groups without any of the rows are not even looked at.
 
         Raises:
-            CorruptionError, MismatchError, UnsafeError: as for `read`.
+            CorruptionError, MismatchError: as for `read`.
         """
+        names = _columns_to_read(self.schema, self._path, columns)
         spans = list(self._spans(start, self.rows if stop is None else stop))
-        names = self._check(columns, [number for number, _, _ in spans])
         with ThreadPoolExecutor(1) as pool:
             coming = [pool.submit(self._read, [number], names) for number, _, _ in spans[:1]]
             for place, (_, low, high) in enumerate(spans):
@@ -201,33 +170,27 @@ class Reader:
         """Return all rows at once.
 
         Raises:
-            CorruptionError, MismatchError, UnsafeError: as for `read`.
+            CorruptionError, MismatchError: as for `read`.
         """
-        names = self.check(columns)
-        return self._read([number for number, group in enumerate(self._groups) if group.rows], names)
+        names = _columns_to_read(self.schema, self._path, columns)
+        return self._read([number for number, rows in enumerate(self._group_rows) if rows], names)
 
     def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Yield each row group that has some of the rows: its number, and where they begin and end in it."""
         first = 0
-        for number, group in enumerate(self._groups):
-            low, high = max(start - first, 0), min(stop - first, group.rows)
+        for number, rows in enumerate(self._group_rows):
+            low, high = max(start - first, 0), min(stop - first, rows)
             if low < high:
                 yield number, low, high
-            first += group.rows
-
-    def _check(self, columns: Sequence[str] | None, numbers: Sequence[int]) -> list[str]:
-        with _explaining(self._path):
-            names = _require_plain_columns(self.schema, self._path, columns)
-            for number in numbers:
-                new = {name: text for name, text in names.items() if (number, name) not in self._honest}
-                if new and self._groups[number].rows:
-                    _require_honest_group(self._groups[number], self._paths, new, self._stream)
-                self._honest.update((number, name) for name in new)
-        return list(names)
+            first += rows
 
     def _read(self, numbers: list[int], names: list[str]) -> pa.Table:
         with _explaining(self._path):
-            return self._parquet.read_row_groups(numbers, columns=names)
+            table = self._parquet.read_row_groups(numbers, columns=names)
+            table.validate()
+            if names and table.num_rows != (rows := sum(self._group_rows[number] for number in numbers)):
+                raise ValueError(f"its pages hold {table.num_rows} rows, its footer tells of {rows}")
+            return table
 
 
 @contextmanager
@@ -241,37 +204,29 @@ def opened_file(path: Path, most_rows: int | None = None) -> Iterator[Reader]:
         stream = open_plain(path)
     with stream:
         with _explaining(path):
-            groups = pages.read_groups(stream)
-            reader = Reader(path, stream, groups, _parquet_file(stream))
-            require_few_rows(reader.rows, os.fstat(stream.fileno()).st_size, path, most_rows)
+            _require_small_footer(stream)
+            parquet = _parquet_file(stream)
+            if TEXT in parquet.schema_arrow.names:
+                parquet = _parquet_file(stream, metadata=parquet.metadata, read_dictionary=[TEXT])
+            reader = Reader(path, parquet, _group_rows(parquet.metadata))
+            _require_few_rows(reader.rows, os.fstat(stream.fileno()).st_size, path, most_rows)
         yield reader
 
 
 def read(path: Path, most_rows: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
     """Return a parquet file's table, every page checked against its checksum where it has one.
 
-    Columns hold integers, floats, booleans or short texts. With `columns` only those of them that are there are read.
-    Nothing is decoded before the file's own figures, down to every page's, were found within bounds: memory is limited
-    by the rows allowed, not by what the file claims. Without `most_rows` 16.8 million rows are allowed, or 8 per byte.
+    Columns hold integers, floats or booleans, and texts in `part` alone. With `columns` only those of them that are
+    there are read. Without `most_rows` 16.8 million rows are allowed, or 8 per byte.
 
     Raises:
         NotFoundError: there is no such file.
         CorruptionError: the file is not parquet, or damaged.
         MismatchError: it has more than `most_rows` rows, or a column holds something else.
-        UnsafeError: it is no plain file, or claims more than its rows can hold.
+        UnsafeError: it is no plain file, or asks for more memory than there is.
     """
     with opened_file(path, most_rows) as reader:
         return reader.whole(columns)
-
-
-def column_names(path: Path) -> list[str]:
-    """Return the names of a parquet file's columns; none is read.
-
-    Raises:
-        NotFoundError, CorruptionError, UnsafeError: as for `read`.
-    """
-    with opened_file(path, sys.maxsize) as reader:
-        return list(reader.schema.names)
 
 
 def document(schema: pa.Schema, key: str, path: Path) -> dict[str, Any] | None:
@@ -295,45 +250,59 @@ def require_schema(schema: pa.Schema, expected: pa.Schema, path: Path) -> None:
     Raises:
         CorruptionError: a column is missing, unknown, or of another type; names the first one.
     """
-    found = [(field.name, str(field.type)) for field in schema]
-    wanted = [(field.name, str(field.type)) for field in expected]
+    found, wanted = ([(field.name, str(field.type)) for field in some] for some in (schema, expected))
     if found == wanted:
         return
     odd = [item for item in found if item not in wanted] or [item for item in wanted if item not in found] or found
+    listed = [", ".join(f"{name} {kind}" for name, kind in columns) for columns in (wanted, found)]
     raise CorruptionError(
-        f"{path} was changed after it was written: expected the columns {_listed(wanted)}, found {_listed(found)}; "
-        f"look at '{odd[0][0]}', or write the file again"
+        f"{path} was changed after it was written: expected the columns {listed[0]}, found {listed[1]:.400}; "
+        f"look at '{odd[0][0]:.80}', or write the file again"
     )
 
 
-def require_few_rows(rows: int, size: int, path: Path, most_rows: int | None) -> None:
-    """Do nothing if a table of `size` bytes has no more than `most_rows` rows (None: than its bytes make credible).
+def _require_small_footer(stream: BinaryIO) -> None:
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(max(0, size - 8))
+    length = int.from_bytes(stream.read(4), "little")
+    if stream.read(4) != b"PAR1" or length > min(size, MOST_FOOTER_BYTES):
+        raise ValueError(f"no parquet footer of at most {MOST_FOOTER_BYTES} bytes at its end")
+    stream.seek(0)
 
-    Raises:
-        MismatchError: it claims more.
-    """
+
+def _parquet_file(stream: BinaryIO, **how: Any) -> pq.ParquetFile:
+    return pq.ParquetFile(
+        stream, page_checksum_verification=True, arrow_extensions_enabled=False,
+        thrift_string_size_limit=MOST_FOOTER_BYTES, thrift_container_size_limit=MOST_ENTRIES, **how,
+    )  # fmt: skip
+
+
+def _group_rows(metadata: pq.FileMetaData) -> list[int]:
+    """Return the rows of every row group; its columns are not asked for: those of a damaged one end the process."""
+    rows = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+    if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
+        raise ValueError(f"its footer tells of {metadata.num_rows} rows, its row groups of {sum(rows)}")
+    return rows
+
+
+def _require_few_rows(rows: int, size: int, path: Path, most_rows: int | None) -> None:
+    """Hold rows against `most_rows`, or (None) against what a table of `size` bytes makes credible."""
     most = max(UNKNOWN_ROWS, ROWS_PER_BYTE * size) if most_rows is None else most_rows
     if rows > most:
         raise MismatchError(f"{path} holds {rows} rows, expected at most {most} (one per sample); give the right file")
 
 
-def _listed(columns: list[tuple[str, str]]) -> str:
-    return ", ".join(f"{name} {kind}" for name, kind in columns)
-
-
-def _encoding(kind: pa.DataType) -> str:
-    return "BYTE_STREAM_SPLIT" if pa.types.is_floating(kind) or kind == pa.int32() else "DELTA_BINARY_PACKED"
+def _columns_to_read(schema: pa.Schema, path: Path, columns: Sequence[str] | None) -> list[str]:
+    fields = [field for field in schema if columns is None or field.name in columns]
+    for field in fields:
+        kind, is_text = field.type, field.name == TEXT and _is_text(field.type)
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or is_text):
+            raise MismatchError(f"{path}: column '{field.name}' should hold numbers, found {kind}")
+    return [field.name for field in fields]
 
 
 def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_dictionary(kind))
-
-
-def _parquet_file(stream: BinaryIO) -> pq.ParquetFile:
-    return pq.ParquetFile(
-        stream, page_checksum_verification=True, arrow_extensions_enabled=False,
-        thrift_string_size_limit=pages.MOST_FOOTER_BYTES, thrift_container_size_limit=pages.MOST_COLUMNS,
-    )  # fmt: skip
 
 
 @contextmanager
@@ -342,8 +311,6 @@ def _explaining(path: Path) -> Iterator[None]:
     with naming(path):
         try:
             yield
-        except UnsafeError as error:
-            raise UnsafeError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
         except pa.ArrowMemoryError as error:
             raise UnsafeError(f"{path} asks for more memory than there is: {error}; it is not read") from None
         except (pa.ArrowException, OSError, ValueError) as error:
@@ -353,48 +320,7 @@ def _explaining(path: Path) -> Iterator[None]:
             raise CorruptionError(f"{path} is not an undamaged parquet file: {reason}; write it again") from error
 
 
-def _require_plain_columns(schema: pa.Schema, path: Path, columns: Sequence[str] | None) -> dict[str, bool]:
-    """Return the columns to read, each with whether it holds texts."""
-    fields = [field for field in schema if columns is None or field.name in columns]
-    if len(fields) > MOST_NAMES:
-        raise UnsafeError(f"{path} has {len(fields)} columns, expected at most {MOST_NAMES}; it is not read")
-    for field in fields:
-        if not _is_plain(field.type):
-            raise MismatchError(f"{path}: column '{field.name}' should hold numbers, found {field.type}")
-    return {field.name: pa.types.is_string(field.type) for field in fields}
-
-
-def _require_honest_group(
-    group: pages.Group, paths: Sequence[str], names: Mapping[str, bool], stream: BinaryIO
-) -> None:
-    """Hold every page of the named columns against the rows of its group (`names`: whether a column holds texts)."""
-    for column, name in zip(group.columns, paths, strict=True):
-        if name in names:
-            claimed = sum(_allowed(page, group.rows, name, names[name]) for page in pages.read_pages(stream, column))
-            if not claimed == column.values == group.rows:
-                raise UnsafeError(
-                    f"the pages of column '{name}' claim {claimed} values for {group.rows} rows; it is not read"
-                )
-
-
-def _allowed(page: pages.Page, rows: int, name: str, text: bool) -> int:
-    """Return the rows a page holds, if it is no larger than its values can be."""
-    dictionary = page.kind == pages.DICTIONARY
-    most = TEXT_BYTES if text and dictionary else PAGE_BYTES + VALUE_BYTES * page.values
-    plain = not text or page.encoding in PLAIN_ENCODINGS
-    values = max(rows, LEAST_TEXTS) if text and dictionary else rows
-    if max(page.bytes, page.stored) > most or page.values > values or not plain:
-        raise UnsafeError(
-            f"a page of column '{name}' claims {page.bytes} bytes for {page.values} values (encoding {page.encoding}), "
-            f"expected at most {most} for {rows}; it is not decoded"
-        )
-    return 0 if dictionary else page.values
-
-
-def _is_plain(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_string(kind)
-    )
+# ---- folders of parts
 
 
 SEAL = "_parts.json"
@@ -404,8 +330,6 @@ PART_KEY = "kcdcache.part"
 """under this key a part says that it is one"""
 MOST_PARTS = 10**5
 _PATTERN = "part-*-of-*.parquet"
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_FACTS = ("format_version", "key", "samples", "partition_rows", "document", "fingerprint", "parts")
 
 
 class Span(NamedTuple):
@@ -423,28 +347,32 @@ class Span(NamedTuple):
         return f"part-{self.number:05}-of-{self.of:05}.parquet"
 
 
-class Part(NamedTuple):
+class Part(Settings):
     """A finished part."""
 
-    rows: int
-    bytes: int
-    sha256: str
+    model_config = ConfigDict(strict=True)
+
+    rows: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class Seal(NamedTuple):
+class Seal(Settings):
     """What a folder holds."""
+
+    model_config = ConfigDict(strict=True)
 
     key: str
     """metadata key under which a single file of the same kind keeps its document"""
-    samples: int
+    samples: int = Field(ge=1)
     """of the whole data set"""
-    partition_rows: int
+    partition_rows: int = Field(ge=1)
     """samples of each part but the last"""
     document: dict[str, Any]
     """that of the single file with the same rows, with its digest"""
-    fingerprint: str | None
+    fingerprint: str | None = None
     """of values, `values.fingerprint`"""
-    parts: tuple[Part, ...]
+    parts: Annotated[tuple[Part, ...], Field(strict=False)] = ()
 
 
 def spans(count: int, partition_rows: int) -> list[Span]:
@@ -461,7 +389,7 @@ def is_folder(path: Path) -> bool:
 
 
 def write_part(folder: Path, span: Span, schema: pa.Schema, blocks: Iterable[pa.Table]) -> Part:
-    """Write one part, whole or not at all; all blocks but the last have `tables.ROWS` rows.
+    """Write one part, whole or not at all; all blocks but the last have ROWS rows.
 
     Raises:
         LockedError: it is there already.
@@ -479,7 +407,7 @@ def write_part(folder: Path, span: Span, schema: pa.Schema, blocks: Iterable[pa.
             writer.close({PART_KEY: canonical_json(span._asdict())})
 
     create_exclusive(path, fill)
-    return Part(rows, path.stat().st_size, sha256_file(path))
+    return Part(rows=rows, bytes=path.stat().st_size, sha256=sha256_file(path))
 
 
 def seal(folder: Path, content: Seal) -> None:
@@ -488,8 +416,7 @@ def seal(folder: Path, content: Seal) -> None:
     Raises:
         NoSpaceError: the disk is full.
     """
-    parts = [part._asdict() for part in content.parts]
-    write_atomic(folder / SEAL, sealed_json({"format_version": FORMAT_VERSION, **content._asdict(), "parts": parts}))
+    write_atomic(folder / SEAL, sealed_json({"format_version": FORMAT_VERSION, **content.model_dump(mode="json")}))
 
 
 def write(path: Path, content: Seal, schema: pa.Schema, blocks: Callable[[Span], Iterable[pa.Table]]) -> None:
@@ -505,7 +432,7 @@ def write(path: Path, content: Seal, schema: pa.Schema, blocks: Callable[[Span],
         parts = [
             write_part(made, span, schema, blocks(span)) for span in spans(content.samples, content.partition_rows)
         ]
-        seal(made, content._replace(parts=tuple(parts)))
+        seal(made, content.model_copy(update={"parts": tuple(parts)}))
         atomic.place(made, path, SEAL)
 
 
@@ -517,21 +444,29 @@ def read_seal(folder: Path) -> Seal:
         CorruptionError: it is damaged, or a part is missing or of another size.
         MismatchError: it is of a newer format.
     """
-    if not (folder / SEAL).exists():
+    file = folder / SEAL
+    if not file.exists():
         raise UnfinishedError(
             f"{folder} has parts but no {SEAL}, which is written last: it was not written or copied to its end; make "
             "or copy it again"
         )
-    found = read_sealed_object(folder / SEAL, *_FACTS)
-    if (version := found["format_version"]) != FORMAT_VERSION:
+    found = read_sealed_object(file, "format_version", *Seal.model_fields)
+    if (version := found.pop("format_version")) != FORMAT_VERSION:
         raise MismatchError(f"{folder} has format {version}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache")
     try:
-        parts = tuple(Part(**part) for part in found["parts"])
-        content = Seal(**{name: found[name] for name in Seal._fields if name != "parts"}, parts=parts)
-        _require_sound(content)
-    except (TypeError, ValueError) as error:
-        raise CorruptionError(f"{folder / SEAL} is damaged: {error}") from None
-    for span, part in zip(spans(content.samples, content.partition_rows), parts, strict=True):
+        content = Seal.model_validate({name: found[name] for name in Seal.model_fields})
+    except ValidationError as error:
+        item = error.errors()[0]
+        where = ".".join(map(str, item["loc"]))
+        raise CorruptionError(f"{file} is damaged: {where}: {item['msg']}, found {item['input']!r:.80}") from None
+    of = -(-content.samples // content.partition_rows)
+    if of != len(content.parts) or of > MOST_PARTS:
+        raise CorruptionError(
+            f"{file} is damaged: it tells of {len(content.parts)} parts, expected {of} (at most {MOST_PARTS})"
+        )
+    for span, part in zip(spans(content.samples, content.partition_rows), content.parts, strict=True):
+        if part.rows > span.stop - span.first:
+            raise CorruptionError(f"{file} is damaged: {span.name} has {part.rows} rows, more than its samples")
         _require_size(folder / span.name, part)
     return content
 
@@ -552,10 +487,6 @@ class Joined:
             plain = reader.schema.remove_metadata()
         self.schema: pa.Schema = plain.with_metadata({self.seal.key: canonical_json(self.seal.document)})
 
-    def check(self, columns: Sequence[str] | None = None) -> list[str]:
-        """Return the columns to read; what the parts claim of them is checked as each is opened."""
-        return [name for name in self.schema.names if columns is None or name in columns]
-
     def groups(
         self, columns: Sequence[str] | None = None, start: int = 0, stop: int | None = None
     ) -> Iterator[pa.Table]:
@@ -563,7 +494,7 @@ class Joined:
 
         Raises:
             CorruptionError: a part is not the one that was written.
-            MismatchError, UnsafeError: as for `tables.read`.
+            MismatchError, UnsafeError: as for `read`.
         """
         first, end = 0, self.rows if stop is None else stop
         for span, part in zip(self._spans, self.seal.parts, strict=True):
@@ -583,7 +514,8 @@ class Joined:
         Raises:
             CorruptionError, MismatchError, UnsafeError: as for `groups`.
         """
-        empty = self.schema.remove_metadata().empty_table().select(self.check(columns))
+        names = [name for name in self.schema.names if columns is None or name in columns]
+        empty = self.schema.remove_metadata().empty_table().select(names)
         return pa.concat_tables([empty, *self.groups(columns)])
 
     @contextmanager
@@ -601,12 +533,16 @@ class Joined:
             yield reader
 
 
+Table = Reader | Joined
+"""rows open for reading"""
+
+
 @contextmanager
 def opened(path: Path, most_rows: int | None = None) -> Iterator[Table]:
     """Open a table to read it by row groups, whether it is one file or a folder of parts.
 
     Raises:
-        NotFoundError, CorruptionError, MismatchError, UnsafeError: as for `tables.opened`.
+        NotFoundError, CorruptionError, MismatchError, UnsafeError: as for `opened_file`.
         UnfinishedError: it is a folder without its record.
     """
     if not is_folder(path):
@@ -616,7 +552,7 @@ def opened(path: Path, most_rows: int | None = None) -> Iterator[Table]:
         return
     joined = Joined(path)
     size = sum(part.bytes for part in joined.seal.parts)
-    require_few_rows(joined.rows, size, path, most_rows)
+    _require_few_rows(joined.rows, size, path, most_rows)
     yield joined
 
 
@@ -642,25 +578,8 @@ def require_no_part(schema: pa.Schema, path: Path) -> None:
         raise MismatchError(f"{path} is one of several parts of a set; give their folder, {path.parent}")
 
 
-def _require_sound(content: Seal) -> None:
-    for name, kind in (("key", str), ("samples", int), ("partition_rows", int), ("document", dict)):
-        if not isinstance(getattr(content, name), kind):
-            raise ValueError(f"'{name}' should be {kind.__name__}, found {getattr(content, name)!r:.80}")
-    if not isinstance(content.fingerprint, str | None):
-        raise ValueError("'fingerprint' should be a text")
-    if content.samples < 1 or content.partition_rows < 1:
-        raise ValueError(f"{content.samples} samples in parts of {content.partition_rows}")
-    of = -(-content.samples // content.partition_rows)
-    if of != len(content.parts) or of > MOST_PARTS:
-        raise ValueError(f"it tells of {len(content.parts)} parts, expected {of} (at most {MOST_PARTS})")
-    for span, part in zip(spans(content.samples, content.partition_rows), content.parts, strict=True):
-        whole = isinstance(part.rows, int) and isinstance(part.bytes, int) and isinstance(part.sha256, str)
-        if not whole or not 0 <= part.rows <= span.stop - span.first or not _SHA256.fullmatch(part.sha256):
-            raise ValueError(f"what it tells of {span.name} is none of a part: {part!r:.200}")
-
-
 def _require_size(path: Path, part: Part) -> None:
     if not path.is_file():
         raise CorruptionError(f"{path} is missing, {SEAL} beside it tells of it; make or copy the set again")
-    if (size := os.stat(path).st_size) != part.bytes:
+    if (size := path.stat().st_size) != part.bytes:
         raise CorruptionError(f"{path} has {size} bytes, {SEAL} tells {part.bytes}; make or copy the set again")

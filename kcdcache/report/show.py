@@ -250,7 +250,7 @@ def _count(path: Path) -> int:
     if parquet.is_folder(path):
         return parquet.read_seal(path).samples
     foreign = value_files.METADATA_KEY not in parquet.metadata_keys(path)
-    table = parquet.read(path, columns=value_files.COLUMNS if foreign else None)
+    table = parquet.read(path, columns=tuple(value_files.COLUMNS))
     rows: int = table.num_rows
     if not foreign or table.column_names.count("index") != 1:
         return rows

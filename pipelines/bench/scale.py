@@ -53,7 +53,10 @@ def make(folder, rows, labelled):
     fingerprint = digest.over(b"", ("visits", "value"))
     parquet.seal(
         folder / "values",
-        parquet.Seal(value_files.METADATA_KEY, rows, settings.PART_ROWS, content, fingerprint, tuple(parts)),
+        parquet.Seal(
+            key=value_files.METADATA_KEY, samples=rows, partition_rows=settings.PART_ROWS, document=content,
+            fingerprint=fingerprint, parts=tuple(parts),
+        ),
     )
 
 

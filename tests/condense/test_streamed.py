@@ -54,7 +54,7 @@ def both(path, found, option, keep, previous=None, rows=parquet.ROWS, excluded=(
     labels = np.arange(len(found.visits)) % 3
     whole = summary.condense(found, option, knowledge_id="k", labels=labels, classes=5, data_digest="d", **common)
     with value_files.opened(path, len(found.visits), held=0) as (source, _), open(path.with_name("s"), "wb") as sink:
-        assert isinstance(source, value_files.Stream)
+        assert isinstance(source, value_files.OwnFile)
         plan = summary.plan(source, option, **common)
         told = streamed.write(plan, source, sink, classes=5, rows=rows, knowledge_id="k", data_digest="d")
     path.with_name("m").unlink(missing_ok=True)

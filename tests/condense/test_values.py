@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from kcdcache.condense import value_files, values
 from kcdcache.condense.values import Values
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NonFiniteError, NotFoundError, SettingsError
-from kcdcache.files import parquet
 
 DOCUMENT = {"knowledge_id": "k" * 64, "student": "resnet8", "epoch": 4}
 NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32)
@@ -289,13 +288,3 @@ def test_fingerprint_is_the_same_from_memory_our_file_and_another_tools(written:
     other = foreign(tmp_path / "f", index=[3, 1, 0], value=[1.5, 0.25, 0.5], visits=[4, 2, 1])
     expected = values.fingerprint(make([1, 2, 0, 4], [0.5, 0.25, 0.0, 1.5]))
     assert values.fingerprint(ours) == values.fingerprint(value_files.read(other, 4).values) == expected
-
-
-def test_digest_separates_header_names_and_columns() -> None:
-    one, two = np.array([1, 2]), np.array([3])
-    digests = {
-        parquet.digest(b"", {"a": one, "b": two}), parquet.digest(b"", {"b": one, "a": two}),
-        parquet.digest(b"x", {"a": one, "b": two}), parquet.digest(b"", {"a": one}),
-        parquet.digest(b"", {"a": one.astype(np.int32), "b": two}),
-    }  # fmt: skip
-    assert len(digests) == 5

@@ -24,7 +24,7 @@ COLUMNS = st.dictionaries(
 
 
 def written(path, **columns):
-    table = pa.table(columns or {"index": [0, 1, 2], "name": ["a", "b", "a"], "value": [0.5, 1.5, None]})
+    table = pa.table(columns or {"index": [0, 1, 2], "value": [0.5, 1.5, None]})
     path.write_bytes(parquet.encode(table))
     return table
 
@@ -66,9 +66,18 @@ def test_the_digest_depends_on_everything(other):
     assert parquet.digest(*other) != parquet.digest(b"h", {"a": np.zeros(3, np.int32)})
 
 
-def test_a_table_reads_back(tmp_path):
-    table = written(tmp_path / "t.parquet")
+def test_a_table_reads_back_texts_as_a_dictionary(tmp_path):
+    part = pa.array(["a", "b", "a"]).cast(pa.dictionary(pa.int32(), pa.string()))
+    table = written(tmp_path / "t.parquet", index=[0, 1, 2], part=part, value=[0.5, 1.5, None])
     assert parquet.read(tmp_path / "t.parquet").equals(table)
+
+
+def test_integers_are_in_no_encoding_that_other_readers_refuse(tmp_path):
+    kinds = {"a": np.int32, "b": np.int64, "c": np.uint64, "d": np.float32}
+    written(tmp_path / "t.parquet", **{name: np.arange(9, dtype=kind) for name, kind in kinds.items()})
+    group = pq.read_metadata(tmp_path / "t.parquet").row_group(0)
+    found = {group.column(place).path_in_schema: group.column(place).encodings for place in range(4)}
+    assert {name for name, known in found.items() if "BYTE_STREAM_SPLIT" in known} == {"d"}
 
 
 def test_equal_tables_have_equal_bytes():
