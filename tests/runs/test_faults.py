@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import signal
 from functools import cache
@@ -60,18 +59,6 @@ def test_any_write_that_fails_ends_with_a_reason_and_resumes_to_the_same_bytes(h
     points = count(1) if every else POINTS[name][list(CODES).index(error) :: 2]
     last = next((point for point in points if not fails(here, name, tmp_path / str(point), point, error)), None)
     assert last > max(POINTS[name]) if every else last is None
-
-
-def test_a_command_that_was_refused_a_write_resumes_after_being_refused_more(here, tmp_path):
-    """One store, many failures: each run goes on from what the one before left."""
-    command, log, hits = words(here.root, "precompute", tmp_path / "it"), tmp_path / "log", 0
-    for point in random.Random(7).sample(range(1, 60), 5):
-        code = finished(here.start, command, log, KCDCACHE_CRASHPOINT=f"{point}:EDQUOT")
-        assert code in (0, 7), log.read_text()
-        hits += code == 7
-    succeeds(here.start, command, log)
-    assert hits >= 2
-    assert same(here.root, "precompute", tmp_path / "it")
 
 
 WRITING = """

@@ -8,6 +8,7 @@ from damaging import DAMAGE, flip, put, swap
 from stores import creating, grown, make, many_chunks, plan_of, small_parts
 
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, UnfinishedError
+from kcdcache.files.records import canonical_json
 from kcdcache.store import check, reader
 
 
@@ -89,20 +90,37 @@ def test_swapped_chunks_are_found(damaged):
 
 
 EDITS = {
-    "data_type": "int16",
-    "shape": [2, 149, 7],
-    "fill_value": 0.0,
-    "codecs": [{"name": "bytes", "configuration": {"endian": "big"}}, {"name": "crc32c"}],
-    "extra": 1,
+    "data_type": [{"data_type": "int16"}],
+    "shape": [{"shape": [2, 149, 7]}, {"shape": [10**12] * 3}],
+    "fill_value": [{"fill_value": 0.0}],
+    "codecs": [
+        {"codecs": [{"name": "bytes", "configuration": {"endian": "big"}}, {"name": "crc32c"}]},
+        {"codecs": [{"name": "numcodecs.pickle"}]},
+        {"codecs": [{"name": "bytes"}, {"name": "numcodecs.zlib", "configuration": {"level": 1}}]},
+        {"codecs": [{"name": "anything"}]},
+    ],
+    "of another kind": [
+        {"storage_transformers": [{"name": "x"}]},
+        {"zarr_format": 2, "filters": [{"id": "pickle"}], "compressor": None},
+        {"dimension_names": ["a", "b", "c"]},
+        {"attributes": {"x": 1}},
+        {"extra": 1},
+        None,
+    ],
 }
+"""what of an array document is edited -> ways; None for a document of null"""
 
 
 @pytest.mark.parametrize("key", EDITS)
 def test_edited_array_documents_are_refused(damaged, key):
     file = damaged / "logits/zarr.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {key: EDITS[key]}))
-    with pytest.raises(CorruptionError, match=r"zarr.json is not what this store's plan implies"):
-        reader.open(damaged)
+    document = json.loads(file.read_text())
+    for change in EDITS[key]:
+        file.write_bytes(canonical_json(change and document | change))
+        with pytest.raises(CorruptionError, match=r"zarr.json is not what this store's plan implies"):
+            reader.open(damaged)
+    file.write_bytes(canonical_json({name: document[name] for name in document if name != "dimension_names"}))
+    assert reader.open(damaged).count == 150  # as it was written before axes had names
 
 
 RECORDS = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zarr
 from damaging import DAMAGE, flip, put
-from stores import creating, finish, form, grown, knowledge, many_chunks, plan_of, small_parts
+from stores import creating, finish, form, grown, many_chunks, small_parts
 
 from kcdcache.errors import CorruptionError
 from kcdcache.store import reader
@@ -69,15 +69,6 @@ def test_every_array_is_the_same_bits_to_it_to_zarr_and_to_us(path):
     index = np.random.default_rng(0).permutation(150)[:40]
     there = np.asarray(open_there(path, "logits")[1, index.tolist()].read().result())
     assert same(there, opened.load(1, np.arange(150), ["logits"])["logits"][index])
-
-
-def test_a_store_as_precompute_plans_it_reads_the_same(tmp_path):
-    plan = plan_of(3000, 2, compression="zstd")
-    with creating(tmp_path / "s", plan, knowledge(3000)) as writing:
-        finish(writing)
-    opened = reader.open(tmp_path / "s")
-    for array in plan.arrays:
-        assert same(read_there(tmp_path / "s", array.name), read_here(opened, array))
 
 
 @pytest.mark.parametrize("place", ["first", "middle", "checksum"])
