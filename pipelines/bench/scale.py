@@ -54,8 +54,12 @@ def make(folder, rows, labelled):
     parquet.seal(
         folder / "values",
         parquet.Seal(
-            key=value_files.METADATA_KEY, samples=rows, partition_rows=settings.PART_ROWS, document=content,
-            fingerprint=fingerprint, parts=tuple(parts),
+            key=value_files.METADATA_KEY,
+            samples=rows,
+            partition_rows=settings.PART_ROWS,
+            document=content,
+            fingerprint=fingerprint,
+            parts=tuple(parts),
         ),
     )
 
