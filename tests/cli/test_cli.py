@@ -524,5 +524,4 @@ def test_on_a_terminal_there_are_bars_and_a_fitted_table_and_no_plain_lines():
 
 
 def test_in_another_process_bars_are_lines():
-    bars = console.LiveProgress(None)
-    assert type(pickle.loads(pickle.dumps(bars))) is console.PlainProgress
+    assert type(pickle.loads(pickle.dumps(console.LiveProgress()))) is console.PlainProgress
