@@ -56,23 +56,10 @@ def readable(result: Mapping[str, Any], indent: str = "") -> str:
 @contextmanager
 def telling(quiet: bool) -> Iterator[Progress]:
     """Show log lines on stderr, and yield a report of progress: a bar on a terminal, a line now and then elsewhere."""
-    live = _is_terminal(sys.stderr)
-    if quiet or not live:
-        _log(logging.WARNING if quiet else logging.INFO, lambda line: click.echo(line, err=True))
-        yield silent if quiet else PlainProgress()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    console = Console(stderr=True, force_terminal=True)
-    columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[remark]}", markup=False),
-    )  # fmt: skip
-    _log(logging.INFO, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
-    with Bars(*columns, console=console) as bars:
-        yield LiveProgress(bars)
+    bars = LiveProgress()
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[_Lines(bars.line)])
+    with bars:
+        yield silent if quiet else bars if _is_terminal(sys.stderr) else PlainProgress()
 
 
 class PlainProgress:
@@ -97,22 +84,48 @@ class PlainProgress:
 
 
 class LiveProgress:
-    """Bars of progress; in another process, whose stderr is a log, lines."""
+    """Bars of progress, from the first report on; in another process, whose stderr is a log, lines."""
 
-    def __init__(self, bars: Any) -> None:
-        self._bars = bars
+    def __init__(self) -> None:
+        self._bars: Any = None
         self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
 
     def __call__(self, what: str, done: int, total: int, remark: str) -> None:
         """Tell of one kind of work."""
+        if self._bars is None:
+            self._bars = _bars()
+            self._bars.start()
         if what not in self._tasks:
             self._tasks[what] = self._bars.add_task(printable(what), remark="")
         self._bars.update(self._tasks[what], completed=done, total=total, remark=printable(remark))
         if done >= total:
             self._bars.stop_task(self._tasks.pop(what))
 
+    def line(self, text: str) -> None:
+        """Show a line, above the bars if there are any."""
+        if self._bars is None:
+            click.echo(text, err=True)
+        else:
+            self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def __reduce__(self) -> tuple[type[PlainProgress], tuple[()]]:
         return PlainProgress, ()
+
+
+def _bars() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    what, remark = (TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[remark]"))
+    columns = (what, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), remark)
+    return Progress(*columns, console=Console(stderr=True, force_terminal=True))
 
 
 class _Lines(logging.Handler):
@@ -125,10 +138,6 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._line(printable(self.format(record)))
-
-
-def _log(level: int, line: Callable[[str], None]) -> None:
-    logging.basicConfig(level=level, handlers=[_Lines(line)])
 
 
 def _is_terminal(stream: Any) -> bool:
