@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from kcdcache.condense import manifest, value_files, values
 from kcdcache.condense.manifest import Manifest
@@ -16,7 +16,7 @@ from kcdcache.condense.values import Values
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, UnfinishedError
 from kcdcache.files import timing
 from kcdcache.files.atomic import read_bytes
-from kcdcache.files.records import MOST_RECORD_BYTES, canonical_json, parse, parse_json, read_object, told
+from kcdcache.files.records import MOST_RECORD_BYTES, canonical_json, parse, parse_json, read_object
 from kcdcache.report import show
 from kcdcache.report.show import StoreReport
 from kcdcache.runs import check, state
@@ -220,10 +220,7 @@ def _attempt(path: Path, work: Callable[[], T], problems: list[Problem]) -> T | 
 def _grid(path: Path) -> Grid:
     file = path / RESULTS
     found = read_object(file) if file.exists() else {}
-    try:
-        return Grid.model_validate(found | {"path": path, "title": found.get("title") or path.name})
-    except ValidationError as error:
-        raise CorruptionError(f"{file} is damaged or was changed: {told(error)}") from None
+    return parse(Grid, canonical_json(found | {"path": str(path), "title": found.get("title") or path.name}), file)
 
 
 def _run(path: Path, grid: Path) -> Run:

@@ -23,10 +23,10 @@ from kcdcache import settings
 from kcdcache.cli import main
 from kcdcache.data import datasets
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, printable
-from kcdcache.files.records import digest_of, readable_json
+from kcdcache.files.records import canonical_json, digest_of, parse, readable_json
 from kcdcache.report import images, load, tables
 from kcdcache.report.page import tables_of, write
-from kcdcache.runs.state import MetricsRow, RunRecord, Summary, parsed
+from kcdcache.runs.state import MetricsRow, RunRecord, Summary
 from kcdcache.store import reader
 from kcdcache.training import distill
 
@@ -213,9 +213,11 @@ def test_what_commands_write_fits_its_model_and_nothing_more_does(place, name):
     found += [(MetricsRow, row | {"digest": None}) for row in lines(folder / "metrics.jsonl")]
     for model, document in found:
         del document["digest"]
-        assert parsed(model, document, "here").model_dump(exclude_unset=True) == document
-        with pytest.raises(CorruptionError, match="here, surplus: Extra inputs are not permitted, found 1"):
-            parsed(model, document | {"surplus": 1}, "here")
+        assert parse(model, canonical_json(document), "here").model_dump(exclude_unset=True) == document
+        with pytest.raises(
+            CorruptionError, match="here is damaged or was changed: surplus: Extra inputs are not permitted"
+        ):
+            parse(model, canonical_json(document | {"surplus": 1}), "here")
 
 
 # one file
@@ -414,7 +416,7 @@ def test_a_record_of_another_form_is_told_and_ends_nothing(few):
     del record["digest"]
     file.write_bytes(readable_json({**record, "digest": digest_of(record)}))
     told = numbers(few)
-    assert "run.json, environment.versions: Input should be a valid dictionary" in problems(told)["base-seed0"][1]
+    assert "environment.versions: Input should be an object" in problems(told)["base-seed0"][1]
     assert rows(told, "runs") == []
 
 
