@@ -111,7 +111,10 @@ def load(spec: str, others: Mapping[str, Callable[[DataSpec], "Loaded"]] | None 
         CorruptionError: an image cannot be decoded; names file and row.
     """
     parsed = parse(spec)
-    loaded = {**LOADERS, **(others or {})}[parsed.kind](parsed)
+    known = {**LOADERS, **(others or {})}
+    if parsed.kind not in known:
+        raise SettingsError(f"'{spec}' is an exported set: open it with `export.condensed_set.load_data`")
+    loaded = known[parsed.kind](parsed)
     train = _first(loaded.train, parsed.train, f"training split of '{spec}'")
     test = _first(loaded.test, parsed.test, f"test split of '{spec}'")
     classes = loaded.classes or tuple(str(label) for label in range(int(train.labels.max()) + 1))

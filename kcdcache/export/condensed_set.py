@@ -452,7 +452,16 @@ def mixes_of(chosen: Manifest, baked: record.Baked, views: int) -> dict[str, obj
     return {"manifest": chosen.digest, "mix": baked.mix, "views": list(range(views)), "baked": how}
 
 
+def read_data(spec: str) -> datasets.Dataset:
+    """Return the data set a spec names, read anew; the images of an exported set (`condensed:DIR`) among them.
+
+    Raises:
+        as for `datasets.load`.
+    """
+    return datasets.load(spec, {"condensed": lambda parsed: datasets.Loaded(*load_images(parsed.path))})
+
+
 @lru_cache(maxsize=4)
 def load_data(spec: str) -> datasets.Dataset:
-    """Return a data set; asked for again in this process, the one loaded before."""
-    return datasets.load(spec, {"condensed": lambda parsed: datasets.Loaded(*load_images(parsed.path))})
+    """Return the same as `read_data`; asked for again in this process, the one loaded before."""
+    return read_data(spec)

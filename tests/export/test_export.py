@@ -224,7 +224,7 @@ def test_other_data_is_refused_with_the_first_sample(place, tmp_path):
 
 
 def test_images_are_those_of_the_data_set_under_the_same_indices(place):
-    ours, theirs = datasets.load(f"condensed:{place.root / 'pictures'}"), datasets.load(SPEC)
+    ours, theirs = condensed_set.read_data(f"condensed:{place.root / 'pictures'}"), datasets.load(SPEC)
     held = condensed_set.open(place.root / "pictures").knowledge.held
     assert np.array_equal(ours.train.images(held), theirs.train.images(held))
     assert np.array_equal(ours.train.labels, theirs.train.labels)
@@ -234,7 +234,7 @@ def test_images_are_those_of_the_data_set_under_the_same_indices(place):
 
 
 def test_an_image_that_is_not_there_is_refused_and_never_made_up(place, tmp_path):
-    dataset = datasets.load(f"condensed:{place.root / 'pictures'}")
+    dataset = condensed_set.read_data(f"condensed:{place.root / 'pictures'}")
     missing = np.setdiff1d(EVERYTHING, condensed_set.open(place.root / "pictures").knowledge.held)
     with pytest.raises(MismatchError, match=rf"sample {missing[0]} is not among the 120 of 200 images"):
         dataset.train.images(missing[:2])
@@ -244,7 +244,7 @@ def test_an_image_that_is_not_there_is_refused_and_never_made_up(place, tmp_path
 
 def test_without_images_the_data_must_be_given(place):
     with pytest.raises(MismatchError, match="was exported without images: give the data set it was made from"):
-        datasets.load(f"condensed:{place.root / 'plain'}")
+        condensed_set.read_data(f"condensed:{place.root / 'plain'}")
 
 
 def test_images_lie_as_the_hub_serves_them(place):
@@ -287,13 +287,13 @@ KINDS = {"gray": (lambda folder: gray(folder, 1), "crop"), "files": (photographs
 def test_every_kind_of_image_comes_back_as_it_was(tmp_path, kind):
     make, rule = KINDS[kind]
     whole = make(tmp_path)
-    dataset = datasets.load(whole)
+    dataset = condensed_set.read_data(whole)
     knowledge = precomputed(tmp_path / "store", dataset, _teacher(dataset), views=1, size=12, augment=rule)
     chosen = narrowed(knowledge)
     manifest.write(tmp_path / "set.parquet", chosen)
     place = SimpleNamespace(file=tmp_path / "set.parquet", knowledge=knowledge)
     exporting(place, tmp_path / "e", data=whole, with_images=True)
-    ours, again = datasets.load(f"condensed:{tmp_path / 'e'}"), datasets.load(whole)
+    ours, again = condensed_set.read_data(f"condensed:{tmp_path / 'e'}"), condensed_set.read_data(whole)
     held = condensed_set.open(tmp_path / "e").knowledge.held
     assert 0 < len(held) < len(dataset.train)
     for found, wanted in zip(ours.train.images(held), again.train.images(held), strict=True):

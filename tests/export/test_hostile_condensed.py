@@ -18,7 +18,6 @@ from PIL import Image
 from pupils import SPEC, lines
 
 from kcdcache.commands import verify
-from kcdcache.data import datasets
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, UnsafeError
 from kcdcache.export import condensed_set, record
 from kcdcache.files.atomic import sha256_file
@@ -63,7 +62,7 @@ def everything(folder):
             for name, values in held.load(view, rows, list(held.fields)).items():
                 found[kind, name, view] = bits(values)
     if opened.record.content.images is not None:
-        dataset = datasets.load(f"condensed:{folder}")
+        dataset = condensed_set.read_data(f"condensed:{folder}")
         found["images"] = bits(dataset.train.images(opened.knowledge.held)), dataset.identity()
         found["test"] = dataset.test.digest(), dataset.mean, dataset.std
     return found
@@ -271,7 +270,7 @@ def test_labels_that_are_not_the_stores_are_found(root):
     with pytest.raises(CorruptionError, match=r"its labels are not those in samples\.parquet"):
         verify.verify(root)
     with pytest.raises(CorruptionError, match=r"has other labels than samples\.parquet"):
-        datasets.load(f"condensed:{root}")
+        condensed_set.read_data(f"condensed:{root}")
 
 
 # forged images
@@ -322,18 +321,18 @@ def test_forged_images_are_refused(root, how):
     change, said = PICTURES[how]
     repictured(root, change)
     with pytest.raises((CorruptionError, UnsafeError), match=said):
-        datasets.load(f"condensed:{root}")
+        condensed_set.read_data(f"condensed:{root}")
 
 
 def test_another_test_image_is_refused(root):
     repictured(root, put_image(0, BLACK), "test")
     with pytest.raises(CorruptionError, match="is not the test split that was exported"):
-        datasets.load(f"condensed:{root}")
+        condensed_set.read_data(f"condensed:{root}")
 
 
 def test_images_of_one_set_do_not_serve_another_store(made, tmp_path):
     """Digests tell: the data set's own samples are those of the set, whatever store it is used with."""
-    dataset = datasets.load(f"condensed:{made.root / 'pictures'}")
+    dataset = condensed_set.read_data(f"condensed:{made.root / 'pictures'}")
     with pytest.raises(MismatchError, match=r"sample \d+ (differs|is not among)"):
         dataset.train.expect(dataset.train.digests() + np.uint64(1), "elsewhere")
 
