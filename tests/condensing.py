@@ -12,7 +12,7 @@ from stores import knowledge
 from kcdcache import settings
 from kcdcache.commands import condense as condense_command
 from kcdcache.condense import manifest, value_files, values
-from kcdcache.files import atomic
+from kcdcache.files import records
 
 COUNT = 150
 
@@ -32,7 +32,7 @@ def identify(store, who):
     """What condensing reads of a store: whose knowledge it is."""
     (store / "_kcd").mkdir(parents=True)
     known = {"format_version": 0, "knowledge": who.document(), "knowledge_id": who.knowledge_id}
-    (store / "_kcd/identity.json").write_bytes(atomic.canonical_json(known))
+    (store / "_kcd/identity.json").write_bytes(records.canonical_json(known))
 
 
 def prepared(root):

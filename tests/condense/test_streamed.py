@@ -15,7 +15,7 @@ from kcdcache import settings as kcdcache_settings
 from kcdcache.commands import condense as condense_command
 from kcdcache.condense import manifest, streamed, summary, value_files, values
 from kcdcache.errors import CorruptionError, MismatchError, NonFiniteError
-from kcdcache.files import atomic, parquet
+from kcdcache.files import parquet, records
 
 COUNT = 90
 DOCUMENT = {"knowledge_id": "k", "student": "s", "epoch": 1}
@@ -143,8 +143,8 @@ def test_a_bad_row_of_a_late_row_group_is_named(place, row, visits, value, error
     columns = {"index": np.arange(COUNT), "visits": np.ones(COUNT, np.int32), "value": np.ones(COUNT, np.float32)}
     columns["visits"][row], columns["value"][row] = visits, value
     content = DOCUMENT | {"format_version": 0, "count": COUNT}
-    content["digest"] = parquet.digest(atomic.canonical_json(content), columns)
-    table = pa.table(columns).replace_schema_metadata({value_files.METADATA_KEY: atomic.canonical_json(content)})
+    content["digest"] = parquet.digest(records.canonical_json(content), columns)
+    table = pa.table(columns).replace_schema_metadata({value_files.METADATA_KEY: records.canonical_json(content)})
     regroup(place / "bad.parquet", table, 20)
     with pytest.raises(error, match=text), value_files.opened(place / "bad.parquet", COUNT, held=0):
         pass

@@ -33,7 +33,7 @@ from kcdcache.errors import (
     SettingsError,
     UnfinishedError,
 )
-from kcdcache.files import atomic, parquet
+from kcdcache.files import atomic, parquet, records
 from kcdcache.files.parquet import SEAL
 from kcdcache.report import show
 
@@ -168,9 +168,9 @@ def test_a_student_learns_from_a_set_in_parts_as_from_one_file(tmp_path):
 
 def changed(folder, change):
     """Change a sealed record and seal it again."""
-    record = atomic.read_sealed(folder / SEAL)
+    record = records.read_sealed_object(folder / SEAL)
     change(record)
-    (folder / SEAL).write_bytes(atomic.sealed_json(record))
+    (folder / SEAL).write_bytes(records.sealed_json(record))
 
 
 @pytest.mark.parametrize("name", ["values", "before"])
