@@ -64,7 +64,9 @@ def rows_of_a_manifest(keep):
 def encoded(table, level=1, compression="zstd", **encodings):
     """The table in our form but for the compression, its level, or some columns' encodings."""
     plain = {field.name: field.type for field in table.schema if not parquet._is_text(field.type)}
-    kinds = {name: parquet._encoding(kind) for name, kind in plain.items()} | encodings
+    kinds = {
+        name: "BYTE_STREAM_SPLIT" if pa.types.is_floating(kind) else "DELTA_BINARY_PACKED" for name, kind in plain.items()
+    } | encodings
     sink = pa.BufferOutputStream()
     pq.write_table(
         table.replace_schema_metadata(), sink, compression=compression, write_page_checksum=True, store_schema=False,

@@ -81,7 +81,8 @@ class Processes:
         blocks = list(prefetch._blocks(batches))
         for number, block in enumerate([*blocks, *[None] * depth]):
             if block is not None:
-                waiting.append((block.last, self._pool.submit(made, block.samples, block.parameters)))
+                index, parameters, ends = block
+                waiting.append((ends, self._pool.submit(made, index, parameters)))
             if number >= depth:
                 last, future = waiting.popleft()
                 pieces.append(future.result())

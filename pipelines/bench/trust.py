@@ -12,7 +12,7 @@ import torch
 from measure import alternating, median, ratio, started, write
 
 from kcdcache.data.spec import DataIdentity
-from kcdcache.store import encoding, reader, writer
+from kcdcache.store import encoding, log, reader, writer
 from kcdcache.store.identity import Knowledge, TeacherIdentity
 from kcdcache.store.plan import plan_store
 from kcdcache.views.identity import ViewIdentity
@@ -69,7 +69,7 @@ def opening(path, repetitions):
 
 def reading(path, repetitions, threads, share):
     checked = reader.open(path)
-    unchecked = Unchecked(checked.path, checked.knowledge, reader.ledger.read_commits(path))
+    unchecked = Unchecked(checked.path, checked.knowledge, log.read_commits(path))
     rows = np.sort(np.random.default_rng(1).permutation(checked.count)[: int(share * checked.count)])
     held = {}
 

@@ -242,7 +242,7 @@ def test_options_are_added_to_a_spec_whose_limits_stay():
 
 
 def test_every_kind_of_data_has_a_loader_and_a_form():
-    assert datasets.LOADERS.keys() == FORMS.keys()
+    assert datasets.LOADERS.keys() | {"condensed"} == FORMS.keys()  # exported sets are opened above this room
 
 
 # recipes

@@ -10,6 +10,7 @@ version becomes 1 the files of v1 are frozen, and every later kcdcache must read
 import json
 import shutil
 import sys
+from dataclasses import astuple, is_dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -158,6 +159,8 @@ def plain(value):
     """Return JSON values: arrays' bytes as their digest, paths relative to the golden folder."""
     if isinstance(value, bytes):
         return sha256_bytes(value)
+    if is_dataclass(value):
+        return plain(astuple(value))
     if isinstance(value, dict):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, frozenset):
