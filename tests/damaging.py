@@ -151,9 +151,10 @@ def read_run(path, names):
     sets = {name: read_manifest(path / name) for name in names if name.endswith("manifest.parquet")}
     count = next(iter(sets.values()))["document"]["count"]
     document, weights = load_network(path, "student")
+    listed = run_files.read(path)
     return {
         "record": state.read_record(folder),
-        "files": run_files.read(path),
+        "files": ({name: tuple(dict(entry).values()) for name, entry in listed.files.items()}, sorted(listed.pending)),
         "checkpoint": read_checkpoint(path),
         "manifests": sets,
         "values": {name: read_values(path / name, count) for name in names if name.endswith("values.parquet")},

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from damaging import files_of, read_manifest, read_run, read_store, read_values
 from lessons import CPU, condensed, digits, precomputed
+from pydantic import BaseModel
 from stores import creating, finish, form, knowledge, make, small_parts, values, write_part
 
 from kcdcache.condense import manifest, value_files
@@ -161,6 +162,8 @@ def plain(value):
         return sha256_bytes(value)
     if is_dataclass(value):
         return plain(astuple(value))
+    if isinstance(value, BaseModel):
+        return plain(value.model_dump(mode="json", exclude_unset=True))
     if isinstance(value, dict):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, frozenset):
