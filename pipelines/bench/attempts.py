@@ -65,7 +65,8 @@ def encoded(table, level=1, compression="zstd", **encodings):
     """The table in our form but for the compression, its level, or some columns' encodings."""
     plain = {field.name: field.type for field in table.schema if not parquet._is_text(field.type)}
     kinds = {
-        name: "BYTE_STREAM_SPLIT" if pa.types.is_floating(kind) else "DELTA_BINARY_PACKED" for name, kind in plain.items()
+        name: "BYTE_STREAM_SPLIT" if pa.types.is_floating(kind) else "DELTA_BINARY_PACKED"
+        for name, kind in plain.items()
     } | encodings
     sink = pa.BufferOutputStream()
     pq.write_table(
