@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -112,7 +113,10 @@ def read_store(root):
             stored[name, view] = bits(array)
         for field in opened.fields:
             stored["decoded", field, view] = bits(opened.read(field, view, rows))
-    logged = [(record.name, record.statistics, record.measurements, record.files) for record in opened._records]
+    logged = [
+        (record.name, record.statistics, record.measurements, [astuple(file) for file in record.files])
+        for record in opened._records
+    ]
     return {
         "knowledge": opened.knowledge.document(),
         "ids": (opened.knowledge_id, opened.layout_id, opened.commits),
@@ -151,10 +155,10 @@ def read_run(path, names):
     sets = {name: read_manifest(path / name) for name in names if name.endswith("manifest.parquet")}
     count = next(iter(sets.values()))["document"]["count"]
     document, weights = load_network(path, "student")
-    listed = run_files.read(path)
+    files = run_files.read(path)
     return {
-        "record": state.read_record(folder),
-        "files": ({name: tuple(dict(entry).values()) for name, entry in listed.files.items()}, sorted(listed.pending)),
+        "record": state.read_record(folder).document(),
+        "files": ({name: [*vars(entry).values()] for name, entry in files.files.items()}, sorted(files.pending)),
         "checkpoint": read_checkpoint(path),
         "manifests": sets,
         "values": {name: read_values(path / name, count) for name in names if name.endswith("values.parquet")},

@@ -181,6 +181,7 @@ def survived(start, words, log, folder, random, kills, longest, patterns=("*",))
 def _serve():
     """Fork a child per request on stdin; print its number, and its exit code when it ends."""
     import sklearn.datasets  # noqa: F401 -- slow to import, and loaded by every command
+    import torch._dynamo  # noqa: F401 -- loaded by a first step, which another user than root could not do here
 
     from kcdcache.cli import main
     from kcdcache.commands import verify  # noqa: F401

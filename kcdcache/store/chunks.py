@@ -19,6 +19,8 @@ from kcdcache.files.atomic import naming, sha256_bytes, write_atomic
 from kcdcache.store.log import FileRecord
 from kcdcache.store.plan import CHECKSUM_BYTES, ZSTD_LEVEL, ArrayPlan, Chunk, StorePlan
 
+BLOCK_BYTES = 2**20
+"""bytes read and summed at once: small enough for the processor's cache"""
 WRITERS = 4
 """chunks that are written at a time: most of it is waiting for the disk"""
 
@@ -85,10 +87,16 @@ def copy_rows(
     direct = compression == "none" and len(wanted) == array.chunk_rows
     data = target.reshape(-1).view(np.uint8) if direct else scratch[:size]
     with naming(path), open(path, "rb", buffering=0, opener=_open_plain) as stream:
-        if os.fstat(stream.fileno()).st_size != record.bytes or stream.readinto(data.data) != size:
+        if os.fstat(stream.fileno()).st_size != record.bytes:
             return False
+        found = 0
+        for start in range(0, size, BLOCK_BYTES):
+            block = data[start : start + BLOCK_BYTES].data
+            if stream.readinto(block) != len(block):
+                return False
+            found = checksums.crc32c(block, found)
         stored = stream.read(CHECKSUM_BYTES)
-    if checksums.crc32c(data.data) != record.crc32c or stored != record.crc32c.to_bytes(CHECKSUM_BYTES, "little"):
+    if found != record.crc32c or stored != found.to_bytes(CHECKSUM_BYTES, "little"):
         return False
     if not direct:
         raw = data if compression == "none" else _unpacked(data, array.chunk_bytes, path)

@@ -48,6 +48,7 @@ _OPTIMIZER = "issue 15: the optimizer's own state_dict instead of momentum saved
 _SORT = "issue 15: DuckDB sorts and spills instead of our own shares"
 ALLOWED: tuple[Allowed, ...] = (
     Allowed("*/zarr.json", "dimension_names", "added", "issue 15: arrays carry dimension_names, which xarray needs"),
+    Allowed("export/told/*.json", "bytes_on_disk", "changed", "issue 15: array documents carry dimension_names"),
     Allowed("*/run.json", "settings.mix_base", "removed", _MIX_BASE),
     Allowed("report/*.json", "tables.settings.rows*", "removed", _MIX_BASE),
     Allowed("*/files.json", "run", "changed", _RUN_ID),

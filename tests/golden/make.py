@@ -10,7 +10,6 @@ version becomes 1 the files of v1 are frozen, and every later kcdcache must read
 import json
 import shutil
 import sys
-from dataclasses import astuple, is_dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -21,7 +20,6 @@ import numpy as np
 import torch
 from damaging import files_of, read_manifest, read_run, read_store, read_values
 from lessons import CPU, condensed, digits, precomputed
-from pydantic import BaseModel
 from stores import creating, finish, form, knowledge, make, small_parts, values, write_part
 
 from kcdcache.condense import manifest, value_files
@@ -160,10 +158,6 @@ def plain(value):
     """Return JSON values: arrays' bytes as their digest, paths relative to the golden folder."""
     if isinstance(value, bytes):
         return sha256_bytes(value)
-    if is_dataclass(value):
-        return plain(astuple(value))
-    if isinstance(value, BaseModel):
-        return plain(value.model_dump(mode="json", exclude_unset=True))
     if isinstance(value, dict):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, frozenset):

@@ -329,9 +329,7 @@ def test_records_of_other_numbers_are_refused(world):
     for numbers in ([0.5] * 63, [-1.0] * 64, [1] * 64, ["1"] * 64, None):
         document = {"weights": held.knowledge.teacher.weights, "quantiles": 64, "stages": {"stage1": numbers}}
         file.write_bytes(sealed_json(document))
-        with pytest.raises(
-            CorruptionError, match=r"parameters.json (is damaged or )?was changed: (stages|its content)"
-        ):
+        with pytest.raises(CorruptionError, match=r"damaged or was changed: stages\.stage1|was changed: its content"):
             identity.read_parameters(held.path, held.knowledge)
 
 
