@@ -163,7 +163,7 @@ def test_metadata_that_is_hostile_json_is_refused(run, tmp_path):
         ("[{}," * 200_000, 3, "it should hold JSON"),
         ("[" + "{}," * 600_000 + "0]", 8, "holds 1200001 JSON values, expected at most 1000000"),
         ('{"count": ' + "9" * 5000 + "}", 3, "number out of range"),
-        ('{"keep": NaN}', 4, "has format None"),
+        ('{"keep": NaN}', 3, "it should hold JSON"),
         ('{"count": 1, "count": 2}', 4, "has format None"),
         ("[" * 900 + "]" * 900, 3, "it should hold JSON"),
     ):
