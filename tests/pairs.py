@@ -1,12 +1,10 @@
-"""Made-up pairs of networks and lessons for tests of single terms."""
-
-from types import SimpleNamespace
+"""Made-up pairs of networks and batches for tests of single terms."""
 
 import numpy as np
 import torch
 from reference import array
 
-from kcdcache.methods.base import Pair
+from kcdcache.methods.base import Batch, Pair
 from kcdcache.methods.catalogue import METHODS
 from kcdcache.networks.registry import tap_shapes
 from kcdcache.settings import MethodSettings
@@ -49,26 +47,26 @@ def term_of(name, pair, seed=0, moved=0.0):
     return term
 
 
-def lesson_of(index, labels, pixels=None, **knowledge):
-    """A lesson about these samples; fields are given with `_` for `:`."""
+def batch_of(index, labels, pixels=None, **knowledge):
+    """A batch about these samples; fields are given with `_` for `:`."""
     labels = torch.as_tensor(labels, dtype=torch.int64)
     rows = len(labels)
-    return SimpleNamespace(
+    return Batch(
         index=torch.as_tensor(index, dtype=torch.int64), labels=labels, partner_labels=labels,
-        pixels=torch.rand(rows, 3, 8, 8) if pixels is None else pixels, probabilities=None,
+        pixels=torch.rand(rows, 3, 8, 8) if pixels is None else pixels, weight=torch.ones(rows),
         epsilon=torch.zeros(rows), mixed=torch.zeros(rows, dtype=torch.bool),
         knowledge={name.replace("_", ":"): value for name, value in knowledge.items()},
     )  # fmt: skip
 
 
-def random_lesson(pair, names, rows=4):
-    """A lesson with random teacher's values of these fields."""
-    lesson = lesson_of(range(rows), [0] * rows)
+def random_batch(pair, names, rows=4):
+    """A batch with random teacher's values of these fields."""
+    batch = batch_of(range(rows), [0] * rows)
     for name in names:
         field = fields.parse(name)
-        lesson.knowledge[name] = field.derive(*(torch.randn(rows, *pair.teacher_shape(tap)) for tap in field.taps))
-    return lesson
+        batch.knowledge[name] = field.derive(*(torch.randn(rows, *pair.teacher_shape(tap)) for tap in field.taps))
+    return batch
 
 
-def knowledge_of(lesson):
-    return {name: array(value) for name, value in lesson.knowledge.items()}
+def knowledge_of(batch):
+    return {name: array(value) for name, value in batch.knowledge.items()}

@@ -1,12 +1,11 @@
-"""What a method is given and what it answers: the pair of networks, a batch as a lesson, a term of the loss."""
+"""What a method is given and what it answers: the pair of networks, a batch, a term of the loss."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
 
 from kcdcache.errors import SettingsError
@@ -14,47 +13,35 @@ from kcdcache.methods.losses import cross_entropy
 from kcdcache.settings import MethodSettings
 from kcdcache.teacher import fields
 
-Seen = Mapping[str, Float[Tensor, "..."]]
+Outputs = Mapping[str, Float[Tensor, "..."]]
 """tap of the student -> its values for the batch, and for a term that shows further images, for those after it;
 `logits` is among them, perhaps bfloat16; a tap `filters:STAGE` is no value of samples but the profile of the student's
 own filters"""
 
 
-@runtime_checkable
-class Lesson(Protocol):
-    """What a loss needs of a batch: images, labels, mixing shares and the teacher's targets."""
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One step's samples on the device, K_Aug points already mixed."""
 
-    @property
-    def index(self) -> Int64[Tensor, " batch"]:
-        """Number of each point's sample."""
-
-    @property
-    def pixels(self) -> Float32[Tensor, "batch c h w"]:
-        """Images in [0, 1], mixed ones mixed."""
-
-    @property
-    def labels(self) -> Int[Tensor, " batch"]:
-        """Hard label of each point."""
-
-    @property
-    def partner_labels(self) -> Int[Tensor, " batch"]:
-        """Hard label of what is mixed in; the own label where nothing is."""
-
-    @property
-    def epsilon(self) -> Float[Tensor, " batch"]:
-        """Share of the partner in [0, 1]."""
-
-    @property
-    def mixed(self) -> Bool[Tensor, " batch"]:
-        """Whether the point is of K_Aug."""
-
-    @property
-    def probabilities(self) -> Float[Tensor, "batch classes"] | None:
-        """The teacher's softened output, or None where the store gives none."""
-
-    @property
-    def knowledge(self) -> Mapping[str, Tensor]:
-        """The teacher's fields by name, mixed where the point is."""
+    index: Int64[Tensor, " batch"]
+    pixels: Float32[Tensor, "batch channels height width"]
+    """in [0, 1], channels_last; each network applies its own input transform"""
+    labels: Int64[Tensor, " batch"]
+    partner_labels: Int64[Tensor, " batch"]
+    """label of the point mixed in; the own label where nothing is"""
+    mixed: Bool[Tensor, " batch"]
+    epsilon: Float32[Tensor, " batch"]
+    """share of the partner, 0 for K_1H"""
+    weight: Float32[Tensor, " batch"]
+    """factor of the loss"""
+    probabilities: Float32[Tensor, "batch classes"] | None = None
+    """teacher probabilities at the distillation temperature, mixed as the target rule says"""
+    knowledge: Mapping[str, Tensor]
+    """the teacher's fields as float32, mixed as `fields.mix` says"""
+    shared: int | None = None
+    """number of samples of this step in all processes together; None if it is all here"""
+    idle: bool = False
+    """whether this process has no sample of the step, and this one stands in for it without counting"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,24 +127,24 @@ class Term(nn.Module):
         """Return factors in an epoch: of the cross-entropy and soft-label terms, and of this one."""
         return 1.0, 1.0
 
-    def extra(self, lesson: Lesson) -> Float32[Tensor, "extra c h w"] | None:
+    def extra(self, batch: Batch) -> Float32[Tensor, "extra c h w"] | None:
         """Return further images that the student sees in the same forward pass, after the batch's."""
         return None
 
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample, whose mean over the batch is the method's."""
         raise NotImplementedError
 
 
 def hard_term(
-    logits: Float[Tensor, "batch classes"], lesson: Lesson, mix_label: str, smoothing: float
+    logits: Float[Tensor, "batch classes"], batch: Batch, mix_label: str, smoothing: float
 ) -> Float[Tensor, " batch"]:
     """Return the hard-label cross-entropy per sample, in nats; with mix_label 'mix' the partner's counts by epsilon."""
-    own = cross_entropy(logits, lesson.labels, smoothing)
+    own = cross_entropy(logits, batch.labels, smoothing)
     if mix_label == "keep":
         return own
-    other = cross_entropy(logits, lesson.partner_labels, smoothing)
-    return torch.where(lesson.mixed, (1 - lesson.epsilon) * own + lesson.epsilon * other, own)
+    other = cross_entropy(logits, batch.partner_labels, smoothing)
+    return torch.where(batch.mixed, (1 - batch.epsilon) * own + batch.epsilon * other, own)
 
 
 def constant(module: nn.Module, name: str, value: Tensor) -> None:

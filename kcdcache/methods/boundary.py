@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
-from kcdcache.methods.base import Lesson, Pair, Seen, Term, constant
+from kcdcache.methods.base import Batch, Outputs, Pair, Term, constant
 from kcdcache.methods.losses import logit_divergence
 
 MOST_ATTACKED = 64
@@ -38,18 +38,18 @@ class BoundarySupport(Term):
         self._beside.fill_(2 * max(1 - 4 / 3 * share, 0))
         return 1.0, 1.0
 
-    def extra(self, lesson: Lesson) -> Float32[Tensor, "extra c h w"]:
+    def extra(self, batch: Batch) -> Float32[Tensor, "extra c h w"]:
         """Return each image's boundary image."""
-        return lesson.knowledge["boundary:images"]
+        return batch.knowledge["boundary:images"]
 
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
-        count, temperature = len(lesson.labels), self._temperature
-        plain, beside = seen["logits"][:count], seen["logits"][count:]
-        teacher = lesson.knowledge["logits"]
-        base = base_weights(plain.float().softmax(1), teacher.softmax(1), lesson.labels)
+        count, temperature = len(batch.labels), self._temperature
+        plain, beside = outputs["logits"][:count], outputs["logits"][count:]
+        teacher = batch.knowledge["logits"]
+        base = base_weights(plain.float().softmax(1), teacher.softmax(1), batch.labels)
         softened = logit_divergence(plain, teacher, temperature) / (temperature * temperature)
-        attacked = boundary_divergence(beside, lesson.knowledge["boundary:logits"], base, temperature)
+        attacked = boundary_divergence(beside, batch.knowledge["boundary:logits"], base, temperature)
         return self._plain * softened + self._beside * attacked
 
 

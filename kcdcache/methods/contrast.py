@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
 from kcdcache.errors import SettingsError
-from kcdcache.methods.base import Lesson, Pair, Seen, Term, constant
+from kcdcache.methods.base import Batch, Outputs, Pair, Term, constant
 from kcdcache.methods.losses import cosines
 from kcdcache.teacher.fields import length, product, unit
 
@@ -52,18 +52,18 @@ class Contrast(Term):
         self.register_buffer("_log_z", torch.zeros(2))
         self.register_buffer("_started", torch.zeros((), dtype=torch.bool))
 
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample, and move the memory on."""
-        ours = unit(self.student(seen["penultimate"]))
-        theirs = unit(self.teacher(lesson.knowledge["penultimate"].detach()))
-        chosen = torch.cat([lesson.index[:, None], self.others.draw(lesson.labels, self._negatives)], dim=1)
+        ours = unit(self.student(outputs["penultimate"]))
+        theirs = unit(self.teacher(batch.knowledge["penultimate"].detach()))
+        chosen = torch.cat([batch.index[:, None], self.others.draw(batch.labels, self._negatives)], dim=1)
         student = similarities(ours, self.memory.teacher, chosen) / TEMPERATURE
         teacher = similarities(theirs, self.memory.student, chosen) / TEMPERATURE
         log_z = torch.stack([log_partition(scores, self._total) for scores in (student, teacher)])
         self._log_z.copy_(torch.where(self._started, self._log_z, log_z))
         self._started.fill_(True)
-        self.memory.update(lesson.index, ours, theirs)
-        self.memory.normalise(lesson.index)
+        self.memory.update(batch.index, ours, theirs)
+        self.memory.normalise(batch.index)
         return sum(  # type: ignore[return-value]
             nce(scores[:, 0], scores[:, 1:], self._total, shift)
             for scores, shift in zip((student, teacher), self._log_z.clone(), strict=True)
@@ -125,17 +125,17 @@ class WassersteinContrast(Term):
         self.memory = Memory(len(pair.labels))
         self.others = Others(pair)
 
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample, and move the memory on."""
-        student = self.student(seen["penultimate"])
-        teacher = self.teacher(lesson.knowledge["penultimate"].detach())
+        student = self.student(outputs["penultimate"])
+        teacher = self.teacher(batch.knowledge["penultimate"].detach())
         ours, theirs = ball(student), ball(teacher)
-        chosen = self.others.draw(lesson.labels, self._negatives)
+        chosen = self.others.draw(batch.labels, self._negatives)
         memory = self.memory
         apart = torch.cat(
             [similarities(ours, memory.teacher, chosen), similarities(theirs, memory.student, chosen)], dim=1
         )
-        memory.update(lesson.index, ours, theirs)
+        memory.update(batch.index, ours, theirs)
         together = (ours * theirs).sum(dim=1)
         dual = dual_contrast(together, apart) / math.sqrt(2)
         return GLOBAL * dual + LOCAL * sinkhorn_distance(student, teacher, ENTROPY, ITERATIONS)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kcdcache.errors import MismatchError, SettingsError
-from kcdcache.methods.base import Lesson, Pair, Seen, Term
+from kcdcache.methods.base import Batch, Outputs, Pair, Term
 from kcdcache.teacher import fields
 
 
@@ -51,10 +51,11 @@ class Attention(Term):
         self.taps = tuple(tap for tap, _, _ in self._places)
         self.fields = tuple(name for _, name, _ in self._places)
 
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
         return sum(  # type: ignore[return-value]
-            squared_error(fields.attention(seen[tap], side), lesson.knowledge[name]) for tap, name, side in self._places
+            squared_error(fields.attention(outputs[tap], side), batch.knowledge[name])
+            for tap, name, side in self._places
         )
 
 
@@ -81,9 +82,9 @@ class Hint(Term):
         shapes = pair.student_shape(ours), pair.teacher_shape(theirs)
         self.regressor = nn.Sequential(_to_shape(*shapes), nn.BatchNorm2d(shapes[1][0]), nn.ReLU())
 
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
-        return squared_error(self.regressor(seen[self.taps[0]]), lesson.knowledge[self.fields[0]])
+        return squared_error(self.regressor(outputs[self.taps[0]]), batch.knowledge[self.fields[0]])
 
 
 def _to_shape(ours: tuple[int, ...], theirs: tuple[int, ...]) -> nn.Module:
@@ -138,10 +139,10 @@ class Flow(Term):
         first = min(max(1, epochs // FLOW_SHARE), epochs - 1)
         return (0.0, 1.0) if epoch < first else (1.0, 0.0)
 
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
         return sum(  # type: ignore[return-value]
-            squared_error(fields.fsp_matrix(seen[bottom], seen[top]), lesson.knowledge[name])
+            squared_error(fields.fsp_matrix(outputs[bottom], outputs[top]), batch.knowledge[name])
             for bottom, top, name in self._places
         )
 
@@ -180,12 +181,12 @@ class Variational(Term):
         self.taps = tuple(tap for tap, _, _ in self._places)
         self.fields = tuple(name for _, name, _ in self._places)
 
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
         losses = []
         for (tap, name, side), mean, raw in zip(self._places, self.means, self.raw_variances, strict=True):
             # a network's own output may lie otherwise in memory than a store's values, which changes the last bits
-            maps = seen[tap], lesson.knowledge[name].contiguous()
+            maps = outputs[tap], batch.knowledge[name].contiguous()
             own, target = (functional.adaptive_avg_pool2d(values, side) for values in maps)
             losses.append(variational(mean(own), target, raw))
         return torch.stack(losses).sum(dim=0)
@@ -257,13 +258,13 @@ class Review(Term):
         """Return (1, epoch / 20), the latter at most 1."""
         return 1.0, min(1.0, epoch / WARM_UP)
 
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
         losses, fused = [], None
         for level, fusion in zip(self._levels, self.fusions, strict=True):
             # a network's own output may lie otherwise in memory than a store's values, which changes the last bits
-            target = lesson.knowledge[level.field].contiguous()
-            answer, fused = fusion(seen[level.tap].reshape(-1, *level.ours), fused)
+            target = batch.knowledge[level.field].contiguous()
+            answer, fused = fusion(outputs[level.tap].reshape(-1, *level.ours), fused)
             losses.append(hierarchical_context(answer, target.reshape(-1, *level.theirs)))
         return torch.stack(losses).sum(dim=0)
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from kcdcache.methods.base import Lesson, Pair, Seen, Term, constant
+from kcdcache.methods.base import Batch, Outputs, Pair, Term, constant
 from kcdcache.networks.taps import FILTERS
 from kcdcache.teacher.fields import pooled
 
@@ -62,10 +62,10 @@ class FilterStatistics(_Represented):
             known: Sequence[float] = pair.teacher_filters[theirs] if pair.teacher_filters else ()
             constant(self, f"_{theirs}", torch.tensor(known, dtype=torch.float32))
 
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss, the same for every sample."""
-        parts = [self._compared(seen[tap], getattr(self, f"_{theirs}")) for tap, theirs in self._places]
-        return torch.stack(parts).sum().expand(len(lesson.labels))
+        parts = [self._compared(outputs[tap], getattr(self, f"_{theirs}")) for tap, theirs in self._places]
+        return torch.stack(parts).sum().expand(len(batch.labels))
 
 
 class PooledDistributions(_Represented):
@@ -87,11 +87,11 @@ class PooledDistributions(_Represented):
             nn.Identity() if ours == theirs else nn.Linear(ours, theirs, bias=False) for ours, theirs in sizes
         )
 
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
         places = zip(self._places, self._connectors, strict=True)
         return sum(  # type: ignore[return-value]
-            self._compared(connector(pooled(seen[ours].float())), lesson.knowledge[f"pooled:{theirs}"])
+            self._compared(connector(pooled(outputs[ours].float())), batch.knowledge[f"pooled:{theirs}"])
             for (ours, theirs), connector in places
         )
 

@@ -7,7 +7,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 from torch.nn import functional
 
-from kcdcache.methods.base import Lesson, Pair, Seen, Term
+from kcdcache.methods.base import Batch, Outputs, Pair, Term
 from kcdcache.methods.losses import entropy, logit_divergence
 
 TARGET, REST = 1.0, 8.0
@@ -36,10 +36,10 @@ class Decoupled(Term):
         """Return 1, and the warm-up's share of the term."""
         return 1.0, min(1.0, (epoch + 1) / WARM_UP)
 
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
-        teacher = lesson.knowledge["logits"]
-        return decoupled(seen["logits"], teacher, lesson.labels, TARGET, REST, self._temperature)
+        teacher = batch.knowledge["logits"]
+        return decoupled(outputs["logits"], teacher, batch.labels, TARGET, REST, self._temperature)
 
 
 def decoupled(
@@ -92,9 +92,9 @@ class Adaptive(Term):
         super().__init__()
         self._temperature = pair.settings.temperature or 4.0
 
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
-        return entropy_weighted(seen["logits"], lesson.knowledge["logits"], self._temperature, WEIGHT_TEMPERATURE)
+        return entropy_weighted(outputs["logits"], batch.knowledge["logits"], self._temperature, WEIGHT_TEMPERATURE)
 
 
 def entropy_weighted(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kcdcache.errors import SettingsError
-from kcdcache.methods.base import Lesson, Pair, Seen, Term, constant, hard_term
+from kcdcache.methods.base import Batch, Outputs, Pair, Term, constant, hard_term
 from kcdcache.methods.losses import logit_divergence
 from kcdcache.networks import registry
 from kcdcache.networks.resnet import ResNet, ResNet50
@@ -34,10 +34,10 @@ class MutualLearning(Term):
         self._labels = pair.settings.mix_label, pair.smoothing
         self.peer = peer.to(memory_format=torch.channels_last)
 
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
-        student, peer = seen["logits"], self.peer(seen["input"])
-        taught = logit_divergence(student, peer, 1.0) + hard_term(peer, lesson, *self._labels)
+        student, peer = outputs["logits"], self.peer(outputs["input"])
+        taught = logit_divergence(student, peer, 1.0) + hard_term(peer, batch, *self._labels)
         return taught + logit_divergence(peer, student, 1.0)
 
 
@@ -87,13 +87,13 @@ class Ensemble(Term):
         self._ramp.fill_(math.exp(-5 * (1 - behind) ** 2))
         return 1.0, 1.0
 
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
-        shared = seen[self._stage]
-        logits = [seen["logits"].float(), *(branch(shared) for branch in self.branches)]
+        shared = outputs[self._stage]
+        logits = [outputs["logits"].float(), *(branch(shared) for branch in self.branches)]
         shares = self.gate(shared.mean(dim=(2, 3)))
         ensemble = (shares[:, :, None] * torch.stack(logits, dim=1)).sum(dim=1)
-        hard = sum(hard_term(found, lesson, *self._labels) for found in (*logits[1:], ensemble))
+        hard = sum(hard_term(found, batch, *self._labels) for found in (*logits[1:], ensemble))
         soft = sum(logit_divergence(found, ensemble, self._temperature) for found in logits)
         return hard + self._ramp * soft
 

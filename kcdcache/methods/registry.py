@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kcdcache.data.datasets import Dataset
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.methods import losses
-from kcdcache.methods.base import Lesson, Pair, Seen, Term, constant, hard_term
+from kcdcache.methods.base import Batch, Outputs, Pair, Term, constant, hard_term
 from kcdcache.methods.catalogue import METHODS, Weights, weights_of
 from kcdcache.networks import registry
 from kcdcache.networks.registry import tap_shapes
@@ -56,28 +56,28 @@ class Loss(nn.Module):
         for place, (_, own) in enumerate(factors):
             self._shares[place] = own
 
-    def extra(self, lesson: Lesson) -> Float32[Tensor, "extra c h w"] | None:
+    def extra(self, batch: Batch) -> Float32[Tensor, "extra c h w"] | None:
         """Return further images for the student's forward pass, after the batch's."""
-        found = [images for term in self._of() if (images := term.extra(lesson)) is not None]
+        found = [images for term in self._of() if (images := term.extra(batch)) is not None]
         return found[0] if found else None
 
-    def forward(self, seen: Seen, lesson: Lesson) -> Float[Tensor, " batch"]:
+    def forward(self, outputs: Outputs, batch: Batch) -> Float[Tensor, " batch"]:
         """Return the loss per sample of the student's values on a batch."""
-        total = basic(seen["logits"][: len(lesson.labels)], lesson, self.weights)
+        total = basic(outputs["logits"][: len(batch.labels)], batch, self.weights)
         if self._terms:
             total = self._base * total
         for place, (name, term) in enumerate(zip(self._terms, self._of(), strict=True)):
-            given = seen if term.shows_images else _own_rows(seen, term, len(lesson.labels))
-            total = total + self.weights.parts[name] * self._shares[place] * term(given, lesson)
+            given = outputs if term.shows_images else _own_rows(outputs, term, len(batch.labels))
+            total = total + self.weights.parts[name] * self._shares[place] * term(given, batch)
         return total
 
     def _of(self) -> list[Term]:
         return list(self._terms.values())  # type: ignore[arg-type]
 
 
-def _own_rows(seen: Seen, term: Term, rows: int) -> Seen:
+def _own_rows(outputs: Outputs, term: Term, rows: int) -> Outputs:
     """Return the values a term reads without the rows of another term's further images."""
-    return {tap: seen[tap] if tap.startswith(FILTERS) else seen[tap][:rows] for tap in ("logits", *term.taps)}
+    return {tap: outputs[tap] if tap.startswith(FILTERS) else outputs[tap][:rows] for tap in ("logits", *term.taps)}
 
 
 def make_loss(weights: Weights, pair: Callable[[], Pair]) -> Loss:
@@ -165,13 +165,13 @@ def require_fields(needed: Sequence[str], held: Collection[str], settings: Metho
     )
 
 
-def basic(logits: Float[Tensor, "batch classes"], lesson: Lesson, weights: Weights) -> Float[Tensor, " batch"]:
+def basic(logits: Float[Tensor, "batch classes"], batch: Batch, weights: Weights) -> Float[Tensor, " batch"]:
     """Return gamma CE(y, z_S) + alpha T^2 KL(p_T || p_S) per sample.
 
     Source: Hinton et al. 2015; Eq. 1 of the paper with the hard label and T of its reference code.
     """
-    total = weights.gamma * hard_term(logits, lesson, weights.mix_label, weights.smoothing)
+    total = weights.gamma * hard_term(logits, batch, weights.mix_label, weights.smoothing)
     if weights.alpha == 0:
         return total
-    assert lesson.probabilities is not None, "a store with logits serves this method"
-    return total + weights.alpha * losses.soft_divergence(logits, lesson.probabilities, weights.temperature)
+    assert batch.probabilities is not None, "a store with logits serves this method"
+    return total + weights.alpha * losses.soft_divergence(logits, batch.probabilities, weights.temperature)

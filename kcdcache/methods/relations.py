@@ -9,7 +9,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn import functional
 
-from kcdcache.methods.base import Lesson, Pair, Seen, Term
+from kcdcache.methods.base import Batch, Outputs, Pair, Term
 from kcdcache.methods.losses import cosines
 from kcdcache.teacher.fields import length, product, unit
 
@@ -38,9 +38,9 @@ class Relational(_Penultimate):
     Source: Park et al., CVPR 2019 (arXiv 1904.05068), RKD-D and RKD-A; weights and layer of RepDistiller.
     """
 
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
-        own, target = seen["penultimate"], lesson.knowledge["penultimate"]
+        own, target = outputs["penultimate"], batch.knowledge["penultimate"]
         return DISTANCE * distance_wise(own, target) + ANGLE * angle_wise(own, target)
 
 
@@ -88,9 +88,9 @@ class Probabilistic(_Penultimate):
     Source: Passalis & Tefas, ECCV 2018 (arXiv 1803.10837), with the cosine kernel; layer of RepDistiller.
     """
 
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
-        return probabilistic(seen["penultimate"], lesson.knowledge["penultimate"])
+        return probabilistic(outputs["penultimate"], batch.knowledge["penultimate"])
 
 
 def probabilistic(
@@ -123,9 +123,9 @@ class Similarity(Term):
         ours, theirs = pair.stages()[-1]
         self.taps, self.fields = (ours,), (f"maps:{theirs}",)
 
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
-        return similarity_preserving(seen[self.taps[0]], lesson.knowledge[self.fields[0]])
+        return similarity_preserving(outputs[self.taps[0]], batch.knowledge[self.fields[0]])
 
 
 def similarity_preserving(

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor, nn
 
-from kcdcache.methods.base import Lesson, Pair, Seen, Term, constant
+from kcdcache.methods.base import Batch, Outputs, Pair, Term, constant
 from kcdcache.methods.losses import cosines, cross_entropy, logit_divergence
 from kcdcache.teacher import fields
 
@@ -46,20 +46,20 @@ class SelfSupervision(Term):
         self._preparing.fill_(float(epoch < max(1, round(epochs * PREPARATION))))
         return 1.0, 1.0
 
-    def extra(self, lesson: Lesson) -> Float32[Tensor, "extra c h w"]:
+    def extra(self, batch: Batch) -> Float32[Tensor, "extra c h w"]:
         """Return all images turned once, then all turned twice, then three times."""
-        return fields.rotated(lesson.pixels)[len(lesson.pixels) :]
+        return fields.rotated(batch.pixels)[len(batch.pixels) :]
 
-    def forward(self, seen: Seen, lesson: Lesson) -> Float32[Tensor, " batch"]:
+    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
         self._follow()
-        features = lesson.knowledge["rotations:penultimate"].detach()
-        ours = self.student(fields.unrotated(seen["penultimate"]))
+        features = batch.knowledge["rotations:penultimate"].detach()
+        ours = self.student(fields.unrotated(outputs["penultimate"]))
         theirs, learning = self.teacher(features), self.apprentice(features)
         rotated = rotated_divergence(
-            fields.unrotated(seen["logits"])[:, 1:],
-            lesson.knowledge["rotations:logits"][:, 1:],
-            lesson.labels,
+            fields.unrotated(outputs["logits"])[:, 1:],
+            batch.knowledge["rotations:logits"][:, 1:],
+            batch.labels,
             self._temperature,
             share=1.0,
         )

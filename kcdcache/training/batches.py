@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int64, Shaped
+from jaxtyping import Float32, Int64, Shaped
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from kcdcache.condense.manifest import Manifest, require_knowledge
 from kcdcache.data.datasets import Dataset
 from kcdcache.errors import MismatchError, require_same
+from kcdcache.methods.base import Batch
 from kcdcache.settings import OptimizerSettings
 from kcdcache.store.check import check_data
 from kcdcache.store.reader import Store
@@ -154,30 +155,6 @@ def _targets_of_mixes(
         slots={view: slot for slot, view in enumerate(held["views"])},
         count=manifest.count,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """One step's samples on the device, K_Aug points already mixed."""
-
-    index: Int64[Tensor, " batch"]
-    pixels: Float32[Tensor, "batch channels height width"]
-    """in [0, 1], channels_last; each network applies its own input transform"""
-    labels: Int64[Tensor, " batch"]
-    partner_labels: Int64[Tensor, " batch"]
-    """label of the point mixed in; the own label where nothing is"""
-    mixed: Bool[Tensor, " batch"]
-    epsilon: Float32[Tensor, " batch"]
-    """share of the partner, 0 for K_1H"""
-    weight: Float32[Tensor, " batch"]
-    probabilities: Float32[Tensor, "batch classes"] | None = None
-    """teacher probabilities at the distillation temperature, mixed as the target rule says"""
-    knowledge: Mapping[str, Tensor]
-    """the teacher's fields as float32, mixed as `fields.mix` says"""
-    shared: int | None = None
-    """number of samples of this step in all processes together; None if it is all here"""
-    idle: bool = False
-    """whether this process has no sample of the step, and this one stands in for it without counting"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,10 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from kcdcache.data.images import Split
+from kcdcache.methods.base import Batch
 from kcdcache.settings import OptimizerSettings
 from kcdcache.store.rows import StoredTargets
-from kcdcache.training.batches import Batch, HostBatches, Partners, Source, mix_in
+from kcdcache.training.batches import HostBatches, Partners, Source, mix_in
 from kcdcache.training.processes import ALONE, Group
 from kcdcache.training.sampling import Sampler, everything
 from kcdcache.views import rules

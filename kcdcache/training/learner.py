@@ -112,7 +112,7 @@ class Learner:
     group: Group = ALONE
     """the processes that train it"""
 
-    def see(self, pixels: Float[Tensor, "batch channels h w"]) -> dict[str, Float[Tensor, "..."]]:
+    def outputs(self, pixels: Float[Tensor, "batch channels h w"]) -> dict[str, Float[Tensor, "..."]]:
         """Return the logits of pixels in [0, 1], and the values that its loss reads, in float32.
 
         The tap `input` is what the network itself is given: the transformed pixels. A tap `filters:STAGE` is no value

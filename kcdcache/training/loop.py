@@ -13,13 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kcdcache import interrupt, rng
 from kcdcache.errors import InterruptedRunError, NonFiniteError
+from kcdcache.methods.base import Batch
 from kcdcache.networks.input_transform import enough_memory
 from kcdcache.progress import Progress, silent
 from kcdcache.runs.folder import RunFolder
 from kcdcache.runs.state import add_timing, load_checkpoint, save_checkpoint, write_metrics
 from kcdcache.settings import OptimizerSettings
 from kcdcache.training import evaluation
-from kcdcache.training.batches import Batch, Source
+from kcdcache.training.batches import Source
 from kcdcache.training.device_batches import DeviceBatches, batches_of, hold
 from kcdcache.training.learner import Learner
 from kcdcache.training.optimizer import learning_rate
@@ -270,8 +271,8 @@ class _Forward(nn.Module):
         extra = self.loss.extra(batch)
         shown = batch.pixels if extra is None else torch.cat([batch.pixels, extra])
         with forward_precision(self._learner.device, self._precision):
-            seen = self._learner.see(shown)
-        return seen["logits"][: len(batch.labels)], self.loss(seen, batch)
+            outputs = self._learner.outputs(shown)
+        return outputs["logits"][: len(batch.labels)], self.loss(outputs, batch)
 
 
 class _Totals:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from pairs import OURS, THEIRS, lesson_of, pair_of, term_of
+from pairs import OURS, THEIRS, batch_of, pair_of, term_of
 from reference import array, close, drawn, tensor, units
 
 from kcdcache.errors import SettingsError
@@ -167,19 +167,19 @@ def test_the_memory_of_a_later_stage_keeps_every_sample():
 def step_of(seed=0, index=INDEX):
     torch.manual_seed(seed)
     seen = {"penultimate": torch.randn(len(index), OURS).requires_grad_()}
-    return seen, lesson_of(index, [LABELS[i] for i in index], penultimate=torch.randn(len(index), THEIRS))
+    return seen, batch_of(index, [LABELS[i] for i in index], penultimate=torch.randn(len(index), THEIRS))
 
 
 def embedded(layer, values):
     return units(array(values) @ array(layer.weight).T + (0 if layer.bias is None else array(layer.bias)))
 
 
-def reference_crd(term, seen, lesson, chosen, log_z):
+def reference_crd(term, seen, batch, chosen, log_z):
     """One step in float64, one pair at a time; returns losses, both log Z and the memory's next rows."""
     ours = embedded(term.student, seen["penultimate"])
-    theirs = embedded(term.teacher, lesson.knowledge["penultimate"])
+    theirs = embedded(term.teacher, batch.knowledge["penultimate"])
     student, teacher = (array(bank).copy() for bank in (term.memory.student, term.memory.teacher))
-    losses, made, index = np.zeros(3), [], lesson.index.tolist()
+    losses, made, index = np.zeros(3), [], batch.index.tolist()
     for way, (anchors, bank) in enumerate(((ours, teacher), (theirs, student))):
         rows = zip(anchors, index, chosen, strict=True)
         score = np.array([[anchor @ bank[i] / 0.07 for i in [own, *others]] for anchor, own, others in rows])
@@ -195,23 +195,23 @@ def reference_crd(term, seen, lesson, chosen, log_z):
 def test_crd_and_its_memory_equal_a_slow_reference_over_three_steps(kept):
     term, log_z = term_of("crd", crd_pair(kept)), None
     for step, index in enumerate((INDEX, [3, 6, 7], INDEX)):
-        seen, lesson = step_of(step, index)
-        chosen = next_draws(lesson.labels.tolist(), range(8) if kept is None else kept)
-        losses, log_z, student, teacher = reference_crd(term, seen, lesson, chosen, log_z)
-        close(term(seen, lesson), losses, rtol=1e-4)
+        seen, batch = step_of(step, index)
+        chosen = next_draws(batch.labels.tolist(), range(8) if kept is None else kept)
+        losses, log_z, student, teacher = reference_crd(term, seen, batch, chosen, log_z)
+        close(term(seen, batch), losses, rtol=1e-4)
         close(term.memory.student, student)
         close(term.memory.teacher, teacher)
 
 
 def test_the_gradient_is_that_of_the_memory_before_the_step():
     """Finite differences of the student's values, with the memory and the draws put back each time."""
-    term, (seen, lesson) = term_of("crd", crd_pair()), step_of()
+    term, (seen, batch) = term_of("crd", crd_pair()), step_of()
     memory = {key: value.clone() for key, value in term.state_dict().items() if key.startswith("memory")}
 
     def loss(values):
         term.load_state_dict(memory, strict=False)
         torch.manual_seed(3)
-        return term({"penultimate": values}, lesson).mean()
+        return term({"penultimate": values}, batch).mean()
 
     loss(seen["penultimate"]).backward()  # log Z is that of this first step
     way, start = torch.randn(3, OURS), seen["penultimate"].detach()
@@ -227,19 +227,19 @@ def settled(term):
 
 
 def test_wcord_equals_a_slow_reference():
-    term, (seen, lesson) = settled(term_of("wcord", crd_pair())), step_of()
+    term, (seen, batch) = settled(term_of("wcord", crd_pair())), step_of()
     seen["penultimate"] = seen["penultimate"].detach() * 3  # beyond the unit ball, others inside it
     layers = (array(part.parametrizations.weight.original) for part in (term.student, term.teacher))
-    values = (array(seen["penultimate"]), array(lesson.knowledge["penultimate"]))
+    values = (array(seen["penultimate"]), array(batch.knowledge["penultimate"]))
     student, teacher = (rows @ (w / np.linalg.norm(w, 2)).T for w, rows in zip(layers, values, strict=True))
     ours, theirs = (rows / np.maximum(1, np.linalg.norm(rows, axis=1, keepdims=True)) for rows in (student, teacher))
-    chosen = next_draws(lesson.labels.tolist())
+    chosen = next_draws(batch.labels.tolist())
     banks = array(term.memory.teacher).copy(), array(term.memory.student).copy()
     expected = 0.05 * reference.sinkhorn(student, teacher, ENTROPY, ITERATIONS)
     for a in range(3):
         apart = [anchors[a] @ bank[i] for anchors, bank in zip((ours, theirs), banks, strict=True) for i in chosen[a]]
         expected[a] += 0.8 * (sum(apart) / len(apart) - ours[a] @ theirs[a]) / math.sqrt(2)
-    close(term(seen, lesson), expected, rtol=1e-4)
+    close(term(seen, batch), expected, rtol=1e-4)
     close(term.memory.student[INDEX], 0.5 * banks[1][INDEX] + 0.5 * ours)
     close(term.memory.teacher[INDEX], 0.5 * banks[0][INDEX] + 0.5 * theirs)
 

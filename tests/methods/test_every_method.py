@@ -137,7 +137,7 @@ def trained(pupil):
 def seen_by(pupil, batch):
     """The student's values of a batch, and of what the method shows it further."""
     extra = pupil.loss.extra(batch)
-    return pupil.see(batch.pixels if extra is None else torch.cat([batch.pixels, extra.detach()]))
+    return pupil.outputs(batch.pixels if extra is None else torch.cat([batch.pixels, extra.detach()]))
 
 
 def loss_on(pupil, batch):

@@ -7,7 +7,7 @@ import pytest
 import reference
 import torch
 from lessons import CPU, digits, precomputed
-from pairs import knowledge_of, pair_between, published_pair, random_lesson, term_of
+from pairs import knowledge_of, pair_between, published_pair, random_batch, term_of
 from reference import array, close, drawn, tensor
 
 from kcdcache.errors import MismatchError, SettingsError
@@ -191,7 +191,7 @@ def fitting(name, theirs=THEIRS, ours=OURS):
 
 
 def made(name, pair=None, rows=4):
-    """A term far from its start, a student's values and a lesson."""
+    """A term far from its start, a student's values and a batch."""
     pair = pair or fitting(name)
     term = term_of(name, pair, moved=0.3)
     return term, *values_for(term, pair, rows)
@@ -199,13 +199,13 @@ def made(name, pair=None, rows=4):
 
 def values_for(term, pair, rows=4):
     seen = {tap: torch.randn(rows, *pair.student_shape(tap)) for tap in (*term.taps, "logits")}
-    return seen, random_lesson(pair, term.fields, rows)
+    return seen, random_batch(pair, term.fields, rows)
 
 
 def check(name, pair):
-    term, seen, lesson = made(name, pair)
-    expected = PLAIN[name](term, {tap: array(value) for tap, value in seen.items()}, knowledge_of(lesson))
-    close(term(seen, lesson), expected, rtol=2e-4, atol=2e-6)
+    term, seen, batch = made(name, pair)
+    expected = PLAIN[name](term, {tap: array(value) for tap, value in seen.items()}, knowledge_of(batch))
+    close(term(seen, batch), expected, rtol=2e-4, atol=2e-6)
     assert np.abs(expected).min() > 1e-4
 
 
@@ -231,10 +231,10 @@ def laid_out(values, layout):
 
 def loss_and_gradients(name, pair, layout):
     """As in training, the student's maps have one layout in memory, the teacher's perhaps another."""
-    term, seen, lesson = made(name, pair)
+    term, seen, batch = made(name, pair)
     seen = {tap: laid_out(seen[tap], torch.channels_last).requires_grad_() for tap in term.taps}
-    lesson.knowledge = {name: laid_out(values, layout) for name, values in lesson.knowledge.items()}
-    loss = term(seen, lesson)
+    batch.knowledge.update({name: laid_out(values, layout) for name, values in batch.knowledge.items()})
+    loss = term(seen, batch)
     loss.mean().backward()
     return [loss, *(values.grad for values in (*seen.values(), *term.parameters()))]
 

@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 from lessons import CPU, TinyNet, digits, precomputed
-from pairs import lesson_of, published_pair
+from pairs import batch_of, published_pair
 from reference import array, close, drawn, tensor
 
 from kcdcache import settings as settings_
@@ -144,16 +144,16 @@ def seen_by(network, term):
         loss=methods_registry.Loss(methods_registry.weights_of(MethodSettings(method="kr")), {"kr": term}),
         optimizer=make_optimizer(network.parameters(), OptimizerSettings()),
     )  # fmt: skip
-    return pupil.see(torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(3)))
+    return pupil.outputs(torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(3)))
 
 
-def lesson(**knowledge):
-    return lesson_of(range(4), [0] * 4, **knowledge)
+def batch(**knowledge):
+    return batch_of(range(4), [0] * 4, **knowledge)
 
 
 def loss_on_weights(ours, theirs, names=("resnet20", "resnet8"), **settings):
     term = FilterStatistics(pair_of(*names, filter_profiles(theirs), **settings))
-    return term(seen_by(ours, term), lesson())
+    return term(seen_by(ours, term), batch())
 
 
 def reference_profiles(network):
@@ -180,7 +180,7 @@ def test_identical_networks_cost_nothing_in_either_variant():
     term = PooledDistributions(pair_of("resnet8", "resnet8", kr_lambda=0.0))
     seen = seen_by(network, term)
     known = {f"pooled_{stage}": seen[stage].detach().mean((2, 3)) for stage in term.taps}
-    assert term(seen, lesson(**known)).tolist() == pytest.approx([0.0] * 4, abs=1e-12)
+    assert term(seen, batch(**known)).tolist() == pytest.approx([0.0] * 4, abs=1e-12)
 
 
 def test_permuting_either_networks_filters_changes_nothing():
@@ -205,7 +205,7 @@ def test_narrower_and_other_students_learn_from_both_variants(theirs, ours):
     assert sum(float(weight.grad.abs().sum()) for weight in moved) > 0
     term = PooledDistributions(pair_of(theirs, ours))
     shapes = tap_shapes(theirs, 10, 3, 16, 16)
-    loss = term(seen_by(network, term), lesson(**{f"pooled_{tap}": torch.rand(4, s[0]) for tap, s in shapes.items()}))
+    loss = term(seen_by(network, term), batch(**{f"pooled_{tap}": torch.rand(4, s[0]) for tap, s in shapes.items()}))
     assert loss.shape == (4,)
     assert torch.isfinite(loss).all()
     loss.mean().backward()

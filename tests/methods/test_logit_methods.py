@@ -1,12 +1,12 @@
 """The methods on logits and labels: ce, kd, and those that take the divergence apart or weigh it, dkd and eakd."""
 
 import math
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import reference
 import torch
-from pairs import CLASSES, knowledge_of, lesson_of, pair_of, term_of
+from pairs import CLASSES, batch_of, knowledge_of, pair_of, term_of
 from reference import array, close, drawn, tensor
 
 from kcdcache.errors import SettingsError
@@ -37,15 +37,15 @@ def sheet(**changes):
         "mixed": torch.tensor([False, False, False, True, True, True]),
         "probabilities": torch.softmax(tensor(drawn(1, 6, 5)) / 4, dim=1),
     }
-    return SimpleNamespace(**vars(lesson_of(range(6), given["labels"])) | given | changes)
+    return replace(batch_of(range(6), given["labels"]), **(given | changes))
 
 
 def resolved(smoothing=0.0, **settings):
     return weights_of(MethodSettings(**settings), smoothing)
 
 
-def hard(logits, lesson, weights):
-    return hard_term(logits, lesson, weights.mix_label, weights.smoothing)
+def hard(logits, batch, weights):
+    return hard_term(logits, batch, weights.mix_label, weights.smoothing)
 
 
 def test_methods_have_the_weights_of_their_papers_and_releases():
@@ -83,19 +83,19 @@ def test_settings_win_over_the_methods_defaults_and_zero_counts_as_given():
 @pytest.mark.parametrize("mix_label", ["keep", "mix"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_kd_equals_a_slow_reference_per_sample_whose_kept_label_ignores_the_partner(mix_label, smoothing):
-    logits, lesson = drawn(0, 6, 5, scale=3), sheet()
-    share = array(lesson.epsilon) if mix_label == "mix" else 0
-    own, partner = (reference.hard(logits, y.numpy(), smoothing) for y in (lesson.labels, lesson.partner_labels))
+    logits, batch = drawn(0, 6, 5, scale=3), sheet()
+    share = array(batch.epsilon) if mix_label == "mix" else 0
+    own, partner = (reference.hard(logits, y.numpy(), smoothing) for y in (batch.labels, batch.partner_labels))
     expected = 0.3 * ((1 - share) * own + share * partner)
-    expected += 0.6 * reference.soft(logits, array(lesson.probabilities), 3)
+    expected += 0.6 * reference.soft(logits, array(batch.probabilities), 3)
     weights = resolved(smoothing, mix_label=mix_label, gamma=0.3, alpha=0.6, temperature=3)
-    close(basic(tensor(logits), lesson, weights), expected, atol=1e-5)
+    close(basic(tensor(logits), batch, weights), expected, atol=1e-5)
 
 
 def test_kd_without_a_soft_share_is_ce_and_smoothing_is_in_the_hard_term_only():
     logits, weights = tensor(drawn(0, 6, 5)), resolved(gamma=1, alpha=0)
-    for lesson in (sheet(), sheet(probabilities=None)):
-        assert torch.equal(basic(logits, lesson, weights), hard(logits, sheet(), weights))
+    for batch in (sheet(), sheet(probabilities=None)):
+        assert torch.equal(basic(logits, batch, weights), hard(logits, sheet(), weights))
     plain, smooth = (resolved(smoothing, gamma=0) for smoothing in (0.0, 0.3))
     assert torch.equal(basic(logits, sheet(), plain), basic(logits, sheet(), smooth))
     assert not torch.allclose(hard(logits, sheet(), plain), hard(logits, sheet(), smooth))
@@ -168,7 +168,7 @@ TERMS = {
 @pytest.mark.parametrize("name", TERMS)
 def test_terms_on_logits_equal_a_slow_reference(name, temperature, given):
     student, teacher = drawn(0, 4, CLASSES, scale=3), tensor(drawn(1, 4, CLASSES, scale=3))
-    lesson = lesson_of(range(4), LABELS[:4] % CLASSES, logits=teacher)
-    found = term_of(name, pair_of([2, 0, 1, 3], **given))({"logits": tensor(student)}, lesson)
-    expected = TERMS[name](student, knowledge_of(lesson)["logits"], temperature)
+    batch = batch_of(range(4), LABELS[:4] % CLASSES, logits=teacher)
+    found = term_of(name, pair_of([2, 0, 1, 3], **given))({"logits": tensor(student)}, batch)
+    expected = TERMS[name](student, knowledge_of(batch)["logits"], temperature)
     close(found, expected, rtol=1e-4, atol=1e-5)

@@ -7,7 +7,7 @@ import pytest
 import reference
 import torch
 from lessons import CPU, digits
-from pairs import CLASSES, lesson_of, pair_of, term_of
+from pairs import CLASSES, batch_of, pair_of, term_of
 from pupils import same_tensors, weights_of
 from reference import array, close
 
@@ -32,13 +32,13 @@ def pair(student="resnet8", **settings):
 
 
 def shown(name, rows=3):
-    """Values of a student, and a lesson about them."""
+    """Values of a student, and a batch about them."""
     torch.manual_seed(0)
     tap, shape = STAGES[name]
     seen = {"logits": torch.randn(rows, CLASSES) * 2, tap: torch.randn(rows, *shape)}
-    lesson = lesson_of(range(rows), LABELS[:rows])
-    vars(lesson).update({key: torch.tensor(value[:rows]) for key, value in MIXES.items()})
-    return {key: value.requires_grad_() for key, value in seen.items()}, lesson
+    batch = batch_of(range(rows), LABELS[:rows])
+    vars(batch).update({key: torch.tensor(value[:rows]) for key, value in MIXES.items()})
+    return {key: value.requires_grad_() for key, value in seen.items()}, batch
 
 
 def labelled(logits, smoothing=0.0, mix_label="keep"):
@@ -53,22 +53,22 @@ def labelled(logits, smoothing=0.0, mix_label="keep"):
 
 @pytest.mark.parametrize("given", LABELLED)
 def test_dml_equals_a_slow_reference(given):
-    term, (seen, lesson) = term_of("dml", pair(**given)), shown("dml")
+    term, (seen, batch) = term_of("dml", pair(**given)), shown("dml")
     student, peer = array(seen["logits"]), array(term.peer(seen["input"]))
     expected = reference.logits(student, peer) + labelled(peer, **given) + reference.logits(peer, student)
-    close(term(seen, lesson), expected, rtol=1e-4, atol=1e-5)
+    close(term(seen, batch), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_dml_holds_each_target_constant():
-    term, (seen, lesson) = term_of("dml", pair()), shown("dml")
+    term, (seen, batch) = term_of("dml", pair()), shown("dml")
     again = networks_registry.build("resnet8", CLASSES)
     again.load_state_dict(term_of("dml", pair()).peer.state_dict())
     peer = again.train()(seen["input"].detach())
-    term(seen, lesson).mean().backward()
+    term(seen, batch).mean().backward()
     # of KL(p || softmax(z)), p constant, the gradient is softmax(z) - p; were p no constant, there would be more
     ours, theirs = seen["logits"].detach().softmax(1), peer.detach().softmax(1)
     torch.testing.assert_close(seen["logits"].grad, (ours - theirs) / 3, rtol=1e-4, atol=1e-6)
-    slope = ((theirs - torch.eye(CLASSES)[lesson.labels]) + (theirs - ours)) / 3  # of CE(peer) + KL(student || peer)
+    slope = ((theirs - torch.eye(CLASSES)[batch.labels]) + (theirs - ours)) / 3  # of CE(peer) + KL(student || peer)
     own = torch.autograd.grad((peer * slope).sum(), list(again.parameters()))
     for parameter, expected in zip(term.peer.parameters(), own, strict=True):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-5)
@@ -99,10 +99,10 @@ def by_hand(network, values):
 @pytest.mark.parametrize("name", ["resnet8", "wrn_16_1"])
 @pytest.mark.parametrize(("epoch", "given"), [*zip((0, 40, 80, 200), LABELLED, strict=True)])
 def test_one_equals_a_slow_reference(name, epoch, given):
-    term, (seen, lesson) = term_of("one", pair(name, **given)), shown("one")
+    term, (seen, batch) = term_of("one", pair(name, **given)), shown("one")
     assert term.taps == ("stage2",)
     assert term.weights_at(epoch, 300) == (1.0, 1.0)
-    found = term(seen, lesson)
+    found = term(seen, batch)
     shared = seen["stage2"].detach()
     rows = [array(seen["logits"]), *(array(by_hand(branch, shared)) for branch in term.branches)]
     raw = array(shared).mean(axis=(2, 3)) @ array(term.gate.linear.weight).T + array(term.gate.linear.bias)
@@ -115,12 +115,12 @@ def test_one_equals_a_slow_reference(name, epoch, given):
 
 
 def test_the_ensemble_is_constant_to_its_divergences():
-    term, (seen, lesson) = term_of("one", pair()), shown("one")
+    term, (seen, batch) = term_of("one", pair()), shown("one")
     term.weights_at(200, 300)
     term._ramp.fill_(0)
-    without = torch.autograd.grad(term(seen, lesson).mean(), list(term.gate.parameters()))
+    without = torch.autograd.grad(term(seen, batch).mean(), list(term.gate.parameters()))
     term._ramp.fill_(1)
-    term(seen, lesson).mean().backward()
+    term(seen, batch).mean().backward()
     for parameter, slope in zip(term.gate.parameters(), without, strict=True):
         torch.testing.assert_close(parameter.grad, slope, rtol=1e-4, atol=1e-6)
     assert seen["logits"].grad.any()
@@ -181,10 +181,10 @@ def test_the_tap_input_is_what_the_network_is_given(taps):
     pupil = learner.new_learner("resnet8", digits(), OptimizerSettings(), loss, CPU)
     pixels, given = torch.rand(3, 3, 16, 16), []
     pupil.network.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0].clone()))
-    seen = pupil.see(pixels)
+    seen = pupil.outputs(pixels)
     assert set(seen) == {"logits", *taps}
     assert torch.equal(seen["input"], pupil.transform(pixels))
     assert len(given) == 1
     assert torch.equal(seen["input"], given[0])
     pupil.loss = methods_registry.Loss(weights, {})
-    assert set(pupil.see(pixels)) == {"logits"}
+    assert set(pupil.outputs(pixels)) == {"logits"}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from pairs import CLASSES, OURS, THEIRS, knowledge_of, lesson_of, pair_of, term_of
+from pairs import CLASSES, OURS, THEIRS, batch_of, knowledge_of, pair_of, term_of
 from reference import array, close, drawn, tensor
 
 from kcdcache.errors import SettingsError
@@ -58,11 +58,11 @@ def test_no_anchor_kept_gives_zero_and_not_nan():
 def rotations(seed=0):
     torch.manual_seed(seed)
     seen = {"logits": torch.randn(16, CLASSES) * 2, "penultimate": torch.randn(16, OURS)}
-    lesson = lesson_of(
+    batch = batch_of(
         range(4), LABELS,
         rotations_logits=torch.randn(4, 4, CLASSES) * 2, rotations_penultimate=torch.randn(4, 4, THEIRS),
     )  # fmt: skip
-    return {name: value.requires_grad_() for name, value in seen.items()}, lesson
+    return {name: value.requires_grad_() for name, value in seen.items()}, batch
 
 
 def projected(module, values):
@@ -81,8 +81,8 @@ def apart(views):
     return views[:, 1:], views[:, 0]
 
 
-def reference_sskd(term, seen, lesson, preparing):
-    knowledge = knowledge_of(lesson)
+def reference_sskd(term, seen, batch, preparing):
+    knowledge = knowledge_of(batch)
     logits = by_sample(seen["logits"])[:, 1:], knowledge["rotations:logits"][:, 1:]
     found = 2.7 * reference.rotated_divergence(*logits, LABELS, 4.0, 1.0)
     theirs = apart(projected(term.teacher, knowledge["rotations:penultimate"]))
@@ -95,17 +95,17 @@ def reference_sskd(term, seen, lesson, preparing):
 @pytest.mark.parametrize("epoch", [0, 59, 60, 239])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_sskd_equals_a_slow_reference_before_and_after_the_teachers_projection_is_ready(epoch, seed):
-    term, (seen, lesson) = term_of("sskd", PAIR), rotations(seed)
+    term, (seen, batch) = term_of("sskd", PAIR), rotations(seed)
     assert term.weights_at(epoch, 240) == (1.0, 1.0)
-    found = term(seen, lesson)
-    close(found, reference_sskd(term, seen, lesson, epoch < 60), rtol=1e-4, atol=1e-5)
-    mean = reference_sskd(term, seen, lesson, epoch < 60).mean()
+    found = term(seen, batch)
+    close(found, reference_sskd(term, seen, batch, epoch < 60), rtol=1e-4, atol=1e-5)
+    mean = reference_sskd(term, seen, batch, epoch < 60).mean()
     assert float(found.detach().mean()) == pytest.approx(mean, rel=1e-5)
 
 
 def test_the_student_sees_each_image_turned_once_twice_and_three_times():
     pixels = torch.rand(2, 3, 4, 4)
-    found = term_of("sskd", PAIR).extra(lesson_of([0, 1], [2, 0], pixels))
+    found = term_of("sskd", PAIR).extra(batch_of([0, 1], [2, 0], pixels))
     assert found.shape == (6, 3, 4, 4)
     for place, y, x in np.ndindex(6, 4, 4):
         old = [(x, 3 - y), (3 - y, 3 - x), (3 - x, y)][place // 2]
@@ -114,7 +114,7 @@ def test_the_student_sees_each_image_turned_once_twice_and_three_times():
 
 def test_images_that_are_not_square_cannot_be_turned():
     with pytest.raises(SettingsError, match="rotations need square views, found 4x6"):
-        term_of("sskd", PAIR).extra(lesson_of([0], [2], torch.rand(1, 3, 4, 6)))
+        term_of("sskd", PAIR).extra(batch_of([0], [2], torch.rand(1, 3, 4, 6)))
 
 
 def trained(term, epochs, total, rate=0.05):
@@ -188,27 +188,27 @@ def test_base_samples_must_be_right_for_both_networks():
 def boundaries(seed=0):
     torch.manual_seed(seed)
     seen = {"logits": (torch.randn(8, CLASSES) * 2).requires_grad_()}
-    lesson = lesson_of(
+    batch = batch_of(
         range(4), LABELS, logits=torch.randn(4, CLASSES) * 2,
         boundary_images=torch.rand(4, 3, 8, 8), boundary_logits=torch.randn(4, CLASSES) * 2,
     )  # fmt: skip
     with torch.no_grad():  # some are of the base, some not
         for row, ours, theirs in ((0, 9, 9), (1, -9, 9), (2, 9, 9), (3, 9, -9)):
             seen["logits"][row, LABELS[row]] += ours
-            lesson.knowledge["logits"][row, LABELS[row]] += theirs
-    return seen, lesson
+            batch.knowledge["logits"][row, LABELS[row]] += theirs
+    return seen, batch
 
 
 @pytest.mark.parametrize(("temperature", "given"), [(3.0, {}), (1.5, {"temperature": 1.5})])
 @pytest.mark.parametrize("epoch", [1, 6, 8])
 def test_bss_equals_a_slow_reference(epoch, temperature, given):
-    term, (seen, lesson) = term_of("bss", pair_of(LABELS, **given)), boundaries()
+    term, (seen, batch) = term_of("bss", pair_of(LABELS, **given)), boundaries()
     term.weights_at(epoch - 1, 8)
-    student, knowledge = array(seen["logits"]), knowledge_of(lesson)
+    student, knowledge = array(seen["logits"]), knowledge_of(batch)
     plain = reference.logits(student[:4], knowledge["logits"], temperature) / temperature**2
     beside = reference.boundary(student[4:], knowledge["boundary:logits"], [1, 0, 1, 0], temperature)
     expected = (3 * (1 - epoch / 8) + 1) * plain.mean() + max(0, 2 - 8 / 3 * epoch / 8) * beside.mean()
-    found = term(seen, lesson).mean()
+    found = term(seen, batch).mean()
     assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
     found.backward()
     reached = seen["logits"].grad[4:].abs().sum(dim=1) > 0
@@ -221,13 +221,13 @@ def test_bss_attacks_the_64_base_samples_that_differ_most():
     logits = torch.zeros(2 * count, CLASSES)
     logits[:, 0] = 2 + 0.01 * torch.arange(2 * count)
     teacher = torch.tensor([[9.0, 0, 0, 0]]).repeat(count, 1)
-    lesson = lesson_of(range(count), label, logits=teacher, boundary_logits=teacher[:, [1, 0, 2, 3]])
+    batch = batch_of(range(count), label, logits=teacher, boundary_logits=teacher[:, [1, 0, 2, 3]])
     term.weights_at(0, 8)
-    term({"logits": logits.requires_grad_()}, lesson).mean().backward()
+    term({"logits": logits.requires_grad_()}, batch).mean().backward()
     reached = logits.grad[count:].abs().sum(dim=1) > 0
     assert reached.tolist() == [i < 64 for i in range(count)]
 
 
 def test_bss_shows_the_cached_boundary_images():
-    _, lesson = boundaries()
-    assert torch.equal(term_of("bss", PAIR).extra(lesson), lesson.knowledge["boundary:images"])
+    _, batch = boundaries()
+    assert torch.equal(term_of("bss", PAIR).extra(batch), batch.knowledge["boundary:images"])
