@@ -1,6 +1,5 @@
-"""The images of some samples under the positions they have in the whole data set, as an exported set holds them."""
+"""Exported condensed sets, opened to train from: their knowledge, manifest and images; and what is wrong with one."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int64, UInt8, UInt64
+from jaxtyping import Int64, UInt8
 
 from kcdcache.condense import manifest
 from kcdcache.condense.manifest import Manifest
@@ -23,20 +22,18 @@ from kcdcache.data.images import (
     Split,
     Statistics,
 )
-from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, SettingsError, UnsafeError, require_same
-from kcdcache.export import record
+from kcdcache.errors import CorruptionError, MismatchError, SettingsError, UnsafeError, attempt, require_same
 from kcdcache.export.record import (
     MANIFEST,
     MIXES,
     OPTIONAL,
-    RECORD,
     SAMPLES,
     SEALS,
     SPLITS,
     STORE,
+    Baked,
     Images,
     Record,
-    Samples,
     problem_of,
     read,
     read_samples,
@@ -77,10 +74,8 @@ class PartialImages(EncodedImages):
         rows = self._rows(index)
         if isinstance(self.held, DecodedImages):
             return self.held.images(rows)  # compared with their digests when they were loaded
-        if check is None:
-            return self.held.images(rows, threads=threads)
-        back, seen = dict(zip(rows.tolist(), index.tolist(), strict=True)), check
-        return self.held.images(rows, lambda row, content: seen(back[row], content), threads)
+        back = dict(zip(rows.tolist(), index.tolist(), strict=True))
+        return self.held.images(rows, check and (lambda row, content: check(back[row], content)), threads)
 
     def place(self, position: int) -> str:
         """Return where the image at a position came from, for messages."""
@@ -99,11 +94,6 @@ class PartialImages(EncodedImages):
         row = self._row(position)
         return self.held.pixels[row] if isinstance(self.held, DecodedImages) else self.held.decoded(row, content)
 
-    def size(self, position: int) -> tuple[int, int]:
-        """Return an image's height and width."""
-        row = self._row(position)
-        return self.held.image_size if isinstance(self.held, DecodedImages) else self.held.size(row)
-
     def _row(self, position: int) -> int:
         return int(self._rows(np.array([position]))[0])
 
@@ -118,7 +108,7 @@ class PartialImages(EncodedImages):
         return rows
 
 
-def load_images(path: Path) -> tuple[Split, Split, tuple[str, ...], Statistics]:
+def load_images(path: Path) -> datasets.Loaded:
     """Return training and test split, class names and pixel statistics of a set exported with its images.
 
     Labels and digests are those of the whole training split; every image is compared with its digest.
@@ -129,40 +119,35 @@ def load_images(path: Path) -> tuple[Split, Split, tuple[str, ...], Statistics]:
         CorruptionError: a file is not what was exported.
     """
     record = read(path)
-    kinds, data = record.content.images, record.knowledge.data
+    kinds, data = record.content.images, record.content.knowledge.data
     if kinds is None:
         raise MismatchError(f"{path} was exported without images: give the data set it was made from as --data")
-    if not len(kinds.mean) == len(kinds.std) in (1, 3):
-        raise CorruptionError(f"{record.place(RECORD)} has statistics of {len(kinds.mean)} channels")
     samples = read_samples(record)
-    payloads, labels, index = _read(record, "train")
-    row = np.full(data.count, -1)
-    row[_sound(index, data.count, record)] = np.arange(len(index))
-    if not np.array_equal(labels, samples.label[index]):
+    some, index = _split(record, kinds, "train")
+    if index[0] < 0 or index[-1] >= data.count or np.any(np.diff(index) <= 0):
+        raise CorruptionError(f"{record.place(SPLITS['train'])}: its index should ascend in 0..{data.count - 1}")
+    if not np.array_equal(some.labels, samples.label[index]):
         raise CorruptionError(f"{record.place(SPLITS['train'])} has other labels than {SAMPLES}")
-    held = _source(record, "train", payloads, kinds.train, len(kinds.mean))
-    images = PartialImages((), image_size=data.image_size, held=held, row=row)
-    if isinstance(held, DecodedImages) and held.image_size != data.image_size:
-        raise CorruptionError(f"{path} holds images of {held.image_size} pixels, its record says {data.image_size}")
-    train = Split(samples.label, images)
-    _require_digests(Split(labels, held), samples.digest[index], path)
+    if isinstance(some.source, DecodedImages) and some.image_size != data.image_size:
+        raise CorruptionError(f"{path} holds images of {some.image_size} pixels, its record says {data.image_size}")
+    if len(wrong := np.flatnonzero(some.digests() != samples.digest[index])):  # damaged or forged
+        raise CorruptionError(
+            f"{some.source.place(int(wrong[0]))} in {path} is not the image that the teacher saw; export it again"
+        )
+    row = np.full(data.count, -1)
+    row[index] = np.arange(len(index))
+    train = Split(samples.label, PartialImages((), image_size=data.image_size, held=some.source, row=row))
     train.expect(samples.digest, f"in the exported set {path}")
-    return train, _test(record, kinds), data.classes, Statistics(tuple(kinds.mean), tuple(kinds.std))
-
-
-def _test(record: Record, kinds: Images) -> Split:
-    payloads, labels, _ = _read(record, "test")
-    split = Split(labels, _source(record, "test", payloads, kinds.test, len(kinds.mean)))
-    if split.digest() != kinds.test_digest:
+    test, _ = _split(record, kinds, "test")
+    if test.digest() != kinds.test_digest:
         raise CorruptionError(f"{record.place(SPLITS['test'])} is not the test split that was exported")
-    return split
+    return datasets.Loaded(train, test, data.classes, Statistics(kinds.mean, kinds.std))
 
 
-def _read(record: Record, name: str) -> tuple[list[bytes], Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
-    """Return image bytes, labels and positions of a split."""
+def _split(record: Record, kinds: Images, name: str) -> tuple[Split, Int64[np.ndarray, " n"]]:
+    """Return the images and labels in a split's file, and their positions in the whole split."""
     require_file(record, SPLITS[name])
-    path = record.place(SPLITS[name])
-    payloads: list[bytes] = []
+    path, payloads = record.place(SPLITS[name]), list[bytes]()
     try:
         with pq.ParquetFile(path) as opened:
             for group in range(opened.num_row_groups):
@@ -174,24 +159,16 @@ def _read(record: Record, name: str) -> tuple[list[bytes], Int64[np.ndarray, " n
         )
     except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
         raise CorruptionError(f"{path} is not a readable parquet file of images: {error}") from None
-    classes = len(record.knowledge.data.classes)
+    classes = len(record.content.knowledge.data.classes)
     if not len(payloads) == len(labels) == len(index) > 0 or labels.min() < 0 or labels.max() >= classes:
         raise CorruptionError(f"{path} should hold an image, a label in 0..{classes - 1} and an index in every row")
-    return payloads, labels, index
+    origins = Origins((str(path),))
+    if getattr(kinds, name) == "files":
+        return Split(labels, EncodedImages(payloads, origins)), index
+    return Split(labels, _decoded(payloads, origins, len(kinds.mean))), index
 
 
-def _sound(index: Int64[np.ndarray, " n"], count: int, record: Record) -> Int64[np.ndarray, " n"]:
-    if index[0] < 0 or index[-1] >= count or np.any(np.diff(index) <= 0):
-        raise CorruptionError(f"{record.place(SPLITS['train'])}: its index should ascend in 0..{count - 1}")
-    return index
-
-
-def _source(
-    record: Record, name: str, payloads: Sequence[bytes], kind: str, channels: int
-) -> DecodedImages | EncodedImages:
-    origins = Origins((str(record.place(SPLITS[name])),))
-    if kind == "files":
-        return EncodedImages(payloads, origins)
+def _decoded(payloads: list[bytes], origins: Origins, channels: int) -> DecodedImages:
     first = images.rgb(payloads[0], origins.place(0))
     if (needed := len(payloads) * first.size) > DECODED_BYTES:
         raise UnsafeError(f"{origins.files[0]} would take {needed:,} bytes decoded, at most {DECODED_BYTES:,} are")
@@ -204,91 +181,14 @@ def _source(
     return DecodedImages(pixels, origins)
 
 
-def _require_digests(split: Split, digests: np.ndarray, path: Path) -> None:
-    """Compare every image with the digest its sample had; one that differs is damaged or forged."""
-    if len(wrong := np.flatnonzero(split.digests() != digests)):
-        raise CorruptionError(
-            f"{split.source.place(int(wrong[0]))} in {path} is not the image that the teacher saw; export it again"
-        )
-
-
-HELD = "the store in an exported set"
-
-
-class Excerpt(reader.Store):
-    """The knowledge of a condensed set's samples, under their indices in the whole data set.
-
-    It is a `Store` of all N samples that holds rows of some; asking for another one is an error. Of samples in `blank`,
-    whose targets were baked, it gives NaN: nothing may use their own.
-    """
-
-    def __init__(self, record: Record, samples: Samples, commits: Sequence[Commit], blank: np.ndarray) -> None:
-        super().__init__(record.place(STORE), record.knowledge, commits)
-        self.skipped = np.array(record.content.skipped, np.int64)
-        self._samples, self._blank = samples, blank
-
-    @property
-    def count(self) -> int:
-        """Number of samples N of the whole data set."""
-        return len(self._samples.row)
-
-    @property
-    def labels(self) -> Int64[np.ndarray, " n"]:
-        """The class of every sample of the whole data set."""
-        return self._samples.label
-
-    @property
-    def sample_digest(self) -> UInt64[np.ndarray, " n"]:
-        """A digest of every sample's bytes and label, of the whole data set."""
-        return self._samples.digest
-
-    @property
-    def held(self) -> Int64[np.ndarray, " rows"]:
-        """The samples it has rows of, ascending: row j of its arrays is of sample held[j]."""
-        return np.flatnonzero(self._samples.row >= 0)
-
-    def load(
-        self,
-        view: int,
-        rows: Int64[np.ndarray, " rows"],
-        fields: Sequence[str],
-        threads: int = 2,
-        allocate: Callable[..., np.ndarray] = np.empty,
-    ) -> dict[str, np.ndarray]:
-        """Return array name -> still encoded rows (rows, ...) of a view, as `Store.load` does.
-
-        Raises:
-            MismatchError: the set holds nothing of a sample; names it.
-            SettingsError, CorruptionError: as for `Store.load`.
-        """
-        self._require_rows(view, rows, fields)
-        there = self._samples.row[rows] >= 0
-        if there.all() or not self._blank[rows[~there]].all():
-            return super().load(view, rows, fields, threads, allocate)
-        found = super().load(view, rows[there], fields, threads)
-        whole = {name: allocate((len(rows), *values.shape[1:]), values.dtype) for name, values in found.items()}
-        for name, values in found.items():
-            whole[name][there] = values
-            whole[name][~there] = np.nan
-        return whole
-
-    def _places(self, rows: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " places"]:
-        places = self._samples.row[rows]
-        if len(missing := rows[(places < 0) & ~self._blank[rows]]):
-            raise MismatchError(
-                f"{self.path} holds nothing of sample {missing[0]}: an exported set has the {len(self.held)} of "
-                f"{self.count} samples that its own manifest keeps or mixes in; give the whole store for others"
-            )
-        return places[places >= 0]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Condensed:
     """An exported condensed set, ready to train from."""
 
     record: Record
     manifest: Manifest
-    knowledge: Excerpt
+    knowledge: reader.Store
+    """an excerpt: under the samples' indices in the whole data set"""
     mixes: Path | None
     """the store of its baked targets, None where both points of a mix keep their own knowledge"""
 
@@ -303,20 +203,23 @@ def open(path: Path | str) -> Condensed:
         UnsafeError: a file is none of ours and is not read.
     """
     record = read(Path(path))
-    samples = read_samples(record)
-    chosen = _manifest(record)
-    baked = record.content.baked
+    content, samples, chosen = record.content, read_samples(record), _manifest(record)
     blank = np.zeros(len(samples.row), np.bool_)
-    if baked is not None:
-        blank[chosen.index[chosen.mixed]] = True
-    knowledge = Excerpt(record, samples, _commits(record), blank)
-    _require_optional(record)
+    blank[chosen.index[chosen.mixed]] = content.baked is not None
+    commits, excerpt = _commits(record), reader.Excerpt(*samples, blank, content.skipped)
+    knowledge = reader.Store(record.place(STORE), content.knowledge, commits, excerpt)
+    for name in OPTIONAL:
+        if name in content.files:
+            require_file(record, name)
+        elif record.place(name).exists():
+            raise CorruptionError(f"{record.place(name)} was not exported with the rest; delete it")
     reader.check(knowledge)
-    _require_held(knowledge, chosen, baked is not None)
-    mixes = None if baked is None else record.place(MIXES)
-    if mixes is not None:
-        _require_mixes(record, chosen, reader.open(mixes))
-    return Condensed(record=record, manifest=chosen, knowledge=knowledge, mixes=mixes)
+    _require_held(knowledge, chosen, content.baked is not None)
+    if content.baked is not None:
+        _require_mixes(record, content.baked, chosen)
+    return Condensed(
+        record=record, manifest=chosen, knowledge=knowledge, mixes=record.place(MIXES) if content.baked else None
+    )
 
 
 def require_served(opened: Condensed, settings: TrainSettings, weights: Weights) -> None:
@@ -355,32 +258,24 @@ def problems(path: Path, share: float = 1.0, seed: int = 0) -> list[str]:
     Raises:
         NotFoundError, UnfinishedError, CorruptionError, MismatchError: its record cannot be read.
     """
-    record = read(path)
-    found = [problem for name in record.content.files if (problem := problem_of(record, name))]
-    for part in (STORE, MIXES) if record.content.baked else (STORE,):
-        found += _attempt(partial(_damage, path / part, share, seed))
-    return found or _attempt(partial(_disagreements, path))
-
-
-def _attempt(look: Callable[[], list[str]]) -> list[str]:
-    try:
-        return look()
-    except KcdcacheError as error:
-        return [str(error)]
-
-
-def _damage(path: Path, share: float, seed: int) -> list[str]:
-    return list(check.verify(path, share=share, seed=seed).problems)
+    record, found = read(path), list[str]()
+    found += [problem for name in record.content.files if (problem := problem_of(record, name))]
+    for part in record.content.stores:
+        verified = attempt(found.append, partial(check.verify, share=share, seed=seed), path / part)
+        found += verified.problems if verified else ()
+    if not found:
+        found += attempt(found.append, _disagreements, path) or ()
+    return found
 
 
 def _disagreements(path: Path) -> list[str]:
     """Return where the store inside, or the images, are not those of the table of samples."""
     opened = open(path)
-    inside, held = reader.open(opened.knowledge.path), opened.knowledge.held
+    inside, knowledge = reader.open(opened.knowledge.path), opened.knowledge
     found = [
-        f"{inside.path}: its {name} are not those in {record.SAMPLES}; export it again"
+        f"{inside.path}: its {name} are not those in {SAMPLES}; export it again"
         for name in ("labels", "sample_digest")
-        if not np.array_equal(getattr(inside, name), getattr(opened.knowledge, name)[held])
+        if not np.array_equal(getattr(inside, name), getattr(knowledge, name)[knowledge.held])
     ]
     if opened.record.content.images is not None and not found:
         load_images(path)
@@ -391,12 +286,12 @@ def _manifest(record: Record) -> Manifest:
     """Return the manifest of the record, made for its knowledge."""
     require_file(record, MANIFEST)
     path = record.place(MANIFEST)
-    chosen = manifest.read(path, record.knowledge.data.count)
+    chosen = manifest.read(path, record.content.knowledge.data.count)
     if chosen.digest != record.content.manifest:
         raise CorruptionError(f"{path} holds manifest {chosen.digest}, exported was {record.content.manifest}")
     manifest.require_knowledge(chosen, record.content.knowledge_id)
-    if chosen.count != record.knowledge.data.count:
-        raise CorruptionError(f"{path} counts {chosen.count} samples, its data {record.knowledge.data.count}")
+    if chosen.count != record.content.knowledge.data.count:
+        raise CorruptionError(f"{path} counts {chosen.count} samples, its data {record.content.knowledge.data.count}")
     return chosen
 
 
@@ -406,47 +301,37 @@ def _commits(record: Record) -> list[Commit]:
     root = record.place(STORE)
     commits = log.read_commits(root)
     subset = {"manifest": record.content.manifest, "rows": record.content.rows}
-    expected = replace(record.knowledge, subset=subset).document()
-    names = (f"the record of {record.path}", HELD)
+    expected = replace(record.content.knowledge, subset=subset).document()
+    names = (f"the record of {record.path}", "the store in an exported set")
     require_same(expected, read_store_identity(root).document(), names, "export it again")
-    if len(commits) != 1 or commits[0].plan.document() != record.content.layout:
-        raise CorruptionError(f"{root} has another plan than {RECORD} says; export it again")
+    if len(commits) != 1 or commits[0].plan != record.content.layout:
+        raise CorruptionError(f"{root} has another plan than its record says; export it again")
     return commits
 
 
-def _require_optional(record: Record) -> None:
-    """Compare the records of the store inside that a set may do without with what was exported."""
-    for name in OPTIONAL:
-        if name in record.content.files:
-            require_file(record, name)
-        elif record.place(name).exists():
-            raise CorruptionError(f"{record.place(name)} was not exported with the rest; delete it")
-
-
-def _require_held(knowledge: Excerpt, chosen: Manifest, baked: bool) -> None:
+def _require_held(knowledge: reader.Store, chosen: Manifest, baked: bool) -> None:
     """Compare the rows of the store with the samples that are said to have one, and those with the manifest's."""
     held, plan = knowledge.held, knowledge.plan
     if len(held) != plan.count:
-        raise CorruptionError(f"{knowledge.path} has {plan.count} rows, {record.SAMPLES} names {len(held)}")
+        raise CorruptionError(f"{knowledge.path} has {plan.count} rows, {SAMPLES} names {len(held)}")
     needed = chosen.index[~chosen.mixed] if baked else np.union1d(chosen.index, chosen.partner[chosen.mixed])
     if len(missing := np.setdiff1d(needed, held)):
         raise CorruptionError(f"{knowledge.path} holds no row of sample {missing[0]}, which its manifest needs")
     manifest.require_usable(chosen, knowledge.skipped)
 
 
-def _require_mixes(record: Record, chosen: Manifest, mixes: reader.Store) -> None:
+def _require_mixes(record: Record, baked: Baked, chosen: Manifest) -> None:
     """Compare the store of baked targets with the record."""
     require_file(record, SEALS[MIXES])
-    baked = record.content.baked
-    assert baked is not None
-    expected = replace(record.knowledge, mixes=mixes_of(chosen, baked, record.content.views)).document()
+    mixes = reader.open(record.place(MIXES))
+    expected = replace(record.content.knowledge, mixes=mixes_of(chosen, baked, record.content.views)).document()
     names = (f"the record of {record.path}", "its store of baked targets")
     require_same(expected, mixes.knowledge.document(), names, "export it again")
     if (mixes.count, mixes.views) != (int(chosen.mixed.sum()), record.content.views):
         raise CorruptionError(f"{mixes.path} has {mixes.count} rows in {mixes.views} views; export it again")
 
 
-def mixes_of(chosen: Manifest, baked: record.Baked, views: int) -> dict[str, object]:
+def mixes_of(chosen: Manifest, baked: Baked, views: int) -> dict[str, object]:
     """Return what identifies the baked targets of a manifest: those of a requery, and how they were made."""
     how = {"temperature": baked.temperature, "target": baked.target}
     return {"manifest": chosen.digest, "mix": baked.mix, "views": list(range(views)), "baked": how}
@@ -456,9 +341,9 @@ def read_data(spec: str) -> datasets.Dataset:
     """Return the data set a spec names, read anew; the images of an exported set (`condensed:DIR`) among them.
 
     Raises:
-        as for `datasets.load`.
+        SettingsError, NotFoundError, MismatchError, CorruptionError: as for `datasets.load` and `load_images`.
     """
-    return datasets.load(spec, {"condensed": lambda parsed: datasets.Loaded(*load_images(parsed.path))})
+    return datasets.load(spec, {"condensed": lambda parsed: load_images(parsed.path)})
 
 
 @lru_cache(maxsize=4)

@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64, UInt64
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, PlainSerializer
 
-from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, UnfinishedError
-from kcdcache.files import parquet
+from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, UnfinishedError
+from kcdcache.files import parquet, records
 from kcdcache.files.atomic import MOST_FILE_BYTES, sha256_bytes, sha256_file, write_atomic
-from kcdcache.files.records import canonical_json, digest_of, read_sealed_object, sealed_json
-from kcdcache.settings import Settings
-from kcdcache.store.identity import Knowledge, knowledge_from
+from kcdcache.files.records import Count, Sha256, canonical_json, digest_of, parse, read_sealed_object, sealed_json
+from kcdcache.store.identity import Knowledge
+from kcdcache.store.log import PlanRecord
 
 RECORD, CARD, MANIFEST, SAMPLES = "condensed.json", "README.md", "manifest.parquet", "samples.parquet"
 STORE, MIXES, IMAGES = "store", "mixes", "data"
@@ -25,24 +25,17 @@ PARAMETERS = f"{STORE}/_kcd/parameters.json"
 ORIGIN = f"{STORE}/_kcd/origin.json"
 OPTIONAL = (PARAMETERS, ORIGIN)
 """records of its store that a set has where the store it was taken from has them"""
-"""what the store keeps of the teacher's parameters, if it does"""
 SPLITS = {split: f"{IMAGES}/{split}-00000-of-00001.parquet" for split in ("train", "test")}
 """where the images lie, as the Hugging Face hub serves them"""
 FORMAT_VERSION = 0
 MOST_SAMPLES = 10**8
 MOST_IMAGE_BYTES = 2**40
 """of a file of images, which is hashed and then read by row groups"""
-COLUMNS: dict[str, type] = {"label": np.int64, "digest": np.uint64, "row": np.int64}
 SCHEMA = pa.schema([("label", pa.int64()), ("digest", pa.uint64()), ("row", pa.int64())])
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Size = Annotated[int, Field(ge=0)]
 
-
-class Baked(Settings):
+class Baked(records.Record):
     """At what temperature, and how, the targets of mixed points were made."""
-
-    model_config = ConfigDict(strict=True)
 
     temperature: float = Field(gt=0)
     target: Literal["linear_prob", "linear_logit", "keep"]
@@ -50,42 +43,52 @@ class Baked(Settings):
     """how the images they belong to are mixed"""
 
 
-class Images(Settings):
+class Images(records.Record):
     """What image files of an export hold."""
-
-    model_config = ConfigDict(strict=True)
 
     train: Literal["pixels", "files"]
     """pixels: PNG of what was decoded, which sample digests are of; files: the image files as they were"""
     test: Literal["pixels", "files"]
-    mean: list[float]
+    mean: tuple[float] | tuple[float, float, float]
     """per channel, of all the training pixels in [0, 1]"""
-    std: list[float]
+    std: tuple[float] | tuple[float, float, float]
     test_digest: Sha256
 
 
-class Content(Settings):
+class Content(records.Record):
     """All that an exported set is; its digest is the set's id."""
 
-    model_config = ConfigDict(strict=True)
-
-    knowledge: dict[str, Any]
+    knowledge: Annotated[Knowledge, PlainSerializer(Knowledge.document)]
     """identity of the store it was taken from"""
     knowledge_id: Sha256
     manifest: Sha256
     """digest of the condensed set"""
-    rows: Size
+    rows: Count
     """rows of knowledge it holds, in each view"""
     views: int = Field(ge=1)
-    layout: dict[str, Any]
+    layout: PlanRecord
     """the plan of its store"""
-    skipped: list[Size]
+    skipped: tuple[Count, ...]
     """samples the store it was taken from has no outputs of"""
     baked: Baked | None
     images: Images | None
     licence: str
-    files: dict[str, tuple[Size, Sha256]]
+    files: dict[str, tuple[Count, Sha256]]
     """name -> bytes and SHA-256"""
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """Names of the stores inside: of samples' own outputs, and of baked targets."""
+        return (STORE, MIXES) if self.baked else (STORE,)
+
+
+class _Document(records.Record):
+    """What condensed.json holds."""
+
+    format_version: int = FORMAT_VERSION
+    id: str
+    content: Content
+    made: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,6 @@ class Record:
     content: Content
     made: dict[str, Any]
     """versions it was made with; not part of the id"""
-    knowledge: Knowledge
 
     def place(self, name: str) -> Path:
         """Return the path of one of its files."""
@@ -116,10 +118,8 @@ class Samples(NamedTuple):
 
 def write(path: Path, content: Content, made: Mapping[str, Any]) -> str:
     """Write the record that finishes an export, last of all; return its id."""
-    document = content.model_dump(mode="json")
-    name = digest_of(document)
-    sealed = {"format_version": FORMAT_VERSION, "content": document, "id": name, "made": dict(made)}
-    write_atomic(path / RECORD, sealed_json(sealed))
+    name = digest_of(content.document())
+    write_atomic(path / RECORD, sealed_json(_Document(id=name, content=content, made=dict(made)).document()))
     return name
 
 
@@ -138,67 +138,34 @@ def read(path: Path) -> Record:
         if (path / STORE).is_dir():
             raise UnfinishedError(f"the export in {path} was cut short (no {RECORD}); run its command again")
         raise NotFoundError(f"no exported set at {path} (no {RECORD} in it); make one with `kcdcache export`")
-    found = read_sealed_object(file, "format_version", "content", "id", "made")
+    found = read_sealed_object(file, "format_version")
     if (version := found["format_version"]) != FORMAT_VERSION:
         raise MismatchError(
             f"{file} has format {version!r:.40}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache"
         )
-    try:
-        return _record(path, found)
-    except ValidationError as error:
-        item = error.errors()[0]
-        where = ".".join(map(str, item["loc"]))
-        raise CorruptionError(f"{file} was changed: {where:.200}: {item['msg']}, found {item['input']!r:.80}") from None
-    except (TypeError, ValueError) as error:
-        text = str(error) if isinstance(error, KcdcacheError) else f"it is damaged: {error}"
-        raise CorruptionError(f"{file}: {text:.400}") from None
+    document = parse(_Document, canonical_json(found), file)
+    if problem := _problem(document):
+        raise CorruptionError(f"{file}: {problem}")
+    return Record(path, document.id, document.content, document.made)
 
 
-def _record(path: Path, found: Mapping[str, Any]) -> Record:
-    document = found["content"]
-    content = Content.model_validate(_tuples(document))
-    if set(found) != {"format_version", "content", "id", "made"} or not isinstance(found["made"], dict):
-        raise ValueError(f"expected format_version, content, id and made, found {', '.join(sorted(found))}")
-    if found["id"] != digest_of(document):
-        raise ValueError(f"its content does not have the id {found['id']!r:.80}")
-    if set(content.files) - set(OPTIONAL) != (names := _names(content)):
-        odd = min((set(content.files) - set(OPTIONAL)) ^ names)
-        raise ValueError(f"expected the files {', '.join(sorted(names))}; look at {odd!r:.80}")
-    return Record(path, found["id"], content, found["made"], _knowledge(content))
-
-
-def _tuples(document: Any) -> Any:
-    """Return a record's content with the pairs of `files` as tuples: JSON has none, and types are not guessed."""
-    files = document.get("files") if isinstance(document, dict) else None
-    if not isinstance(files, dict):
-        return document
-    pairs = {name: tuple(entry) if isinstance(entry, list) else entry for name, entry in files.items()}
-    return {**document, "files": pairs}
-
-
-def _names(content: Content) -> set[str]:
-    """Return the files an export of this kind has: no record can name others, inside or outside its folder."""
-    mixes = {SEALS[MIXES]} if content.baked else set()
-    return {CARD, MANIFEST, SAMPLES, SEALS[STORE], *mixes, *(SPLITS.values() if content.images else ())}
-
-
-def _knowledge(content: Content) -> Knowledge:
-    knowledge = knowledge_from(content.knowledge)
-    data = knowledge.data
-    size = data.image_size or ()
-    sound = (
-        type(data.count) is int
-        and 0 < data.count <= MOST_SAMPLES
-        and all(type(name) is str for name in data.classes)
-        and all(type(side) is int and side > 0 for side in size)
-        and len(size) in (0, 2)
-        and knowledge.whole
-    )
-    if not sound:
-        raise ValueError("its knowledge is of no data set: count, classes or image size are impossible")
+def _problem(document: _Document) -> str | None:
+    """Return what entries of a record contradict each other, None for a sound one."""
+    content, knowledge = document.content, document.content.knowledge
+    # no record can name other files, inside or outside its folder
+    expected = {CARD, MANIFEST, SAMPLES, *map(SEALS.__getitem__, content.stores)}
+    expected |= set(SPLITS.values()) if content.images else set()
+    if document.id != digest_of(content.document()):
+        return f"its content does not have the id {document.id!r:.80}"
+    if odd := (content.files.keys() - set(OPTIONAL)) ^ expected:
+        return f"expected the files {', '.join(sorted(expected))}; look at {min(odd)!r:.80}"
+    if not (0 < knowledge.data.count <= MOST_SAMPLES and knowledge.whole):
+        return f"its knowledge is of no data set: it counts {knowledge.data.count} samples, or is of some of them"
     if knowledge.knowledge_id != content.knowledge_id:
-        raise ValueError("its knowledge does not have its knowledge_id")
-    return knowledge
+        return "its knowledge does not have its knowledge_id"
+    if content.images and len(content.images.mean) != len(content.images.std):
+        return "its images have statistics of different numbers of channels"
+    return None
 
 
 def encode_samples(samples: Samples) -> bytes:
@@ -214,15 +181,16 @@ def read_samples(record: Record) -> Samples:
         CorruptionError: it is not what was exported.
         MismatchError, UnsafeError: it is not even a table of that many samples.
     """
-    path, data = record.place(SAMPLES), record.knowledge.data
+    path, data = record.place(SAMPLES), record.content.knowledge.data
     require_file(record, SAMPLES)
     with parquet.opened_file(path, data.count) as reader:
         parquet.require_schema(reader.schema, SCHEMA, path)
         table = reader.whole()
     if table.num_rows != data.count or any(column.null_count for column in table.columns):
         raise CorruptionError(f"{path} should have {data.count} rows without empty cells, found {table.num_rows}")
-    found = Samples(*(np.array(table[name].to_numpy()) for name in COLUMNS))
-    if digest_of_samples(found.digest, data.classes) != data.digest:
+    found = Samples(*(np.array(table[name].to_numpy()) for name in Samples._fields))
+    # as `Dataset.identity` makes it
+    if sha256_bytes(found.digest.astype("<u8").tobytes() + canonical_json(list(data.classes))) != data.digest:
         raise CorruptionError(f"{path}: its digests are not those of the data the set was made from; export it again")
     if found.label.min(initial=0) < 0 or found.label.max(initial=0) >= len(data.classes):
         raise CorruptionError(f"{path} holds labels outside 0..{len(data.classes) - 1}; export it again")
@@ -230,11 +198,6 @@ def read_samples(record: Record) -> Samples:
     if not np.array_equal(held, np.arange(len(held))) or found.row.min(initial=-1) < -1:
         raise CorruptionError(f"{path}: rows should count up from 0, -1 where a sample has none; export it again")
     return found
-
-
-def digest_of_samples(digests: UInt64[np.ndarray, " n"], classes: tuple[str, ...]) -> str:
-    """Return the digest of a training split from those of its samples, as `Dataset.identity` makes it."""
-    return sha256_bytes(digests.astype("<u8").tobytes() + canonical_json(list(classes)))
 
 
 def entry_of(path: Path, name: str) -> tuple[int, str]:

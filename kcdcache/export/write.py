@@ -26,8 +26,7 @@ from kcdcache.data.images import DECODED_BYTES, DecodedImages, Split
 from kcdcache.environment import LIBRARIES
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.export import condensed_set, record
-from kcdcache.export.condensed_set import PartialImages
-from kcdcache.export.record import IMAGES, MANIFEST, Baked, Content, Images
+from kcdcache.export.record import Baked, Content, Images
 from kcdcache.files import parquet
 from kcdcache.files.atomic import create_exclusive, read_bytes, remove, remove_leftovers, require_no_links, write_atomic
 from kcdcache.files.records import canonical_json
@@ -43,13 +42,18 @@ from kcdcache.views.mixing import mix_probabilities
 logger = logging.getLogger(__name__)
 
 CARD_TEMPLATE = Path(__file__).with_name("card.md")
-SIZES = (10**3, 10**4, 10**5, 10**6, 10**7)
-"""ends of the size categories of the Hugging Face hub"""
+SIZES = {
+    10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M",
+}  # fmt: skip
+"""end of a size category of the Hugging Face hub -> its name"""
 Rows = dict[str, np.ndarray]
-MODES = {1: "L", 3: "RGB"}
-"""channels -> what Pillow calls such images"""
 GROUP_ROWS = 1000
 """images a row group"""
+NOTHING_SPARED = (
+    "export: the set's %d kept samples and their %d partners need the outputs on all %d samples: nothing is saved. "
+    "Smaller are --bake (the mixed targets instead of the partners' outputs), fewer --views, and sets condensed with a "
+    "smaller --keep or --k0 stage_slice"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,56 +84,44 @@ def run(command: ExportCommand, progress: Progress = silent, dry_run: bool = Fal
         MismatchError: set, store and data were not made for each other.
         SettingsError: settings contradict each other, or the folder holds something else.
     """
-    plan = _planned(command)
+    plan, out = _planned(command), command.out
     figures = _figures(plan)
-    _tell_spared(plan, figures)
+    if figures["rows"] == figures["rows_full"] and figures["views"] == figures["views_full"]:
+        logger.warning(NOTHING_SPARED, figures["kept"], figures["partners"], figures["samples"])
     if dry_run:
-        return {"would": "export", **figures, "out": str(command.out)}
-    if (found := _finished(plan)) is not None:
-        logger.info("export: %s is finished already", command.out)
-        sizes = _written(command.out)
-        return {"kind": "condensed", "id": found.id, **figures, **sizes, "out": str(command.out), "already": True}
-    _require_place(plan)
-    made = _write(plan, progress)
-    return {"kind": "condensed", "id": made, **figures, **_written(command.out), "out": str(command.out)}
+        return {"would": "export", **figures, "out": str(out)}
+    found = _finished(plan)
+    if found is None:
+        _require_place(plan)
+        already, name = {}, _write(plan, progress)
+    else:
+        logger.info("export: %s is finished already", out)
+        already, name = {"already": True}, found.id
+    return {"kind": "condensed", "id": name, **figures, **_written(out), "out": str(out), **already}
 
 
-def card(
-    content: Content, knowledge: Knowledge, summary: Mapping[str, Any], command: str, corruption: Mapping[str, Any]
-) -> bytes:
+def card(content: Content, summary: Mapping[str, Any], corruption: Mapping[str, Any]) -> bytes:
     """Return README.md, with the front matter the Hugging Face hub reads: the same bytes for the same set.
 
     No clock time, host or version is in it. `corruption` is what its store tells of the labels, empty for nothing.
     """
-    files = [("train", MANIFEST)]
+    files = [("train", record.MANIFEST)]
     if content.images is not None:
-        files = [(split, f"{IMAGES}/{split}-*.parquet") for split in record.SPLITS]
-    options = corruption.get("corruption") or {}
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=False
-    )  # Markdown: texts from elsewhere go through `quoted`
-    environment.filters |= {"json": json.dumps, "quoted": _quoted}  # JSON texts are YAML texts
+        files = [(split, f"{record.IMAGES}/{split}-*.parquet") for split in record.SPLITS]
+    kept, options, knowledge = int(summary["kept"]), corruption.get("corruption") or {}, content.knowledge
+    # Markdown, not HTML: texts from elsewhere go through `quoted`; JSON texts are YAML texts
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters |= {"json": json.dumps, "quoted": _quoted}
     return (
         environment.from_string(CARD_TEMPLATE.read_text(encoding="utf-8"))
         .render(
             content=content, data=knowledge.data, teacher=knowledge.teacher, views=knowledge.views, summary=summary,
-            command=command, files=files, size=_size(int(summary["kept"])),
+            command=_command(content), files=files,
+            size=next((name for end, name in SIZES.items() if kept < end), "n>10M"),
             corrupted=", ".join(f"{name} {value}" for name, value in sorted(options.items())),
             mislabelled=corruption.get("mislabelled", 0),
         )
         .encode()
-    )  # fmt: skip
-
-
-def _tell_spared(plan: _Plan, figures: Mapping[str, Any]) -> None:
-    """Say so where the set needs the outputs on all samples, so that exporting it saves nothing."""
-    if figures["rows"] < figures["rows_full"] or figures["views"] < figures["views_full"]:
-        return
-    logger.warning(
-        "export: the set's %d kept samples and their %d partners need the outputs on all %d samples: nothing is saved. "
-        "Smaller are --bake (the mixed targets instead of the partners' outputs), fewer --views, and sets condensed "
-        "with a smaller --keep or --k0 stage_slice",
-        figures["kept"], figures["partners"], figures["samples"],
     )  # fmt: skip
 
 
@@ -145,7 +137,7 @@ def _planned(command: ExportCommand) -> _Plan:
     baked = _baked(command, chosen, source)
     needed = batches.needed_rows(chosen)
     # a store has at least one row, also where all targets are baked
-    held = needed if baked is None else (chosen.index[~chosen.mixed] if not chosen.mixed.all() else needed[:1])
+    held = needed if baked is None else chosen.index[~chosen.mixed] if not chosen.mixed.all() else needed[:1]
     views = source.views if command.views is None else command.views
     if views > source.views:
         raise SettingsError(f"--views {views}: {source.path} holds {source.views} views")
@@ -185,18 +177,17 @@ def _data(command: ExportCommand, source: reader.Store) -> Dataset | None:
         return None
     data = condensed_set.load_data(command.data)
     check.check_data(source, data)
-    if command.with_images:
-        for split in (data.train, data.test):
-            _require_exportable(split)
+    for split in (data.train, data.test) if command.with_images else ():
+        _require_exportable(split)
     return data
 
 
 def _require_exportable(split: Split) -> None:
     found = split.source
-    if isinstance(found, PartialImages):
+    if isinstance(found, condensed_set.PartialImages):
         raise SettingsError("--with-images needs the whole data set, not the images of an exported one")
     if isinstance(found, DecodedImages):
-        if (channels := found.pixels.shape[3]) not in MODES:
+        if (channels := found.pixels.shape[3]) not in (1, 3):
             raise SettingsError(f"--with-images writes PNG of 1 or 3 channels, these images have {channels}")
         if found.pixels.nbytes > DECODED_BYTES:
             raise SettingsError(
@@ -207,9 +198,7 @@ def _require_exportable(split: Split) -> None:
 def _figures(plan: _Plan) -> dict[str, Any]:
     """Return rows and bytes of knowledge against the full store's."""
     plans = [plan.store] if plan.mixes is None else [plan.store, plan.mixes]
-    rows, views = sum(each.count for each in plans), plan.store.views
-    size = sum(each.bytes + CHECKSUM_BYTES * each.chunk_count for each in plans)  # before compression
-    full, held = plan.source.plan, log.stored_bytes(plan.source.path)
+    rows, views, full = sum(each.count for each in plans), plan.store.views, plan.source.plan
     return {
         "samples": plan.source.count,
         "kept": len(plan.chosen),
@@ -220,8 +209,8 @@ def _figures(plan: _Plan) -> dict[str, Any]:
         "views_full": full.views,
         "points": rows * views,
         "points_full": full.count * full.views,
-        "bytes": size,
-        "bytes_full": held,
+        "bytes": sum(each.bytes + CHECKSUM_BYTES * each.chunk_count for each in plans),  # before compression
+        "bytes_full": log.stored_bytes(plan.source.path),
         "images": len(plan.needed) if plan.command.with_images else 0,
     }
 
@@ -243,7 +232,7 @@ def _finished(plan: _Plan) -> record.Record | None:
     if not (out / record.RECORD).exists():
         return None
     found = record.read(out)
-    held, asked = ({key: getattr(side, key) for key in _ASKED} for side in (found.content, _content(plan, None, {})))
+    held, asked = ({key: getattr(side, key) for key in _ASKED} for side in (found.content, _content(plan, None)))
     held["images"], asked["images"] = found.content.images is not None, plan.command.with_images
     if other := [key for key in held if held[key] != asked[key]]:
         raise SettingsError(f"{out} holds another export, with a different {other[0]}; exports are never overwritten")
@@ -255,9 +244,8 @@ _ASKED = ("knowledge_id", "manifest", "rows", "views", "layout", "baked", "licen
 
 def _require_place(plan: _Plan) -> None:
     """Refuse a folder that holds anything but what a killed export of this kind left."""
-    out, own = plan.command.out, {record.CARD, record.MANIFEST, record.SAMPLES, record.STORE}
-    own |= {record.MIXES} if plan.mixes else set()
-    own |= {record.IMAGES} if plan.command.with_images else set()
+    out, own = plan.command.out, [record.CARD, record.MANIFEST, record.SAMPLES, record.STORE]
+    own += [record.MIXES] * (plan.mixes is not None) + [record.IMAGES] * plan.command.with_images
     if out.is_file():
         raise SettingsError(f"{out} is a file; give a new folder as --out")
     if out.is_dir():
@@ -279,27 +267,30 @@ def _write(plan: _Plan, progress: Progress) -> str:
     write_atomic(out / record.SAMPLES, record.encode_samples(samples))
     remove(out / record.MANIFEST)
     manifest.write(out / record.MANIFEST, chosen)
+    _write_stores(plan, progress)
+    kept = _write_optional(plan)
+    images = _write_images(plan) if plan.command.with_images and plan.data is not None else None
+    bare = _content(plan, images)
+    write_atomic(out / record.CARD, card(bare, manifest.summary(chosen), identity.corruption_of(source.path)))
+    names = [record.CARD, record.MANIFEST, record.SAMPLES, *kept, *(record.SEALS[part] for part in bare.stores)]
+    names += record.SPLITS.values() if images else []
+    content = bare.model_copy(update={"files": {name: record.entry_of(out, name) for name in names}})
+    made = {"python": platform.python_version(), "versions": {name: version(name) for name in LIBRARIES}}
+    return record.write(out, content, made)
+
+
+def _write_stores(plan: _Plan, progress: Progress) -> None:
+    """Write the store of samples' own outputs and, where targets are baked, that of theirs."""
+    source, chosen, fields = plan.source, plan.chosen, list(plan.store.fields)
     subset = replace(source.knowledge, subset={"manifest": chosen.digest, "rows": len(plan.held)})
-    fields = list(plan.store.fields)
     _fill(
         plan, record.STORE, subset, plan.store, plan.held,
         lambda part: source.load(part.view, plan.held[part.start : part.stop], fields), progress,
     )  # fmt: skip
-    kept = _write_optional(plan)
-    if plan.mixes is not None and plan.baked is not None:
-        mixes = replace(source.knowledge, mixes=condensed_set.mixes_of(chosen, plan.baked, plan.mixes.views))
+    if (mixes := plan.mixes) is not None and (baked := plan.baked) is not None:
+        knowledge = replace(source.knowledge, mixes=condensed_set.mixes_of(chosen, baked, mixes.views))
         index = chosen.index[chosen.mixed]
-        _fill(plan, record.MIXES, mixes, plan.mixes, index, lambda part: _mixed(plan, part), progress)
-    images = _write_images(plan) if plan.command.with_images and plan.data is not None else None
-    bare = _content(plan, images, {})
-    text = card(bare, source.knowledge, manifest.summary(chosen), _command(bare), identity.corruption_of(source.path))
-    write_atomic(out / record.CARD, text)
-    names = [record.CARD, record.MANIFEST, record.SAMPLES, record.SEALS[record.STORE], *kept]
-    names += [record.SEALS[record.MIXES]] if plan.mixes else []
-    names += record.SPLITS.values() if images else []
-    content = _content(plan, images, {name: record.entry_of(out, name) for name in names})
-    made = {"python": platform.python_version(), "versions": {name: version(name) for name in LIBRARIES}}
-    return record.write(out, content, made)
+        _fill(plan, record.MIXES, knowledge, mixes, index, lambda part: _mixed(plan, baked, part), progress)
 
 
 def _write_optional(plan: _Plan) -> tuple[str, ...]:
@@ -311,19 +302,20 @@ def _write_optional(plan: _Plan) -> tuple[str, ...]:
     return found
 
 
-def _content(plan: _Plan, images: Images | None, files: Mapping[str, tuple[int, str]]) -> Content:
+def _content(plan: _Plan, images: Images | None) -> Content:
+    """Return what the record will say, but for the files."""
     return Content(
-        knowledge=plan.source.knowledge.document(),
+        knowledge=plan.source.knowledge,
         knowledge_id=plan.source.knowledge_id,
         manifest=plan.chosen.digest,
         rows=len(plan.held),
         views=plan.store.views,
-        layout=plan.store.document(),
-        skipped=plan.source.skipped.tolist(),
+        layout=plan.store.record(),
+        skipped=tuple(plan.source.skipped.tolist()),
         baked=plan.baked,
         images=images,
         licence=plan.command.license,
-        files=dict(files),
+        files={},
     )
 
 
@@ -351,21 +343,18 @@ def _fill(
             tensors = {array: torch.from_numpy(rows) for array, rows in stored.items()}
             values = {field: layout_plan.fields[field].decode(tensors) for field in part.fields}
             statistics = {field: encoding.statistics(found) for field, found in values.items()}
-            writing.write_part(part, stored, statistics, _measured(values, labels[part.start : part.stop]))
+            measured: dict[str, float] = {}
+            if "logits" in values:
+                right = values["logits"].argmax(1).numpy() == labels[part.start : part.stop]
+                measured["correct"] = float(right.sum())
+            writing.write_part(part, stored, statistics, measured)
             progress(f"export {name}", part.view * len(index) + part.stop, len(index) * layout_plan.views, "rows")
         writing.seal()
 
 
-def _measured(values: Mapping[str, torch.Tensor], labels: np.ndarray) -> dict[str, float]:
-    if "logits" not in values:
-        return {}
-    return {"correct": float((values["logits"].argmax(1).numpy() == labels).sum())}
-
-
-def _mixed(plan: _Plan, part: Part) -> Rows:
+def _mixed(plan: _Plan, baked: Baked, part: Part) -> Rows:
     """Return T log p of a part's mixed targets p: whose softmax at T is p, so that they are stored as logits are."""
-    chosen, baked = plan.chosen, plan.baked
-    assert baked is not None
+    chosen = plan.chosen
     rows = np.flatnonzero(chosen.mixed)[part.start : part.stop]
     own, other = (
         torch.from_numpy(plan.source.read("logits", part.view, column[rows], baked.temperature)).double()
@@ -387,9 +376,7 @@ def _write_images(plan: _Plan) -> Images:
         remove(path)
         create_exclusive(path, partial(_write_split, split=split, index=index, classes=data.classes))
         kinds[name] = "pixels" if isinstance(split.source, DecodedImages) else "files"
-    return Images.model_validate(
-        kinds | {"mean": list(data.mean), "std": list(data.std), "test_digest": data.test.digest()}
-    )
+    return Images.model_validate(kinds | {"mean": data.mean, "std": data.std, "test_digest": data.test.digest()})
 
 
 def _write_split(path: Path, split: Split, index: Int64[np.ndarray, " n"], classes: Sequence[str]) -> None:
@@ -422,14 +409,3 @@ def _image(split: Split, position: int) -> bytes:
 def _quoted(text: str) -> str:
     """Return text from elsewhere as Markdown shows it: nothing in it can end the line or make markup."""
     return f"`{json.dumps(text)[1:-1].replace('`', '')}`"
-
-
-def _size(rows: int) -> str:
-    for low, high in zip((0, *SIZES), SIZES, strict=False):
-        if rows < high:
-            return f"n<{_short(high)}" if not low else f"{_short(low)}<n<{_short(high)}"
-    return f"n>{_short(SIZES[-1])}"
-
-
-def _short(number: int) -> str:
-    return f"{number // 10**6}M" if number >= 10**6 else f"{number // 10**3}K"

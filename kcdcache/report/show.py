@@ -1,6 +1,7 @@
 """What lies at a path: the contents and the id of a store, manifest, values file, run, exported set or network."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from kcdcache.runs.folder import RunFolder
 from kcdcache.settings import Settings
 from kcdcache.store import identity, log
 from kcdcache.store.identity import Knowledge
+from kcdcache.store.log import PlanRecord
 
 MOST_SAMPLES = parquet.UNKNOWN_ROWS
 """more than this no data set has: a higher index is a mistake, not a reason to take that much memory"""
@@ -146,13 +148,12 @@ def store_report(path: Path) -> StoreReport:
         NotFoundError, CorruptionError: a record is missing or damaged.
     """
     knowledge = identity.read_store_identity(path)
-    commits = _commits(path)
-    plans, records = (
-        [commit.plan.document() for commit in commits],
-        [found for commit in commits for found in commit.records],
-    )
+    commits: list[log.Commit] = []
+    with suppress(UnfinishedError):
+        commits = log.read_commits(path)
+    plans, records = [commit.plan for commit in commits], [found for commit in commits for found in commit.records]
     for growth in range(len(commits), log.growths(path, "plan")):
-        plans.append(log.read_plan(path, growth).document())
+        plans.append(log.read_plan(path, growth))
         records += log.read_log(path, growth)
     if not plans:
         raise UnfinishedError(f"the store at {path} has no plan yet; run the same `kcdcache precompute` again")
@@ -183,36 +184,29 @@ def _origin(path: Path, knowledge: Knowledge) -> dict[str, Any]:
     return {name: value for name, value in known.items() if name != "class_sizes"}  # a thousand numbers
 
 
-def _commits(path: Path) -> list[log.Commit]:
-    try:
-        return log.read_commits(path)
-    except UnfinishedError:
-        return []
-
-
-def _contents(plan: Mapping[str, Any]) -> Contents:
+def _contents(plan: PlanRecord) -> Contents:
     return Contents(
-        samples=plan["count"],
-        views=plan["views"],
-        points=plan["count"] * plan["views"],
-        fields={entry["name"]: entry["encoding"] for entry in plan["fields"]},
-        part_rows=plan["part_rows"],
-        batch_size=plan["batch_size"],
-        compression=plan["compression"],
-        layout_id=digest_of(plan),
+        samples=plan.count,
+        views=plan.views,
+        points=plan.count * plan.views,
+        fields={entry.name: entry.encoding for entry in plan.fields},
+        part_rows=plan.part_rows,
+        batch_size=plan.batch_size,
+        compression=plan.compression,
+        layout_id=digest_of(plan.document()),
     )
 
 
-def _planned_parts(plan: Mapping[str, Any], before: Mapping[str, Any] | None) -> int:
+def _planned_parts(plan: PlanRecord, before: PlanRecord | None) -> int:
     """Return how many parts a plan writes that the one before it did not, as `plan.parts` lists them."""
-    per_view = -(-plan["count"] // plan["part_rows"])
-    grown = before is not None and len(before["fields"]) == len(plan["fields"])
-    return per_view * (plan["views"] - before["views"] if grown and before else plan["views"])
+    per_view = -(-plan.count // plan.part_rows)
+    held = before.views if before is not None and len(before.fields) == len(plan.fields) else 0
+    return per_view * (plan.views - held)
 
 
-def _teacher_accuracy(plan: Mapping[str, Any], records: Sequence[log.LogEntry]) -> dict[str, float]:
+def _teacher_accuracy(plan: PlanRecord, records: Sequence[log.LogEntry]) -> dict[str, float]:
     views = sorted({found.view for found in records if found.view is not None})  # the plan may claim any number
-    sums = {view: log.sum_measurements(records, view, plan["count"], plan["part_rows"]) for view in views}
+    sums = {view: log.sum_measurements(records, view, plan.count, plan.part_rows) for view in views}
     return {str(view): found["correct"] / found["samples"] for view, found in sums.items() if "correct" in found}
 
 
@@ -269,9 +263,8 @@ def _network(path: Path) -> dict[str, Any]:
 
 def _condensed(path: Path) -> dict[str, Any]:
     found = record.read(path)
-    content, count = found.content, found.knowledge.data.count
+    content, count = found.content, found.content.knowledge.data.count
     record.require_file(found, record.MANIFEST)
-    stores = [record.STORE, *([record.MIXES] if content.baked else [])]
     return {
         "format_version": record.FORMAT_VERSION,
         "rows": content.rows,
@@ -279,14 +272,14 @@ def _condensed(path: Path) -> dict[str, Any]:
         "samples": count,
         "baked": None if content.baked is None else content.baked.model_dump(),
         "images": content.images is not None,
-        "bytes": sum(store_report(found.place(part)).bytes for part in stores)
+        "bytes": sum(store_report(found.place(part)).bytes for part in content.stores)
         + sum(size for size, _ in content.files.values()),
         "license": content.licence,
         "manifest": manifest.summary(manifest.read(found.place(record.MANIFEST), count)),
-        **(_origin(found.place(record.STORE), found.knowledge) if record.ORIGIN in content.files else {}),
+        **(_origin(found.place(record.STORE), content.knowledge) if record.ORIGIN in content.files else {}),
         "made": found.made,
         "knowledge_id": content.knowledge_id,
-        "knowledge": content.knowledge,
+        "knowledge": content.knowledge.document(),
     }
 
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64, UInt64
+from jaxtyping import Bool, Float32, Int64, UInt64
 
-from kcdcache.errors import CorruptionError, NonFiniteError, SettingsError, attempt
+from kcdcache.errors import CorruptionError, MismatchError, NonFiniteError, SettingsError, attempt
 from kcdcache.files import cloud
 from kcdcache.files.atomic import read_bytes
 from kcdcache.files.records import MOST_RECORD_BYTES, canonical_json
@@ -37,13 +37,29 @@ class Field(NamedTuple):
     """shape of one sample's decoded values"""
 
 
+class Excerpt(NamedTuple):
+    """The samples of a whole data set, of which a store holds the rows of some."""
+
+    label: Int64[np.ndarray, " n"]
+    digest: UInt64[np.ndarray, " n"]
+    row: Int64[np.ndarray, " n"]
+    """sample -> its row in the store, ascending, -1 where it has none"""
+    blank: Bool[np.ndarray, " n"]
+    """samples whose own row nothing may use, since their targets were baked: NaN stands for it"""
+    skipped: tuple[int, ...]
+    """samples without usable outputs in the whole store"""
+
+
 class Store:
     """A sealed store: knowledge points of one teacher on one data set, read chunk by chunk and checked.
 
-    Methods may be called from several threads. Made by `open`.
+    With an `excerpt` it speaks of the samples of the whole data set, under their indices there, and holds rows of some;
+    asking for another one is an error. Methods may be called from several threads. Made by `open`.
     """
 
-    def __init__(self, path: Path, knowledge: Knowledge, commits: Sequence[Commit]) -> None:
+    def __init__(
+        self, path: Path, knowledge: Knowledge, commits: Sequence[Commit], excerpt: Excerpt | None = None
+    ) -> None:
         self.path = path
         self.knowledge = knowledge
         self.plan = plan.plan_from(commits[-1].plan)
@@ -54,7 +70,8 @@ class Store:
         self.rows_read = 0
         """store rows (one view of one sample) asked for so far"""
         self._records = [record for commit in commits for record in commit.records]
-        self.skipped = log.skipped_samples(self._records)
+        self._excerpt = excerpt
+        self.skipped = log.skipped_samples(self._records) if excerpt is None else np.array(excerpt.skipped, np.int64)
         """samples without usable outputs in some view or field, ascending: they are never read"""
         self._files = file_table(commits)
         self._lock = threading.Lock()
@@ -72,7 +89,12 @@ class Store:
     @property
     def count(self) -> int:
         """Number of samples N."""
-        return self.plan.count
+        return self.plan.count if self._excerpt is None else len(self._excerpt.row)
+
+    @property
+    def held(self) -> Int64[np.ndarray, " rows"]:
+        """The samples it has rows of, ascending: row j of its arrays is of sample held[j]."""
+        return np.arange(self.count) if self._excerpt is None else np.flatnonzero(self._excerpt.row >= 0)
 
     @property
     def views(self) -> int:
@@ -87,12 +109,12 @@ class Store:
     @cached_property
     def labels(self) -> Int64[np.ndarray, " n"]:
         """The class of every sample, read at first use."""
-        return self._sample_array("labels")
+        return self._sample_array("labels") if self._excerpt is None else self._excerpt.label
 
     @cached_property
     def sample_digest(self) -> UInt64[np.ndarray, " n"]:
         """A digest of every sample's bytes and label, read at first use."""
-        return self._sample_array("sample_digest")
+        return self._sample_array("sample_digest") if self._excerpt is None else self._excerpt.digest
 
     @property
     def forwards(self) -> int:
@@ -129,12 +151,20 @@ class Store:
         Raises:
             SettingsError: the view, a row or a field is not in the store, or the rows are not strictly increasing.
             NonFiniteError: a row was skipped when the store was made.
+            MismatchError: the store holds nothing of a sample; names it.
             CorruptionError: a chunk is missing, damaged or swapped; names file and samples.
         """
         self._require_rows(view, rows, fields)
+        arrays, places = self.plan.arrays_of(fields), self._places(rows)
         with self._lock:
-            self.rows_read += len(rows)
-        return self._gather(self.plan.arrays_of(fields), view, self._places(rows), threads, allocate)
+            self.rows_read += len(places)
+        if self._excerpt is None or len(places) == len(rows):
+            return self._gather(arrays, view, places, threads, allocate)
+        there, whole = self._excerpt.row[rows] >= 0, dict[str, np.ndarray]()
+        for name, values in self._gather(arrays, view, places, threads, np.empty).items():
+            whole[name] = allocate((len(rows), *values.shape[1:]), values.dtype)
+            whole[name][there], whole[name][~there] = values, np.nan
+        return whole
 
     def read(
         self, field: str, view: int, index: Int64[np.ndarray, " batch"], temperature: float = 1.0
@@ -153,8 +183,16 @@ class Store:
         return self._gather([array], None, np.arange(self.plan.count), 1, np.empty)[name]
 
     def _places(self, rows: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " places"]:
-        """Return where the rows of some samples lie in the arrays, ascending as they are."""
-        return rows
+        """Return where the rows of some samples lie in the arrays, ascending as they are; blank samples have none."""
+        if self._excerpt is None:
+            return rows
+        places = self._excerpt.row[rows]
+        if len(missing := rows[(places < 0) & ~self._excerpt.blank[rows]]):
+            raise MismatchError(
+                f"{self.path} holds nothing of sample {missing[0]}: an exported set has the {len(self.held)} of "
+                f"{self.count} samples that its own manifest keeps or mixes in; give the whole store for others"
+            )
+        return places[places >= 0]
 
     def _require_rows(self, view: int, rows: np.ndarray, fields: Sequence[str]) -> None:
         if missing := [field for field in fields if field not in self.plan.fields]:

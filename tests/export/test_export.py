@@ -435,8 +435,9 @@ def test_the_card_has_the_hubs_front_matter_and_nothing_that_changes(place, tmp_
 @pytest.mark.parametrize(
     ("rows", "said"), [(1, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (10**6, "1M<n<10M"), (10**8, "n>10M")]
 )
-def test_the_cards_size_is_one_of_the_hubs(rows, said):
-    assert write._size(rows) == said
+def test_the_cards_size_is_one_of_the_hubs(place, rows, said):
+    content, summary = records.read(place.root / "plain").content, manifest.summary(place.set)
+    assert f"size_categories:\n- {said}\n" in write.card(content, summary | {"kept": rows}, {}).decode()
 
 
 def test_it_is_told_by_inspect_and_expected_by_id(place):
