@@ -42,9 +42,8 @@ def prepared(root):
     value_files.write(root / "values.parquet", some_values(), labels(), document)
     value_files.write(root / "values.parts", some_values(), labels(), document, partition_rows=32)
     theirs(root / "theirs", some_values(), labels(), [50, 53, 0, 47])
-    before = manifest.full(
-        knowledge().knowledge_id, COUNT, labels(), 2, data_digest="dd", excluded=np.arange(0, 150, 5)
-    )
+    left_out = np.arange(0, 150, 5)
+    before = manifest.full(manifest.Samples(knowledge().knowledge_id, COUNT, labels(), 2, "dd", left_out))
     manifest.write(root / "before.parquet", before)
     manifest.write(root / "before.parts", before, partition_rows=40)
     return root

@@ -4,6 +4,7 @@ import numpy as np
 from pupils import SCHOOL, SPEC, executed, school
 
 from kcdcache.condense import manifest, summary
+from kcdcache.condense.manifest import Samples
 from kcdcache.condense.values import Values
 from kcdcache.files.atomic import sha256_file
 from kcdcache.settings import CondenseSettings
@@ -20,8 +21,10 @@ def narrowed(knowledge, keep=0.4):
     for stage, (share, values) in enumerate(zip((0.6, keep), random, strict=True), 1):
         previous = summary.condense(
             Values(visits=np.ones(knowledge.count, np.int32), value=values), CondenseSettings(candidates="current"),
-            knowledge_id=knowledge.knowledge_id, count=knowledge.count, stage=stage, keep=share, previous=previous,
-            labels=knowledge.labels, classes=10, data_digest=identity.digest, excluded=knowledge.skipped,
+            Samples(
+                knowledge.knowledge_id, knowledge.count, knowledge.labels, 10, identity.digest, knowledge.skipped
+            ),
+            stage=stage, keep=share, previous=previous,
         )  # fmt: skip
     return previous
 

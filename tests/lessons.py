@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from kcdcache.condense import summary
+from kcdcache.condense.manifest import Samples
 from kcdcache.condense.values import Values
 from kcdcache.data import datasets
 from kcdcache.networks import registry
@@ -45,9 +46,8 @@ def condensed(knowledge, keep=0.6, seed=0, **changes):
     random = np.random.default_rng(seed).random(count, np.float32)
     settings = CondenseSettings(**changes)
     made = Values(visits=np.ones(count, np.int32), value=random)
-    return summary.condense(
-        made, settings, knowledge_id=knowledge.knowledge_id, count=count, stage=1, keep=keep, labels=knowledge.labels
-    )
+    samples = Samples(knowledge.knowledge_id, count, knowledge.labels)
+    return summary.condense(made, settings, samples, stage=1, keep=keep)
 
 
 class TinyNet(nn.Module):

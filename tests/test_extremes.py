@@ -15,6 +15,7 @@ from pupils import distilled
 
 from kcdcache import settings as kcdcache_settings
 from kcdcache.condense import manifest, value_files, values
+from kcdcache.condense.manifest import Samples
 from kcdcache.condense.summary import condense
 from kcdcache.data import datasets
 from kcdcache.errors import NotFoundError, SettingsError
@@ -124,7 +125,7 @@ def condensed(count, keep, **changes):
     """A set of equal values."""
     known = values.Values(np.ones(count, np.int32), np.full(count, 0.5, np.float32))
     chosen = kcdcache_settings.CondenseSettings(**changes)
-    return condense(known, chosen, knowledge_id="k", count=count, stage=1, keep=keep)
+    return condense(known, chosen, Samples("k", count), stage=1, keep=keep)
 
 
 def test_sets_of_equal_values_or_hardly_any_samples_are_defined(tmp_path):

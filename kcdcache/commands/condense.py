@@ -1,17 +1,16 @@
 """`condense`: from a values file to a manifest file; of the knowledge it reads only the store's small records."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from kcdcache.commands import Result
-from kcdcache.condense import large, manifest, ranking, streamed, summary, value_files
+from kcdcache.condense import large, manifest, ranking, summary, value_files
+from kcdcache.condense.manifest import Samples
 from kcdcache.condense.schedule import kept_count
 from kcdcache.condense.value_files import Source
 from kcdcache.errors import LockedError, MismatchError
 from kcdcache.files import atomic, parquet
-from kcdcache.files.atomic import create_exclusive
 from kcdcache.progress import Progress, silent
 from kcdcache.report import show
 from kcdcache.settings import CondenseCommand
@@ -52,14 +51,14 @@ def run(
                 f"the store at {command.store} holds {knowledge.knowledge_id}; give the values' own store"
             )
         note = {"values_from": "another tool" if document is None else "kcdcache", "out": str(command.out)}
-        facts: dict[str, Any] = {
-            "knowledge_id": knowledge.knowledge_id, "data_digest": knowledge.data.digest,
-            "classes": len(knowledge.data.classes),
-        }  # fmt: skip
+        samples = Samples(
+            knowledge.knowledge_id, count, classes=len(knowledge.data.classes), data_digest=knowledge.data.digest,
+            excluded=log.read_skipped(command.store),
+        )  # fmt: skip
         if dry_run:
-            plan = _plan(command, knowledge, source)
-            return {"would": "condense", **streamed.write(plan, source, None, **facts), **note, **sizes}
-        return {**_made(command, knowledge, source, facts), **note}
+            told = _plan(command, samples, source).draft(source).summary()
+            return {"would": "condense", **told, **note, **sizes}
+        return {**_made(command, samples, source), **note}
 
 
 def estimate(command: CondenseCommand, count: int) -> Result:
@@ -90,111 +89,55 @@ def _bytes_of_samples(command: CondenseCommand, count: int) -> int:
     return ((ranking.BYTES_A_SAMPLE if plain else BYTES_OTHERWISE) + manifest.BYTES_A_SAMPLE) * count
 
 
-def _plan(command: CondenseCommand, knowledge: identity.Knowledge, source: Source) -> ranking.Plan:
-    previous = None if command.previous is None else manifest.read(command.previous, knowledge.data.count)
+def _plan(command: CondenseCommand, samples: Samples, source: Source) -> ranking.Plan:
+    previous = None if command.previous is None else manifest.read(command.previous, samples.count)
     if previous is not None:
-        manifest.require_knowledge(previous, knowledge.knowledge_id)
-    return summary.plan(
-        source,
-        command.rules,
-        count=knowledge.data.count,
-        stage=_stage(command, previous.stage if previous else None),
-        keep=command.keep,
-        previous=previous,
-        excluded=log.read_skipped(command.store),
-    )
+        manifest.require_knowledge(previous, samples.knowledge_id)
+    stage = _stage(command, previous)
+    return summary.plan(source, command.rules, samples, stage=stage, keep=command.keep, previous=previous)
 
 
-def _made(command: CondenseCommand, knowledge: identity.Knowledge, source: Source, facts: dict[str, Any]) -> Result:
-    """Plan and write a manifest; with a folder beside it for parts and for what memory does not hold."""
-    beyond, several = _is_large(command, knowledge.data.count), knowledge.data.count > command.partition_rows
-    with ExitStack() as held:
-        place = held.enter_context(atomic.beside(command.out)) if beyond or several else command.out
-        plan: streamed.Planned = (
-            held.enter_context(_large_plan(command, knowledge, source, place / "spill"))
-            if beyond
-            else _plan(command, knowledge, source)
-        )
-        if several:
-            return _in_parts(command, plan, source, facts, place / "set")
-        return _write_once(command.out, lambda sink: streamed.write(plan, source, sink, **facts), plan.count)
+def _made(command: CondenseCommand, samples: Samples, source: Source) -> Result:
+    """Plan and write a manifest, or accept that the same one lies there, put by whom and whenever.
 
-
-@contextmanager
-def _large_plan(
-    command: CondenseCommand, knowledge: identity.Knowledge, source: Source, folder: Path
-) -> Iterator[large.Tabled]:
-    count, before = knowledge.data.count, None
-    if command.previous is not None:
-        before = manifest.read_document(command.previous, count)
-        manifest.require_document(before, knowledge.knowledge_id)
-    with large.planned(
-        source,
-        command.rules,
-        count=count,
-        stage=_stage(command, before["stage"] if before else None),
-        keep=command.keep,
-        previous=command.previous,
-        before=before,
-        excluded=log.read_skipped(command.store),
-        folder=folder,
-        memory_bytes=command.memory_gb * 10**9,
-    ) as plan:
-        yield plan
-
-
-def _stage(command: CondenseCommand, before: int | None) -> int:
-    if command.stage is not None:
-        return command.stage
-    return 1 if before is None else before + 1
-
-
-def _in_parts(
-    command: CondenseCommand, plan: streamed.Planned, source: Source, facts: dict[str, Any], made: Path
-) -> Result:
-    """Write a manifest as a folder of parts, at first named `made`."""
-    made.mkdir()
-    told, seal = streamed.write_parts(plan, source, made, partition_rows=command.partition_rows, **facts)
-    return {**told, "already": _placed(made, seal, command.out, plan.count)}
-
-
-def _placed(made: Path, seal: parquet.Seal, out: Path, most_rows: int) -> bool:
-    """Seal a folder of parts and put it in its place; return whether the same set lies there already.
+    A folder beside it holds parts while they are made, and what memory does not hold.
 
     Raises:
-        LockedError: another one does.
+        LockedError: another one lies there.
     """
-    parquet.seal(made, seal)
-    try:
-        atomic.place(made, out, parquet.SEAL)
-    except LockedError:
-        _require_same(out, seal.document["digest"], most_rows)
-        return True
-    return False
-
-
-def _write_once(path: Path, write: Callable[[BinaryIO | None], dict[str, Any]], most_rows: int) -> Result:
-    """Write a manifest, or accept that the same one lies there, put by whom and whenever; return summary and which."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made: list[dict[str, Any]] = []
-
-    def fill(temporary: Path) -> None:
-        with open(temporary, "wb") as sink:
-            made.append(write(sink))
-
-    there = path.exists()
-    if not there:
-        try:
-            create_exclusive(path, fill)
-        except LockedError:  # another process was first, perhaps with the same
-            there = True
-    atomic.remove_orphans(path)
-    told = made[0] if made else write(None)
-    if there:
-        _require_same(path, told["digest"], most_rows)
+    out, beyond, several = command.out, _is_large(command, samples.count), samples.count > command.partition_rows
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.beside(out) if beyond or several else nullcontext(out) as place:
+        large_plan = _large_plan(command, samples, source, place / "spill")
+        with large_plan if beyond else nullcontext(_plan(command, samples, source)) as plan:
+            draft = plan.draft(source)
+            there = (out / parquet.SEAL if out.is_dir() else out).exists()
+            if not there:
+                try:
+                    draft.write(out, command.partition_rows, place)
+                except LockedError:  # another process was first, perhaps with the same
+                    there = True
+            told = draft.summary()
+    atomic.remove_orphans(out)
+    if there and manifest.read_head(out, samples.count).digest != told["digest"]:
+        raise LockedError(f"{out} holds another manifest; manifests are never overwritten: give another --out")
     return {**told, "already": there}
 
 
-def _require_same(path: Path, digest: str, most_rows: int) -> None:
-    if manifest.read_digest(path, most_rows) != digest:
-        raise LockedError(f"{path} holds another manifest; manifests are never overwritten: give another --out")
+@contextmanager
+def _large_plan(command: CondenseCommand, samples: Samples, source: Source, folder: Path) -> Iterator[large.Tabled]:
+    before = None
+    if command.previous is not None:
+        before = manifest.read_head(command.previous, samples.count)
+        manifest.require_knowledge(before.facts, samples.knowledge_id)
+    with large.planned(
+        source, command.rules, samples, stage=_stage(command, before and before.facts), keep=command.keep,
+        previous=command.previous, before=before, folder=folder, memory_bytes=command.memory_gb * 10**9,
+    ) as plan:  # fmt: skip
+        yield plan
+
+
+def _stage(command: CondenseCommand, before: manifest.Facts | None) -> int:
+    if command.stage is not None:
+        return command.stage
+    return 1 if before is None else before.stage + 1

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int64
 
 from kcdcache import rng
 from kcdcache.condense import manifest, ranking, summary
+from kcdcache.condense.manifest import Samples
 from kcdcache.condense.value_files import Block, Source
 from kcdcache.condense.values import score
 from kcdcache.errors import CorruptionError, NoSpaceError, SettingsError
@@ -62,42 +62,32 @@ class Tabled(ranking.Outline):
 
 @contextmanager
 def planned(
-    source: Source,
-    settings: CondenseSettings,
-    *,
-    count: int,
-    stage: int,
-    keep: float,
-    previous: Path | None = None,
-    before: Mapping[str, Any] | None = None,
-    excluded: Int64[np.ndarray, " excluded"] = summary.NOBODY,
-    folder: Path,
-    memory_bytes: float,
-) -> Iterator[Tabled]:
+    source: Source, settings: CondenseSettings, samples: Samples, *, stage: int, keep: float,
+    previous: Path | None = None, before: manifest.Head | None = None, folder: Path, memory_bytes: float,
+) -> Iterator[Tabled]:  # fmt: skip
     """Yield what `summary.plan` returns, made with about so much memory and with files in a new `folder`.
 
-    `previous` is the manifest the values were last updated on, `before` its document (`manifest.read_document`).
+    `previous` is the manifest the values were last updated on, `before` its head.
 
     Raises:
         SettingsError, NonFiniteError: as for `summary.plan`; or DuckDB is missing, or needs more memory.
-        CorruptionError: the previous manifest was changed since its document was read.
+        CorruptionError: the previous manifest was changed since its head was read.
         NoSpaceError: the disk is full.
     """
-    if settings.stratify and not source.labelled:
-        raise SettingsError("stratify needs the label of every sample; give a values file with a 'label' column")
+    summary.require_labelled(source, settings)
     with _connected(folder, memory_bytes) as connection:
-        _record(connection, source, settings, stage, excluded)
+        _record(connection, source, settings, samples, stage)
         if previous is not None and before is not None and settings.candidates == "current":
-            _keep_within(connection, previous, before["digest"], count)
+            _keep_within(connection, previous, before.digest, samples.count)
         candidates = _number(connection, "SELECT count(*) FROM candidate")
-        size = summary.size_of(keep, count, candidates, count - len(excluded))
-        used = summary.K0[settings.k0](candidates - size, (before["rows"] if before else count) - size)
+        size = summary.size_of(keep, samples, candidates)
+        used = summary.K0[settings.k0](candidates - size, (before.rows if before else samples.count) - size)
         summary.tell(size, used, settings)
         pairs = min(size, used) if settings.augment_kept else 0
         _choose(connection, settings, size, pairs)
         yield Tabled(
-            kept=size, pairs=pairs, dropped=used, settings=settings, count=count, stage=stage, keep=keep,
-            parent=before["digest"] if before else None, connection=connection,
+            samples=samples, settings=settings, stage=stage, keep=keep, parent=before.digest if before else None,
+            kept=size, pairs=pairs, dropped=used, connection=connection,
         )  # fmt: skip
 
 
@@ -137,16 +127,14 @@ def _explained(text: str, folder: Path, limit: int) -> Exception:
     return OSError(text)
 
 
-def _record(
-    connection: Any, source: Source, settings: CondenseSettings, stage: int, excluded: Int64[np.ndarray, " excluded"]
-) -> None:
+def _record(connection: Any, source: Source, settings: CondenseSettings, samples: Samples, stage: int) -> None:
     """Fill the table of candidates, which has for each the key that it is ranked by."""
     key = "UBIGINT" if settings.ranking == "random" else "UINTEGER"
     label = ", label BIGINT" if settings.stratify else ""
     connection.execute(f"CREATE TABLE candidate (key {key}, sample UINTEGER{label})")
     for block in source.blocks():
         everyone = np.arange(block.first, block.first + len(block.values.visits))
-        sample = np.setdiff1d(everyone, excluded, assume_unique=True)
+        sample = np.setdiff1d(everyone, samples.excluded, assume_unique=True)
         columns = {"key": _keys(block, settings, stage)[sample - block.first], "sample": sample}
         if settings.stratify:
             assert block.labels is not None
@@ -167,8 +155,8 @@ def _keys(block: Block, settings: CondenseSettings, stage: int) -> np.ndarray:
 def _keep_within(connection: Any, previous: Path, digest: str, count: int) -> None:
     """Leave only those candidates that a manifest keeps."""
     connection.execute("CREATE TABLE before (sample UINTEGER)")
-    document = manifest.read_document(previous, count, lambda index: _insert(connection, "before", {"sample": index}))
-    if document["digest"] != digest:
+    found = manifest.read_head(previous, count, lambda index: _insert(connection, "before", {"sample": index}))
+    if found.digest != digest:
         raise CorruptionError(f"{previous} was changed meanwhile; run the same command again")
     connection.execute("DELETE FROM candidate WHERE sample NOT IN (SELECT sample FROM before)")
     connection.execute("DROP TABLE before")

@@ -1,6 +1,8 @@
 """Manifests: which samples a stage trains on, as an immutable value and as a file, and the rules its rows keep."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -9,20 +11,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float32, Int32, Int64, Integer, Shaped
+from jaxtyping import Bool, Float32, Int32, Int64, Integer
 
 from kcdcache.condense.schedule import kept_count
 from kcdcache.errors import CorruptionError, MismatchError
-from kcdcache.files import parquet, run_files
-from kcdcache.files.atomic import create_exclusive
+from kcdcache.files import atomic, parquet, run_files
 from kcdcache.files.records import canonical_json
 
 METADATA_KEY = "kcdcache.manifest"
 MOST_ROWS = 10**8
-_OTHER_KNOWLEDGE = (
-    "the manifest was made for knowledge {}, the store holds {}; give the manifest's own store, or --transfer to use "
-    "it with another teacher's store of the same data"
-)
+"""as many samples as a store takes"""
 
 ARRAYS: dict[str, type] = {
     "index": np.int64, "mixed": np.bool_, "partner": np.int64, "epsilon": np.float32,
@@ -44,14 +42,32 @@ KEPT, MIXED = "K_1H", "K_Aug"
 """The parts: points kept as they are, and kept points with a dropped one mixed in."""
 
 BYTES_A_SAMPLE = 1
-"""memory of `Blocks`"""
+"""memory of `Checks`"""
 Columns = Mapping[str, np.ndarray]
-"""The arrays of a condensed set by name, each of shape (rows,)."""
+"""Arrays of a condensed set by name, each of shape (rows,)."""
 Rule = tuple[str, str, Bool[np.ndarray, " rows"]]
 """(column, what is expected of it, which rows break that)."""
-_IN_ORDER, _RANK_ONCE, _PARTNER_ONCE = "ascending order, each sample once", "each rank once", "each partner once"
 _DROPPED = "a dropped sample, not a kept one"
 _AS_KEPT, _AS_PARTNER, _AS_RANK = np.uint8(1), np.uint8(2), np.uint8(4)
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """All samples of a body of knowledge, as far as choosing some of them needs to know them."""
+
+    knowledge_id: str
+    count: int
+    """N, of the whole training split"""
+    labels: Int64[np.ndarray, " n"] | None = None
+    classes: int = 0
+    """number of classes, 0 where it is not known"""
+    data_digest: str | None = None
+    excluded: Int64[np.ndarray, " excluded"] = field(default_factory=lambda: np.empty(0, np.int64))
+    """those the store skipped: never kept, never mixed in"""
+
+    def class_counts(self, index: Int64[np.ndarray, " some"]) -> tuple[int, ...]:
+        """Return how many of the given samples each class has; empty where labels are not known."""
+        return () if self.labels is None else tuple(np.bincount(self.labels[index], minlength=self.classes).tolist())
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -86,21 +102,41 @@ class Facts:
     def __post_init__(self) -> None:
         if isinstance(self.keep, int):
             object.__setattr__(self, "keep", float(self.keep))  # 1 and 1.0 must give one digest
-        _require_types(self)
+        for name, kinds in FACTS.items():
+            found = getattr(self, name)
+            parts = found if isinstance(found, tuple) else ()
+            if not isinstance(found, kinds) or not all(isinstance(part, int) for part in parts):
+                wanted = " or ".join(_TYPE_NAMES.get(kind, kind.__name__) for kind in kinds)
+                raise MismatchError(f"manifest field '{name}': expected {wanted}, found {found!r}")
 
     def document_of(self, rows: int) -> dict[str, Any]:
         """Return them as JSON values, for a manifest of so many rows; without the digest."""
-        facts = {name: getattr(self, name) for name in FACTS}
-        changed = {"class_counts": list(self.class_counts), "rows": rows}
-        return {"format_version": FORMAT_VERSION, **facts, **changed}
+        facts = {name: getattr(self, name) for name in FACTS} | {"class_counts": list(self.class_counts)}
+        return {"format_version": FORMAT_VERSION, **facts, "rows": rows}
 
     def require_fit(self, rows: int, mixed: int) -> None:
         """Do nothing if they fit a manifest of so many rows, so many of them mixed.
 
+        Fewer rows than `keep` allows are fine: where samples were skipped, fewer are left.
+
         Raises:
             MismatchError: one does not; names it.
         """
-        _require_facts(self, rows, mixed)
+        counts, is_share = self.class_counts, 0 < self.keep <= 1
+        for name, expected, good in (
+            ("count", f"at least its {rows} rows", self.count >= rows),
+            ("count", f"at most {MOST_ROWS}", self.count <= MOST_ROWS),
+            ("stage", "0 or more", self.stage >= 0),
+            ("keep", "a share in (0, 1]", is_share),
+            ("keep", f"a share of {self.count} that its {rows} rows do not exceed",
+             not is_share or rows <= kept_count(self.keep, self.count)),
+            ("dropped", "at least the number of mixed rows", self.dropped >= mixed),
+            ("dropped", "no more than are not kept", self.dropped <= self.count - rows),
+            ("class_counts", "0 or more of each class", all(number >= 0 for number in counts)),
+            ("class_counts", f"{rows} in all, or nothing", not counts or sum(counts) == rows),
+        ):  # fmt: skip
+            if not good:
+                raise MismatchError(f"manifest field '{name}': expected {expected}, found {getattr(self, name)}")
 
 
 class Totals(NamedTuple):
@@ -113,7 +149,7 @@ class Totals(NamedTuple):
     epsilon: tuple[float, float] | None = None
     """smallest and largest share of a partner; None where nothing is mixed"""
 
-    def plus(self, columns: Mapping[str, np.ndarray]) -> "Totals":
+    def plus(self, columns: Columns) -> "Totals":
         """Return the totals of these rows and more."""
         shares = columns["epsilon"][columns["mixed"]]
         ends = [] if self.epsilon is None else [*self.epsilon]
@@ -122,19 +158,6 @@ class Totals(NamedTuple):
             self.rows + len(columns["index"]), self.mixed + len(shares),
             self.unseen + int((columns["visits"] == 0).sum()), (min(ends), max(ends)) if ends else None,
         )  # fmt: skip
-
-
-def summary_of(facts: Facts, totals: Totals, digest: str) -> dict[str, Any]:
-    """Return what `summary` does, of a manifest that is not in memory."""
-    counts = facts.class_counts
-    return {
-        "stage": facts.stage, "samples": facts.count, "kept": totals.rows, "keep": facts.keep,
-        KEPT: totals.rows - totals.mixed, MIXED: totals.mixed, "K_0": facts.dropped,
-        "epsilon": None if totals.epsilon is None else [*totals.epsilon], "unseen": totals.unseen,
-        "classes": len(counts), "class_min": min(counts, default=None), "class_max": max(counts, default=None),
-        "rule": dict(facts.rule), "knowledge_id": facts.knowledge_id, "parent": facts.parent,
-        "values": facts.values, "digest": digest,
-    }  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -167,7 +190,7 @@ class Manifest(Facts):
             object.__setattr__(self, name, _read_only(name, getattr(self, name), kind, len(self.index)))
         super().__post_init__()
         self.require_fit(len(self), int(self.mixed.sum()))
-        require(self.columns(), self.count)
+        Checks(self.count).add(self.columns())
 
     def __len__(self) -> int:
         return len(self.index)
@@ -185,25 +208,120 @@ class Manifest(Facts):
         """SHA-256 over the document and all columns: equal exactly where the manifests are."""
         return parquet.digest(canonical_json(self.document()), self.columns())
 
+    def draft(self) -> "Draft":
+        """Return it as rows to write."""
+        starts, columns = range(0, len(self), parquet.ROWS), self.columns()
+        blocks = ({name: column[first : first + parquet.ROWS] for name, column in columns.items()} for first in starts)
+        return Draft(self.count, blocks, lambda totals: self)
 
-def full(
-    knowledge_id: str,
-    count: int,
-    labels: Int64[np.ndarray, " n"] | None = None,
-    classes: int | None = None,
-    data_digest: str | None = None,
-    excluded: Int64[np.ndarray, " excluded"] | None = None,
-) -> Manifest:
-    """Return the manifest that keeps all `count` samples as they are: what stage 0 trains on.
 
-    Samples in `excluded` (those the store skipped) are left out; `keep` still says 1, a share of what can be kept.
+class Draft:
+    """A condensed set on its way into a file: its rows pass once, block by block, and are checked and digested."""
+
+    def __init__(self, count: int, blocks: Iterable[Columns], facts: Callable[[Totals], Facts]) -> None:
+        """Take the rows of a set of `count` samples, in order.
+
+        `facts` is asked, when all rows have passed, for what the manifest says beside them.
+        """
+        self._count, self._blocks, self._facts = count, iter(blocks), facts
+        self._checks, self._totals, self._digest = Checks(count), Totals(), parquet.Digest(ARRAYS)
+
+    def write(self, path: Path, partition_rows: int | None = None, place: Path | None = None) -> None:
+        """Write the set as parquet, whole or not at all, with the same bytes for the same content.
+
+        About more than `partition_rows` samples it becomes a folder of parts, each about so many of them, made in the
+        folder `place` (`atomic.beside` unless given).
+
+        Raises:
+            MismatchError: a row or fact breaks the rules of a manifest.
+            LockedError: something is there already; manifests are never overwritten.
+            NoSpaceError: the disk is full.
+        """
+        if partition_rows is None or self._count <= partition_rows:
+            atomic.create_exclusive(path, self._fill)
+            return
+        with atomic.beside(path) if place is None else nullcontext(place) as folder:
+            made = folder / "set"
+            made.mkdir()
+            parquet.seal(made, self._parts(made, partition_rows))
+            atomic.place(made, path, parquet.SEAL)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what `summary` does, after the rows that were not written have passed too.
+
+        Raises:
+            MismatchError: a row or fact breaks the rules of a manifest.
+        """
+        for _ in self._tables(self._blocks):
+            pass
+        facts, document = self._ended
+        return _summary(facts, self._totals, document["digest"])
+
+    def held(self) -> Manifest:
+        """Return the set as a value in memory.
+
+        Raises:
+            MismatchError: a row or fact breaks the rules of a manifest.
+        """
+        columns = _joined(list(self._blocks))
+        return Manifest(**columns, **vars(self._facts(Totals().plus(columns))))
+
+    def _fill(self, temporary: Path) -> None:
+        with open(temporary, "wb") as sink:
+            writer = parquet.Writer(sink, SCHEMA)
+            for table in self._tables(self._blocks):
+                writer.write(table)
+            writer.close({METADATA_KEY: canonical_json(self._ended[1])})
+
+    def _parts(self, folder: Path, partition_rows: int) -> parquet.Seal:
+        """Write the parts; return the record to seal their folder with."""
+        waiting: list[Columns] = []
+        parts = tuple(
+            parquet.write_part(folder, span, SCHEMA, self._tables(_until(span.stop, self._blocks, waiting)))
+            for span in parquet.spans(self._count, partition_rows)
+        )
+        return parquet.Seal(
+            key=METADATA_KEY, samples=self._count, partition_rows=partition_rows, document=self._ended[1], parts=parts
+        )
+
+    def _tables(self, blocks: Iterable[Columns]) -> Iterator[pa.Table]:
+        """Yield rows as they stand in a file, by parquet.ROWS; they are checked and digested while the caller works."""
+        with ThreadPoolExecutor(2) as pool:
+            for columns in parquet.regrouped(blocks, parquet.ROWS):
+                beside = [pool.submit(work, columns) for work in (self._checks.add, self._digest.add)]
+                yield cells(columns)
+                self._totals = self._totals.plus(columns)
+                for work in beside:
+                    work.result()
+
+    @cached_property
+    def _ended(self) -> tuple[Facts, dict[str, Any]]:
+        """The facts and the document with its digest, once all rows have passed."""
+        self._checks.end()
+        facts = self._facts(self._totals)
+        facts.require_fit(self._totals.rows, self._totals.mixed)
+        document = facts.document_of(self._totals.rows)
+        return facts, {**document, "digest": self._digest.over(canonical_json(document))}
+
+
+def full(samples: Samples) -> Manifest:
+    """Return the manifest that keeps all samples as they are: what stage 0 trains on.
+
+    Those the store skipped are left out; `keep` still says 1, a share of what can be kept.
     """
-    index = np.arange(count) if excluded is None else np.setdiff1d(np.arange(count), excluded, assume_unique=True)
+    index = np.setdiff1d(np.arange(samples.count), samples.excluded, assume_unique=True)
+    return unranked(samples, index, np.arange(len(index)), keep=1.0)
+
+
+def unranked(
+    samples: Samples, index: Int64[np.ndarray, " rows"], rank: Int64[np.ndarray, " rows"], **facts: Any
+) -> Manifest:
+    """Return the manifest of a stage 0 that no values rank: it keeps some samples as they are."""
     rows = len(index)
     return Manifest(
-        **plain(index), rank=np.arange(rows), value=np.zeros(rows, np.float32), visits=np.zeros(rows, np.int32),
-        knowledge_id=knowledge_id, count=count, stage=0, keep=1.0, class_counts=class_counts(index, labels, classes),
-        data_digest=data_digest,
+        **plain(index), rank=rank, value=np.zeros(rows, np.float32), visits=np.zeros(rows, np.int32),
+        knowledge_id=samples.knowledge_id, count=samples.count, stage=0, class_counts=samples.class_counts(index),
+        data_digest=samples.data_digest, **facts,
     )  # fmt: skip
 
 
@@ -216,30 +334,13 @@ def plain(index: Int64[np.ndarray, " rows"]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def class_counts(
-    index: Int64[np.ndarray, " rows"], labels: Int64[np.ndarray, " n"] | None, classes: int | None
-) -> tuple[int, ...]:
-    """Return how many of the given samples each class has; empty where labels are not known."""
-    if labels is None:
-        return ()
-    return tuple(np.bincount(labels[index], minlength=classes or 0).tolist())
-
-
 def write(path: Path, manifest: Manifest, partition_rows: int | None = None) -> None:
-    """Write a manifest as parquet, whole or not at all, with the same bytes for the same content.
-
-    About more than `partition_rows` samples it becomes a folder of parts, each about so many of them.
+    """Write a manifest, as `Draft.write` does.
 
     Raises:
-        LockedError: something is there already; manifests are never overwritten.
-        NoSpaceError: the disk is full.
+        LockedError, NoSpaceError: as there.
     """
-    if partition_rows is not None and manifest.count > partition_rows:
-        content = seal_of(manifest.document(), manifest.digest, manifest.count, partition_rows)
-        parquet.write(path, content, SCHEMA, lambda span: _cells_of(manifest, span))
-        return
-    table = cells(manifest.columns()).replace_schema_metadata(metadata(manifest.document(), manifest.digest))
-    create_exclusive(path, parquet.encode(table))
+    manifest.draft().write(path, partition_rows)
 
 
 def read(path: Path | str, most_rows: int = MOST_ROWS) -> Manifest:
@@ -256,27 +357,23 @@ def read(path: Path | str, most_rows: int = MOST_ROWS) -> Manifest:
     path = Path(path)
     with parquet.opened(path, most_rows) as reader:
         document = _document(reader.schema, path)
-        blocks = list(_checked(reader, document, path))
-    columns: dict[str, Any] = {name: _joined([block[name] for block in blocks], kind) for name, kind in ARRAYS.items()}
-    facts = {name: document[name] for name in FACTS}
-    counts = facts["class_counts"]
-    found = Manifest(**columns, **{**facts, "class_counts": tuple(counts) if isinstance(counts, list) else counts})
+        columns = _joined(list(_checked(reader, document, path)))
+    found = Manifest(**columns, **_facts(document))
     run_files.require(path, run_files.Facts(len(found), found.digest))
     return found
 
 
-def read_digest(path: Path, most_rows: int = MOST_ROWS) -> str:
-    """Return the digest of the manifest in a file, after checking that its content has it; one row group at a time.
+class Head(NamedTuple):
+    """What a manifest in a file says beside its rows."""
 
-    Raises:
-        NotFoundError, CorruptionError, MismatchError: as for `read_document`.
-    """
-    return str(read_document(path, most_rows)["digest"])
+    facts: Facts
+    rows: int
+    digest: str
 
 
-def read_document(
+def read_head(
     path: Path, most_rows: int = MOST_ROWS, each: Callable[[Int64[np.ndarray, " rows"]], None] | None = None
-) -> dict[str, Any]:
+) -> Head:
     """Return what the manifest in a file says beside its rows, after checking that its content has its digest.
 
     It is read one row group at a time; `each` is given the kept samples of every one.
@@ -290,39 +387,15 @@ def read_document(
         for columns in _checked(reader, document, path):
             if each is not None:
                 each(columns["index"])
-        run_files.require(path, run_files.Facts(reader.rows, document["digest"]))
-    return document
-
-
-def arrays(
-    table: pa.Table, path: Path, first: int = 0, names: Collection[str] = tuple(ARRAYS)
-) -> dict[str, np.ndarray]:
-    """Return some columns of rows as they stand in a file, `first` rows after its beginning; `mixed` is read of `part`.
-
-    Raises:
-        CorruptionError: a cell is empty, or of an unknown part.
-    """
-    return {name: _column(table, name, path, first) for name in names}
-
-
-def seal_of(
-    document: Mapping[str, Any], digest: str, count: int, partition_rows: int, parts: Sequence[parquet.Part] = ()
-) -> parquet.Seal:
-    """Return the record of a folder for a manifest; as yet without parts, if none are given."""
-    return parquet.Seal(
-        key=METADATA_KEY, samples=count, partition_rows=partition_rows, document={**document, "digest": digest},
-        parts=tuple(parts),
-    )  # fmt: skip
+        found = Head(Facts(**_facts(document)), reader.rows, document["digest"])
+        run_files.require(path, run_files.Facts(found.rows, found.digest))
+    return found
 
 
 def require_knowledge(
-    manifest: Manifest,
-    knowledge_id: str,
-    *,
-    count: int | None = None,
-    data_digest: str | None = None,
+    manifest: Facts, knowledge_id: str, *, count: int | None = None, data_digest: str | None = None,
     transfer: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Do nothing if a manifest was made for this knowledge, or with `transfer` at least for the same data.
 
     Raises:
@@ -331,32 +404,17 @@ def require_knowledge(
     if manifest.knowledge_id == knowledge_id:
         return
     if not transfer:
-        raise MismatchError(_OTHER_KNOWLEDGE.format(manifest.knowledge_id, knowledge_id))
-    for name, found, expected in (
-        ("samples", manifest.count, count),
-        ("data digest", manifest.data_digest, data_digest),
-    ):
+        raise MismatchError(
+            f"the manifest was made for knowledge {manifest.knowledge_id}, the store holds {knowledge_id}; give the "
+            "manifest's own store, or --transfer to use it with another teacher's store of the same data"
+        )
+    own, given = (manifest.count, manifest.data_digest), (count, data_digest)
+    for name, found, expected in zip(("samples", "data digest"), own, given, strict=True):
         if found is not None and expected is not None and found != expected:
             raise MismatchError(
                 f"--transfer needs a store of the same data: {name} {found} in the manifest of "
                 f"{manifest.knowledge_id}, {expected} in the store of {knowledge_id}"
             )
-
-
-def require_document(document: Mapping[str, Any], knowledge_id: str) -> None:
-    """Do nothing if a manifest, of which only the document was read, was made for this knowledge.
-
-    Raises:
-        MismatchError: it was not; prints both ids.
-        CorruptionError: the document says something else than a manifest's.
-    """
-    for name, kind in (("knowledge_id", str), ("rows", int), ("stage", int), ("digest", str)):
-        if not isinstance(document.get(name), kind):
-            raise CorruptionError(
-                f"manifest field '{name}': expected {kind.__name__}, found {document.get(name)!r:.80}"
-            )
-    if document["knowledge_id"] != knowledge_id:
-        raise MismatchError(_OTHER_KNOWLEDGE.format(document["knowledge_id"], knowledge_id))
 
 
 def require_usable(manifest: Manifest, skipped: Int64[np.ndarray, " skipped"]) -> None:
@@ -377,10 +435,22 @@ def require_usable(manifest: Manifest, skipped: Int64[np.ndarray, " skipped"]) -
 
 def summary(manifest: Manifest) -> dict[str, Any]:
     """Return what `inspect` and `condense` print of a manifest: JSON values, sizes in samples."""
-    return summary_of(manifest, Totals().plus(manifest.columns()), manifest.digest)
+    return _summary(manifest, Totals().plus(manifest.columns()), manifest.digest)
 
 
-def cells(columns: Mapping[str, np.ndarray]) -> pa.Table:
+def _summary(facts: Facts, totals: Totals, digest: str) -> dict[str, Any]:
+    counts = facts.class_counts
+    return {
+        "stage": facts.stage, "samples": facts.count, "kept": totals.rows, "keep": facts.keep,
+        KEPT: totals.rows - totals.mixed, MIXED: totals.mixed, "K_0": facts.dropped,
+        "epsilon": None if totals.epsilon is None else [*totals.epsilon], "unseen": totals.unseen,
+        "classes": len(counts), "class_min": min(counts, default=None), "class_max": max(counts, default=None),
+        "rule": dict(facts.rule), "knowledge_id": facts.knowledge_id, "parent": facts.parent,
+        "values": facts.values, "digest": digest,
+    }  # fmt: skip
+
+
+def cells(columns: Columns) -> pa.Table:
     """Return rows as they stand in a file."""
     parts = pa.DictionaryArray.from_arrays(columns["mixed"].astype(np.int32), [KEPT, MIXED])
     found = {name: pa.array(column) for name, column in columns.items() if name != "mixed"}
@@ -389,21 +459,7 @@ def cells(columns: Mapping[str, np.ndarray]) -> pa.Table:
     return pa.table({field.name: found.get(field.name, parts) for field in SCHEMA})
 
 
-def metadata(document: Mapping[str, Any], digest: str) -> dict[str, bytes]:
-    """Return a file's metadata: document and digest."""
-    return {METADATA_KEY: canonical_json({**document, "digest": digest})}
-
-
-def require(columns: Columns, count: int) -> None:
-    """Do nothing if the rows of a whole condensed set of `count` samples are valid.
-
-    Raises:
-        MismatchError: they are not; names the first such row.
-    """
-    _raise_first([*_own_rules(columns, count), *_set_rules(columns)], columns, 0)
-
-
-class Blocks:
+class Checks:
     """Holds the rows of one condensed set as they come against all rules; takes one byte for each sample of the set."""
 
     def __init__(self, count: int) -> None:
@@ -415,24 +471,22 @@ class Blocks:
         """Take the next rows.
 
         Raises:
-            MismatchError: one of them breaks a rule; names the first.
+            MismatchError: one of them breaks a rule; names the first that does by itself, else the first that does
+                together with another.
         """
-        before = self._rows
-        _raise_first(list(_own_rules(columns, self._count, self._last)), columns, before)
-        self._rows += len(columns["index"])
-        self._last = int(columns["index"][-1]) if len(columns["index"]) else self._last
-        partner = columns["partner"][columns["mixed"]]
-        again = np.zeros(len(columns["mixed"]), np.bool_)
-        again[columns["mixed"]] = self._marked(partner, _AS_PARTNER)
-        self._marked(columns["index"], _AS_KEPT)
-        kept = np.zeros_like(again)
-        kept[columns["mixed"]] = self._used[partner] & _AS_KEPT != 0
-        rules = [("partner", _DROPPED, kept), ("partner", _PARTNER_ONCE, again)]
-        rules.append(("rank", _RANK_ONCE, self._marked(columns["rank"], _AS_RANK)))
-        _raise_first(rules, columns, before)
+        _raise_first([*_own_rules(columns, self._count, self._last)], columns, self._rows)
+        index, mixed = columns["index"], columns["mixed"]
+        partner, again, kept = columns["partner"][mixed], np.zeros_like(mixed), np.zeros_like(mixed)
+        again[mixed] = self._marked(partner, _AS_PARTNER)
+        self._used[index] |= _AS_KEPT
+        kept[mixed] = self._used[partner] & _AS_KEPT != 0
+        rules = [("partner", _DROPPED, kept), ("partner", "each partner once", again)]
+        rules.append(("rank", "each rank once", self._marked(columns["rank"], _AS_RANK)))
+        _raise_first(rules, columns, self._rows)
+        self._rows, self._last = self._rows + len(index), int(index[-1]) if len(index) else self._last
 
     def end(self) -> None:
-        """Do nothing if no partner of an early row is kept by a later one.
+        """Do nothing if no partner of an early row is kept by a row added later.
 
         Raises:
             MismatchError: one is; names it.
@@ -445,10 +499,14 @@ class Blocks:
                 )
 
     def _marked(self, places: Integer[np.ndarray, " rows"], mark: np.unsignedinteger) -> Bool[np.ndarray, " rows"]:
-        """Mark some samples or ranks; return which of them had that mark already."""
-        again = self._used[places] & mark != 0
+        """Mark some samples or ranks; return which of them had that mark already, or stand there again."""
+        again: np.ndarray = self._used[places] & mark != 0
         self._used[places] |= mark
-        return again | _repeated(places)
+        ascending = np.sort(places)
+        if (ascending[1:] == ascending[:-1]).any():  # seldom, and where not, quickly seen
+            order = np.argsort(places, kind="stable")
+            again[order[1:]] |= ascending[1:] == ascending[:-1]
+        return again
 
 
 def _read_only(name: str, array: Any, kind: type, rows: int) -> np.ndarray:
@@ -473,18 +531,28 @@ def _document(schema: pa.Schema, path: Path) -> dict[str, Any]:
     return document
 
 
-def _cells_of(manifest: Manifest, span: parquet.Span) -> Iterator[pa.Table]:
-    start, stop = np.searchsorted(manifest.index, [span.first, span.stop]).tolist()
-    for first in range(start, stop, parquet.ROWS):
-        some = slice(first, min(first + parquet.ROWS, stop))
-        yield cells({name: column[some] for name, column in manifest.columns().items()})
+def _facts(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts in a document whose digest was checked; what they hold was not."""
+    counts = document["class_counts"]
+    known = {name: document[name] for name in FACTS}
+    return {**known, "class_counts": tuple(counts) if isinstance(counts, list) else counts}
+
+
+def _until(stop: int, blocks: Iterator[Columns], waiting: list[Columns]) -> Iterator[Columns]:
+    """Yield the rows of samples before `stop`; those of a block that goes on are left `waiting` for the next call."""
+    while (columns := waiting.pop() if waiting else next(blocks, None)) is not None:
+        here = int(np.searchsorted(columns["index"], stop))
+        yield {name: column[:here] for name, column in columns.items()}
+        if here < len(columns["index"]):
+            waiting.append({name: column[here:] for name, column in columns.items()})
+            return
 
 
 def _checked(reader: parquet.Table, document: Mapping[str, Any], path: Path) -> Iterator[dict[str, np.ndarray]]:
     """Yield the columns of each row group, then hold all of them against the digest."""
     rows, digest = 0, parquet.Digest(ARRAYS)
     for table in reader.groups():
-        columns = arrays(table, path, rows)
+        columns = {name: _column(table, name, path, rows) for name in ARRAYS}
         digest.add(columns)
         rows += table.num_rows
         yield columns
@@ -497,19 +565,28 @@ def _checked(reader: parquet.Table, document: Mapping[str, Any], path: Path) -> 
         )
 
 
-def _joined(blocks: list[np.ndarray], kind: type) -> np.ndarray:
-    return blocks[0] if len(blocks) == 1 else np.concatenate([np.empty(0, kind), *blocks])
+def _joined(blocks: list[Columns]) -> dict[str, Any]:
+    return {
+        name: np.concatenate([np.empty(0, kind), *(block[name] for block in blocks)]) for name, kind in ARRAYS.items()
+    }
 
 
 def _column(table: pa.Table, name: str, path: Path, first: int) -> np.ndarray:
-    """Return a column of some rows, `first` rows after the beginning of the file."""
+    """Return a column of some rows, `first` rows after the beginning of the file; `mixed` is read of `part`.
+
+    Raises:
+        CorruptionError: a cell is empty, or of an unknown part.
+    """
     if name != "mixed":
-        return _filled(table, name, {"partner": -1, "value": 0}.get(name), path)
+        column = table.column(name)
+        column = column.fill_null({"partner": -1, "value": 0}[name]) if name in ("partner", "value") else column
+        if column.null_count:
+            raise CorruptionError(f"{path} was changed after it was written: '{name}' has empty cells; write it again")
+        return column.to_numpy()
     part = table.column("part").unify_dictionaries().combine_chunks()
-    names = part.dictionary.to_pylist()
     codes = part.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    mixed: np.ndarray = codes == (names.index(MIXED) if MIXED in names else -2)
-    known = mixed | (codes == (names.index(KEPT) if KEPT in names else -2))
+    names = np.array([*part.dictionary.to_pylist(), None], object)  # whose last stands for an empty cell
+    mixed, known = names[codes] == MIXED, np.isin(names, [KEPT, MIXED])[codes]
     if not known.all():
         row = int(np.argmin(known))
         raise CorruptionError(
@@ -518,20 +595,11 @@ def _column(table: pa.Table, name: str, path: Path, first: int) -> np.ndarray:
     return mixed
 
 
-def _filled(table: pa.Table, name: str, fill: int | None, path: Path) -> np.ndarray:
-    column = table.column(name)
-    if fill is not None:
-        column = column.fill_null(fill)
-    if column.null_count:
-        raise CorruptionError(f"{path} was changed after it was written: '{name}' has empty cells; write it again")
-    return column.to_numpy()
-
-
-def _own_rules(columns: Columns, count: int, last: int = -1) -> Iterator[Rule]:
+def _own_rules(columns: Columns, count: int, last: int) -> Iterator[Rule]:
     """Yield the rules that a row keeps or breaks by itself, or with the row before it (`last` is the index before)."""
     index, samples = columns["index"], f"a sample in [0, {count})"
     yield "index", samples, (index < 0) | (index >= count)
-    yield "index", _IN_ORDER, np.diff(index, prepend=last) <= 0
+    yield "index", "ascending order, each sample once", np.diff(index, prepend=last) <= 0
     partner, mixed = columns["partner"], columns["mixed"]
     yield "partner", f"none (-1) in {KEPT}", ~mixed & (partner != -1)
     yield "partner", f"{samples} in {MIXED}", mixed & ((partner < 0) | (partner >= count))
@@ -545,24 +613,6 @@ def _own_rules(columns: Columns, count: int, last: int = -1) -> Iterator[Rule]:
     yield "weight", "a finite number above 0", ~(np.isfinite(weight) & (weight > 0))
 
 
-def _set_rules(columns: Columns) -> Iterator[Rule]:
-    """Yield the rules between any two rows of a whole set."""
-    partner, mixed = columns["partner"], columns["mixed"]
-    yield "partner", _DROPPED, mixed & np.isin(partner, columns["index"])
-    yield "partner", _PARTNER_ONCE, mixed & _repeated(partner, partner[mixed])
-    yield "rank", _RANK_ONCE, _repeated(columns["rank"])
-
-
-def _repeated(array: Shaped[np.ndarray, " rows"], of: Shaped[np.ndarray, " some"] | None = None) -> np.ndarray:
-    """Return which stand there again, after their first row; none, quickly, where those of interest (`of`) differ."""
-    ascending = np.sort(array if of is None else of)
-    repeated = np.zeros(len(array), np.bool_)
-    if (ascending[1:] == ascending[:-1]).any():
-        order = np.argsort(array, kind="stable")
-        repeated[order[1:]] = array[order][1:] == array[order][:-1]
-    return repeated
-
-
 def _raise_first(rules: list[Rule], columns: Columns, before: int) -> None:
     """Raise for the first row that breaks a rule; `before` is the number of rows before these."""
     broken = [(int(np.argmax(bad)), column, expected) for column, expected, bad in rules if bad.any()]
@@ -572,33 +622,3 @@ def _raise_first(rules: list[Rule], columns: Columns, before: int) -> None:
             f"manifest row {before + row}, index {columns['index'][row]}: expected {column} to be {expected}, "
             f"found {columns[column][row]}"
         )
-
-
-def _require_types(facts: Facts) -> None:
-    for name, kinds in FACTS.items():
-        found = getattr(facts, name)
-        parts = found if isinstance(found, tuple) else ()
-        if not isinstance(found, kinds) or not all(isinstance(part, int) for part in parts):
-            wanted = " or ".join(_TYPE_NAMES.get(kind, kind.__name__) for kind in kinds)
-            raise MismatchError(f"manifest field '{name}': expected {wanted}, found {found!r}")
-
-
-def _require_facts(facts: Facts, rows: int, mixed: int) -> None:
-    counts = facts.class_counts
-    for name, expected, good in (
-        ("count", f"at least its {rows} rows", facts.count >= rows),
-        ("stage", "0 or more", facts.stage >= 0),
-        ("keep", "a share in (0, 1]", 0 < facts.keep <= 1),
-        ("keep", f"a share of {facts.count} that its {rows} rows do not exceed", _fits_share(facts, rows)),
-        ("dropped", "at least the number of mixed rows", facts.dropped >= mixed),
-        ("dropped", "no more than are not kept", facts.dropped <= facts.count - rows),
-        ("class_counts", "0 or more of each class", all(number >= 0 for number in counts)),
-        ("class_counts", f"{rows} in all, or nothing", not counts or sum(counts) == rows),
-    ):
-        if not good:
-            raise MismatchError(f"manifest field '{name}': expected {expected}, found {getattr(facts, name)}")
-
-
-def _fits_share(facts: Facts, rows: int) -> bool:
-    """Fewer rows than the share are fine: where samples were skipped, fewer are left than it allows."""
-    return not 0 < facts.keep <= 1 or rows <= kept_count(facts.keep, facts.count)

@@ -3,16 +3,16 @@
 Scores are packed with their positions into 64-bit words, which are sorted in place.
 """
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64, Integer, UInt32, UInt64
+from jaxtyping import Float32, Float64, Int64, Integer, UInt32
 
-from kcdcache.condense.manifest import Facts, plain
-from kcdcache.condense.value_files import Block
-from kcdcache.errors import NonFiniteError, SettingsError
+from kcdcache.condense.manifest import Draft, Facts, Samples, Totals, plain
+from kcdcache.condense.value_files import Block, Source
+from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.settings import CondenseSettings, nearest
 
 MOST_POSITIONS = 2**32
@@ -25,27 +25,10 @@ _LOW = np.uint64(MOST_POSITIONS - 1)
 
 
 def keys(score: Float32[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
-    """Return 32-bit keys that are in ascending order where the scores are in descending order, -0 equal to 0.
-
-    Raises:
-        NonFiniteError: a score is NaN; infinities are fine.
-    """
-    if np.isnan(score).any():
-        raise NonFiniteError(f"the score at position {np.argmax(np.isnan(score))} is NaN, expected a number")
+    """Return 32-bit keys, ascending where the scores, none of them NaN, descend; -0 equals 0."""
     bits = (score + np.float32(0)).view(np.uint32)  # adding 0 makes -0 and +0 tie
     flipped = (bits.view(np.int32) >> 31).view(np.uint32) | np.uint32(1 << 31)  # all bits of negative numbers
     return ~(bits ^ flipped)
-
-
-def order_of(score: Float32[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
-    """Return positions from the highest score to the lowest, ties by position, as a `Ranker` orders them.
-
-    Raises:
-        NonFiniteError: a score is NaN; infinities are fine.
-    """
-    ranker = Ranker(len(score))
-    ranker.add(np.arange(len(score)), score)
-    return ranker.ranked()[0].astype(np.int64)
 
 
 class Ranker:
@@ -63,13 +46,14 @@ class Ranker:
         self._filled = 0
 
     def add(self, index: Integer[np.ndarray, " n"], score: Float32[np.ndarray, " n"]) -> None:
-        """Take the scores of some more samples.
-
-        Raises:
-            NonFiniteError: a score is NaN.
-        """
-        pack(self._words[self._filled : self._filled + len(index)], score, index)
+        """Take the scores of some more samples; none is NaN."""
+        words = self._words[self._filled : self._filled + len(index)]
         self._filled += len(index)
+        for start in range(0, len(words), _AT_ONCE):
+            some = slice(start, start + _AT_ONCE)
+            words[some] = keys(score[some])
+            words[some] <<= np.uint64(32)
+            words[some] |= index[some].astype(np.uint64)
 
     def ranked(self) -> tuple[UInt32[np.ndarray, " n"], UInt32[np.ndarray, " count"]]:
         """Return the samples from the highest score to the lowest, ties by index, and room for one number for each.
@@ -82,23 +66,6 @@ class Ranker:
         for start in range(0, len(words), _AT_ONCE):  # always behind what is still to be read
             halves[start : min(start + _AT_ONCE, len(words))] = words[start : start + _AT_ONCE] & _LOW
         return halves[: len(words)], halves[len(self._words) :]
-
-
-def pack(words: UInt64[np.ndarray, " n"], score: Float32[np.ndarray, " n"], index: Integer[np.ndarray, " n"]) -> None:
-    """Fill words with the key of each score above the index, so that they sort as a `Ranker` does.
-
-    Raises:
-        NonFiniteError: a score is NaN.
-    """
-    for start in range(0, len(words), _AT_ONCE):
-        some = slice(start, start + _AT_ONCE)
-        try:
-            words[some] = keys(score[some])
-        except NonFiniteError:
-            keys(score)  # names the position in all of them
-            raise
-        words[some] <<= np.uint64(32)
-        words[some] |= index[some].astype(np.uint64)
 
 
 def numbered(groups: Integer[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]:
@@ -115,24 +82,28 @@ def numbered(groups: Integer[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Outline:
-    """The sizes of a condensed set, and what it was made by."""
+class Outline(ABC):
+    """A condensed set whose rows are known before they are written down: its sizes, and what it was made by."""
 
+    samples: Samples
+    settings: CondenseSettings
+    stage: int
+    keep: float
+    parent: str | None
     kept: int
     pairs: int
     """kept samples with a dropped one mixed in: those of the lowest places"""
     dropped: int
     """size of K_0"""
-    settings: CondenseSettings
-    count: int
-    stage: int
-    keep: float
-    parent: str | None
 
     @property
     def first(self) -> int:
         """The first place into whose sample another is mixed."""
         return self.kept - self.pairs
+
+    @abstractmethod
+    def columns(self, block: Block) -> dict[str, np.ndarray]:
+        """Return the rows of the kept ones among some samples, ascending, as the columns of a manifest."""
 
     def rows(
         self, block: Block, inside: Int64[np.ndarray, " rows"], place: Int64[np.ndarray, " rows"],
@@ -151,13 +122,39 @@ class Outline:
         visits, value = block.values.visits[inside], block.values.value[inside]
         return {**columns, "visits": visits, "value": np.where(visits > 0, value, np.float32(0))}
 
-    def facts(self, **others: Any) -> Facts:
-        """Return what the manifest says beside its rows, with what only the caller knows."""
-        rule = {name: getattr(self.settings, name) for name in CondenseSettings.model_fields}
-        return Facts(
-            count=self.count, stage=self.stage, keep=self.keep, dropped=self.dropped, rule=rule, parent=self.parent,
-            **others,
-        )  # fmt: skip
+    def draft(self, source: Source) -> Draft:
+        """Return the set as rows to write; `source` holds the values it was planned by, and perhaps labels.
+
+        Raises (when the rows pass):
+            CorruptionError, NonFiniteError: the source was changed since.
+            MismatchError: so much that there are more or fewer rows than were planned.
+        """
+        counts = np.zeros(self.samples.classes if source.labelled else 0, np.int64)
+
+        def blocks() -> Iterator[dict[str, np.ndarray]]:
+            nonlocal counts
+            for block in source.blocks():
+                columns = self.columns(block)
+                if block.labels is not None:
+                    more = np.bincount(block.labels[columns["index"] - block.first], minlength=len(counts))
+                    more[: len(counts)] += counts
+                    counts = more
+                yield columns
+
+        def facts(totals: Totals) -> Facts:
+            if (totals.rows, totals.mixed) != (self.kept, self.pairs):
+                raise MismatchError(
+                    f"{totals.rows} rows were written, {totals.mixed} of them mixed, expected {self.kept} and "
+                    f"{self.pairs}: the values were changed meanwhile; run the same command again"
+                )
+            rule = {name: getattr(self.settings, name) for name in CondenseSettings.model_fields}
+            return Facts(
+                knowledge_id=self.samples.knowledge_id, count=self.samples.count, stage=self.stage, keep=self.keep,
+                dropped=self.dropped, rule=rule, parent=self.parent, values=source.fingerprint(),
+                class_counts=tuple(counts.tolist()), data_digest=self.samples.data_digest,
+            )  # fmt: skip
+
+        return Draft(self.samples.count, blocks(), facts)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -170,10 +167,6 @@ class Plan(Outline):
     """what is mixed into the kept samples from place `first` on"""
     rank: Int64[np.ndarray, " kept"] | None
     """rank by place, where that is not the place itself"""
-
-    def index(self) -> Int64[np.ndarray, " kept"]:
-        """Return the kept samples, ascending."""
-        return np.flatnonzero(self.places < self.kept)
 
     def columns(self, block: Block) -> dict[str, np.ndarray]:
         """Return the rows of the kept ones among some samples, ascending, as the columns of a manifest."""

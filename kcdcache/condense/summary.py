@@ -2,15 +2,14 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int64, Integer, UInt32, UInt64
 
 from kcdcache import rng
 from kcdcache.condense import ranking
-from kcdcache.condense.manifest import Manifest, class_counts, plain
+from kcdcache.condense.manifest import Manifest, Samples, unranked
 from kcdcache.condense.ranking import Plan, numbered
 from kcdcache.condense.schedule import kept_count
 from kcdcache.condense.value_files import Held, Source
@@ -20,7 +19,9 @@ from kcdcache.settings import CondenseSettings
 
 logger = logging.getLogger(__name__)
 
-NOBODY = np.empty(0, np.int64)
+STARVED = 0.1
+"""of its share of the set: a class that keeps less is told of"""
+_NONE = np.empty(0, np.int64)
 
 
 class Partition(NamedTuple):
@@ -34,112 +35,72 @@ class Partition(NamedTuple):
     """rank of each kept sample among all candidates; None where it is the place among the kept"""
 
 
-STARVED = 0.1
-"""of its share of the set: a class that keeps less is told of"""
-
-
 def condense(
-    values: Values,
-    settings: CondenseSettings,
-    *,
-    knowledge_id: str,
-    count: int,
-    stage: int,
-    keep: float,
-    labels: Int64[np.ndarray, " n"] | None = None,
-    classes: int | None = None,
+    values: Values, settings: CondenseSettings, samples: Samples, *, stage: int, keep: float,
     previous: Manifest | None = None,
-    data_digest: str | None = None,
-    excluded: Int64[np.ndarray, " excluded"] = NOBODY,
-) -> Manifest:
+) -> Manifest:  # fmt: skip
     """Return the manifest that `stage` trains on: the floor(keep N) best samples, dropped ones mixed into the lowest.
 
-    `previous` is the manifest the values were last updated on; None stands for all samples. The samples `excluded`
-    (those the store skipped) are no candidates: never kept, never mixed in. `keep` stays a share of all `count`
-    samples; where that is more than are left, all that are left are kept.
+    `previous` is the manifest the values were last updated on; None stands for all samples. Those the store skipped
+    are no candidates. `keep` stays a share of all samples; where that is more than are left, all that are left are
+    kept.
 
     Raises:
-        MismatchError: values, labels or previous are not of `count` samples.
+        MismatchError: values, labels or previous are not of as many samples as there are.
         SettingsError: no sample or more samples than candidates would be kept, or stratify lacks labels.
         NonFiniteError: a visited sample's value is not finite.
 
     Source: sections 3.3 and 3.4, Eq. 8 and 13 to 15 of Knowledge Condensation Distillation (arXiv 2207.05409).
     """
-    _require_lengths(count, values, labels, previous)
-    source = Held(values, labels)
-    made = plan(source, settings, count=count, stage=stage, keep=keep, previous=previous, excluded=excluded)
-    counts = class_counts(made.index(), labels, classes)
-    _tell_starved(counts, class_counts(np.arange(count), labels, classes), keep)
-    columns = _joined([made.columns(block) for block in source.blocks()])
-    facts = made.facts(
-        knowledge_id=knowledge_id, values=source.fingerprint(), data_digest=data_digest, class_counts=counts
-    )
-    return Manifest(**columns, **{item.name: getattr(facts, item.name) for item in fields(facts)})
+    _require_lengths(samples, values, previous)
+    source = Held(values, samples.labels)
+    made = plan(source, settings, samples, stage=stage, keep=keep, previous=previous).draft(source).held()
+    _tell_starved(made.class_counts, samples.class_counts(np.arange(samples.count)), keep)
+    return made
 
 
 def plan(
-    source: Source,
-    settings: CondenseSettings,
-    *,
-    count: int,
-    stage: int,
-    keep: float,
+    source: Source, settings: CondenseSettings, samples: Samples, *, stage: int, keep: float,
     previous: Manifest | None = None,
-    excluded: Int64[np.ndarray, " excluded"] = NOBODY,
-) -> Plan:
-    """Return which samples `stage` trains on, in 8 bytes for each of the `count` samples; arguments as for `condense`.
+) -> Plan:  # fmt: skip
+    """Return which samples `stage` trains on, in 8 bytes for each of all samples; arguments as for `condense`.
 
     Rankings at random and `stratify` take more memory: up to 32 bytes a sample.
 
     Raises:
         SettingsError, NonFiniteError: as for `condense`.
     """
-    if settings.stratify and not source.labelled:
-        raise SettingsError("stratify needs the label of every sample; give a values file with a 'label' column")
+    require_labelled(source, settings)
     competing = previous if settings.candidates == "current" else None
-    order, room = _ranked(source, settings, count, competing, excluded, stage)
-    size = size_of(keep, count, len(order), count - len(excluded))
+    order, room = _ranked(source, settings, samples, competing, stage)
+    size = size_of(keep, samples, len(order))
     split = partition(order, size, _labels(source) if settings.stratify else None)
-    used = K0[settings.k0](len(split.dropped), (len(previous) if previous else count) - len(split.kept))
+    used = K0[settings.k0](len(split.dropped), (len(previous) if previous else samples.count) - len(split.kept))
     dropped = split.dropped[:used]
     tell(size, len(dropped), settings)
-    low, partner = pair(split.kept, dropped) if settings.augment_kept else (NOBODY, NOBODY)
+    low, partner = pair(split.kept, dropped) if settings.augment_kept else (_NONE, _NONE)
     return Plan(
-        places=_places(split.kept, room), partner=partner, rank=split.rank, kept=size, pairs=len(low),
-        dropped=len(dropped), settings=settings, count=count, stage=stage, keep=keep,
-        parent=previous.digest if previous else None,
+        samples=samples, settings=settings, stage=stage, keep=keep, parent=previous.digest if previous else None,
+        kept=size, pairs=len(low), dropped=len(dropped), places=_places(split.kept, room), partner=partner,
+        rank=split.rank,
     )  # fmt: skip
 
 
-def random_stage(
-    *,
-    knowledge_id: str,
-    count: int,
-    keep: float,
-    seed: int,
-    labels: Int64[np.ndarray, " n"] | None = None,
-    classes: int | None = None,
-    previous: Manifest | None = None,
-    data_digest: str | None = None,
-    excluded: Int64[np.ndarray, " excluded"] = NOBODY,
-) -> Manifest:
+def random_stage(samples: Samples, *, keep: float, seed: int, previous: Manifest | None = None) -> Manifest:
     """Return the manifest of a stage 0 without any values: floor(keep N) samples at random, nothing mixed.
 
-    The samples `excluded` (those the store skipped) are never kept.
+    Those the store skipped are never kept.
 
     Raises:
         SettingsError: no sample, or more than `previous` has, would be kept.
     """
-    order = _shuffled(_candidates(count, previous, excluded), seed, rng.STAGE0, 0)
-    size = size_of(keep, count, len(order), count - len(excluded))
+    order = _shuffled(_candidates(samples, previous), seed, rng.STAGE0, 0)
+    size = size_of(keep, samples, len(order))
     chosen = np.argsort(order[:size])
-    index = order[:size][chosen]
-    return Manifest(
-        **plain(index), rank=chosen, value=np.zeros(size, np.float32), visits=np.zeros(size, np.int32),
-        knowledge_id=knowledge_id, count=count, stage=0, keep=keep, dropped=len(order) - size,
+    return unranked(
+        samples, order[:size][chosen], chosen, keep=keep, dropped=len(order) - size,
         rule={"ranking": "random", "augment_kept": False, "condense_seed": seed},
-        parent=previous.digest if previous else None, data_digest=data_digest,
-        class_counts=class_counts(index, labels, classes),
+        parent=previous.digest if previous else None,
     )  # fmt: skip
 
 
@@ -181,12 +142,11 @@ K0: dict[str, Callable[[int, int], int]] = {
 """How many dropped points are K_0, the best of them: (how many there are, by how many the set shrinks) -> K_0."""
 
 
-def _require_lengths(
-    count: int, values: Values, labels: Int64[np.ndarray, " n"] | None, previous: Manifest | None
-) -> None:
+def _require_lengths(samples: Samples, values: Values, previous: Manifest | None) -> None:
+    count = samples.count
     for name, found in (
         ("values", len(values.visits)),
-        ("labels", count if labels is None else len(labels)),
+        ("labels", count if samples.labels is None else len(samples.labels)),
         ("the previous manifest", count if previous is None else previous.count),
     ):
         if found != count:
@@ -195,13 +155,24 @@ def _require_lengths(
             )
 
 
-def size_of(keep: float, count: int, candidates: int, usable: int) -> int:
-    """Return how many samples are kept: floor(keep * count), of which `candidates` compete and `usable` have outputs.
+def require_labelled(source: Source, settings: CondenseSettings) -> None:
+    """Do nothing if every sample has a label, or none is needed.
+
+    Raises:
+        SettingsError: labels are missing.
+    """
+    if settings.stratify and not source.labelled:
+        raise SettingsError("stratify needs the label of every sample; give a values file with a 'label' column")
+
+
+def size_of(keep: float, samples: Samples, candidates: int) -> int:
+    """Return how many samples are kept: floor(keep N) or as many as have outputs; `candidates` compete.
 
     Raises:
         SettingsError: that is none, or more than compete.
     """
-    size = min(kept_count(keep, count), usable)
+    count = samples.count
+    size = min(kept_count(keep, count), count - len(samples.excluded))
     if size < 1:
         raise SettingsError(f"keep {keep} of {count} samples keeps none; raise keep to at least {1 / max(count, 1):g}")
     if size > candidates:
@@ -212,24 +183,21 @@ def size_of(keep: float, count: int, candidates: int, usable: int) -> int:
     return size
 
 
-def _candidates(
-    count: int, within: Manifest | None, excluded: Int64[np.ndarray, " excluded"]
-) -> Int64[np.ndarray, " candidates"]:
-    everyone = np.arange(count) if within is None else within.index
-    return np.setdiff1d(everyone, excluded, assume_unique=True)  # 10^7 samples: 0.02 s instead of 13.5
+def _candidates(samples: Samples, within: Manifest | None) -> Int64[np.ndarray, " candidates"]:
+    everyone = np.arange(samples.count) if within is None else within.index
+    return np.setdiff1d(everyone, samples.excluded, assume_unique=True)  # 10^7 samples: 0.02 s instead of 13.5
 
 
 def _ranked(
-    source: Source, settings: CondenseSettings, count: int, within: Manifest | None,
-    excluded: Int64[np.ndarray, " excluded"], stage: int,
-) -> tuple[Integer[np.ndarray, " candidates"], UInt32[np.ndarray, " n"]]:  # fmt: skip
+    source: Source, settings: CondenseSettings, samples: Samples, within: Manifest | None, stage: int
+) -> tuple[Integer[np.ndarray, " candidates"], UInt32[np.ndarray, " n"]]:
     """Return the candidates, best first, and room for a number for each sample."""
     if settings.ranking == "random":
-        order = _shuffled(_candidates(count, within, excluded), settings.condense_seed, rng.RANKING, stage)
-        return order, np.empty(count, np.uint32)
-    ranker = ranking.Ranker(count)
-    everyone = within is None and not len(excluded)
-    competing = None if everyone else _candidates(count, within, excluded)
+        order = _shuffled(_candidates(samples, within), settings.condense_seed, rng.RANKING, stage)
+        return order, np.empty(samples.count, np.uint32)
+    ranker = ranking.Ranker(samples.count)
+    everyone = within is None and not len(samples.excluded)
+    competing = None if everyone else _candidates(samples, within)
     for block in source.blocks():
         scores = score(block.values, settings.cost_exponent, settings.unseen, block.first)
         index = np.arange(block.first, block.first + len(scores))
@@ -250,11 +218,7 @@ def _places(kept: Integer[np.ndarray, " kept"], room: UInt32[np.ndarray, " n"]) 
 
 
 def _labels(source: Source) -> Int64[np.ndarray, " n"]:
-    return np.concatenate([NOBODY, *(block.labels for block in source.blocks() if block.labels is not None)])
-
-
-def _joined(blocks: list[dict[str, np.ndarray]]) -> dict[str, Any]:
-    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    return np.concatenate([_NONE, *(block.labels for block in source.blocks() if block.labels is not None)])
 
 
 def _shuffled(index: Int64[np.ndarray, " n"], seed: int, purpose: int, stage: int) -> Int64[np.ndarray, " n"]:

@@ -319,7 +319,7 @@ KINDS: Mapping[str, Kind] = {
     "manifest": Kind(
         lambda path: _is_table(path) and manifest.METADATA_KEY in parquet.metadata_keys(path),
         lambda path: manifest.summary(manifest.read(path)),
-        manifest.read_digest,
+        lambda path: manifest.read_head(path).digest,
     ),
     "values": Kind(_is_table, _values, _values_id),
     "network": Kind(

@@ -1,14 +1,14 @@
 """Algorithm 1: train a stage, condense, next stage; the only place where training and condensation meet."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from kcdcache.condense import manifest, schedule, summary, value_files
-from kcdcache.condense.manifest import Manifest
+from kcdcache.condense.manifest import Manifest, Samples
 from kcdcache.condense.schedule import Stage
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.files import cloud, timing
@@ -154,39 +154,36 @@ def _manifest_for(run: Run, stage: Stage) -> Manifest:
         found = manifest.read(path)
         manifest.require_knowledge(found, knowledge.knowledge_id)
         return found
-    known: dict[str, Any] = {
-        "knowledge_id": knowledge.knowledge_id,
-        "count": knowledge.count,
-        "labels": run.material.data.train.labels,
-        "classes": len(run.material.data.classes),
-        "data_digest": knowledge.knowledge.data.digest,
-        "excluded": knowledge.skipped,
-    }
-    made = MAKERS[stage.source](run, stage, known)
+    data = run.material.data
+    samples = Samples(
+        knowledge.knowledge_id, knowledge.count, data.train.labels, len(data.classes),
+        knowledge.knowledge.data.digest, knowledge.skipped,
+    )  # fmt: skip
+    made = MAKERS[stage.source](run, stage, samples)
     write_manifest(run.folder, path, made)
     return made
 
 
-def _full(run: Run, stage: Stage, known: Mapping[str, Any]) -> Manifest:
-    return manifest.full(**known)
+def _full(run: Run, stage: Stage, samples: Samples) -> Manifest:
+    return manifest.full(samples)
 
 
-def _given(run: Run, stage: Stage, known: Mapping[str, Any]) -> Manifest:
+def _given(run: Run, stage: Stage, samples: Samples) -> Manifest:
     assert run.material.given is not None
     return run.material.given
 
 
-def _random(run: Run, stage: Stage, known: Mapping[str, Any]) -> Manifest:
+def _random(run: Run, stage: Stage, samples: Samples) -> Manifest:
     seed, previous = run.settings.condense_seed, run.material.given
-    return summary.random_stage(keep=stage.keep, seed=seed, previous=previous, **known)
+    return summary.random_stage(samples, keep=stage.keep, seed=seed, previous=previous)
 
 
-def _condensed(run: Run, stage: Stage, known: Mapping[str, Any]) -> Manifest:
+def _condensed(run: Run, stage: Stage, samples: Samples) -> Manifest:
     """Condense the values at the end of the stage before (the E-step)."""
     before = stage.number - 1
-    values = value_files.read(run.folder.stage_values(before), known["count"]).values
+    values = value_files.read(run.folder.stage_values(before), samples.count).values
     previous = manifest.read(run.folder.manifest(before))
-    return summary.condense(values, run.settings, stage=stage.number, keep=stage.keep, previous=previous, **known)
+    return summary.condense(values, run.settings, samples, stage=stage.number, keep=stage.keep, previous=previous)
 
 
 MAKERS = {"full": _full, "given": _given, "random": _random, "condensed": _condensed}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kcdcache.condense import manifest
+from kcdcache.condense.manifest import Samples
 from kcdcache.data.datasets import Dataset
 from kcdcache.files import run_files, timing
 from kcdcache.methods import registry as methods_registry
@@ -86,8 +87,8 @@ def run(
 
 def _source(data: Dataset, settings: FitSettings) -> Source:
     rule = rules.rule_from(settings, data.train.image_size)
-    whole = manifest.full(data.identity().digest, len(data.train), data.train.labels, len(data.classes))
-    return Source(data=data, rule=rule, views=rules.cycle(rule, settings.views), manifest=whole)
+    samples = Samples(data.identity().digest, len(data.train), data.train.labels, len(data.classes))
+    return Source(data=data, rule=rule, views=rules.cycle(rule, settings.views), manifest=manifest.full(samples))
 
 
 def _finish(pupil: learner.Learner, data: Dataset, settings: FitSettings, model: str, folder: RunFolder) -> None:

@@ -55,9 +55,8 @@ def rows_of_a_manifest(keep):
     visits = random.choice(np.array([40, 80, 120, 160, 200, 240], np.int32), 1_280_000)
     found = values.Values(visits, random.gamma(1.0, 1.0, len(visits)).astype(np.float32))
     labels = random.integers(0, 1000, len(visits))
-    made = summary.condense(
-        found, settings.CondenseSettings(), knowledge_id="k", count=len(visits), stage=1, keep=keep, labels=labels
-    )
+    samples = manifest.Samples("k", len(visits), labels)
+    made = summary.condense(found, settings.CondenseSettings(), samples, stage=1, keep=keep)
     return manifest.cells(made.columns())
 
 

@@ -61,9 +61,8 @@ def main():
     columns = {"index": np.arange(given.count), "visits": visits, "value": found.value, "label": labels}
     rows = []
     for keep in KEEPS:
-        made = summary.condense(
-            found, settings.CondenseSettings(), knowledge_id="k", count=given.count, stage=1, keep=keep, labels=labels
-        )
+        samples = manifest.Samples("k", given.count, labels)
+        made = summary.condense(found, settings.CondenseSettings(), samples, stage=1, keep=keep)
         what = f"manifest of {len(made)} rows, {made.mixed.mean():.0%} mixed"
         rows += compared(what, manifest.cells(made.columns()), given.repetitions)
     rows += compared(f"values of {given.count} rows", pa.table(columns), given.repetitions)

@@ -52,19 +52,16 @@ def store_of(dataset, path, count_views=2, text="float16"):
 
 def whole(knowledge):
     """The manifest of all samples, unmixed: K_1H only."""
-    return manifest.full(
-        knowledge.knowledge_id, knowledge.count, knowledge.labels, len(knowledge.knowledge.data.classes)
-    )
+    classes = len(knowledge.knowledge.data.classes)
+    return manifest.full(manifest.Samples(knowledge.knowledge_id, knowledge.count, knowledge.labels, classes))
 
 
 def half_mixed(knowledge):
     """The manifest of two thirds of the samples: the other third is mixed into half of those kept."""
     random = np.random.default_rng(1)
     values = Values(visits=np.ones(knowledge.count, np.int32), value=random.random(knowledge.count, np.float32))
-    return summary.condense(
-        values, CondenseSettings(), knowledge_id=knowledge.knowledge_id, count=knowledge.count, stage=1,
-        keep=2 / 3, labels=knowledge.labels,
-    )  # fmt: skip
+    samples = manifest.Samples(knowledge.knowledge_id, knowledge.count, knowledge.labels)
+    return summary.condense(values, CondenseSettings(), samples, stage=1, keep=2 / 3)
 
 
 class Run:

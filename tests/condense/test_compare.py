@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kcdcache.condense import compare, manifest, summary
+from kcdcache.condense.manifest import Samples
 from kcdcache.condense.values import Values
 from kcdcache.errors import MismatchError
 from kcdcache.settings import CondenseSettings
@@ -19,9 +20,9 @@ def a_set(seed, keep=0.5, count=COUNT, unseen=0, **changes):
     random = np.random.default_rng(seed)
     visits = np.ones(count, np.int32)
     visits[:unseen] = 0
-    given = {"knowledge_id": "k", "stage": 1, "labels": np.arange(count) % CLASSES, "classes": CLASSES} | changes
+    given = {"knowledge_id": "k", "labels": np.arange(count) % CLASSES, "classes": CLASSES} | changes
     found = Values(visits=visits, value=random.random(count, np.float32) * (visits > 0))
-    return summary.condense(found, CondenseSettings(), count=count, keep=keep, **given)
+    return summary.condense(found, CondenseSettings(), Samples(count=count, **given), stage=1, keep=keep)
 
 
 def slow_spearman(x, y):
@@ -111,13 +112,13 @@ def test_turned_around_it_says_the_same_of_the_other():
 
 
 def test_what_cannot_be_said_is_none():
-    a, b = a_set(0, labels=None, classes=None), a_set(1)
+    a, b = a_set(0, labels=None), a_set(1)
     assert compare.compare(a, b).class_difference is None
     one = manifest.Manifest(
         **manifest.plain(np.array([3])), rank=np.zeros(1, np.int64), value=np.zeros(1, np.float32),
         visits=np.zeros(1, np.int32), knowledge_id="k", count=COUNT, stage=0, keep=0.5,
     )  # fmt: skip
-    found = compare.compare(one, manifest.full("k", COUNT))
+    found = compare.compare(one, manifest.full(Samples("k", COUNT)))
     assert (found.both, found.rank_correlation, found.value_correlation) == (1, None, None)
 
 

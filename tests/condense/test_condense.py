@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from kcdcache import rng
 from kcdcache.condense import manifest, schedule, summary, values
-from kcdcache.condense.manifest import Manifest
-from kcdcache.condense.ranking import epsilons, order_of
+from kcdcache.condense.manifest import Manifest, Samples
+from kcdcache.condense.ranking import Ranker, epsilons
 from kcdcache.condense.summary import condense, pair, partition, random_stage
 from kcdcache.condense.values import Values
 from kcdcache.errors import MismatchError, NonFiniteError, SettingsError
@@ -33,10 +33,8 @@ def distinct(count: int) -> Values:
 def run(
     known: Values, keep: float, previous: Manifest | None = None, labels: Any = None, excluded: Any = (), **options: Any
 ) -> Manifest:
-    return condense(
-        known, CondenseSettings(**options), knowledge_id=KNOWLEDGE, count=len(known.visits), stage=2, keep=keep,
-        labels=labels, previous=previous, excluded=np.array(excluded, np.int64),
-    )  # fmt: skip
+    samples = Samples(KNOWLEDGE, len(known.visits), labels, excluded=np.array(excluded, np.int64))
+    return condense(known, CondenseSettings(**options), samples, stage=2, keep=keep, previous=previous)
 
 
 def rows_of(made: Manifest) -> list[tuple]:
@@ -159,13 +157,10 @@ def parent_of(case: dict[str, Any]) -> Manifest | None:
 @given(st.lists(st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, math.inf, -math.inf])))
 @settings(max_examples=100, deadline=None)
 def test_order_is_descending_with_ties_by_position(scores: list[float]) -> None:
+    ranker = Ranker(len(scores))
+    ranker.add(np.arange(len(scores)), np.array(scores, np.float32))
     expected = sorted(range(len(scores)), key=lambda position: (-scores[position], position))
-    assert order_of(np.array(scores, np.float32)).tolist() == expected
-
-
-def test_order_refuses_nan() -> None:
-    with pytest.raises(NonFiniteError, match="score at position 1 is NaN"):
-        order_of(np.array([0, np.nan], np.float32))
+    assert ranker.ranked()[0].tolist() == expected
 
 
 def test_pairs_meet_in_rank_order() -> None:
@@ -228,15 +223,14 @@ def chain(stages: tuple[schedule.Stage, ...]) -> list[Manifest]:
     random, made = np.random.default_rng(0), []
     for stage in stages:
         known = Values(np.full(50000, stage.start, np.int32), random.random(50000, dtype=np.float32))
-        common = {"knowledge_id": KNOWLEDGE, "count": 50000, "keep": stage.keep}
-        makers = {
-            "full": lambda: manifest.full(KNOWLEDGE, 50000),
-            "random": lambda common=common: random_stage(**common, seed=0),
-            "condensed": lambda stage=stage, known=known, common=common: condense(
-                known, CondenseSettings(), **common, stage=stage.number, previous=made[-1]
-            ),
-        }
-        made.append(makers[stage.source]())
+        samples = Samples(KNOWLEDGE, 50000)
+        if stage.source == "full":
+            made.append(manifest.full(samples))
+        elif stage.source == "random":
+            made.append(random_stage(samples, keep=stage.keep, seed=0))
+        else:
+            more = {"stage": stage.number, "keep": stage.keep, "previous": made[-1]}
+            made.append(condense(known, CondenseSettings(), samples, **more))
     return made
 
 
@@ -271,8 +265,8 @@ def test_random_ranking_differs_by_seed_and_stage_and_not_by_values() -> None:
     one = run(distinct(200), 0.5, **options)
     assert run(values.start(200), 0.5, **options).index.tolist() == one.index.tolist()
     assert run(distinct(200), 0.5, **{**options, "condense_seed": 2}).index.tolist() != one.index.tolist()
-    settings_, common = CondenseSettings(**options), {"knowledge_id": KNOWLEDGE, "count": 200, "keep": 0.5}
-    assert condense(distinct(200), settings_, **common, stage=3).index.tolist() != one.index.tolist()
+    later = condense(distinct(200), CondenseSettings(**options), Samples(KNOWLEDGE, 200), stage=3, keep=0.5)
+    assert later.index.tolist() != one.index.tolist()
 
 
 def test_same_input_gives_the_same_file(tmp_path: Path) -> None:
@@ -282,8 +276,8 @@ def test_same_input_gives_the_same_file(tmp_path: Path) -> None:
 
 
 def test_random_stage_keeps_a_seeded_sample_without_mixes() -> None:
-    common = {"knowledge_id": KNOWLEDGE, "count": 1000, "keep": 0.5, "labels": np.arange(1000) % 2, "classes": 2}
-    one, again, other = (random_stage(**common, seed=seed) for seed in (0, 0, 1))
+    samples = Samples(KNOWLEDGE, 1000, np.arange(1000) % 2, 2)
+    one, again, other = (random_stage(samples, keep=0.5, seed=seed) for seed in (0, 0, 1))
     assert one.digest == again.digest
     assert one.index.tolist() != other.index.tolist()
     assert (len(one), one.mixed.any(), one.dropped, sum(one.class_counts)) == (500, False, 500, 500)
@@ -292,7 +286,7 @@ def test_random_stage_keeps_a_seeded_sample_without_mixes() -> None:
 
 def test_random_stage_of_a_given_set_stays_inside_it() -> None:
     given_set = run(distinct(100), 0.6)
-    made = random_stage(knowledge_id=KNOWLEDGE, count=100, keep=0.3, seed=0, previous=given_set)
+    made = random_stage(Samples(KNOWLEDGE, 100), keep=0.3, seed=0, previous=given_set)
     assert set(made.index.tolist()) < set(given_set.index.tolist())
     assert made.parent == given_set.digest
 
@@ -312,13 +306,13 @@ def test_stratify_needs_every_label() -> None:
 
 
 def test_inputs_of_another_count_are_refused() -> None:
-    common = {"settings": CondenseSettings(), "knowledge_id": KNOWLEDGE, "stage": 1, "keep": 0.5}
+    common = {"settings": CondenseSettings(), "stage": 1, "keep": 0.5}
     with pytest.raises(MismatchError, match="expected values of the knowledge's 4 samples, found 3"):
-        condense(distinct(3), count=4, **common)
+        condense(distinct(3), samples=Samples(KNOWLEDGE, 4), **common)
     with pytest.raises(MismatchError, match="expected labels of the knowledge's 4 samples, found 3"):
-        condense(distinct(4), count=4, labels=np.arange(3), **common)
+        condense(distinct(4), samples=Samples(KNOWLEDGE, 4, np.arange(3)), **common)
     with pytest.raises(MismatchError, match="expected the previous manifest of the knowledge's 4 samples, found 5"):
-        condense(distinct(4), count=4, previous=manifest.full(KNOWLEDGE, 5), **common)
+        condense(distinct(4), samples=Samples(KNOWLEDGE, 4), previous=manifest.full(Samples(KNOWLEDGE, 5)), **common)
 
 
 def test_values_that_are_not_finite_are_refused() -> None:
@@ -337,29 +331,28 @@ def test_skipped_samples_are_left_out_and_keep_stays_a_share_of_all() -> None:
 def test_candidates_are_those_of_numpys_plain_set_difference(count: int, data: Any) -> None:
     excluded = np.array(sorted(data.draw(st.sets(st.integers(0, 80)))), np.int64)
     kept = data.draw(st.sets(st.integers(0, count - 1), min_size=1))
-    common = {"knowledge_id": KNOWLEDGE, "count": count}
-    within = manifest.full(**common, excluded=np.setdiff1d(np.arange(count), sorted(kept)))
+    within = manifest.full(Samples(KNOWLEDGE, count, excluded=np.setdiff1d(np.arange(count), sorted(kept))))
     for everyone, previous in ((np.arange(count), None), (np.array(sorted(kept)), within)):
-        found = summary._candidates(count, previous, excluded)
+        found = summary._candidates(Samples(KNOWLEDGE, count, excluded=excluded), previous)
         assert found.tolist() == np.setdiff1d(everyone, excluded).tolist()
 
 
 def test_where_everything_is_kept_skipped_samples_still_are_not() -> None:
     everything = run(distinct(10), 1.0, excluded=[9, 0])
     assert (everything.index.tolist(), everything.keep) == (list(range(1, 9)), 1.0)
-    common = {"knowledge_id": KNOWLEDGE, "count": 10, "excluded": np.array([0, 9])}
-    assert random_stage(**common, keep=1.0, seed=0).index.tolist() == list(range(1, 9))
-    assert manifest.full(**common).index.tolist() == list(range(1, 9))
+    samples = Samples(KNOWLEDGE, 10, excluded=np.array([0, 9]))
+    assert random_stage(samples, keep=1.0, seed=0).index.tolist() == list(range(1, 9))
+    assert manifest.full(samples).index.tolist() == list(range(1, 9))
 
 
 def test_a_random_stage_leaves_skipped_samples_out() -> None:
-    common = {"knowledge_id": KNOWLEDGE, "count": 100, "seed": 0, "keep": 0.5}
-    whole = random_stage(**common)
-    made = random_stage(**common, excluded=whole.index[:9])
+    whole = random_stage(Samples(KNOWLEDGE, 100), keep=0.5, seed=0)
+    samples = Samples(KNOWLEDGE, 100, excluded=whole.index[:9])
+    made = random_stage(samples, keep=0.5, seed=0)
     assert len(made) == 50
     assert set(whole.index[9:].tolist()) < set(made.index.tolist())
     assert not np.isin(whole.index[:9], made.index).any()
-    inside = random_stage(**common | {"keep": 0.3}, previous=whole, excluded=whole.index[:9])
+    inside = random_stage(samples, keep=0.3, seed=0, previous=whole)
     assert set(inside.index.tolist()) < set(whole.index[9:].tolist())
 
 
@@ -368,11 +361,11 @@ def test_classes_that_lose_nearly_everything_are_told_of(caplog):
     value = np.where(labels == 2, 0.1, 1.0).astype(np.float32)
     value[50] = 5.0  # one sample of the easy class stays
     held = Values(np.full(100, 3, np.int32), value)
-    facts = {"knowledge_id": "k", "count": 100, "stage": 1, "labels": labels, "classes": 4}
-    condense(held, CondenseSettings(), keep=0.76, **facts)
+    samples = Samples("k", 100, labels, 4)
+    condense(held, CondenseSettings(), samples, stage=1, keep=0.76)
     text = "1 of 4 classes keep less than a tenth of their share (class 2: 1 of 25 samples); --stratify keeps the same"
     assert text in caplog.text
     caplog.clear()
-    condense(held, CondenseSettings(stratify=True), keep=0.76, **facts)
-    condense(held, CondenseSettings(), keep=1.0, **facts)
+    condense(held, CondenseSettings(stratify=True), samples, stage=1, keep=0.76)
+    condense(held, CondenseSettings(), samples, stage=1, keep=1.0)
     assert "share" not in caplog.text

@@ -55,8 +55,7 @@ def test_the_manifest_is_that_of_condense(place):
     found = run(place, eps_max=0.2, ranking="random", condense_seed=3)
     expected = summary.condense(
         some_values(), settings.CondenseSettings(eps_max=0.2, ranking="random", condense_seed=3),
-        knowledge_id=knowledge().knowledge_id, count=COUNT, stage=1, keep=0.6, labels=labels(), classes=2,
-        data_digest=knowledge().data.digest,
+        manifest.Samples(knowledge().knowledge_id, COUNT, labels(), 2, knowledge().data.digest), stage=1, keep=0.6,
     )  # fmt: skip
     assert manifest.read(place / "out/m.parquet").digest == expected.digest == found["digest"]
     assert (found["already"], found["values_from"], found["out"]) == (False, "kcdcache", str(place / "out/m.parquet"))
@@ -114,7 +113,7 @@ def test_values_of_other_knowledge_are_refused_with_both_ids(place):
 
 
 def test_a_previous_manifest_of_other_knowledge_is_refused(place):
-    manifest.write(place / "theirs.parquet", manifest.full("kk", COUNT))
+    manifest.write(place / "theirs.parquet", manifest.full(manifest.Samples("kk", COUNT)))
     with pytest.raises(MismatchError, match=r"the manifest was made for knowledge kk, the store holds "):
         run(place, previous=place / "theirs.parquet")
 

@@ -52,7 +52,7 @@ def test_a_forged_file_without_a_lie_is_read(tmp_path):
 
 
 def test_a_million_rows_fit_the_memory_that_the_hostile_files_get(run, tmp_path):
-    manifest.write(tmp_path / "m.parquet", manifest.full("k", 10**6))
+    manifest.write(tmp_path / "m.parquet", manifest.full(manifest.Samples("k", 10**6)))
     done = run("verify", tmp_path / "m.parquet")
     assert (done.code, "rows: 1000000" in done.output) == (0, True), done.output
 

@@ -21,6 +21,7 @@ from test_condense import OPTIONS
 
 from kcdcache.commands import condense as condense_command
 from kcdcache.condense import large, manifest, summary, value_files, values
+from kcdcache.condense.manifest import Samples
 from kcdcache.errors import CorruptionError, MismatchError, NonFiniteError, SettingsError
 from kcdcache.settings import CondenseCommand, CondenseSettings
 from kcdcache.settings import make as settle
@@ -55,12 +56,12 @@ def test_the_command_makes_the_bytes_that_memory_does(place, number):
 def test_every_option_gives_the_rows_of_memory(tmp_path_factory, options, keep, skipped, gone, classes):
     option, excluded = CondenseSettings(**options), np.array(sorted(skipped), np.int64)
     source = value_files.Held(some_values(3, 30), np.arange(30) * 7 % classes)
-    previous = manifest.full("k", 30, excluded=np.array(sorted(gone), np.int64))
+    previous = manifest.full(Samples("k", 30, excluded=np.array(sorted(gone), np.int64)))
     path = tmp_path_factory.mktemp("options") / "before.parquet"
     manifest.write(path, previous)
-    common = {"count": 30, "stage": 2, "keep": keep, "excluded": excluded}
+    common = {"samples": Samples("k", 30, excluded=excluded), "stage": 2, "keep": keep}
     more = {"folder": path.parent / "spill", "memory_bytes": 1}
-    more |= {"previous": path, "before": manifest.read_document(path)}
+    more |= {"previous": path, "before": manifest.read_head(path)}
     try:
         held = summary.plan(source, option, previous=previous, **common)
     except SettingsError as error:
@@ -73,10 +74,10 @@ def test_every_option_gives_the_rows_of_memory(tmp_path_factory, options, keep, 
             assert found.keys() == expected.keys()
             assert all((found[name] == expected[name]).all() for name in found)
             assert [column.dtype for column in found.values()] == [column.dtype for column in expected.values()]
-        assert vars(plan.facts(knowledge_id="k")) == vars(held.facts(knowledge_id="k"))
+        assert plan.draft(source).summary() == held.draft(source).summary()
 
 
-SPILLING = {"count": 500_000, "stage": 1, "keep": 0.6, "memory_bytes": 1}
+SPILLING = {"samples": Samples("k", 500_000), "stage": 1, "keep": 0.6, "memory_bytes": 1}
 """that it spills with 20 MB is seen where the disk is full"""
 
 
@@ -90,7 +91,7 @@ def many():
 def test_what_memory_does_not_hold_spills_and_the_rows_are_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(large, "LEAST_BYTES", 2 * 10**7)
     source, option = many(), CondenseSettings(stratify=True)
-    held = summary.plan(source, option, count=500_000, stage=1, keep=0.6)
+    held = summary.plan(source, option, Samples("k", 500_000), stage=1, keep=0.6)
     with large.planned(source, option, **SPILLING, folder=tmp_path / "spill") as plan:
         blocks = [(plan.columns(block), held.columns(block)) for block in source.blocks()]
     assert sum(len(found["index"]) for found, _ in blocks) == 300_000
@@ -105,7 +106,7 @@ def test_too_little_memory_is_told(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_stops_it_while_duckdb_works(tmp_path):
-    common = {"count": COUNT, "stage": 1, "keep": 0.5, "folder": tmp_path / "spill", "memory_bytes": 1}
+    common = {"samples": Samples("k", COUNT), "stage": 1, "keep": 0.5, "folder": tmp_path / "spill", "memory_bytes": 1}
     planned = large.planned(value_files.Held(some_values()), CondenseSettings(), **common)
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
@@ -121,6 +122,7 @@ def work(connection):
 FULL = f"""
 import resource, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
+from kcdcache.condense.manifest import Samples
 from kcdcache.errors import NoSpaceError
 from test_large import SPILLING, CondenseSettings, Path, large, many
 resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
@@ -190,7 +192,7 @@ def test_a_dry_run_only_estimates(place):
     ],
 )
 def test_it_refuses_what_memory_refuses_and_leaves_nothing(place, case, error, text):
-    manifest.write(place / "other.parts", manifest.full("kk", COUNT), partition_rows=40)
+    manifest.write(place / "other.parts", manifest.full(Samples("kk", COUNT)), partition_rows=40)
     pq.write_table(pa.table({"index": [0, 1], "value": [1.0, np.nan]}), place / "bad.parquet")
     with pytest.raises(error, match=text):
         condensed(place, place / "out", {"values": "values.parts", **FEW, **case})
@@ -200,13 +202,13 @@ def test_it_refuses_what_memory_refuses_and_leaves_nothing(place, case, error, t
 
 def test_a_previous_set_that_was_changed_meanwhile_is_refused(place):
     source = value_files.Held(some_values())
-    document = manifest.read_document(place / "before.parquet")
-    more = {"count": COUNT, "stage": 1, "keep": 0.1, "folder": place / "spill", "memory_bytes": 1}
+    head = manifest.read_head(place / "before.parquet")
+    more = {"samples": Samples("k", COUNT), "stage": 1, "keep": 0.1, "folder": place / "spill", "memory_bytes": 1}
     with (
         pytest.raises(CorruptionError, match="was changed meanwhile"),
         large.planned(
             source, CondenseSettings(candidates="current"), previous=place / "before.parquet",
-            before=document | {"digest": "0"}, **more,
+            before=head._replace(digest="0"), **more,
         ),
     ):  # fmt: skip
         pass

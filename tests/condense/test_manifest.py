@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kcdcache.condense import manifest, value_files, values
-from kcdcache.condense.manifest import Manifest
+from kcdcache.condense.manifest import Manifest, Samples
 from kcdcache.errors import CorruptionError, KcdcacheError, LockedError, MismatchError, NotFoundError
 
 
@@ -161,7 +161,7 @@ cases = [
     {"rank": np.arange(4, dtype=np.int32)}, {"weight": np.ones(3, np.float32)}, {"visits": [0, 0, 0, 0]},
     {"stage": "1"}, {"class_counts": (1.5, 2.5)}, {"parent": 3},
 ]
-good = manifest.full("k", 4)
+good = manifest.full(manifest.Samples("k", 4))
 content = {**good.columns(), "knowledge_id": "k", "count": 4, "stage": 0, "keep": 1}
 assert manifest.Manifest(**content).digest == good.digest
 for case in cases:
@@ -191,10 +191,10 @@ def test_wrong_types_and_lengths_are_refused_without_run_time_type_checks() -> N
 
 def test_full_manifest_keeps_everything_as_it_is() -> None:
     labels = np.array([0, 2, 0, 0])
-    found = manifest.full("k", 4, labels, 4)
+    found = manifest.full(Samples("k", 4, labels, 4))
     assert (found.index.tolist(), found.mixed.any(), found.keep, len(found)) == ([0, 1, 2, 3], False, 1.0, 4)
     assert found.class_counts == (3, 0, 1, 0)
-    assert manifest.full("k", 4).class_counts == ()
+    assert manifest.full(Samples("k", 4)).class_counts == ()
 
 
 def test_no_damaged_byte_gives_a_wrong_manifest(written: Path) -> None:
@@ -291,4 +291,4 @@ def test_summary_counts_the_parts() -> None:
     assert expected.items() <= found.items()
     assert (found["class_min"], found["class_max"], found["digest"]) == (1, 3, make().digest)
     assert json.loads(json.dumps(found)) == found
-    assert manifest.summary(manifest.full("k", 3))["epsilon"] is None
+    assert manifest.summary(manifest.full(Samples("k", 3)))["epsilon"] is None

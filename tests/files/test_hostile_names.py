@@ -50,7 +50,7 @@ def harmless(done):
 
 @pytest.mark.parametrize("name", [STEERING, FORGED], ids=["steering", "forged"])
 def test_names_in_files_are_shown_escaped(run, tmp_path, name):
-    labels = manifest.full("k" + name, 3)
+    labels = manifest.full(manifest.Samples("k" + name, 3))
     file = tmp_path / "m.parquet"
     changed = {key: getattr(labels, key) for key in labels.__dataclass_fields__} | {"rule": {name: name}}
     manifest.write(file, manifest.Manifest(**changed))

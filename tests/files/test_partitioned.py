@@ -289,7 +289,7 @@ def test_what_cannot_be_made_is_refused(place):
         condensed(place, place / "out", few | {"keep": 0.001})
     with pytest.raises(SettingsError, match="asks for 135, but only 120 compete"):
         condensed(place, place / "out", few | {"keep": 0.9, "previous": "before.parts", "candidates": "current"})
-    manifest.write(place / "other.parts", manifest.full("kk", COUNT), partition_rows=40)
+    manifest.write(place / "other.parts", manifest.full(manifest.Samples("kk", COUNT)), partition_rows=40)
     with pytest.raises(MismatchError, match="the manifest was made for knowledge kk, the store holds"):
         condensed(place, place / "out", few | {"previous": "other.parts"})
     assert not leftovers(place)

@@ -87,7 +87,7 @@ def write_learning(root):
     known = precomputed(root / "stores/digits", data, network, views=2, encoding="float16")
     (root / "manifests").mkdir()
     sets = (
-        manifest.full(known.knowledge_id, known.count, known.labels),
+        manifest.full(manifest.Samples(known.knowledge_id, known.count, known.labels)),
         condensed(known),
         condensed(known, ranking="random"),
     )

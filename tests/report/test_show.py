@@ -117,7 +117,7 @@ def test_values_of_another_tool_with_a_wrong_index_are_refused(tmp_path, index):
 
 
 def test_a_manifest_is_told_as_its_summary(tmp_path):
-    made = manifest.full("kk", 6, np.array([0, 1, 2, 0, 1, 0]), 3)
+    made = manifest.full(manifest.Samples("kk", 6, np.array([0, 1, 2, 0, 1, 0]), 3))
     manifest.write(tmp_path / "m.parquet", made)
     found = show.inspect(tmp_path / "m.parquet")
     place = {"path": str(tmp_path / "m.parquet"), "id": made.digest}
@@ -159,7 +159,7 @@ def test_damaged_records_of_a_run_or_store_are_errors_of_ours(tmp_path, content)
 def test_everything_told_is_json(tmp_path):
     make(tmp_path / "store")
     some_values(tmp_path / "v.parquet")
-    manifest.write(tmp_path / "m.parquet", manifest.full("kk", 6))
+    manifest.write(tmp_path / "m.parquet", manifest.full(manifest.Samples("kk", 6)))
     for name in ("store", "v.parquet", "m.parquet"):
         json.dumps(show.inspect(tmp_path / name), allow_nan=False)
 

@@ -236,7 +236,7 @@ from kcdcache.store import reader
 from kcdcache.training import batches
 
 knowledge, digits = reader.open(Path({path!r})), datasets.load(SPEC)
-whole = manifest.full(knowledge.knowledge_id, 200, digits.train.labels, 10)
+whole = manifest.full(manifest.Samples(knowledge.knowledge_id, 200, digits.train.labels, 10))
 with batches.connect(digits, knowledge, whole) as source:
     points = batches.KnowledgePoints(source)
 

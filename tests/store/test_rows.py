@@ -29,10 +29,8 @@ def chosen(seed):
     """A condensed set of random values: half of 40 samples, all of them mixed but one."""
     random = np.random.default_rng(seed)
     found = values.Values(np.ones(COUNT, np.int32), random.random(COUNT, np.float32))
-    kept = summary.condense(
-        found, kcdcache_settings.CondenseSettings(), knowledge_id="k", count=COUNT, stage=1, keep=0.55,
-        labels=np.arange(COUNT) % 4, classes=4,
-    )  # fmt: skip
+    samples = manifest.Samples("k", COUNT, np.arange(COUNT) % 4, 4)
+    kept = summary.condense(found, kcdcache_settings.CondenseSettings(), samples, stage=1, keep=0.55)
     assert 0 < kept.mixed.sum() < len(kept)
     return kept
 
@@ -193,7 +191,7 @@ def test_an_unknown_part_is_named_by_row(tmp_path, part):
 
 
 def test_a_manifest_longer_than_the_data_is_refused(tmp_path):
-    manifest.write(tmp_path / "m.parquet", manifest.full("k", 50))
+    manifest.write(tmp_path / "m.parquet", manifest.full(manifest.Samples("k", 50)))
     with pytest.raises(MismatchError, match="holds 50 rows, expected at most 40"):
         manifest.read(tmp_path / "m.parquet", 40)
 
@@ -265,11 +263,11 @@ def test_condense_takes_no_value_that_is_no_number(place, tmp_path, ranking, num
 
 def test_a_set_of_values_that_are_no_numbers_cannot_be_made():
     found = values.Values(np.ones(COUNT, np.int32), with_row(5, np.nan, np.float32))
-    common = {"knowledge_id": "k", "count": COUNT, "stage": 1, "keep": 1.0}
+    samples, common = manifest.Samples("k", COUNT), {"stage": 1, "keep": 1.0}
     with pytest.raises(NonFiniteError, match="the value of index 5 is nan"):
-        summary.condense(found, kcdcache_settings.CondenseSettings(), **common)
+        summary.condense(found, kcdcache_settings.CondenseSettings(), samples, **common)
     with pytest.raises(MismatchError, match="row 5, index 5: expected value to be a finite number, found nan"):
-        summary.condense(found, kcdcache_settings.CondenseSettings(ranking="random"), **common)
+        summary.condense(found, kcdcache_settings.CondenseSettings(ranking="random"), samples, **common)
 
 
 # ---- a loss that is no number

@@ -150,6 +150,7 @@ def test_packed_logits_are_exported_but_not_baked(place, tmp_path):
 
 
 def test_baking_a_set_without_mixes_is_refused(place, tmp_path):
-    manifest.write(tmp_path / "full.parquet", manifest.full(place.knowledge.knowledge_id, 200))
+    samples = manifest.Samples(place.knowledge.knowledge_id, 200)
+    manifest.write(tmp_path / "full.parquet", manifest.full(samples))
     with pytest.raises(SettingsError, match=r"no mixed points \(K_Aug is empty\), there is nothing to bake"):
         exporting(place, tmp_path / "e", manifest=tmp_path / "full.parquet", bake=True, temperature=4.0)

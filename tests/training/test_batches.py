@@ -59,7 +59,7 @@ def connected(world, chosen=None, mix="convex", target="linear_prob", encoding="
 
 
 def whole(world):
-    return manifest.full(world.knowledge.knowledge_id, TRAIN)
+    return manifest.full(manifest.Samples(world.knowledge.knowledge_id, TRAIN))
 
 
 def parts(batch):
@@ -316,7 +316,7 @@ def test_other_data_are_refused_by_the_first_sample_that_differs_the_class_or_th
 
 def test_sets_and_mixes_that_were_not_made_for_each_other_are_refused(world):
     refused = {
-        "the manifest was made for knowledge k, the store holds": (manifest.full("k", TRAIN), None),
+        "the manifest was made for knowledge k, the store holds": (manifest.full(manifest.Samples("k", TRAIN)), None),
         r"differ in manifest: .*precompute --manifest": (condensed(world.knowledge, seed=9), world.mixes["convex"]),
         "differ in mix: 'additive_clip' against 'convex'": (world.manifest, world.mixes["additive_clip"]),
         "differ in manifest: None against": (world.manifest, world.knowledge),

@@ -276,9 +276,8 @@ def sets(place):
     knowledge, data = reader.open(place / "store"), digits(200, 60)
     mixed, network = condensed(knowledge), loaded(place / "teacher", data)
     requery.write(place / "mixes", mixed, knowledge, data, network, fields=("logits",), view_numbers=(0, 1, 2))
-    full = manifest.full(
-        knowledge.knowledge_id, 200, data.train.labels, 10, data_digest=knowledge.knowledge.data.digest
-    )
+    digest = knowledge.knowledge.data.digest
+    full = manifest.full(manifest.Samples(knowledge.knowledge_id, 200, data.train.labels, 10, digest))
     return {"full": (full, None), "mixed": (mixed, None), "asked again": (mixed, place / "mixes")}
 
 

@@ -14,7 +14,7 @@ from pupils import command, distilled, same_files, school
 
 from kcdcache import interrupt, rng
 from kcdcache.condense import value_files
-from kcdcache.condense.manifest import Manifest, full, plain
+from kcdcache.condense.manifest import Manifest, Samples, full, plain
 from kcdcache.condense.values import Values
 from kcdcache.errors import InterruptedRunError, SettingsError
 from kcdcache.settings import OptimizerSettings, SamplingSettings, TrainSettings, make
@@ -26,7 +26,7 @@ NAMES = tuple(SAMPLING)
 
 
 def manifest_of(count=COUNT):
-    return full("knowledge", count, np.arange(count) % 10, 10)
+    return full(Samples("knowledge", count, np.arange(count) % 10, 10))
 
 
 def mixed_manifest():
@@ -108,7 +108,7 @@ def order(index, seed, epoch):
     """The epoch's order of a set of some samples of 1,000."""
     kept = np.sort(np.array(index, np.int64))
     columns = plain(kept) | {"rank": np.arange(len(kept)), "count": 1000, "keep": 0.5}
-    return sampler_of("all", replace(full("k", len(kept)), **columns), seed=seed).points(epoch).index.tolist()
+    return sampler_of("all", replace(full(Samples("k", len(kept))), **columns), seed=seed).points(epoch).index.tolist()
 
 
 @settings(max_examples=50)

@@ -188,7 +188,7 @@ def test_float32_from_the_store_equals_a_live_teacher_bit_for_bit(world, tmp_pat
 
 
 def test_the_whole_set_from_the_store_equals_a_live_teacher_bit_for_bit(world, tmp_path):
-    whole = manifest.full(world.knowledge.knowledge_id, TRAIN)
+    whole = manifest.full(manifest.Samples(world.knowledge.knowledge_id, TRAIN))
     with connected(world, chosen=whole) as source:
         weights, losses = taught_by_the_package(world, source, tmp_path / "run")
     expected, expected_losses = taught_by_a_plain_loop(world, world, lessons=live_epoch_of)

@@ -92,7 +92,7 @@ def test_training_shows_the_views_the_teacher_saw_bit_for_bit(loaded, tmp_path):
     """precompute and train, both with views made ahead: what the student is shown gives the store's own outputs."""
     network = teacher_of(loaded)
     knowledge = precomputed(tmp_path / "store", loaded, network, views=2, batch_size=20, encoding="float32", **SEEN)
-    everything = manifest.full(knowledge.knowledge_id, 60, loaded.train.labels, 3)
+    everything = manifest.full(manifest.Samples(knowledge.knowledge_id, 60, loaded.train.labels, 3))
     with batches.connect(datasets.load(loaded.name), knowledge, everything) as source:
         for epoch in (0, 1):
             pixels, kept = torch.empty(60, 3, 16, 16), torch.empty(60, 3)
