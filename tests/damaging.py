@@ -163,5 +163,5 @@ def read_run(path, names):
         "manifests": sets,
         "values": {name: read_values(path / name, count) for name in names if name.endswith("values.parquet")},
         "network": (document, {name: bits(tensor.numpy()) for name, tensor in weights.items()}),
-        "summary": state.read_summary(path) if "summary.json" in names else None,
+        "summary": state.read_summary(path).document() if "summary.json" in names else None,
     }

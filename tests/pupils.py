@@ -56,12 +56,13 @@ def settings(**changes):
 
 
 def distilled(school, out, given=None, run=None, **changes):
-    """Train a student through all stages in this process; `run` holds arguments of `distill.run` itself."""
+    """Train a student through all stages in this process; `run` holds arguments of `distill.run` itself. Return the
+    summary as JSON values."""
     wanted = settings(**changes)
     asked = school.network if wanted.mix_target == "requery" else None
     knowledge = reader.open(school.knowledge.path)
     material = distill.Material(data=school.data, knowledge=knowledge, given=given, teacher=asked)
-    return distill.run(wanted, material, out=out, device="cpu", **(run or {}))
+    return distill.run(wanted, material, out=out, device="cpu", **(run or {})).document()
 
 
 def once(school):

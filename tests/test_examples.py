@@ -82,7 +82,7 @@ def test_one_node_goes_from_data_to_a_student(tmp_path):
         script(
             "torchrun_one_node.sh", OUT=str(tmp_path), TEACHER="resnet8", DATA="digits?train=600&test=60", EPOCHS="4"
         )
-    assert read_summary(tmp_path / "student")["finished"]
+    assert read_summary(tmp_path / "student").finished
 
 
 SRUN = """#!/usr/bin/env bash
@@ -108,5 +108,5 @@ def test_two_nodes_train_one_student(place, tmp_path):
         env=environment(**SMALL, **job) | {"PATH": path},
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert read_summary(tmp_path / "run")["finished"]
+    assert read_summary(tmp_path / "run").finished
     assert '"processes": 4' in (tmp_path / "run" / "run.json").read_text()

@@ -90,9 +90,7 @@ def test_an_interrupted_golden_run_is_resumed(place, name):
         make.train(place, path, name)
     summary = make.train(place, path, name, allow_env_change=True)
     finished = state.read_summary(place / "finished" / name)
-    assert {key: summary[key] for key in ("epochs", "count", "kept")} == {
-        key: finished[key] for key in ("epochs", "count", "kept")
-    }
+    assert (summary.epochs, summary.count, summary.kept) == (finished.epochs, finished.count, finished.kept)
     assert check.check(path).problems == ()
 
 
@@ -104,6 +102,6 @@ def same_environment(path):
 @pytest.mark.parametrize("name", make.RUNS)
 def test_a_finished_golden_run_is_known_as_finished(place, name):
     before = content(place / "finished" / name)
-    assert make.train(place, place / "finished" / name, name)["epochs"] == make.EPOCHS
+    assert make.train(place, place / "finished" / name, name).epochs == make.EPOCHS
     (place / "finished" / name / ".lock").unlink(missing_ok=True)
     assert content(place / "finished" / name) == before

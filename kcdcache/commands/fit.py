@@ -21,7 +21,7 @@ def run(command: FitCommand, progress: Progress, dry_run: bool = False) -> Resul
             **data.corrupted(),
         }
     with processes.group_of() as group:
-        return fit.run(
+        made = fit.run(
             settings,
             data=data,
             model=command.model,
@@ -32,3 +32,4 @@ def run(command: FitCommand, progress: Progress, dry_run: bool = False) -> Resul
             group=group,
             progress=inputs.paced(progress, command.out),
         )
+    return made.document()

@@ -6,7 +6,7 @@ from typing import Any, cast, get_args
 
 from kcdcache.data.datasets import Dataset
 from kcdcache.errors import MismatchError
-from kcdcache.files import timing
+from kcdcache.files.records import logged
 from kcdcache.networks.input_transform import resolve_device, use_threads
 from kcdcache.progress import Progress
 from kcdcache.runs.folder import RunFolder
@@ -62,7 +62,7 @@ def paced(progress: Progress, out: Path) -> Progress:
     """Return a report of progress that tells images per second with every epoch of the run in `out`."""
 
     def told(what: str, done: int, total: int, remark: str) -> None:
-        rate = timing.logged(RunFolder(path=out).timing) if what == "train" else None
+        rate = logged(RunFolder(path=out).timing) if what == "train" else None
         progress(what, done, total, remark if rate is None else f"{remark}, {rate} images/s")
 
     return told

@@ -36,7 +36,7 @@ def run(command: TrainCommand, progress: Progress, dry_run: bool = False) -> Res
     if dry_run:
         return _planned_stages(settings, material, command.out)
     with processes.group_of() as group:
-        return distill.run(
+        made = distill.run(
             settings,
             material,
             out=command.out,
@@ -47,6 +47,7 @@ def run(command: TrainCommand, progress: Progress, dry_run: bool = False) -> Res
             group=group,
             progress=inputs.paced(progress, command.out),
         )
+    return made.document()
 
 
 def settings_of(command: TrainCommand) -> TrainSettings:

@@ -1,19 +1,22 @@
-"""Records: JSON in one canonical form, read by strict models, with a digest of its own in which damage shows."""
+"""Records: JSON in one canonical form, read by strict models, sealed by their own digest; logs of clock times."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 from pydantic_core import from_json
 
 from kcdcache.errors import CorruptionError, UnsafeError
 from kcdcache.files.atomic import read_bytes, sha256_bytes
+from kcdcache.statistics import spread
 
 MOST_RECORD_BYTES = 64 * 2**20
 MOST_JSON_VALUES = 10**6
 """values in one JSON text: in memory each takes up to some 150 bytes, however few it has in the file"""
+MOST_LINES = 10**6
+"""of a file of clock times"""
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 """of anything, or an index"""
@@ -177,3 +180,92 @@ def _require_few_values(data: bytes, where: Path | str) -> None:
     values = sum(map(data.count, (b",", b"[", b"{")))  # too many only where texts hold such marks
     if values > MOST_JSON_VALUES:
         raise UnsafeError(f"{where} holds {values} JSON values, expected at most {MOST_JSON_VALUES}; it is not read")
+
+
+# ---- clock times: a line of JSON per stretch of work
+
+
+Hundredths = Annotated[float, PlainSerializer(lambda number: round(number, 2))]
+"""written to a hundredth"""
+
+
+class Rate(Sparse):
+    """Images per second, over some stretches of work that count alike: epochs, parts or batches."""
+
+    n: int
+    """number of stretches"""
+    mean: Hundredths
+    std: Hundredths | None
+    """sample standard deviation; None of a single stretch"""
+    warm_up: Hundredths | None = None
+    """mean of the stretches that came first, which are left out of all the above; unset if there are none"""
+
+    def __str__(self) -> str:
+        """Return mean and spread for people.
+
+        >>> str(Rate(n=3, mean=1234.5, std=67.8)), str(Rate(n=1, mean=0.25, std=None))
+        ('1,234 ± 68', '0.25')
+        """
+        digits = 0 if self.mean >= 10 else 2
+        return f"{self.mean:,.{digits}f}" + ("" if self.std is None else f" ± {self.std:,.{digits}f}")
+
+
+class _Line(BaseModel):
+    """What matters here of a line of clock times."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    seconds: float = Field(gt=0)
+    images: float | None = Field(default=None, validation_alias=AliasChoices("samples", "points"))
+    epoch: int | None = None
+    warm_up: bool = False
+
+
+def rate_of(rates: Iterable[float]) -> Rate | None:
+    """Return mean and spread of images per second; None if there are none.
+
+    >>> rate_of([1.0, 3.0])
+    Rate(n=2, mean=2.0, std=1.4142135623730951, warm_up=None)
+    """
+    n, mean, std = spread(list(rates))
+    return None if mean is None else Rate(n=n, mean=mean, std=std)
+
+
+def logged(file: Path) -> Rate | None:
+    """Return the rate that a file of clock times tells; None if it tells none.
+
+    A stretch is what a line's `seconds` hold: an epoch with its evaluation and checkpoint, or what went on of one that
+    was interrupted, or a part of a store from images to encoded rows. Lines of one epoch are one stretch. Epochs marked
+    as `warm_up` are told apart where there are others. A line torn by a power loss counts nothing, and so does one
+    without seconds.
+    """
+    stretches: dict[tuple[str, int], list[_Line]] = {}
+    for number, line in enumerate(_lines(file)):
+        if line.images is not None:
+            key = ("line", number) if line.epoch is None else ("epoch", line.epoch)
+            stretches.setdefault(key, []).append(line)
+    steady, first = (
+        [_rate(lines) for lines in stretches.values() if any(line.warm_up for line in lines) == early]
+        for early in (False, True)
+    )
+    rate = rate_of(steady or first)
+    return rate.model_copy(update={"warm_up": spread(first).mean}) if rate and steady and first else rate
+
+
+def logged_seconds(file: Path) -> float:
+    """Return the sum of `seconds` over a file of clock times; a line torn by a power loss counts nothing."""
+    return sum((line.seconds for line in _lines(file)), 0.0)
+
+
+def _lines(file: Path) -> Iterator[_Line]:
+    if not file.exists():
+        return
+    for text in read_bytes(file, MOST_RECORD_BYTES).split(b"\n", MOST_LINES)[:MOST_LINES]:
+        try:
+            yield _Line.model_validate_json(text)
+        except ValidationError:
+            continue
+
+
+def _rate(lines: list[_Line]) -> float:
+    return sum(line.images or 0 for line in lines) / sum(line.seconds for line in lines)

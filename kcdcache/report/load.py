@@ -14,9 +14,8 @@ from kcdcache.condense import manifest, value_files, values
 from kcdcache.condense.manifest import Manifest
 from kcdcache.condense.values import Values
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, UnfinishedError
-from kcdcache.files import timing
 from kcdcache.files.atomic import read_bytes
-from kcdcache.files.records import MOST_RECORD_BYTES, canonical_json, parse, parse_json, read_object
+from kcdcache.files.records import MOST_LINES, MOST_RECORD_BYTES, canonical_json, parse, parse_json, read_object
 from kcdcache.report import show
 from kcdcache.report.show import StoreReport
 from kcdcache.runs import check, state
@@ -247,7 +246,7 @@ def _run(path: Path, grid: Path) -> Run:
         seed=int(seeded[2] if seeded else record.settings["seed"]),
         seeded=seeded is not None,
         id=show.id_of(path),
-        summary=parse(Summary, canonical_json(state.read_summary(path)), folder.summary),
+        summary=state.read_summary(path),
         record=record,
         metrics=state.read_metrics(path),
         seconds=_seconds(folder.timing),
@@ -259,7 +258,7 @@ def _run(path: Path, grid: Path) -> Run:
 
 def _seconds(file: Path) -> dict[int, float]:
     found: dict[int, float] = {}
-    lines = read_bytes(file, MOST_RECORD_BYTES).splitlines()[: timing.MOST_LINES] if file.exists() else []
+    lines = read_bytes(file, MOST_RECORD_BYTES).splitlines()[:MOST_LINES] if file.exists() else []
     for number, line in enumerate(lines, 1):
         try:
             row = parse_json(line, f"{file}, line {number}")

@@ -10,7 +10,7 @@ from kcdcache.condense.value_files import ValuesFile
 from kcdcache.errors import LockedError, MismatchError, NotFoundError, attempt
 from kcdcache.files import cloud, run_files
 from kcdcache.files.atomic import is_locked, read_bytes
-from kcdcache.files.records import MOST_RECORD_BYTES, canonical_json, parse
+from kcdcache.files.records import MOST_RECORD_BYTES
 from kcdcache.files.run_files import RunFiles
 from kcdcache.networks import weights
 from kcdcache.runs import state
@@ -166,11 +166,10 @@ def _mixes(look: _Look, path: Path, of: Manifest | None) -> None:
 def _summary(look: _Look, rows: list[dict[str, Any]], record: RunRecord | None, sets: dict[int, Manifest]) -> None:
     """Check the summary against what it sums up."""
     folder = look.folder
-    written = look.at(state.read_summary, folder.path)
-    found = look.at(parse, Summary, canonical_json(written), folder.summary) if written is not None else None
+    found = look.at(state.read_summary, folder.path)
     if found is None or record is None or not rows:
         return
-    expected = state.outcome(rows, found.count, record.settings["epochs"])
+    expected = state.outcome(rows, found.count, record.settings["epochs"]).document()
     expected["seconds"] = state.seconds_spent(folder)
     if found.condensed_set is not None:
         expected |= {name: sum(row[name] for row in rows) for name in SUMS}

@@ -1,6 +1,5 @@
 """A run's folder: settings, environment, checkpoints, manifests, metrics and summary."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,19 +40,19 @@ from kcdcache.files.atomic import (
 )
 from kcdcache.files.records import (
     MOST_RECORD_BYTES,
+    Rate,
     Sealed,
     Sha256,
     Sparse,
     canonical_json,
     digest_of,
+    logged_seconds,
     parse,
     parse_json,
     read_sealed,
-    read_sealed_object,
     readable_json,
     sealed_json,
 )
-from kcdcache.files.timing import logged_seconds
 from kcdcache.networks.weights import MOST_HEADER_BYTES
 from kcdcache.runs.folder import RunFolder
 
@@ -141,15 +140,6 @@ class MetricsRow(Sparse):
     bytes_read_by_each: list[int] | None = None
 
 
-class Speed(Sparse):
-    """Images per second: see `timing.Rate`."""
-
-    n: int
-    mean: float
-    std: float | None
-    warm_up: float | None = None
-
-
 class CorruptionRecord(Sparse):
     """What a data spec did to the training split: see `label_noise.Corruption`."""
 
@@ -161,26 +151,32 @@ class CorruptionRecord(Sparse):
     n_min: int | None = None
 
 
-class Summary(Sparse):
-    """What came of a run: summary.json. Entries that its command, data or options do not give are unset."""
+class Outcome(Sparse):
+    """What every summary holds, from a finished run's metrics. The last accuracy is the result; the best one was chosen
+    on the test split and is for comparison with papers that report it."""
 
-    kind: Literal["fit", "train"]
-    model: str
     accuracy_last: float
-    """on the test split after the last epoch, in [0, 1]: the result"""
+    """on the test split after the last epoch, in [0, 1]"""
     accuracy_best: float
     best_epoch: int
     calibration_error: float
     relative_cost: float
-    """student samples / (count x epochs), C of Eq. 16"""
+    """C of Eq. 16, counted: student samples forwarded / (count x epochs)"""
     student_samples: int
     epochs: int
     count: int
     """N, of the training split"""
+
+
+class Summary(Outcome):
+    """What came of a run: summary.json. Entries that its command, data or options do not give are unset."""
+
+    kind: Literal["fit", "train"]
+    model: str
     teacher_forwards: int
     """of this run alone: mixes that the teacher was asked about"""
     seconds: float
-    images_per_second: Speed | None = None
+    images_per_second: Rate | None = None
 
     finished: bool | None = None
     """true of every `train`; unset, as all below to `condensed_set`, of a `fit`"""
@@ -191,7 +187,7 @@ class Summary(Sparse):
     bytes_read: int | None = None
     kept: int | None = None
     """samples of the exported set"""
-    condensed_set: str | None = None
+    condensed_set: Annotated[str, Field(pattern=r"^stages/[0-9]+/manifest\.parquet$")] | None = None
     """its manifest, relative to the run"""
 
     corruption: CorruptionRecord | None = None
@@ -298,25 +294,19 @@ def start(folder: RunFolder, settings: Mapping[str, Any], inputs: Mapping[str, A
     return record
 
 
-def outcome(rows: Sequence[Mapping[str, Any]], count: int, epochs: int) -> dict[str, Any]:
-    """Return what every summary holds, from a finished run's metrics.
-
-    relative_cost is C of Eq. 16, counted: student samples forwarded / (N * epochs). The last accuracy is the result;
-    the best one was chosen on the test split and is for comparison with papers that report it.
-    """
-    measured = [row for row in rows if "test_accuracy" in row]
-    best = max(measured, key=lambda row: row["test_accuracy"])
-    samples = rows[-1]["samples_so_far"]
-    return {
-        "accuracy_last": rows[-1]["test_accuracy"],
-        "accuracy_best": best["test_accuracy"],
-        "best_epoch": best["epoch"],
-        "calibration_error": rows[-1]["test_calibration_error"],
-        "relative_cost": samples / (count * epochs),
-        "student_samples": samples,
-        "epochs": epochs,
-        "count": count,
-    }
+def outcome(rows: Sequence[Mapping[str, Any]], count: int, epochs: int) -> Outcome:
+    """Return what a finished run came to, from its rows of metrics and the number of samples and epochs."""
+    last, best = rows[-1], max((row for row in rows if "test_accuracy" in row), key=lambda row: row["test_accuracy"])
+    return Outcome(
+        accuracy_last=last["test_accuracy"],
+        accuracy_best=best["test_accuracy"],
+        best_epoch=best["epoch"],
+        calibration_error=last["test_calibration_error"],
+        relative_cost=last["samples_so_far"] / (count * epochs),
+        student_samples=last["samples_so_far"],
+        epochs=epochs,
+        count=count,
+    )
 
 
 def write_record(folder: RunFolder, record: RunRecord) -> None:
@@ -404,13 +394,13 @@ def seconds_spent(folder: RunFolder) -> float:
     return logged_seconds(folder.timing)
 
 
-def write_summary(folder: RunFolder, summary: Mapping[str, Any]) -> None:
+def write_summary(folder: RunFolder, summary: Summary) -> None:
     """Write summary.json with a digest of its own, and that of its lasting part into the run's record."""
     with run_files.writing(folder.path, {folder.summary.name: _lasting(summary)}):
-        write_atomic(folder.summary, sealed_json(summary, readable_json))
+        write_atomic(folder.summary, sealed_json(summary.document(), readable_json))
 
 
-def read_summary(path: Path) -> dict[str, Any]:
+def read_summary(path: Path) -> Summary:
     """Return a finished run's summary.
 
     Raises:
@@ -421,7 +411,7 @@ def read_summary(path: Path) -> dict[str, Any]:
     """
     folder = RunFolder(path=path)
     if folder.summary.exists():
-        summary = read_sealed_object(folder.summary, form=readable_json)
+        summary = read_sealed(folder.summary, Summary, readable_json)
         run_files.require(folder.summary, _lasting(summary))
         return summary
     if folder.settings.exists():
@@ -450,8 +440,9 @@ def _require_free(folder: RunFolder) -> None:
         raise MismatchError(f"{folder.path} holds {others[0]} but no run.json; give an empty or new folder as --out")
 
 
-def _lasting(summary: Mapping[str, Any]) -> run_files.Facts:
-    return run_files.Facts(digest=digest_of({key: value for key, value in summary.items() if key not in VOLATILE}))
+def _lasting(summary: Summary) -> run_files.Facts:
+    lasting = {key: value for key, value in summary.document().items() if key not in VOLATILE}
+    return run_files.Facts(digest=digest_of(lasting))
 
 
 def _parse_checkpoint(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -478,12 +469,13 @@ def _remove_other_checkpoints(folder: RunFolder) -> None:
 
 
 def condensed_set(run: Path) -> Path:
-    """Return the manifest that a finished run exported; in a plan of a run not yet made, where its folder will be."""
+    """Return the manifest that a finished run exported; in a plan of a run not yet made, where its folder will be.
+
+    Raises:
+        MismatchError: the run is a `fit`, which has none.
+    """
     if not (run / "summary.json").exists():
         return run / "(its condensed set)"
-    name = read_summary(run).get("condensed_set")
-    if not isinstance(name, str) or not re.fullmatch(r"stages/\d+/manifest\.parquet", name, re.ASCII):
-        raise CorruptionError(
-            f"{run / 'summary.json'} names the condensed set {name!r:.80}; a run has none of that name"
-        )
+    if (name := read_summary(run).condensed_set) is None:
+        raise MismatchError(f"the run in {run} is a `fit` and has no condensed set; give one that `train` made")
     return run / name

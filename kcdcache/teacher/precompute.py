@@ -18,9 +18,17 @@ from torch import Tensor
 from kcdcache import environment, interrupt
 from kcdcache.data.datasets import Dataset
 from kcdcache.errors import MismatchError, NonFiniteError, NotFoundError, SettingsError
-from kcdcache.files import cloud, timing
+from kcdcache.files import cloud
 from kcdcache.files.atomic import append, sha256_file, write_atomic
-from kcdcache.files.records import canonical_json, read_json, readable_json
+from kcdcache.files.records import (
+    Rate,
+    canonical_json,
+    logged,
+    logged_seconds,
+    rate_of,
+    read_json,
+    readable_json,
+)
 from kcdcache.networks.input_transform import enough_memory
 from kcdcache.progress import Progress, silent
 from kcdcache.settings import PrecomputeSettings
@@ -228,9 +236,13 @@ def describe(path: Path) -> dict[str, Any]:
         "skipped": len(found.skipped),
         "teacher_accuracy": [sums["correct"] / found.count for sums in measured if "correct" in sums],
         "teacher_forwards": 0 if found.knowledge.teacher.architecture == "imported" else found.forwards,
-        "seconds": timing.logged_seconds(_timing_file(path)),
-        "images_per_second": timing.document(timing.logged(_timing_file(path))),
+        "seconds": logged_seconds(_timing_file(path)),
+        "images_per_second": _told(logged(_timing_file(path))),
     }
+
+
+def _told(rate: Rate | None) -> dict[str, Any] | None:
+    return None if rate is None else rate.document()
 
 
 # what a store will hold
@@ -325,11 +337,11 @@ def expected_cost(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job) -
         logger.warning(
             "precompute: %s bytes are still to be written, but %s are free", f"{to_do['bytes']:,}", f"{free:,}"
         )
-    found = {"images_per_second": timing.document(rate), "to_do": to_do}
+    found = {"images_per_second": _told(rate), "to_do": to_do}
     return found if job.shard == WHOLE else found | {f"shard {job.shard}": _to_do(plan, mine, rate)}
 
 
-def measured(job: Job, plan: StorePlan, parts: Sequence[Part]) -> timing.Rate | None:
+def measured(job: Job, plan: StorePlan, parts: Sequence[Part]) -> Rate | None:
     """Return the images per second of the first few teacher batches of some parts, decoding included; None of none."""
     rows: list[Rows] = list(islice(_batches(plan, parts), UNTIMED_BATCHES + TIMED_BATCHES))
     untimed = min(UNTIMED_BATCHES, max(0, len(rows) - 1))
@@ -343,10 +355,10 @@ def measured(job: Job, plan: StorePlan, parts: Sequence[Part]) -> timing.Rate | 
                 found.append((stop - start) / (time.perf_counter() - began))
             if sum(1 / rate for rate in found) * plan.batch_size > MOST_SECONDS and len(found) > 1:
                 break
-    return timing.rate_of(found)
+    return rate_of(found)
 
 
-def _to_do(plan: StorePlan, parts: Sequence[Part], rate: timing.Rate | None) -> dict[str, Any]:
+def _to_do(plan: StorePlan, parts: Sequence[Part], rate: Rate | None) -> dict[str, Any]:
     points = _points(parts)
     hours = None if rate is None else points / rate.mean / 3600
     spread = None if rate is None or rate.std is None or hours is None else hours * rate.std / rate.mean
@@ -421,7 +433,7 @@ def _write_parts(opened: Writer, pending: Sequence[Part], job: Job, progress: Pr
             if interrupt.requested():
                 written.result()
                 interrupt.stop(f"{done:,} of {rows:,} points are in the store")
-            progress("precompute", done, rows, f"view {part.view}, {timing.logged(timings)} images/s")
+            progress("precompute", done, rows, f"view {part.view}, {logged(timings)} images/s")
         written.result()
 
 

@@ -5,20 +5,21 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from kcdcache.condense import manifest, schedule, summary, value_files
 from kcdcache.condense.manifest import Manifest, Samples
 from kcdcache.condense.schedule import Stage
 from kcdcache.errors import MismatchError, SettingsError
-from kcdcache.files import cloud, timing
+from kcdcache.files import cloud
+from kcdcache.files.records import Rate, Sparse, logged
 from kcdcache.methods import registry as methods_registry
 from kcdcache.networks import registry as networks_registry
 from kcdcache.networks.input_transform import resolve_device, use_threads
 from kcdcache.progress import Progress, silent
 from kcdcache.runs import state
 from kcdcache.runs.folder import RunFolder
-from kcdcache.runs.state import load_checkpoint, read_record, read_summary, write_manifest
+from kcdcache.runs.state import Summary, load_checkpoint, read_record, read_summary, write_manifest
 from kcdcache.settings import TrainSettings, recorded
 from kcdcache.store import check, identity, reader
 from kcdcache.store.reader import Store
@@ -29,6 +30,17 @@ from kcdcache.training.stage import Material, Run, run_stage, views_used
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+class Stopped(Sparse):
+    """Where a run stands that was asked to stop before its end."""
+
+    finished: Literal[False]
+    epochs_done: int
+    epochs: int
+    run: str
+    """its folder"""
+    images_per_second: Rate | None
 
 
 def run(
@@ -42,13 +54,12 @@ def run(
     allow_env_change: bool = False,
     group: Group = ALONE,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> Summary | Stopped:
     """Train a student through all stages into the folder `out`, or continue; return the summary.
 
-    With `until`, stops once that many epochs are finished and returns a summary with `finished` false; the same call
-    without it continues. `material.given` is the condensed set a new run starts from (reuse); for a run that stands at
-    the start of a stage it is that stage's manifest, instead of one condensed here. All processes of a `group` call
-    this with the same arguments.
+    With `until`, stops once that many epochs are finished; the same call without it continues. `material.given` is the
+    condensed set a new run starts from (reuse); for a run that stands at the start of a stage it is that stage's
+    manifest, instead of one condensed here. All processes of a `group` call this with the same arguments.
 
     Raises:
         SettingsError: the settings contradict each other or the run already in the folder.
@@ -108,7 +119,7 @@ def _base(settings: TrainSettings, material: Material) -> float:
     return settings.keep if exact else len(material.given) / count
 
 
-def _all_stages(run: Run, until: int) -> dict[str, Any]:
+def _all_stages(run: Run, until: int) -> Summary | Stopped:
     """Train stage after stage up to epoch `until`; what is finished already is passed over."""
     done = finished_epochs(run.folder)
     for stage in run.stages:
@@ -119,8 +130,13 @@ def _all_stages(run: Run, until: int) -> dict[str, Any]:
             done = _train(run, stage, until)
     if done < run.settings.epochs:
         logger.info("train: stopped at epoch %d of %d; the same command continues", done, run.settings.epochs)
-        stopped = {"finished": False, "epochs_done": done, "epochs": run.settings.epochs, "run": str(run.folder.path)}
-        return stopped | {"images_per_second": timing.document(timing.logged(run.folder.timing))}
+        return Stopped(
+            finished=False,
+            epochs_done=done,
+            epochs=run.settings.epochs,
+            run=str(run.folder.path),
+            images_per_second=logged(run.folder.timing),
+        )
     return _by_first(run, lambda: _finish(run))
 
 
@@ -212,7 +228,7 @@ def _outputs_on_mixes(run: Run, stage: Stage, chosen: Manifest) -> Path | None:
     return path
 
 
-def _finish(run: Run) -> dict[str, Any]:
+def _finish(run: Run) -> Summary:
     """Condense once more for export (facts.md A3), then write the summary, which marks the run finished."""
     if run.folder.stands(run.folder.summary):
         return read_summary(run.folder.path)
@@ -223,12 +239,11 @@ def _finish(run: Run) -> dict[str, Any]:
         closing = Stage(last.number + 1, settings.epochs, settings.epochs, keep, "condensed")
         exported = run.folder.manifest(closing.number)
         _manifest_for(run, closing)
-    found = _summary(run, exported)
-    state.write_summary(run.folder, found)
-    return found
+    state.write_summary(run.folder, _summary(run, exported))
+    return read_summary(run.folder.path)
 
 
-def _summary(run: Run, exported: Path) -> dict[str, Any]:
+def _summary(run: Run, exported: Path) -> Summary:
     rows = (load_checkpoint(run.folder) or ({}, {"rows": []}))[1]["rows"]
     data, knowledge, teacher = run.material.data, run.material.knowledge, run.material.teacher
     requeries = sum(
@@ -236,33 +251,34 @@ def _summary(run: Run, exported: Path) -> dict[str, Any]:
         for path in sorted(run.folder.path.glob("stages/*/*.requery"))
         if path.is_dir()
     )
-    return state.outcome(rows, knowledge.knowledge.data.count, run.settings.epochs) | {
-        "kind": "train",
-        "finished": True,
-        "model": run.settings.student,
-        "method": run.settings.method,
-        "knowledge_id": knowledge.knowledge_id,
-        "teacher_forwards": requeries,
-        "store_teacher_forwards": knowledge.count * knowledge.views,
-        "rows_read": sum(row["rows_read"] for row in rows),
-        "bytes_read": sum(row["bytes_read"] for row in rows),
-        "kept": len(manifest.read(exported)),
-        "condensed_set": str(exported.relative_to(run.folder.path)),
-        "seconds": state.seconds_spent(run.folder),
-        "images_per_second": timing.document(timing.logged(run.folder.timing)),
+    return Summary(
+        **state.outcome(rows, knowledge.knowledge.data.count, run.settings.epochs).document(),
+        kind="train",
+        finished=True,
+        model=run.settings.student,
+        method=run.settings.method,
+        knowledge_id=knowledge.knowledge_id,
+        teacher_forwards=requeries,
+        store_teacher_forwards=knowledge.count * knowledge.views,
+        rows_read=sum(row["rows_read"] for row in rows),
+        bytes_read=sum(row["bytes_read"] for row in rows),
+        kept=len(manifest.read(exported)),
+        condensed_set=str(exported.relative_to(run.folder.path)),
+        seconds=state.seconds_spent(run.folder),
+        images_per_second=logged(run.folder.timing),
         **evaluation.fidelity(run.settings, data, knowledge, teacher, run.folder, run.device),
-    }
+    )
 
 
-def _measured_later(settings: TrainSettings, material: Material, folder: RunFolder, device: str) -> dict[str, Any]:
+def _measured_later(settings: TrainSettings, material: Material, folder: RunFolder, device: str) -> Summary:
     """Return a finished run's summary, after measuring what is asked for now and was not then."""
     found, data, knowledge, teacher = read_summary(folder.path), material.data, material.knowledge, material.teacher
     sought = {"accuracy_train"} | ({"agreement_test"} if teacher is not None else set())
-    if not evaluation.fidelity_wanted(settings, data, knowledge) or sought <= set(found):
+    if not evaluation.fidelity_wanted(settings, data, knowledge) or sought <= found.model_fields_set:
         return found
     logger.info("train: measuring the finished student in %s", folder.path)
     measured = evaluation.fidelity(settings, data, knowledge, teacher, folder, resolve_device(device))
-    state.write_summary(folder, found | measured)
+    state.write_summary(folder, Summary(**found.document() | measured))
     return read_summary(folder.path)
 
 

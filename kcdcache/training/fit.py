@@ -3,18 +3,18 @@
 import logging
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from kcdcache.condense import manifest
 from kcdcache.condense.manifest import Samples
 from kcdcache.data.datasets import Dataset
-from kcdcache.files import run_files, timing
+from kcdcache.files import run_files
+from kcdcache.files.records import logged
 from kcdcache.methods import registry as methods_registry
 from kcdcache.networks import registry as networks_registry
 from kcdcache.networks.input_transform import resolve_device, use_threads
 from kcdcache.progress import Progress, silent
 from kcdcache.runs.folder import RunFolder
-from kcdcache.runs.state import outcome, read_summary, seconds_spent, session, start, write_summary
+from kcdcache.runs.state import Summary, outcome, read_summary, seconds_spent, session, start, write_summary
 from kcdcache.settings import FitSettings, MethodSettings
 from kcdcache.training import learner
 from kcdcache.training.batches import Source
@@ -40,7 +40,7 @@ def run(
     allow_env_change: bool = False,
     group: Group = ALONE,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> Summary:
     """Train `model` on the data into the folder `out`, or continue; return the run's summary.
 
     The folder gets model.safetensors and model.json (usable as `--teacher`), metrics.jsonl and summary.json. All
@@ -93,15 +93,16 @@ def _source(data: Dataset, settings: FitSettings) -> Source:
 
 def _finish(pupil: learner.Learner, data: Dataset, settings: FitSettings, model: str, folder: RunFolder) -> None:
     """Write the network, then the summary, which marks the run finished."""
-    summary = outcome(pupil.rows, len(data.train), settings.epochs) | {
-        "kind": "fit",
-        "model": model,
-        "teacher_forwards": 0,
-        "seconds": seconds_spent(folder),
-        "images_per_second": timing.document(timing.logged(folder.timing)),
+    summary = Summary(
+        **outcome(pupil.rows, len(data.train), settings.epochs).document(),
+        kind="fit",
+        model=model,
+        teacher_forwards=0,
+        seconds=seconds_spent(folder),
+        images_per_second=logged(folder.timing),
         **data.corrupted(),
-    }
+    )
     with run_files.writing(folder.path, dict.fromkeys(("model.safetensors", "model.json"), run_files.Facts())):
-        extra = {"accuracy": summary["accuracy_last"], "data": data.identity().digest}
+        extra = {"accuracy": summary.accuracy_last, "data": data.identity().digest}
         learner.save(pupil, folder, "model", model, data, extra)
     write_summary(folder, summary)

@@ -104,7 +104,7 @@ def test_its_manifest_is_the_set_that_was_given(place):
 def test_a_runs_folder_stands_for_the_set_it_ended_with(place, tmp_path):
     trained(tmp_path / "run", store=place.knowledge.path, stages=2, keep=0.5)
     exporting(place, tmp_path / "e", manifest=tmp_path / "run")
-    wanted = state.read_summary(tmp_path / "run")["condensed_set"]
+    wanted = state.read_summary(tmp_path / "run").condensed_set
     assert condensed_set.open(tmp_path / "e").manifest.digest == manifest.read(tmp_path / "run" / wanted).digest
 
 

@@ -13,10 +13,10 @@ from stores import creating, finish, make, plan_of
 
 from kcdcache.condense import manifest
 from kcdcache.data.spec import DataIdentity
-from kcdcache.errors import CorruptionError, UnsafeError
+from kcdcache.errors import CorruptionError, MismatchError, UnsafeError
 from kcdcache.files import run_files
 from kcdcache.files.atomic import sha256_file
-from kcdcache.files.records import read_json
+from kcdcache.files.records import read_json, readable_json, sealed_json
 from kcdcache.runs import check, state
 from kcdcache.runs.folder import RunFolder
 from kcdcache.store.identity import Knowledge, TeacherIdentity
@@ -153,17 +153,28 @@ def test_a_checkpoint_with_a_hostile_header_is_refused(folder, header):
         state.load_checkpoint(folder)
 
 
+SUMMARY = state.Summary(
+    kind="train", model="resnet8", teacher_forwards=0, seconds=1.0, accuracy_last=0.5, accuracy_best=0.5, best_epoch=0,
+    calibration_error=0.1, relative_cost=1.0, student_samples=1, epochs=1, count=1,
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "name", ["../../x/manifest.parquet", "/etc/passwd", "stages/0/../../x", 3, None, "stages/0/values.parquet"]
+    "name", ["../../x/manifest.parquet", "/etc/passwd", "stages/0/../../x", 3, "stages/0/values.parquet"]
 )
 def test_a_summary_names_condensed_sets_of_its_own_run_only(folder, name):
-    state.write_summary(folder, {"condensed_set": name})
-    with pytest.raises(CorruptionError, match=r"summary\.json names the condensed set"):
+    (folder.summary).write_bytes(sealed_json(SUMMARY.document() | {"condensed_set": name}, readable_json))
+    with pytest.raises(
+        CorruptionError, match=r"summary\.json is damaged or was changed: condensed_set: (String|Input)"
+    ):
         state.condensed_set(folder.path)
 
 
 def test_a_summary_that_names_its_own_condensed_set_is_followed(folder):
-    state.write_summary(folder, {"condensed_set": "stages/12/manifest.parquet"})
+    state.write_summary(folder, SUMMARY)
+    with pytest.raises(MismatchError, match="is a `fit` and has no condensed set; give one that `train` made"):
+        state.condensed_set(folder.path)
+    state.write_summary(folder, SUMMARY.model_copy(update={"condensed_set": "stages/12/manifest.parquet"}))
     assert state.condensed_set(folder.path) == folder.path / "stages/12/manifest.parquet"
 
 

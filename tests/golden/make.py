@@ -112,7 +112,7 @@ def teacher_in(root, data):
 
 
 def train(root, out, name, **how):
-    """Train, or continue, one of the runs; `how` are further arguments of `distill.run`."""
+    """Train, or continue, one of the runs; `how` are further arguments of `distill.run`; return the summary."""
     data = digits(TRAIN, TEST)
     asked = teacher_in(root, data) if name == "requery" else None
     material = distill.Material(data=data, knowledge=reader.open(root / "stores/digits"), given=None, teacher=asked)

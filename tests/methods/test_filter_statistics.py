@@ -282,7 +282,7 @@ def test_a_run_learns_with_it_through_a_condensation(world, method):
     )
     held, _ = store_of(world, "kept", "parameters")
     material = distill.Material(data=world.data, knowledge=held, teacher=world.network)
-    assert distill.run(settings, material, out=world.root / method, device="cpu")["finished"]
+    assert distill.run(settings, material, out=world.root / method, device="cpu").finished
     record = json.loads((world.root / method / "run.json").read_text())
     assert "kr_lambda" not in record["settings"]
     recorded = settings_.recorded(TrainSettings(kr_lambda=0.3))

@@ -164,4 +164,4 @@ def test_what_survived_is_what_this_process_makes(here, wholes, tmp_path):
     made = distilled(place, tmp_path / "run", run={"threads": 1}, **given)
     assert made["finished"]
     assert same_files(wholes("train"), tmp_path / "run")
-    assert state.read_summary(tmp_path / "run") == made
+    assert state.read_summary(tmp_path / "run").document() == made

@@ -246,7 +246,7 @@ def test_a_summary_is_held_to_what_it_sums_up(place):
         "seconds": 1e-3, "rows_read": 1, "best_epoch": 77,
     }  # fmt: skip
     for name, wrong in changes.items():
-        state.write_summary(folder, true | {name: wrong})
+        state.write_summary(folder, true.model_copy(update={name: wrong}))
         with pytest.raises(CorruptionError, match=rf"summary.json, {name}: {wrong}, but the run's other files give"):
             verify.verify(folder.path)
     state.write_summary(folder, true)

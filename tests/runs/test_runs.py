@@ -161,8 +161,8 @@ def test_an_outcome_is_arithmetic_on_the_rows():
         {"epoch": 3, "samples_so_far": 28, "test_accuracy": 0.5, "test_calibration_error": 0.3},
     ]
     found = state.outcome(rows, 10, 4)
-    assert (found["accuracy_last"], found["accuracy_best"], found["best_epoch"]) == (0.5, 0.7, 2)
-    assert (found["relative_cost"], found["student_samples"], found["calibration_error"]) == (0.7, 28, 0.3)
+    assert (found.accuracy_last, found.accuracy_best, found.best_epoch) == (0.5, 0.7, 2)
+    assert (found.relative_cost, found.student_samples, found.calibration_error) == (0.7, 28, 0.3)
 
 
 def test_clock_times_stand_apart(begun):

@@ -107,15 +107,15 @@ def test_a_run_tells_it_measured_or_not_and_is_measured_later_when_asked(tmp_pat
     settings = [TrainSettings(**given, fidelity=name) for name in ("off", "auto")]
     plain, asked = (distill.Material(data=dataset, knowledge=knowledge, teacher=t) for t in (None, network))
     first = distill.run(settings[0], plain, out=tmp_path / "run", device="cpu")
-    assert (first["teacher_data"], first["corruption"]["noise"]) == ("other", 0.4)
-    assert "accuracy_train" not in first
+    assert (first.teacher_data, first.corruption.noise) == ("other", 0.4)
+    assert "accuracy_train" not in first.model_fields_set
     assert distill.run(settings[0], asked, out=tmp_path / "run", device="cpu") == first
     second = distill.run(settings[1], plain, out=tmp_path / "run", device="cpu")
-    assert {"accuracy_train", "memorised", "sets"} <= second.keys()
-    assert "agreement_test" not in second
+    assert {"accuracy_train", "memorised", "sets"} <= second.model_fields_set
+    assert "agreement_test" not in second.model_fields_set
     third = distill.run(settings[1], asked, out=tmp_path / "run", device="cpu")
-    assert "agreement_test" in third
-    assert all(third[name] == second[name] for name in second.keys() - {"digest"})
+    assert "agreement_test" in third.model_fields_set
+    assert all(getattr(third, name) == getattr(second, name) for name in second.model_fields_set)
     assert distill.run(settings[1], plain, out=tmp_path / "run", device="cpu") == third
     assert show.inspect(tmp_path / "run")["finished"]
 

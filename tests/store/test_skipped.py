@@ -68,9 +68,9 @@ def test_counters_count_what_was_really_done(runs):
     rows, sets = read_metrics(run), manifests(run)
     summary = read_summary(run)
     assert [row.kept for row in rows] == [198, 198, len(sets[1]), len(sets[1]), len(sets[2]), len(sets[2])]
-    assert summary["student_samples"] == sum(row.kept for row in rows)
-    assert summary["relative_cost"] == summary["student_samples"] / (TRAIN * 6)
-    assert summary["kept"] == len(sets[-1]) == 120
+    assert summary.student_samples == sum(row.kept for row in rows)
+    assert summary.relative_cost == summary.student_samples / (TRAIN * 6)
+    assert summary.kept == len(sets[-1]) == 120
     read = [len(np.union1d(chosen.index, chosen.partner[chosen.mixed])) for chosen in sets[:3]]
     assert [row.rows_read for row in rows] == [rows for rows in read for _ in range(2)]
 

@@ -8,7 +8,7 @@ import torch
 from pupils import TRAIN, BrokenOffError, command, everything, school, stop_after
 
 from kcdcache.errors import MismatchError
-from kcdcache.files import timing
+from kcdcache.files.records import Rate, logged, rate_of
 from kcdcache.settings import PrecomputeSettings
 from kcdcache.store import plan, reader
 from kcdcache.store import plan as plan_
@@ -124,7 +124,7 @@ def test_the_first_batches_are_not_timed(place, monkeypatch):
     job = Job(outputs=outputs, labels=np.zeros(1), digests=np.zeros(1))
     plan = plan_store(TRAIN, 9, forms_of(place), batch_size=100)
     found = precompute.measured(job, plan, plan_.parts(plan))
-    assert found == timing.Rate(precompute.TIMED_BATCHES, 200.0, 0.0)
+    assert found == Rate(n=precompute.TIMED_BATCHES, mean=200.0, std=0.0)
     assert asked[:3] == [(0, 0, 100), (0, 100, 200), (1, 0, 100)]
 
 
@@ -132,17 +132,17 @@ def test_the_first_batches_are_not_timed(place, monkeypatch):
     ("rows", "expected"), [([], None), ([4.0], (1, 4.0, None)), ([1.0, 2.0, 6.0], (3, 3.0, 7**0.5))]
 )
 def test_rates_are_mean_and_sample_deviation(rows, expected):
-    found = timing.rate_of(rows)
-    assert found is None if expected is None else found[:3] == pytest.approx(expected)
+    found = rate_of(rows)
+    assert found is None if expected is None else (found.n, found.mean, found.std) == pytest.approx(expected)
 
 
 def test_a_logged_rate_is_that_of_whole_lines(tmp_path):
     file = tmp_path / "timing.jsonl"
-    assert timing.logged(file) is None
+    assert logged(file) is None
     lines = ['{"epoch":0,"samples":100,"seconds":2}', '{"points":30,"seconds":1}', '{"samples":5,"seconds":0}',
              '{"samples":"x","seconds":1}', "[1]", '{"samples":10,"sec']  # fmt: skip
     file.write_text("\n".join(lines))
-    assert timing.logged(file) == timing.Rate(2, 40.0, pytest.approx(200**0.5))
+    assert tuple(dict(logged(file)).values())[1:] == (2, 40.0, pytest.approx(200**0.5), None)
 
 
 def test_an_epoch_in_pieces_is_one_stretch_and_what_came_first_is_told_apart(tmp_path):
@@ -150,9 +150,9 @@ def test_an_epoch_in_pieces_is_one_stretch_and_what_came_first_is_told_apart(tmp
     rows = [(0, 60, 6, True), (1, 100, 2, False), (2, 30, 1, False), (2, 70, 4, True), (3, 100, 1, False)]
     names = ("epoch", "samples", "seconds", "warm_up")
     file.write_text("\n".join(json.dumps(dict(zip(names, row, strict=True))) for row in rows[:1]))
-    assert timing.logged(file) == timing.Rate(1, 10.0, None)
+    assert logged(file) == Rate(n=1, mean=10.0, std=None)
     file.write_text("\n".join(json.dumps(dict(zip(names, row, strict=True))) for row in rows))
-    assert timing.logged(file) == timing.Rate(2, 75.0, pytest.approx(1250**0.5), warm_up=(10 + 20) / 2)
+    assert logged(file).document() == {"n": 2, "mean": 75.0, "std": 35.36, "warm_up": 15.0}
 
 
 def test_commands_tell_images_per_second_of_what_they_logged(place, tmp_path, caplog):

@@ -67,7 +67,7 @@ def plainly(place):
 def test_keeping_everything_is_plain_distillation_bit_for_bit(plainly, runs, schedule):
     run = runs(student="resnet8", keep=1.0, schedule=schedule)
     assert same_tensors(load_file(run / "student.safetensors"), plainly[0].state_dict())
-    assert read_summary(run)["relative_cost"] == 1
+    assert read_summary(run).relative_cost == 1
     assert len(set_of(run, 2)) == TRAIN
 
 
@@ -131,7 +131,7 @@ def test_stages_by_hand_give_the_same_bytes_as_one_run(place, runs, tmp_path, ta
     for name in ("values.parquet", "student.safetensors", "metrics.jsonl", "stages/2/manifest.parquet"):
         assert name in promised(tmp_path / "hand")
     told = {"seconds": 0, "images_per_second": None}  # by the clock
-    assert read_summary(whole) | told == last | told
+    assert read_summary(whole).document() | told == last | told
 
 
 @pytest.mark.parametrize("until", [1, 3, 5])
@@ -264,7 +264,7 @@ def test_the_student_saved_is_the_one_measured(place, runs):
     mean, std = (torch.tensor(document["transform"][key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     guess = network((pixels - mean) / std).argmax(1)
     right = float((guess.numpy() == place.data.test.labels).mean())
-    assert abs(right - read_summary(run)["accuracy_last"]) < 1e-9
+    assert abs(right - read_summary(run).accuracy_last) < 1e-9
 
 
 def test_views_used_are_those_of_the_epochs():
@@ -294,14 +294,14 @@ def test_the_counted_cost_is_the_expected_one(runs, change):
     summary = read_summary(runs(**change))
     asked = settings(**change)
     stages = plan(asked.schedule, asked.epochs, asked.stages, asked.keep)
-    assert summary["relative_cost"] == expected_cost(stages, TRAIN, asked.epochs)
+    assert summary.relative_cost == expected_cost(stages, TRAIN, asked.epochs)
     visits = value_files.read(runs(**change) / "values.parquet", TRAIN).values.visits
-    assert visits.sum() == summary["student_samples"]
+    assert visits.sum() == summary.student_samples
 
 
 def test_the_summary_says_what_it_cost(runs):
     run, again = runs(), runs(mix_target="requery", schedule="end_of_stage")
-    plain, asked = read_summary(run), read_summary(again)
+    plain, asked = (read_summary(one).document() for one in (run, again))
     wanted = {"accuracy_last", "accuracy_best", "relative_cost", "teacher_forwards", "student_samples", "epochs"}
     assert wanted | {"seconds", "rows_read", "bytes_read"} <= set(plain)
     assert (plain["teacher_forwards"], plain["epochs"]) == (0, 6)
@@ -331,7 +331,7 @@ def test_rows_read_are_those_of_the_manifests_in_each_new_view(place, tmp_path, 
     knowledge = place.knowledge if views == 3 else precomputed(tmp_path / "store", place.data, place.network, **made)
     material = distill.Material(data=place.data, knowledge=(held := reader.open(knowledge.path)))
     summary = distill.run(settings(**change), material, out=tmp_path / "run", device="cpu")
-    assert (summary["rows_read"], summary["bytes_read"]) == (held.rows_read, held.bytes_read)
+    assert (summary.rows_read, summary.bytes_read) == (held.rows_read, held.bytes_read)
     for row in read_metrics(tmp_path / "run"):
         reads = change.get("method") != "ce" and (views > 1 or row.epoch % 2 == 0)
         assert row.rows_read == reads * len(batches.needed_rows(set_of(tmp_path / "run", row.stage)))

@@ -126,7 +126,7 @@ def trained(root, spec_, **changes):
     with_teacher = changes.pop("with_teacher", False)
     material = distill.Material(data=dataset, knowledge=knowledge, teacher=network if with_teacher else None)
     summary = distill.run(TrainSettings(**(SETTINGS | changes)), material, out=root / "run", device="cpu")
-    return dataset, knowledge, network, summary, root / "run"
+    return dataset, knowledge, network, summary.document(), root / "run"
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +278,7 @@ def test_asking_for_it_or_not_is_no_other_run(tmp_path):
     dataset, knowledge, _, summary, run = trained(tmp_path, "digits?train=60&test=20&noise=0.5", epochs=2)
     material = distill.Material(data=dataset, knowledge=knowledge)
     settings = TrainSettings(**(SETTINGS | {"epochs": 2, "fidelity": "off"}))
-    assert distill.run(settings, material, out=run, device="cpu") == summary
+    assert distill.run(settings, material, out=run, device="cpu").document() == summary
     assert "fidelity" not in json.loads((run / "run.json").read_text())["settings"]
 
 

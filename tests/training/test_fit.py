@@ -32,7 +32,7 @@ SMALL = digits(120, 40)
 
 
 def fitted(out, model="lessons:TinyNet", data=SMALL, progress=silent, **changes):
-    return fit.run(FitSettings(**(RECIPE | changes)), data=data, model=model, out=out, progress=progress)
+    return fit.run(FitSettings(**(RECIPE | changes)), data=data, model=model, out=out, progress=progress).document()
 
 
 def test_fit_is_plain_training_bit_for_bit(tmp_path):
@@ -126,4 +126,4 @@ def test_teacher_and_students_reach_what_such_networks_should(tmp_path):
         settings = TrainSettings(student="resnet8", epochs=18, stages=6, keep=keep, evaluate_every=6)
         material = distill.Material(data=data, knowledge=knowledge)
         found = distill.run(settings, material, out=tmp_path / f"student {keep}", device="cpu")
-        assert found["accuracy_last"] > 0.95
+        assert found.accuracy_last > 0.95
