@@ -5,7 +5,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import distribution
 from pathlib import Path
@@ -18,7 +18,16 @@ from jaxtyping import Int64, UInt8
 
 from kcdcache import rng
 from kcdcache.data import label_noise
-from kcdcache.data.images import DecodedImages, EncodedImages, Origins, Split, Statistics, decode_once, statistics
+from kcdcache.data.images import (
+    IMAGENET,
+    DecodedImages,
+    EncodedImages,
+    Origins,
+    Split,
+    Statistics,
+    decode_once,
+    pixel_statistics,
+)
 from kcdcache.data.label_noise import Corruption
 from kcdcache.data.spec import DataIdentity, DataSpec, parse
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, SettingsError, UnsafeError
@@ -57,7 +66,7 @@ class Dataset:
     """class names, in label order"""
     known_statistics: Statistics | None = None
     """published mean and std; None to compute them from the training images"""
-    corruption: Corruption = label_noise.NOTHING
+    corruption: Corruption = field(default_factory=Corruption)
     """what its spec did to the training split, resolved"""
 
     @property
@@ -77,7 +86,10 @@ class Dataset:
 
     @cached_property
     def _statistics(self) -> Statistics:
-        return self.known_statistics or statistics(self.train.source)
+        if self.known_statistics is not None:
+            return self.known_statistics
+        source = self.train.source
+        return pixel_statistics(source.pixels) if isinstance(source, DecodedImages) else IMAGENET
 
     def corrupted(self) -> dict[str, Any]:
         """Return what was done to the training split: options, number of wrong labels, the true ones' digest, sizes of
@@ -94,9 +106,9 @@ class Dataset:
 
     def identity(self) -> DataIdentity:
         """Return what identifies the training split: count, classes, size and a digest over `Split.digests`."""
-        content = self.train.digests().astype("<u8").tobytes() + canonical_json(list(self.classes))
-        size = self.train.image_size
-        return DataIdentity(count=len(self.train), classes=self.classes, image_size=size, digest=sha256_bytes(content))
+        train = self.train
+        digest = sha256_bytes(train.digests().astype("<u8").tobytes() + canonical_json(list(self.classes)))
+        return DataIdentity(count=len(train), classes=self.classes, image_size=train.image_size, digest=digest)
 
 
 def load(spec: str, others: Mapping[str, Callable[[DataSpec], "Loaded"]] | None = None) -> Dataset:
@@ -111,21 +123,23 @@ def load(spec: str, others: Mapping[str, Callable[[DataSpec], "Loaded"]] | None 
         CorruptionError: an image cannot be decoded; names file and row.
     """
     parsed = parse(spec)
-    known = {**LOADERS, **(others or {})}
+    options, known = parsed.options, {**LOADERS, **(others or {})}
     if parsed.kind not in known:
         raise SettingsError(f"'{spec}' is an exported set: open it with `export.condensed_set.load_data`")
     loaded = known[parsed.kind](parsed)
-    train = _first(loaded.train, parsed.train, f"training split of '{spec}'")
-    test = _first(loaded.test, parsed.test, f"test split of '{spec}'")
+    train = _first(loaded.train, options.train, f"training split of '{spec}'")
+    test = _first(loaded.test, options.test, f"test split of '{spec}'")
     classes = loaded.classes or tuple(str(label) for label in range(int(train.labels.max()) + 1))
     for split in (train, test):
         _require_in_range(split, len(classes))
-    if (parsed.train is None and parsed.kind != "condensed") or loaded.classes is None:
-        _require_all_classes(train, classes, spec)
     sizes = np.bincount(train.labels, minlength=len(classes))
-    train = _corrupted(train, len(classes), parsed.corruption, spec)
-    done = parsed.corruption.settled(sizes)
-    return Dataset(spec, _settled(train), _settled(test), classes, loaded.statistics, done)
+    if (options.train is None and parsed.kind != "condensed") or loaded.classes is None:
+        _require_all_classes(sizes, classes, spec)
+    train, test = (
+        replace(split, source=decode_once(split.source)) if type(split.source) is EncodedImages else split
+        for split in (_corrupted(train, len(classes), options.corruption, spec), test)
+    )
+    return Dataset(spec, train, test, classes, loaded.statistics, options.corruption.settled(sizes))
 
 
 class Loaded(NamedTuple):
@@ -144,7 +158,7 @@ def _first(split: Split, limit: int | None, what: str) -> Split:
         return split
     if limit > len(split):
         raise SettingsError(f"the {what} has {len(split)} images; {limit} were asked for")
-    return Split(split.labels[:limit], split.source.first(limit))
+    return Split(split.labels[:limit], split.source.taken(np.arange(limit)))
 
 
 def _corrupted(split: Split, classes: int, asked: Corruption, spec: str) -> Split:
@@ -158,20 +172,14 @@ def _corrupted(split: Split, classes: int, asked: Corruption, spec: str) -> Spli
     return Split(labels, source, split.labels[rows])
 
 
-def _settled(split: Split) -> Split:
-    source = split.source
-    return replace(split, source=decode_once(source)) if type(source) is EncodedImages else split
-
-
 def _require_in_range(split: Split, count: int) -> None:
     for row in np.flatnonzero((split.labels < 0) | (split.labels >= count))[:1]:
         found = f"label {split.labels[row]} (a null counts as -1)"
         raise MismatchError(f"{split.source.place(int(row))} has {found}; labels must be 0..{count - 1}")
 
 
-def _require_all_classes(split: Split, classes: Sequence[str], spec: str) -> None:
-    counts = np.bincount(split.labels, minlength=len(classes))
-    missing = [f"{label} ('{classes[label]}')" for label in np.flatnonzero(counts == 0).tolist()]
+def _require_all_classes(sizes: Int64[np.ndarray, " classes"], classes: Sequence[str], spec: str) -> None:
+    missing = [f"{label} ('{classes[label]}')" for label in np.flatnonzero(sizes == 0).tolist()]
     if missing:
         listed = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
         first = f"labels of '{spec}' must be 0..{len(classes) - 1} without gaps"
@@ -196,19 +204,11 @@ def _digits(spec: DataSpec) -> Loaded:
 
 def _enlarged(images: Int64[np.ndarray, "n 8 8"]) -> UInt8[np.ndarray, "n 16 16 3"]:
     """Return images of levels 0..16 twice as large (bilinear, half-pixel centres, exact integers) in uint8 RGB."""
-    doubled = _doubled(_doubled(images, 1), 2)  # levels 0..256: each axis weighs neighbours 3 to 1
-    return np.repeat(((doubled * 255 + 128) // 256).astype(np.uint8)[..., None], 3, axis=3)
-
-
-def _doubled(images: Int64[np.ndarray, "n h w"], axis: int) -> Int64[np.ndarray, "n h2 w2"]:
-    last = images.shape[axis] - 1
-    places = np.arange(images.shape[axis])
-    before = np.take(images, np.maximum(places - 1, 0), axis)
-    after = np.take(images, np.minimum(places + 1, last), axis)
-    pairs = np.stack([before + 3 * images, 3 * images + after], axis + 1)
-    shape = list(images.shape)
-    shape[axis] *= 2
-    return pairs.reshape(shape)
+    target, one = np.arange(16), np.eye(8, dtype=np.int64)
+    beside = np.clip((target - 1) // 2 + target % 2, 0, 7)
+    weights = 3 * one[target // 2] + one[beside]
+    levels = weights @ images @ weights.T  # 0..256: each axis weighs neighbours 3 to 1
+    return np.repeat(((levels * 255 + 128) // 256).astype(np.uint8)[..., None], 3, axis=3)
 
 
 def _cifar(spec: DataSpec) -> Loaded:
@@ -250,17 +250,15 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
 
 
 def _folder_split(folder: Path, classes: tuple[str, ...]) -> Split:
-    per_class = [_image_files(folder / name) for name in classes]
-    labels = np.repeat(np.arange(len(classes)), [len(files) for files in per_class])
-    return Split(labels, EncodedImages([file for files in per_class for file in files]))
-
-
-def _image_files(folder: Path) -> list[str]:
-    found = sorted(_plain_files(folder))
-    images = [file for file in found if file.lower().endswith(IMAGE_ENDINGS)]
-    if len(images) < len(found):
-        logger.warning("%d files in %s are not images and are left out", len(found) - len(images), folder)
-    return images
+    images: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = sorted(_plain_files(folder / name))
+        images += (file for file in found if file.lower().endswith(IMAGE_ENDINGS))
+        labels += [label] * (len(images) - len(labels))
+        if others := sum(not file.lower().endswith(IMAGE_ENDINGS) for file in found):
+            logger.warning("%d files in %s are not images and are left out", others, folder / name)
+    return Split(np.array(labels, np.int64), EncodedImages(images))
 
 
 def _plain_files(folder: Path | str) -> Iterator[str]:
@@ -280,9 +278,12 @@ def _plain_files(folder: Path | str) -> Iterator[str]:
 def _parquet(spec: DataSpec) -> Loaded:
     train, test = _parquet_files(spec.path, ("train",)), _parquet_files(spec.path, ("test", "validation"))
     schema = _opened(train[0]).schema_arrow
-    image, label = _image_column(schema, train[0]), _label_column(schema, spec)
-    names = _class_names(schema, label)
-    return Loaded(_read_rows(train, image, label, spec.train), _read_rows(test, image, label, spec.test), names)
+    columns = (_image_column(schema, train[0]), _label_column(schema, spec))
+    return Loaded(
+        _read_rows(train, columns, spec.options.train),
+        _read_rows(test, columns, spec.options.test),
+        _class_names(schema, columns[1]),
+    )
 
 
 def _parquet_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
@@ -326,35 +327,29 @@ def _class_names(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
     return tuple(map(str, found)) if isinstance(found, list) and found else None
 
 
-def _read_rows(files: list[Path], image: str, label: str, limit: int | None) -> Split:
+def _read_rows(files: list[Path], columns: tuple[str, str], limit: int | None) -> Split:
+    """Return the rows of some files, at least `limit` of them; reads no row group beyond that."""
     payloads: list[bytes | None] = []
-    labels: list[Any] = [np.empty(0, np.int64)]
-    starts = []
-    for file in files:
+    labels, starts = [np.empty(0, np.int64)], dict[str, int]()
+    for file, table in ((str(file), table) for file in files for table in _row_groups(file, *columns)):
+        starts.setdefault(file, len(payloads))
+        payloads.extend(row["bytes"] if row else None for row in table[0].to_pylist())
+        labels.append(table[1].cast(pa.int64()).fill_null(-1).to_numpy())
         if limit is not None and len(payloads) >= limit:
             break
-        starts.append(len(payloads))
-        _append_rows(file, (image, label), limit, payloads, labels)
-    origins = Origins(tuple(str(file) for file in files[: len(starts)]), tuple(starts))
+    origins = Origins(tuple(starts), tuple(starts.values()))
     return Split(np.concatenate(labels), EncodedImages(payloads, origins))
 
 
-def _append_rows(
-    file: Path, columns: tuple[str, str], limit: int | None, payloads: list[bytes | None], labels: list[Any]
-) -> None:
-    image, label = columns
+def _row_groups(file: Path, image: str, label: str) -> Iterator[pa.Table]:
     opened = _opened(file)
     if missing := {image, label} - set(opened.schema_arrow.names):
         raise MismatchError(f"{file} lacks the column {', '.join(sorted(missing))} that the first file has")
     for group in range(opened.num_row_groups):
-        if limit is not None and len(payloads) >= limit:
-            return
         try:
-            table = opened.read_row_group(group, columns=[f"{image}.bytes", label])
+            yield opened.read_row_group(group, columns=[f"{image}.bytes", label]).select([image, label])
         except (pa.ArrowException, OSError) as error:
             raise CorruptionError(f"row group {group} of {file} cannot be read: {error}") from None
-        payloads.extend(row["bytes"] if row else None for row in table[image].to_pylist())
-        labels.append(table[label].cast(pa.int64()).fill_null(-1).to_numpy())
 
 
 def _arrays(spec: DataSpec) -> Loaded:
@@ -407,11 +402,11 @@ def _require_small_directory(stream: BinaryIO) -> None:
     end = tail[-_END_BYTES:]
     if end[:4] != b"PK\5\6" or end[-2:] != b"\0\0":
         raise zipfile.BadZipFile("it does not end as an archive without a comment does")
-    claims = [int.from_bytes(end[12:16], "little")]
+    claimed = int.from_bytes(end[12:16], "little")
     if tail[-_END_BYTES - _LOCATOR_BYTES :][:4] == b"PK\6\7":  # an archive beyond 4 GiB, which zipfile then goes by
-        claims = [int.from_bytes(tail[40:48], "little")]
-    if max(claims) > MOST_DIRECTORY_BYTES:
-        raise UnsafeError(f"its list of arrays takes {max(claims)} bytes, expected at most {MOST_DIRECTORY_BYTES}")
+        claimed = int.from_bytes(tail[40:48], "little")
+    if claimed > MOST_DIRECTORY_BYTES:
+        raise UnsafeError(f"its list of arrays takes {claimed} bytes, expected at most {MOST_DIRECTORY_BYTES}")
 
 
 def _require_few_bytes(members: list[zipfile.ZipInfo], size: int) -> None:

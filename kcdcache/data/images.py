@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt8, UInt64
 from PIL import Image
+from PIL.Image import Transpose
 
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, UnsafeError
 from kcdcache.files.atomic import open_plain, sha256_bytes
@@ -26,14 +28,12 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """what is decoded, whatever a file is called; Pillow knows more, of which some start other programs"""
 _ORIENTATION = 274
 _TURNS = {
-    1: (False, False, False), 2: (False, False, True), 3: (False, True, True), 4: (False, True, False),
-    5: (True, False, False), 6: (True, False, True), 7: (True, True, True), 8: (True, True, False),
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }  # fmt: skip
-"""EXIF orientation -> whether axes are swapped, then rows and columns reversed"""
+"""EXIF orientation -> what turns the picture upright; one of 5 or more swaps height and width"""
 DECODED_BYTES = 4 << 30
 """Images of one size that take up to this many bytes decoded are decoded once."""
-Pixels = UInt8[np.ndarray, "_ _ _"]
-"""One image: height, width, channels."""
 ImageList = list[UInt8[np.ndarray, "_ _ _"]]
 """Images of differing sizes."""
 Check = Callable[[int, bytes], None]
@@ -67,6 +67,10 @@ class Origins(NamedTuple):
         file = bisect_right(self.starts, number) - 1
         return f"{self.files[file]} row {number - self.starts[file]}"
 
+    def taken(self, rows: Int64[np.ndarray, " kept"]) -> "Origins":
+        """Return the origins of the images at some positions."""
+        return self._replace(rows=rows if self.rows is None else self.rows[rows])
+
 
 @dataclass(frozen=True, eq=False)
 class DecodedImages:
@@ -83,13 +87,9 @@ class DecodedImages:
         """Height and width in pixels."""
         return self.pixels.shape[1], self.pixels.shape[2]
 
-    def first(self, count: int) -> "DecodedImages":
-        """Return the first `count` images."""
-        return replace(self, pixels=self.pixels[:count])
-
     def taken(self, rows: Int64[np.ndarray, " kept"]) -> "DecodedImages":
-        """Return the images at some positions of a whole split."""
-        return replace(self, pixels=self.pixels[rows], origins=self.origins._replace(rows=rows))
+        """Return the images at some positions."""
+        return replace(self, pixels=self.pixels[rows], origins=self.origins.taken(rows))
 
     def images(self, index: Int64[np.ndarray, " batch"]) -> UInt8[np.ndarray, "batch height width channels"]:
         """Return a fresh array of the images at the given positions."""
@@ -103,6 +103,10 @@ class DecodedImages:
         """Return what identifies an image: its shape as three 64-bit integers and its pixels."""
         image = self.pixels[position]
         return np.array(image.shape, "<i8").tobytes() + image.tobytes()
+
+
+class OtherSizeError(MismatchError):
+    """An image has another size than all were said to have: numpy would spread a single pixel over the whole image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,14 +123,10 @@ class EncodedImages:
     def __len__(self) -> int:
         return len(self.payloads)
 
-    def first(self, count: int) -> "EncodedImages":
-        """Return the first `count` images."""
-        return replace(self, payloads=self.payloads[:count])
-
     def taken(self, rows: Int64[np.ndarray, " kept"]) -> "EncodedImages":
-        """Return the images at some positions of a whole split."""
-        origins = self.origins and self.origins._replace(rows=rows)
-        return replace(self, payloads=[self.payloads[row] for row in rows.tolist()], origins=origins)
+        """Return the images at some positions."""
+        payloads = [self.payloads[row] for row in rows.tolist()]
+        return replace(self, payloads=payloads, origins=self.origins and self.origins.taken(rows))
 
     def images(
         self, index: Int64[np.ndarray, " batch"], check: Check | None = None, threads: int | None = None
@@ -139,16 +139,14 @@ class EncodedImages:
             CorruptionError: an image cannot be decoded; names file and row.
             MismatchError: an image has another size than all had when they were listed.
         """
-        positions = index.tolist()
-        if self.image_size is not None:
-            pixels = np.empty((len(positions), *self.image_size, 3), np.uint8)
-            in_blocks(
-                len(positions), lambda slot: np.copyto(pixels[slot], self._sized(positions[slot], check)), threads
-            )
-            return pixels
-        found: dict[int, Pixels] = {}
-        in_blocks(len(positions), lambda slot: found.update({slot: self.image(positions[slot], check)}), threads)
-        return [found[slot] for slot in range(len(positions))]
+        size, positions = self.image_size, index.tolist()
+        found: Any = [None] * len(positions) if size is None else np.empty((len(positions), *size, 3), np.uint8)
+
+        def fill(slot: int) -> None:
+            found[slot] = self.image(positions[slot], check)
+
+        in_blocks(len(positions), fill, threads)
+        return found
 
     def place(self, position: int) -> str:
         """Return the file, and the row within it if it holds many, of the image at a position, for messages."""
@@ -160,29 +158,34 @@ class EncodedImages:
         Raises:
             NotFoundError: the file has vanished.
             CorruptionError: a parquet row holds no bytes.
+            UnsafeError: the file is larger than any image, or no plain file.
             KcdcacheError: the system cannot read the file.
         """
         place = self.place(position)
         with reading(place), self._stream(position) as stream:
-            return whole(stream, place)
+            if (size := stream.seek(0, os.SEEK_END)) > MOST_ENCODED_BYTES:
+                raise UnsafeError(f"{place} has {size} bytes, expected at most {MOST_ENCODED_BYTES}; it is not read")
+            stream.seek(0)
+            return stream.read(size)
 
     def image(self, position: int, check: Check | None = None) -> UInt8[np.ndarray, "_ _ 3"]:
-        """Return one image decoded to RGB; its bytes are read once, for `check` and for decoding."""
+        """Return one image decoded to RGB; its bytes are read once, for `check` and for decoding.
+
+        Raises:
+            OtherSizeError: it has another size than all images are known to have.
+        """
         content = self.content(position)
         if check is not None:
             check(position, content)
-        return self.decoded(position, content)
+        image = self.decoded(position, content)
+        if self.image_size not in (None, image.shape[:2]):
+            place, found = self.place(position), image.shape[:2]
+            raise OtherSizeError(f"{place} is {found} pixels high and wide, but {self.image_size} when it was listed")
+        return image
 
     def decoded(self, position: int, content: bytes) -> UInt8[np.ndarray, "_ _ 3"]:
-        """Return the RGB image that the bytes read at a position hold.
-
-        Raises:
-            CorruptionError: they cannot be decoded; names file and row.
-            MismatchError: the image has more than 8 bits per channel, or is animated.
-            UnsafeError: it has more pixels than any image of a training set.
-        """
-        place = self.place(position)
-        return rgb(content, place)
+        """Return the RGB image that the bytes read at a position hold; raises what `rgb` does."""
+        return rgb(content, self.place(position))
 
     def size(self, position: int) -> tuple[int, int]:
         """Return an upright image's height and width from its header alone.
@@ -192,14 +195,8 @@ class EncodedImages:
         """
         place = self.place(position)
         with reading(place), self._stream(position) as stream, opened(stream, place) as image:
-            return upright_size(image)
-
-    def _sized(self, position: int, check: Check | None) -> Pixels:
-        image = self.image(position, check)
-        if image.shape[:2] != self.image_size:  # numpy would spread a single pixel over the whole image
-            place, found = self.place(position), image.shape[:2]
-            raise MismatchError(f"{place} is {found} pixels high and wide, but {self.image_size} when it was listed")
-        return image
+            size = image.height, image.width
+            return size[::-1] if _orientation(image) >= 5 else size
 
     def _stream(self, position: int) -> io.BytesIO | io.BufferedReader:
         payload = self.payloads[position]
@@ -260,9 +257,10 @@ class Split:
         outside = index[(index < 0) | (index >= len(self))]
         if outside.size:
             raise MismatchError(f"index {outside[0]} is outside this split, which has {len(self)} samples")
-        if isinstance(self.source, EncodedImages):
-            return self.source.images(index, self._require_known, threads)
-        return self.source.images(index)
+        if not isinstance(self.source, EncodedImages):
+            return self.source.images(index)
+        check = None if self._known is None else partial(self._require, self._known)
+        return self.source.images(index, check, threads)
 
     def digest(self) -> str:
         """Return the SHA-256 over images, labels and order, as `digests` gives them."""
@@ -274,7 +272,13 @@ class Split:
         Computed once, which reads every image; or those that `expect` was told, which reads none.
         """
         if self._known is None:
-            self._known = Known(digests(self.source, self.labels), "as this process first read it")
+            out = np.empty(len(self), np.uint64)
+
+            def write(position: int) -> None:
+                out[position] = sample_digest(self.source.content(position), self.labels[position])
+
+            in_blocks(len(self), write, threads=None if self.on_demand else 1)
+            self._known = Known(out, "as this process first read it")
         return self._known.digests
 
     def expect(self, digests: UInt64[np.ndarray, " n"], where: str) -> None:
@@ -293,10 +297,6 @@ class Split:
         for position in np.flatnonzero(known != digests)[:1].tolist():
             self._require(expected, position, self.source.content(position))
         self._known = expected
-
-    def _require_known(self, position: int, content: bytes) -> None:
-        if self._known is not None:
-            self._require(self._known, position, content)
 
     def _require(self, known: Known, position: int, content: bytes) -> None:
         found, expected = sample_digest(content, self.labels[position]), int(known.digests[position])
@@ -323,10 +323,15 @@ def decode_once(source: EncodedImages, limit_bytes: int = DECODED_BYTES) -> Deco
         CorruptionError: an image cannot be read; names file and row.
     """
     size = source.size(0)
-    if len(source) * size[0] * size[1] * 3 <= limit_bytes:
-        return _decoded_alike(source, size) or source
-    alike = all(source.size(position) == size for position in range(1, len(source)))
-    return replace(source, image_size=size) if alike else source
+    alike = replace(source, image_size=size)
+    if len(source) * size[0] * size[1] * 3 > limit_bytes:
+        return alike if all(source.size(position) == size for position in range(1, len(source))) else source
+    try:
+        pixels = alike.images(np.arange(len(source)), threads=1 if size[0] * size[1] < _SMALL else None)
+    except OtherSizeError:
+        return source
+    assert isinstance(pixels, np.ndarray)
+    return DecodedImages(pixels, source.origins or Origins(tuple(map(str, source.payloads)), tuple(range(len(source)))))
 
 
 def sample_digest(content: bytes, label: np.int64) -> int:
@@ -334,22 +339,6 @@ def sample_digest(content: bytes, label: np.int64) -> int:
     state = hashlib.sha256(content)
     state.update(label.astype("<i8").tobytes())
     return int.from_bytes(state.digest()[:8], "little")
-
-
-def digests(source: DecodedImages | EncodedImages, labels: Int64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
-    """Return the digest of every sample."""
-    out = np.empty(len(source), "<u8")
-
-    def write(position: int) -> None:
-        out[position] = sample_digest(source.content(position), labels[position])
-
-    in_blocks(len(source), write, threads=1 if isinstance(source, DecodedImages) else None)
-    return out.astype(np.uint64, copy=False)
-
-
-def statistics(source: DecodedImages | EncodedImages) -> Statistics:
-    """Return the statistics of decoded images, or ImageNet's where decoding them all would be needed."""
-    return pixel_statistics(source.pixels) if isinstance(source, DecodedImages) else IMAGENET
 
 
 def pixel_statistics(pixels: UInt8[np.ndarray, "n height width channels"]) -> Statistics:
@@ -385,27 +374,6 @@ def in_blocks(count: int, work: Callable[[int], None], threads: int | None = Non
             pass
 
 
-class _OtherSizeError(Exception):
-    pass
-
-
-def _decoded_alike(source: EncodedImages, size: tuple[int, int]) -> DecodedImages | None:
-    pixels = np.empty((len(source), *size, 3), np.uint8)
-
-    def decode(position: int) -> None:
-        image = source.image(position)
-        if image.shape != pixels.shape[1:]:
-            raise _OtherSizeError
-        pixels[position] = image
-
-    try:
-        in_blocks(len(source), decode, threads=1 if size[0] * size[1] < _SMALL else None)
-    except _OtherSizeError:
-        return None
-    files = source.origins or Origins(tuple(map(str, source.payloads)), tuple(range(len(source))))
-    return DecodedImages(pixels, files)
-
-
 def rgb(content: bytes, place: str) -> UInt8[np.ndarray, "_ _ 3"]:
     """Return the RGB image that some bytes hold, upright as its EXIF entry says; `place` names them in messages.
 
@@ -420,17 +388,11 @@ def rgb(content: bytes, place: str) -> UInt8[np.ndarray, "_ _ 3"]:
     with reading(place), opened(io.BytesIO(content), place) as image:
         if deep := _deep(image):
             raise MismatchError(f"{place} has more than 8 bits per channel ({deep}); convert it to 8")
-        turn = _orientation(image)
+        turn = _TURNS.get(_orientation(image))
         # by way of RGBA, because Pillow warns of a palette's transparency otherwise
         plain = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
-        pixels = np.array(plain if plain.mode == "RGB" else plain.convert("RGB"))
-    return _upright(pixels, turn)
-
-
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return the height and width that `rgb` gives an opened image; decodes nothing."""
-    high, wide = image.height, image.width
-    return (wide, high) if _TURNS[_orientation(image)][0] else (high, wide)
+        plain = plain if plain.mode == "RGB" else plain.convert("RGB")
+        return np.array(plain if turn is None else plain.transpose(turn))
 
 
 def opened(stream: io.BytesIO | io.BufferedReader, place: str) -> Image.Image:
@@ -446,18 +408,6 @@ def opened(stream: io.BytesIO | io.BufferedReader, place: str) -> Image.Image:
     if frames > 1 and image.format != "MPO":  # MPO: a photograph, then smaller copies of it
         raise MismatchError(f"{place} is animated: it holds {frames} images, expected one; keep only the one to learn")
     return image
-
-
-def whole(stream: io.BytesIO | io.BufferedReader, place: str) -> bytes:
-    """Return an image file's bytes.
-
-    Raises:
-        UnsafeError: there are more than any image has.
-    """
-    if (size := stream.seek(0, os.SEEK_END)) > MOST_ENCODED_BYTES:
-        raise UnsafeError(f"{place} has {size} bytes, expected at most {MOST_ENCODED_BYTES}; it is not read")
-    stream.seek(0)
-    return stream.read(size)
 
 
 def _deep(image: Image.Image) -> str:
@@ -487,12 +437,6 @@ def _orientation(image: Image.Image) -> int:
             found = number(entry + 8, 2)
             return found if found in _TURNS else 1
     return 1
-
-
-def _upright(pixels: UInt8[np.ndarray, "_ _ 3"], orientation: int) -> UInt8[np.ndarray, "_ _ 3"]:
-    swapped, down, across = _TURNS[orientation]
-    turned = pixels.swapaxes(0, 1) if swapped else pixels
-    return np.ascontiguousarray(turned[:: -1 if down else 1, :: -1 if across else 1])
 
 
 @contextmanager

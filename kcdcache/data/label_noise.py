@@ -1,60 +1,61 @@
 """Label noise and class imbalance as functions of labels: which samples stay, and which label each is given."""
 
-from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int64
+from pydantic import Field
 
 from kcdcache import rng
 from kcdcache.errors import SettingsError
+from kcdcache.settings import Settings
 
 NOISE_SEED = 12345
 """seed of label noise unless another is given, as in the protocol's code"""
 RARE = 20
 """how many times fewer samples the last class has than the first, unless n_min is given: 5000/250 and 500/25"""
-SETTINGS_OF = {"noise": ("noise_seed", "redraw"), "gamma": ("n_max", "n_min")}
+BOUNDS = ("n_max", "n_min")
+SETTINGS_OF = {"noise": ("noise_seed", "redraw"), "gamma": BOUNDS}
 """what switches a corruption on -> what else decides it"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Corruption:
+class Corruption(Settings):
     """What a data spec does to a training split: first it thins out classes, then it changes labels."""
 
-    noise: float = 0.0
-    """chance in [0, 1] that a sample's label is drawn anew"""
-    noise_seed: int = NOISE_SEED
+    noise: float = Field(default=0.0, ge=0, le=1)
+    """chance that a sample's label is drawn anew"""
+    noise_seed: int = Field(default=NOISE_SEED, ge=0, lt=2**64)
     """seed of the noise"""
     redraw: bool = True
     """whether the draw is over all C classes, the true one among them, so that noise (C - 1) / C of the labels become
     wrong; else over the other classes, so that `noise` of them do"""
-    gamma: float | None = None
-    """exponent of the class sizes, above 0: the smaller, the more uneven; None leaves the classes as they are"""
-    n_max: int | None = None
+    gamma: float | None = Field(default=None, ge=0.001, le=20)
+    """exponent of the class sizes: the smaller, the more uneven; None leaves the classes as they are"""
+    n_max: int | None = Field(default=None, ge=1, lt=10**18)
     """samples of the first class; those of the smallest class if None"""
-    n_min: int | None = None
+    n_min: int | None = Field(default=None, ge=1, lt=10**18)
     """samples of the last class; n_max / 20 if None"""
 
     def __bool__(self) -> bool:
         return self.noise > 0 or self.gamma is not None
 
+    def bounds(self, sizes: Int64[np.ndarray, " classes"]) -> tuple[int, int]:
+        """Return n_max and n_min for classes of these sizes."""
+        n_max = int(sizes.min()) if self.n_max is None else self.n_max
+        return n_max, max(1, round(n_max / RARE)) if self.n_min is None else self.n_min
+
     def settled(self, sizes: Int64[np.ndarray, " classes"]) -> "Corruption":
         """Return it with n_max and n_min filled in for classes of these sizes."""
-        if self.gamma is None:
-            return self
-        n_max = int(sizes.min()) if self.n_max is None else self.n_max
-        return replace(self, n_max=n_max, n_min=max(1, round(n_max / RARE)) if self.n_min is None else self.n_min)
+        return (
+            self if self.gamma is None else self.model_copy(update=dict(zip(BOUNDS, self.bounds(sizes), strict=True)))
+        )
 
     def document(self) -> dict[str, Any]:
         """Return what is in force, as JSON values."""
-        known = asdict(self)
+        known = self.model_dump()
         return {
             name: known[name] for switch, others in SETTINGS_OF.items() if known[switch] for name in (switch, *others)
         }
-
-
-NOTHING = Corruption()
-"""what a data spec without such options does"""
 
 
 def class_sizes(classes: int, gamma: float, n_max: int, n_min: int) -> Int64[np.ndarray, " classes"]:
@@ -95,25 +96,19 @@ def first_of_each(labels: Int64[np.ndarray, " n"], sizes: Int64[np.ndarray, " cl
 
 
 def noisy(
-    labels: Int64[np.ndarray, " n"],
-    index: Int64[np.ndarray, " n"],
-    classes: int,
-    *,
-    rate: float,
-    seed: int = NOISE_SEED,
-    redraw: bool = True,
+    labels: Int64[np.ndarray, " n"], index: Int64[np.ndarray, " n"], classes: int, asked: Corruption
 ) -> Int64[np.ndarray, " n"]:
-    """Return labels in [0, classes) of which each was drawn anew, uniformly, with probability `rate`.
+    """Return labels in [0, classes) of which each was drawn anew, uniformly, with probability `asked.noise`.
 
-    `redraw` is as in `Corruption`. `index` is each sample's number in the whole training split: what becomes of a
-    sample depends on it and the seed alone, not on which others there are.
+    `index` is each sample's number in the whole training split: what becomes of a sample depends on it and the seed
+    alone, not on which others there are.
 
     Source: symmetric noise of "Knowledge Distillation Beyond Model Compression" (facts.md section 2), whose code draws
     from one stream of random numbers where this draws by address.
     """
-    chance, which, _, _ = rng.words(seed, index, rng.NOISE)
-    other = rng.below(which, classes) if redraw else (labels + 1 + rng.below(which, classes - 1)) % classes
-    return np.where(rng.unit(chance) < rate, other, labels)
+    chance, which, _, _ = rng.words(asked.noise_seed, index, rng.NOISE)
+    other = rng.below(which, classes) if asked.redraw else (labels + 1 + rng.below(which, classes - 1)) % classes
+    return np.where(rng.unit(chance) < asked.noise, other, labels)
 
 
 def applied(
@@ -129,24 +124,16 @@ def applied(
         raise SettingsError("label noise and class imbalance need two classes or more")
     if corruption.gamma is not None:
         held = np.bincount(labels, minlength=classes)
-        full = corruption.settled(held)
-        assert full.n_max is not None
-        assert full.n_min is not None
-        if corruption.n_max is None and full.n_max < 2:
+        n_max, n_min = corruption.bounds(held)
+        if corruption.n_max is None and n_max < 2:
             raise SettingsError(
-                f"gamma has nothing to thin out: class {int(held.argmin())} has only {full.n_max} samples, and n_max "
+                f"gamma has nothing to thin out: class {int(held.argmin())} has only {n_max} samples, and n_max "
                 "is the size of the smallest class; use more training images, or give n_max and n_min"
             )
-        if full.n_min > full.n_max or full.n_min < 1:
-            raise SettingsError(
-                f"class sizes run from n_max down to n_min; found n_max={full.n_max}, n_min={full.n_min}"
-            )
-        rows = first_of_each(labels, class_sizes(classes, corruption.gamma, full.n_max, full.n_min))
-    given = labels[rows]
-    if corruption.noise:
-        seed, redraw = corruption.noise_seed, corruption.redraw
-        given = noisy(given, rows, classes, rate=corruption.noise, seed=seed, redraw=redraw)
-    return rows, given
+        if n_min > n_max:
+            raise SettingsError(f"class sizes run from n_max down to n_min; found n_max={n_max}, n_min={n_min}")
+        rows = first_of_each(labels, class_sizes(classes, corruption.gamma, n_max, n_min))
+    return rows, noisy(labels[rows], rows, classes, corruption)
 
 
 def frequent(sizes: Int64[np.ndarray, " classes"]) -> Bool[np.ndarray, " classes"]:

@@ -1,14 +1,15 @@
 """Data specs: one line of text that names a data set, how much of it is used and what is done to its labels."""
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from kcdcache.data.label_noise import NOTHING, SETTINGS_OF, Corruption
+from pydantic import Field
+
+from kcdcache.data.label_noise import SETTINGS_OF, Corruption
 from kcdcache.errors import SettingsError
-from kcdcache.settings import nearest
+from kcdcache.settings import Composed, fields, make, nearest
 
 FORMS: Mapping[str, str] = {
     "digits": "digits",
@@ -21,7 +22,6 @@ FORMS: Mapping[str, str] = {
 }
 """kind of data -> how its spec is written"""
 LIMITS = ("train", "test")
-MOST_GAMMA = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,20 +38,26 @@ class DataIdentity:
     """SHA-256 over the per-sample digests (image bytes and label) in order"""
 
 
+class Options(Composed):
+    """What may stand behind the question mark of a data spec."""
+
+    train: int | None = Field(default=None, ge=1)
+    """how many of the first training images to use; all if unset"""
+    test: int | None = Field(default=None, ge=1)
+    """how many of the first test images to use; all if unset"""
+    corruption: Corruption
+    """what is done to the training split then"""
+
+
 class DataSpec(NamedTuple):
     """A parsed data spec."""
 
     kind: str
-    location: str | None = None
+    location: str | None
     """folder or file"""
-    column: str | None = None
+    column: str | None
     """label column of a parquet set"""
-    train: int | None = None
-    """how many of the first training images to use; all if None"""
-    test: int | None = None
-    """how many of the first test images to use; all if None"""
-    corruption: Corruption = NOTHING
-    """what is done to the training split then"""
+    options: Options
 
     @property
     def path(self) -> Path:
@@ -66,28 +72,31 @@ class DataSpec(NamedTuple):
 
 
 def parse(spec: str) -> DataSpec:
-    """Return the parts of a spec KIND[:LOCATION[#COLUMN]][?OPTION=VALUE[&OPTION=VALUE...]].
-
-    Options: train, test, noise, noise_seed, redraw, gamma, n_max, n_min (see `DataSpec` and `Corruption`).
+    """Return the parts of a spec KIND[:LOCATION[#COLUMN]][?OPTION=VALUE[&OPTION=VALUE...]], with `Options`.
 
     Raises:
         SettingsError: the kind or an option is unknown, a value is out of range, or an option does nothing here.
 
-    >>> parse("parquet:/d#fine_label?train=500").train, parse("digits?noise=0.4&redraw=false").corruption.redraw
-    (500, False)
+    >>> parse("parquet:/d#fine_label?train=500").column, parse("digits?noise=0.4&redraw=false").options.corruption.noise
+    ('fine_label', 0.4)
     """
     body, _, query = spec.partition("?")
     kind, _, location = body.partition(":")
     if kind not in FORMS:
         raise SettingsError(f"unknown data '{kind}' in '{spec}'; {nearest(kind, FORMS)}")
-    column = None
+    column = ""
     if kind == "parquet":
         location, _, column = location.partition("#")
-    values = {name: OPTIONS[name](text) for name, text in _options(query, spec).items()}
-    limits = {name: values.pop(name) for name in LIMITS if name in values}
-    corruption = Corruption(**values)
-    _require_effect(values, corruption, kind, spec)
-    return DataSpec(kind, location or None, column or None, **limits, corruption=corruption)
+    options = make(Options, _split(query, spec), f"data spec '{spec}'")
+    for switch, others in SETTINGS_OF.items():
+        idle = options.given.intersection(others)
+        if idle and switch not in options.given:  # noise=0 may be one of a sweep
+            raise SettingsError(f"{min(idle)} in data spec '{spec}' does nothing without {switch}; leave it out")
+    if options.corruption and kind == "condensed":
+        raise SettingsError(
+            f"data spec '{spec}': an exported set has the labels and classes its students saw; leave the options out"
+        )
+    return DataSpec(kind, location or None, column or None, options)
 
 
 def extended(spec: str, options: str) -> str:
@@ -100,77 +109,20 @@ def extended(spec: str, options: str) -> str:
     'digits?train=50&noise=0.4'
     """
     body, _, query = spec.partition("?")
-    held, added = _options(query, spec), _options(options, options)
+    held, added = _split(query, spec), _split(options, options)
     if twice := [name for name in added if name in held and name not in LIMITS]:
         raise SettingsError(f"data spec '{spec}' has {twice[0]} already, and '{options}' is to be added; give it once")
     query = "&".join(f"{name}={value}" for name, value in {**held, **added, **held}.items())
     return f"{body}?{query}" if query else body
 
 
-def _options(query: str, spec: str) -> dict[str, str]:
+def _split(query: str, spec: str) -> dict[str, str]:
+    """Return options by name, all of them known and given once."""
     found: dict[str, str] = {}
-    for part in query.split("&") if query else ():
-        name, _, value = part.partition("=")
-        if name not in OPTIONS:
-            raise SettingsError(f"unknown option '{name}' in data spec '{spec}'; {nearest(name, OPTIONS)}")
+    for name, _, value in (part.partition("=") for part in query.split("&") if query):
+        if name not in fields(Options):
+            raise SettingsError(f"unknown option '{name}' in data spec '{spec}'; {nearest(name, fields(Options))}")
         if name in found:
             raise SettingsError(f"data spec '{spec}' gives {name} twice")
-        try:
-            OPTIONS[name](value)
-        except ValueError as error:
-            raise SettingsError(f"'{part}' in data spec '{spec}': {name} should be {error}") from None
         found[name] = value
     return found
-
-
-def _require_effect(values: Mapping[str, Any], corruption: Corruption, kind: str, spec: str) -> None:
-    for switch, others in SETTINGS_OF.items():
-        idle = [name for name in others if name in values and switch not in values]  # noise=0 may be one of a sweep
-        if idle:
-            raise SettingsError(f"{idle[0]} in data spec '{spec}' does nothing without {switch}; leave it out")
-    if corruption and kind == "condensed":
-        raise SettingsError(
-            f"data spec '{spec}': an exported set has the labels and classes its students saw; leave the options out"
-        )
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def parsed(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,18}", text, re.ASCII) or int(text) < least:
-            raise ValueError(f"a whole number of at least {least}")
-        return int(text)
-
-    return parsed
-
-
-def _number(low: float, high: float) -> Callable[[str], float]:
-    """Return a parser of decimal numbers above `low`, or 0 where that is 0, up to `high`."""
-
-    def parsed(text: str) -> float:
-        if (
-            not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,18})?|\.[0-9]{1,18}", text, re.ASCII)
-            or not low <= float(text) <= high
-        ):
-            raise ValueError(f"a number from {low:g} to {high:g}")
-        return float(text)
-
-    return parsed
-
-
-def _truth(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise ValueError("true or false")
-    return text == "true"
-
-
-OPTIONS: Mapping[str, Callable[[str], Any]] = {
-    "train": _whole(1),
-    "test": _whole(1),
-    "noise": _number(0, 1),
-    "noise_seed": _whole(0),
-    "redraw": _truth,
-    "gamma": _number(0.001, MOST_GAMMA),
-    "n_max": _whole(1),
-    "n_min": _whole(1),
-}
-"""option of a data spec -> its parser"""

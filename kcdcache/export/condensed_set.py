@@ -58,9 +58,9 @@ class PartialImages(EncodedImages):
     def __len__(self) -> int:
         return len(self.row)
 
-    def first(self, count: int) -> "PartialImages":
-        """Return those among the first `count` positions."""
-        return replace(self, row=self.row[:count])
+    def taken(self, rows: Int64[np.ndarray, " kept"]) -> "PartialImages":
+        """Return those at some positions."""
+        return replace(self, row=self.row[rows])
 
     def images(
         self, index: Int64[np.ndarray, " batch"], check: Check | None = None, threads: int | None = None

@@ -291,7 +291,7 @@ def test_specs_that_are_wrong_say_how_to_write_them():
         "folder": "data spec 'folder' needs a path: write folder:DIR",
         "digits:x": "'digits' is embedded and takes no path",
         "digits?trian=5": r"unknown option 'trian' in data spec 'digits\?trian=5'; did you mean 'train'",
-        "digits?train=0": r"'train=0' in data spec .*: train should be a whole number of at least 1",
+        "digits?train=0": r"setting 'train' in data spec 'digits\?train=0': .* greater than or equal to 1; found '0'",
     }.items():
         with pytest.raises(SettingsError, match=message):
             datasets.load(spec)
