@@ -331,8 +331,8 @@ def _read_rows(files: list[Path], columns: tuple[str, str], limit: int | None) -
     """Return the rows of some files, at least `limit` of them; reads no row group beyond that."""
     payloads: list[bytes | None] = []
     labels, starts = [np.empty(0, np.int64)], dict[str, int]()
-    for file, table in ((str(file), table) for file in files for table in _row_groups(file, *columns)):
-        starts.setdefault(file, len(payloads))
+    for place, table in ((str(file), table) for file in files for table in _row_groups(file, *columns)):
+        starts.setdefault(place, len(payloads))
         payloads.extend(row["bytes"] if row else None for row in table[0].to_pylist())
         labels.append(table[1].cast(pa.int64()).fill_null(-1).to_numpy())
         if limit is not None and len(payloads) >= limit:

@@ -251,11 +251,13 @@ def _told(rate: Rate | None) -> dict[str, Any] | None:
 def _encodings(
     settings: PrecomputeSettings, network: teacher.Teacher, rule: rules.ViewRule, channels: int
 ) -> list[encoding.Encoding]:
-    height, width = rule.height, rule.width
-    asked = identity.per_sample(settings.fields) or identity.DEFAULT_PROFILES
-    names = fields.expand(asked, lambda: teacher.tap_shapes_of(network, height, width))
-    shapes = teacher.field_shapes(network, height, width, names, channels)
-    return [encoding.parse(fields.encoding_for(name, settings.encoding), name, shapes[name]) for name in names]
+    image = (channels, rule.height, rule.width)
+    taps = teacher.tap_shapes_of(network, image)
+    names = fields.expand(identity.per_sample(settings.fields) or identity.DEFAULT_PROFILES, taps)
+    return [
+        encoding.parse(fields.encoding_for(name, settings.encoding), name, fields.row_shape(name, taps, image))
+        for name in names
+    ]
 
 
 def _plan(

@@ -1,14 +1,13 @@
-"""The teacher: a frozen network that owns its input transform, and the fields it gives."""
+"""The teacher: a frozen network that owns its input transform, the images it is shown and the fields it gives."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
 from kcdcache.errors import CorruptionError, MismatchError, UnsafeError, first_difference
@@ -18,8 +17,13 @@ from kcdcache.networks.input_transform import InputTransform, transform_from
 from kcdcache.networks.weights import digest_weights, load_into, load_network, load_weights
 from kcdcache.settings import Precision
 from kcdcache.store.identity import TeacherIdentity
-from kcdcache.teacher import boundary_images, fields
+from kcdcache.teacher import fields
 from kcdcache.teacher.fields import aggregated
+
+STEPS, RATE, SLACK = 10, 0.3, 1e-4
+"""of the way to a boundary image"""
+Scores = Callable[[Float32[Tensor, "batch c h w"]], Float32[Tensor, "batch classes"]]
+"""pixels in [0, 1] -> logits, differentiable"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +34,12 @@ class Teacher:
     """the network: in eval mode, without gradients, channels_last, on `device`"""
     transform: InputTransform
     """what it does to pixels in [0, 1]"""
-    architecture: str
-    """model spec"""
     classes: tuple[str, ...]
     """class names, in the order of its logits"""
     identity: TeacherIdentity
-    """digest of all the above; binds its knowledge to it"""
+    """model spec, digest of the weights, transform and arithmetic; binds its knowledge to it"""
     device: torch.device
     """where it runs"""
-    precision: Precision
-    """arithmetic of its forward pass"""
     data: str | None = None
     """digest of the training split it learned from, where its folder tells"""
 
@@ -69,6 +69,7 @@ def load(
         UnsafeError: the weights, or a saved network's spec, could run code the user did not name.
         CorruptionError: a file is damaged.
     """
+    learned = None
     if weights_path is None or weights_path.is_dir():
         record = saved_network(str(weights_path or spec))
         document, state = load_network(record)
@@ -76,12 +77,11 @@ def load(
         spec, transform, where = document["architecture"], transform_from(document["transform"]), str(record)
         learned = document.get("data")
     else:
-        learned = None
         state, where = load_weights(weights_path), str(weights_path)
         transform = InputTransform(mean, std, size)
     module = registry.build(spec, len(classes), channels=channels)
     load_into(module, state, where)
-    found = _frozen(module, transform, spec, classes, torch.device(device), precision)
+    found = freeze(module, transform, spec, classes, device, precision)
     return replace(found, data=learned if isinstance(learned, str) else None)
 
 
@@ -94,7 +94,17 @@ def freeze(
     precision: Precision = "float32",
 ) -> Teacher:
     """Return a teacher made from a copy of a network; the network itself stays as it is."""
-    return _frozen(copy.deepcopy(module), transform, architecture, classes, torch.device(device), precision)
+    frozen = copy.deepcopy(module).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    weights = digest_weights(module.state_dict())
+    return Teacher(
+        module=frozen.eval().requires_grad_(False),
+        transform=transform,
+        classes=classes,
+        identity=TeacherIdentity(
+            architecture=architecture, weights=weights, transform=transform.document(), precision=precision
+        ),
+        device=torch.device(device),
+    )
 
 
 def outputs(
@@ -112,8 +122,12 @@ def outputs(
     wanted = {name: fields.parse(name) for name in names}
     teacher.module.eval()
     found: dict[str, Tensor] = {}
-    pixels = pixels.to(teacher.device)
-    with _deterministic(), _autocast(teacher):
+    pixels, device = pixels.to(teacher.device), teacher.device.type
+    with (
+        # cuDNN would use TF32 for float32, and pick algorithms by racing them: neither float32 nor repeatable
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+        torch.autocast(device, dtype=torch.bfloat16, enabled=teacher.identity.precision == "bfloat16"),
+    ):
         for look in dict.fromkeys(field.look for field in wanted.values()):
             seen = [field for field in wanted.values() if field.look == look]
             values = LOOKS[look](teacher, pixels, list(dict.fromkeys(tap for field in seen for tap in field.taps)))
@@ -123,46 +137,10 @@ def outputs(
     return {name: found[name].to(torch.float32, copy=True, memory_format=torch.contiguous_format) for name in names}
 
 
-def tap_shapes_of(teacher: Teacher, height: int, width: int) -> dict[str, tuple[int, ...]]:
-    """Return tap -> shape of one sample's value for images of this size, found by a forward pass on a black image."""
-    pixels = torch.zeros(1, len(teacher.transform.mean), height, width, device=teacher.device)
-    found = _plain(teacher, pixels, list(taps.stage_taps(teacher.module)))
+def tap_shapes_of(teacher: Teacher, image: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
+    """Return tap -> shape of one sample's value for images (channels, h, w), by a forward pass on a black one."""
+    found = _plain(teacher, torch.zeros(1, *image, device=teacher.device), list(taps.stage_taps(teacher.module)))
     return {name: tuple(value.shape[1:]) for name, value in found.items()}
-
-
-def field_shapes(
-    teacher: Teacher, height: int, width: int, names: Sequence[str], channels: int = 3
-) -> dict[str, tuple[int, ...]]:
-    """Return the shape of one row of each field for images of this size, found by a forward pass on a black image.
-
-    Raises:
-        SettingsError: a field is unknown, or this network cannot give it.
-    """
-    rows = outputs(teacher, torch.zeros(1, channels, height, width), names)
-    return {name: tuple(row.shape[1:]) for name, row in rows.items()}
-
-
-def _frozen(
-    module: nn.Module,
-    transform: InputTransform,
-    architecture: str,
-    classes: tuple[str, ...],
-    device: torch.device,
-    precision: Precision,
-) -> Teacher:
-    digest = digest_weights(module.state_dict())
-    module = module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Teacher(
-        module=module.eval().requires_grad_(False),
-        transform=transform,
-        architecture=architecture,
-        classes=classes,
-        identity=TeacherIdentity(
-            architecture=architecture, weights=digest, transform=transform.document(), precision=precision
-        ),
-        device=device,
-        precision=precision,
-    )
 
 
 def filter_profiles(network: nn.Module) -> dict[str, list[float]]:
@@ -201,23 +179,20 @@ def _plain(teacher: Teacher, pixels: Tensor, names: Sequence[str]) -> dict[str, 
         values = taps.run(teacher.module, _inputs(teacher, pixels), list(dict.fromkeys(("logits", *names))))
     if values["logits"].shape[1] != len(teacher.classes):
         found = values["logits"].shape[1]
-        raise MismatchError(f"{teacher.architecture} gives {found} logits, the data has {len(teacher.classes)} classes")
+        raise MismatchError(
+            f"{teacher.identity.architecture} gives {found} logits, the data has {len(teacher.classes)} classes"
+        )
     return values
-
-
-def _rotated(teacher: Teacher, pixels: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    return _plain(teacher, fields.rotated(pixels), names)
 
 
 def _boundary(teacher: Teacher, pixels: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
     std = torch.tensor(teacher.transform.std, dtype=torch.float32, device=teacher.device).view(-1, 1, 1)
-    made = boundary_images.boundary(lambda shown: teacher.module(_inputs(teacher, shown)).float(), pixels, std)
-    return made._asdict()
+    return boundary(lambda shown: teacher.module(_inputs(teacher, shown)).float(), pixels, std)
 
 
 LOOKS: Mapping[fields.Look, Callable[[Teacher, Tensor, Sequence[str]], dict[str, Tensor]]] = {
     "plain": _plain,
-    "rotated": _rotated,
+    "rotated": lambda teacher, pixels, names: _plain(teacher, fields.rotated(pixels), names),
     "boundary": _boundary,
 }
 """which images the teacher sees -> the named values on them"""
@@ -227,10 +202,67 @@ def _inputs(teacher: Teacher, pixels: Tensor) -> Tensor:
     return teacher.transform(pixels).contiguous(memory_format=torch.channels_last)
 
 
-def _autocast(teacher: Teacher) -> AbstractContextManager[Any]:
-    return torch.autocast(teacher.device.type, dtype=torch.bfloat16, enabled=teacher.precision == "bfloat16")
+def boundary(
+    scores: Scores, pixels: Float32[Tensor, "batch c h w"], std: Float32[Tensor, "c 1 1"]
+) -> dict[str, Float32[Tensor, "batch ..."]]:
+    """Return every image pushed just over the decision boundary to another class, and the teacher's logits on it.
+
+    Up to 10 steps of 0.3 (gap + 1e-4) g / ||g|| along the gradient g of score(target) - score(base), in units of the
+    normalised input (`std` per channel); gap is the absolute difference of the two scores. An image stays where its
+    class first changes. The target is drawn by the teacher's probabilities of the other classes, from a hash of the
+    image, so that a row depends on its own image alone. Images stay in [0, 1] and are rounded to whole 255ths before
+    the teacher looks again.
+
+    Source: Heo et al., AAAI 2019 (arXiv 1805.05532), section 3.1, Eq. 4-6, and facts.md section 4; the original clips
+    the normalised input at +-2.5 instead, and draws the target anew every time.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        start = pixels.clone()
+        first = scores(start).detach()
+        base = first.argmax(1)
+        target = draw_target(first, base, image_hash(start))
+        images = start
+        still = torch.ones(len(start), dtype=torch.bool, device=start.device)
+        for _ in range(STEPS):
+            images, still = _pushed(scores, images, still, base, target, std)
+        images = (images * 255).round() / 255
+        return {"images": images, "logits": scores(images).detach()}
 
 
-def _deterministic() -> AbstractContextManager[Any]:
-    # cuDNN would use TF32 for float32, and pick algorithms by racing them: neither float32 nor repeatable
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+def draw_target(
+    logits: Float32[Tensor, "batch classes"], base: Int64[Tensor, " batch"], draw: Float32[Tensor, " batch"]
+) -> Int64[Tensor, " batch"]:
+    """Return for each row another class than `base`, by the rows' probabilities; `draw` in [0, 1) is its chance."""
+    others = logits.double().scatter(1, base[:, None], -torch.inf).softmax(1)
+    reached = others.cumsum(1)
+    chosen = torch.searchsorted(reached, draw.double()[:, None] * reached[:, -1:], right=True)[:, 0]
+    chosen = chosen.clamp_max(logits.shape[1] - 1)
+    # a draw at the very end of rounding may land on a class of no mass, base among them
+    return torch.where(others.gather(1, chosen[:, None])[:, 0] > 0, chosen, others.argmax(1))
+
+
+def image_hash(pixels: Float32[Tensor, "batch c h w"]) -> Float32[Tensor, " batch"]:
+    """Return a number in [0, 1) per image, a function of its pixels in 65535ths alone, the same on every device."""
+    values = (pixels.flatten(1) * 65535).round().long()
+    place = torch.arange(values.shape[1], device=pixels.device)
+    weight = (place * 2654435761 + 40503) & 0xFFFFFFFF | 1
+    mixed = ((values + 1) * weight) & 0xFFFFFFFF
+    mixed = (mixed ^ (mixed >> 15)) * 2246822519 & 0xFFFFFFFF
+    total = mixed.sum(1) & 0xFFFFFFFF
+    total = ((total ^ (total >> 16)) * 3266489917) & 0xFFFFFFFF
+    return ((total >> 8).float()) / 2**24
+
+
+def _pushed(
+    scores: Scores, images: Tensor, still: Tensor, base: Tensor, target: Tensor, std: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the images one step on where they still are of their class, and which of them are."""
+    images = images.detach().requires_grad_(True)
+    logits = scores(images)
+    still = still & (logits.argmax(1) == base)
+    gap = logits.gather(1, target[:, None])[:, 0] - logits.gather(1, base[:, None])[:, 0]
+    gradient = torch.autograd.grad(gap.sum(), images)[0] * std
+    norm = gradient.flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    step = RATE * (gap.detach().abs() + SLACK) / norm
+    moved = (images.detach() + std * step.view(-1, 1, 1, 1) * gradient).clamp(0, 1)
+    return torch.where(still.view(-1, 1, 1, 1), moved, images.detach()), still

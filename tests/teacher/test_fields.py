@@ -16,7 +16,7 @@ from kcdcache.networks.input_transform import InputTransform
 from kcdcache.networks.registry import tap_shapes
 from kcdcache.recipes import recipe
 from kcdcache.store import reader
-from kcdcache.teacher import boundary_images, fields, teacher
+from kcdcache.teacher import fields, teacher
 
 WRN = tap_shapes("wrn_40_2", 100, 3, 32, 32)
 EVERY = (
@@ -46,23 +46,23 @@ def test_what_is_no_field_is_refused(name):
 
 
 def test_short_names_stand_for_the_teachers_own_stages():
-    assert fields.expand(["attention"], lambda: WRN) == (
+    assert fields.expand(["attention"], WRN) == (
         "attention:stage1:32x32", "attention:stage2:16x16", "attention:stage3:8x8",
     )  # fmt: skip
-    assert fields.expand(["fsp"], lambda: WRN) == ("fsp:stage0:stage1", "fsp:stage1:stage2", "fsp:stage2:stage3")
-    assert fields.expand(["maps", "maps:stage1"], lambda: WRN) == ("maps:stage1", "maps:stage2", "maps:stage3")
-    assert fields.expand(["logits", "rotations", "logits", "boundary"], dict) == (
+    assert fields.expand(["fsp"], WRN) == ("fsp:stage0:stage1", "fsp:stage1:stage2", "fsp:stage2:stage3")
+    assert fields.expand(["maps", "maps:stage1"], WRN) == ("maps:stage1", "maps:stage2", "maps:stage3")
+    assert fields.expand(["logits", "rotations", "logits", "boundary"], {}) == (
         "logits", "rotations:logits", "rotations:penultimate", "boundary:images", "boundary:logits",
     )  # fmt: skip
     with pytest.raises(SettingsError, match="this network's stages are not known"):
-        fields.expand(["maps"], lambda: {"logits": (10,)})
+        fields.expand(["maps"], {"logits": (10,)})
 
 
 def test_shapes_without_a_network_are_those_of_the_network(network):
-    with_weights = teacher.field_shapes(network, 16, 16, EVERY)
+    with_weights = {name: row.shape[1:] for name, row in teacher.outputs(network, noise(1, 3, 16, 16), EVERY).items()}
     known = tap_shapes("resnet8", 10, 3, 16, 16)
     assert {name: fields.row_shape(name, known, (3, 16, 16)) for name in EVERY} == with_weights
-    assert known == teacher.tap_shapes_of(network, 16, 16)
+    assert known == teacher.tap_shapes_of(network, (3, 16, 16))
     with pytest.raises(SettingsError, match="is made from 'stage9', which this teacher lacks"):
         fields.row_shape("maps:stage9", known, (3, 16, 16))
 
@@ -91,6 +91,8 @@ def test_fields_are_what_their_names_say(network):
 def test_views_that_are_not_square_have_no_rotations(network):
     with pytest.raises(SettingsError, match="rotations need square views, found 8x12"):
         teacher.outputs(network, noise(2, 3, 8, 12), ["rotations:logits"])
+    with pytest.raises(SettingsError, match="rotations need square views, found 16x12"):
+        fields.row_shape("rotations:logits", WRN, (3, 16, 12))
 
 
 def pushed_one_by_one(network, image):
@@ -99,7 +101,7 @@ def pushed_one_by_one(network, image):
     with torch.no_grad():
         logits = network.module(network.transform(image[None]))[0]
     base = int(logits.argmax())
-    draw = float(boundary_images.image_hash(image[None])[0])
+    draw = float(teacher.image_hash(image[None])[0])
     others = logits.double().softmax(0).numpy().copy()
     others[base] = 0.0
     target = int(np.argmax(draw * others.sum() < np.cumsum(others)))
@@ -118,43 +120,43 @@ def pushed_one_by_one(network, image):
 def test_boundary_samples_equal_the_attack_done_one_by_one(network):
     pixels = noise(12, 3, 16, 16, seed=3)
     std = torch.tensor(network.transform.std).view(3, 1, 1)
-    made = boundary_images.boundary(lambda x: network.module(network.transform(x)), pixels, std)
+    made = teacher.boundary(lambda x: network.module(network.transform(x)), pixels, std)
     flipped = 0
     for row, image in enumerate(pixels):
         wanted, base = pushed_one_by_one(network, image)
         # rounding to 255ths may fall to either side
-        assert (made.images[row] - wanted).abs().max() <= 1.01 / 255
-        assert (made.images[row] - wanted).abs().mean() <= 0.02 / 255
-        flipped += int(made.logits[row].argmax()) != base
+        assert (made["images"][row] - wanted).abs().max() <= 1.01 / 255
+        assert (made["images"][row] - wanted).abs().mean() <= 0.02 / 255
+        flipped += int(made["logits"][row].argmax()) != base
     assert flipped >= 3  # it really leads across the boundary
-    assert torch.equal(made.images * 255, (made.images * 255).round())
-    assert made.images.min() >= 0
-    assert made.images.max() <= 1
-    assert not torch.equal(made.images, pixels)
-    assert not made.logits.requires_grad
+    assert torch.equal(made["images"] * 255, (made["images"] * 255).round())
+    assert made["images"].min() >= 0
+    assert made["images"].max() <= 1
+    assert not torch.equal(made["images"], pixels)
+    assert not made["logits"].requires_grad
 
 
 def test_targets_are_other_classes_drawn_by_their_probabilities():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(4000, 1)
     draw = (torch.arange(4000) + 0.5) / 4000
-    found = boundary_images.draw_target(logits, torch.zeros(4000, dtype=torch.long), draw).bincount(minlength=4)
+    found = teacher.draw_target(logits, torch.zeros(4000, dtype=torch.long), draw).bincount(minlength=4)
     share = torch.tensor([0.0, *np.exp([1, 0, -1]) / np.exp([1, 0, -1]).sum()])
     assert (found / 4000 - share).abs().max() < 1e-3
     certain = torch.tensor([[200.0, -200.0, -200.0], [0.0, -1e4, 50.0]])
-    ends = boundary_images.draw_target(certain, certain.argmax(1), torch.tensor([0.0, 1 - 2**-24]))
+    ends = teacher.draw_target(certain, certain.argmax(1), torch.tensor([0.0, 1 - 2**-24]))
     assert (ends != certain.argmax(1)).all()
 
 
 def test_the_hash_of_images_is_even_and_sees_every_pixel():
     images = noise(3000, 3, 8, 8, seed=5)
-    found = boundary_images.image_hash(images)
+    found = teacher.image_hash(images)
     assert found.min() >= 0
     assert found.max() < 1
     counts = (found * 10).long().bincount(minlength=10)
     assert counts.min() > 200  # 300 expected
     changed = images[0].repeat(192, 1, 1, 1)
     changed.view(192, -1)[range(192), range(192)] += 1 / 255
-    assert len({float(value) for value in boundary_images.image_hash(changed)} | {float(found[0])}) == 193
+    assert len({float(value) for value in teacher.image_hash(changed)} | {float(found[0])}) == 193
 
 
 def test_mixing_is_what_is_said_for_each_kind():

@@ -9,7 +9,7 @@ from kcdcache.files.records import digest_of
 from kcdcache.networks import registry, weights
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.teacher import teacher as teacher_
-from kcdcache.teacher.teacher import field_shapes, freeze, outputs
+from kcdcache.teacher.teacher import freeze, outputs
 
 CLASSES = ("ant", "bee", "cat")
 TRANSFORM = InputTransform((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
@@ -202,7 +202,7 @@ def test_memory_layout_of_the_pixels_does_not_change_a_bit():
 def test_fields_come_as_asked_in_the_shapes_of_a_row_and_wrong_ones_are_refused():
     teacher = frozen(trained())
     assert list(outputs(teacher, pixels(2), ["penultimate"])) == ["penultimate"]
-    assert field_shapes(teacher, 8, 12, FIELDS) == {"logits": (3,), "penultimate": (64,)}
+    assert teacher_.tap_shapes_of(teacher, (3, 8, 12))["penultimate"] == (64,)
     with pytest.raises(SettingsError, match="unknown field 'logit'; did you mean 'logits'"):
         outputs(teacher, pixels(2), ["logit"])
     with pytest.raises(MismatchError, match="resnet8 gives 5 logits, the data has 3 classes"):
