@@ -54,10 +54,6 @@ Outputs = Callable[[int, int, int], dict[str, Tensor]]
 """(view, first row, last row + 1) -> field -> float32 outputs of those rows"""
 
 
-def _nothing_ahead(rows: Iterable[Rows]) -> AbstractContextManager[None]:
-    return nullcontext()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What fills a store: where its rows come from, what they should be, and where they are computed.
@@ -68,7 +64,7 @@ class Job:
     outputs: Outputs
     labels: np.ndarray
     digests: np.ndarray
-    announced: Callable[[Iterable[Rows]], AbstractContextManager[None]] = _nothing_ahead
+    announced: Callable[[Iterable[Rows]], AbstractContextManager[None]] = lambda rows: nullcontext()
     """told which rows' outputs will be asked for, in order; within what it returns they may be prepared ahead"""
     least_accuracy: float = 0.0
     """accuracy on a view below which the outputs cannot be right; 0 where none is demanded"""
@@ -114,7 +110,7 @@ def run(
     """
     rule = rules.rule_from(settings, data.train.image_size)
     knowledge = Knowledge(teacher=network.identity, data=data.identity(), views=rules.identity_of(rule))
-    forms = _encodings(settings, network, rule, len(data.mean))
+    forms = _encodings(settings, network, (len(data.mean), rule.height, rule.width))
     plan = _plan(settings, len(data.train), _views_wanted(rule, settings.views), forms, path)
     _require_budget(plan, settings.budget_gb)
     # new views of a grown store have its older fields too
@@ -132,13 +128,18 @@ def run(
     if dry_run:
         return _described_plan(plan, knowledge, path) | expected_cost(path, knowledge, plan, job)
     left = fill(path, knowledge, plan, job, progress)
-    identity.write_origin(path, identity.Origin(corruption=dict(data.corrupted()), teacher_data=network.data))
+    write_origin(path, data, network.data)
     if profiles is not None:
         identity.write_parameters(path, profiles, knowledge)
     if left:
         logger.info("precompute: shard %s is written; %d parts are left to the other shards", shard, left)
         return {"kind": "store", "store": str(path), "finished": False, "shard": str(shard), "parts_left": left}
     return describe(path)
+
+
+def write_origin(path: Path, data: Dataset, teacher_data: str | None) -> None:
+    """Write where a store comes from: what was done to the data's labels, and what the teacher learned from."""
+    identity.write_origin(path, identity.Origin(corruption=data.corrupted(), teacher_data=teacher_data))
 
 
 def import_logits(
@@ -178,7 +179,7 @@ def import_logits(
         may_skip=settings.on_nonfinite == "skip",
     )
     fill(path, knowledge, plan, job, progress)
-    identity.write_origin(path, identity.Origin(corruption=dict(data.corrupted()), teacher_data=None))
+    write_origin(path, data, None)
     return describe(path)
 
 
@@ -210,7 +211,7 @@ def job_for(
         truth=data.train.clean_labels,
         digests=data.train.digests(),
         device=network.device,
-        announced=shown.announced if held is None else _nothing_ahead,
+        announced=shown.announced if held is None else lambda rows: nullcontext(),
     )
 
 
@@ -249,9 +250,8 @@ def _told(rate: Rate | None) -> dict[str, Any] | None:
 
 
 def _encodings(
-    settings: PrecomputeSettings, network: teacher.Teacher, rule: rules.ViewRule, channels: int
+    settings: PrecomputeSettings, network: teacher.Teacher, image: tuple[int, int, int]
 ) -> list[encoding.Encoding]:
-    image = (channels, rule.height, rule.width)
     taps = teacher.tap_shapes_of(network, image)
     names = fields.expand(identity.per_sample(settings.fields) or identity.DEFAULT_PROFILES, taps)
     return [
@@ -334,11 +334,10 @@ def expected_cost(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job) -
     everything = writer.missing(path, knowledge, plan)
     mine = everything if job.shard == WHOLE else writer.missing(path, knowledge, plan, job.shard)
     rate = measured(job, plan, mine)
-    to_do = _to_do(plan, everything, rate)
-    if to_do["bytes"] > (free := _free_bytes(path)):
-        logger.warning(
-            "precompute: %s bytes are still to be written, but %s are free", f"{to_do['bytes']:,}", f"{free:,}"
-        )
+    to_do, free = _to_do(plan, everything, rate), _free_bytes(path)
+    if to_do["bytes"] > free:
+        told = f"{to_do['bytes']:,} bytes are still to be written, but {free:,} are free"
+        logger.warning("precompute: %s", told)
     found = {"images_per_second": _told(rate), "to_do": to_do}
     return found if job.shard == WHOLE else found | {f"shard {job.shard}": _to_do(plan, mine, rate)}
 
@@ -362,14 +361,16 @@ def measured(job: Job, plan: StorePlan, parts: Sequence[Part]) -> Rate | None:
 
 def _to_do(plan: StorePlan, parts: Sequence[Part], rate: Rate | None) -> dict[str, Any]:
     points = _points(parts)
-    hours = None if rate is None else points / rate.mean / 3600
-    spread = None if rate is None or rate.std is None or hours is None else hours * rate.std / rate.mean
+    hours = spread = None
+    if rate is not None:
+        hours = float(f"{points / rate.mean / 3600:.3g}")
+        spread = None if rate.std is None else float(f"{points / rate.mean / 3600 * rate.std / rate.mean:.2g}")
     return {
         "parts": len(parts),
         "teacher_forwards": points,
         "bytes": sum(chunk.array.file_bytes for part in parts for chunk in part_chunks(plan, part)),
-        "teacher_hours": None if hours is None else float(f"{hours:.3g}"),
-        "teacher_hours_std": None if spread is None else float(f"{spread:.2g}"),
+        "teacher_hours": hours,
+        "teacher_hours_std": spread,
     }
 
 
@@ -395,19 +396,21 @@ def fill(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job, progress: 
     Return the number of parts that other shards have yet to write; 0 if the store is sealed.
     """
     path.mkdir(parents=True, exist_ok=True)
-    with _opened(path, knowledge, plan, job) as opened, enough_memory(_remedy(plan, path)):
+    remedy = (
+        f"lower --batch-size ({plan.batch_size} now); it is part of a store's plan, so if {path} holds points already, "
+        "give the smaller one with another --store, or continue here where there is more memory"
+    )
+    if log.commit_path(path, 0).exists():
+        begun = writer.grow(path, knowledge, views=plan.views, fields=list(plan.fields.values()), shard=job.shard)
+    else:
+        begun = writer.create(path, knowledge, plan, job.labels, job.digests, job.shard)
+    with begun as opened, enough_memory(remedy):
         if pending := opened.pending():
             _settle_environment(path, job)
             _write_parts(opened, pending, job, progress)
         else:
             logger.info("precompute: %s is %s already", path, "finished" if opened.sealed else "complete")
         return opened.seal_last()
-
-
-def _opened(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job) -> AbstractContextManager[Writer]:
-    if not log.commit_path(path, 0).exists():
-        return writer.create(path, knowledge, plan, job.labels, job.digests, job.shard)
-    return writer.grow(path, knowledge, views=plan.views, fields=list(plan.fields.values()), shard=job.shard)
 
 
 def _write_parts(opened: Writer, pending: Sequence[Part], job: Job, progress: Progress) -> None:
@@ -423,14 +426,12 @@ def _write_parts(opened: Writer, pending: Sequence[Part], job: Job, progress: Pr
             began = time.perf_counter()
             made = compute(part, plan, job)
             written.result()
-            _require_accuracy(part, made.correct, right, job.least_accuracy)
+            _require_accuracy(part, made.measurements["correct"], right, job.least_accuracy)
             skipped |= set(made.skipped)
             log.require_few_skipped(skipped, plan.count)
-            written = pool.submit(
-                opened.write_part, part, made.stored, made.statistics, {"correct": made.correct}, made.skipped
-            )
-            done += part.stop - part.start
-            seconds = {"seconds": round(time.perf_counter() - began, 4), "points": part.stop - part.start}
+            written = pool.submit(opened.write_part, part, *made)
+            done += _points([part])
+            seconds = {"seconds": round(time.perf_counter() - began, 4), "points": _points([part])}
             append(timings, canonical_json(seconds) + b"\n")
             if interrupt.requested():
                 written.result()
@@ -440,13 +441,12 @@ def _write_parts(opened: Writer, pending: Sequence[Part], job: Job, progress: Pr
 
 
 class Computed(NamedTuple):
-    """One part, ready to be written."""
+    """One part, ready to be written: encoded arrays, and what its log record says."""
 
     stored: dict[str, np.ndarray]
-    """encoded arrays"""
     statistics: dict[str, encoding.Statistics]
-    correct: float
-    """how often the teacher was right"""
+    measurements: dict[str, float]
+    """`correct`: how often the teacher was right"""
     skipped: tuple[int, ...]
     """samples whose outputs cannot be stored"""
 
@@ -468,7 +468,7 @@ def compute(part: Part, plan: StorePlan, job: Job) -> Computed:
         hint = "; `--on-nonfinite skip` leaves such samples out of the store and of all training"
         raise NonFiniteError(f"{error}, in view {part.view}{hint if job.may_skip is False else ''}") from None
     statistics = {field: encoding.statistics(rows) for field, rows in values.items()}
-    return Computed(stored, statistics, correct, tuple(skipped))
+    return Computed(stored, statistics, {"correct": correct}, tuple(skipped))
 
 
 def _outputs_of(part: Part, plan: StorePlan, job: Job) -> tuple[dict[str, Tensor], float]:
@@ -484,13 +484,12 @@ def _outputs_of(part: Part, plan: StorePlan, job: Job) -> tuple[dict[str, Tensor
             finite = torch.isfinite(logits).all(1)  # a row with a NaN has its maximum there
             guesses.append(torch.where(finite, logits.argmax(1), -1))
     # counted once a part: a number read after every batch would stall the device
-    labels = job.labels if job.truth is None else job.truth
-    correct = _agreement(torch.cat(guesses), labels[part.start : part.stop]) if guesses else 0.0
+    correct = 0.0
+    if guesses:
+        found = torch.cat(guesses)
+        labels = torch.from_numpy(job.truth if job.truth is not None else job.labels)[part.start : part.stop]
+        correct = float((found == labels.to(found.device)).sum())
     return {field: torch.cat(values) for field, values in pieces.items()}, correct
-
-
-def _agreement(guesses: Tensor, labels: np.ndarray) -> float:
-    return float((guesses == torch.from_numpy(labels).to(guesses.device)).sum())
 
 
 def _unusable(part: Part, values: Mapping[str, Tensor], plan: StorePlan) -> Tensor | None:
@@ -508,7 +507,7 @@ def _unusable(part: Part, values: Mapping[str, Tensor], plan: StorePlan) -> Tens
 def _require_accuracy(part: Part, correct: float, right: dict[int, tuple[float, int]], least: float) -> None:
     """Refuse early: a wrong normalisation or class order shows in the first part."""
     before, seen = right.get(part.view, (0.0, 0))
-    before, seen = before + correct, seen + part.stop - part.start
+    before, seen = before + correct, seen + _points([part])
     right[part.view] = before, seen
     if before < least * seen:
         raise MismatchError(
@@ -516,13 +515,6 @@ def _require_accuracy(part: Part, correct: float, right: dict[int, tuple[float, 
             f"least {least:.2%}: its normalisation, input size or class order does not fit this data; check "
             "--teacher-mean/--teacher-std/--teacher-size, or lower --min-accuracy if the teacher really is that weak"
         )
-
-
-def _remedy(plan: StorePlan, path: Path) -> str:
-    return (
-        f"lower --batch-size ({plan.batch_size} now); it is part of a store's plan, so if {path} holds points already, "
-        "give the smaller one with another --store, or continue here where there is more memory"
-    )
 
 
 # where it is computed

@@ -1,10 +1,10 @@
 """Making a damaged store whole again: copies of records first, then only the parts that are bad are computed anew."""
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from kcdcache.data.datasets import Dataset
 from kcdcache.errors import (
@@ -23,16 +23,17 @@ from kcdcache.store import identity, log, writer
 from kcdcache.store.chunks import write_chunks
 from kcdcache.store.identity import IDENTITY_FILE, Knowledge, read_store_identity
 from kcdcache.store.log import FileRecord, LogEntry
-from kcdcache.store.plan import Chunk, Part, StorePlan, part_chunks, parts, plan_from, sample_chunks
+from kcdcache.store.plan import Part, StorePlan, part_chunks, parts, plan_from, sample_chunks
 from kcdcache.store.writer import held
 from kcdcache.teacher import precompute, teacher
 
 SCRATCH = log.FOLDER / "repair"
 """where parts are computed anew; only files equal to what was logged leave it"""
+_whole = partial(attempt, lambda problem: None)
+"""what a function reads; None where that is damaged or not there"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Means:
+class Means(NamedTuple):
     """What a store can be made again from."""
 
     data: Dataset
@@ -50,9 +51,9 @@ class _Piece(NamedTuple):
     part: Part | None
     """None for the arrays that describe samples"""
 
-    @property
-    def chunks(self) -> list[Chunk]:
-        return sample_chunks(self.plan) if self.part is None else part_chunks(self.plan, self.part)
+    def __str__(self) -> str:
+        part = self.part
+        return "labels and digests" if part is None else f"view {part.view}, samples {part.start}..{part.stop - 1}"
 
 
 def repair(root: Path, means: Means | None, progress: Progress = silent) -> list[str]:
@@ -76,7 +77,7 @@ def repair(root: Path, means: Means | None, progress: Progress = silent) -> list
         try:
             for done, piece in enumerate(bad):
                 replaced += _make_again(root, piece, means)
-                progress("repair", done + 1, len(bad), _named(piece))
+                progress("repair", done + 1, len(bad), str(piece))
         finally:
             shutil.rmtree(root / SCRATCH, ignore_errors=True)
         return replaced + _restore_told(root, means)
@@ -98,16 +99,9 @@ def _restore_told(root: Path, means: Means | None) -> list[str]:
     if problems:
         given = _required(means, problems[0], root, knowledge)
         remove(root / identity.ORIGIN_FILE)
-        identity.write_origin(
-            root, identity.Origin(corruption=dict(given.data.corrupted()), teacher_data=given.network.data)
-        )
+        precompute.write_origin(root, given.data, given.network.data)
         replaced.append(identity.ORIGIN_FILE.as_posix())
     return replaced
-
-
-def _named(piece: _Piece) -> str:
-    part = piece.part
-    return "labels and digests" if part is None else f"view {part.view}, samples {part.start}..{part.stop - 1}"
 
 
 def knowledge_of(root: Path) -> Knowledge:
@@ -117,10 +111,9 @@ def knowledge_of(root: Path) -> Knowledge:
         UnfinishedError: the store was never sealed.
         CorruptionError: both are damaged.
     """
-    if (found := _whole(read_store_identity, root)) is None:
-        seals = [seal for growth in range(_sealed_growths(root)) if (seal := _whole(log.read_seal, root, growth))]
-        found = seals[0].identity.knowledge if seals else read_store_identity(root)
-    return found
+    seals = (_whole(log.read_seal, root, growth) for growth in range(_sealed_growths(root)))
+    known = _whole(read_store_identity, root) or next((seal.identity.knowledge for seal in seals if seal), None)
+    return known or read_store_identity(root)
 
 
 def _restore_records(root: Path) -> list[str]:
@@ -128,7 +121,13 @@ def _restore_records(root: Path) -> list[str]:
     sealed = _sealed_growths(root)
     replaced: list[str] = []
     for growth in reversed(range(sealed)):  # a later commit vouches for the one before it
-        replaced += _restore_growth(root, growth)
+        commit = log.commit_path(root, growth)
+        seal, following = (_whole(log.read_seal, root, number) for number in (growth, growth + 1))
+        if seal is None or (following and following.previous != sha256_file(commit, MOST_RECORD_BYTES)):
+            replaced += _put(root, commit, _commit_again(root, growth))
+            continue
+        replaced += _put(root, root / IDENTITY_FILE, canonical_json(seal.identity.document()))
+        replaced += _put(root, log.plan_path(root, growth), sealed_json(seal.plan.document()))
     growing = log.growths(root, "plan") > sealed
     plan = log.read_plan(root, sealed) if growing else log.read_seal(root, sealed - 1).plan
     return replaced + writer.write_documents(root, plan_from(plan))
@@ -142,31 +141,13 @@ def _sealed_growths(root: Path) -> int:
     return sealed
 
 
-def _restore_growth(root: Path, growth: int) -> list[str]:
-    commit = log.commit_path(root, growth)
-    seal = _whole(log.read_seal, root, growth)
-    if seal is None or not _vouched_for(root, growth):
-        return _put(root, commit, _commit_again(root, growth))
-    return _put(root, root / IDENTITY_FILE, canonical_json(seal.identity.document())) + _put(
-        root, log.plan_path(root, growth), sealed_json(seal.plan.document())
-    )
-
-
-def _vouched_for(root: Path, growth: int) -> bool:
-    """Return whether a commit is the one the next names, if there is a next."""
-    following = _whole(log.read_seal, root, growth + 1)
-    return following is None or following.previous == sha256_file(log.commit_path(root, growth), MOST_RECORD_BYTES)
-
-
 def _commit_again(root: Path, growth: int) -> bytes:
     """Return a commit's content from identity, plan and records, all of which must be whole."""
     try:
         before = plan_from(log.read_plan(root, growth - 1)) if growth else None
         plan = plan_from(log.read_plan(root, growth))
-        names = [
-            *([] if growth else [log.SAMPLES]),
-            *(log.name_of(part.view, part.number) for part in parts(plan, before)),
-        ]
+        names = [] if growth else [log.SAMPLES]
+        names += (log.name_of(part.view, part.number) for part in parts(plan, before))
         for name in names:
             log.read_record(log.record_path(root, growth, name))
         return log.commit_bytes(root, growth, names)
@@ -183,13 +164,6 @@ def _put(root: Path, path: Path, data: bytes) -> list[str]:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, data)
     return [str(path.relative_to(root))]
-
-
-def _whole(read: Any, *arguments: Any) -> Any:
-    try:
-        return read(*arguments)
-    except KcdcacheError:
-        return None
 
 
 def _pieces(root: Path) -> list[_Piece]:
@@ -211,12 +185,11 @@ def _sound(root: Path, piece: _Piece) -> bool:
 
 
 def _bad_files(root: Path, record: LogEntry) -> list[FileRecord]:
-    return [file for file in record.files if not _as_logged(root / file.path, file)]
+    def as_logged(path: Path, file: FileRecord) -> bool:
+        plain = path.is_file() and not path.is_symlink()
+        return plain and path.stat().st_size == file.bytes and sha256_file(path) == file.sha256
 
-
-def _as_logged(path: Path, file: FileRecord) -> bool:
-    plain = path.is_file() and not path.is_symlink()
-    return plain and path.stat().st_size == file.bytes and sha256_file(path) == file.sha256
+    return [file for file in record.files if not as_logged(root / file.path, file)]
 
 
 def _make_again(root: Path, piece: _Piece, means: Means | None) -> list[str]:
@@ -251,21 +224,22 @@ def _required(means: Means | None, bad: str, root: Path, knowledge: Knowledge) -
 
 
 def _computed(root: Path, piece: _Piece, knowledge: Knowledge, means: Means) -> LogEntry:
+    """Write a piece's chunks, computed anew, into the scratch folder, and return the log record they should have."""
     scratch, part, plan = root / SCRATCH, piece.part, piece.plan
     writer.write_documents(scratch, plan)
     if part is None:
-        labels, digests = means.data.train.labels, means.data.train.digests()
-        return _written(scratch, piece, {"labels": labels, "sample_digest": digests})
+        rows = {"labels": means.data.train.labels, "sample_digest": means.data.train.digests()}
+        files = write_chunks(scratch, plan, sample_chunks(plan), 0, rows)
+        return LogEntry(growth=piece.growth, view=None, part=None, files=files)
     precompute.use_recorded_threads(root)
     job = replace(precompute.job_for(means.data, means.network, knowledge, part.fields), may_skip=True)
     made = precompute.compute(part, plan, job)
-    statistics = {field: asdict(counted) for field, counted in made.statistics.items()}
-    counted = {"correct": made.correct}
-    skipped = tuple(made.skipped)
-    return _written(scratch, piece, made.stored, statistics=statistics, measurements=counted, skipped=skipped)
-
-
-def _written(scratch: Path, piece: _Piece, rows: Mapping[str, Any], **described: Any) -> LogEntry:
-    view, number, start = (None, None, 0) if (part := piece.part) is None else (part.view, part.number, part.start)
-    files = write_chunks(scratch, piece.plan, piece.chunks, start, rows)
-    return LogEntry(growth=piece.growth, view=view, part=number, files=files, **described)
+    return LogEntry(
+        growth=piece.growth,
+        view=part.view,
+        part=part.number,
+        files=write_chunks(scratch, plan, part_chunks(plan, part), part.start, made.stored),
+        statistics={field: asdict(counted) for field, counted in made.statistics.items()},
+        measurements=made.measurements,
+        skipped=made.skipped,
+    )
