@@ -62,18 +62,19 @@ def parse(name: str) -> Field:
     raise SettingsError(f"unknown field '{name}'; {nearest(name, EXAMPLES)}")
 
 
-def expand(names: Iterable[str], taps: Taps) -> tuple[str, ...]:
-    """Return field names with the short ones replaced by those of a teacher with these taps, each once, in order.
+def expand(names: Iterable[str], teacher: Callable[[], Taps]) -> tuple[str, ...]:
+    """Return field names with the short ones replaced, each once, in order.
 
     Short are `rotations` and `boundary` (both parts), `attention` (every stage but the stem, at its own size), `fsp`
-    (consecutive stages), `maps` and `pooled` (every stage but the stem).
+    (consecutive stages), `maps` and `pooled` (every stage but the stem). `teacher` gives the teacher's taps; it is
+    called only if needed, since not every network has all that its taps promise.
 
     Raises:
         SettingsError: a name is unknown, or stands for stages and the teacher has none.
     """
     found: dict[str, None] = {}
     for name in names:
-        for part in SHORT[name](taps) if name in SHORT else [name]:
+        for part in SHORT[name](teacher()) if name in SHORT else [name]:
             found[parse(part).name] = None
     return tuple(found)
 
@@ -89,11 +90,9 @@ def row_shape(name: str, taps: Taps, image: tuple[int, int, int]) -> tuple[int, 
     """Return the shape of one sample's row of a field, of a teacher with these taps on images (channels, h, w).
 
     Raises:
-        SettingsError: the field is unknown, this teacher has not what it is made from, or the images cannot be turned.
+        SettingsError: the field is unknown, or this teacher has not what it is made from.
     """
     field = parse(name)
-    if field.look == "rotated":
-        rotated(torch.zeros(1, *image))
     known = {**taps, "images": image} if field.look == "boundary" else taps
     rows = TURNS if field.look == "rotated" else 1
     for tap in field.taps:

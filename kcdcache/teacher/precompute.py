@@ -252,11 +252,12 @@ def _told(rate: Rate | None) -> dict[str, Any] | None:
 def _encodings(
     settings: PrecomputeSettings, network: teacher.Teacher, image: tuple[int, int, int]
 ) -> list[encoding.Encoding]:
-    taps = teacher.tap_shapes_of(network, image)
-    names = fields.expand(identity.per_sample(settings.fields) or identity.DEFAULT_PROFILES, taps)
+    asked = identity.per_sample(settings.fields) or identity.DEFAULT_PROFILES
+    names = fields.expand(asked, lambda: teacher.tap_shapes_of(network, image))
+    black = teacher.outputs(network, torch.zeros(1, *image), names)
     return [
-        encoding.parse(fields.encoding_for(name, settings.encoding), name, fields.row_shape(name, taps, image))
-        for name in names
+        encoding.parse(fields.encoding_for(name, settings.encoding), name, tuple(row.shape[1:]))
+        for name, row in black.items()
     ]
 
 
