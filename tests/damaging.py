@@ -154,7 +154,7 @@ def read_run(path, names):
     folder = RunFolder(path=path)
     sets = {name: read_manifest(path / name) for name in names if name.endswith("manifest.parquet")}
     count = next(iter(sets.values()))["document"]["count"]
-    document, weights = load_network(path, "student")
+    network, weights = load_network(path, "student")
     files = run_files.read(path)
     return {
         "record": state.read_record(folder).document(),
@@ -162,6 +162,6 @@ def read_run(path, names):
         "checkpoint": read_checkpoint(path),
         "manifests": sets,
         "values": {name: read_values(path / name, count) for name in names if name.endswith("values.parquet")},
-        "network": (document, {name: bits(tensor.numpy()) for name, tensor in weights.items()}),
+        "network": (network.document(), {name: bits(tensor.numpy()) for name, tensor in weights.items()}),
         "summary": state.read_summary(path).document() if "summary.json" in names else None,
     }

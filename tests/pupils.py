@@ -11,7 +11,7 @@ from torch.nn import functional
 from kcdcache import rng
 from kcdcache.commands import COMMANDS
 from kcdcache.networks import registry
-from kcdcache.networks.weights import describe_network, save_network
+from kcdcache.networks.weights import NetworkRecord, save_network
 from kcdcache.progress import silent
 from kcdcache.settings import TrainSettings, fields, make
 from kcdcache.store import reader
@@ -30,8 +30,8 @@ def saved_teacher(path, dataset, seed=1):
     """The small untrained teacher of `lessons`, as `fit` would have left it in a folder."""
     path.mkdir(parents=True)
     made = teacher_of(dataset, seed)
-    document = describe_network("resnet8", dataset.classes, 3, made.transform)
-    save_network(path, "model", made.module, document)
+    record = NetworkRecord(architecture="resnet8", classes=dataset.classes, channels=3, transform=made.transform)
+    save_network(path, "model", made.module, record)
     return path
 
 

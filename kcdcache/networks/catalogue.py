@@ -14,31 +14,19 @@ def _made(where: str, *arguments: Any) -> Any:
     return resolve_name(f"kcdcache.networks.{where}")(*arguments)
 
 
-NARROW = (16, 16, 32, 64)
-WIDE = (32, 64, 128, 256)
+NARROW, WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
+DEPTHS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+"""of a vgg: layers -> convolutions per block"""
 
 NETWORKS: dict[str, Callable[..., Any]] = {
-    "resnet8": partial(_made, "resnet:ResNet", 8, NARROW),
-    "resnet14": partial(_made, "resnet:ResNet", 14, NARROW),
-    "resnet20": partial(_made, "resnet:ResNet", 20, NARROW),
-    "resnet32": partial(_made, "resnet:ResNet", 32, NARROW),
-    "resnet44": partial(_made, "resnet:ResNet", 44, NARROW),
-    "resnet56": partial(_made, "resnet:ResNet", 56, NARROW),
-    "resnet110": partial(_made, "resnet:ResNet", 110, NARROW),
-    "resnet8x4": partial(_made, "resnet:ResNet", 8, WIDE),
-    "resnet32x4": partial(_made, "resnet:ResNet", 32, WIDE),
+    **{f"resnet{depth}": partial(_made, "resnet:ResNet", depth, NARROW) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}x4": partial(_made, "resnet:ResNet", depth, WIDE) for depth in (8, 32)},
     "ResNet50": partial(_made, "resnet:ResNet50"),
-    "wrn_10_2": partial(_made, "wrn:WideResNet", 10, 2),
-    "wrn_16_1": partial(_made, "wrn:WideResNet", 16, 1),
-    "wrn_16_2": partial(_made, "wrn:WideResNet", 16, 2),
-    "wrn_28_2": partial(_made, "wrn:WideResNet", 28, 2),
-    "wrn_40_1": partial(_made, "wrn:WideResNet", 40, 1),
-    "wrn_40_2": partial(_made, "wrn:WideResNet", 40, 2),
-    "vgg8": partial(_made, "vgg:VGG", (1, 1, 1, 1, 1)),
-    "vgg11": partial(_made, "vgg:VGG", (1, 1, 2, 2, 2)),
-    "vgg13": partial(_made, "vgg:VGG", (2, 2, 2, 2, 2)),
-    "vgg16": partial(_made, "vgg:VGG", (2, 2, 3, 3, 3)),
-    "vgg19": partial(_made, "vgg:VGG", (2, 2, 4, 4, 4)),
+    **{
+        f"wrn_{depth}_{factor}": partial(_made, "wrn:WideResNet", depth, factor)
+        for depth, factor in ((10, 2), (16, 1), (16, 2), (28, 2), (40, 1), (40, 2))
+    },
+    **{f"vgg{layers}": partial(_made, "vgg:VGG", depths) for layers, depths in DEPTHS.items()},
     "MobileNetV2": partial(_made, "mobilenet:MobileNetV2"),
     "ShuffleV1": partial(_made, "shufflenet:ShuffleV1"),
     "ShuffleV2": partial(_made, "shufflenet:ShuffleV2"),

@@ -1,7 +1,7 @@
 """What a network does to pixels first, and where it computes: input transform, device, threads, memory."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +12,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, SettingsError
+from kcdcache.errors import KcdcacheError, MismatchError, SettingsError
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")
 """what torch's errors say when the device, its CPU allocator, the C++ library or cuBLAS got no memory"""
@@ -81,31 +81,14 @@ class InputTransform:
         if pixels.shape[1] != len(self.mean):
             raise MismatchError(f"the input transform has {len(self.mean)} channels, the images {pixels.shape[1]}")
         scale, shift = _constants(self, pixels.device)
-        return (self._resized(pixels) * scale).add_(shift)  # in place: fresh memory costs more than the sum
-
-    def _resized(self, pixels: Float32[Tensor, "b c h w"]) -> Float32[Tensor, "b c h2 w2"]:
-        if self.size is None or tuple(pixels.shape[2:]) == (self.size, self.size):
-            return pixels
-        return interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+        if self.size is not None and tuple(pixels.shape[2:]) != (self.size, self.size):
+            pixels = interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+        return (pixels * scale).add_(shift)  # in place: fresh memory costs more than the sum
 
     def document(self) -> dict[str, Any]:
         """Return the transform as JSON values."""
         mean, std = ([float(value) for value in values] for values in (self.mean, self.std))
         return {"mean": mean, "std": std, "size": self.size}
-
-
-def transform_from(document: Mapping[str, Any]) -> InputTransform:
-    """Return the transform that `InputTransform.document` wrote.
-
-    Raises:
-        CorruptionError: a key is missing or its value is impossible.
-    """
-    try:
-        mean, std = (tuple(float(value) for value in document[key]) for key in ("mean", "std"))
-        size = document["size"]
-        return InputTransform(mean, std, None if size is None else int(size))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptionError(f"an input transform needs mean, std and size; found {dict(document)}: {error}") from None
 
 
 @lru_cache(maxsize=64)

@@ -57,13 +57,11 @@ def runs_foreign_code(spec: str) -> bool:
 
 
 def _maker(spec: str, classes: int, channels: int) -> Callable[[], nn.Module]:
+    require_known_name(spec)
     if spec in NETWORKS:
         return partial(NETWORKS[spec], classes, channels)
-    require_known_name(spec)
     source, _, name = spec.partition(":")
-    if source in PACKAGES:
-        return PACKAGES[source](name, classes, channels)
-    return partial(_call_factory, spec, _factory(source, name), classes)
+    return PACKAGES[source](name, classes, channels) if source in PACKAGES else _factory(source, name, classes)
 
 
 def _torchvision(name: str, classes: int, channels: int) -> Callable[[], nn.Module]:
@@ -82,8 +80,7 @@ def _timm(name: str, classes: int, channels: int) -> Callable[[], nn.Module]:
     try:
         import timm
     except ImportError:
-        hint = "install it with: pip install 'kcdcache[timm]'"
-        raise SettingsError(f"timm:{name} needs the package timm; {hint}") from None
+        raise SettingsError(f"timm:{name} needs the package timm: pip install 'kcdcache[timm]'") from None
     if not timm.is_model(name):
         raise SettingsError(f"unknown network 'timm:{name}'; {nearest(name, timm.list_models())}")
     return partial(timm.create_model, name, pretrained=False, num_classes=classes, in_chans=channels)
@@ -93,7 +90,7 @@ PACKAGES: dict[str, Callable[[str, int, int], Callable[[], nn.Module]]] = {"torc
 """prefix of a spec -> how that package makes (name, classes, channels)"""
 
 
-def _factory(module_name: str, name: str) -> Callable[..., Any]:
+def _factory(module_name: str, name: str, classes: int) -> Callable[[], nn.Module]:
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
@@ -102,14 +99,15 @@ def _factory(module_name: str, name: str) -> Callable[..., Any]:
     if not callable(factory):
         hint = nearest(name, [key for key in vars(module) if not key.startswith("_")])
         raise SettingsError(f"{module_name} has no function '{name}'; {hint}")
-    return factory
 
+    def make() -> nn.Module:
+        network = factory(num_classes=classes)
+        if not isinstance(network, nn.Module):
+            found = type(network).__name__
+            raise SettingsError(f"{module_name}:{name} should return a torch.nn.Module, it returned {found}")
+        return network
 
-def _call_factory(spec: str, factory: Callable[..., Any], classes: int) -> nn.Module:
-    network = factory(num_classes=classes)
-    if not isinstance(network, nn.Module):
-        raise SettingsError(f"{spec} should return a torch.nn.Module, it returned {type(network).__name__}")
-    return network
+    return make
 
 
 def torch_seed(seed: int) -> int:

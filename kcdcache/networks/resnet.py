@@ -1,6 +1,7 @@
-"""The residual networks of the paper, and what other families share with them: initial weights, stages of blocks."""
+"""The residual networks of the paper, and what other families share with them: trunk, stages, initial weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -27,12 +28,46 @@ def initialise_classifier(classifier: nn.Linear) -> None:
     nn.init.zeros_(classifier.bias)
 
 
-def stage(
-    block: Callable[[int, int, int], nn.Module], inputs: int, outputs: int, blocks: int, stride: int
-) -> nn.Sequential:
-    """Return a row of blocks, each made of (input channels, output channels, stride); the first has the stride."""
+Block = Callable[[int, int, int], nn.Module]
+"""makes a block of (input channels, output channels, stride)"""
+
+
+def stage(block: Block, inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
+    """Return a row of blocks, of which the first has the stride."""
     rest = [block(outputs, outputs, 1) for _ in range(blocks - 1)]  # drawn first, which is part of what a seed gives
     return nn.Sequential(block(inputs, outputs, stride), *rest)
+
+
+class Trunk(nn.Module):
+    """A stem that keeps the image's size, and stages `layer1`, `layer2`, ... with the given strides.
+
+    `widths` are the channels of the stem and of each stage, `blocks` the blocks of each stage.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        widths: Sequence[int],
+        block: Block,
+        blocks: Sequence[int],
+        strides: Sequence[int],
+        kernel: int = 3,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, widths[0], kernel, padding=kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.relu = nn.ReLU(inplace=True)
+        self.stages = len(blocks)
+        for n, (pair, count, stride) in enumerate(zip(pairwise(widths), blocks, strides, strict=True), start=1):
+            self.add_module(f"layer{n}", stage(block, *pair, count, stride))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+
+    def features(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch width h2 w2"]:
+        """Return the last stage's map of transformed pixels."""
+        features = self.relu(self.bn1(self.conv1(pixels)))
+        for n in range(1, self.stages + 1):
+            features = self.get_submodule(f"layer{n}")(features)
+        return features
 
 
 def _projection(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
@@ -65,7 +100,7 @@ class BasicBlock(nn.Module):
         return self.relu2(self.bn2(self.conv2(branch)) + shortcut)
 
 
-class ResNet(nn.Module):
+class ResNet(Trunk):
     """A residual network of `depth` = 6n + 2 layers for small images: a stem and three stages of n blocks.
 
     `widths` are the channels of the stem and the three stages; the last two stages halve the image, whose side is free.
@@ -73,25 +108,15 @@ class ResNet(nn.Module):
     """
 
     def __init__(self, depth: int, widths: tuple[int, int, int, int], classes: int, channels: int = 3) -> None:
-        super().__init__()
         blocks = (depth - 2) // 6
         assert depth == 6 * blocks + 2
-        stem, first, second, third = widths
-        self.conv1 = nn.Conv2d(channels, stem, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(stem)
-        self.relu = nn.ReLU(inplace=True)
-        self.layer1 = stage(BasicBlock, stem, first, blocks, stride=1)
-        self.layer2 = stage(BasicBlock, first, second, blocks, stride=2)
-        self.layer3 = stage(BasicBlock, second, third, blocks, stride=2)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(third, classes)
+        super().__init__(channels, widths, BasicBlock, [blocks] * 3, strides=(1, 2, 2))
+        self.fc = nn.Linear(widths[-1], classes)
         initialise_convolutions(self)
 
     def forward(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch classes"]:
         """Return the logits of transformed pixels."""
-        features = self.relu(self.bn1(self.conv1(pixels)))
-        features = self.layer3(self.layer2(self.layer1(features)))
-        return self.fc(self.avgpool(features).flatten(1))
+        return self.fc(self.avgpool(self.features(pixels)).flatten(1))
 
 
 EXPANSION = 4
@@ -126,27 +151,17 @@ class Bottleneck(nn.Module):
         return self.relu3(self.bn3(self.conv3(branch)) + self.shortcut(features))
 
 
-class ResNet50(nn.Module):
+class ResNet50(Trunk):
     """The residual network of 50 layers with a 3x3 stem that keeps the image's size; three stages halve it.
 
     Source: He et al. 2016, Table 1; stem, names and initialisation as in RepDistiller's `models/resnetv2.py`.
     """
 
     def __init__(self, classes: int, channels: int = 3) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.relu = nn.ReLU(inplace=True)
-        self.layer1 = stage(Bottleneck, 64, 256, blocks=3, stride=1)
-        self.layer2 = stage(Bottleneck, 256, 512, blocks=4, stride=2)
-        self.layer3 = stage(Bottleneck, 512, 1024, blocks=6, stride=2)
-        self.layer4 = stage(Bottleneck, 1024, 2048, blocks=3, stride=2)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        super().__init__(channels, (64, 256, 512, 1024, 2048), Bottleneck, (3, 4, 6, 3), strides=(1, 2, 2, 2))
         self.linear = nn.Linear(2048, classes)
         initialise_convolutions(self)
 
     def forward(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch classes"]:
         """Return the logits of transformed pixels."""
-        features = self.relu(self.bn1(self.conv1(pixels)))
-        features = self.layer4(self.layer3(self.layer2(self.layer1(features))))
-        return self.linear(self.avgpool(features).flatten(1))
+        return self.linear(self.avgpool(self.features(pixels)).flatten(1))

@@ -1,15 +1,14 @@
 """ShuffleNet V1 and V2 for small images, in the layout of RepDistiller's checkpoints."""
 
-from collections.abc import Callable
-from itertools import pairwise
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kcdcache.networks.resnet import Trunk
+
 STEM = 24
-BLOCKS = (4, 8, 4)
-"""per stage; the first of each halves the image"""
+BLOCKS, STRIDES = (4, 8, 4), (2, 2, 2)
+"""per stage, of which the first block halves the image"""
 GROUPS = 3
 """of the 1x1 convolutions of V1"""
 WIDTHS_V1 = (240, 480, 960)
@@ -27,32 +26,6 @@ def shuffle(features: Float[Tensor, "batch channels h w"], groups: int) -> Float
     return features.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
-class Trunk(nn.Module):
-    """A stem that keeps the image's size, and three stages, of each of which the first block halves it."""
-
-    def __init__(
-        self,
-        channels: int,
-        widths: tuple[int, int, int],
-        halving: Callable[[int, int], nn.Module],
-        block: Callable[[int], nn.Module],
-    ) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, STEM, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(STEM)
-        self.relu = nn.ReLU(inplace=True)
-        made = []
-        for (inputs, outputs), count in zip(pairwise((STEM, *widths)), BLOCKS, strict=True):
-            rest = [block(outputs) for _ in range(count - 1)]  # drawn first, which is part of what a seed gives
-            made.append(nn.Sequential(halving(inputs, outputs), *rest))
-        self.layer1, self.layer2, self.layer3 = made
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-
-    def features(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch width h8 w8"]:
-        """Return the last stage's map."""
-        return self.layer3(self.layer2(self.layer1(self.relu(self.bn1(self.conv1(pixels))))))
-
-
 class ShuffleBlock(nn.Module):
     """Grouped 1x1, 3x3 per channel, grouped 1x1 beside the input, which a halving block pools and appends.
 
@@ -60,7 +33,7 @@ class ShuffleBlock(nn.Module):
     `models/ShuffleNetv1.py`.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 2) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         grown = outputs - inputs if stride == 2 else outputs
         inner = grown // 4
@@ -94,7 +67,7 @@ class ShuffleV1(Trunk):
     """
 
     def __init__(self, classes: int, channels: int = 3) -> None:
-        super().__init__(channels, WIDTHS_V1, ShuffleBlock, lambda width: ShuffleBlock(width, width, stride=1))
+        super().__init__(channels, (STEM, *WIDTHS_V1), ShuffleBlock, BLOCKS, STRIDES, kernel=1)
         self.linear = nn.Linear(WIDTHS_V1[-1], classes)
 
     def forward(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch classes"]:
@@ -159,6 +132,10 @@ class HalvingBlock(nn.Module):
         return shuffle(torch.cat([left, right], 1), 2)
 
 
+def _block(inputs: int, outputs: int, stride: int) -> nn.Module:
+    return HalvingBlock(inputs, outputs) if stride == 2 else SplitBlock(outputs)
+
+
 class ShuffleV2(Trunk):
     """ShuffleNet V2 of width 1 whose stem keeps the image's size; three stages halve it.
 
@@ -167,7 +144,7 @@ class ShuffleV2(Trunk):
     """
 
     def __init__(self, classes: int, channels: int = 3) -> None:
-        super().__init__(channels, WIDTHS_V2, HalvingBlock, SplitBlock)
+        super().__init__(channels, (STEM, *WIDTHS_V2), _block, BLOCKS, STRIDES, kernel=1)
         self.conv2 = nn.Conv2d(WIDTHS_V2[-1], LAST_V2, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(LAST_V2)
         self.linear = nn.Linear(LAST_V2, classes)

@@ -32,10 +32,9 @@ class Tap(NamedTuple):
 
 def _layer_taps(module: Any, stem: str, relu: str, count: int = 3) -> dict[str, Tap]:
     """Return the taps of `layer1` to `layer<count>`, of which every last block ends in the ReLU of that name."""
-    numbers = range(1, count + 1)
-    last = {n: len(module.get_submodule(f"layer{n}")) - 1 for n in numbers}
-    stages = {f"stage{n}": Tap(f"layer{n}", "output") for n in numbers}
-    before = {f"stage{n}.pre": Tap(f"layer{n}.{last[n]}.{relu}", "input") for n in numbers}
+    layers = {n: len(module.get_submodule(f"layer{n}")) for n in range(1, count + 1)}
+    stages = {f"stage{n}": Tap(f"layer{n}", "output") for n in layers}
+    before = {f"stage{n}.pre": Tap(f"layer{n}.{blocks - 1}.{relu}", "input") for n, blocks in layers.items()}
     return {"stage0": Tap(stem, "output"), **stages, **before}
 
 
@@ -126,25 +125,18 @@ def run(
     Raises:
         SettingsError: a name is not a tap of this network, or the network does not do what the tap assumes.
     """
-    taps = _known(module, names)
-    found: dict[str, Any] = {}
+    taps, found = stage_taps(module), dict[str, Any]()
     with ExitStack() as hooks:
-        for name, tap in taps.items():
-            hooks.enter_context(_listen(module.get_submodule(tap.path), tap.side, name, found))
+        for name in dict.fromkeys(names):
+            if name not in taps:
+                raise SettingsError(f"{type(module).__name__} has no value '{name}'; {nearest(name, list(taps))}")
+            hooks.enter_context(_listen(module.get_submodule(taps[name].path), taps[name].side, name, found))
         logits = module(pixels)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise SettingsError(f"{type(module).__name__} should return logits of shape (batch, classes)")
-    for name, tap in taps.items():
-        _check(module, name, tap, found, logits.shape[1])
-    return {name: found[name] for name in names}
-
-
-def _known(module: nn.Module, names: Sequence[str]) -> dict[str, Tap]:
-    taps = stage_taps(module)
     for name in names:
-        if name not in taps:
-            raise SettingsError(f"{type(module).__name__} has no value '{name}'; {nearest(name, list(taps))}")
-    return {name: taps[name] for name in names}
+        _check(module, name, taps[name], found.get(name), logits.shape[1])
+    return {name: found[name] for name in names}
 
 
 def _listen(module: nn.Module, side: Literal["input", "output"], name: str, found: dict[str, Any]) -> RemovableHandle:
@@ -160,16 +152,15 @@ def _listen(module: nn.Module, side: Literal["input", "output"], name: str, foun
     return module.register_forward_hook(keep_output)
 
 
-def _check(module: nn.Module, name: str, tap: Tap, found: dict[str, Any], classes: int) -> None:
+def _check(module: nn.Module, name: str, tap: Tap, value: Any, classes: int) -> None:
     network = type(module).__name__
-    if not isinstance(found.get(name), Tensor):
+    if not isinstance(value, Tensor):
         raise SettingsError(f"'{name}' of {network}: its forward pass gives no tensor at '{tap.path}'")
     if name != "penultimate":
         return
     size = module.get_submodule(tap.path).out_features
-    if size != classes or found[name].ndim != 2:
-        shape = tuple(found[name].shape)
+    if size != classes or value.ndim != 2:
         raise SettingsError(
-            f"'penultimate' of {network}: its last linear layer '{tap.path}' turns {shape} into {size} values, but the "
-            f"network gives {classes} logits, so it is not the classifier; define the classifier last"
+            f"'penultimate' of {network}: its last linear layer '{tap.path}' turns {tuple(value.shape)} into {size} "
+            f"values, but the network gives {classes} logits, so it is not the classifier; define the classifier last"
         )

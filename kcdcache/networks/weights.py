@@ -5,32 +5,42 @@ import io
 import pickle
 import pickletools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from pydantic import ConfigDict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, UnfinishedError, UnsafeError
 from kcdcache.files.atomic import naming, read_bytes, sha256_bytes, write_atomic
-from kcdcache.files.records import canonical_json, digest_of, read_json, readable_json
+from kcdcache.files.records import Sealed, canonical_json, read_sealed, readable_json, sealed_json
 from kcdcache.networks.input_transform import InputTransform
 
 WRAPPERS = ("model", "state_dict")
 """keys under which training scripts keep the weights in a checkpoint"""
-
 REPLICA_PREFIX = "module."
 """what DataParallel puts before every name"""
-
-MOST_BYTES = 16 * 2**30
-"""of one file of weights"""
 MOST_HEADER_BYTES = 4 * 2**20
 """of a safetensors file's list of tensors, which takes many times that once parsed; 10,000 tensors need 1 MB"""
 
-DOCUMENT_KEYS = ("architecture", "classes", "channels", "transform", "weights_sha256", "digest")
+
+class NetworkRecord(Sealed):
+    """What is saved beside a network's weights; further entries are JSON values such as its accuracy."""
+
+    model_config = ConfigDict(extra="allow")
+
+    architecture: str
+    classes: tuple[str, ...]
+    """names in label order"""
+    channels: int
+    transform: InputTransform
+    """what it does to pixels"""
+    weights_sha256: str = ""
+    """of the file of its weights, entered by `save_network`"""
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -48,26 +58,20 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         raise NotFoundError(f"no weights file at {path}")
     parse = _parse_safetensors if path.suffix == ".safetensors" else _parse_torch
     with naming(path):
-        data = read_bytes(path, MOST_BYTES)
-    return unwrap(parse(data, path), str(path))
+        data = read_bytes(path)
+    return _unwrapped(parse(data, path), path)
 
 
-def unwrap(content: Any, where: str) -> dict[str, Tensor]:
-    """Return the tensors by name inside a checkpoint, out of its wrapping and without replica prefixes.
-
-    Raises:
-        MismatchError: there are no tensors by name in it.
-    """
+def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
     for key in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not content:
-        raise MismatchError(f"{where} should hold tensors by name, it holds {_described(content)}")
-    other = [name for name, value in content.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
-    if other:
-        raise MismatchError(
-            f"{where} should hold only tensors by name; '{other[0]}' is {_described(content[other[0]])}"
-        )
+        keys = f" with the keys {', '.join(map(str, list(content)[:8]))}" if isinstance(content, Mapping) else ""
+        raise MismatchError(f"{path} should hold tensors by name, it holds a {type(content).__name__}{keys}")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise MismatchError(f"{path} should hold only tensors by name; '{name}' is a {type(value).__name__}")
     prefixed = all(name.startswith(REPLICA_PREFIX) for name in content)
     return {name.removeprefix(REPLICA_PREFIX) if prefixed else name: value for name, value in content.items()}
 
@@ -84,33 +88,21 @@ def digest_weights(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_into(module: nn.Module, state: Mapping[str, Any], where: str) -> None:
+def load_into(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Copy weights into a network; every name and shape must agree (counters of batch normalisation may be absent).
 
     Raises:
         MismatchError: the weights are of another architecture or another number of classes; names the first difference.
     """
-    found = unwrap(state, where)
-    if reason := _difference(module, found):
+    if reason := _difference(module, state):
         raise MismatchError(f"the weights in {where} do not fit {type(module).__name__}: {reason}")
-    module.load_state_dict(found)
+    module.load_state_dict(state)
 
 
-def describe_network(
-    architecture: str, classes: Sequence[str], channels: int, transform: InputTransform, **extra: Any
-) -> dict[str, Any]:
-    """Return the document to save beside a network: what it is, its class names in label order, what it does to pixels.
+def save_network(folder: Path, name: str, module: nn.Module, record: NetworkRecord) -> None:
+    """Write a network as `<name>.safetensors` and, last, its record with that file's SHA-256 as `<name>.json`.
 
-    `extra` are further JSON values, such as its accuracy.
-    """
-    known = {"architecture": architecture, "classes": list(classes), "channels": channels}
-    return {**extra, **known, "transform": transform.document()}
-
-
-def save_network(folder: Path, name: str, module: nn.Module, document: Mapping[str, Any]) -> None:
-    """Write a network as `<name>.safetensors` and, last, its document with that file's SHA-256 as `<name>.json`.
-
-    Equal weights and documents give equal bytes. `document` is from `describe_network`.
+    Equal weights and records give equal bytes.
 
     Raises:
         NoSpaceError: the disk or quota is full.
@@ -120,33 +112,30 @@ def save_network(folder: Path, name: str, module: nn.Module, document: Mapping[s
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in module.state_dict().items()}
     data = safetensors.torch.save(tensors)
     write_atomic(folder / f"{name}.safetensors", data)
-    content = {**document, "weights_sha256": sha256_bytes(data)}
-    write_atomic(folder / f"{name}.json", readable_json({**content, "digest": digest_of(content)}))
+    document = record.document() | {"weights_sha256": sha256_bytes(data)}
+    write_atomic(folder / f"{name}.json", sealed_json(document, readable_json))
 
 
-def load_network(path: Path, name: str = "model") -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the document and the weights `save_network` wrote, from its folder or from the path of its JSON file.
+def load_network(path: Path, name: str = "model") -> tuple[NetworkRecord, dict[str, Tensor]]:
+    """Return the record and the weights `save_network` wrote, from its folder or from the path of its JSON file.
 
     Raises:
         NotFoundError: there is no network of that name.
         UnfinishedError: only its weights are there, because saving was cut short.
-        CorruptionError: the document was changed or lacks a key, or the weights are not those it was written for.
+        CorruptionError: the record was changed or lacks an entry, or the weights are not those it was written for.
     """
     record = path if path.suffix == ".json" else path / f"{name}.json"
     weights = record.with_suffix(".safetensors")
     if not record.exists() and weights.exists():
         raise UnfinishedError(f"{weights} has no {record.name} beside it: run the command that makes it again")
-    document = read_json(record)
-    _check_document(document, record)
-    if document.pop("digest") != digest_of(document):
-        raise CorruptionError(f"{record} was changed after it was written: its content does not match its digest")
+    found = read_sealed(record, NetworkRecord, readable_json)
     if not weights.exists():
         raise CorruptionError(f"{record} describes {weights.name}, which is not there")
     with naming(weights):
-        data = read_bytes(weights, MOST_BYTES)
-    if sha256_bytes(data) != document["weights_sha256"]:
+        data = read_bytes(weights)
+    if sha256_bytes(data) != found.weights_sha256:
         raise CorruptionError(f"{weights} is damaged or was replaced: its SHA-256 is not the one in {record.name}")
-    return document, _parse_safetensors(data, weights)
+    return found, _parse_safetensors(data, weights)
 
 
 def _parse_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
@@ -169,20 +158,16 @@ def _parse_torch(data: bytes, path: Path) -> Any:
 
 
 def _refusal(data: bytes, path: Path, error: Exception) -> Exception:
-    if _holds_objects(data, error):
+    refused = isinstance(error, pickle.UnpicklingError)
+    if "TorchScript" in str(error) or (refused and (data[:2] == b"PK" or _is_pickle(data))):
         return UnsafeError(
             f"{path} holds Python objects besides tensors and plain values; loading it could run any code, so it is "
             "refused. If you trust where it is from, convert it elsewhere: load it with torch, save its state dict "
             "with safetensors.torch.save_file, and give the .safetensors file here"
         )
     # torch's text for what its unpickler refuses advises to switch the protection off
-    reason = "" if isinstance(error, pickle.UnpicklingError) else f": {type(error).__name__}: {str(error)[:200]}"
+    reason = "" if refused else f": {type(error).__name__}: {str(error)[:200]}"
     return CorruptionError(f"{path} is not a whole torch file{reason}")
-
-
-def _holds_objects(data: bytes, error: Exception) -> bool:
-    refused = isinstance(error, pickle.UnpicklingError) and (data[:2] == b"PK" or _is_pickle(data))
-    return refused or "TorchScript" in str(error)
 
 
 def _is_pickle(data: bytes) -> bool:
@@ -190,16 +175,6 @@ def _is_pickle(data: bytes) -> bool:
         return sum(1 for _ in pickletools.genops(data)) > 0
     except Exception:  # as above; genops only lists the steps and runs none
         return False
-
-
-def _check_document(document: Any, record: Path) -> None:
-    if not isinstance(document, dict):
-        raise CorruptionError(f"{record} should describe a network, it holds {_described(document)}")
-    missing = [key for key in DOCUMENT_KEYS if key not in document]
-    if missing:
-        raise CorruptionError(f"{record} should describe a network; it lacks '{missing[0]}'")
-    if not isinstance(document["transform"], dict):
-        raise CorruptionError(f"{record} should hold an input transform, it holds {_described(document['transform'])}")
 
 
 def _difference(module: nn.Module, found: Mapping[str, Tensor]) -> str | None:
@@ -223,8 +198,3 @@ def _difference(module: nn.Module, found: Mapping[str, Tensor]) -> str | None:
         sides = f"{list(expected[shaped[0]].shape)} expected, {list(found[shaped[0]].shape)} found"
         parts.append(f"{len(shaped)} have another shape, first '{shaped[0]}': {sides}")
     return "; ".join(["another architecture", *parts]) if parts else None
-
-
-def _described(value: Any) -> str:
-    keys = f" with the keys {', '.join(map(str, list(value)[:8]))}" if isinstance(value, Mapping) else ""
-    return f"a {type(value).__name__}{keys}"

@@ -1,5 +1,7 @@
 """The wide residual networks of the paper, in the layout of the published CRD checkpoints."""
 
+from collections import OrderedDict
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -31,16 +33,8 @@ class WideBlock(nn.Module):
         return shortcut + self.conv2(self.relu2(self.bn2(self.conv1(active))))
 
 
-class WideStage(nn.Module):
-    """A row of wide blocks, of which the first may halve the image."""
-
-    def __init__(self, inputs: int, outputs: int, blocks: int, stride: int) -> None:
-        super().__init__()
-        self.layer = stage(WideBlock, inputs, outputs, blocks, stride)
-
-    def forward(self, features: Float[Tensor, "batch inputs h w"]) -> Float[Tensor, "batch outputs h2 w2"]:
-        """Return what the last block gives."""
-        return self.layer(features)
+def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(layer=stage(WideBlock, inputs, outputs, blocks, stride)))
 
 
 class WideResNet(nn.Module):
@@ -54,9 +48,9 @@ class WideResNet(nn.Module):
         blocks = (depth - 4) // 6
         assert depth == 6 * blocks + 4
         self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
-        self.block1 = WideStage(16, 16 * factor, blocks, stride=1)
-        self.block2 = WideStage(16 * factor, 32 * factor, blocks, stride=2)
-        self.block3 = WideStage(32 * factor, 64 * factor, blocks, stride=2)
+        self.block1 = _stage(16, 16 * factor, blocks, stride=1)
+        self.block2 = _stage(16 * factor, 32 * factor, blocks, stride=2)
+        self.block3 = _stage(32 * factor, 64 * factor, blocks, stride=2)
         self.bn1 = nn.BatchNorm2d(64 * factor)
         # not in place, as in the blocks
         self.relu = nn.ReLU()

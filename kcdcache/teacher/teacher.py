@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
-from kcdcache.errors import CorruptionError, MismatchError, UnsafeError, first_difference
+from kcdcache.errors import MismatchError, UnsafeError, first_difference
 from kcdcache.networks import registry, taps
 from kcdcache.networks.catalogue import saved_network
-from kcdcache.networks.input_transform import InputTransform, transform_from
-from kcdcache.networks.weights import digest_weights, load_into, load_network, load_weights
+from kcdcache.networks.input_transform import InputTransform
+from kcdcache.networks.weights import NetworkRecord, digest_weights, load_into, load_network, load_weights
 from kcdcache.settings import Precision
 from kcdcache.store.identity import TeacherIdentity
 from kcdcache.teacher import fields
@@ -71,11 +71,11 @@ def load(
     """
     learned = None
     if weights_path is None or weights_path.is_dir():
-        record = saved_network(str(weights_path or spec))
-        document, state = load_network(record)
-        _check_saved(document, record, classes, channels, None if weights_path is None else spec)
-        spec, transform, where = document["architecture"], transform_from(document["transform"]), str(record)
-        learned = document.get("data")
+        path = saved_network(str(weights_path or spec))
+        record, state = load_network(path)
+        _check_saved(record, path, classes, channels, None if weights_path is None else spec)
+        spec, transform, where = record.architecture, record.transform, str(path)
+        learned = (record.model_extra or {}).get("data")
     else:
         state, where = load_weights(weights_path), str(weights_path)
         transform = InputTransform(mean, std, size)
@@ -153,24 +153,20 @@ def filter_profiles(network: nn.Module) -> dict[str, list[float]]:
     return {stage: aggregated([weight.detach().cpu() for weight in layers]).tolist() for stage, layers in found.items()}
 
 
-def _check_saved(
-    document: dict[str, Any], record: Path, classes: tuple[str, ...], channels: int, spec: str | None
-) -> None:
-    architecture, names = document["architecture"], document["classes"]
-    if not isinstance(architecture, str) or not isinstance(names, list):
-        raise CorruptionError(f"{record} should give the architecture as text and the classes as a list")
+def _check_saved(record: NetworkRecord, path: Path, classes: tuple[str, ...], channels: int, spec: str | None) -> None:
+    architecture = record.architecture
     if spec is None and registry.runs_foreign_code(architecture):
         raise UnsafeError(
-            f"{record} asks to import '{architecture}', which could run any code, so only you may name it: give "
-            f"'{architecture}' as the network and {record.parent} as its weights"
+            f"{path} asks to import '{architecture}', which could run any code, so only you may name it: give "
+            f"'{architecture}' as the network and {path.parent} as its weights"
         )
     if spec is not None and spec != architecture:
-        raise MismatchError(f"{record} holds a network '{architecture}', not '{spec}'")
-    if document["channels"] != channels:
-        raise MismatchError(f"the network in {record} sees {document['channels']} channels, the images have {channels}")
-    if difference := first_difference(list(classes), names, "classes"):
+        raise MismatchError(f"{path} holds a network '{architecture}', not '{spec}'")
+    if record.channels != channels:
+        raise MismatchError(f"the network in {path} sees {record.channels} channels, the images have {channels}")
+    if difference := first_difference(list(classes), list(record.classes), "classes"):
         place, data, network = difference
-        raise MismatchError(f"the data and the network in {record} differ in {place}: {data!r} against {network!r}")
+        raise MismatchError(f"the data and the network in {path} differ in {place}: {data!r} against {network!r}")
 
 
 def _plain(teacher: Teacher, pixels: Tensor, names: Sequence[str]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from kcdcache.data.label_noise import frequent
 from kcdcache.errors import MismatchError
 from kcdcache.methods.losses import cross_entropy
 from kcdcache.networks import registry
-from kcdcache.networks.input_transform import InputTransform, transform_from
+from kcdcache.networks.input_transform import InputTransform
 from kcdcache.networks.weights import load_into, load_network
 from kcdcache.runs.folder import RunFolder
 from kcdcache.settings import TrainSettings
@@ -185,10 +185,10 @@ def _saved(
     settings: TrainSettings, data: Dataset, folder: RunFolder, device: torch.device
 ) -> tuple[nn.Module, InputTransform]:
     """Return the run's student and its input transform, as they lie on disk: a resumed run measures the same."""
-    document, state = load_network(folder.path, "student")
+    record, state = load_network(folder.path, "student")
     network = registry.build(settings.student, len(data.classes), channels=len(data.mean))
     load_into(network, state, str(folder.path))
-    return network.to(device).to(memory_format=torch.channels_last), transform_from(document["transform"])
+    return network.to(device).to(memory_format=torch.channels_last), record.transform
 
 
 def _on_train(guess: Labels, split: Split, usable: Labels) -> dict[str, float | None]:

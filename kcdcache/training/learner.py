@@ -233,8 +233,10 @@ def new_learner(
 
 def save(learner: Learner, folder: RunFolder, name: str, model: str, data: Dataset, extra: dict[str, Any]) -> None:
     """Write the network as NAME.safetensors and NAME.json into the run's folder, loadable as a teacher or student."""
-    document = weights.describe_network(model, data.classes, len(data.mean), learner.transform, **extra)
-    weights.save_network(folder.path, name, learner.network, document)
+    record = weights.NetworkRecord(
+        **extra, architecture=model, classes=data.classes, channels=len(data.mean), transform=learner.transform
+    )
+    weights.save_network(folder.path, name, learner.network, record)
 
 
 def _require_shareable(settings: OptimizerSettings, device: torch.device, loss: Loss, group: Group) -> None:

@@ -133,9 +133,9 @@ def read_all(root):
         for name in RUNS:
             path = root / folder / name
             found[f"{folder}/{name}"] = told(read_run(path, files_of(path)))
-    document, weights = load_network(root / "fitted")
+    network, weights = load_network(root / "fitted")
     tensors = {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
-    return found | {"fitted": told({"document": document, "weights": tensors})}
+    return found | {"fitted": told({"document": network.document(), "weights": tensors})}
 
 
 def told_of_store(path):

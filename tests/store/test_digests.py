@@ -25,7 +25,7 @@ from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFo
 from kcdcache.export import condensed_set
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform
-from kcdcache.networks.weights import describe_network, save_network
+from kcdcache.networks.weights import NetworkRecord, save_network
 from kcdcache.store import check, reader, writer
 from kcdcache.store.plan import plan_store
 from kcdcache.teacher import teacher
@@ -63,8 +63,8 @@ def world(root, growth):
     network = opinionated(registry.build("resnet8", len(NAMES), 1))
     made = teacher.freeze(network, InputTransform(dataset.mean, dataset.std), "resnet8", dataset.classes, CPU)
     (root / "teacher").mkdir()
-    document = describe_network("resnet8", dataset.classes, 3, made.transform)
-    save_network(root / "teacher", "model", made.module, document)
+    record = NetworkRecord(architecture="resnet8", classes=dataset.classes, channels=3, transform=made.transform)
+    save_network(root / "teacher", "model", made.module, record)
     seen = {"augment": "resized-crop-flip", "size": 16, "views": 2, "batch_size": 8}
     knowledge = precomputed(root / "store", dataset, made, **seen)
     return SimpleNamespace(root=root, images=root / "images", teacher=root / "teacher", knowledge=knowledge)

@@ -34,8 +34,10 @@ def frozen(network: nn.Module, precision="float32", transform=TRANSFORM):
 
 def saved(folder, name="model", architecture="resnet8", network=None):
     network = network or trained()
-    document = weights.describe_network(architecture, CLASSES, 3, TRANSFORM, accuracy=0.9)
-    weights.save_network(folder, name, network, document)
+    record = weights.NetworkRecord(
+        architecture=architecture, classes=CLASSES, channels=3, transform=TRANSFORM, accuracy=0.9
+    )
+    weights.save_network(folder, name, network, record)
     return network
 
 

@@ -255,13 +255,13 @@ def test_metrics_have_a_row_an_epoch(runs):
 
 def test_the_student_saved_is_the_one_measured(place, runs):
     run = runs(student="resnet8")
-    document, state = weights.load_network(run, "student")
-    assert (document["architecture"], document["epoch"]) == ("resnet8", 6)
+    record, state = weights.load_network(run, "student")
+    assert (record.architecture, record.epoch) == ("resnet8", 6)
     network = registry.build("resnet8", 10)
     weights.load_into(network, state, "student")
     network.eval()
     pixels = torch.from_numpy(place.data.test.images(np.arange(60))).permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(document["transform"][key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (record.transform.mean, record.transform.std))
     guess = network((pixels - mean) / std).argmax(1)
     right = float((guess.numpy() == place.data.test.labels).mean())
     assert abs(right - read_summary(run).accuracy_last) < 1e-9
