@@ -155,7 +155,7 @@ def bottleneck_branch(layers, at, x, stride):
 
 
 def rows(features, counts, block, halving=1):
-    """Stages of blocks (place, features, stride) -> (value before activation, features); from `halving` on they halve."""
+    """Stages of blocks (place, features, stride) -> (before activation, features), halving from that stage on."""
     values = {"stage0": features}
     for n, count in enumerate(counts, start=1):
         for number in range(count):

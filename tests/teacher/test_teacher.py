@@ -147,7 +147,7 @@ REFUSED = [
      r"no saved network in .*neither model\.json nor student\.json"),
     (lambda folder: saved(folder, architecture="canary_module:run"), {}, UnsafeError,
      "asks to import 'canary_module:run', which could run any code"),
-    (of_a_wrong_type, {}, CorruptionError, "the classes as a list"),
+    (of_a_wrong_type, {}, CorruptionError, "classes: Input should be a valid array"),
     (unfinished, {}, UnfinishedError, "is not finished; run its command again before it teaches"),
 ]  # fmt: skip
 
