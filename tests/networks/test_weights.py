@@ -141,7 +141,7 @@ def test_saved_network_reads_back_whole_and_equal_networks_are_equal_bytes(tmp_p
     found, state = weights.load_network(tmp_path / "new")
     assert weights.digest_weights(state) == digest(built())
     assert found == record.model_copy(update={"weights_sha256": sha256_file(tmp_path / "new/model.safetensors")})
-    assert weights.load_network(tmp_path / "new/model.json")[0].accuracy == 0.5
+    assert weights.load_network(tmp_path / "new/model.json")[0].document()["accuracy"] == 0.5
     save(tmp_path / "again", network=built().to(memory_format=torch.channels_last), accuracy=0.5)
     for file in ("model.safetensors", "model.json"):
         assert (tmp_path / "new" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()

@@ -256,7 +256,7 @@ def test_metrics_have_a_row_an_epoch(runs):
 def test_the_student_saved_is_the_one_measured(place, runs):
     run = runs(student="resnet8")
     record, state = weights.load_network(run, "student")
-    assert (record.architecture, record.epoch) == ("resnet8", 6)
+    assert (record.architecture, record.document()["epoch"]) == ("resnet8", 6)
     network = registry.build("resnet8", 10)
     weights.load_into(network, state, "student")
     network.eval()
