@@ -1,7 +1,7 @@
 """Frozen settings: one model per stage, one per command composed of them; from TOML and flags, unknown keys refused.
 
-Defaults stand here and nowhere else. The command line and the recipes are made from these models,
-so a field's docstring is its help text.
+Defaults stand here and nowhere else. The command line and the recipes are made from these models, so a field's
+docstring is its help text, and a command's first line says in `kcdcache --help` what it does.
 """
 
 import difflib
@@ -44,26 +44,23 @@ class Composed(Settings):
     def _sort_into_parts(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        rest = dict(values)
-        tables = {
-            name: {key: rest.pop(key) for key in part.model_fields if key in rest} for name, part in parts(cls).items()
-        }
-        return tables | rest
+        rest, inner = dict(values), parts(cls).items()
+        return {name: {key: rest.pop(key) for key in part.model_fields if key in rest} for name, part in inner} | rest
 
 
 def parts(model: type[BaseModel]) -> dict[str, type[Settings]]:
     """Return the name and model of each part of a command's settings; other settings have none."""
-    kinds = {name: field.annotation for name, field in model.model_fields.items() if issubclass(model, Composed)}
+    if not issubclass(model, Composed):
+        return {}
+    kinds = {name: field.annotation for name, field in model.model_fields.items()}
     return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Settings)}
 
 
 def fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
     """Return all that flags and recipes may set of a model, by name: its own settings, then those of its parts."""
     inner = parts(model)
-    found = {name: field for name, field in model.model_fields.items() if name not in inner}
-    for part in inner.values():
-        found |= part.model_fields
-    return found
+    own = {name: field for name, field in model.model_fields.items() if name not in inner}
+    return own | {name: field for part in inner.values() for name, field in part.model_fields.items()}
 
 
 class ViewSettings(Settings):
@@ -272,7 +269,7 @@ truncates and does not round, and from stage 2 on 39-66 % of the partners are mi
 the original images.
 """
 SAMPLING_PRESETS: dict[str, dict[str, Any]] = {"infobatch": {"observed": "loss", "record": "last", "keep": 1.0}}
-"""what a way of sampling presupposes, where the user gives nothing else: scores by the last loss, and no condensing"""
+"""what a way of sampling presupposes: scores by the last loss, and no condensing"""
 
 
 def with_presets(model: type[BaseModel], values: Any) -> Any:
@@ -280,16 +277,7 @@ def with_presets(model: type[BaseModel], values: Any) -> Any:
     if not isinstance(values, Mapping):
         return values
     chosen = SAMPLING_PRESETS.get(str(values.get("sampling")), {}) | PRESETS.get(str(values.get("preset")), {})
-    known = fields(model)
-    return {key: value for key, value in chosen.items() if key in known} | dict(values)
-
-
-def with_own_draws(values: Any) -> Any:
-    """Return a run's raw values with its seed as that of the sets it draws at random, so that seeds differ in them."""
-    if not isinstance(values, Mapping) or values.get("condense_seed") is not None or "seed" not in values:
-        return values
-    draws = values.get("ranking") == "random" or values.get("schedule") == "paper_stage"
-    return {**values, "condense_seed": values["seed"]} if draws else values
+    return {key: value for key, value in chosen.items() if key in fields(model)} | dict(values)
 
 
 class TrainSettings(OptimizerSettings, MethodSettings, ScheduleSettings, CondenseSettings, SamplingSettings):
@@ -303,16 +291,19 @@ class TrainSettings(OptimizerSettings, MethodSettings, ScheduleSettings, Condens
     """use only the first so many of the store's views; all of them if unset"""
     fidelity: Literal["auto", "on", "off"] = "auto"
     """measure the finished student on its training samples too: agreement with the teacher, right and wrong labels;
-    with --teacher also agreement on the test split. Costs a forward pass over both splits; auto does so where the data
-    spec corrupts labels or classes. A finished run is measured when its command is given again. Never changes the
-    student"""
+    with --teacher also on the test split. Costs a forward pass over both; auto does so where the data spec corrupts
+    labels or classes. A finished run is measured when its command is given again. Never changes the student"""
     memory_gb: float = Field(default=8, gt=0)
     """memory for decoded knowledge; above it a memory-mapped file in the run's folder serves. Never changes results"""
 
     @model_validator(mode="before")
     @classmethod
     def _apply_presets(cls, values: Any) -> Any:
-        return with_own_draws(with_presets(cls, values))
+        found = with_presets(cls, values)
+        if isinstance(found, dict) and "seed" in found:
+            draws = found.get("ranking") == "random" or found.get("schedule") == "paper_stage"
+            return ({"condense_seed": found["seed"]} if draws else {}) | found  # runs of other seeds draw other sets
+        return found
 
 
 NEUTRAL = {"checkpoint_seconds", "memory_gb", "resident", "graphs", "workers", "fidelity"}
@@ -359,7 +350,7 @@ PART_ROWS = 2**24
 
 
 class FitCommand(Composed):
-    """Everything `kcdcache fit` takes."""
+    """Train a teacher or a plain baseline on hard labels."""
 
     data: str
     """data spec: digits, cifar10[:DIR], cifar100[:DIR], folder:DIR, parquet:DIR[#label], arrays:FILE.npz"""
@@ -372,7 +363,7 @@ class FitCommand(Composed):
 
 
 class PrecomputeCommand(Composed):
-    """Everything `kcdcache precompute` takes."""
+    """Run the teacher once and keep its outputs in a store."""
 
     data: str
     """data spec, as for fit"""
@@ -397,7 +388,7 @@ class PrecomputeCommand(Composed):
 
 
 class TrainCommand(Composed):
-    """Everything `kcdcache train` takes."""
+    """Train a student from a store, condensing between stages (Algorithm 1)."""
 
     store: Path | None = None
     """folder of the store; needed unless --condensed is given"""
@@ -421,7 +412,7 @@ class TrainCommand(Composed):
 
 
 class CondenseCommand(Composed):
-    """Everything `kcdcache condense` takes."""
+    """Turn values into the next condensed set (a manifest)."""
 
     values: Path
     """values file: a run's values.parquet, or any parquet file with the columns index and value; or several, as a
@@ -454,7 +445,7 @@ class CondenseCommand(Composed):
 
 
 class ExportCommand(Settings):
-    """Everything `kcdcache export` takes."""
+    """Write a condensed set and the knowledge it needs as one folder, for another machine or the hub."""
 
     manifest: Path
     """condensed set to export, or a finished run's folder for the set it ended with"""
@@ -485,28 +476,35 @@ class ExportCommand(Settings):
 
 
 def _by_place(metavar: str, **more: Any) -> Any:
-    """Return a setting that the command line takes by its place instead of by a flag."""
+    """Return a setting that the command line takes by its place; its description says what it is."""
     return Field(json_schema_extra={"argument": metavar}, **more)
 
 
-class PathCommand(Settings):
-    """Everything `kcdcache inspect` and `kcdcache seal` take."""
+class SealCommand(Settings):
+    """Seal a store whose parts are all written, should the process that would have done so have ended."""
 
     path: Path = _by_place("PATH")
-    """what is looked at"""
+    """a store's folder"""
+
+
+class InspectCommand(Settings):
+    """Tell what a store, manifest, values file, run, exported set or network holds."""
+
+    path: Path = _by_place("PATH")
+    """a store, manifest, values file, run, exported set or network"""
 
 
 class DiffCommand(Settings):
-    """Everything `kcdcache diff` takes."""
+    """Compare two condensed sets, runs stage by stage, or exported sets."""
 
     a: Path = _by_place("A")
-    """manifest, run or exported set"""
+    """a manifest, run or exported set"""
     b: Path = _by_place("B")
-    """what it is compared with"""
+    """what it is compared with, another of these"""
 
 
 class MethodsCommand(Settings):
-    """Everything `kcdcache methods` takes."""
+    """List the distillation methods: what each reads of the teacher, bytes per sample, source."""
 
     teacher: str = "wrn_40_2"
     """network of the teacher"""
@@ -521,10 +519,10 @@ class MethodsCommand(Settings):
 
 
 class ReportCommand(Settings):
-    """Everything `kcdcache report` takes."""
+    """Write one HTML file that shows what finished runs did: tables, figures, images, provenance."""
 
     paths: tuple[Path, ...] = _by_place("RUN_OR_FOLDER...", min_length=1)
-    """runs, or folders of runs"""
+    """a run's folder, or a folder of runs such as a recipe's --out"""
     out: Path | None = None
     """HTML file; a report there is replaced  [default: report.html in the one folder]"""
     data: str | None = None
@@ -538,10 +536,11 @@ class ReportCommand(Settings):
 
 
 class VerifyCommand(Composed):
-    """Everything `kcdcache verify` takes."""
+    """Check whether what lies there is what was written; with a teacher, compute points again."""
 
     path: Path = _by_place("PATH")
-    """what is checked"""
+    """a store, manifest, values file, run, exported set or network; of a store, records, listing and sizes are compared
+    unless --read-data or --sample reads the chunks too"""
     read_data: bool = False
     """read and hash every chunk file of a store"""
     sample: str | None = None
@@ -562,10 +561,11 @@ class VerifyCommand(Composed):
 
 
 class RunCommand(Composed):
-    """Everything `kcdcache run` takes."""
+    """Do a whole chain of steps from a recipe; without one, the embedded example."""
 
     recipe: Path | None = _by_place("[RECIPE]", default=None)
-    """TOML file of steps; a small chain on embedded digits if left out"""
+    """a TOML file of [[step]] tables, each a command with its settings; README shows how they are written and
+    pipelines/ holds those of the paper's tables. Left out, a small chain on embedded digits is done"""
     data: str | None = None
     """data spec to use instead of the recipe's"""
     out: Path | None = None

@@ -11,8 +11,7 @@ import click
 import pytest
 from test_architecture import ROOMS
 
-from kcdcache.cli import help, main
-from kcdcache.commands import methods
+from kcdcache.cli import main
 from kcdcache.data import datasets
 from kcdcache.methods.catalogue import METHODS
 from kcdcache.networks import registry
@@ -20,7 +19,7 @@ from kcdcache.networks.catalogue import NETWORKS
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.networks.taps import TAPS
 from kcdcache.runs.state import read_metrics
-from kcdcache.settings import PrecomputeSettings, TrainSettings, make
+from kcdcache.settings import MethodsCommand, PrecomputeSettings, TrainSettings, make
 from kcdcache.store import reader
 from kcdcache.teacher import precompute, teacher
 from kcdcache.training import distill
@@ -75,7 +74,7 @@ def test_a_method_and_a_network_are_added_as_the_readme_shows(trained):
 
 
 def test_the_table_of_methods_is_the_catalogue():
-    told = methods.run("wrn_40_2", "wrn_16_2", 100, 32)["methods"]
+    told = main.COMMANDS["methods"](MethodsCommand())["methods"]
     rows = re.findall(r"^\| `(\w+)` \| [^|]* \| [^|]* \| ([\d,]+) \|$", README, re.M)
     assert {name: int(size.replace(",", "")) for name, size in rows} == {row["method"]: row["bytes"] for row in told}
 
@@ -99,7 +98,7 @@ def test_commands_parse(line):
 
 
 def test_readme_names_every_command():
-    assert {line.split()[1] for line in COMMANDS} == set(help.SUMMARIES)
+    assert {line.split()[1] for line in COMMANDS} == set(main.COMMANDS)
 
 
 def test_the_table_of_rooms_has_every_room_in_the_order_of_its_test():

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from kcdcache import errors
-from kcdcache.commands.tables import TextTable
+from kcdcache.commands import TextTable
 from kcdcache.files import cloud
 from kcdcache.progress import Progress, silent
 

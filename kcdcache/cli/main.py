@@ -1,6 +1,5 @@
 """The command line: parse, call, print. With `console` the only module that prints or exits."""
 
-import difflib
 import gc
 import os
 import sys
@@ -13,19 +12,18 @@ import click
 
 from kcdcache import __version__, commands, interrupt
 from kcdcache.cli.console import printable, show, telling
-from kcdcache.cli.help import ARGUMENTS, EXAMPLES, SUMMARIES
-from kcdcache.cli.options import Sectioned, option, sections_of
+from kcdcache.cli.options import Sectioned, help_of, option, sections_of
 from kcdcache.commands import Command
 from kcdcache.errors import KcdcacheError, NoSpaceError
 from kcdcache.files import cloud
 from kcdcache.files.atomic import FULL
-from kcdcache.settings import RunCommand, fields, make
+from kcdcache.settings import RunCommand, fields, make, nearest
 
 COMMANDS: Mapping[str, Command] = {
     "run": Command(takes=RunCommand, where="recipes.recipe:command"),
     **commands.COMMANDS,
 }
-"""name -> command"""
+"""name -> command, in the order of a first session"""
 COLLECTED = 100_000
 """objects made between two collections of garbage: imports make many and no garbage, 0.1 s of looking for it"""
 MOST_SHOWN = 4000
@@ -41,26 +39,18 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names in the order of a first session."""
-        return list(SUMMARIES)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return the command of that name."""
-        return build(cmd_name) if cmd_name in COMMANDS else None
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the named command; an unknown name is refused with the nearest known one."""
-        if args and args[0] not in SUMMARIES and not args[0].startswith("-"):
-            close = difflib.get_close_matches(args[0], SUMMARIES, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(SUMMARIES)}"
-            ctx.fail(f"no command '{args[0]}'; {hint}")
-        return super().resolve_command(ctx, args)
+        """Return the command of that name; an unknown one is refused with the nearest known name."""
+        if cmd_name not in COMMANDS:
+            ctx.fail(f"no command '{cmd_name}'; {nearest(cmd_name, COMMANDS)}")
+        return build(cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands without building them."""
         with formatter.section("Commands"):
-            formatter.write_dl(list(SUMMARIES.items()))
+            formatter.write_dl([(name, str(command.takes.__doc__)) for name, command in COMMANDS.items()])
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
@@ -151,8 +141,6 @@ def build(name: str) -> click.Command:
         if result.get("failed"):
             raise click.exceptions.Exit(result["failed"][0]["exit_code"])
 
-    told = "\n\n".join([SUMMARIES[name], *([ARGUMENTS[name]] if name in ARGUMENTS else [])])
-    text = told + "\n\n\b\nExamples:\n" + "\n".join(f"  {line}" for line in EXAMPLES[name])
-    made = Sectioned(name, params=options, callback=callback, help=text)
+    made = Sectioned(name, params=options, callback=callback, help=help_of(name, command.takes))
     made.sections = sections_of(command.takes)
     return made

@@ -1,4 +1,4 @@
-"""Options of the command line made from settings: flag, help and default come from the settings' own fields."""
+"""Options and help of the command line, made from settings: flags, texts and defaults come from their own fields."""
 
 import inspect
 import re
@@ -10,8 +10,43 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
-from kcdcache.settings import Settings, parts
+from kcdcache.settings import Settings, fields, parts
 
+EXAMPLES = {
+    "run": ("kcdcache run", "kcdcache run pipelines/cifar100_small.toml --data cifar100"),
+    "fit": ("kcdcache fit --data cifar100 --model wrn_40_2 --out runs/teacher",),
+    "precompute": (
+        "kcdcache precompute --data cifar100 --teacher runs/teacher --store runs/store --views 40",
+        "kcdcache precompute --data cifar100 --teacher runs/teacher --store runs/store --fields penultimate",
+    ),
+    "train": (
+        "kcdcache train --store runs/store --data cifar100 --student wrn_16_2 --out runs/kcd",
+        "kcdcache train --store runs/store --data cifar100 --student resnet8x4 --out runs/reuse \\\n"
+        "      --manifest runs/kcd/stages/6/manifest.parquet --stages 1",
+    ),
+    "methods": ("kcdcache methods", "kcdcache methods --teacher resnet32x4 --student ShuffleV2 --encoding top:16"),
+    "condense": (
+        "kcdcache condense --values runs/kcd/values.parquet --store runs/store --keep 0.5 --out half.parquet",
+    ),
+    "export": (
+        "kcdcache export --manifest runs/kcd --store runs/store --out runs/set --license cc-by-4.0",
+        "kcdcache export --manifest half.parquet --store runs/store --out runs/set --data cifar100 --with-images",
+        "kcdcache train --condensed runs/set --data cifar100 --student resnet8x4 --out runs/student",
+    ),
+    "diff": ("kcdcache diff runs/kcd runs/other", "kcdcache diff half.parquet runs/kcd/stages/6/manifest.parquet"),
+    "report": (
+        "kcdcache report runs/digits --out digits.html",
+        "kcdcache report runs/kd runs/kcd --out both.html --data cifar100 --json-file both.json --csv both",
+    ),
+    "seal": ("kcdcache seal runs/store",),
+    "inspect": ("kcdcache inspect runs/store",),
+    "verify": (
+        "kcdcache verify runs/store --read-data",
+        "kcdcache verify runs/store --teacher runs/teacher --data cifar100",
+        "kcdcache verify runs/store --repair --teacher runs/teacher --data cifar100",
+    ),
+}
+"""command -> how it is used"""
 INPUTS, OTHERS = "What goes in and out", "Options"
 ARTICLES = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
@@ -31,6 +66,15 @@ class Sectioned(click.Command):
         for heading in sorted(found, key=lambda heading: heading == OTHERS):
             with formatter.section(heading):
                 formatter.write_dl(found[heading])
+
+
+def help_of(name: str, model: type[Settings]) -> str:
+    """Return the help of a command: what it does, what its arguments are, and examples."""
+    told = [str(model.__doc__)]
+    for field in fields(model).values():
+        if isinstance(field.json_schema_extra, dict):
+            told.append(f"{str(field.json_schema_extra['argument']).strip('[].')} is {field.description}.")
+    return "\n\n".join([*told, "\b\nExamples:\n" + "\n".join(f"  {line}" for line in EXAMPLES[name])])
 
 
 def sections_of(model: type[Settings]) -> dict[str, str]:

@@ -1,20 +1,22 @@
-"""`train`: a student from a store or an exported set, condensing between stages (Algorithm 1)."""
+"""`fit`: a teacher or a baseline from labels; `train`: a student from a store or an exported set (Algorithm 1)."""
 
 import logging
 from pathlib import Path
 
-from kcdcache.commands import Result, inputs
+from kcdcache.commands import Result
+from kcdcache.commands.precompute import load_teacher, precision_of, usual_views
 from kcdcache.condense import manifest, schedule
 from kcdcache.data.datasets import Dataset
 from kcdcache.export import condensed_set
 from kcdcache.export.condensed_set import load_data
 from kcdcache.methods import catalogue
-from kcdcache.progress import Progress
+from kcdcache.progress import Progress, silent
 from kcdcache.report import show
-from kcdcache.settings import TrainCommand, TrainSettings
+from kcdcache.settings import FitCommand, TrainCommand, TrainSettings
 from kcdcache.store import reader
 from kcdcache.teacher.teacher import Teacher
 from kcdcache.training import distill, evaluation, processes, requery, sampling
+from kcdcache.training import fit as fitting
 
 logger = logging.getLogger(__name__)
 
@@ -24,28 +26,41 @@ FEW_VIEWS = (
 )
 
 
-def run(command: TrainCommand, progress: Progress, dry_run: bool = False) -> Result:
+def fit(command: FitCommand, progress: Progress = silent, dry_run: bool = False) -> Result:
+    """Train a teacher or a baseline; return its summary, or with `dry_run` what would be trained."""
+    data = load_data(command.data)
+    settings = command.training.model_copy(update=usual_views(command.given, data))
+    if dry_run:
+        return {
+            "would": "fit",
+            "model": command.model,
+            "samples": len(data.train),
+            "steps": -(-len(data.train) // settings.batch_size) * settings.epochs,
+            "out": str(command.out),
+            **data.corrupted(),
+        }
+    more = command.machine.model_dump()
+    with processes.group_of() as group:
+        made = fitting.run(
+            settings, data=data, model=command.model, out=command.out, group=group, progress=progress, **more
+        )
+    return made.document()
+
+
+def run(command: TrainCommand, progress: Progress = silent, dry_run: bool = False) -> Result:
     """Run Algorithm 1, or a part of it; return the summary, or with `dry_run` the stages and their expected cost."""
     places = (command.store, command.manifest, command.condensed)
     show.require_ids((path for path in places if path), command.expect_id)
     settings = settings_of(command)
     material = _material(command, settings)
-    knowledge = material.knowledge
-    if 3 * knowledge.views < settings.epochs and settings.method != "ce":
-        logger.warning(FEW_VIEWS, knowledge.views, settings.epochs)
+    if 3 * material.knowledge.views < settings.epochs and settings.method != "ce":
+        logger.warning(FEW_VIEWS, material.knowledge.views, settings.epochs)
     if dry_run:
         return _planned_stages(settings, material, command.out)
+    more = command.machine.model_dump()
     with processes.group_of() as group:
         made = distill.run(
-            settings,
-            material,
-            out=command.out,
-            until=command.until,
-            device=command.machine.device,
-            threads=command.machine.threads,
-            allow_env_change=command.machine.allow_env_change,
-            group=group,
-            progress=inputs.paced(progress, command.out),
+            settings, material, out=command.out, until=command.until, group=group, progress=progress, **more
         )
     return made.document()
 
@@ -63,38 +78,30 @@ def settings_of(command: TrainCommand) -> TrainSettings:
 
 
 def _material(command: TrainCommand, settings: TrainSettings) -> distill.Material:
-    """Return what a student learns from: a store, perhaps with a manifest, or an exported set."""
+    """Return what a student learns from: a store, perhaps with a manifest, or an exported set.
+
+    Raises:
+        SettingsError: the baked targets of an exported set do not fit.
+    """
+    data, given, mixes = load_data(command.data), None, None
+    knowledge: reader.Store
     if command.condensed is not None:
-        return _exported_material(command, settings, command.condensed)
-    assert command.store is not None
-    data, knowledge = load_data(command.data), reader.open(command.store)
-    given = None
-    if command.manifest is not None:
-        given = distill.accept(manifest.read(command.manifest, knowledge.count), knowledge, command.transfer)
+        opened = condensed_set.open(command.condensed)
+        knowledge, given, mixes = opened.knowledge, opened.manifest, opened.mixes
+        if mixes is not None:
+            condensed_set.require_served(opened, settings, catalogue.weights_of(settings))
+    else:
+        assert command.store is not None
+        knowledge = reader.open(command.store)
+        if command.manifest is not None:
+            given = distill.accept(manifest.read(command.manifest, knowledge.count), knowledge, command.transfer)
     return distill.Material(
         data=data,
         knowledge=knowledge,
         given=given,
         teacher=_asked_teacher(command, settings, data, knowledge),
         requeried=(requery.path_for(command.manifest),) if command.manifest else (),
-    )
-
-
-def _exported_material(command: TrainCommand, settings: TrainSettings, path: Path) -> distill.Material:
-    """Return what a student learns from an exported set.
-
-    Raises:
-        SettingsError: its baked targets do not fit.
-    """
-    opened, data = condensed_set.open(path), load_data(command.data)
-    if opened.mixes is not None:
-        condensed_set.require_served(opened, settings, catalogue.weights_of(settings))
-    return distill.Material(
-        data=data,
-        knowledge=opened.knowledge,
-        given=opened.manifest,
-        teacher=_asked_teacher(command, settings, data, opened.knowledge),
-        baked=opened.mixes,
+        baked=mixes,
     )
 
 
@@ -108,9 +115,8 @@ def _asked_teacher(
     if settings.mix_target != "requery" and not compared:
         logger.info("train: --teacher is not used; it serves --mix-target requery and --fidelity on")
         return None
-    precision = inputs.precision_of(knowledge.knowledge, knowledge.path)
-    machine = command.machine
-    found = inputs.load_teacher(command.teaching, data, precision, machine.device, machine.threads)
+    precision = precision_of(knowledge.knowledge, knowledge.path)
+    found = load_teacher(command.teaching, data, precision, command.machine.device, command.machine.threads)
     if compared:
         evaluation.require_own(found, knowledge)
     return found

@@ -3,14 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from jaxtyping import Int64
 
-from kcdcache.commands import Result, inputs
+from kcdcache.commands import Result
 from kcdcache.commands.checks import parse_share
+from kcdcache.commands.precompute import load_teacher, precision_of
 from kcdcache.condense import manifest
 from kcdcache.data.datasets import Dataset
 from kcdcache.errors import CorruptionError, SettingsError, require_same
@@ -23,7 +24,9 @@ from kcdcache.runs import check as runs_check
 from kcdcache.settings import VerifyCommand, make
 from kcdcache.store import check as store_check
 from kcdcache.store import identity, log, plan, reader
+from kcdcache.store.identity import Knowledge
 from kcdcache.teacher import precompute, repair, teacher
+from kcdcache.teacher.teacher import Teacher
 from kcdcache.views import rules
 
 TOLERANCE = 2e-3
@@ -43,20 +46,20 @@ def run(command: VerifyCommand, progress: Progress = silent) -> Result:
         MismatchError: teacher or data are not the store's.
         SettingsError: what is asked for is done for stores alone.
     """
+    path, taught = command.path, command.teaching.teacher is not None
     if command.repair:
         return _repaired(command, progress)
-    path = command.path
     show.require_ids([path], [command.expect_id] if command.expect_id else None)
     kind = show.kind_of(path)
     result = {"kind": kind, "path": str(path), "id": show.id_of(path), **CHECKS[kind](command)}
-    if command.teaching.teacher is None and command.data is None:
+    if not taught and command.data is None:
         return result
     if kind != "store" or command.data is None:
         raise SettingsError("to compute points again give a store, its --teacher and its --data")
     knowledge, data = reader.open(path), load_data(command.data)
     store_check.check_data(knowledge, data)
     result["data"] = "the store's"
-    return result if command.teaching.teacher is None else result | {"recomputed": _recompute(command, knowledge, data)}
+    return result | {"recomputed": _recompute(command, knowledge, data)._asdict()} if taught else result
 
 
 def verify(path: Path, **given: Any) -> Result:
@@ -72,9 +75,7 @@ def _repaired(command: VerifyCommand, progress: Progress) -> Result:
     means = None
     if command.teaching.teacher is not None and command.data is not None:
         data = load_data(command.data)
-        precision = inputs.precision_of(repair.knowledge_of(path), path)
-        network = inputs.load_teacher(command.teaching, data, precision, command.device, None)
-        means = repair.Means(data=data, network=network)
+        means = repair.Means(data=data, network=_teacher(command, data, repair.knowledge_of(path)))
     replaced = repair.repair(path, means, progress)
     whole = command.model_copy(update={"read_data": True})
     return {"kind": kind, "path": str(path), "repaired": replaced, **_store(whole)}
@@ -90,15 +91,29 @@ REMEDIES: Mapping[str, str] = {
 """kind -> what to do with one that is damaged"""
 
 
-def _recompute(command: VerifyCommand, knowledge: reader.Store, data: Dataset) -> Result:
-    precision = inputs.precision_of(knowledge.knowledge, knowledge.path)
-    network = inputs.load_teacher(command.teaching, data, precision, command.device, None)
+class Recheck(NamedTuple):
+    """What running the teacher again showed."""
+
+    points: int
+    """how many were compared"""
+    differing: int
+    """those that differ in any stored bit"""
+    largest: float
+    """|difference| / (1 + |stored value|); 0 on the same kind of machine and versions"""
+
+
+def _teacher(command: VerifyCommand, data: Dataset, knowledge: Knowledge) -> Teacher:
+    precision = precision_of(knowledge, command.path)
+    return load_teacher(command.teaching, data, precision, command.device, None)
+
+
+def _recompute(command: VerifyCommand, knowledge: reader.Store, data: Dataset) -> Recheck:
+    network = _teacher(command, data, knowledge.knowledge)
     found = recheck(knowledge, data, network, points=command.points, seed=command.sample_seed)
-    if found["largest"] > TOLERANCE:
+    if found.largest > TOLERANCE:
         raise CorruptionError(
-            f"the teacher no longer gives what {knowledge.path} holds: {found['differing']} of {found['points']} "
-            f"points differ, up to {found['largest']:.3g} (relative; other hardware or versions explain at most "
-            f"{TOLERANCE})"
+            f"the teacher no longer gives what {knowledge.path} holds: {found.differing} of {found.points} points "
+            f"differ, up to {found.largest:.3g} (relative; other hardware or versions explain at most {TOLERANCE})"
         )
     if identity.PARAMETERS in identity.held(knowledge):
         own = teacher.filter_profiles(network.module)
@@ -107,65 +122,53 @@ def _recompute(command: VerifyCommand, knowledge: reader.Store, data: Dataset) -
     return found
 
 
-def recheck(knowledge: reader.Store, data: Dataset, network: teacher.Teacher, *, points: int, seed: int = 0) -> Result:
+def recheck(knowledge: reader.Store, data: Dataset, network: Teacher, *, points: int, seed: int = 0) -> Recheck:
     """Run the teacher again on randomly chosen teacher batches and compare with the store, field by field.
-
-    On the same kind of machine and versions the result is exact; `largest` is the largest |difference| / (1 + |value|).
 
     Raises:
         MismatchError: teacher or data are not the store's.
+        SettingsError: the store holds outputs on a manifest's mixes.
     """
     store_check.check_data(knowledge, data)
     if knowledge.knowledge.mixes is not None:
         raise SettingsError(
             f"{knowledge.path} holds outputs on a manifest's mixes; only plain views are computed again"
         )
-    identity = replace(knowledge.knowledge, teacher=network.identity)
     require_same(
         knowledge.knowledge.document()["teacher"],
-        identity.document()["teacher"],
+        replace(knowledge.knowledge, teacher=network.identity).document()["teacher"],
         (f"the teacher of {knowledge.path}", "the given teacher"),
         "give the teacher the store was made with",
     )
-    rule = rules.rule_of(knowledge.knowledge.views)
     parts = plan.parts(knowledge.plan)
-    chosen = [(part, bounds) for part in parts for bounds in knowledge.plan.batches(part)]
-    order = np.random.Generator(np.random.Philox(seed)).permutation(len(chosen))
-    checked, wrong, largest = 0, 0, 0.0
-    for number in order:
-        if checked >= points:
+    batches = [(part.view, np.arange(*bounds)) for part in parts for bounds in knowledge.plan.batches(part)]
+    found = Recheck(0, 0, 0.0)
+    for number in np.random.Generator(np.random.Philox(seed)).permutation(len(batches)):
+        if found.points >= points:
             break
-        part, (start, stop) = chosen[number]
-        pixels = precompute.view_pixels(data, rule, np.arange(start, stop), part.view, network.device)
-        differing, difference = _compare(knowledge, network, pixels, part.view, start, stop)
-        compared = len(_usable(knowledge, start, stop))
-        checked, wrong, largest = checked + compared, wrong + differing, max(largest, difference)
-    return {"points": checked, "differing": wrong, "largest": largest}
+        more = _compared(knowledge, data, network, *batches[number])
+        found = Recheck(found.points + more.points, found.differing + more.differing, max(found.largest, more.largest))
+    return found
 
 
-def _compare(
-    knowledge: reader.Store, network: teacher.Teacher, pixels: Tensor, view: int, start: int, stop: int
-) -> tuple[int, float]:
-    """Return how many rows differ in any stored bit, and the largest |difference| / (1 + |stored value|).
-
-    Skipped samples are left out: nothing is stored of them.
-    """
-    index = _usable(knowledge, start, stop)
-    differing, largest = np.zeros(len(index), bool), 0.0
-    for field, fresh in teacher.outputs(network, pixels, list(knowledge.fields)).items() if len(index) else ():
-        form = knowledge.fields[field].encoding
-        held = knowledge.load(view, index, (field,))
-        skipped = torch.from_numpy(~np.isin(np.arange(start, stop), index)).to(fresh.device)
-        again = {name: rows[index - start] for name, rows in form.encode(fresh, start, skipped).items()}
+def _compared(
+    knowledge: reader.Store, data: Dataset, network: Teacher, view: int, batch: Int64[np.ndarray, " batch"]
+) -> Recheck:
+    """Compare a teacher batch; skipped samples are left out, since nothing is stored of them."""
+    skips = np.isin(batch, knowledge.skipped)
+    index, differing, largest = batch[~skips], np.zeros((~skips).sum(), bool), 0.0
+    if skips.all():
+        return Recheck(0, 0, 0.0)
+    pixels = precompute.view_pixels(data, rules.rule_of(knowledge.knowledge.views), batch, view, network.device)
+    for field, fresh in teacher.outputs(network, pixels, list(knowledge.fields)).items():
+        form, held = knowledge.fields[field].encoding, knowledge.load(view, index, (field,))
+        encoded = form.encode(fresh, int(batch[0]), torch.from_numpy(skips).to(fresh.device))
+        again = {name: rows[~skips] for name, rows in encoded.items()}
         for name, rows in again.items():
             differing |= (rows.view(np.uint8) != held[name].view(np.uint8)).reshape(len(index), -1).any(1)
-        decoded = [form.decode({n: torch.from_numpy(r) for n, r in side.items()}) for side in (held, again)]
-        largest = max(largest, float(((decoded[0] - decoded[1]).abs() / (1 + decoded[0].abs())).max()))
-    return int(differing.sum()), largest
-
-
-def _usable(knowledge: reader.Store, start: int, stop: int) -> np.ndarray:
-    return np.setdiff1d(np.arange(start, stop), knowledge.skipped)
+        stored, now = (form.decode({n: torch.from_numpy(r) for n, r in side.items()}) for side in (held, again))
+        largest = max(largest, float(((stored - now).abs() / (1 + stored.abs())).max()))
+    return Recheck(len(index), int(differing.sum()), largest)
 
 
 def _store(command: VerifyCommand) -> Result:

@@ -13,8 +13,7 @@ from typing import Any
 from pydantic import Field
 
 from kcdcache import settings, statistics
-from kcdcache.commands import COMMANDS, STEPS, Result, checks
-from kcdcache.commands.tables import TextTable
+from kcdcache.commands import COMMANDS, STEPS, Result, TextTable, checks
 from kcdcache.data import spec
 from kcdcache.errors import KcdcacheError, SettingsError
 from kcdcache.files import cloud

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kcdcache import interrupt, rng
 from kcdcache.errors import InterruptedRunError, NonFiniteError
+from kcdcache.files.records import logged
 from kcdcache.methods.base import Batch
 from kcdcache.networks.input_transform import enough_memory
 from kcdcache.progress import Progress, silent
@@ -95,7 +96,8 @@ class Loop:
                     row = self._epoch()
                 warm_up = False
                 if learner.group.first:
-                    self._progress("train", learner.epoch, self.settings.epochs, _line(row))
+                    remark = f"{_line(row)}, {logged(self.folder.timing)} images/s"
+                    self._progress("train", learner.epoch, self.settings.epochs, remark)
 
     def step(self, batch: Batch) -> None:
         """Take one step: forward pass, loss, gradient, update, and what it showed of each sample."""

@@ -157,14 +157,14 @@ def test_a_run_whose_store_skips_more_since_is_not_continued(place, tmp_path):
 
 def test_verify_computes_all_but_the_skipped_again(place):
     found = verify.recheck(place.knowledge, place.data, place.network, points=10**6)
-    assert found == {"points": 3 * (TRAIN - 2), "differing": 0, "largest": 0.0}
+    assert found == (3 * (TRAIN - 2), 0, 0.0)
 
 
 def test_verify_passes_over_a_batch_that_was_skipped_whole(tmp_path):
     tail = place_for(tmp_path / "tail", [TRAIN - 1])
     made(tail, tmp_path / "store", augment="none", views=1, batch_size=TRAIN - 1, **SKIP)
     found = verify.recheck(reader.open(tmp_path / "store"), tail.data, tail.network, points=10**6)
-    assert (found["points"], found["differing"]) == (TRAIN - 1, 0)
+    assert (found.points, found.differing) == (TRAIN - 1, 0)
 
 
 @pytest.mark.parametrize("file", ["logits/c.0.0.0", "_kcd/log/0/v00002-p00000.json"])

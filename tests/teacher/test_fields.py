@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 from lessons import CPU, digits, opinionated, precomputed, teacher_of
-from pupils import command, saved_teacher
+from pupils import command, executed, saved_teacher
 
 from kcdcache import settings
-from kcdcache.commands import methods
 from kcdcache.errors import SettingsError
 from kcdcache.networks import registry, taps
 from kcdcache.networks.input_transform import InputTransform
@@ -238,7 +237,7 @@ def test_a_store_beyond_the_budget_is_refused_before_anything_is_written(place, 
 
 
 def test_the_listing_counts_what_a_store_takes(place):
-    told = methods.run("resnet8", "resnet8", 10, 16)
+    told = executed("methods", {"teacher": "resnet8", "student": "resnet8", "classes": 10, "size": 16})
     by_name = {row["method"]: row for row in told["methods"]}
     names = by_name["at"]["reads"]
     held = precomputed(place.root / "listed", digits(), teacher_of(digits()), views=1, fields=names, encoding="float16")

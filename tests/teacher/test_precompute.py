@@ -314,7 +314,7 @@ def test_imported_logits_cannot_be_asked_again(place, tmp_path):
 
 def test_verify_computes_all_points_when_asked_for_more(place):
     found = verify.recheck(place.knowledge, place.data, place.network, points=10**9)
-    assert (found["points"], found["differing"]) == (3 * TRAIN, 0)
+    assert (found.points, found.differing) == (3 * TRAIN, 0)
 
 
 def test_recheck_sees_a_teacher_whose_identity_lies(place):
@@ -324,8 +324,8 @@ def test_recheck_sees_a_teacher_whose_identity_lies(place):
         changed.module.fc.weight[2, :4] += 0.5
     lying = replace(changed, identity=place.network.identity)
     found = verify.recheck(place.knowledge, place.data, lying, points=150)
-    assert found["differing"] == found["points"]
-    assert found["largest"] > 0.01
+    assert found.differing == found.points
+    assert found.largest > 0.01
 
 
 def test_requery_says_what_the_teacher_says_of_the_mixes(place, tmp_path):

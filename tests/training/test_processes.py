@@ -15,11 +15,10 @@ import pytest
 import torch
 from killing import environment
 from lessons import condensed
-from pupils import SPEC, digits, lines, loaded, precomputed, same_files, saved_teacher
+from pupils import SPEC, digits, executed, lines, loaded, precomputed, same_files, saved_teacher
 from ranks import PATH, PLAIN, Forked, PlainNet, launched, ran, stopped
 from safetensors.torch import load_file
 
-from kcdcache.commands import diff
 from kcdcache.condense import manifest, value_files
 from kcdcache.errors import SettingsError
 from kcdcache.methods import registry
@@ -147,7 +146,7 @@ def test_two_processes_run_twice_make_the_same_bytes_and_keep_almost_the_sets_of
     for world, name in ((1, "one"), (2, "two"), (2, "again")):
         done(start, training(place, runs[name], TINY), world, tmp_path / f"{name}.log")
     assert same_files(runs["two"], runs["again"])
-    stages = diff.run(runs["one"], runs["two"])["stages"]
+    stages = executed("diff", {"a": runs["one"], "b": runs["two"]})["stages"]
     assert stages["0"]["jaccard"] == 1
     assert 0.2 < stages["2"]["jaccard"] < 1
 

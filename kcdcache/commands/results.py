@@ -1,26 +1,65 @@
-"""How two manifests, runs or exported sets differ: opens them and shows `condense.compare` of their sets."""
+"""Commands on what others made: inspect, diff, report, export and seal; what takes long to import, where it is used."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from kcdcache.commands.tables import TextTable
+from kcdcache.commands import Result, TextTable
 from kcdcache.condense import manifest
 from kcdcache.condense.compare import Difference, compare
-from kcdcache.errors import MismatchError, NotFoundError
+from kcdcache.errors import MismatchError, NotFoundError, SettingsError
 from kcdcache.export import record
+from kcdcache.progress import Progress, silent
 from kcdcache.report import show
 from kcdcache.runs.folder import RunFolder
+from kcdcache.settings import DiffCommand, ExportCommand, InspectCommand, ReportCommand, SealCommand
 
 COLUMNS = ("kept_a", "kept_b", "both", "only_a", "only_b", "jaccard", "hamming", "rank_correlation", "parts_moved")
-"""what the table shows of each pair of sets"""
+"""what `diff` shows of each pair of sets"""
 TERMS = (
     "(jaccard: share of what either keeps that both keep; hamming: share of all samples that only one of them keeps;",
     "rank_correlation: Spearman's, over what both keep; parts_moved: kept by both, but enriched in one only)",
 )
 
 
-def run(first: Path, second: Path) -> dict[str, Any]:
+def inspect(command: InspectCommand, progress: Progress = silent) -> Result:
+    """Return what lies at a path; see `report.show.inspect`."""
+    return show.inspect(command.path)
+
+
+def seal(command: SealCommand, progress: Progress = silent) -> Result:
+    """Seal a store whose parts are all written; return whether that was done now."""
+    from kcdcache.store import writer
+
+    return {"store": str(command.path), "sealed": "now" if writer.seal(command.path) else "before"}
+
+
+def export(command: ExportCommand, progress: Progress = silent, dry_run: bool = False) -> Result:
+    """Write a condensed set with the knowledge it needs into one folder; see `export.write.run`.
+
+    Raises:
+        MismatchError: set or store is not what was expected, or they were not made for each other.
+    """
+    from kcdcache.export import write
+
+    show.require_ids((command.manifest, command.store), command.expect_id)
+    return write.run(command, progress, dry_run)
+
+
+def report(command: ReportCommand, progress: Progress = silent) -> Result:
+    """Write one HTML file about finished runs; return where it lies.
+
+    Raises:
+        SettingsError: of several folders none is where the report belongs.
+    """
+    if command.out is None and len(command.paths) > 1:
+        raise SettingsError("--out is missing: of several folders none is where the report belongs; give a file")
+    from kcdcache.report import page
+
+    out = command.out or command.paths[0] / "report.html"
+    return page.write(out=out, **command.model_dump(exclude={"out"}))
+
+
+def diff(command: DiffCommand, progress: Progress = silent) -> Result:
     """Return how two manifests, runs or exported sets differ, as JSON values with a `table` for people.
 
     Two runs are compared stage by stage, where both have the stage; beside anything else a run stands for its last set.
@@ -29,14 +68,15 @@ def run(first: Path, second: Path) -> dict[str, Any]:
         NotFoundError: nothing is there, or a run has no set yet.
         MismatchError: one of them is something else, or they are sets of different data.
     """
-    kinds = [show.kind_of(path) for path in (first, second)]
+    places = command.a, command.b
+    kinds = [show.kind_of(path) for path in places]
     if kinds == ["run", "run"]:
-        return _runs(first, second)
-    found = _compare(*(_manifest_of(path, kind) for path, kind in zip((first, second), kinds, strict=True)))
-    return _shown(first, second, {"": found}) | found.model_dump()
+        return _runs(*places)
+    found = _compare(*map(_manifest_of, places, kinds))
+    return _shown(*places, {"": found}) | found.model_dump()
 
 
-def _runs(first: Path, second: Path) -> dict[str, Any]:
+def _runs(first: Path, second: Path) -> Result:
     ours, theirs = (RunFolder(path=path).manifests() for path in (first, second))
     stages = {str(number): _compare(ours[number], theirs[number]) for number in ours if number in theirs}
     if not stages:
@@ -65,7 +105,7 @@ def _manifest_of(path: Path, kind: str) -> Path:
     return path
 
 
-def _shown(first: Path, second: Path, sets: Mapping[str, Difference], heading: str = "") -> dict[str, Any]:
+def _shown(first: Path, second: Path, sets: Mapping[str, Difference], heading: str = "") -> Result:
     """Return the two paths, a table with a line for each pair of sets, and a note on the last pair."""
     rows = [[name, *(_cell(getattr(found, column)) for column in COLUMNS)] for name, found in sets.items()]
     table = TextTable((heading, *COLUMNS), rows, above=(f"a = {first}", f"b = {second}"), below=TERMS)
