@@ -1,8 +1,10 @@
+"""What commands make of their settings: refusals, plans, and the settings that suit data, networks and methods."""
+
 import numpy as np
 import pytest
 from pupils import SCHOOL, SPEC, command, executed, school
 
-from kcdcache.commands import checks, inputs, methods, train
+from kcdcache.commands import checks, precompute, train
 from kcdcache.condense import schedule
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError
 from kcdcache.export import condensed_set
@@ -16,14 +18,6 @@ from kcdcache.teacher import fields
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     return school(tmp_path_factory.mktemp("steps"))
-
-
-@pytest.fixture(scope="module")
-def imported(place, tmp_path_factory):
-    """A store of logits made elsewhere."""
-    folder = tmp_path_factory.mktemp("imported")
-    np.save(folder / "logits.npy", np.eye(10, dtype=np.float32)[place.data.train.labels])
-    return import_from(folder / "logits.npy", folder / "store")
 
 
 def import_from(file, out, **more):
@@ -51,23 +45,46 @@ def test_a_dry_train_lists_the_stages_of_the_schedule(place, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_teacher_must_be_named(place, tmp_path):
-    with pytest.raises(SettingsError, match=r"--teacher is missing: a folder written by `kcdcache fit`"):
-        command(place, "precompute", store=tmp_path / "new", teacher=None)
+IMPORT = {"augment": "none", "from_logits": "logits.npy", "teacher": None}
+REFUSED = [
+    ("precompute", {"teacher": None}, r"--teacher is missing: a folder written by `kcdcache fit`"),
+    ("precompute", {"teacher_size": 9}, r"--teacher-size does nothing here: .* brings its own input transform"),
+    ("precompute", {"from_logits": "logits.npy"}, r"--from-logits needs --augment: say which views"),
+    ("precompute", {"for_": "kd"}, r"--for METHOD and --student NETWORK go together"),
+    ("precompute", {"for_": "kd", "student": "resnet8", "fields": ["logits"]}, r"works out the fields; leave --fields"),
+    ("train", {}, r"--student is missing: .*--student resnet8"),
+    ("train", SCHOOL | {"condensed": "set"}, "--store does nothing beside --condensed, which brings its own"),
+    *(
+        ("precompute", IMPORT | {name: value}, rf"--{name.rstrip('_').replace('_', '-')} does nothing beside --from-lo")
+        for name, value in {
+            "teacher": "resnet8", "views": 2, "fields": ["penultimate"], "batch_size": 9, "for_": "kd",
+            "student": "resnet8", "budget_gb": 1, "teacher_size": 9, "mix": "convex",
+        }.items()
+    ),
+]  # fmt: skip
 
 
-def test_a_student_must_be_named(place, tmp_path):
-    with pytest.raises(SettingsError, match=r"--student is missing: .*--student resnet8"):
-        command(place, "train", out=tmp_path / "out")
+@pytest.mark.parametrize(("name", "given", "message"), REFUSED)
+def test_settings_that_contradict_each_other_are_refused(place, tmp_path, name, given, message):
+    places = {"out" if name == "train" else "store": tmp_path / "new", "store": tmp_path / "new"}
+    asked = {key: value for key, value in (places | {"teacher": str(place.teacher)} | given).items() if value}
+    if "from_logits" in given and "teacher" not in given:
+        asked.pop("teacher")
+    with pytest.raises(SettingsError, match=message):
+        executed(name, {"data": SPEC} | asked)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_file_to_import_is_not_found(tmp_path):
+    with pytest.raises(NotFoundError, match=r"--from-logits: no file at .*logits.npy"):
+        import_from(tmp_path / "logits.npy", tmp_path / "store")
 
 
 def test_few_views_for_many_epochs_are_noted(place, tmp_path, caplog):
-    settings = SCHOOL | {"epochs": 12, "stages": 3}
-    command(place, "train", out=tmp_path / "out", dry_run=True, **settings)
-    assert "note: 3 cached views for 12 epochs" in caplog.text
-    caplog.clear()
-    command(place, "train", out=tmp_path / "out", dry_run=True, **(settings | {"epochs": 9}))
-    assert caplog.text == ""
+    for epochs, noted in ((12, True), (9, False)):
+        command(place, "train", out=tmp_path / "out", dry_run=True, **SCHOOL | {"epochs": epochs})
+        assert ("note: 3 cached views for 12 epochs" in caplog.text) == noted
+        caplog.clear()
 
 
 @pytest.mark.parametrize(("method", "rate"), [("ce", 0.01), ("kd", 0.01), ("at+kd", 0.01), ("reviewkd", 0.02)])
@@ -86,63 +103,37 @@ def test_a_methods_own_rate_wins_over_the_usual_one_in_any_order(joined):
 
 def test_the_authors_settings_are_told_where_they_hold(place, tmp_path, caplog):
     caplog.set_level("INFO")
-    command(place, "train", out=tmp_path / "out", dry_run=True, **SCHOOL | {"student": "ShuffleV1"})
-    assert "train: the authors' settings of kd for ShuffleV1: learning_rate 0.01" in caplog.text
-    caplog.clear()
-    command(place, "train", out=tmp_path / "out", dry_run=True, **SCHOOL)
-    given = SCHOOL | {"student": "ShuffleV1", "learning_rate": 0.05}
-    command(place, "train", out=tmp_path / "out", dry_run=True, **given)
-    assert "settings of" not in caplog.text
+    for given, told in (
+        ({"student": "ShuffleV1"}, True),
+        ({}, False),
+        ({"student": "ShuffleV1", "learning_rate": 0.05}, False),
+    ):
+        command(place, "train", out=tmp_path / "out", dry_run=True, **SCHOOL | given)
+        assert ("train: the authors' settings of kd for ShuffleV1: learning_rate 0.01" in caplog.text) == told
+        assert ("settings of" in caplog.text) == told
+        caplog.clear()
 
 
-def test_the_listing_tells_the_recipe_of_the_pair():
-    rates = {}
-    for student in ("resnet8", "ShuffleV2"):
-        rows = methods.run("resnet8", student, 10, 16)["methods"]
-        rates[student] = {row["method"]: row["recipe"].get("learning_rate") for row in rows}
-    assert (rates["resnet8"]["kd"], rates["resnet8"]["reviewkd"]) == (None, 0.1)
-    assert (rates["ShuffleV2"]["kd"], rates["ShuffleV2"]["reviewkd"]) == (0.01, 0.02)
+@pytest.mark.parametrize(("student", "kd", "reviewkd"), [("resnet8", None, 0.1), ("ShuffleV2", 0.01, 0.02)])
+def test_the_listing_tells_the_recipe_of_the_pair(student, kd, reviewkd):
+    pair = {"teacher": "resnet8", "student": student, "classes": 10, "size": 16}
+    rates = {row["method"]: row["recipe"].get("learning_rate") for row in executed("methods", pair)["methods"]}
+    assert (rates["kd"], rates["reviewkd"]) == (kd, reviewkd)
 
 
 def test_digits_are_cropped_where_no_views_are_named():
     data = condensed_set.load_data(SPEC)
-    assert inputs.usual_views({"epochs"}, data) == {"augment": "crop", "padding": 2}
-    assert inputs.usual_views({"padding"}, data) == {"augment": "crop"}
-    assert inputs.usual_views({"augment"}, data) == {}
+    assert precompute.usual_views({"epochs"}, data) == {"augment": "crop", "padding": 2}
+    assert precompute.usual_views({"padding"}, data) == {"augment": "crop"}
+    assert precompute.usual_views({"augment"}, data) == {}
 
 
-def test_the_precision_of_a_teacher_is_the_stores(place):
-    assert inputs.precision_of(place.knowledge.knowledge, place.knowledge.path) == "float32"
-
-
-def test_imported_logits_have_no_teacher_to_ask(place, imported, tmp_path):
-    settings = SCHOOL | {"mix_target": "requery"}
+def test_imported_logits_have_no_teacher_to_ask_but_a_store_has_one_of_its_precision(place, tmp_path):
+    assert precompute.precision_of(place.knowledge.knowledge, place.knowledge.path) == "float32"
+    np.save(tmp_path / "logits.npy", np.eye(10, dtype=np.float32)[place.data.train.labels])
+    imported = import_from(tmp_path / "logits.npy", tmp_path / "store")["store"]
     with pytest.raises(MismatchError, match=r"the logits in .* were imported from elsewhere \(float32\)"):
-        command(place, "train", store=imported["store"], out=tmp_path / "out", **settings)
-
-
-@pytest.mark.parametrize(
-    "flag",
-    [
-        {"teacher": "resnet8"}, {"views": 2}, {"fields": ["penultimate"]}, {"batch_size": 9}, {"for_": "kd"},
-        {"student": "resnet8"}, {"budget_gb": 1}, {"teacher_size": 9}, {"mix": "convex"},
-    ],
-)  # fmt: skip
-def test_an_import_refuses_flags_it_would_ignore(tmp_path, flag):
-    name = next(iter(flag)).rstrip("_").replace("_", "-")
-    with pytest.raises(SettingsError, match=rf"--{name} does nothing beside --from-logits"):
-        import_from(tmp_path / "logits.npy", tmp_path / "store", **flag)
-
-
-def test_an_import_must_say_which_views_it_is_of(tmp_path):
-    given = {"data": SPEC, "store": tmp_path / "s", "from_logits": tmp_path / "logits.npy"}
-    with pytest.raises(SettingsError, match=r"--from-logits needs --augment: say which views"):
-        executed("precompute", given)
-
-
-def test_a_missing_file_to_import_is_not_found(tmp_path):
-    with pytest.raises(NotFoundError, match=r"--from-logits: no file at .*logits.npy"):
-        import_from(tmp_path / "logits.npy", tmp_path / "store")
+        command(place, "train", store=imported, out=tmp_path / "out", **SCHOOL | {"mix_target": "requery"})
 
 
 def test_the_condensed_set_of_a_run_is_what_it_exported(place, tmp_path):
@@ -159,13 +150,3 @@ def test_what_checks_know_without_torch_is_what_there_is():
     assert set(checks.ENCODINGS) == set(encoding.ENCODINGS)
     known = {name.partition(":")[0] for name in (*fields.EXAMPLES, identity.PARAMETERS)}
     assert set(checks.FIELDS) == known
-
-
-def test_a_saved_teacher_brings_its_own_input_transform(place, tmp_path):
-    with pytest.raises(SettingsError, match=r"--teacher-size does nothing here: .* brings its own input transform"):
-        command(place, "precompute", store=tmp_path / "new", teacher_size=9)
-
-
-def test_what_an_exported_set_brings_is_not_given_beside_it(place, tmp_path):
-    with pytest.raises(SettingsError, match="--store does nothing beside --condensed, which brings its own"):
-        command(place, "train", out=tmp_path / "out", condensed=tmp_path / "set", **SCHOOL)

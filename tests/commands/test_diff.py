@@ -7,7 +7,7 @@ from commands import alone, failure, outcome
 from exports import exporting, prepared
 from pupils import SPEC, executed
 
-from kcdcache.commands import diff
+from kcdcache.commands import results
 from kcdcache.condense import manifest
 from kcdcache.condense.compare import compare
 from kcdcache.errors import NotFoundError
@@ -25,8 +25,12 @@ def place(tmp_path_factory):
     return place
 
 
+def differ(a, b):
+    return executed("diff", {"a": a, "b": b})
+
+
 def test_runs_are_compared_stage_by_stage(place):
-    found = diff.run(place.root / "one", place.root / "two")
+    found = differ(place.root / "one", place.root / "two")
     assert list(found["stages"]) == ["0", "1", "2"]
     assert (found["only_in_a"], found["only_in_b"]) == ([], [3, 4])
     assert found["stages"]["0"]["identical"]
@@ -37,9 +41,9 @@ def test_runs_are_compared_stage_by_stage(place):
 
 def test_a_run_beside_a_set_is_its_last_one_and_an_export_its_manifest(place):
     wanted = compare(manifest.read(place.root / "two/stages/4/manifest.parquet"), place.set).model_dump()
-    found = diff.run(place.root / "two", place.root / "set")
+    found = differ(place.root / "two", place.root / "set")
     assert {name: found[name] for name in wanted} == wanted
-    assert diff.run(place.file, place.root / "set")["identical"]
+    assert differ(place.file, place.root / "set")["identical"]
 
 
 def test_the_table_has_a_line_a_stage_and_no_torch_is_loaded(place):
@@ -47,7 +51,7 @@ def test_the_table_has_a_line_a_stage_and_no_torch_is_loaded(place):
     assert (done.returncode, done.stderr) == (0, "loaded: scipy\n")
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[2:6]] == ["stage", "0", "1", "2"]
-    assert lines[2].split()[1:] == list(diff.COLUMNS)
+    assert lines[2].split()[1:] == list(results.COLUMNS)
     assert lines[3].split()[1:4] == ["200", "200", "200"]
 
 
@@ -70,6 +74,6 @@ def test_a_run_without_a_set_says_so(place, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/run.json").write_text("{}")
     with pytest.raises(NotFoundError, match="has no condensed set yet"):
-        diff.run(tmp_path / "run", place.file)
+        differ(tmp_path / "run", place.file)
     with pytest.raises(NotFoundError, match="have no stage in common"):
-        diff.run(tmp_path / "run", place.root / "one")
+        differ(tmp_path / "run", place.root / "one")
