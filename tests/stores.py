@@ -36,7 +36,7 @@ def write_part(writing, part):
     rows, statistics = {}, {}
     for field in part.fields:
         mine = values(field, part.view, writing.plan.count)[part.start : part.stop]
-        rows |= writing.plan.fields[field].encode(mine, part.start)
+        rows |= writing.plan.encodings[field].encode(mine, part.start)
         statistics[field] = encoding.statistics(mine)
     writing.write_part(part, rows, statistics, {"correct": part.view + 1})
 

@@ -12,7 +12,7 @@ from kcdcache.methods.catalogue import METHODS
 from kcdcache.networks.registry import tap_shapes
 from kcdcache.progress import Progress, silent
 from kcdcache.settings import MethodsCommand, MethodSettings
-from kcdcache.store import encoding, plan
+from kcdcache.store import encoding
 from kcdcache.teacher import fields
 from kcdcache.training.sampling import SAMPLING
 
@@ -78,7 +78,7 @@ def _row_bytes(field: str, pair: Pair, encoded: str) -> int:
     """Return the bytes of one sample's rows of a field in one view, before padding."""
     shape = fields.row_shape(field, pair.teacher_taps, pair.image)
     form = encoding.parse(fields.encoding_for(field, encoded), field, shape)
-    return sum(plan.row_bytes(spec.row_shape, spec.dtype) for spec in form.arrays)
+    return form.row_bytes
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

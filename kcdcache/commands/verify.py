@@ -115,7 +115,7 @@ def _recompute(command: VerifyCommand, knowledge: reader.Store, data: Dataset) -
             f"the teacher no longer gives what {knowledge.path} holds: {found.differing} of {found.points} points "
             f"differ, up to {found.largest:.3g} (relative; other hardware or versions explain at most {TOLERANCE})"
         )
-    if identity.PARAMETERS in identity.held(knowledge):
+    if identity.PARAMETERS in knowledge.kept:
         own = teacher.filter_profiles(network.module)
         if bad := identity.parameters_problem(knowledge.path, knowledge.knowledge, own):
             raise CorruptionError(bad)
@@ -161,7 +161,7 @@ def _compared(
         return Recheck(0, 0, 0.0)
     pixels = precompute.view_pixels(data, rules.rule_of(knowledge.knowledge.views), batch, view, network.device)
     for field, fresh in teacher.outputs(network, pixels, list(knowledge.fields)).items():
-        form, held = knowledge.fields[field].encoding, knowledge.load(view, index, (field,))
+        form, held = knowledge.fields[field], knowledge.load(view, index, (field,))
         encoded = form.encode(fresh, int(batch[0]), torch.from_numpy(skips).to(fresh.device))
         again = {name: rows[~skips] for name, rows in encoded.items()}
         for name, rows in again.items():

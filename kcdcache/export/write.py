@@ -143,8 +143,8 @@ def _planned(command: ExportCommand) -> _Plan:
         raise SettingsError(f"--views {views}: {source.path} holds {source.views} views")
     data = _data(command, source)
     form = partial(plan.plan_store, compression=command.compression, batch_size=source.plan.batch_size)
-    forms = list(source.plan.fields.values()) if baked is None else [source.plan.fields["logits"]]
-    mixed = None if baked is None else form(int(chosen.mixed.sum()), views, [source.plan.fields["logits"]])
+    forms = list(source.plan.encodings.values()) if baked is None else [source.plan.encodings["logits"]]
+    mixed = None if baked is None else form(int(chosen.mixed.sum()), views, [source.plan.encodings["logits"]])
     return _Plan(
         command=command, source=source, chosen=chosen, needed=needed, held=held, baked=baked, data=data, mixes=mixed,
         store=form(len(held), views, forms),
@@ -162,7 +162,7 @@ def _baked(command: ExportCommand, chosen: Manifest, source: reader.Store) -> Ba
         raise SettingsError("--bake: the set has no mixed points (K_Aug is empty), there is nothing to bake")
     if "logits" not in source.fields:
         raise MismatchError(f"--bake mixes softened logits, {source.path} holds {', '.join(source.fields)}")
-    if (form := source.plan.fields["logits"].name) not in ("float16", "float32"):
+    if (form := source.plan.encodings["logits"].name) not in ("float16", "float32"):
         raise SettingsError(
             f"--bake: {source.path} keeps logits as {form}, mixed targets need whole rows and would take more "
             "than they save; export without --bake"
@@ -281,7 +281,7 @@ def _write(plan: _Plan, progress: Progress) -> str:
 
 def _write_stores(plan: _Plan, progress: Progress) -> None:
     """Write the store of samples' own outputs and, where targets are baked, that of theirs."""
-    source, chosen, fields = plan.source, plan.chosen, list(plan.store.fields)
+    source, chosen, fields = plan.source, plan.chosen, list(plan.store.encodings)
     subset = replace(source.knowledge, subset={"manifest": chosen.digest, "rows": len(plan.held)})
     _fill(
         plan, record.STORE, subset, plan.store, plan.held,
@@ -341,7 +341,7 @@ def _fill(
         for part in writing.pending():
             stored = rows_of(part)
             tensors = {array: torch.from_numpy(rows) for array, rows in stored.items()}
-            values = {field: layout_plan.fields[field].decode(tensors) for field in part.fields}
+            values = {field: layout_plan.encodings[field].decode(tensors) for field in part.fields}
             statistics = {field: encoding.statistics(found) for field, found in values.items()}
             measured: dict[str, float] = {}
             if "logits" in values:
@@ -363,7 +363,7 @@ def _mixed(plan: _Plan, baked: Baked, part: Part) -> Rows:
     epsilon = torch.from_numpy(chosen.epsilon[rows]).double()
     mixed = mix_probabilities(own, other, epsilon, baked.target, baked.temperature)
     values = (baked.temperature * mixed.clamp_min(torch.finfo(torch.float32).tiny).log()).float()
-    return plan.source.plan.fields["logits"].encode(values, part.start)
+    return plan.source.plan.encodings["logits"].encode(values, part.start)
 
 
 def _write_images(plan: _Plan) -> Images:

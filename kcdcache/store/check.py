@@ -12,17 +12,15 @@ from kcdcache.data.images import sample_digest
 from kcdcache.errors import CorruptionError, MismatchError, attempt, require_same
 from kcdcache.files.atomic import sha256_file
 from kcdcache.store import identity, log
-from kcdcache.store.chunks import listed_sizes, size_problem
-from kcdcache.store.identity import Knowledge, read_store_identity
-from kcdcache.store.plan import Chunk, all_chunks, plan_from
-from kcdcache.store.reader import Store, check_documents, check_listing, file_table, plausible
+from kcdcache.store.identity import read_store_identity
+from kcdcache.store.reader import Store, check
 
 
 class Verification(NamedTuple):
     """What a verification looked at, and all it found wrong."""
 
     files: int
-    """chunk files whose presence and size were compared"""
+    """chunk files in the log, whose presence and size were compared"""
     read: int
     """chunk files that were read whole"""
     bytes: int
@@ -43,41 +41,27 @@ def verify(path: Path | str, *, share: float = 1.0, seed: int = 0) -> Verificati
         MismatchError: it was written by a newer format.
     """
     root, problems = Path(path), list[str]()
-    report = problems.append
-    knowledge = _check_identity(root, problems)
-    commits = log.read_commits(root, report)
-    plan = attempt(report, plan_from, commits[-1].plan) if commits else None
-    if plan is None:
-        return Verification(0, 0, 0, tuple(problems))
-    if knowledge is not None:
-        log.check_count(root, plan.count, knowledge, report)
-        problems += filter(None, [identity.parameters_problem(root, knowledge)])
-    attempt(report, identity.read_origin, root)
-    files = file_table(commits)
-    check_documents(root, plan, len(commits), report)
-    check_listing(root, plan, files, report)
-    chunks, sizes = all_chunks(plan) if plausible(plan, files) else [], listed_sizes(root, plan)
-    whole = [chunk for chunk in chunks if not size_problem(plan, chunk, files.get(chunk.key), sizes.get(chunk.key))]
-    read = _drawn(whole, share, seed) if share else []  # the others are reported already
-    for chunk in read:
-        if sha256_file(root / chunk.key) != files[chunk.key].sha256:
-            report(f"{root}/{chunk} is not what was written: its SHA-256 differs from the log")
-    return Verification(len(chunks), len(read), sum(files[chunk.key].bytes for chunk in read), tuple(problems))
-
-
-def _drawn(chunks: list[Chunk], share: float, seed: int) -> list[Chunk]:
-    """Return a share of some chunks, in order."""
-    number = math.ceil(share * len(chunks))
-    order = np.random.Generator(np.random.Philox(seed)).permutation(len(chunks))
-    return [chunks[place] for place in sorted(order[:number].tolist())]
-
-
-def _check_identity(root: Path, problems: list[str]) -> Knowledge | None:
+    report, knowledge = problems.append, None
     try:
-        return read_store_identity(root)
+        knowledge = read_store_identity(root)
     except CorruptionError as error:
-        problems.append(str(error))
-        return None
+        report(str(error))
+    commits = log.read_commits(root, report)
+    store = attempt(report, Store, root, knowledge or commits[-1].knowledge, commits) if commits else None
+    if store is None:
+        return Verification(0, 0, 0, tuple(problems))
+    if knowledge is not None and (bad := identity.parameters_problem(root, knowledge)):
+        report(bad)
+    attempt(report, identity.read_origin, root)
+    sound = check(store, report)
+    order = np.random.Generator(np.random.Philox(seed)).permutation(len(sound))
+    read = [sound[place] for place in sorted(order[: math.ceil(share * len(sound))].tolist())]
+    for chunk in read:
+        if sha256_file(root / chunk.key) != store.files[chunk.key].sha256:
+            report(f"{root}/{chunk} is not what was written: its SHA-256 differs from the log")
+    return Verification(
+        len(store.files), len(read), sum(store.files[chunk.key].bytes for chunk in read), tuple(problems)
+    )
 
 
 def check_data(store: Store, data: Dataset) -> None:

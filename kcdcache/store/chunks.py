@@ -34,12 +34,11 @@ def write_chunks(
         SettingsError: the rows have another type or shape than planned.
         NoSpaceError: the disk or quota is full.
     """
-    for array in dict.fromkeys(chunk.array for chunk in chunks):
-        found = rows[array.name]
-        if found.dtype != np.dtype(array.dtype) or found.shape[1:] != array.row_shape:
+    for array, stop in {chunk.array: chunk.stop for chunk in chunks}.items():
+        found, shape = rows[array.name], (stop - start, *array.row_shape)
+        if found.dtype != np.dtype(array.dtype) or found.shape != shape:
             raise SettingsError(
-                f"rows of '{array.name}' should be {array.dtype} {array.row_shape}, found {found.dtype} "
-                f"{found.shape[1:]}"
+                f"rows of '{array.name}' should be {array.dtype} {shape}, found {found.dtype} {found.shape}"
             )
 
     def write(chunk: Chunk) -> FileRecord:
@@ -106,9 +105,14 @@ def copy_rows(
 
 
 def listed_sizes(root: Path, plan: StorePlan) -> dict[str, int]:
-    """Return key -> bytes of the plain files in every array's folder (symbolic links are not followed)."""
-    folders = {array.name: _listed(root / array.name) for array in plan.arrays}
-    return {f"{name}/{file}": size for name, found in folders.items() for file, size in found.items()}
+    """Return key -> bytes of the plain files in every array's folder; symbolic links are not followed."""
+    found: dict[str, int | None] = {}
+    for array in plan.arrays:
+        folder = root / array.name
+        if folder.is_dir() and not folder.is_symlink():
+            with os.scandir(folder) as entries:
+                found |= {f"{array.name}/{entry.name}": _plain_size(entry) for entry in entries}
+    return {key: size for key, size in found.items() if size is not None}
 
 
 def size_problem(plan: StorePlan, chunk: Chunk, logged: FileRecord | None, found: int | None) -> str | None:
@@ -142,15 +146,6 @@ def _open_plain(path: str, flags: int) -> int:
         if error.errno == errno.ELOOP:
             raise UnsafeError(f"{path} is a symbolic link; a store's files are plain files") from None
         raise
-
-
-def _listed(folder: Path) -> dict[str, int]:
-    """Return name -> bytes of a folder's plain files; symbolic links are not followed, the folder's own neither."""
-    if not folder.is_dir() or folder.is_symlink():
-        return {}
-    with os.scandir(folder) as entries:
-        found = {entry.name: _plain_size(entry) for entry in entries}
-    return {name: size for name, size in found.items() if size is not None}
 
 
 def _plain_size(entry: os.DirEntry[str]) -> int | None:

@@ -19,16 +19,38 @@ FIELD_NAME = re.compile(r"[a-z][a-z0-9_]*(:[a-z0-9]+(\.[a-z]+)?)*")
 UNREADABLE = {"float32": np.nan, "float16": np.nan, "uint16": 0xFFFF, "uint8": 0xFF}
 """element type -> what the rows of skipped samples hold, so that nobody reads a plausible number there"""
 
+PLAIN: dict[str, tuple[str, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "float16": (
+        "|stored - x| <= 2^-11 |x| + 2^-25; |x| above 65,504 is refused",
+        lambda x: x.half(),
+        lambda y: y.float(),
+    ),
+    "float32": ("exact", lambda x: x, lambda y: y.clone()),
+    "uint8": (
+        "|stored - x| <= 1/510 for x in [0, 1], exact for whole 255ths; other numbers are refused",
+        lambda x: (x * 255).round().to(torch.uint8),
+        lambda y: y.float() / 255,
+    ),
+}
+"""encodings that store each number by itself: name -> error bound, x -> stored, stored -> x"""
+ENCODINGS = (*PLAIN, "top")
+
 Stored = tuple[Tensor, ...]
 
 
-class ArraySpec(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
     """One array a field is stored in."""
 
     name: str
     row_shape: tuple[int, ...]
     dtype: str
     """numpy name of the element type"""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return math.prod(self.row_shape) * np.dtype(self.dtype).itemsize
 
 
 class Fault(NamedTuple):
@@ -69,6 +91,11 @@ class Encoding:
     to_stored: Callable[[Tensor], Stored] = dataclasses.field(repr=False, compare=False)
     to_values: Callable[[Stored, float], Tensor] = dataclasses.field(repr=False, compare=False)
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that one row takes in all arrays."""
+        return sum(spec.row_bytes for spec in self.arrays)
+
     def faults(self, values: Float32[Tensor, "batch ..."]) -> list[Fault]:
         """Return every reason why rows cannot be stored, with the rows it holds for (often none)."""
         found = [Fault(f"field '{self.field}' is not finite", _any(~torch.isfinite(values)))]
@@ -101,7 +128,9 @@ class Encoding:
         if skipped is not None:
             values = values.masked_fill(skipped.view(-1, *[1] * len(self.row_shape)), 0.0)
         for fault in self.faults(values):
-            refuse_rows(fault, first)
+            if wrong := fault.rows.nonzero().flatten().tolist():
+                named = name_some([first + row for row in wrong])
+                raise NonFiniteError(f"{fault.complaint} for samples {named} (rows counted from {first}){fault.remedy}")
         stored = self.to_stored(values)
         rows = {
             spec.name: tensor.cpu().numpy().view(spec.dtype) for spec, tensor in zip(self.arrays, stored, strict=True)
@@ -142,7 +171,15 @@ def parse(text: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
             f"unknown encoding {text!r} for '{field}'; known: float16, float32, uint8 (numbers in [0, 1]), "
             "top:K (logits only)"
         )
-    return ENCODINGS[name](argument, field, tuple(row_shape))
+    if field == "logits" and len(row_shape) != 1:
+        raise SettingsError(f"encoding {name} needs logits of shape (classes,), found {row_shape}")
+    if name == "top":
+        if field != "logits":
+            raise SettingsError(f"encoding top:K is for logits only, not for '{field}'; use float16 or float32")
+        return _top(row_shape[0], argument)
+    if argument:
+        raise SettingsError(f"encoding {name} takes no argument, found '{text}'")
+    return _gaps(row_shape) if (name, field) == ("float16", "logits") else _plain(name, field, row_shape)
 
 
 def array_name(field: str) -> str:
@@ -163,17 +200,6 @@ def statistics(values: Float32[Tensor, "batch ..."]) -> Statistics:
     return Statistics(values.numel(), float(low), float(high), values.numel() - len(finite))
 
 
-def refuse_rows(fault: Fault, first: int = 0) -> None:
-    """Do nothing if a fault concerns no row.
-
-    Raises:
-        NonFiniteError: names the first such rows, counted from `first`.
-    """
-    if rows := fault.rows.nonzero().flatten().tolist():
-        named = name_some([first + row for row in rows])
-        raise NonFiniteError(f"{fault.complaint} for samples {named} (rows counted from {first}){fault.remedy}")
-
-
 def name_some(samples: Sequence[int]) -> str:
     """Return the first few of some sample indices, and how many more there are.
 
@@ -188,48 +214,22 @@ def _any(wrong: Tensor) -> Tensor:
     return wrong.flatten(1).any(1)
 
 
-def _each(
-    name: str, bound: str, to_stored: Callable[[Tensor], Tensor], to_values: Callable[[Tensor], Tensor]
-) -> Callable[[str, str, tuple[int, ...]], Encoding]:
-    """Return an encoding of one array of the field's own shape and of the type `name`, number by number."""
-
-    def made(argument: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
-        _no_argument(name, argument)
-        return Encoding(
-            name=name,
-            field=field,
-            row_shape=row_shape,
-            arrays=(ArraySpec(array_name(field), row_shape, name),),
-            bound=bound,
-            to_stored=lambda values: (to_stored(values),),
-            to_values=lambda stored, temperature: to_values(stored[0]),
-        )
-
-    return made
+def _plain(name: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
+    """Return an encoding of one array of the field's own shape and of the type `name`."""
+    bound, to_stored, to_values = PLAIN[name]
+    return Encoding(
+        name=name,
+        field=field,
+        row_shape=row_shape,
+        arrays=(ArraySpec(array_name(field), row_shape, name),),
+        bound=bound,
+        to_stored=lambda values: (to_stored(values),),
+        to_values=lambda stored, temperature: to_values(stored[0]),
+    )
 
 
-_float32 = _each("float32", "exact", lambda values: values, lambda stored: stored.clone())
-_plain_float16 = _each(
-    "float16",
-    "|stored - x| <= 2^-11 |x| + 2^-25; |x| above 65,504 is refused",
-    lambda values: values.half(),
-    lambda stored: stored.float(),
-)
-_uint8 = _each(
-    "uint8",
-    "|stored - x| <= 1/510 for x in [0, 1], exact for whole 255ths; other numbers are refused",
-    lambda values: (values * 255).round().to(torch.uint8),
-    lambda stored: stored.float() / 255,
-)
-
-
-def _float16(argument: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
-    _no_argument("float16", argument)
-    return _shifted_float16(row_shape) if field == "logits" else _plain_float16(argument, field, row_shape)
-
-
-def _shifted_float16(row_shape: tuple[int, ...]) -> Encoding:
-    _require_classes("float16", row_shape)
+def _gaps(row_shape: tuple[int, ...]) -> Encoding:
+    """Return the encoding of logits as float16 gaps to their row's maximum."""
     return Encoding(
         name="float16",
         field="logits",
@@ -250,10 +250,7 @@ def _encode_gaps(z: Float32[Tensor, "batch classes"]) -> Stored:
     return (z - rowmax[:, None]).clamp(min=-HALF_MAX).half(), rowmax
 
 
-def _top(argument: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
-    if field != "logits":
-        raise SettingsError(f"encoding top:K is for logits only, not for '{field}'; use float16 or float32")
-    classes = _require_classes("top:K", row_shape)
+def _top(classes: int, argument: str) -> Encoding:
     kept = int(argument) if argument.isdecimal() else 0
     if not 1 <= kept <= classes <= 2**16:
         raise SettingsError(
@@ -262,7 +259,7 @@ def _top(argument: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
     return Encoding(
         name=f"top:{kept}",
         field="logits",
-        row_shape=row_shape,
+        row_shape=(classes,),
         arrays=(ArraySpec("logits", (2 * kept + 3,), "uint16"),),
         bound=(
             f"the {kept} largest logits keep their gap to the maximum within 2^-11 gap + 2^-25 (clipped at 65,504); "
@@ -320,22 +317,3 @@ def tail_log_mean(
     if t <= 1:
         return expansion.maximum(mean * t).minimum(torch.minimum(largest * t, chord))
     return expansion.maximum(chord).minimum((log_mean + (t - 1) * largest).maximum(chord))
-
-
-def _require_classes(name: str, row_shape: tuple[int, ...]) -> int:
-    if len(row_shape) != 1:
-        raise SettingsError(f"encoding {name} needs logits of shape (classes,), found {row_shape}")
-    return row_shape[0]
-
-
-def _no_argument(name: str, argument: str) -> None:
-    if argument:
-        raise SettingsError(f"encoding {name} takes no argument, found '{name}:{argument}'")
-
-
-ENCODINGS: dict[str, Callable[[str, str, tuple[int, ...]], Encoding]] = {
-    "float16": _float16,
-    "float32": _float32,
-    "uint8": _uint8,
-    "top": _top,
-}

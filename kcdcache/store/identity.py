@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_serializer
@@ -88,19 +88,6 @@ class IdentityRecord(Record):
         return {**vars(self), "knowledge": self.knowledge.document()}
 
 
-class _KnowledgeRecord(Record):
-    knowledge: Knowledge
-
-
-def knowledge_from(document: Mapping[str, Any]) -> Knowledge:
-    """Return the identity that `Knowledge.document` wrote.
-
-    Raises:
-        CorruptionError: a key is missing, unknown or of another type.
-    """
-    return parse(_KnowledgeRecord, canonical_json({"knowledge": document}), "an identity").knowledge
-
-
 def identity_record(knowledge: Knowledge) -> IdentityRecord:
     """Return what identity.json should hold."""
     return IdentityRecord(knowledge=knowledge, knowledge_id=knowledge.knowledge_id)
@@ -170,8 +157,6 @@ def corruption_of(root: Path) -> Mapping[str, Any]:
 
 PARAMETERS = "parameters"
 """how `--fields` and messages call the record of a teacher's filters: no field, since it has no rows"""
-DEFAULT_PROFILES = ("logits",)
-"""fields of a store of which nothing else is asked"""
 QUANTILES = 64
 """numbers that stand for a stage's filters, whatever their count"""
 Profiles = Mapping[str, list[float]]
@@ -188,24 +173,6 @@ class ParametersRecord(Sealed):
     quantiles: Literal[64] = 64
     stages: Annotated[dict[str, _Norms], Field(min_length=1)]
     """`Profiles`"""
-
-
-@runtime_checkable
-class Kept(Protocol):
-    """A store, as far as this matters."""
-
-    @property
-    def path(self) -> Path:
-        """Its folder."""
-
-    @property
-    def fields(self) -> Mapping[str, Any]:
-        """Its fields by name."""
-
-
-def held(store: Kept) -> tuple[str, ...]:
-    """Return the names of all that a store keeps of its teacher: its fields, and NAME if it has the record."""
-    return (*store.fields, *((PARAMETERS,) if (store.path / PARAMETERS_FILE).exists() else ()))
 
 
 def per_sample(names: Collection[str]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from pydantic import Field, model_validator
 
 from kcdcache.errors import CorruptionError, NonFiniteError, UnfinishedError, attempt
-from kcdcache.files.atomic import create_exclusive, sha256_bytes, sha256_file, write_atomic
+from kcdcache.files.atomic import create_exclusive, sha256_bytes, sha256_file
 from kcdcache.files.records import (
     MOST_RECORD_BYTES,
     Count,
@@ -57,12 +57,14 @@ class FieldPlan(Record):
 
 
 class PlanRecord(Sealed):
-    """What plan.N.json holds: see `plan.StorePlan`."""
+    """What plan.N.json holds; `plan.StorePlan` is what follows from it."""
 
     count: Size
+    """number of samples N"""
     views: Size
     part_rows: Size
     batch_size: Size
+    """the teacher's batch within a part; other sizes change the last bits"""
     compression: str
     fields: tuple[FieldPlan, ...]
 
@@ -123,8 +125,9 @@ class CommitRecord(Sealed):
 
 
 class Commit(NamedTuple):
-    """A sealed growth: the plan it ended with, and its log."""
+    """A sealed growth: whose knowledge it holds, the plan it ended with, and its log."""
 
+    knowledge: Knowledge
     plan: PlanRecord
     records: tuple[LogEntry, ...]
     sha256: str
@@ -241,11 +244,6 @@ def require_few_skipped(skipped: Collection[int], count: int) -> None:
         )
 
 
-def write_plan(root: Path, growth: int, plan: PlanRecord) -> None:
-    """Write the plan of a growth, before its first part."""
-    write_atomic(plan_path(root, growth), sealed_json(plan.document()))
-
-
 def read_plan(root: Path, growth: int) -> PlanRecord:
     """Return the plan of a growth.
 
@@ -256,17 +254,8 @@ def read_plan(root: Path, growth: int) -> PlanRecord:
     return read_sealed(plan_path(root, growth), PlanRecord)
 
 
-def write_commit(root: Path, growth: int, names: Iterable[str]) -> None:
-    """Seal a growth: write the record that everything before it leads to, last of all.
-
-    Raises:
-        LockedError: another writer sealed it.
-    """
-    create_exclusive(commit_path(root, growth), commit_bytes(root, growth, names))
-
-
 def commit_bytes(root: Path, growth: int, names: Iterable[str]) -> bytes:
-    """Return the content of a commit of records by these names, all of which lie there."""
+    """Return the content of the commit that seals records of these names: the file to which all before it leads."""
     commit = CommitRecord(
         format_version=FORMAT_VERSION,
         growth=growth,
@@ -298,16 +287,6 @@ def refuse(problem: str) -> NoReturn:
         CorruptionError: always.
     """
     raise CorruptionError(f"{problem}; {REPAIR}")
-
-
-def check_count(root: Path, count: int, knowledge: Knowledge, report: Report = refuse) -> None:
-    """Compare the samples of a store's plan with those of its data; one of mixes, or exported, holds a part of them.
-
-    Raises:
-        CorruptionError: they differ, unless `report` collects it.
-    """
-    if knowledge.whole and count != knowledge.data.count:
-        report(f"the plan of {root} has {count} samples, its identity {knowledge.data.count}: get the store again")
 
 
 def stored_bytes(root: Path) -> int:
@@ -349,7 +328,7 @@ def _read_commit(root: Path, growth: int, report: Report) -> Commit:
     # one path after the other: a list of all would take ten times the memory of their names
     logged = ((record_path(root, growth, name), digest) for name, digest in seal.log)
     records = tuple(entry for file, digest in logged if (entry := attempt(report, _read_logged, file, digest, path)))
-    return Commit(seal.plan, records, _sha256(path))
+    return Commit(seal.identity.knowledge, seal.plan, records, _sha256(path))
 
 
 def _read_logged(path: Path, digest: str, commit: Path) -> LogEntry:

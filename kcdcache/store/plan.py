@@ -1,8 +1,8 @@
 """The plan of a store as a plain value: parts, chunks, bytes, file names and array documents; touches no disk."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +29,6 @@ MOST_SAMPLES = 10**8
 MOST_PARTS = 330_000
 """of a store: its commit names every part, and is not read with more than 10^6 values"""
 
-GROUP_DOCUMENT: dict[str, Any] = {"attributes": {}, "node_type": "group", "zarr_format": 3}
 ZSTD_LEVEL = 1
 COMPRESSIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "none": (),
@@ -50,20 +49,12 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ArrayPlan:
+class ArrayPlan(ArraySpec):
     """One array on disk."""
 
-    name: str
-    row_shape: tuple[int, ...]
-    dtype: str
     chunk_rows: int
     field: str | None
     """the field it belongs to, or None for the arrays that describe samples and have no view axis"""
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return row_bytes(self.row_shape, self.dtype)
 
     @property
     def chunk_bytes(self) -> int:
@@ -80,9 +71,9 @@ class Chunk(NamedTuple):
     """One chunk file: its key, its view (None for arrays without views) and its samples."""
 
     key: str
+    """path inside the store"""
     array: ArrayPlan
     view: int | None
-    number: int
     start: int
     stop: int
 
@@ -91,20 +82,24 @@ class Chunk(NamedTuple):
         return f"{self.key} (samples {self.start}..{self.stop - 1}{view})"
 
 
-@dataclass(frozen=True)
-class StorePlan:
+class StorePlan(PlanRecord):
     """Everything about a store that shapes and settings decide; printable, equal when the files will be."""
 
-    count: int
-    """number of samples N"""
-    views: int
-    fields: Mapping[str, Encoding]
-    part_rows: int
-    arrays: tuple[ArrayPlan, ...]
-    """the fields' arrays in order, then `labels` and `sample_digest`"""
-    compression: str
-    batch_size: int
-    """the teacher's batch within a part; other sizes change the last bits"""
+    @cached_property
+    def encodings(self) -> dict[str, Encoding]:
+        """Field -> the form its rows are stored in."""
+        return {entry.name: encoding.parse(entry.encoding, entry.name, entry.row_shape) for entry in self.fields}
+
+    @cached_property
+    def arrays(self) -> tuple[ArrayPlan, ...]:
+        """The fields' arrays in order, then `labels` and `sample_digest`."""
+        stored = [
+            ArrayPlan(spec.name, spec.row_shape, spec.dtype, entry.chunk_rows[spec.name], entry.name)
+            for entry in self.fields
+            for spec in self.encodings[entry.name].arrays
+        ]
+        labels = ArrayPlan("labels", (), "int64", self.part_rows, None)
+        return (*stored, labels, ArrayPlan("sample_digest", (), "uint64", self.part_rows, None))
 
     @property
     def layout_id(self) -> str:
@@ -124,7 +119,7 @@ class StorePlan:
     @property
     def bytes_per_view(self) -> int:
         """Bytes of one view's rows, padding included, before compression."""
-        arrays = self.arrays_of(self.fields)
+        arrays = self.arrays_of(self.encodings)
         return sum(self.chunks_of(array) * array.chunk_bytes for array in arrays) // self.views
 
     @property
@@ -146,31 +141,11 @@ class StorePlan:
         return [(at, min(at + self.batch_size, part.stop)) for at in range(part.start, part.stop, self.batch_size)]
 
     def record(self) -> PlanRecord:
-        """Return the plan as its record; `plan_from` reads it."""
-        fields = tuple(
-            FieldPlan(
-                name=name,
-                encoding=form.name,
-                row_shape=form.row_shape,
-                chunk_rows={array.name: array.chunk_rows for array in self.arrays_of((name,))},
-            )
-            for name, form in self.fields.items()
-        )
-        return PlanRecord(
-            count=self.count,
-            views=self.views,
-            part_rows=self.part_rows,
-            batch_size=self.batch_size,
-            compression=self.compression,
-            fields=fields,
-        )
-
-    def document(self) -> dict[str, Any]:
-        """Return the plan as JSON values."""
-        return self.record().document()
+        """Return what is written of it; `plan_from` reads it."""
+        return PlanRecord(**{name: getattr(self, name) for name in PlanRecord.model_fields})
 
     def __str__(self) -> str:
-        names = ", ".join(f"{form.field} {form.row_shape} as {form.name}" for form in self.fields.values())
+        names = ", ".join(f"{entry.name} {entry.row_shape} as {entry.encoding}" for entry in self.fields)
         return (
             f"{self.count} samples x {self.views} views; {names}; {self.parts_per_view} parts of {self.part_rows} rows "
             f"a view, teacher batches of {self.batch_size}; {self.bytes_per_view} bytes a view, {self.bytes} in all "
@@ -196,9 +171,12 @@ def plan_store(
     if compression not in COMPRESSIONS:
         raise SettingsError(f"unknown compression {compression!r}; {nearest(compression, COMPRESSIONS)}")
     rows = _part_rows(count)
-    arrays = [_planned(spec, form.field, rows) for form in fields for spec in form.arrays]
-    named, together = {form.field: form for form in fields}, _with_samples(arrays, rows)
-    return _of_allowed_size(StorePlan(count, views, named, rows, together, compression, batch_size))
+    entries = tuple(_field_plan(form, rows) for form in fields)
+    return _sound(
+        StorePlan(
+            count=count, views=views, part_rows=rows, batch_size=batch_size, compression=compression, fields=entries
+        )
+    )
 
 
 def grow_plan(plan: StorePlan, views: int, fields: Sequence[Encoding] = ()) -> StorePlan:
@@ -210,53 +188,37 @@ def grow_plan(plan: StorePlan, views: int, fields: Sequence[Encoding] = ()) -> S
     if views < plan.views:
         raise SettingsError(f"a store only grows: it holds {plan.views} views, {views} were asked for")
     for form in fields:
-        if form.field in plan.fields and plan.fields[form.field] != form:
-            found = plan.fields[form.field]
+        if (found := plan.encodings.get(form.field, form)) != form:
             raise SettingsError(f"field '{form.field}' is stored as {found.name} {found.row_shape}, not {form.name}")
-    new = [form for form in fields if form.field not in plan.fields]
-    arrays = [array for array in plan.arrays if array.field is not None]
-    arrays += [_planned(spec, form.field, plan.part_rows) for form in new for spec in form.arrays]
-    everything = {form.field: form for form in (*plan.fields.values(), *new)}
-    return _of_allowed_size(replace(plan, views=views, fields=everything, arrays=_with_samples(arrays, plan.part_rows)))
+    new = [_field_plan(form, plan.part_rows) for form in fields if form.field not in plan.encodings]
+    return _sound(StorePlan(**vars(plan.record()) | {"views": views, "fields": (*plan.fields, *new)}))
 
 
 def plan_from(record: PlanRecord) -> StorePlan:
-    """Return the plan that `StorePlan.record` wrote.
+    """Return a record's plan.
 
     Raises:
         CorruptionError: no plan has such fields and numbers.
     """
     try:
-        forms = [encoding.parse(entry.encoding, entry.name, entry.row_shape) for entry in record.fields]
-        rows = {array: number for entry in record.fields for array, number in entry.chunk_rows.items()}
-        arrays = [
-            ArrayPlan(spec.name, spec.row_shape, spec.dtype, rows[spec.name], form.field)
-            for form in forms
-            for spec in form.arrays
-        ]
-        plan = StorePlan(
-            count=record.count,
-            views=record.views,
-            fields={form.field: form for form in forms},
-            part_rows=record.part_rows,
-            arrays=_with_samples(arrays, record.part_rows),
-            compression=record.compression,
-            batch_size=record.batch_size,
-        )
-        _require_sound(plan)
+        plan = _sound(StorePlan(**vars(record)))
     except (KeyError, ValueError) as error:
         raise CorruptionError(f"a store's plan is damaged: {error}") from None
-    if plan.record() != record:
+    forms = {name: (form.name, {spec.name for spec in form.arrays}) for name, form in plan.encodings.items()}
+    if any(forms[entry.name] != (entry.encoding, entry.chunk_rows.keys()) for entry in plan.fields):
         raise CorruptionError("a store's plan holds entries this kcdcache does not know")
     return plan
 
 
 def parts(plan: StorePlan, before: StorePlan | None = None) -> list[Part]:
     """Return the parts of a plan, in the order of writing; with `before`, those that a growth from it adds."""
+    names = tuple(plan.encodings)
+    old, held = (0, names) if before is None else (before.views, tuple(before.encodings))
+    added = tuple(name for name in names if name not in held)
     return [
         Part(view, number, start, min(start + plan.part_rows, plan.count), fields)
         for view in range(plan.views)
-        if (fields := _fields_to_write(plan, before, view))
+        if (fields := added if view < old else names)
         for number, start in enumerate(range(0, plan.count, plan.part_rows))
     ]
 
@@ -264,46 +226,40 @@ def parts(plan: StorePlan, before: StorePlan | None = None) -> list[Part]:
 def chunks(plan: StorePlan, arrays: Iterable[ArrayPlan], view: int | None, start: int, stop: int) -> list[Chunk]:
     """Return the chunks of some arrays that hold samples start..stop-1 of a view (None: arrays without views)."""
     return [
-        _chunk(plan, array, view, number)
+        Chunk(
+            _key(array, view, first // array.chunk_rows), array, view, first, min(first + array.chunk_rows, plan.count)
+        )
         for array in arrays
-        for number in range(start // array.chunk_rows, -(-stop // array.chunk_rows))
+        for first in range(start - start % array.chunk_rows, stop, array.chunk_rows)
     ]
 
 
-def part_chunks(plan: StorePlan, part: Part) -> list[Chunk]:
-    """Return the chunks one part writes."""
+def part_chunks(plan: StorePlan, part: Part | None) -> list[Chunk]:
+    """Return the chunks one part writes; None stands for those of `labels` and `sample_digest`."""
+    if part is None:
+        return chunks(plan, plan.arrays_of(None), None, 0, plan.count)
     return chunks(plan, plan.arrays_of(part.fields), part.view, part.start, part.stop)
-
-
-def sample_chunks(plan: StorePlan) -> list[Chunk]:
-    """Return the chunks of `labels` and `sample_digest`."""
-    return chunks(plan, plan.arrays_of(None), None, 0, plan.count)
 
 
 def all_chunks(plan: StorePlan) -> list[Chunk]:
     """Return every chunk of a store."""
-    fields = plan.arrays_of(plan.fields)
+    fields = plan.arrays_of(plan.encodings)
     viewed = [chunk for view in range(plan.views) for chunk in chunks(plan, fields, view, 0, plan.count)]
-    return viewed + sample_chunks(plan)
+    return viewed + part_chunks(plan, None)
 
 
 def file_bytes(plan: StorePlan) -> dict[str, int]:
     """Return the bytes of all chunk files of each field, and of what describes samples, before compression."""
-    found = dict.fromkeys((*plan.fields, SAMPLES), 0)
+    found = dict.fromkeys((*plan.encodings, SAMPLES), 0)
     for array in plan.arrays:
         found[array.field or SAMPLES] += plan.chunks_of(array) * array.file_bytes
     return found
 
 
-def chunk_key(array: ArrayPlan, view: int | None, number: int) -> str:
-    """Return a chunk's path inside the store; separator `.` keeps all chunks of an array in one folder."""
-    numbers = [number, *(0 for _ in array.row_shape)]
-    return f"{array.name}/c." + ".".join(str(n) for n in (numbers if view is None else [view, *numbers]))
-
-
 def documents(plan: StorePlan) -> dict[str, dict[str, Any]]:
     """Return folder in the store -> its `zarr.json`."""
-    return {"": GROUP_DOCUMENT, **{array.name: array_document(plan, array) for array in plan.arrays}}
+    group = {"attributes": {}, "node_type": "group", "zarr_format": 3}
+    return {"": group, **{array.name: array_document(plan, array) for array in plan.arrays}}
 
 
 def array_document(plan: StorePlan, array: ArrayPlan) -> dict[str, Any]:
@@ -334,9 +290,10 @@ def array_document(plan: StorePlan, array: ArrayPlan) -> dict[str, Any]:
     }
 
 
-def row_bytes(row_shape: tuple[int, ...], dtype: str) -> int:
-    """Return the bytes of one row."""
-    return math.prod(row_shape) * np.dtype(dtype).itemsize
+def _key(array: ArrayPlan, view: int | None, number: int) -> str:
+    """Return a chunk's path inside the store; separator `.` keeps all chunks of an array in one folder."""
+    numbers = [*(() if view is None else (view,)), number, *(0 for _ in array.row_shape)]
+    return f"{array.name}/c." + ".".join(map(str, numbers))
 
 
 def _axes(array: ArrayPlan) -> list[str]:
@@ -355,55 +312,33 @@ def _part_rows(count: int) -> int:
     return -(-whole // unit) * unit
 
 
-def _chunk_rows(part_rows: int, bytes_a_row: int) -> int:
+def _field_plan(form: Encoding, part_rows: int) -> FieldPlan:
+    rows = {spec.name: _chunk_rows(spec, part_rows) for spec in form.arrays}
+    return FieldPlan(name=form.field, encoding=form.name, row_shape=form.row_shape, chunk_rows=rows)
+
+
+def _chunk_rows(spec: ArraySpec, part_rows: int) -> int:
     """Return the largest divisor of the part's rows whose chunk is small enough, or 1."""
-    most = min(part_rows, CHUNK_BYTES // max(1, bytes_a_row))
+    if spec.row_bytes > MOST_CHUNK_BYTES:
+        raise SettingsError(
+            f"one row of '{spec.name}' {spec.row_shape} takes {spec.row_bytes} bytes; at most 32 MiB are possible"
+        )
+    most = min(part_rows, CHUNK_BYTES // spec.row_bytes)
     return next((rows for rows in range(most, 0, -1) if part_rows % rows == 0), 1)
 
 
-def _planned(spec: ArraySpec, field: str | None, part_rows: int) -> ArrayPlan:
-    found = row_bytes(spec.row_shape, spec.dtype)
-    if found > MOST_CHUNK_BYTES:
-        raise SettingsError(
-            f"one row of '{spec.name}' {spec.row_shape} takes {found} bytes; at most 32 MiB are possible"
-        )
-    return ArrayPlan(spec.name, spec.row_shape, spec.dtype, _chunk_rows(part_rows, found), field)
-
-
-def _with_samples(arrays: Sequence[ArrayPlan], part_rows: int) -> tuple[ArrayPlan, ...]:
-    labels = ArrayPlan("labels", (), "int64", part_rows, None)
-    digests = ArrayPlan("sample_digest", (), "uint64", part_rows, None)
-    together = (*arrays, labels, digests)
-    names = [array.name for array in together]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise SettingsError(f"two arrays of a store would be called '{twice}'; choose other fields")
-    return together
-
-
-def _fields_to_write(plan: StorePlan, before: StorePlan | None, view: int) -> tuple[str, ...]:
-    if before is None or view >= before.views:
-        return tuple(plan.fields)
-    return tuple(field for field in plan.fields if field not in before.fields)
-
-
-def _chunk(plan: StorePlan, array: ArrayPlan, view: int | None, number: int) -> Chunk:
-    start = number * array.chunk_rows
-    stop = min(start + array.chunk_rows, plan.count)
-    return Chunk(chunk_key(array, view, number), array, view, number, start, stop)
-
-
-def _of_allowed_size(plan: StorePlan) -> StorePlan:
+def _sound(plan: StorePlan) -> StorePlan:
+    """Return a plan, unless no store can be like that."""
     if plan.count > MOST_SAMPLES or (parts := plan.views * plan.parts_per_view) > MOST_PARTS:
         told = f"{plan.count} samples" if plan.count > MOST_SAMPLES else f"{plan.views} views in {parts} parts"
         raise SettingsError(f"a store takes {MOST_SAMPLES} samples and {MOST_PARTS} parts at most, found {told}")
-    return plan
-
-
-def _require_sound(plan: StorePlan) -> None:
     if plan.compression not in COMPRESSIONS:
         raise ValueError(f"compression {plan.compression!r:.80}")
-    _of_allowed_size(plan)
+    names = set[str]()
     for array in plan.arrays:
+        if array.name in names:
+            raise SettingsError(f"two arrays of a store would be called '{array.name}'; choose other fields")
         if plan.part_rows % array.chunk_rows or array.chunk_bytes > MOST_CHUNK_BYTES:
             raise ValueError(f"chunks of {array.chunk_rows} rows of '{array.name}' in parts of {plan.part_rows} rows")
+        names.add(array.name)
+    return plan

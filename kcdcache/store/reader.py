@@ -1,7 +1,7 @@
 """Sealed stores, opened after a check of their records, and their rows, read chunk by chunk with every byte checked."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -15,26 +15,18 @@ from kcdcache.errors import CorruptionError, MismatchError, NonFiniteError, Sett
 from kcdcache.files import cloud
 from kcdcache.files.atomic import read_bytes
 from kcdcache.files.records import MOST_RECORD_BYTES, canonical_json
-from kcdcache.store import log, plan
+from kcdcache.store import log
 from kcdcache.store.chunks import copy_rows, listed_sizes, size_problem
 from kcdcache.store.encoding import Encoding
-from kcdcache.store.identity import Knowledge, read_store_identity
-from kcdcache.store.log import Commit, FileRecord, Report, refuse
-from kcdcache.store.plan import ArrayPlan, Chunk, StorePlan, all_chunks, documents, plan_from
+from kcdcache.store.identity import PARAMETERS, PARAMETERS_FILE, Knowledge, read_store_identity
+from kcdcache.store.log import Commit, Report, refuse
+from kcdcache.store.plan import ArrayPlan, Chunk, all_chunks, chunks, documents, plan_from
 
 SPARE_CHUNKS = 100_000
 """chunks listed even where damage took their log records"""
 
 Task = tuple[Chunk, int, int]
 """a chunk, and the range of wanted rows it holds"""
-
-
-class Field(NamedTuple):
-    """A field as a store holds it."""
-
-    encoding: Encoding
-    row_shape: tuple[int, ...]
-    """shape of one sample's decoded values"""
 
 
 class Excerpt(NamedTuple):
@@ -62,7 +54,7 @@ class Store:
     ) -> None:
         self.path = path
         self.knowledge = knowledge
-        self.plan = plan.plan_from(commits[-1].plan)
+        self.plan = plan_from(commits[-1].plan)
         self.commits = tuple(commit.sha256 for commit in commits)
         """SHA-256 of each commit record, the store's creation first"""
         self.bytes_read = 0
@@ -73,7 +65,8 @@ class Store:
         self._excerpt = excerpt
         self.skipped = log.skipped_samples(self._records) if excerpt is None else np.array(excerpt.skipped, np.int64)
         """samples without usable outputs in some view or field, ascending: they are never read"""
-        self._files = file_table(commits)
+        self.files = {file.path: file for record in self._records for file in record.files}
+        """chunk key -> log entry"""
         self._lock = threading.Lock()
 
     @property
@@ -101,10 +94,15 @@ class Store:
         """Number of cached views per sample."""
         return self.plan.views
 
-    @cached_property
-    def fields(self) -> dict[str, Field]:
-        """The stored fields by name."""
-        return {name: Field(form, form.row_shape) for name, form in self.plan.fields.items()}
+    @property
+    def fields(self) -> dict[str, Encoding]:
+        """The stored fields by name, each with the form of its rows."""
+        return self.plan.encodings
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Names of all that it keeps of its teacher: the fields, and `parameters` if it has that record."""
+        return (*self.fields, *((PARAMETERS,) if (self.path / PARAMETERS_FILE).exists() else ()))
 
     @cached_property
     def labels(self) -> Int64[np.ndarray, " n"]:
@@ -125,12 +123,12 @@ class Store:
 
     def row_bytes(self, fields: Sequence[str]) -> int:
         """Return the bytes one row takes in the arrays `load` returns for these fields."""
-        return sum(array.row_bytes for array in self.plan.arrays_of(fields))
+        return sum(self.fields[name].row_bytes for name in fields)
 
     def chunk_bytes(self, rows: Int64[np.ndarray, " rows"], fields: Sequence[str]) -> int:
         """Return the bytes of the chunk files that `load` reads for these rows of one view (of view 0, to be exact)."""
         tasks = self._tasks(self.plan.arrays_of(fields), 0, self._places(rows))
-        return sum(self._files[chunk.key].bytes for chunk, _, _ in tasks)
+        return sum(self.files[chunk.key].bytes for chunk, _, _ in tasks)
 
     def measurements(self, view: int) -> dict[str, int | float]:
         """Return what precompute counted on a view (such as `correct`), summed over its parts, with `samples`."""
@@ -176,7 +174,7 @@ class Store:
         """
         rows, place = np.unique(index, return_inverse=True)
         stored = {name: torch.from_numpy(values) for name, values in self.load(view, rows, (field,)).items()}
-        return self.plan.fields[field].decode(stored, temperature).numpy()[place]
+        return self.fields[field].decode(stored, temperature).numpy()[place]
 
     def _sample_array(self, name: str) -> np.ndarray:
         array = next(array for array in self.plan.arrays if array.name == name)
@@ -195,8 +193,8 @@ class Store:
         return places[places >= 0]
 
     def _require_rows(self, view: int, rows: np.ndarray, fields: Sequence[str]) -> None:
-        if missing := [field for field in fields if field not in self.plan.fields]:
-            raise SettingsError(f"no field '{missing[0]}' in {self.path}; it holds {', '.join(self.plan.fields)}")
+        if missing := [field for field in fields if field not in self.fields]:
+            raise SettingsError(f"no field '{missing[0]}' in {self.path}; it holds {', '.join(self.fields)}")
         if not 0 <= view < self.views:
             raise SettingsError(f"no view {view} in {self.path}; it holds views 0..{self.views - 1}")
         if len(rows) and (rows[0] < 0 or rows[-1] >= self.count or np.any(np.diff(rows) <= 0)):
@@ -218,19 +216,15 @@ class Store:
         out = {array.name: allocate((len(rows), *array.row_shape), np.dtype(array.dtype)) for array in arrays}
         tasks = self._tasks(arrays, view, rows)
         cloud.bring(*(self.path / chunk.key for chunk, _, _ in tasks))
-        shares = [tasks[start::threads] for start in range(threads) if tasks[start::threads]]
-        if len(shares) <= 1:
-            for share in shares:
-                self._fill(share, rows, out)
-            return out
-        with ThreadPoolExecutor(len(shares), thread_name_prefix="kcdcache-load") as pool:
+        shares = [tasks[start::threads] for start in range(min(threads, len(tasks)))]
+        with ThreadPoolExecutor(threads, thread_name_prefix="kcdcache-load") as pool:
             for done in [pool.submit(self._fill, share, rows, out) for share in shares]:
                 done.result()
         return out
 
     def _tasks(self, arrays: Sequence[ArrayPlan], view: int | None, rows: np.ndarray) -> list[Task]:
         tasks: list[Task] = []
-        for chunk in plan.chunks(self.plan, arrays, view, 0, self.plan.count):
+        for chunk in chunks(self.plan, arrays, view, 0, self.plan.count):
             low, high = np.searchsorted(rows, (chunk.start, chunk.stop)).tolist()
             if low < high:
                 tasks.append((chunk, low, high))
@@ -238,13 +232,13 @@ class Store:
 
     def _fill(self, tasks: Sequence[Task], rows: np.ndarray, out: Mapping[str, np.ndarray]) -> None:
         """Copy wanted rows out of some chunks, all read through one buffer: fresh memory costs more than the copy."""
-        scratch = np.empty(max(self._files[chunk.key].bytes for chunk, _, _ in tasks), np.uint8)
+        scratch = np.empty(max(self.files[chunk.key].bytes for chunk, _, _ in tasks), np.uint8)
         for chunk, low, high in tasks:
             self._copy(chunk, rows[low:high] - chunk.start, out[chunk.array.name][low:high], scratch)
 
     def _copy(self, chunk: Chunk, wanted: np.ndarray, target: np.ndarray, scratch: np.ndarray) -> None:
         """Copy rows out of a chunk, or refuse one that is not what its log entry says."""
-        record, file = self._files[chunk.key], self.path / chunk.key
+        record, file = self.files[chunk.key], self.path / chunk.key
         what = record, chunk.array, self.plan.compression, wanted, target, scratch
         try:
             sound = copy_rows(file, *what)
@@ -275,59 +269,43 @@ def open(path: Path | str) -> Store:
     return store
 
 
-def check(store: Store) -> None:
+def check(store: Store, report: Report = refuse) -> list[Chunk]:
     """Compare a store's samples, array documents, and presence and size of every file with its records.
 
-    Raises:
-        CorruptionError: as for `open`.
-    """
-    log.check_count(store.path, store.count, store.knowledge)
-    check_documents(store.path, store.plan, len(store.commits))
-    check_listing(store.path, store.plan, store._files)
-
-
-def file_table(commits: Iterable[Commit]) -> dict[str, FileRecord]:
-    """Return chunk key -> log entry over all sealed growths."""
-    return {file.path: file for commit in commits for record in commit.records for file in record.files}
-
-
-def check_documents(root: Path, plan: StorePlan, sealed: int, report: Report = refuse) -> None:
-    """Compare each `zarr.json` with the one the plan implies; while growth `sealed` is under way also with its own.
+    Returns the chunks whose files are there in the logged size.
 
     Raises:
-        CorruptionError: one differs, unless `report` collects it.
+        CorruptionError: as for `open`, unless `report` collects it.
     """
-    for name, document in documents(plan).items():
-        file = root / name / "zarr.json"
+    claimed = store.knowledge.data.count
+    if store.knowledge.whole and store.count != claimed:  # one of mixes, or exported, holds a part of the samples
+        report(f"the plan of {store.path} has {store.count} samples, its identity {claimed}: get the store again")
+    _check_documents(store, report)
+    plan, sizes, sound = store.plan, listed_sizes(store.path, store.plan), list[Chunk]()
+    if plan.chunk_count > SPARE_CHUNKS + 2 * len(store.files):  # a hostile plan could claim any number of them
+        report(f"the plan of {store.path} implies {plan.chunk_count} chunk files, its log names {len(store.files)}")
+        return sound
+    for chunk in all_chunks(plan):
+        if problem := size_problem(plan, chunk, store.files.get(chunk.key), sizes.get(chunk.key)):
+            report(f"{store.path}/{chunk} {problem}")
+        else:
+            sound.append(chunk)
+    return sound
+
+
+def _check_documents(store: Store, report: Report) -> None:
+    """Compare each `zarr.json` with the one the plan implies; while a growth is under way also with its own."""
+    for name, document in documents(store.plan).items():
+        file = store.path / name / "zarr.json"
         found = attempt(report, read_bytes, file, MOST_RECORD_BYTES)
-        if found is not None and found not in _allowed(root, name, document, sealed):
+        if found is not None and found not in _allowed(store, name, document):
             report(f"{file} is not what this store's plan implies: it was changed or belongs to another store")
 
 
-def _allowed(root: Path, name: str, document: dict[str, Any], sealed: int) -> Iterator[bytes]:
+def _allowed(store: Store, name: str, document: dict[str, Any]) -> Iterator[bytes]:
     """Yield what a document may be: as the plan implies, as before axes had names, or as a growth under way implies."""
     yield canonical_json(document)
     yield canonical_json({key: value for key, value in document.items() if key != "dimension_names"})
-    if log.plan_path(root, sealed).exists():
-        grown = documents(plan_from(log.read_plan(root, sealed)))
-        yield canonical_json(grown.get(name))
-
-
-def check_listing(root: Path, plan: StorePlan, files: Mapping[str, FileRecord], report: Report = refuse) -> None:
-    """Compare presence and size of every chunk file with the log, by one listing per array.
-
-    Raises:
-        CorruptionError: a file is missing, empty, cut or extended, unless `report` collects it.
-    """
-    if not plausible(plan, files):
-        report(f"the plan of {root} implies {plan.chunk_count} chunk files, its log names {len(files)}")
-        return
-    sizes = listed_sizes(root, plan)
-    for chunk in all_chunks(plan):
-        if problem := size_problem(plan, chunk, files.get(chunk.key), sizes.get(chunk.key)):
-            report(f"{root}/{chunk} {problem}")
-
-
-def plausible(plan: StorePlan, files: Mapping[str, FileRecord]) -> bool:
-    """Return whether a plan's chunks may be listed: a hostile plan could claim any number of them."""
-    return plan.chunk_count <= SPARE_CHUNKS + 2 * len(files)
+    growing = len(store.commits)
+    if log.plan_path(store.path, growing).exists():
+        yield canonical_json(documents(plan_from(log.read_plan(store.path, growing))).get(name))

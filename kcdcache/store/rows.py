@@ -1,5 +1,6 @@
 """The store's rows that a stage needs, one view at a time: loaded once, the next view in the background."""
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,15 +45,12 @@ class _Part(NamedTuple):
     """Some of a view's rows."""
 
     view: int
-    samples: Int64[np.ndarray, " some"] | None
-    """ascending, each once; None for all that are served"""
+    samples: Int64[np.ndarray, " some"]
+    """ascending, each once"""
 
     def same(self, other: "_Part") -> bool:
         """Return whether another one has the same rows."""
-        return self.view == other.view and (
-            self.samples is other.samples
-            or (self.samples is not None and other.samples is not None and np.array_equal(self.samples, other.samples))
-        )
+        return self.view == other.view and np.array_equal(self.samples, other.samples)
 
 
 class StoredTargets:
@@ -94,10 +92,9 @@ class StoredTargets:
                     f"add it with `kcdcache precompute --fields {field}` on the same store"
                 )
         self._store, self._fields, self._folder = store, tuple(fields), folder
-        self._rows = index if rows is None else rows
-        self._slots = slots
-        self._every = _numbered(index, store.count if count is None else count)
-        self._position = self._every
+        self._index, self._rows, self._slots = index, index if rows is None else rows, slots
+        self._every = self.positions = _numbered(index, store.count if count is None else count)
+        """number of each sample's row among `rows`, -1 where a sample has none"""
         self._memory_bytes = memory_bytes
         self._spare: list[np.ndarray] = []
         self._current: tuple[_Part, Rows] | None = None
@@ -124,11 +121,12 @@ class StoredTargets:
 
         Of the two, only the samples `mine` and `later` are loaded (ascending, each once): all unless given.
         """
-        wanted = _Part(view, mine)
+        wanted = _Part(view, self._index if mine is None else mine)
         if self._current is None or not self._current[0].same(wanted):
             self._current = (wanted, self._turned(wanted))
-            self._position = self._every if mine is None else _numbered(mine, len(self._every))
-        if following is None or (coming := _Part(following, later)).same(wanted):
+            self.positions = _numbered(wanted.samples, len(self._every))
+        coming = None if following is None else _Part(following, self._index if later is None else later)
+        if coming is None or coming.same(wanted):
             self._spare.clear()
         elif self._next is None or not self._next[0].same(coming):
             self._drop_next()
@@ -146,18 +144,13 @@ class StoredTargets:
 
     def decode(self, taken: Mapping[str, Tensor], temperature: float) -> dict[str, Tensor]:
         """Return field -> float32 targets, on their device, of some of `rows` (stored array -> its rows)."""
-        return {name: self._store.fields[name].encoding.decode(taken, temperature) for name in self._fields}
+        return {name: self._store.fields[name].decode(taken, temperature) for name in self._fields}
 
     @property
     def rows(self) -> Rows:
         """Stored array -> the current view's rows, to be copied before another view is prepared."""
         assert self._current is not None, "prepare comes first"
         return self._current[1]
-
-    @property
-    def positions(self) -> Int64[np.ndarray, " samples"]:
-        """Number of each sample's row among `rows`, -1 where a sample has none."""
-        return self._position
 
     @property
     def cost(self) -> tuple[int, int]:
@@ -176,15 +169,21 @@ class StoredTargets:
 
         A fresh array per batch would cost three times the copy (page faults).
         """
-        assert self._current is not None, "prepare comes first"
         position = self.places(index)
-        return {name: self.copied(name, rows, position) for name, rows in self._current[1].items()}
+        return {name: self.copied(name, rows, position) for name, rows in self.rows.items()}
 
     def places(self, index: Int64[np.ndarray, " some"]) -> Int64[np.ndarray, " some"]:
         """Return the numbers of some samples' rows among `rows`."""
-        position = self._position.take(index)
+        position = self.positions.take(index)
         assert position.min(initial=0) >= 0, "only the samples asked for at the start are held"
         return position
+
+    def copied(self, name: str, rows: np.ndarray, position: Int64[np.ndarray, " batch"]) -> np.ndarray:
+        """Return some rows of an array of `rows` in the buffer that belongs to it."""
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < len(position):
+            buffer = self._buffers[name] = np.empty((len(position), *rows.shape[1:]), rows.dtype)
+        return rows.take(position, 0, buffer[: len(position)], "clip")
 
     def plan(self, index: Int64[np.ndarray, " epoch"]) -> "PlannedRows":
         """Return the current view's rows of samples in an epoch's order, with all done that can be done at once."""
@@ -212,8 +211,6 @@ class StoredTargets:
         return self._store.load(slot, self._rows_of(part), self._fields, threads, self._allocate)
 
     def _rows_of(self, part: _Part) -> Int64[np.ndarray, " rows"]:
-        if part.samples is None:
-            return self._rows
         places = self._every[part.samples]
         assert places.min(initial=0) >= 0, "only the samples asked for at the start are served"
         return self._rows[places]
@@ -225,19 +222,10 @@ class StoredTargets:
                 if len(array) == shape[0]:
                     return array
         held = 2 if self._store.views > 1 else 1
-        needed = held * shape[0] * self._store.row_bytes(self._fields)
-        return np.empty(shape, dtype) if needed <= self._memory_bytes else self._mapped(shape, dtype)
-
-    def copied(self, name: str, rows: np.ndarray, position: Int64[np.ndarray, " batch"]) -> np.ndarray:
-        """Return some rows of an array of `rows` in the buffer that belongs to it."""
-        buffer = self._buffers.get(name)
-        if buffer is None or len(buffer) < len(position):
-            buffer = self._buffers[name] = np.empty((len(position), *rows.shape[1:]), rows.dtype)
-        return rows.take(position, 0, buffer[: len(position)], "clip")
-
-    def _mapped(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        if held * shape[0] * self._store.row_bytes(self._fields) <= self._memory_bytes:
+            return np.empty(shape, dtype)
         with tempfile.TemporaryFile(dir=self._folder) as stream:
-            reserve(stream.fileno(), max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize), self._folder)
+            reserve(stream.fileno(), max(1, math.prod(shape) * dtype.itemsize), self._folder)
             mapped = np.memmap(stream, dtype=dtype, mode="r+", shape=shape)
         return np.asarray(mapped)  # a plain array costs less per batch
 

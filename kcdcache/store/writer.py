@@ -25,23 +25,13 @@ from kcdcache.files.atomic import (
     sync_directory,
     write_atomic,
 )
-from kcdcache.files.records import canonical_json
+from kcdcache.files.records import canonical_json, sealed_json
 from kcdcache.store import log
 from kcdcache.store.chunks import listed_sizes, size_problem, write_chunks
 from kcdcache.store.encoding import Encoding, Statistics
 from kcdcache.store.identity import FOLDER, IDENTITY_FILE, Knowledge, identity_record, read_store_identity
 from kcdcache.store.log import LogEntry, Numbers, name_of, record_path
-from kcdcache.store.plan import (
-    Chunk,
-    Part,
-    StorePlan,
-    documents,
-    grow_plan,
-    part_chunks,
-    parts,
-    plan_from,
-    sample_chunks,
-)
+from kcdcache.store.plan import Part, StorePlan, documents, grow_plan, part_chunks, parts, plan_from
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +66,10 @@ def parse_shard(text: str) -> Shard:
     return shard
 
 
-SCHEDULERS = (
-    ("RANK", "WORLD_SIZE", None),
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE"),
     ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
-    ("SLURM_PROCID", "SLURM_NTASKS", None),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
 )
 """variables that torchrun, a SLURM array and srun set: this process's number, how many there are, the first number"""
 
@@ -93,12 +83,13 @@ def shard_of(variables: Mapping[str, str]) -> Shard:
     >>> shard_of({"RANK": "3", "WORLD_SIZE": "8"})
     Shard(number=3, total=8)
     """
-    for number, total, first in SCHEDULERS:
-        if variables.get(total, "1") == "1" or number not in variables:
+    for names in LAUNCHERS:
+        given = {name: variables[name] for name in names if name in variables}
+        number, total, *first = names
+        if number not in given or given.get(total, "1") == "1":
             continue
-        given = {name: variables[name] for name in (number, total, first) if name is not None and name in variables}
         try:
-            shard = Shard(int(variables[number]) - int(variables.get(first or "", "0")), int(variables[total]))
+            shard = Shard(int(given[number]) - sum(int(given.get(name, "0")) for name in first), int(given[total]))
         except ValueError:
             shard = Shard(0, 0)
         if not 0 <= shard.number < shard.total:
@@ -193,16 +184,12 @@ class Writer:
         """Whether nothing is left to do."""
         return log.commit_path(self.path, self.growth).exists()
 
-    def pending(self) -> list[Part]:
-        """Return the shard's parts to write: those not logged, or whose files are not all there in the logged size."""
-        return self._pending(self.mine)
-
-    def _pending(self, parts: Sequence[Part]) -> list[Part]:
+    def pending(self, parts: Sequence[Part] | None = None) -> list[Part]:
+        """Return which parts (the shard's unless given) are not logged, or lack a file of the logged size."""
         if self.sealed:
             return []
         sizes = listed_sizes(self.path, self.plan)
-        chunks = {part: part_chunks(self.plan, part) for part in parts}
-        return [part for part in parts if not self._done(name_of(part.view, part.number), chunks[part], sizes)]
+        return [part for part in (self.mine if parts is None else parts) if not self._done(part, sizes)]
 
     def write_part(
         self,
@@ -220,23 +207,26 @@ class Writer:
             SettingsError: the part or its arrays are not those of the plan.
             NoSpaceError: the disk or quota is full; finished parts are kept.
         """
-        self._require_planned(part, rows)
+        if part not in self.parts:
+            raise SettingsError(f"{part} is not a part of the plan of {self.path}: {self.plan}")
+        if set(rows) != (expected := {array.name for array in self.plan.arrays_of(part.fields)}):
+            raise SettingsError(f"{part} needs the arrays {sorted(expected)}, found {sorted(rows)}")
         if strangers := [index for index in skipped if not part.start <= index < part.stop]:
             raise SettingsError(f"{part} holds no sample {strangers[0]} that could be skipped")
         if self.sealed:
             raise SettingsError(f"the store at {self.path} is sealed; grow it to add views or fields")
-        described = {
-            "statistics": {name: asdict(values) for name, values in statistics.items()},
-            "measurements": dict(measurements or {}),
-            "skipped": tuple(skipped),
-        }
-        self._write(part.view, part.number, part.start, part_chunks(self.plan, part), rows, described)
+        self._write(
+            part,
+            rows,
+            statistics={name: asdict(values) for name, values in statistics.items()},
+            measurements=dict(measurements or {}),
+            skipped=tuple(skipped),
+        )
 
     def write_samples(self, labels: np.ndarray, sample_digest: np.ndarray) -> None:
         """Write labels and digests of all samples, unless they are logged already."""
-        chunks = sample_chunks(self.plan)
-        if not self._done(log.SAMPLES, chunks, listed_sizes(self.path, self.plan)):
-            self._write(None, None, 0, chunks, {"labels": labels, "sample_digest": sample_digest}, {})
+        if not self._done(None, listed_sizes(self.path, self.plan)):
+            self._write(None, {"labels": labels, "sample_digest": sample_digest})
 
     def seal(self) -> None:
         """Write the commit record that makes everything readable; does nothing on a sealed growth.
@@ -247,14 +237,13 @@ class Writer:
         """
         if self.sealed:
             return
-        if left := self._pending(self.parts):
+        if left := self.pending(self.parts):
             raise UnfinishedError(f"{len(left)} of {len(self.parts)} parts of {self.path} are not written yet")
         log.require_few_skipped(log.logged_skips(self.path), self.plan.count)
-        names = [] if self.growth else [log.SAMPLES]
+        names = [*([] if self.growth else [log.SAMPLES]), *(name_of(part.view, part.number) for part in self.parts)]
+        commit = log.commit_bytes(self.path, self.growth, names)
         try:
-            log.write_commit(
-                self.path, self.growth, [*names, *(name_of(part.view, part.number) for part in self.parts)]
-            )
+            create_exclusive(log.commit_path(self.path, self.growth), commit)
         except LockedError:
             if self.shard == WHOLE:
                 raise  # of several shards that end together one seals, with the same bytes as any other
@@ -262,43 +251,25 @@ class Writer:
     def seal_last(self) -> int:
         """Seal if all parts of all shards are written; return how many are not."""
         cloud.refresh(self.path)  # what shards on other machines wrote meanwhile
-        left = len(self._pending(self.parts))
+        left = len(self.pending(self.parts))
         if not left:
             self.seal()
         return left
 
-    def _write(
-        self,
-        view: int | None,
-        number: int | None,
-        start: int,
-        chunks: Sequence[Chunk],
-        rows: Mapping[str, np.ndarray],
-        described: Mapping[str, Any],
-    ) -> None:
-        """Write chunks and then their log record, with the record's other fields in `described`."""
-        remove(log.record_path(self.path, self.growth, name_of(view, number)))
-        files = write_chunks(self.path, self.plan, chunks, start, rows)
-        log.write_record(self.path, LogEntry(growth=self.growth, view=view, part=number, files=files, **described))
+    def _write(self, part: Part | None, rows: Mapping[str, np.ndarray], **described: Any) -> None:
+        """Write a part and then its log record; None stands for what describes samples."""
+        name = log.SAMPLES if part is None else name_of(part.view, part.number)
+        remove(record_path(self.path, self.growth, name))
+        log.write_record(self.path, write_rows(self.path, self.plan, self.growth, part, rows, **described))
 
-    def _done(self, name: str, chunks: Sequence[Chunk], sizes: Mapping[str, int]) -> bool:
+    def _done(self, part: Part | None, sizes: Mapping[str, int]) -> bool:
+        name = log.SAMPLES if part is None else name_of(part.view, part.number)
         try:
-            record = log.read_record(log.record_path(self.path, self.growth, name))
+            record = log.read_record(record_path(self.path, self.growth, name))
         except (NotFoundError, CorruptionError):
             return False
-        files = {file.path: file for file in record.files}
+        files, chunks = {file.path: file for file in record.files}, part_chunks(self.plan, part)
         return not any(size_problem(self.plan, chunk, files.get(chunk.key), sizes.get(chunk.key)) for chunk in chunks)
-
-    def _require_planned(self, part: Part, rows: Mapping[str, np.ndarray]) -> None:
-        if part not in self.parts:
-            raise SettingsError(f"{part} is not a part of the plan of {self.path}: {self.plan}")
-        expected = {array.name for array in self.plan.arrays_of(part.fields)}
-        if set(rows) != expected:
-            raise SettingsError(f"{part} needs the arrays {sorted(expected)}, found {sorted(rows)}")
-        if short := [name for name, values in rows.items() if len(values) != part.stop - part.start]:
-            raise SettingsError(
-                f"{part} needs {part.stop - part.start} rows of '{short[0]}', found {len(rows[short[0]])}"
-            )
 
 
 @contextmanager
@@ -319,7 +290,8 @@ def create(
         UnsafeError: a file or folder in it is a symbolic link.
     """
     root = Path(path)
-    _require_place(root)
+    if root.is_file() or (root.exists() and not (root / FOLDER).is_dir() and any(root.iterdir())):
+        raise SettingsError(f"{root} is there already and is not a knowledge store; choose a new folder")
     require_no_links(root)
     count = knowledge.data.count if knowledge.whole else plan.count
     if not len(labels) == len(sample_digest) == plan.count == count:
@@ -396,13 +368,13 @@ def seal(path: Path | str) -> bool:
     root = Path(path)
     read_store_identity(root)
     require_no_links(root)
-    growth = log.growths(root, "plan") - 1
+    growth = max(0, log.growths(root, "plan") - 1)
     if log.commit_path(root, growth).exists():
         return False
-    plans = [plan_from(log.read_plan(root, number)) for number in (growth - 1, growth) if number >= 0]
-    before = plans[0] if growth else None
+    before = plan_from(log.read_plan(root, growth - 1)) if growth else None
+    writer = Writer(root, plan_from(log.read_plan(root, growth)), growth, before)
     with held(root, lambda alone: None):
-        Writer(root, plans[-1], growth, before).seal()
+        writer.seal()
     return True
 
 
@@ -417,25 +389,17 @@ def _growing(root: Path, views: int | None, fields: Sequence[Encoding], shard: S
     return Writer(root, plan, len(commits), before, shard)
 
 
-def _require_place(root: Path) -> None:
-    if root.is_file() or (root.exists() and not (root / FOLDER).is_dir() and any(root.iterdir())):
-        raise SettingsError(f"{root} is there already and is not a knowledge store; choose a new folder")
-
-
 def _begin(root: Path, knowledge: Knowledge, plan: StorePlan, alone: bool) -> None:
     if alone and not any((root / FOLDER / "log" / "0").glob("v*.json")):
-        _forget(root)  # nothing was computed yet, so whoever comes next decides what this store is
+        # nothing was computed yet, so whoever comes next decides what this store is
+        for path in (root / IDENTITY_FILE, log.plan_path(root, 0), record_path(root, 0, log.SAMPLES)):
+            remove(path)
     if (root / IDENTITY_FILE).exists():
         _require_same_knowledge(root, knowledge)
     else:
         # only where none is: shards on several machines may begin a store in a bucket at once
         create_exclusive(root / IDENTITY_FILE, canonical_json(identity_record(knowledge).document()))
     _plan_or_compare(root, 0, plan, f"the plan of the store at {root}")
-
-
-def _forget(root: Path) -> None:
-    for path in (IDENTITY_FILE, log.plan_path(Path(), 0), log.record_path(Path(), 0, log.SAMPLES)):
-        remove(root / path)
 
 
 def _require_same_knowledge(root: Path, knowledge: Knowledge) -> None:
@@ -447,16 +411,25 @@ def _plan_or_compare(root: Path, growth: int, plan: StorePlan, name: str) -> Non
     if log.plan_path(root, growth).exists():
         require_same(log.read_plan(root, growth).document(), plan.document(), (name, "what is asked for"), REMEDY)
     else:
-        log.write_plan(root, growth, plan.record())
+        write_atomic(log.plan_path(root, growth), sealed_json(plan.document()))
 
 
 def _prepare(root: Path, plan: StorePlan, growth: int) -> None:
     """Make folders and array documents."""
-    log = record_path(root, growth, "").parent
-    log.mkdir(parents=True, exist_ok=True)
+    records = record_path(root, growth, "").parent
+    records.mkdir(parents=True, exist_ok=True)
     write_documents(root, plan)
-    for folder in (log.parent, root / FOLDER, root, root.absolute().parent):
+    for folder in (records.parent, root / FOLDER, root, root.absolute().parent):
         sync_directory(folder)
+
+
+def write_rows(
+    root: Path, plan: StorePlan, growth: int, part: Part | None, rows: Mapping[str, np.ndarray], **described: Any
+) -> LogEntry:
+    """Write the chunks of a part (None: of what describes samples); return its log record, other fields `described`."""
+    view, number, start = (None, None, 0) if part is None else (part.view, part.number, part.start)
+    files = write_chunks(root, plan, part_chunks(plan, part), start, rows)
+    return LogEntry(growth=growth, view=view, part=number, files=files, **described)
 
 
 def write_documents(root: Path, plan: StorePlan) -> list[str]:

@@ -34,7 +34,7 @@ from kcdcache.progress import Progress, silent
 from kcdcache.settings import PrecomputeSettings
 from kcdcache.store import encoding, identity, log, plan, reader, writer
 from kcdcache.store.identity import Knowledge, TeacherIdentity
-from kcdcache.store.plan import Part, StorePlan, file_bytes, part_chunks, row_bytes
+from kcdcache.store.plan import Part, StorePlan, file_bytes, part_chunks
 from kcdcache.store.writer import WHOLE, Shard, Writer
 from kcdcache.teacher import fields, teacher
 from kcdcache.views import prefetch, rules
@@ -115,7 +115,7 @@ def run(
     _require_budget(plan, settings.budget_gb)
     # new views of a grown store have its older fields too
     job = replace(
-        job_for(data, network, knowledge, list(plan.fields), images=images, workers=settings.workers),
+        job_for(data, network, knowledge, list(plan.encodings), images=images, workers=settings.workers),
         least_accuracy=_least_accuracy(settings.min_accuracy, len(data.classes)),
         may_skip=settings.on_nonfinite == "skip",
         threads=threads,
@@ -229,8 +229,8 @@ def describe(path: Path) -> dict[str, Any]:
         "store": str(path),
         "count": found.count,
         "views": found.views,
-        "fields": {name: field.encoding.name for name, field in found.fields.items()},
-        "bounds": {name: field.encoding.bound for name, field in found.fields.items()},
+        "fields": {name: form.name for name, form in found.fields.items()},
+        "bounds": {name: form.bound for name, form in found.fields.items()},
         "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         "knowledge_id": found.knowledge_id,
         "layout_id": found.layout_id,
@@ -252,7 +252,7 @@ def _told(rate: Rate | None) -> dict[str, Any] | None:
 def _encodings(
     settings: PrecomputeSettings, network: teacher.Teacher, image: tuple[int, int, int]
 ) -> list[encoding.Encoding]:
-    asked = identity.per_sample(settings.fields) or identity.DEFAULT_PROFILES
+    asked = identity.per_sample(settings.fields) or ("logits",)
     names = fields.expand(asked, lambda: teacher.tap_shapes_of(network, image))
     black = teacher.outputs(network, torch.zeros(1, *image), names)
     return [
@@ -289,10 +289,7 @@ def _least_accuracy(asked: float | None, classes: int) -> float:
 
 def _require_budget(plan: StorePlan, budget_gb: float) -> None:
     """Say what a store will take, and refuse what nobody may have meant to write."""
-    sizes = {
-        name: sum(row_bytes(spec.row_shape, spec.dtype) for spec in form.arrays) for name, form in plan.fields.items()
-    }
-    told = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    told = ", ".join(f"{name} {form.row_bytes:,}" for name, form in plan.encodings.items())
     logger.info("precompute: %s bytes in all; bytes a sample and view: %s", f"{plan.bytes:,}", told)
     if plan.bytes > budget_gb * 1e9:
         raise SettingsError(
@@ -402,7 +399,7 @@ def fill(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job, progress: 
         "give the smaller one with another --store, or continue here where there is more memory"
     )
     if log.commit_path(path, 0).exists():
-        begun = writer.grow(path, knowledge, views=plan.views, fields=list(plan.fields.values()), shard=job.shard)
+        begun = writer.grow(path, knowledge, views=plan.views, fields=list(plan.encodings.values()), shard=job.shard)
     else:
         begun = writer.create(path, knowledge, plan, job.labels, job.digests, job.shard)
     with begun as opened, enough_memory(remedy):
@@ -464,7 +461,7 @@ def compute(part: Part, plan: StorePlan, job: Job) -> Computed:
     stored: dict[str, np.ndarray] = {}
     try:
         for field, rows in values.items():
-            stored |= plan.fields[field].encode(rows, part.start, mask)
+            stored |= plan.encodings[field].encode(rows, part.start, mask)
     except NonFiniteError as error:
         hint = "; `--on-nonfinite skip` leaves such samples out of the store and of all training"
         raise NonFiniteError(f"{error}, in view {part.view}{hint if job.may_skip is False else ''}") from None
@@ -495,7 +492,7 @@ def _outputs_of(part: Part, plan: StorePlan, job: Job) -> tuple[dict[str, Tensor
 
 def _unusable(part: Part, values: Mapping[str, Tensor], plan: StorePlan) -> Tensor | None:
     """Return the mask (rows,) of samples of which some field cannot be stored, after saying which; None without any."""
-    faults = [fault for field, rows in values.items() for fault in plan.fields[field].faults(rows)]
+    faults = [fault for field, rows in values.items() for fault in plan.encodings[field].faults(rows)]
     for fault in faults:
         if rows := fault.rows.nonzero().flatten().tolist():
             named = encoding.name_some([part.start + row for row in rows])

@@ -20,10 +20,9 @@ from kcdcache.files.atomic import holds, move, remove, sha256_bytes, sha256_file
 from kcdcache.files.records import MOST_RECORD_BYTES, canonical_json, sealed_json
 from kcdcache.progress import Progress, silent
 from kcdcache.store import identity, log, writer
-from kcdcache.store.chunks import write_chunks
 from kcdcache.store.identity import IDENTITY_FILE, Knowledge, read_store_identity
 from kcdcache.store.log import FileRecord, LogEntry
-from kcdcache.store.plan import Part, StorePlan, part_chunks, parts, plan_from, sample_chunks
+from kcdcache.store.plan import Part, StorePlan, parts, plan_from
 from kcdcache.store.writer import held
 from kcdcache.teacher import precompute, teacher
 
@@ -225,20 +224,17 @@ def _required(means: Means | None, bad: str, root: Path, knowledge: Knowledge) -
 
 def _computed(root: Path, piece: _Piece, knowledge: Knowledge, means: Means) -> LogEntry:
     """Write a piece's chunks, computed anew, into the scratch folder, and return the log record they should have."""
-    scratch, part, plan = root / SCRATCH, piece.part, piece.plan
-    writer.write_documents(scratch, plan)
+    part, what = piece.part, (root / SCRATCH, piece.plan, piece.growth, piece.part)
+    writer.write_documents(root / SCRATCH, piece.plan)
     if part is None:
-        rows = {"labels": means.data.train.labels, "sample_digest": means.data.train.digests()}
-        files = write_chunks(scratch, plan, sample_chunks(plan), 0, rows)
-        return LogEntry(growth=piece.growth, view=None, part=None, files=files)
+        train = means.data.train
+        return writer.write_rows(*what, {"labels": train.labels, "sample_digest": train.digests()})
     precompute.use_recorded_threads(root)
     job = replace(precompute.job_for(means.data, means.network, knowledge, part.fields), may_skip=True)
-    made = precompute.compute(part, plan, job)
-    return LogEntry(
-        growth=piece.growth,
-        view=part.view,
-        part=part.number,
-        files=write_chunks(scratch, plan, part_chunks(plan, part), part.start, made.stored),
+    made = precompute.compute(part, piece.plan, job)
+    return writer.write_rows(
+        *what,
+        made.stored,
         statistics={field: asdict(counted) for field, counted in made.statistics.items()},
         measurements=made.measurements,
         skipped=made.skipped,

@@ -294,7 +294,7 @@ def _checked(settings: TrainSettings, material: Material) -> tuple[str, ...]:
         manifest.require_usable(material.given, knowledge.skipped)
     networks_registry.require_known(settings.student, len(data.classes), len(data.mean))
     fields = methods_registry.reads(settings, settings.student, knowledge.knowledge, data)
-    methods_registry.require_fields(fields, identity.held(knowledge), settings, settings.student)
+    methods_registry.require_fields(fields, knowledge.kept, settings, settings.student)
     return fields
 
 
@@ -330,7 +330,7 @@ def _inputs(material: Material, views: int, fields: tuple[str, ...]) -> dict[str
     return {
         "knowledge_id": knowledge.knowledge_id,
         "views": views,
-        "encodings": {name: knowledge.fields[name].encoding.name for name in fields if name in knowledge.fields},
+        "encodings": {name: knowledge.fields[name].name for name in fields if name in knowledge.fields},
         "teacher_batch": knowledge.plan.batch_size,
         "test": material.data.test.digest(),
         "given": given.digest if given is not None else None,

@@ -111,7 +111,7 @@ def _stored_form(knowledge: reader.Store, field: str) -> encoding.Encoding:
     """
     if field not in knowledge.fields:
         raise MismatchError(f"the store at {knowledge.path} has no field '{field}', only {', '.join(knowledge.fields)}")
-    return knowledge.fields[field].encoding
+    return knowledge.fields[field]
 
 
 def serves(path: Path, chosen: Manifest, mix: str, view_numbers: Sequence[int], fields: Sequence[str]) -> bool:

@@ -45,7 +45,7 @@ def store_of(dataset, path, count_views=2, text="float16"):
         for part in writing.pending():
             values = torch.randn(part.stop - part.start, classes, generator=random) * 3
             told = {"logits": encoding.statistics(values)}
-            writing.write_part(part, plan.fields["logits"].encode(values, part.start), told)
+            writing.write_part(part, plan.encodings["logits"].encode(values, part.start), told)
         writing.seal()
     return reader.open(path)
 

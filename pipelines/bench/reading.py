@@ -47,7 +47,7 @@ def row(what, rows, seconds, reference, value, bar, repetitions):
 def raw_read(opened, fields=("logits",)):
     """The reference: the same files of one view into one buffer that is used again."""
     names = {array.name for array in opened.plan.arrays_of(fields)}
-    files = [opened.path / key for key in opened._files if key.split("/")[0] in names and "/c.0." in key]
+    files = [opened.path / key for key in opened.files if key.split("/")[0] in names and "/c.0." in key]
     buffer = np.zeros(max(file.stat().st_size for file in files), np.uint8)
 
     def read():

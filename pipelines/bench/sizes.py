@@ -79,7 +79,7 @@ def measured(folder, count, classes, text, tested):
         "padding_bar": 0.02,
         "all_files_a_point": everything / count,
         **losses(text, classes, tested),
-        "bound": opened.fields["logits"].encoding.bound,
+        "bound": opened.fields["logits"].bound,
     }
 
 

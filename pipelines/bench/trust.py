@@ -44,7 +44,7 @@ def make(path, rows, classes, views, text):
         views=ViewIdentity(rule="none", padding=0, fill="zero", size=(1, 1), seed=0),
     )
     values = torch.from_numpy(np.random.default_rng(0).normal(0, 3, (plan.part_rows, classes)).astype(np.float32))
-    stored, told = plan.fields["logits"].encode(values, 0), {"logits": encoding.statistics(values)}
+    stored, told = plan.encodings["logits"].encode(values, 0), {"logits": encoding.statistics(values)}
     labels, digests = np.zeros(rows, np.int64), np.zeros(rows, np.uint64)
     with writer.create(path, knowledge, plan, labels, digests) as writing:
         for part in writing.pending():

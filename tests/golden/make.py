@@ -73,7 +73,7 @@ def write_with_gap(writing, part, sample):
     """Write a part; where it holds `sample`, as if the teacher had failed on that."""
     mine = values("logits", part.view, writing.plan.count)[part.start : part.stop]
     mask = torch.arange(part.start, part.stop) == sample
-    rows = writing.plan.fields["logits"].encode(mine, part.start, mask if mask.any() else None)
+    rows = form().encode(mine, part.start, mask if mask.any() else None)
     skipped = (sample,) if mask.any() else ()
     writing.write_part(part, rows, {"logits": encoding.statistics(mine)}, {"correct": 1}, skipped)
 

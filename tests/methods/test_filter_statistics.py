@@ -251,7 +251,7 @@ def test_a_store_keeps_about_a_thousand_bytes_of_numbers_per_teacher(world):
         assert np.allclose(found[stage], numbers, rtol=1e-5)
     assert 4 * sum(len(found[stage]) for stage in known) == 768
     assert tuple(held.fields) == ("logits",)
-    assert identity.held(held) == ("logits", "parameters")
+    assert held.kept == ("logits", "parameters")
     assert file.stat().st_size < 8192
 
 

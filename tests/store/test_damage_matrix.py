@@ -123,7 +123,7 @@ def grown_store(path):
 
 def skipping(writing, part, sample):
     mine = values("logits", part.view)[part.start : part.stop]
-    rows = writing.plan.fields["logits"].encode(mine, part.start, torch.arange(part.start, part.stop) == sample)
+    rows = writing.plan.encodings["logits"].encode(mine, part.start, torch.arange(part.start, part.stop) == sample)
     writing.write_part(part, rows, {"logits": encoding.statistics(mine)}, {"correct": 3}, (sample,))
 
 

@@ -13,10 +13,9 @@ from stores import content, creating, grown, make, plan_of
 
 from kcdcache.commands import verify
 from kcdcache.errors import CorruptionError, UnsafeError
-from kcdcache.files.records import canonical_json, parse_json, read_json
+from kcdcache.files.records import canonical_json, digest_of, parse_json, read_json
 from kcdcache.report import show
 from kcdcache.store import log, reader
-from kcdcache.store.identity import knowledge_from
 from kcdcache.teacher.repair import repair
 
 
@@ -304,8 +303,8 @@ def test_a_store_of_fewer_samples_than_its_data_is_refused(run, tmp_path):
     root = make(tmp_path / "s")
     commit = read_json(log.commit_path(root, 0))
     data = commit["identity"]["knowledge"]["data"] | {"count": 151}
-    claimed = knowledge_from(commit["identity"]["knowledge"] | {"data": data})
-    document = commit["identity"] | {"knowledge": claimed.document(), "knowledge_id": claimed.knowledge_id}
+    claimed = commit["identity"]["knowledge"] | {"data": data}
+    document = commit["identity"] | {"knowledge": claimed, "knowledge_id": digest_of(claimed)}
     (root / "_kcd/identity.json").write_bytes(canonical_json(document))
     write_resealed(log.commit_path(root, 0), commit | {"identity": document})
     with pytest.raises(CorruptionError, match="has 150 samples, its identity 151"):

@@ -6,7 +6,7 @@ from stores import plan_of_document
 from kcdcache.errors import CorruptionError, SettingsError
 from kcdcache.store import encoding
 from kcdcache.store import plan as plan_
-from kcdcache.store.plan import all_chunks, grow_plan, part_chunks, plan_store, sample_chunks
+from kcdcache.store.plan import all_chunks, grow_plan, part_chunks, plan_store
 
 COUNTS = st.one_of(st.integers(1, 1100), st.integers(1024, 70_000), st.integers(70_000, 2_000_000))
 TEXTS = st.sampled_from(["float16", "float32", "top:1"])
@@ -37,10 +37,12 @@ def test_parts_and_their_chunks_cover_everything_once(count, views, text, width)
     plan = plan_store(count, views, [encoding.parse("float16", "penultimate", (width,))])
     parts = plan_.parts(plan)
     assert [(part.view, part.start) for part in parts] == sorted((part.view, part.start) for part in parts)
-    covered = [chunk for part in parts for chunk in part_chunks(plan, part)] + sample_chunks(plan)
+    covered = [chunk for part in parts for chunk in part_chunks(plan, part)] + part_chunks(plan, None)
     assert sorted(covered) == sorted(all_chunks(plan))
     assert len({chunk.key for chunk in covered}) == len(covered)
-    assert sum(chunk.stop - chunk.start for chunk in covered) == count * (views * len(plan.arrays_of(plan.fields)) + 2)
+    assert sum(chunk.stop - chunk.start for chunk in covered) == count * (
+        views * len(plan.arrays_of(plan.encodings)) + 2
+    )
 
 
 @settings(deadline=None, max_examples=60)

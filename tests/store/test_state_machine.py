@@ -266,7 +266,7 @@ class StoreMachine(RuleBasedStateMachine):
     def compare(self, field, view, index, found):
         wanted = self.expected(field, view)[index]
         text = self.text if field == "logits" else "float16"
-        exact = self.opened.fields[field].encoding
+        exact = self.opened.fields[field]
         stored = exact.encode(self.expected(field, view))
         decoded = exact.decode({name: torch.from_numpy(rows) for name, rows in stored.items()}).numpy()[index]
         assert found.tobytes() == decoded.tobytes()
@@ -292,7 +292,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert sorted(opened.fields) == ["logits", "penultimate"][: 2 if "field" in self.sealed else 1]
         assert labels.tolist() == (np.arange(COUNT) % 7).tolist()
         for view, field in ((view, field) for view in rows for field in opened.fields):
-            for name, wanted in opened.plan.fields[field].encode(self.expected(field, view)).items():
+            for name, wanted in opened.plan.encodings[field].encode(self.expected(field, view)).items():
                 assert rows[view][name].tobytes() == wanted.tobytes()
 
     @rule()

@@ -19,7 +19,7 @@ def test_what_is_written_is_read_whatever_the_size(tmp_path_factory, count, text
     plan = small_parts(count, 2, 32, 8, text, compression)
     opened = reader.open(make(tmp_path_factory.mktemp("any") / "store", plan))
     for view in range(2):
-        expected = plan.fields["logits"].encode(values("logits", view, count))
+        expected = plan.encodings["logits"].encode(values("logits", view, count))
         found = opened.load(view, np.arange(count), ["logits"])
         assert all(found[name].tobytes() == rows.tobytes() for name, rows in expected.items())
         assert {name: rows.dtype for name, rows in found.items()} == {n: r.dtype for n, r in expected.items()}
@@ -30,7 +30,7 @@ def test_what_is_written_is_read_whatever_the_size(tmp_path_factory, count, text
 def test_an_open_store_tells_what_it_holds(sealed):
     opened = reader.open(sealed)
     assert (opened.count, opened.views, opened.path) == (150, 2, sealed)
-    assert opened.fields == {"logits": reader.Field(form(), (CLASSES,))}
+    assert opened.fields == {"logits": form()}
     assert opened.knowledge == identity.read_store_identity(sealed)
     assert opened.knowledge_id == knowledge().knowledge_id
     assert opened.layout_id == small_parts(150, 2, 64, 32).layout_id

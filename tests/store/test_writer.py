@@ -147,9 +147,12 @@ def test_other_peoples_folders_are_left_alone(tmp_path):
     ("rows", "message"),
     [
         ({}, r"needs the arrays \['logits'\], found \[\]"),
-        ({"logits": np.zeros((9, CLASSES), np.float32)}, "needs 10 rows of 'logits', found 9"),
-        ({"logits": np.zeros((10, CLASSES))}, r"should be float32 \(7,\), found float64 \(7,\)"),
-        ({"logits": np.zeros((10, 3), np.float32)}, r"found float32 \(3,\)"),
+        (
+            {"logits": np.zeros((9, CLASSES), np.float32)},
+            r"rows of 'logits' should be float32 \(10, 7\), found float32 \(9, 7\)",
+        ),
+        ({"logits": np.zeros((10, CLASSES))}, r"should be float32 \(10, 7\), found float64 \(10, 7\)"),
+        ({"logits": np.zeros((10, 3), np.float32)}, r"found float32 \(10, 3\)"),
     ],
 )
 def test_rows_that_do_not_fit_the_plan_are_refused(tmp_path, rows, message):

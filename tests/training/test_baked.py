@@ -134,7 +134,7 @@ def test_baked_targets_are_as_exact_as_the_stores_encoding(place, tmp_path):
     exporting(other, tmp_path / "e", bake=True, temperature=4.0)
     opened = export_condensed_set.open(tmp_path / "e")
     mixes = reader.open(opened.mixes)
-    assert {side.fields["logits"].encoding.name for side in (opened.knowledge, mixes)} == {"float16"}
+    assert {side.fields["logits"].name for side in (opened.knowledge, mixes)} == {"float16"}
     found = every_target(opened.knowledge, other.set, mixes, temperature=4.0)
     wanted = every_target(other.knowledge, other.set, temperature=4.0)
     assert 0 < max(np.abs(found[key] - wanted[key]).max() for key in wanted) < 2e-3
