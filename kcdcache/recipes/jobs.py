@@ -13,7 +13,7 @@ from graphlib import TopologicalSorter
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from kcdcache import interrupt
 from kcdcache.errors import InterruptedRunError, KcdcacheError
@@ -34,16 +34,19 @@ class Outcome:
     exit_code: int = 0
     """that of its error: see `errors`"""
 
+    @classmethod
+    def of(cls, error: KcdcacheError) -> "Outcome":
+        """Return that it failed by an error of ours."""
+        return cls(error=str(error), exit_code=error.exit_code)
 
-Prepare = Callable[[str], Any]
-"""name of a piece -> what it is given, asked for when all that it needs is there"""
+
 Work = Callable[[Any], dict[str, Any]]
 """what a piece is given -> its result; importable by name, since other processes call it"""
 
 
 def execute(
     needs: Mapping[str, Collection[str]],
-    prepare: Prepare,
+    prepare: Callable[[str], Any],
     work: Work,
     *,
     jobs: int = 1,
@@ -52,22 +55,26 @@ def execute(
 ) -> dict[str, Outcome]:
     """Do all pieces of work, each as soon as what it needs is done; return what became of each.
 
-    `needs` holds, by name and in the order wanted, what must have succeeded before. With `jobs` above 1, so many are
-    done at once, each in a process of its own that has imported `preload` and whose log goes to logs/NAME.log.
+    `needs` holds, by name and in the order wanted, what must have succeeded before; then `prepare` is asked for what
+    the piece's work is given. With `jobs` above 1, so many are done at once, each in a process of its own that has
+    imported `preload` and whose log goes to logs/NAME.log.
 
     Raises:
         InterruptedRunError: the user asked to stop; what was running has stopped at a safe point.
     """
     assert jobs == 1 or logs is not None, "processes need a place for their logs"
-    workers: _Workers = _InTurn(work) if logs is None or jobs == 1 else _Processes(work, jobs, logs, preload)
+    workers = _InTurn(work) if logs is None or jobs == 1 else _Processes(work, jobs, logs, preload)
     order, found, ready = list(needs), dict[str, Outcome](), list[str]()
     sorter = TopologicalSorter(needs)
     sorter.prepare()
 
     def settle(name: str, outcome: Outcome) -> None:
         found[name] = outcome
-        _tell(name, outcome, len(found), len(order))
         sorter.done(name)
+        if outcome.result is None:
+            logger.error("%s failed: %s", name, outcome.error)
+        else:
+            logger.info("%s is done, %d of %d", name, len(found), len(order))
 
     while sorter.is_active():
         ready = sorted([*ready, *sorter.get_ready()], key=order.index)
@@ -78,20 +85,16 @@ def execute(
             ready.remove(name)
             if failed:
                 settle(name, Outcome(error=f"not begun: it needs '{failed[0]}', which failed", exit_code=9))
-            else:
-                workers.begin(name, prepare)
+                continue
+            try:
+                workers.begin(name, prepare(name))
+            except KcdcacheError as error:
+                settle(name, Outcome.of(error))
         for name, outcome in workers.ended():
             settle(name, outcome)
         if workers.stopped():
             interrupt.stop(f"{len(found)} of {len(order)} finished; the others stand at a safe point")
     return {name: found[name] for name in order}
-
-
-def _tell(name: str, outcome: Outcome, done: int, total: int) -> None:
-    if outcome.result is None:
-        logger.error("%s failed: %s", name, outcome.error)
-    else:
-        logger.info("%s is done, %d of %d", name, done, total)
 
 
 def _attempted(do: Callable[[], dict[str, Any]]) -> Outcome:
@@ -101,17 +104,10 @@ def _attempted(do: Callable[[], dict[str, Any]]) -> Outcome:
     except InterruptedRunError:
         raise
     except KcdcacheError as error:
-        return Outcome(error=str(error), exit_code=error.exit_code)
+        return Outcome.of(error)
     except Exception as error:
         logger.debug("", exc_info=True)
         return Outcome(error=f"{type(error).__name__}: {error}", exit_code=1)
-
-
-class _Workers(Protocol):
-    def free(self) -> bool: ...
-    def begin(self, name: str, prepare: Prepare) -> None: ...
-    def ended(self) -> Iterator[tuple[str, Outcome]]: ...
-    def stopped(self) -> bool: ...
 
 
 class _InTurn:
@@ -124,8 +120,8 @@ class _InTurn:
     def free(self) -> bool:
         return not self._done
 
-    def begin(self, name: str, prepare: Prepare) -> None:
-        self._done.append((name, _attempted(lambda: self._work(prepare(name)))))
+    def begin(self, name: str, given: Any) -> None:
+        self._done.append((name, _attempted(lambda: self._work(given))))
 
     def ended(self) -> Iterator[tuple[str, Outcome]]:
         while self._done:
@@ -141,7 +137,6 @@ class _Processes:
     def __init__(self, work: Work, jobs: int, logs: Path, preload: Sequence[str]) -> None:
         self._work, self._jobs, self._logs = work, jobs, logs
         self._running: dict[str, tuple[ForkServerProcess, Connection]] = {}
-        self._failed: list[tuple[str, Outcome]] = []
         self._stopping = False
         logs.mkdir(parents=True, exist_ok=True)
         # children fork from a server that has imported everything and started no thread
@@ -151,12 +146,7 @@ class _Processes:
     def free(self) -> bool:
         return len(self._running) < self._jobs and not self._stopping
 
-    def begin(self, name: str, prepare: Prepare) -> None:
-        try:
-            given = prepare(name)
-        except KcdcacheError as error:
-            self._failed.append((name, Outcome(error=str(error), exit_code=error.exit_code)))
-            return
+    def begin(self, name: str, given: Any) -> None:
         here, there = self._context.Pipe()
         process = self._context.Process(target=_child, args=(there, self._work, given, self._logs / f"{name}.log"))
         process.start()
@@ -166,8 +156,6 @@ class _Processes:
 
     def ended(self) -> Iterator[tuple[str, Outcome]]:
         """Wait a little, pass a wish to stop on, once, and yield what has ended."""
-        while self._failed:
-            yield self._failed.pop()
         wait([pipe for _, pipe in self._running.values()], LOOK_SECONDS)
         if interrupt.requested() and not self._stopping:
             self._stopping = True
@@ -208,7 +196,7 @@ def _child(pipe: Connection, work: Work, given: Any, log: Path) -> None:
         try:
             outcome = _attempted(lambda: work(given))
         except InterruptedRunError as error:
-            outcome = Outcome(error=str(error), exit_code=error.exit_code)
+            outcome = Outcome.of(error)
     if outcome.error:
         logger.error("%s", outcome.error)
     pipe.send(outcome)

@@ -31,9 +31,12 @@ PLACE = re.compile(r"\{(\w+)\}")
 """where a pair's entry goes, as in model = "{student}" """
 PLACES = {"fit": "out", "precompute": "store", "train": "out", "condense": "out"}
 """command -> the setting that says where its result goes"""
-AVERAGED = ("accuracy_last", "accuracy_best", "relative_cost", "teacher_forwards", "seconds")
+PERCENTS = ("accuracy_last", "accuracy_best")
+NUMBERS = {"relative_cost": ".3f", "teacher_forwards": ",.0f", "seconds": ".1f"}
+"""entries of summaries that the table averages, those shown in percent first; how the others are shown"""
 HEAD = ("", "network", "n", "accuracy %", "best %", "relative cost", "teacher forwards", "seconds")
 Entry = Mapping[str, Any]
+"""a table of a recipe's TOML"""
 
 
 class Step(Settings):
@@ -102,7 +105,15 @@ def command(given: RunCommand, progress: Progress, dry_run: bool = False) -> Res
     results = run(
         recipe, out, data=given.data, machine=machine, jobs=given.jobs, command=words, progress=progress
     )  # fmt: skip
-    return {"table": table(results), "files": str(out), "report": _reported(out), **results}
+    from kcdcache.report import page
+
+    report: str | None = str(out / "report.html")
+    try:
+        page.write([out], out / "report.html")
+    except KcdcacheError as error:
+        logger.warning("no report: %s", error)
+        report = None
+    return {"table": table(results), "files": str(out), "report": report, **results}
 
 
 def load(path: Path) -> Recipe:
@@ -113,14 +124,13 @@ def load(path: Path) -> Recipe:
         SettingsError: it is not TOML, a key is unknown, a value out of range, or a reference names no earlier step.
     """
     content = settings.read_toml(path)
-    entries, pairs = content.get("step", []), content.pop("pair", [])
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise SettingsError(f"{path}: steps are tables headed [[step]], found step = {entries!r}")
-    if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
-        raise SettingsError(f"{path}: pairs of networks are tables headed [[pair]], found pair = {pairs!r}")
+    entries, pairs = (
+        _tables(content.pop(name, []), name, f"{path}: {what}")
+        for name, what in (("step", "steps"), ("pair", "pairs of networks"))
+    )
     content["step"] = tuple(
-        settings.make(Step, _nested(entry), f"{path}, step {number + 1}")
-        for number, entry in enumerate(spelled_out(entries, pairs, str(path)))
+        settings.make(Step, _nested(entry), f"{path}, step {number}")
+        for number, entry in enumerate(spelled_out(entries, pairs, str(path)), 1)
     )
     recipe = settings.make(Recipe, content, str(path))
     _require_order(recipe, path)
@@ -128,6 +138,12 @@ def load(path: Path) -> Recipe:
         first = pieces(step, recipe)[0]
         _checked(step, resolved(first, recipe, path.with_suffix(""), recipe.data), f"{path}, step '{step.name}'")
     return recipe
+
+
+def _tables(found: Any, name: str, what: str) -> list[Entry]:
+    if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
+        return found
+    raise SettingsError(f"{what} are tables headed [[{name}]], found {name} = {found!r}")
 
 
 def run(
@@ -165,7 +181,10 @@ def run(
     for name in named:  # what is out of range is found before the first step
         _checked(named[name].step, prepare(name).values, f"step '{named[name].step.name}'")
     modules = sorted({f"kcdcache.{COMMANDS[step.run].where.partition(':')[0]}" for step in recipe.step})
-    needs = {name: _needs(piece, recipe) for name, piece in named.items()}
+    needs = {
+        name: dict.fromkeys(_referred(match[1], piece, recipe).name for match in _references(piece.step).values())
+        for name, piece in named.items()
+    }
     outcomes = execute(needs, prepare, do, jobs=jobs, logs=out / "logs", preload=modules)
     results = {
         "title": recipe.title,
@@ -221,7 +240,15 @@ def resolved(piece: Piece, recipe: Recipe, out: Path, data: str) -> dict[str, An
         filled["data"] = _data_of(step, recipe, data)
     if piece.seed is not None and "seed" in known:
         filled["seed"] = piece.seed
-    return filled | {key: _resolved(value, piece, recipe, out) for key, value in step.settings.items()}
+    filled |= step.settings
+    for key, match in _references(step).items():
+        place = _referred(match[1], piece, recipe).place(out)
+        if match[2] == ":condensed":
+            from kcdcache.runs import state
+
+            place = state.condensed_set(place)
+        filled[key] = str(place / "values.parquet" if match[2] == ":values" else place)
+    return filled
 
 
 def table(results: Mapping[str, Any]) -> TextTable:
@@ -238,36 +265,12 @@ def table(results: Mapping[str, Any]) -> TextTable:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    return [
-        row["title"],
-        row.get("model", ""),
-        str(row["n"]),
-        _percent(row, "accuracy_last"),
-        _percent(row, "accuracy_best"),
-        f"{row['relative_cost']:.3f}" if "relative_cost" in row else "",
-        f"{row['teacher_forwards']:,.0f}" if "teacher_forwards" in row else "",
-        f"{row['seconds']:.1f}" if "seconds" in row else "",
-    ]
-
-
-def _percent(row: Mapping[str, Any], name: str) -> str:
-    if name not in row:
-        return ""
-    spread = row.get(f"{name}_std")
-    return f"{100 * row[name]:.2f}" + (f" ± {100 * spread:.2f}" if spread is not None else "")
-
-
-def _reported(folder: Path) -> str | None:
-    """Write the report of a recipe's folder; return its path, or None where none could be made, which is told."""
-    from kcdcache.report import page
-
-    path = folder / "report.html"
-    try:
-        page.write([folder], path)
-    except KcdcacheError as error:
-        logger.warning("no report: %s", error)
-        return None
-    return str(path)
+    cells = [row["title"], row.get("model", ""), str(row["n"])]
+    for name in PERCENTS:
+        std = row.get(f"{name}_std")
+        spread = "" if std is None else f" ± {100 * std:.2f}"
+        cells.append(f"{100 * row[name]:.2f}{spread}" if name in row else "")
+    return cells + [format(row[name], form) if name in row else "" for name, form in NUMBERS.items()]
 
 
 def _checked(step: Step, values: Mapping[str, Any], source: str) -> None:
@@ -293,7 +296,12 @@ def _told(
     return {
         "rows": [_row(step, recipe, found) for step in recipe.step if step.run != "condense"],
         "runs": [
-            {"step": piece.step.name, "seed": piece.seed, **_own_data(piece.step, recipe, data), **found[name]}
+            {
+                "step": piece.step.name,
+                "seed": piece.seed,
+                **({"data": _data_of(piece.step, recipe, data)} if piece.step.data_options else {}),
+                **found[name],
+            }
             for name, piece in named.items()
             if name in found
         ],
@@ -311,7 +319,7 @@ def _row(step: Step, recipe: Recipe, found: Mapping[str, Mapping[str, Any]]) -> 
     row: dict[str, Any] = {"step": step.name, "title": step.title or step.name, "n": len(summaries)}
     first = summaries[0] if summaries else {}
     row |= {key: first[key] for key in ("model", "method", "kept") if key in first}
-    for name in AVERAGED:
+    for name in (*PERCENTS, *NUMBERS):
         _, mean, std = statistics.spread([summary[name] for summary in summaries if name in summary])
         row |= {key: value for key, value in ((name, mean), (f"{name}_std", std)) if value is not None}
     return row
@@ -332,7 +340,7 @@ def spelled_out(entries: Sequence[Entry], pairs: Sequence[Mapping[str, Any]], so
     for pair in _single(pairs) or [{}]:
         for entry in entries:
             for variant in _variants(entry, source):
-                step = _filled(variant, pair, bool(pairs), source)
+                step = _filled(variant, pair, source) if pairs else variant
                 name = str(step.get("name"))
                 if name in found and (not pairs or found[name] != step):
                     raise SettingsError(f"{source}: two steps are called '{name}'; names differ by {{...}} of a pair")
@@ -342,11 +350,10 @@ def spelled_out(entries: Sequence[Entry], pairs: Sequence[Mapping[str, Any]], so
 
 def _single(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the pairs with every list's items one by one, the last entry changing fastest."""
-    listed = [[item if isinstance(item, list) else [item] for item in pair.values()] for pair in pairs]
     return [
         dict(zip(pair, chosen, strict=True))
-        for pair, items in zip(pairs, listed, strict=True)
-        for chosen in itertools.product(*items)
+        for pair in pairs
+        for chosen in itertools.product(*(item if isinstance(item, list) else [item] for item in pair.values()))
     ]
 
 
@@ -364,39 +371,46 @@ def _variants(entry: Entry, source: str) -> Iterator[dict[str, Any]]:
         yield {**plain, **variant, "name": f"{entry.get('name')}-{variant['name']}", "title": title}
 
 
-def _filled(value: Any, pair: Mapping[str, str], paired: bool, source: str) -> Any:
+def _filled(value: Any, pair: Entry, source: str) -> Any:
     """Return a value with {name} replaced by the pair's entry, in all texts inside it."""
-    if isinstance(value, str) and paired:
-        return PLACE.sub(lambda match: _of_pair(match[1], pair, source), value)
+
+    def entry(match: re.Match[str]) -> str:
+        if match[1] not in pair:
+            raise SettingsError(f"{source}: {match[0]} is no entry of every [[pair]]; {nearest(match[1], list(pair))}")
+        return str(pair[match[1]])
+
+    if isinstance(value, str):
+        return PLACE.sub(entry, value)
     if isinstance(value, Mapping):
-        return {key: _filled(inner, pair, paired, source) for key, inner in value.items()}
-    return [_filled(inner, pair, paired, source) for inner in value] if isinstance(value, list) else value
-
-
-def _of_pair(name: str, pair: Mapping[str, str], source: str) -> str:
-    if name not in pair:
-        raise SettingsError(f"{source}: {{{name}}} is no entry of every [[pair]]; {nearest(name, list(pair))}")
-    return str(pair[name])
+        return {key: _filled(inner, pair, source) for key, inner in value.items()}
+    return [_filled(inner, pair, source) for inner in value] if isinstance(value, list) else value
 
 
 def _nested(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return a step's TOML table with the command's settings gathered under `settings`."""
-    own = set(Step.model_fields) - {"settings"}
-    return {key: entry[key] for key in entry if key in own} | {
-        "settings": {key: entry[key] for key in entry if key not in own}
-    }
+    own = Step.model_fields.keys() - {"settings"}
+    given = {key: value for key, value in entry.items() if key not in own}
+    return {key: value for key, value in entry.items() if key in own} | {"settings": given}
 
 
 def _require_order(recipe: Recipe, path: Path) -> None:
+    """Do nothing if every step is a command's and refers to earlier steps alone.
+
+    Raises:
+        SettingsError: one is not; names it.
+    """
     known: dict[str, Step] = {}
     for step in recipe.step:
+        place = f"{path}, step '{step.name}'"
         if step.run not in STEPS:
-            raise SettingsError(f"{path}, step '{step.name}': unknown command '{step.run}'; {nearest(step.run, STEPS)}")
+            raise SettingsError(f"{place}: unknown command '{step.run}'; {nearest(step.run, STEPS)}")
         if step.name in known:
             raise SettingsError(f"{path}: two steps are called '{step.name}'")
-        _require_settings(step, path)
-        for text in _references(step):
-            _require_reference(text, step, known, f"{path}, step '{step.name}'")
+        if step.per_seed and "seed" in step.settings:
+            raise SettingsError(f"{place}: it runs once per seed of the recipe, so it cannot set 'seed'")
+        for text in step.settings.values():
+            if isinstance(text, str) and text.startswith("@"):
+                _require_reference(text, step, known, place)
         known[step.name] = step
 
 
@@ -413,42 +427,16 @@ def _require_reference(text: str, step: Step, known: Mapping[str, Step], place: 
         raise SettingsError(f"{place}: {text} asks for what only a 'train' step has; '{name}' runs {known[name].run}")
 
 
-def _require_settings(step: Step, path: Path) -> None:
-    known = settings.keys(COMMANDS[step.run].takes)
-    if step.per_seed and "seed" in step.settings:
-        raise SettingsError(f"{path}, step '{step.name}': it runs once per seed of the recipe, so it cannot set 'seed'")
-    for key in step.settings:
-        if key not in known:
-            raise SettingsError(f"unknown setting '{key}' in {path}, step '{step.name}'; {nearest(key, known)}")
-
-
-def _references(step: Step) -> list[str]:
-    return [value for value in step.settings.values() if isinstance(value, str) and value.startswith("@")]
-
-
-def _needs(piece: Piece, recipe: Recipe) -> tuple[str, ...]:
-    """Return the names of what a step refers to."""
-    matches = (REFERENCE.fullmatch(text) for text in _references(piece.step))
-    others = [_referred(match[1], piece, recipe).name for match in matches if match is not None]
-    return tuple(dict.fromkeys(others))
+def _references(step: Step) -> dict[str, re.Match[str]]:
+    """Return setting -> reference, of those that refer to another step."""
+    texts = {key: value for key, value in step.settings.items() if isinstance(value, str)}
+    return {key: match for key, text in texts.items() if (match := REFERENCE.fullmatch(text))}
 
 
 def _referred(name: str, piece: Piece, recipe: Recipe) -> Piece:
     """Return the step that a reference of another one names, for the other's seed."""
     step = next(step for step in recipe.step if step.name == name)
     return Piece(step=step, seed=piece.seed if step.per_seed else None)
-
-
-def _resolved(value: Any, piece: Piece, recipe: Recipe, out: Path) -> Any:
-    match = REFERENCE.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        return value
-    path = _referred(match[1], piece, recipe).place(out)
-    if match[2] == ":condensed":
-        from kcdcache.runs import state
-
-        return str(state.condensed_set(path))
-    return str(path / "values.parquet" if match[2] == ":values" else path)
 
 
 def _limited(text: str, train_images: int | None) -> str:
@@ -458,8 +446,3 @@ def _limited(text: str, train_images: int | None) -> str:
 def _data_of(step: Step, recipe: Recipe, data: str) -> str:
     """Return a step's data spec; limits of the spec itself go before the step's, and those before the recipe's."""
     return _limited(spec.extended(data, step.data_options) if step.data_options else data, recipe.train_images)
-
-
-def _own_data(step: Step, recipe: Recipe, data: str) -> dict[str, str]:
-    """Return the data spec of a step that has its own, for the results."""
-    return {"data": _data_of(step, recipe, data)} if step.data_options else {}
