@@ -5,6 +5,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -26,6 +27,20 @@ DOTS = 120
 """per inch"""
 LONGEST = 34
 """characters of a name in a figure"""
+LABELLED = (
+    ("accuracy_right", "right labels: named", COLOURS[0]),
+    ("recovered", "wrong labels: the true one named", COLOURS[2]),
+    ("memorised", "wrong labels: the given one named", COLOURS[1]),
+)
+"""column of the fidelity table, how a figure calls it, its colour"""
+SCREENED = {
+    "screened": (
+        ("precision", "wrong", "of the dropped, wrongly labelled (%)"),
+        ("recall", "dropped", "of the wrongly labelled, dropped (%)"),
+    ),
+    "thinned": (("kept_rare", "kept_frequent", "share kept (%)"),),
+}
+"""figure of the screening table -> its panels: a column, the one it is to be compared with, and its axis"""
 
 
 class Picture(NamedTuple):
@@ -144,15 +159,6 @@ def plot(axes: Axes, found: Sequence[Line], order: Sequence[str], xscale: float 
             axes.fill_between(line.x * xscale, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
 
 
-def zoomed(axes: Axes, found: Sequence[Line], share: float = 0.5) -> None:
-    """Cut off what lies below the means' lowest point after the first `share` of their length, to tell ends apart."""
-    ends = [line.y[int(share * len(line.y)) :].min() for line in found]
-    tops = [line.high.max() for line in found]
-    if ends and max(tops) > min(ends):
-        margin = 0.1 * (max(tops) - min(ends))
-        axes.set_ylim(min(ends) - margin, max(tops) + margin)
-
-
 def accuracy(rows: Sequence[Row]) -> Picture:
     """Return test accuracy against student samples consumed, and against wall time."""
     order = list(dict.fromkeys(row["row"] for row in rows))
@@ -166,7 +172,11 @@ def accuracy(rows: Sequence[Row]) -> Picture:
         left.set(xlabel=f"student samples consumed ({unit})", ylabel="test accuracy (%)")
         plot(right, lines(rows, "seconds_so_far", "test_accuracy", 100), order)
         right.set(xlabel="training time (s)")
-        zoomed(left, by_samples)
+        # what lies below the means' lowest point in their second half is cut off, to tell ends apart
+        low = min((line.y[len(line.y) // 2 :].min() for line in by_samples), default=0.0)
+        high = max((line.high.max() for line in by_samples), default=0.0)
+        if high > low:
+            left.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
         legend_below(figure, *left.get_legend_handles_labels())
 
     return drawn("accuracy", 4.2 + below(order), draw)
@@ -257,19 +267,17 @@ def _brief(size: float) -> str:
 
 def distance_matrix(names: Sequence[str], matrix: np.ndarray, by_chance: Sequence[float]) -> Picture:
     """Return the Hamming distances between the last sets of some runs; `by_chance` are those of random sets."""
-    count = len(names)
-    low, high = f"{min(by_chance):.2f}", f"{max(by_chance):.2f}"
-    chance = f"random sets of these sizes differ by {low}" + (f" to {high}" if low != high else "")
+    count, called = len(names), short_names(names)
+    ends = dict.fromkeys((f"{min(by_chance):.2f}", f"{max(by_chance):.2f}"))
+    labels = [called[name] for name in names]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         image = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=max(0.5, float(matrix.max())))
         axes.grid(False)
-        axes.set_title(chance)
-        short = short_names(names)
-        called = [short[name] for name in names]
-        axes.set_yticks(range(count), called)
-        axes.set_xticks(range(count), called, rotation=40, ha="right")
+        axes.set_title(f"random sets of these sizes differ by {' to '.join(ends)}")
+        axes.set_yticks(range(count), labels)
+        axes.set_xticks(range(count), labels, rotation=40, ha="right")
         for row, column in np.ndindex(count, count) if count <= 16 else ():
             colour = "white" if matrix[row, column] < 0.3 else "black"
             axes.text(column, row, f"{matrix[row, column]:.2f}", ha="center", va="center", color=colour, size=8)
@@ -295,3 +303,62 @@ def below(names: Sequence[str]) -> float:
     """Return the height in inches of a legend of some rows."""
     labels = [f"{name} (n = 3)" for name in short_names(names).values()]
     return 0.22 * -(-len(labels) // columns(labels))
+
+
+def robustness(fidelity: Sequence[Row], screening: Sequence[Row]) -> list[Picture]:
+    """Return the figures of both tables: of each kind one per corruption and network, so that rows stay comparable."""
+    found: list[Picture] = []
+    kinds: list[tuple[Callable[[Sequence[Row]], Picture | None], Sequence[Row]]] = [(labelled, fidelity)]
+    kinds += [(partial(screened, key), screening) for key in SCREENED]
+    for draw, rows in kinds:
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for row in rows:
+            groups.setdefault((row["condition"], row["network"]), []).append(row)
+        made = {group: picture for group, some in groups.items() if (picture := draw(some)) is not None}
+        found += [
+            picture if len(made) == 1 else
+            picture._replace(key=f"{picture.key}-{number}", title=f"{picture.title} {', '.join(group)}")
+            for number, (group, picture) in enumerate(made.items(), 1)
+        ]  # fmt: skip
+    return found
+
+
+def labelled(rows: Sequence[Row]) -> Picture | None:
+    """Return how often each row names right labels, true ones that it was not given, and wrong ones that it was."""
+    chosen = [row for row in rows if row.get("memorised") is not None]
+    if not chosen:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for number, (name, label, colour) in enumerate(LABELLED):
+            places = [place + 0.27 * (number - 1) for place in range(len(chosen))]
+            axes.barh(places, [100 * (row[name] or 0) for row in chosen], 0.25, color=colour, label=label)
+        name_bars(axes, chosen)
+        axes.set(xlabel="share of training samples of that kind (%)")
+        legend_below(figure, *axes.get_legend_handles_labels())
+
+    return drawn("labelled", 1.3 + 0.42 * len(chosen), draw)
+
+
+def screened(key: str, rows: Sequence[Row]) -> Picture | None:
+    """Return columns of the screening table stage by stage, each with what it is to be compared with (dotted)."""
+    panels = SCREENED[key]
+    chosen = [row for row in rows if row.get(panels[0][0]) is not None]
+    if not chosen:
+        return None
+    names = short_names([row["row"] for row in chosen])
+
+    def draw(figure: Figure) -> None:
+        for axes, (name, other, label) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
+            for place, (row, called) in enumerate(names.items()):
+                own = [one for one in chosen if one["row"] == row and one.get(name) is not None]
+                stages, colour = [one["stage"] for one in own], COLOURS[place % len(COLOURS)]
+                style, shares = STYLES[place >= len(COLOURS)], [100 * one[name] for one in own]
+                axes.plot(stages, shares, style, marker="o", markersize=4, color=colour, label=called)
+                axes.plot(stages, [100 * (one.get(other) or 0) for one in own], ":", color=colour)
+            axes.set_xticks(sorted({row["stage"] for row in chosen}))
+            axes.set(xlabel="set of stage", ylabel=label)
+        legend_below(figure, *figure.axes[0].get_legend_handles_labels())
+
+    return drawn(key, 3.6 + below(list(names)), draw)

@@ -3,9 +3,9 @@
 import itertools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup
@@ -15,7 +15,7 @@ from kcdcache.condense import compare
 from kcdcache.errors import MismatchError, SettingsError, printable
 from kcdcache.files.atomic import read_bytes, write_atomic
 from kcdcache.files.records import readable_json
-from kcdcache.report import figures, images, load, robustness, stage_figures, tables
+from kcdcache.report import figures, images, load, stage_figures, tables
 from kcdcache.report.figures import Picture
 from kcdcache.report.images import Strip
 from kcdcache.report.load import Loaded, Run
@@ -32,9 +32,8 @@ BRIEF = ("row", "model", "n", "accuracy_last", "accuracy_last_std", "accuracy_be
 """columns of the results that fit a terminal"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """A chapter of the report; what is empty of the given is left out."""
+class Section(NamedTuple):
+    """A chapter of the report; what is empty of the given is not shown."""
 
     key: str
     """its title and what to look at are those of `tables.texts`"""
@@ -45,15 +44,11 @@ class Section:
     """tables shown when asked for"""
     notes: Sequence[str] = ()
 
-    def __post_init__(self) -> None:
-        for name in ("tables", "folded"):
-            object.__setattr__(self, name, [table for table in getattr(self, name) if table.rows])
-        object.__setattr__(self, "pictures", [picture for picture in self.pictures if picture is not None])
-
     @property
     def empty(self) -> bool:
         """Whether there is nothing in it."""
-        return not (self.tables or self.pictures or self.strips or self.folded or self.notes)
+        rows = any(table.rows for table in (*self.tables, *self.folded))
+        return not (rows or any(self.pictures) or self.strips or self.notes)
 
 
 def write(
@@ -116,7 +111,7 @@ def tables_of(loaded: Loaded, reference: str | None = None) -> dict[str, Table]:
     made = (
         tables.problems(loaded), tables.results(loaded), tables.differences(loaded, reference), tables.cost(loaded),
         tables.curves(loaded), tables.stages(loaded), tables.fates(loaded), tables.classes(loaded),
-        tables.distances(loaded), robustness.fidelity(loaded), robustness.screening(loaded), tables.runs(loaded),
+        tables.distances(loaded), tables.fidelity(loaded), tables.screening(loaded), tables.runs(loaded),
         tables.settings(loaded), tables.identities(loaded),
     )  # fmt: skip
     return {table.key: table for table in made}
@@ -125,6 +120,8 @@ def tables_of(loaded: Loaded, reference: str | None = None) -> dict[str, Table]:
 def sections_of(loaded: Loaded, made: dict[str, Table], data: str | None = None) -> list[Section]:
     """Return the chapters of a report that have something to say."""
     curves = made["curves"].rows
+    told = ("precision", "kept_rare")  # of wrong labels, of rare classes
+    screening = [row for row in made["screening"].rows if any(row.get(name) is not None for name in told)]
     sections = [
         Section(key="method", pictures=[stage_figures.chain(loaded)]),
         Section(
@@ -137,8 +134,8 @@ def sections_of(loaded: Loaded, made: dict[str, Table], data: str | None = None)
         Section(
             key="robustness",
             tables=[made["fidelity"]],
-            pictures=robustness.pictures(made["fidelity"], made["screening"]),
-            folded=[made["screening"]] if robustness.marked(made["screening"]) else [],
+            pictures=figures.robustness(made["fidelity"].rows, screening),
+            folded=[made["screening"]] if screening else [],
         ),
         Section(key="agreement", pictures=_distances(loaded), folded=[made["distances"]]),
         Section(key="cost", tables=[made["cost"]], pictures=[figures.costs(made["cost"].rows)]),

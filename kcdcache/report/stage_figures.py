@@ -3,7 +3,6 @@
 import itertools
 import textwrap
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -27,16 +26,11 @@ MOST_CLASSES = 24
 TITLE = 38
 """characters of a line of a panel's title, of two panels beside each other"""
 PARTS = (("kept as they are (K_1H)", AS_IS), ("kept and enriched (K_Aug)", ENRICHED), ("dropped (K_0)", LEFT_OUT))
-
-
+TURNS = (("left", COLOURS[1], -0.27, ""), ("returned", COLOURS[2], 0.0, "//"), ("new", COLOURS[4], 0.27, ".."))
+"""what became of samples -> colour, place and hatching of its bars"""
 ACROSS, BOX_WIDTH, BOX_HEIGHT = (0.1, 0.3, 0.5, 0.7, 0.9), 0.165, 0.36
 FILLS = ("#56B4E9", "#D9D9D9", "#D9D9D9", "#009E73", "#E69F00")
 """of the boxes of the chain: where they stand, how large they are, their colours"""
-
-
-class _Box(NamedTuple):
-    title: str
-    lines: tuple[str, ...]
 
 
 def chain(loaded: Loaded) -> Picture | None:
@@ -45,16 +39,19 @@ def chain(loaded: Loaded) -> Picture | None:
     if not students or not loaded.stores:
         return None
     run = students[0][1]
-    own = [store for store in loaded.stores if store.knowledge_id == run.record.inputs.knowledge_id]
-    store = [*own, *loaded.stores][0]
+    known = run.record.inputs.knowledge_id
+    store = next((store for store in loaded.stores if store.knowledge_id == known), loaded.stores[0])
     boxes = _boxes(store, run, _accuracy(loaded, store.knowledge.teacher.architecture))
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.set(xlim=(0, 1), ylim=(0, 1))
         axes.axis("off")
-        for centre, box, fill in zip(ACROSS, boxes, FILLS, strict=True):
-            _draw_box(axes, centre, box, fill)
+        for centre, (title, *lines), fill in zip(ACROSS, boxes, FILLS, strict=True):
+            corner = (centre - BOX_WIDTH / 2, 0.6 - BOX_HEIGHT / 2)
+            axes.add_patch(Rectangle(corner, BOX_WIDTH, BOX_HEIGHT, facecolor=fill, edgecolor="black", alpha=0.55))
+            axes.text(centre, 0.69, title, ha="center", va="center", size=11, weight="bold")
+            axes.text(centre, 0.54, "\n".join(map(short, filter(None, lines))), ha="center", va="center", size=9)
         for left, right in itertools.pairwise(ACROSS):
             _arrow(axes, (left + BOX_WIDTH / 2, 0.6), (right - BOX_WIDTH / 2, 0.6))
         _arrow(axes, (ACROSS[4], 0.6 - BOX_HEIGHT / 2), (ACROSS[3], 0.6 - BOX_HEIGHT / 2), curve=-0.45)
@@ -74,22 +71,16 @@ def _accuracy(loaded: Loaded, teacher: str) -> str:
     return "" if mean is None else f"{100 * mean:.1f} % right"
 
 
-def _boxes(store: StoreReport, run: Run, accuracy: str) -> Sequence[_Box]:
+def _boxes(store: StoreReport, run: Run, accuracy: str) -> Sequence[tuple[str, str, str]]:
+    """Return title and two lines of each box, from left to right."""
     last = run.sets[-1]
     return (
-        _Box("teacher", (store.knowledge.teacher.architecture, accuracy)),
-        _Box("views", (f"{store.samples:,} images", f"x {store.views} views each")),
-        _Box("store", (f"{store.points:,} points", f"{store.bytes / 2**20:,.1f} MiB, read by all")),
-        _Box("student", (run.summary.model, f"{100 * run.summary.accuracy_last:.1f} % right")),
-        _Box("condensed set", (f"{len(last):,} of {last.count:,}", f"{int(last.mixed.sum()):,} of them enriched")),
+        ("teacher", store.knowledge.teacher.architecture, accuracy),
+        ("views", f"{store.samples:,} images", f"x {store.views} views each"),
+        ("store", f"{store.points:,} points", f"{store.bytes / 2**20:,.1f} MiB, read by all"),
+        ("student", run.summary.model, f"{100 * run.summary.accuracy_last:.1f} % right"),
+        ("condensed set", f"{len(last):,} of {last.count:,}", f"{int(last.mixed.sum()):,} of them enriched"),
     )
-
-
-def _draw_box(axes: Axes, centre: float, box: _Box, fill: str) -> None:
-    corner = (centre - BOX_WIDTH / 2, 0.6 - BOX_HEIGHT / 2)
-    axes.add_patch(Rectangle(corner, BOX_WIDTH, BOX_HEIGHT, facecolor=fill, edgecolor="black", alpha=0.55))
-    axes.text(centre, 0.69, box.title, ha="center", va="center", size=11, weight="bold")
-    axes.text(centre, 0.54, "\n".join(map(short, filter(None, box.lines))), ha="center", va="center", size=9)
 
 
 def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], curve: float = 0.0) -> None:
@@ -187,22 +178,13 @@ def _movers(axes: Axes, ranks: np.ndarray, names: Sequence[str]) -> None:
     change = ranks[-1] - ranks[0]
     order = np.argsort(change, kind="stable")
     few = min(5, len(order) // 2)
-    for chosen, colour, style, label in (
-        (order[-few:], COLOURS[0], "-o", "rose most"), (order[:few], COLOURS[1], "--s", "fell most"),
-    ):  # fmt: skip
-        for number, sample in enumerate(chosen if few else ()):
-            axes.plot(
-                100 * ranks[:, sample],
-                style,
-                color=colour,
-                markersize=3,
-                alpha=0.8,
-                label=label if not number else None,
-            )
+    kinds = ((order[-few:], COLOURS[0], "-o", "rose most"), (order[:few], COLOURS[1], "--s", "fell most"))
+    for chosen, colour, style, label in kinds if few else ():
+        lines = axes.plot(100 * ranks[:, chosen], style, color=colour, markersize=3, alpha=0.8)
+        lines[0].set_label(label)
     axes.set_xticks(range(len(names)), names)
-    axes.set(
-        title="samples that moved most", xlabel="end of stage", ylabel="rank (100 = most valuable)", ylim=(-3, 103)
-    )
+    axes.set(title="samples that moved most", xlabel="end of stage", ylabel="rank (100 = most valuable)")
+    axes.set_ylim(-3, 103)
 
 
 def turnover(found: Named) -> Picture:
@@ -213,12 +195,7 @@ def turnover(found: Named) -> Picture:
             count = run.sets[0].count
             rows = compare.turnover(compare.parts(run.sets))[1:]
             places = np.arange(1, len(rows) + 1)
-            kinds = (
-                ("left", COLOURS[1], -0.27, ""),
-                ("returned", COLOURS[2], 0.0, "//"),
-                ("new", COLOURS[4], 0.27, ".."),
-            )
-            for kind, colour, shift, hatch in kinds:
+            for kind, colour, shift, hatch in TURNS:
                 share = np.array([100 * getattr(row, kind) / count for row in rows])
                 axes.bar(places + shift, share, 0.27, color=colour, label=kind, hatch=hatch, edgecolor="white")
             axes.set_xticks(places, set_names(run)[1:])

@@ -3,6 +3,7 @@
 import csv
 import io
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +14,8 @@ import numpy as np
 
 from kcdcache import statistics
 from kcdcache.condense import compare
+from kcdcache.condense.compare import SetCounts
+from kcdcache.data.label_noise import NOISE_SEED
 from kcdcache.errors import SettingsError, printable
 from kcdcache.report.load import Loaded, Run
 from kcdcache.report.show import StoreReport
@@ -30,6 +33,13 @@ COMPARED = {
 }
 """entries of summaries that are compared pair by pair -> unit of their difference, and what it is multiplied by"""
 COSTS = ("student_samples", "teacher_forwards", "rows_read", "bytes_read", "seconds")
+OF_TEACHER = ("accuracy_train", "accuracy_right", "memorised", "recovered", "accuracy_true")
+"""entries of a summary that it has of the teacher too, beginning with `teacher_`"""
+SHARES = (
+    *OF_TEACHER, "agreement_train", "agreement_test", "accuracy_frequent", "accuracy_rare", "calibration_error",
+)  # fmt: skip
+"""entries of a summary that are shares and shown as percentages"""
+PLAIN = "ce"
 
 Row = Mapping[str, Any]
 Key = tuple[Path, str]
@@ -140,13 +150,11 @@ def labels(loaded: Loaded) -> dict[Key, str]:
     one title, and with the grid's folder where there are several."""
     titles = {grid.path: grid.titles for grid in loaded.grids}
     named = {(grid, step): titles[grid].get(step, step) for grid, step in loaded.rows()}
-    every = [(grid, name) for (grid, _), name in named.items()]
-    grids = {grid for grid, _ in named}
-    several, alike = len(grids) > 1, len({grid.name for grid in grids}) < len(grids)
-    found = {}
+    seen, grids = Counter((grid, name) for (grid, _), name in named.items()), {grid for grid, _ in named}
+    alike, found = len({grid.name for grid in grids}) < len(grids), {}
     for (grid, step), name in named.items():
-        called = f"{name} [{step}]" if every.count((grid, name)) > 1 else name
-        found[grid, step] = f"{grid if alike else grid.name}: {called}" if several else called
+        called = f"{name} [{step}]" if seen[grid, name] > 1 else name
+        found[grid, step] = f"{grid if alike else grid.name}: {called}" if len(grids) > 1 else called
     return found
 
 
@@ -156,9 +164,14 @@ def named_rows(loaded: Loaded) -> list[tuple[str, tuple[Run, ...]]]:
     return [(names[key], runs) for key, runs in loaded.rows().items()]
 
 
+def named_runs(loaded: Loaded) -> list[tuple[str, Run]]:
+    """Return (row's name, run) of each run, in order of the rows."""
+    return [(name, run) for name, runs in named_rows(loaded) for run in runs]
+
+
 def condensing(loaded: Loaded) -> list[tuple[str, Run]]:
     """Return (row's name, run) of all runs that condensed; not of those that only trained on a set they were given."""
-    return [(name, run) for name, runs in named_rows(loaded) for run in runs if run.condenses]
+    return [(name, run) for name, run in named_runs(loaded) if run.condenses]
 
 
 def references(loaded: Loaded, asked: str | None = None) -> dict[Key, Key]:
@@ -179,7 +192,7 @@ def references(loaded: Loaded, asked: str | None = None) -> dict[Key, Key]:
     found: dict[Key, Key] = {}
     for own in alike.values():
         trained = [key for key in own if rows[key][0].stages]
-        usual = [key for key in own if (key[1] == asked if asked else _is_usual(key[1]))]
+        usual = [key for key in own if (key[1] == asked if asked else f"-{key[1]}".endswith(f"-{USUAL_REFERENCE}"))]
         if best := usual or ([] if asked else trained or own):
             near = {knowledge_of(rows[key][0]): key for key in reversed(best)}
             found |= {
@@ -187,10 +200,6 @@ def references(loaded: Loaded, asked: str | None = None) -> dict[Key, Key]:
                 for key in own if key != best[0]
             }  # fmt: skip
     return found
-
-
-def _is_usual(step: str) -> bool:
-    return step == USUAL_REFERENCE or step.endswith(f"-{USUAL_REFERENCE}")
 
 
 def knowledge_of(run: Run) -> tuple[str | None, int | None]:
@@ -284,7 +293,7 @@ def cost(loaded: Loaded) -> Table:
 def curves(loaded: Loaded) -> Table:
     """Return a row per run and epoch: what the student had consumed, how long it took, and how good it was."""
     rows = []
-    for label, run in ((label, run) for label, runs in named_rows(loaded) for run in runs):
+    for label, run in named_runs(loaded):
         spent = 0.0
         for epoch in run.metrics:
             spent += run.seconds.get(epoch.epoch, 0.0)
@@ -362,26 +371,17 @@ def same_data(loaded: Loaded) -> list[list[tuple[str, Run]]]:
 
 def runs(loaded: Loaded) -> Table:
     """Return a row per run: where it ran, with what, and by which command."""
-    rows = [
-        {"row": label, "run": run.name, "seed": run.seed, "folder": f"{run.grid.name}/{run.name}", **_environment(run)}
-        for label, found in named_rows(loaded)
-        for run in found
-    ]
+    rows = []
+    for label, run in named_runs(loaded):
+        latest = run.record.latest
+        libraries = {"python": latest.python, **latest.versions}
+        rows.append({
+            "row": label, "run": run.name, "seed": run.seed, "folder": f"{run.grid.name}/{run.name}",
+            "commit": latest.git_commit, "device": f"{latest.device} ({latest.device_name})",
+            "threads": latest.threads, "versions": ", ".join(f"{name} {found}" for name, found in libraries.items()),
+            "changes": len(run.record.changes), "command": latest.command,
+        })  # fmt: skip
     return worded("runs", rows)
-
-
-def _environment(run: Run) -> Row:
-    latest = run.record.latest
-    return {
-        "commit": latest.git_commit,
-        "device": f"{latest.device} ({latest.device_name})",
-        "threads": latest.threads,
-        "versions": ", ".join(
-            f"{name} {found}" for name, found in {"python": latest.python, **latest.versions}.items()
-        ),
-        "changes": len(run.record.changes),
-        "command": latest.command,
-    }
 
 
 def settings(loaded: Loaded) -> Table:
@@ -401,36 +401,173 @@ def _settings(found: Sequence[Run]) -> dict[str, str]:
 
 def unlike_rows(loaded: Loaded) -> list[str]:
     """Return a line for each row whose runs differ in more than their seed: their mean is of different things."""
-    lines = []
-    for label, found in named_rows(loaded):
-        differing = [name for name, value in _settings(found).items() if " | " in value and name not in SEEDS]
-        if differing:
-            lines.append(f"the runs of '{label}' differ in {', '.join(differing)}: their mean is of unlike runs")
-    return lines
+    return [
+        f"the runs of '{label}' differ in {', '.join(differing)}: their mean is of unlike runs"
+        for label, found in named_rows(loaded)
+        if (differing := [name for name, value in _settings(found).items() if " | " in value and name not in SEEDS])
+    ]
 
 
 def identities(loaded: Loaded) -> Table:
     """Return a row per thing that has an id: what names this content and no other."""
-    rows = [
-        {"of": store.path.name, "what": what, "id": id} for store in loaded.stores for what, id in _store_ids(store)
-    ]
-    rows += [{"of": run.name, "what": what, "id": id} for run in loaded.runs for what, id in _run_ids(run)]
-    return worded("identities", rows)
+    named = [(store.path.name, _store_ids(store)) for store in loaded.stores]
+    named += [(run.name, _run_ids(run)) for run in loaded.runs]
+    return worded("identities", [{"of": of, "what": what, "id": id} for of, ids in named for what, id in ids.items()])
 
 
-def _store_ids(store: StoreReport) -> Iterator[tuple[str, str | None]]:
-    yield from (("id", store.id), ("knowledge_id", store.knowledge_id), ("layout_id", store.layout_id))
-    yield f"weights of the teacher {store.knowledge.teacher.architecture}", store.knowledge.teacher.weights
-    yield "training split", store.knowledge.data.digest
-    views = store.knowledge.document()["views"]
-    yield "views", ", ".join(f"{name} {value}" for name, value in sorted(views.items()))
+def _store_ids(store: StoreReport) -> dict[str, str | None]:
+    knowledge, views = store.knowledge, store.knowledge.document()["views"]
+    return {
+        "id": store.id, "knowledge_id": store.knowledge_id, "layout_id": store.layout_id,
+        f"weights of the teacher {knowledge.teacher.architecture}": knowledge.teacher.weights,
+        "training split": knowledge.data.digest,
+        "views": ", ".join(f"{name} {value}" for name, value in sorted(views.items())),
+    }  # fmt: skip
 
 
-def _run_ids(run: Run) -> Iterator[tuple[str, str | None]]:
-    inputs = run.record.inputs
-    yield from (("summary", run.id), ("weights", run.weights))
-    for name in ("knowledge_id", "data", "test", "given"):
-        if value := getattr(inputs, name):
-            yield name, value
-    for stage in run.stages:
-        yield f"manifest of stage {stage.number}", stage.manifest.digest
+def _run_ids(run: Run) -> dict[str, str | None]:
+    inputs = {name: getattr(run.record.inputs, name) for name in ("knowledge_id", "data", "test", "given")}
+    return {
+        "summary": run.id, "weights": run.weights, **{name: value for name, value in inputs.items() if value},
+        **{f"manifest of stage {stage.number}": stage.manifest.digest for stage in run.stages},
+    }  # fmt: skip
+
+
+def fidelity(loaded: Loaded) -> Table:
+    """Return a row per step that was measured on its training samples, and one per teacher; means over seeds."""
+    names, rows = labels(loaded), loaded.rows()
+    plain = {key: runs for key, runs in rows.items() if _is_plain(runs[0])}
+    found: list[Row] = []
+    teachers: list[Row] = []
+    for key, every in rows.items():
+        runs = [run for run in every if run.summary.accuracy_train is not None]
+        if not runs:
+            continue
+        teacher = _teacher(runs[0])
+        if teacher and teacher not in teachers:  # of several stores of one teacher too, whose view 0 is the same
+            teachers.append(teacher)
+            found.append({"row": teachers_name(names[key]), **_group(runs[0]), **teacher})
+        row = {"row": names[key], "n": len(runs), "data": corruption(runs[0]), **_group(runs[0])}
+        row |= {"accuracy": mean(runs, "accuracy_last")} | {name: mean(runs, name) for name in SHARES}
+        base = None if key in plain else _plain_of(runs[0], plain)
+        found.append(row | ({} if base is None else {"over": names[base], **_gain(runs, plain[base])}))
+    return worded("fidelity", found)
+
+
+def screening(loaded: Loaded) -> Table:
+    """Return a row per step and set: what it keeps and drops of wrong labels and of rare classes; means over seeds."""
+    rows: list[Row] = []
+    for label, runs in named_rows(loaded):
+        by_stage: dict[int, list[Row]] = {}
+        for run in (run for run in runs if run.condenses):
+            for stage, shares in _screened(run):
+                by_stage.setdefault(stage, []).append(shares)
+        for stage, each in sorted(by_stage.items()):
+            means = {
+                name: statistics.spread([one[name] for one in each if one[name] is not None]).mean for name in each[0]
+            }
+            row = {"row": label, "data": corruption(runs[0]), **_group(runs[0]), "stage": stage, "n": len(each)}
+            rows.append(row | means)
+    return worded("screening", rows)
+
+
+def _group(run: Run) -> dict[str, str]:
+    """Return what the rows of one figure have in common: what was done to the students' data, and their network."""
+    return {"condition": corruption(run), "network": run.summary.model}
+
+
+def corruption(run: Run) -> str:
+    """Return what was done to a run's training data, in words."""
+    known = run.summary.corruption
+    if known is None:
+        return "as it is"
+    redraw = "" if known.redraw else ", the true class excluded"
+    redraw += "" if known.noise_seed == NOISE_SEED else f", seed {known.noise_seed}"
+    noise = [] if known.noise is None else [f"noise {known.noise}{redraw}"]
+    gamma = [] if known.gamma is None else [f"gamma {known.gamma} ({known.n_max} to {known.n_min} per class)"]
+    return ", ".join([*noise, *gamma]) or "as it is"
+
+
+def _plain_of(run: Run, plain: Mapping[Key, Sequence[Run]]) -> Key | None:
+    """Return the row of plain training that a run is to be compared with: same network, data, epochs, then settings."""
+
+    def alike(key: Key) -> tuple[bool, int]:
+        other = plain[key][0]
+        ours, theirs = run.record.settings, other.record.settings
+        shared = sum(name in theirs and theirs[name] == value for name, value in ours.items())
+        return knowledge_of(run) == knowledge_of(other), shared
+
+    return max((key for key, runs in plain.items() if _task(runs[0]) == _task(run)), key=alike, default=None)
+
+
+def _task(run: Run) -> tuple[Any, ...]:
+    """Return what two runs must share for one to be the other's plain training."""
+    return run.grid, run.summary.model, data_of(run), run.record.settings.get("epochs")
+
+
+def _is_plain(run: Run) -> bool:
+    """Return whether a run is plain training: a student's on labels alone with everything kept, or a `fit`."""
+    alone = run.summary.method == PLAIN or run.summary.kind == "fit"
+    return alone and not run.condenses and run.summary.relative_cost == 1
+
+
+def _gain(ours: Sequence[Run], plain: Sequence[Run]) -> Row:
+    """Return the paired difference in test accuracy to plain training, in percentage points."""
+    here, there = ({run.seed: 100 * run.summary.accuracy_last for run in side} for side in (ours, plain))
+    found = statistics.difference(here, there)
+    if found is None:
+        return {}
+    return {"gain": found.mean, "gain_low": found.low, "gain_high": found.high, "pairs": found.n}
+
+
+def _teacher(run: Run) -> Row:
+    """Return what a run's summary tells of its teacher, from the store and perhaps test images; empty for nothing."""
+    summary = run.summary
+    if summary.teacher_accuracy_train is None:
+        return {}
+    data = {"same": corruption(run), "other": "other data than the students'"}.get(summary.teacher_data or "", "")
+    shares = {name: getattr(summary, f"teacher_{name}") for name in OF_TEACHER}
+    return {"n": 1, "data": data, "accuracy": summary.teacher_accuracy, **shares}
+
+
+def teachers_name(student: str) -> str:
+    """Return how the teacher of a row is called: as a recipe's `WHAT: variant` rows are.
+
+    >>> teachers_name("noise 0.4: KD, everything"), teachers_name("resnet8-kd")
+    ('noise 0.4: the teacher', 'teacher of resnet8-kd')
+    """
+    what, colon, _ = student.rpartition(": ")
+    return f"{what}: the teacher" if colon else f"teacher of {student}"
+
+
+def _screened(run: Run) -> Iterator[tuple[int, dict[str, float | None]]]:
+    """Yield (stage, shares) of a run's sets, each with how the values it was chosen by tell marked samples apart."""
+    before: dict[str, float | None] = {"separation_wrong": None, "separation_rare": None}
+    for counts in sorted(run.summary.sets or (), key=lambda one: one.stage):
+        yield counts.stage, _shares(counts) | before
+        before = {name: getattr(counts, name) for name in before}
+
+
+def _shares(counts: SetCounts) -> dict[str, float | None]:
+    """Return a set's counts as shares; None where nothing of that kind is there to be counted."""
+    total = counts.kept + counts.dropped
+    wrong, rare = _sum(counts.kept_wrong, counts.dropped_wrong), _sum(counts.kept_rare, counts.dropped_rare)
+    return {
+        "kept": counts.kept / total,
+        "dropped": counts.dropped / total,
+        "wrong": _ratio(wrong, total),
+        "precision": _ratio(counts.dropped_wrong, counts.dropped),
+        "recall": _ratio(counts.dropped_wrong, wrong) if counts.dropped else None,
+        "enriched_wrong": _ratio(counts.enriched_wrong, counts.enriched),
+        "partners_wrong": _ratio(counts.partners_wrong, counts.partners),
+        "kept_rare": _ratio(counts.kept_rare, rare),
+        "kept_frequent": None if rare is None else _ratio(counts.kept - (counts.kept_rare or 0), total - rare),
+    }
+
+
+def _sum(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other
+
+
+def _ratio(part: int | None, whole: int | None) -> float | None:
+    return part / whole if part is not None and whole else None

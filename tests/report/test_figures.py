@@ -19,12 +19,7 @@ def test_names_that_differ_are_called_differently(names):
     called = figures.short_names(names)
     assert list(called) == list(dict.fromkeys(names))
     assert len(set(called.values())) == len(called)
-
-
-@given(st.lists(NAMES, max_size=8))
-def test_names_are_short_unless_that_would_make_two_the_same(names):
-    called = figures.short_names(names)
-    if any(len(label) > figures.LONGEST for label in called.values()):
+    if any(len(label) > figures.LONGEST for label in called.values()):  # longer only where that tells two apart
         assert len({figures.short(label) for label in called.values()}) < len(called)
 
 
@@ -36,10 +31,7 @@ def test_names_are_short_unless_that_would_make_two_the_same(names):
         (["only: this"], ["only: this"]),
         (["a: KD", "a: KD + KR", "KD"], ["a: KD", "a: KD + KR", "KD"]),
         ([f"{'x' * 40} one", f"{'x' * 40} two"], [f"{'x' * 16}…{'x' * 13} one", f"{'x' * 16}…{'x' * 13} two"]),
-        (
-            [f"{'x' * 20}1{'x' * 20}", f"{'x' * 20}2{'x' * 20}"],
-            [f"{'x' * 20}1{'x' * 20}", f"{'x' * 20}2{'x' * 20}"],
-        ),
+        ([f"{'x' * 20}{n}{'x' * 20}" for n in "12"], [f"{'x' * 20}{n}{'x' * 20}" for n in "12"]),
     ],
 )
 def test_what_all_begin_with_is_left_out_and_the_rest_cut_in_its_middle(names, expected):

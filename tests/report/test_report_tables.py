@@ -32,16 +32,13 @@ def test_a_text_is_one_printable_line_wherever_it_is_shown(text):
     assert cell.isprintable()
     assert cell == printable(text)
     assert len(made.text().split("\n")) == 3
+    assert "\u202e" not in made.text()
     assert read(made.csv())[0]["name"].removeprefix("'") == printable(text).removeprefix("'")
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@sum", "=cmd|' /C calc'!A0"])
 def test_no_text_is_a_formula_in_a_spreadsheet(text):
     assert read(table([{"name": text, "value": -1.5}]).csv()) == [{"name": f"'{text}", "value": "-1.5"}]
-
-
-def test_control_and_bidirectional_characters_are_shown_not_sent():
-    assert printable("a\x1b[31m\u202eb\nc") == r"a\x1b[31m\u202eb\nc"
 
 
 @pytest.mark.parametrize(
@@ -54,13 +51,11 @@ def test_control_and_bidirectional_characters_are_shown_not_sent():
 )  # fmt: skip
 def test_how_numbers_are_shown(kind, value, text):
     assert shown(value, kind) == text
-    assert kind in SHOWN
 
 
 def test_text_for_a_terminal_is_aligned():
     made = table([{"name": "long name", "value": 1.5}, {"name": "b"}])
-    lines = ["the name   value (s)", "-" * 20, "long name        1.5", "b"]
-    assert made.text().splitlines() == lines
+    assert made.text() == f"the name   value (s)\n{'-' * 20}\nlong name        1.5\nb"
 
 
 def test_every_column_is_shown_in_a_way_there_is_and_has_a_name_of_its_own():

@@ -12,9 +12,9 @@ from reporting import Page
 from kcdcache.data import datasets
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform
-from kcdcache.report import images, load, robustness
+from kcdcache.report import figures, images, load
 from kcdcache.report.page import tables_of, write
-from kcdcache.report.tables import references
+from kcdcache.report.tables import fidelity, references, screening
 from kcdcache.settings import TrainSettings
 from kcdcache.teacher import teacher
 from kcdcache.training import distill
@@ -28,25 +28,19 @@ T_ONE = math.tan(math.pi * (0.975 - 0.5))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("robust") / "runs"
+    root, runs = tmp_path_factory.mktemp("robust") / "runs", []
     for name, given in SPECS.items():
         dataset = datasets.load(given)
         module = opinionated(registry.build("resnet8", 10, 1))
         made = teacher.freeze(module, InputTransform(dataset.mean, dataset.std), "resnet8", dataset.classes, CPU)
-        learned_from = dataset.identity().digest if name == "noise" else "0" * 64
-        made = replace(made, data=learned_from)
+        made = replace(made, data=dataset.identity().digest if name == "noise" else "0" * 64)
         knowledge = precomputed(root / f"{name}-store", dataset, made, views=2)
         material = distill.Material(data=dataset, knowledge=knowledge, teacher=made)
         for row, changes in ROWS.items():
             for seed in (0, 1):
                 settings = TrainSettings(**(SCHOOL | changes | {"seed": seed}))
                 distill.run(settings, material, out=root / f"{name}-{row}-seed{seed}", device="cpu")
-    runs = [
-        {"step": f"{name}-{row}", "seed": seed, "kind": "train", "data": given}
-        for name, given in SPECS.items()
-        for row in ROWS
-        for seed in (0, 1)
-    ]
+                runs.append({"step": f"{name}-{row}", "seed": seed, "kind": "train", "data": given})
     rows = [{"step": f"{name}-{row}", "title": f"{name}: {row}"} for name in SPECS for row in ROWS]
     results = {"title": "Corrupted digits", "data": "digits", "rows": rows, "runs": runs}
     (root / "results.json").write_text(json.dumps(results))
@@ -55,7 +49,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def known(folder):
-    return load.read([folder])
+    found = load.read([folder])
+    assert (len(found.runs), found.problems) == (len(SPECS) * len(ROWS) * 2, ())
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +61,6 @@ def tables(known):
 
 def summaries(folder, step):
     return [json.loads((folder / f"{step}-seed{seed}" / "summary.json").read_text()) for seed in (0, 1)]
-
-
-def test_summaries_on_corrupted_data_fit_their_model(known):
-    for run in known.runs:
-        document = json.loads((run.path / "summary.json").read_text())
-        assert run.summary.model_dump(exclude_unset=True) | {"digest": document["digest"]} == document
-        assert run.summary.sets
 
 
 def row_of(table, name, **more):
@@ -120,7 +109,7 @@ def test_the_gain_is_over_plain_training_of_as_many_epochs_and_the_most_alike_se
     more += [
         changed(run, "noise-ce-wild", {"accuracy_last": 0.8}, {"learning_rate": 9.0, "momentum": 0.1}) for run in plain
     ]
-    table = robustness.fidelity(known._replace(runs=(*more, *runs)))
+    table = fidelity(known._replace(runs=(*more, *runs)))
     named = {row["row"]: row for row in table.rows}
     kcd = named["noise: kcd"]
     ours, theirs = (
@@ -139,7 +128,7 @@ def test_a_fit_of_the_students_network_is_plain_training_too(known):
         if run.step == "noise-ce"
     ]
     others = [run for run in runs if run.step != "noise-ce"]
-    row = row_of(robustness.fidelity(known._replace(runs=(*fits, *others))), "noise: kcd")
+    row = row_of(fidelity(known._replace(runs=(*fits, *others))), "noise: kcd")
     own = statistics.fmean(100 * run.summary.accuracy_last for run in others if run.step == "noise-kcd")
     assert (row["over"], row["gain"]) == ("noise-fit", pytest.approx(own - 25))
 
@@ -166,7 +155,7 @@ def test_stores_of_one_teacher_tell_of_it_once(known, tables):
     """The teacher of a second store of the same data, as one with other fields of the same network is."""
     other = {"knowledge_id": "other"}
     moved = [changed(run, inputs=other if run.step.endswith("kcd") else None) for run in known.runs]
-    assert robustness.fidelity(known._replace(runs=tuple(moved))).rows == tables["fidelity"].rows
+    assert fidelity(known._replace(runs=tuple(moved))).rows == tables["fidelity"].rows
 
 
 def test_images_whose_label_is_wrong_tell_their_true_class(known):
@@ -197,7 +186,7 @@ def test_precision_and_recall_stand_beside_what_chance_gives(folder, tables):
 
 
 def test_rare_classes_are_counted_beside_frequent_ones(folder, tables):
-    (counts,) = [row for row in summaries(folder, "gamma-kcd")[0]["sets"] if row["stage"] == 2][:1]
+    counts = next(row for row in summaries(folder, "gamma-kcd")[0]["sets"] if row["stage"] == 2)
     row = row_of(tables["screening"], "gamma: kcd", stage=2)
     total = counts["kept"] + counts["dropped"]
     rare = counts["kept_rare"] + counts["dropped_rare"]
@@ -207,25 +196,21 @@ def test_rare_classes_are_counted_beside_frequent_ones(folder, tables):
 
 
 def test_the_page_shows_tables_figures_and_the_images_of_the_corrupted_data(folder, tmp_path):
-    told = write([folder], tmp_path / "r.html", json_file=tmp_path / "r.json")
+    told = write([folder], tmp_path / "r.html")
     page = Page((tmp_path / "r.html").read_text())
     assert {"fidelity", "screening"} <= page.tables.keys()
-    keys = [figure["key"] for figure in told["figures"]]
-    assert {"labelled", "screened", "thinned"} <= set(keys)
+    assert {"labelled", "screened", "thinned"} <= {figure["key"] for figure in told["figures"]}
     assert any(strip["title"].startswith("Most valuable") for strip in told["images"])
-    again = write([folder], tmp_path / "again.html")
-    assert (tmp_path / "again.html").read_bytes() == (tmp_path / "r.html").read_bytes()
-    assert again["tables"] == told["tables"]
 
 
 def test_each_corruption_and_network_has_a_figure_of_its_own(known, tables):
     twice = known._replace(runs=(*known.runs, *(
         changed(run, f"other-{run.step}", {"model": "resnet14"}) for run in known.runs if run.step.startswith("noise-")
     )))  # fmt: skip
-    found = robustness.pictures(robustness.fidelity(twice), robustness.screening(twice))
+    found = figures.robustness(fidelity(twice).rows, screening(twice).rows)
     assert [(picture.key, picture.title.rpartition("? ")[2]) for picture in found if "screened" in picture.key] == [
         ("screened-1", "noise 0.5, lessons:TinyNet"), ("screened-2", "noise 0.5, resnet14"),
     ]  # fmt: skip
-    single = robustness.pictures(tables["fidelity"], tables["screening"])
+    single = figures.robustness(tables["fidelity"].rows, tables["screening"].rows)
     assert [picture.key for picture in single] == ["labelled", "screened", "thinned"]
     assert not any("noise" in picture.title for picture in single)
