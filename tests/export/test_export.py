@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from exports import FIELDS, ONE_STAGE, exporting, narrowed, prepared, trained
-from killing import finished, nursery, succeeds
+from killing import finished, succeeds
 from lessons import CPU, precomputed, teacher_of
 from lessons import condensed as halved
 from PIL import Image
@@ -71,6 +71,7 @@ def test_a_set_that_spares_nothing_says_so(place, tmp_path, caplog):
 
 def test_it_says_of_its_samples_what_the_full_store_says(place):
     opened = condensed_set.open(place.root / "plain")
+    assert sha256_file(place.root / "plain/manifest.parquet") == sha256_file(place.file)
     ours, theirs = opened.knowledge, place.knowledge
     assert (ours.count, ours.views, ours.knowledge_id) == (theirs.count, theirs.views, theirs.knowledge_id)
     assert np.array_equal(ours.labels, theirs.labels)
@@ -96,11 +97,6 @@ def test_other_samples_are_refused_by_name(place):
         knowledge.load(0, np.sort(np.append(knowledge.held[:3], missing[:2])), ("logits",))
 
 
-def test_its_manifest_is_the_set_that_was_given(place):
-    assert condensed_set.open(place.root / "plain").manifest.digest == place.set.digest
-    assert sha256_file(place.root / "plain/manifest.parquet") == sha256_file(place.file)
-
-
 def test_a_runs_folder_stands_for_the_set_it_ended_with(place, tmp_path):
     trained(tmp_path / "run", store=place.knowledge.path, stages=2, keep=0.5)
     exporting(place, tmp_path / "e", manifest=tmp_path / "run")
@@ -114,8 +110,6 @@ def test_fewer_views_are_the_first_ones(place, tmp_path):
     assert (knowledge.views, knowledge.plan.compression) == (2, "zstd")
     found = knowledge.read("penultimate", 1, knowledge.held)
     assert np.array_equal(found, place.knowledge.read("penultimate", 1, knowledge.held))
-    with pytest.raises(SettingsError, match=r"--views 4: .* holds 3 views"):
-        exporting(place, tmp_path / "other", views=4)
 
 
 def test_skipped_samples_stay_known(place, tmp_path):
@@ -145,15 +139,11 @@ def test_a_set_of_other_knowledge_or_data_is_refused(place, tmp_path):
 # training
 
 
-CASES = {
-    "kd": {},
-    "penultimate": {"method": "rkd", "student": "resnet8"},
-    "both": {"method": "pkt+kd", "student": "resnet8"},
-    "condensed further": {"epochs": 4, "stages": 2, "keep": 0.25},
-}
-
-
-@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "changes",
+    [{"method": "pkt+kd", "student": "resnet8"}, {"epochs": 4, "stages": 2, "keep": 0.25}],
+    ids=["both fields", "condensed further"],
+)
 def test_training_from_it_gives_the_weights_of_training_from_the_store(place, tmp_path, changes):
     full = trained(tmp_path / "full", store=place.knowledge.path, manifest=place.file, **changes)
     assert trained(tmp_path / "part", condensed=place.root / "plain", **changes) == full
@@ -174,15 +164,12 @@ def test_a_set_with_images_trains_and_tests_without_the_data(place, tmp_path):
     assert records[0] == records[1]
 
 
-def test_stages_are_one_unless_given(place, tmp_path):
-    given = {"student": "lessons:TinyNet", "epochs": 2, "out": tmp_path / "run", "data": SPEC}
-    planned = executed("train", given | {"condensed": place.root / "plain"}, dry_run=True)
-    assert [(stage["samples"], stage["source"]) for stage in planned["stages"]] == [(80, "given")]
-
-
 def test_a_run_continues_from_it_to_the_same_bytes(place, tmp_path):
     given = {"condensed": place.root / "plain"}
-    begun = executed("train", ONE_STAGE | {"data": SPEC, "out": tmp_path / "run", "until": 1} | given)
+    settings = {key: value for key, value in ONE_STAGE.items() if key != "stages"} | {"data": SPEC} | given
+    planned = executed("train", settings | {"out": tmp_path / "run"}, dry_run=True)
+    assert [(stage["samples"], stage["source"]) for stage in planned["stages"]] == [(80, "given")]  # one unless given
+    begun = executed("train", settings | {"out": tmp_path / "run", "until": 1})
     assert begun["finished"] is False
     assert trained(tmp_path / "run", **given) == trained(tmp_path / "once", **given)
 
@@ -240,9 +227,6 @@ def test_an_image_that_is_not_there_is_refused_and_never_made_up(place, tmp_path
         dataset.train.images(missing[:2])
     with pytest.raises(MismatchError, match=r"is not among the 120 of 200 images that the exported set holds"):
         executed("fit", {"data": dataset.name, "model": "resnet8", "out": tmp_path / "fit", "epochs": 1})
-
-
-def test_without_images_the_data_must_be_given(place):
     with pytest.raises(MismatchError, match="was exported without images: give the data set it was made from"):
         condensed_set.read_data(f"condensed:{place.root / 'plain'}")
 
@@ -288,25 +272,20 @@ def test_every_kind_of_image_comes_back_as_it_was(tmp_path, kind):
     make, rule = KINDS[kind]
     whole = make(tmp_path)
     dataset = condensed_set.read_data(whole)
-    knowledge = precomputed(tmp_path / "store", dataset, _teacher(dataset), views=1, size=12, augment=rule)
-    chosen = narrowed(knowledge)
-    manifest.write(tmp_path / "set.parquet", chosen)
+    network = registry.build("resnet8", 10, 1, channels=len(dataset.mean))
+    frozen = teacher.freeze(network, InputTransform(dataset.mean, dataset.std), "resnet8", dataset.classes, CPU)
+    knowledge = precomputed(tmp_path / "store", dataset, frozen, views=1, size=12, augment=rule)
+    manifest.write(tmp_path / "set.parquet", narrowed(knowledge))
     place = SimpleNamespace(file=tmp_path / "set.parquet", knowledge=knowledge)
     exporting(place, tmp_path / "e", data=whole, with_images=True)
-    ours, again = condensed_set.read_data(f"condensed:{tmp_path / 'e'}"), condensed_set.read_data(whole)
-    held = condensed_set.open(tmp_path / "e").knowledge.held
+    ours, held = (
+        condensed_set.read_data(f"condensed:{tmp_path / 'e'}"),
+        condensed_set.open(tmp_path / "e").knowledge.held,
+    )
     assert 0 < len(held) < len(dataset.train)
-    for found, wanted in zip(ours.train.images(held), again.train.images(held), strict=True):
+    for found, wanted in zip(ours.train.images(held), dataset.train.images(held), strict=True):
         assert np.array_equal(found, wanted)
-    assert (ours.mean, ours.std, ours.test.digest()) == (again.mean, again.std, again.test.digest())
-    student = {"student": "resnet8", "batch_size": 16}
-    full = trained(tmp_path / "full", data=whole, store=knowledge.path, manifest=place.file, **student)
-    assert trained(tmp_path / "part", data=ours.name, condensed=tmp_path / "e", **student) == full
-
-
-def _teacher(dataset):
-    network = registry.build("resnet8", 10, 1, channels=len(dataset.mean))
-    return teacher.freeze(network, InputTransform(dataset.mean, dataset.std), "resnet8", dataset.classes, CPU)
+    assert (ours.mean, ours.std, ours.test.digest()) == (dataset.mean, dataset.std, dataset.test.digest())
 
 
 @pytest.mark.parametrize(
@@ -315,6 +294,7 @@ def _teacher(dataset):
         ({"bake": True}, "--bake needs --temperature"),
         ({"temperature": 4.0}, "--temperature does nothing without --bake"),
         ({"with_images": True}, "--with-images needs --data"),
+        ({"views": 4}, r"--views 4: .* holds 3 views"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(place, tmp_path, changes, said):
@@ -360,19 +340,12 @@ def test_the_same_export_has_the_same_bytes_anywhere(place, tmp_path):
     assert bytes_of(tmp_path / "e") == bytes_of(place.root / "pictures")
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "data/train.parquet"])
-def test_a_folder_of_something_else_is_refused(place, tmp_path, name):
-    (tmp_path / "e" / name).parent.mkdir(parents=True)
-    (tmp_path / "e" / name).write_text("mine")
-    with pytest.raises(SettingsError, match=rf"e holds {name.split('/')[0]}, which this export does not write"):
+def test_a_folder_of_something_else_is_refused(place, tmp_path):
+    (tmp_path / "e/data").mkdir(parents=True)
+    (tmp_path / "e/data/train.parquet").write_text("mine")
+    with pytest.raises(SettingsError, match="e holds data, which this export does not write"):
         exporting(place, tmp_path / "e")
-    assert bytes_of(tmp_path / "e") == {name: b"mine"}
-
-
-@pytest.fixture(scope="module")
-def start():
-    with nursery() as begin:
-        yield begin
+    assert bytes_of(tmp_path / "e") == {"data/train.parquet": b"mine"}
 
 
 def words(place, out, *more):
@@ -381,7 +354,7 @@ def words(place, out, *more):
 
 
 @pytest.mark.parametrize(
-    "steps", [(2, 40, 110), pytest.param(range(1, 180, 7), marks=pytest.mark.slow)], ids=["some", "many"]
+    "steps", [(2, 60), pytest.param(range(1, 180, 7), marks=pytest.mark.slow)], ids=["some", "many"]
 )
 def test_a_killed_export_is_accepted_by_nobody_and_ends_in_the_same_bytes(place, start, tmp_path, steps):
     succeeds(start, words(place, tmp_path / "whole"), tmp_path / "log")
@@ -395,16 +368,12 @@ def test_a_killed_export_is_accepted_by_nobody_and_ends_in_the_same_bytes(place,
             continue
         assert code == -signal.SIGKILL
         died += 1
-        complete = (out / "condensed.json").exists()
-        if not complete:
-            with pytest.raises((NotFoundError, UnfinishedError)):
-                condensed_set.open(out)
-            for look in (show.inspect, verify.verify):
-                with pytest.raises((NotFoundError, UnfinishedError, MismatchError)):
-                    look(out)
+        for look in (condensed_set.open, show.inspect, verify.verify) if not (out / records.RECORD).exists() else ():
+            with pytest.raises((NotFoundError, UnfinishedError, MismatchError)):
+                look(out)
         succeeds(start, words(place, out), tmp_path / "log")
         assert bytes_of(out) == whole, step
-    assert died >= 3
+    assert died >= 2
 
 
 def test_a_full_disk_leaves_nothing_that_is_accepted(place, start, tmp_path):
@@ -447,12 +416,10 @@ def test_it_is_told_by_inspect_and_expected_by_id(place):
     assert found["manifest"]["kept"] == 80
     json.dumps(found, allow_nan=False)
     show.require_ids([place.root / "baked"], [found["id"]])
-    with pytest.raises(MismatchError, match=f"baked has the id {found['id']}, expected 00"):
-        show.require_ids([place.root / "baked"], ["00"])
 
 
 def test_an_expected_id_is_compared_before_training(place, tmp_path):
-    with pytest.raises(MismatchError, match="it is not what was promised"):
+    with pytest.raises(MismatchError, match=r"plain has the id \w{64}, expected 00: it is not what was promised"):
         trained(tmp_path / "run", condensed=place.root / "plain", expect_id=("00",))
     assert not (tmp_path / "run").exists()
 

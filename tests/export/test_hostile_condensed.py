@@ -154,37 +154,25 @@ def recalled(change):
 
 HOSTILE = {
     "a path outside": setting("files", "../outside", value=[1, "0" * 64]),
-    "an absolute path": setting("files", "/etc/passwd", value=[1, "0" * 64]),
     "a file fewer": lambda content: content["files"].pop("README.md"),
-    "files as a list": setting("files", value=["README.md"]),
     "an entry of three": setting("files", "README.md", value=[1, "0" * 64, 2]),
-    "a negative size": setting("files", "README.md", value=[-1, "0" * 64]),
     "a size that is true": setting("files", "README.md", value=[True, "0" * 64]),
     "no SHA-256": setting("files", "README.md", value=[1, "../x"]),
     "an unknown key": setting("surprise", value=1),
     "no views": setting("views", value=0),
-    "rows as text": setting("rows", value="120"),
-    "skipped objects": setting("skipped", value=[{}]),
     "a temperature below zero": setting("baked", value={"temperature": -1.0, "target": "keep", "mix": "convex"}),
     "baked without its store": setting("baked", value={"temperature": 1.0, "target": "keep", "mix": "convex"}),
-    "an unknown mix": setting("baked", value={"temperature": 1.0, "target": "keep", "mix": "x"}),
     "images of another kind": setting("images", "train", value="pickle"),
     "no images after all": setting("images", value=None),
     "statistics of no channel": setting("images", "mean", value=[]),
-    "statistics of many channels": setting("images", "mean", value=[0.5] * 400),
-    "a licence of numbers": setting("licence", value=3),
+    "statistics of unlike channels": setting("images", "mean", value=[0.5]),
     "another manifest": setting("manifest", value="0" * 64),
     "knowledge of nobody": setting("knowledge", value={}),
-    "knowledge as a list": setting("knowledge", value=[]),
-    "teacher as a text": recalled(setting("teacher", value="x")),
     "another teacher": recalled(setting("teacher", "weights", value="0" * 64)),
-    "count as a text": recalled(setting("data", "count", value="200")),
     "a count that is true": recalled(setting("data", "count", value=True)),
     "a huge count": recalled(setting("data", "count", value=10**12)),
     "another count": recalled(setting("data", "count", value=100)),
-    "classes of numbers": recalled(setting("data", "classes", value=list(range(10)))),
     "other classes": recalled(setting("data", "classes", value=["a"] * 10)),
-    "an image size of text": recalled(setting("data", "image_size", value=["16", "16"])),
     "a huge image": recalled(setting("data", "image_size", value=[10**9, 10**9])),
     "a set of mixes": recalled(setting("mixes", value={"manifest": "m"})),
     "a plan of nothing": setting("layout", value={}),
@@ -192,9 +180,9 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("how", HOSTILE)
-def test_a_forged_record_is_refused(root, how):
-    reseal(root, HOSTILE[how], files=False)
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
+def test_a_forged_record_is_refused(root, change):
+    reseal(root, change, files=False)
     for look in (verify.verify, everything):
         with pytest.raises((CorruptionError, MismatchError, UnsafeError)):
             look(root)
@@ -217,12 +205,6 @@ def test_a_forged_frame_is_refused(root, more, error, said):
         record.read(root)
 
 
-def test_resealed_without_change_is_read(root):
-    reseal(root)
-    assert everything(root)
-    verify.verify(root, read_data=True)
-
-
 def rewritten(root, change):
     """Change the table of all samples, and the record that vouches for it."""
     table = pq.read_table(root / record.SAMPLES)
@@ -230,6 +212,10 @@ def rewritten(root, change):
     change(columns)
     (root / record.SAMPLES).write_bytes(record.encode_samples(record.Samples(**columns)))
     reseal(root)
+
+
+def cell(columns, name, place, value):
+    columns[name][place] = value
 
 
 def swapped_rows(columns):
@@ -244,19 +230,19 @@ def moved_row(columns):
 
 
 FORGED = {
-    "another digest": lambda columns: columns["digest"].__setitem__(3, 5),
-    "a label beyond": lambda columns: columns["label"].__setitem__(3, 10),
-    "a label below": lambda columns: columns["label"].__setitem__(3, -1),
+    "another digest": lambda columns: cell(columns, "digest", 3, 5),
+    "a label beyond": lambda columns: cell(columns, "label", 3, 10),
+    "a label below": lambda columns: cell(columns, "label", 3, -1),
     "rows in another order": swapped_rows,
     "a row of another sample": moved_row,
-    "a row too many": lambda columns: columns["row"].__setitem__(np.flatnonzero(columns["row"] < 0)[-1], 120),
-    "a row far below": lambda columns: columns["row"].__setitem__(np.flatnonzero(columns["row"] < 0)[0], -7),
+    "a row too many": lambda columns: cell(columns, "row", np.flatnonzero(columns["row"] < 0)[-1], 120),
+    "a row far below": lambda columns: cell(columns, "row", np.flatnonzero(columns["row"] < 0)[0], -7),
 }
 
 
-@pytest.mark.parametrize("how", FORGED)
-def test_a_forged_table_of_samples_is_refused(root, how):
-    rewritten(root, FORGED[how])
+@pytest.mark.parametrize("change", FORGED.values(), ids=FORGED)
+def test_a_forged_table_of_samples_is_refused(root, change):
+    rewritten(root, change)
     with pytest.raises(CorruptionError, match=r"samples.parquet|store holds no row of sample|store has \d+ rows"):
         condensed_set.open(root)
 
@@ -294,31 +280,27 @@ def png(pixels):
 
 
 def put_image(number, pixels):
-    return lambda rows: rows["image"].__setitem__(number, png(pixels))
+    return lambda rows: cell(rows, "image", number, png(pixels))
 
 
 BLACK = np.zeros((16, 16, 3), np.uint8)
 PICTURES = {
     "another image": (put_image(4, BLACK), "is not the image that the teacher saw"),
     "another size": (put_image(4, np.zeros((17, 16, 3), np.uint8)), "has another size"),
-    "a large first image": (put_image(0, np.zeros((7000, 7000, 3), np.uint8)), "would take .* bytes decoded"),
-    "no image": (lambda rows: rows["image"].__setitem__(4, None), "is not a readable image"),
-    "no PNG": (lambda rows: rows["image"].__setitem__(4, {"bytes": b"%!PS", "path": None}), "not a readable image"),
-    "an index twice": (
-        lambda rows: rows["index"].__setitem__(4, rows["index"][3]),
-        "its index should ascend in 0..199",
-    ),
-    "an index beyond": (lambda rows: rows["index"].__setitem__(-1, 200), "its index should ascend in 0..199"),
-    "no index": (lambda rows: rows["index"].__setitem__(0, None), "its index should ascend in 0..199"),
-    "another label": (lambda rows: rows["label"].__setitem__(0, (rows["label"][0] + 1) % 10), "has other labels than"),
-    "a label beyond": (lambda rows: rows["label"].__setitem__(0, 10), r"a label in 0\.\.9 and an index"),
+    "a large first image": (put_image(0, np.zeros((3500, 3500, 3), np.uint8)), "would take .* bytes decoded"),
+    "no image": (lambda rows: cell(rows, "image", 4, None), "is not a readable image"),
+    "no PNG": (lambda rows: cell(rows, "image", 4, {"bytes": b"%!PS", "path": None}), "not a readable image"),
+    "an index twice": (lambda rows: cell(rows, "index", 4, rows["index"][3]), "its index should ascend in 0..199"),
+    "an index beyond": (lambda rows: cell(rows, "index", -1, 200), "its index should ascend in 0..199"),
+    "no index": (lambda rows: cell(rows, "index", 0, None), "its index should ascend in 0..199"),
+    "another label": (lambda rows: cell(rows, "label", 0, (rows["label"][0] + 1) % 10), "has other labels than"),
+    "a label beyond": (lambda rows: cell(rows, "label", 0, 10), r"a label in 0\.\.9 and an index"),
     "no rows": (lambda rows: [rows[name].clear() for name in rows], "should hold an image, a label"),
 }
 
 
-@pytest.mark.parametrize("how", PICTURES)
-def test_forged_images_are_refused(root, how):
-    change, said = PICTURES[how]
+@pytest.mark.parametrize(("change", "said"), PICTURES.values(), ids=PICTURES)
+def test_forged_images_are_refused(root, change, said):
     repictured(root, change)
     with pytest.raises((CorruptionError, UnsafeError), match=said):
         condensed_set.read_data(f"condensed:{root}")
@@ -328,13 +310,6 @@ def test_another_test_image_is_refused(root):
     repictured(root, put_image(0, BLACK), "test")
     with pytest.raises(CorruptionError, match="is not the test split that was exported"):
         condensed_set.read_data(f"condensed:{root}")
-
-
-def test_images_of_one_set_do_not_serve_another_store(made, tmp_path):
-    """Digests tell: the data set's own samples are those of the set, whatever store it is used with."""
-    dataset = condensed_set.read_data(f"condensed:{made.root / 'pictures'}")
-    with pytest.raises(MismatchError, match=r"sample \d+ (differs|is not among)"):
-        dataset.train.expect(dataset.train.digests() + np.uint64(1), "elsewhere")
 
 
 # never waited for, never followed
@@ -397,6 +372,7 @@ def test_a_pinned_id_finds_what_was_rewritten_with_fitting_digests(made, root):
     promised = record.read(root).id
     put(root / record.CARD, b"# forged")
     reseal(root)
-    verify.verify(root)
+    verify.verify(root, read_data=True)
+    assert everything(root) == everything(made.root / "pictures")
     assert record.read(root).id != promised
     assert sha256_file(root / record.MANIFEST) == sha256_file(made.root / "pictures/manifest.parquet")
