@@ -73,6 +73,11 @@ class _Plan:
     """plan of the baked targets"""
     data: Dataset | None
 
+    @property
+    def stores(self) -> dict[str, StorePlan]:
+        """The stores inside."""
+        return {record.STORE: self.store} | ({} if self.mixes is None else {record.MIXES: self.mixes})
+
 
 def run(command: ExportCommand, progress: Progress = silent, dry_run: bool = False) -> dict[str, Any]:
     """Write a condensed set with the knowledge it needs into one folder; return rows and bytes against the full store.
@@ -97,7 +102,9 @@ def run(command: ExportCommand, progress: Progress = silent, dry_run: bool = Fal
     else:
         logger.info("export: %s is finished already", out)
         already, name = {"already": True}, found.id
-    return {"kind": "condensed", "id": name, **figures, **_written(out), "out": str(out), **already}
+    figures["bytes"] = sum(log.stored_bytes(out / part) for part in plan.stores)  # as written
+    figures["bytes_on_disk"] = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    return {"kind": "condensed", "id": name, **figures, "out": str(out), **already}
 
 
 def card(content: Content, summary: Mapping[str, Any], corruption: Mapping[str, Any]) -> bytes:
@@ -197,8 +204,8 @@ def _require_exportable(split: Split) -> None:
 
 def _figures(plan: _Plan) -> dict[str, Any]:
     """Return rows and bytes of knowledge against the full store's."""
-    plans = [plan.store] if plan.mixes is None else [plan.store, plan.mixes]
-    rows, views, full = sum(each.count for each in plans), plan.store.views, plan.source.plan
+    plans, views, full = plan.stores.values(), plan.store.views, plan.source.plan
+    rows = sum(each.count for each in plans)
     return {
         "samples": plan.source.count,
         "kept": len(plan.chosen),
@@ -213,13 +220,6 @@ def _figures(plan: _Plan) -> dict[str, Any]:
         "bytes_full": log.stored_bytes(plan.source.path),
         "images": len(plan.needed) if plan.command.with_images else 0,
     }
-
-
-def _written(out: Path) -> dict[str, int]:
-    """Return the bytes of an export's knowledge as it was written, and of everything in the folder."""
-    inside = [out / part for part in (record.STORE, record.MIXES) if (out / part).exists()]
-    everything = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    return {"bytes": sum(log.stored_bytes(part) for part in inside), "bytes_on_disk": everything}
 
 
 def _finished(plan: _Plan) -> record.Record | None:
@@ -244,8 +244,8 @@ _ASKED = ("knowledge_id", "manifest", "rows", "views", "layout", "baked", "licen
 
 def _require_place(plan: _Plan) -> None:
     """Refuse a folder that holds anything but what a killed export of this kind left."""
-    out, own = plan.command.out, [record.CARD, record.MANIFEST, record.SAMPLES, record.STORE]
-    own += [record.MIXES] * (plan.mixes is not None) + [record.IMAGES] * plan.command.with_images
+    out, own = plan.command.out, [record.CARD, record.MANIFEST, record.SAMPLES, *plan.stores]
+    own += [record.IMAGES] * plan.command.with_images
     if out.is_file():
         raise SettingsError(f"{out} is a file; give a new folder as --out")
     if out.is_dir():

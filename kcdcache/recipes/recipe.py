@@ -124,13 +124,13 @@ def load(path: Path) -> Recipe:
         SettingsError: it is not TOML, a key is unknown, a value out of range, or a reference names no earlier step.
     """
     content = settings.read_toml(path)
-    entries, pairs = (
-        _tables(content.pop(name, []), name, f"{path}: {what}")
-        for name, what in (("step", "steps"), ("pair", "pairs of networks"))
-    )
+    for name, what in (("step", "steps"), ("pair", "pairs of networks")):
+        found = content.setdefault(name, [])
+        if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+            raise SettingsError(f"{path}: {what} are tables headed [[{name}]], found {name} = {found!r}")
     content["step"] = tuple(
         settings.make(Step, _nested(entry), f"{path}, step {number}")
-        for number, entry in enumerate(spelled_out(entries, pairs, str(path)), 1)
+        for number, entry in enumerate(spelled_out(content["step"], content.pop("pair"), str(path)), 1)
     )
     recipe = settings.make(Recipe, content, str(path))
     _require_order(recipe, path)
@@ -138,12 +138,6 @@ def load(path: Path) -> Recipe:
         first = pieces(step, recipe)[0]
         _checked(step, resolved(first, recipe, path.with_suffix(""), recipe.data), f"{path}, step '{step.name}'")
     return recipe
-
-
-def _tables(found: Any, name: str, what: str) -> list[Entry]:
-    if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
-        return found
-    raise SettingsError(f"{what} are tables headed [[{name}]], found {name} = {found!r}")
 
 
 def run(

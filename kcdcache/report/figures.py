@@ -194,24 +194,18 @@ def training(rows: Sequence[Row]) -> Picture:
         for axes, (name, scale, label) in zip(figure.subplots(2, 2, sharex=True).flat, panels, strict=True):
             plot(axes, lines(rows, "epoch", name, scale), order)
             axes.set(ylabel=label)
-            if name.endswith("loss"):
-                _log_scale(axes)
+            low, high = axes.dataLim.intervaly
+            if name.endswith("loss") and 0 < 10 * low < high:
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=20))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter(NullFormatter())
         for axes in figure.axes[2:]:
             axes.set(xlabel="epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend_below(figure, *figure.axes[0].get_legend_handles_labels())
 
     return drawn("training", 6.2 + below(order), draw)
-
-
-def _log_scale(axes: Axes) -> None:
-    """Make the vertical axis logarithmic where its values span more than a factor of ten."""
-    low, high = axes.dataLim.intervaly
-    if 0 < 10 * low < high:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=20))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def forest(rows: Sequence[Row]) -> Picture | None:

@@ -78,7 +78,6 @@ def collected(
     """
     found: list[Strip] = []
     notes: list[str] = []
-
     first = {run.grid: (name, run) for name, run in reversed(runs)}
     for name, run in reversed(first.values()):
         spec = asked or specs.get(run.path) or specs.get(run.grid)
@@ -88,9 +87,8 @@ def collected(
         try:
             if asked is None:
                 require_cheap(spec, run.sets[0].count)
-            found += [
-                strip._replace(title=f"{strip.title} ({name})") for strip in strips(run, condensed_set.load_data(spec))
-            ]
+            own = strips(run, condensed_set.load_data(spec))
+            found += [strip._replace(title=f"{strip.title} ({name})") for strip in own]
         except KcdcacheError as error:
             notes.append(f"{name}: no images, because the data '{spec}' cannot be used: {error}")
     return found, notes
@@ -102,7 +100,12 @@ def strips(run: Run, data: Dataset) -> list[Strip]:
     Raises:
         MismatchError: the data set is not the one the run was trained on; prints both digests.
     """
-    _require_same(run, data)
+    wanted, own = run.sets[0].data_digest, data.identity().digest
+    if wanted != own:
+        raise MismatchError(
+            f"'{data.name}' is not what {run.name} was trained on: its training split has the digest {own}, the run's "
+            f"{wanted}; give the run's own data set as --data"
+        )
     valued = next((stage for stage in reversed(run.stages) if stage.score is not None), None)
     if valued is None:
         return []
@@ -119,15 +122,6 @@ def strips(run: Run, data: Dataset) -> list[Strip]:
             found.append(_group(data, valued, chosen, title, f"{compare.FATES[fate].capitalize()}."))
     mixed = _mixes(run, data)
     return [*found, mixed] if mixed else found
-
-
-def _require_same(run: Run, data: Dataset) -> None:
-    wanted, found = run.sets[0].data_digest, data.identity().digest
-    if wanted is None or wanted != found:
-        raise MismatchError(
-            f"'{data.name}' is not what {run.name} was trained on: its training split has the digest {found}, the "
-            f"run's {wanted}; give the run's own data set as --data"
-        )
 
 
 def _group(data: Dataset, stage: Stage, index: Int64[np.ndarray, " few"], title: str, text: str) -> Strip:

@@ -144,6 +144,15 @@ def sections_of(loaded: Loaded, made: dict[str, Table], data: str | None = None)
     return [section for section in sections if not section.empty]
 
 
+def _distances(loaded: Loaded) -> list[Picture]:
+    pictures = []
+    for group in tables.same_data(loaded):
+        sets = [run.sets[-1] for _, run in group]
+        chance = list(itertools.starmap(compare.by_chance, itertools.combinations(sets, 2)))
+        pictures.append(figures.distance_matrix([name for name, _ in group], compare.hamming(sets), chance))
+    return pictures
+
+
 def _condensation(loaded: Loaded, made: dict[str, Table], data: str | None) -> list[Section]:
     """Return the chapters on the first run of each row that condenses: what it kept, which samples, their images."""
     first: dict[str, Run] = {}
@@ -165,15 +174,6 @@ def _condensation(loaded: Loaded, made: dict[str, Table], data: str | None) -> l
         Section(key="samples", tables=[made["fates"]], pictures=[stage_figures.turnover(chosen), *patterns]),
         Section(key="images", strips=strips, notes=notes),
     ]
-
-
-def _distances(loaded: Loaded) -> list[Picture]:
-    pictures = []
-    for group in tables.same_data(loaded):
-        names, sets = [name for name, _ in group], [run.sets[-1] for _, run in group]
-        chance = [compare.by_chance(one, other) for one, other in itertools.combinations(sets, 2)]
-        pictures.append(figures.distance_matrix(names, compare.hamming(sets), chance))
-    return pictures
 
 
 def _document(loaded: Loaded, made: dict[str, Table], sections: Sequence[Section]) -> dict[str, Any]:
@@ -208,16 +208,14 @@ def _summary(loaded: Loaded) -> str:
 
 
 def _html(document: dict[str, Any], made: dict[str, Table], sections: Sequence[Section]) -> str:
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_safe)
+    def safe(value: Any) -> Any:  # in one line, without control or bidirectional characters
+        return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=safe)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=document["title"], summary=document["summary"], notes=document["notes"], problems=made["troubles"],
         sections=sections, texts=tables.texts(), version=__version__, uri=images.data_uri,
     )  # fmt: skip
-
-
-def _safe(value: Any) -> Any:
-    """Return what the template shows: texts in one line, without control or bidirectional characters."""
-    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _brief(loaded: Loaded, made: dict[str, Table]) -> str:

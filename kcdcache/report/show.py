@@ -288,11 +288,6 @@ def _store_id(path: Path) -> str | None:
     return sha256_file(log.commit_path(path, sealed - 1), MOST_RECORD_BYTES) if sealed else None
 
 
-def _run_id(path: Path) -> str | None:
-    file = RunFolder(path=path).summary
-    return sha256_file(file, MOST_RECORD_BYTES) if file.exists() else None
-
-
 def _values_id(path: Path) -> str | None:
     with value_files.opened(path, _count(path), held=0) as (_, document):
         return None if document is None else str(document["digest"])
@@ -315,7 +310,11 @@ class Kind(NamedTuple):
 KINDS: Mapping[str, Kind] = {
     "condensed": Kind(lambda path: (path / record.RECORD).exists(), _condensed, lambda path: record.read(path).id),
     "store": Kind(is_store, lambda path: store_report(path).document(), _store_id),
-    "run": Kind(lambda path: RunFolder(path=path).settings.exists(), _run, _run_id),
+    "run": Kind(
+        lambda path: RunFolder(path=path).settings.exists(),
+        _run,
+        lambda path: sha256_file(file, MOST_RECORD_BYTES) if (file := RunFolder(path=path).summary).exists() else None,
+    ),
     "manifest": Kind(
         lambda path: _is_table(path) and manifest.METADATA_KEY in parquet.metadata_keys(path),
         lambda path: manifest.summary(manifest.read(path)),

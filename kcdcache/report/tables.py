@@ -79,11 +79,12 @@ class Table:
 
     def csv(self) -> str:
         """Return it as CSV, unrounded; before a text that a spreadsheet would run as a formula stands an apostrophe."""
-        stream = io.StringIO()
+        stream, names = io.StringIO(), [column.name for column in self.columns]
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow([column.name for column in self.columns])
+        writer.writerow(names)
         for row in self.rows:
-            writer.writerow([_harmless(row.get(column.name)) for column in self.columns])
+            texts = [printable(cell) if isinstance(cell := row.get(name), str) else cell for name in names]
+            writer.writerow([f"'{c}" if isinstance(c, str) and c.startswith(FORMULA) else c for c in texts])
         return stream.getvalue()
 
     def cells(self) -> list[list[str]]:
@@ -138,11 +139,6 @@ SHOWN: Mapping[str, Callable[[Any], str]] = {
     "seconds": lambda value: f"{value:,.1f}",
 }
 """kind of a column -> how its numbers are shown; percent is a share times 100"""
-
-
-def _harmless(value: Any) -> Any:
-    text = printable(value) if isinstance(value, str) else value
-    return f"'{text}" if isinstance(text, str) and text.startswith(FORMULA) else text
 
 
 def labels(loaded: Loaded) -> dict[Key, str]:
@@ -254,18 +250,15 @@ def differences(loaded: Loaded, asked: str | None = None) -> Table:
 
 
 def _compared(ours: Sequence[Run], theirs: Sequence[Run]) -> Iterator[dict[str, Any]]:
-    paired = [one for one in ours if any(_is_pair(one, other) for other in theirs)]
+    def pair(run: Run) -> tuple[Any, ...]:  # of one seed, told the same way, measured on the same test images
+        return run.record.inputs.test, run.seed, run.seeded
+
+    paired = [run for run in ours if pair(run) in set(map(pair, theirs))]
     for name, (unit, scale) in COMPARED.items():
         measured, against = ({run.seed: float(getattr(run.summary, name)) for run in some} for some in (paired, theirs))
         if (found := statistics.difference(measured, against)) is not None:
             scaled = {key: None if value is None else scale * value for key, value in found._asdict().items()}
             yield {"measure": name.replace("_", " "), "unit": unit, **scaled, "n": found.n}
-
-
-def _is_pair(one: Run, other: Run) -> bool:
-    """Return whether two runs are of one seed, measured on the same test images, seeds told the same way."""
-    same = one.record.inputs.test == other.record.inputs.test
-    return same and one.seed == other.seed and one.seeded == other.seeded
 
 
 def cost(loaded: Loaded) -> Table:
@@ -450,7 +443,12 @@ def fidelity(loaded: Loaded) -> Table:
         row = {"row": names[key], "n": len(runs), "data": corruption(runs[0]), **_group(runs[0])}
         row |= {"accuracy": mean(runs, "accuracy_last")} | {name: mean(runs, name) for name in SHARES}
         base = None if key in plain else _plain_of(runs[0], plain)
-        found.append(row | ({} if base is None else {"over": names[base], **_gain(runs, plain[base])}))
+        if base is not None:
+            ours, theirs = ({run.seed: 100 * run.summary.accuracy_last for run in side} for side in (runs, plain[base]))
+            row["over"] = names[base]
+            if (gain := statistics.difference(ours, theirs)) is not None:  # in percentage points
+                row |= {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high, "pairs": gain.n}
+        found.append(row)
     return worded("fidelity", found)
 
 
@@ -491,33 +489,22 @@ def corruption(run: Run) -> str:
 def _plain_of(run: Run, plain: Mapping[Key, Sequence[Run]]) -> Key | None:
     """Return the row of plain training that a run is to be compared with: same network, data, epochs, then settings."""
 
+    def task(run: Run) -> tuple[Any, ...]:
+        return run.grid, run.summary.model, data_of(run), run.record.settings.get("epochs")
+
     def alike(key: Key) -> tuple[bool, int]:
         other = plain[key][0]
         ours, theirs = run.record.settings, other.record.settings
         shared = sum(name in theirs and theirs[name] == value for name, value in ours.items())
         return knowledge_of(run) == knowledge_of(other), shared
 
-    return max((key for key, runs in plain.items() if _task(runs[0]) == _task(run)), key=alike, default=None)
-
-
-def _task(run: Run) -> tuple[Any, ...]:
-    """Return what two runs must share for one to be the other's plain training."""
-    return run.grid, run.summary.model, data_of(run), run.record.settings.get("epochs")
+    return max((key for key, runs in plain.items() if task(runs[0]) == task(run)), key=alike, default=None)
 
 
 def _is_plain(run: Run) -> bool:
     """Return whether a run is plain training: a student's on labels alone with everything kept, or a `fit`."""
     alone = run.summary.method == PLAIN or run.summary.kind == "fit"
     return alone and not run.condenses and run.summary.relative_cost == 1
-
-
-def _gain(ours: Sequence[Run], plain: Sequence[Run]) -> Row:
-    """Return the paired difference in test accuracy to plain training, in percentage points."""
-    here, there = ({run.seed: 100 * run.summary.accuracy_last for run in side} for side in (ours, plain))
-    found = statistics.difference(here, there)
-    if found is None:
-        return {}
-    return {"gain": found.mean, "gain_low": found.low, "gain_high": found.high, "pairs": found.n}
 
 
 def _teacher(run: Run) -> Row:
