@@ -210,7 +210,7 @@ class Rate(Sparse):
         return f"{self.mean:,.{digits}f}" + ("" if self.std is None else f" ± {self.std:,.{digits}f}")
 
 
-class _Line(BaseModel):
+class Timing(BaseModel):
     """What matters here of a line of clock times."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
@@ -239,8 +239,8 @@ def logged(file: Path) -> Rate | None:
     as `warm_up` are told apart where there are others. A line torn by a power loss counts nothing, and so does one
     without seconds.
     """
-    stretches: dict[tuple[str, int], list[_Line]] = {}
-    for number, line in enumerate(_lines(file)):
+    stretches: dict[tuple[str, int], list[Timing]] = {}
+    for number, line in enumerate(timings(file)):
         if line.images is not None:
             key = ("line", number) if line.epoch is None else ("epoch", line.epoch)
             stretches.setdefault(key, []).append(line)
@@ -254,18 +254,19 @@ def logged(file: Path) -> Rate | None:
 
 def logged_seconds(file: Path) -> float:
     """Return the sum of `seconds` over a file of clock times; a line torn by a power loss counts nothing."""
-    return sum((line.seconds for line in _lines(file)), 0.0)
+    return sum((line.seconds for line in timings(file)), 0.0)
 
 
-def _lines(file: Path) -> Iterator[_Line]:
+def timings(file: Path) -> Iterator[Timing]:
+    """Yield the lines of a file of clock times; one torn by a power loss, or without seconds, is left out."""
     if not file.exists():
         return
     for text in read_bytes(file, MOST_RECORD_BYTES).split(b"\n", MOST_LINES)[:MOST_LINES]:
         try:
-            yield _Line.model_validate_json(text)
+            yield Timing.model_validate_json(text)
         except ValidationError:
             continue
 
 
-def _rate(lines: list[_Line]) -> float:
+def _rate(lines: list[Timing]) -> float:
     return sum(line.images or 0 for line in lines) / sum(line.seconds for line in lines)

@@ -1,6 +1,7 @@
 """What finished runs left in their folders, read into plain values; what cannot be read is listed, never left out."""
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from kcdcache.condense.manifest import Manifest
 from kcdcache.condense.values import Values
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, UnfinishedError
 from kcdcache.files.atomic import read_bytes
-from kcdcache.files.records import MOST_LINES, MOST_RECORD_BYTES, canonical_json, parse, parse_json, read_object
+from kcdcache.files.records import MOST_RECORD_BYTES, canonical_json, parse, read_object, timings
 from kcdcache.report import show
 from kcdcache.report.show import StoreReport
 from kcdcache.runs import check, state
@@ -146,15 +147,9 @@ class Loaded(NamedTuple):
         found: dict[tuple[Path, str], list[Run]] = {}
         for run in self.runs:
             found.setdefault((run.grid, run.step), []).append(run)
-        order = {grid.path: (place, list(grid.titles)) for place, grid in enumerate(self.grids)}
-
-        def place(key: tuple[Path, str]) -> tuple[int, int, str]:
-            grid, steps = order[key[0]]
-            return grid, steps.index(key[1]) if key[1] in steps else len(steps), key[1]
-
-        return {
-            key: tuple(sorted(found[key], key=lambda run: (run.seed, run.name))) for key in sorted(found, key=place)
-        }
+        listed = [(grid.path, step) for grid in self.grids for step in (*grid.titles, *sorted({s for _, s in found}))]
+        by_seed = {key: sorted(runs, key=lambda run: (run.seed, run.name)) for key, runs in found.items()}
+        return {key: tuple(by_seed[key]) for key in listed if key in found}
 
 
 def read(paths: Sequence[Path]) -> Loaded:
@@ -236,6 +231,10 @@ def _run(path: Path, grid: Path) -> Run:
     if not found.finished or found.unfinished:
         done = read_bytes(folder.metrics, MOST_RECORD_BYTES).count(b"\n") if folder.metrics.exists() else 0
         raise UnfinishedError(f"{done} epochs are done; run its command again to continue it")
+    seconds = defaultdict[int, float](float)
+    for line in timings(folder.timing):
+        if line.epoch is not None:
+            seconds[line.epoch] += line.seconds
     record = state.read_record(folder)
     seeded = SEEDED.fullmatch(path.name)
     network = next((read_object(file) for name in check.NETWORKS if (file := path / f"{name}.json").exists()), {})
@@ -249,23 +248,11 @@ def _run(path: Path, grid: Path) -> Run:
         summary=state.read_summary(path),
         record=record,
         metrics=state.read_metrics(path),
-        seconds=_seconds(folder.timing),
+        seconds=seconds,
         stages=_stages(folder, record.settings),
         classes=tuple(map(str, network.get("classes", ()))),
         weights=network.get("weights_sha256"),
     )
-
-
-def _seconds(file: Path) -> dict[int, float]:
-    found: dict[int, float] = {}
-    lines = read_bytes(file, MOST_RECORD_BYTES).splitlines()[:MOST_LINES] if file.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = parse_json(line, f"{file}, line {number}")
-            found[int(row["epoch"])] = found.get(int(row["epoch"]), 0.0) + float(row["seconds"])
-        except (KcdcacheError, KeyError, TypeError, ValueError):
-            continue  # a line torn by a power loss counts nothing, as in the summary
-    return found
 
 
 def _stages(folder: RunFolder, settings: Mapping[str, Any]) -> tuple[Stage, ...]:
