@@ -5,7 +5,7 @@ import io
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -14,6 +14,7 @@ from kcdcache.report import figures
 NAMES = st.text(st.sampled_from("ab :,…"), max_size=90)
 
 
+@settings(max_examples=50)
 @given(st.lists(NAMES, max_size=8))
 def test_names_that_differ_are_called_differently(names):
     called = figures.short_names(names)

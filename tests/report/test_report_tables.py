@@ -2,7 +2,7 @@ import csv
 import io
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kcdcache.errors import printable
@@ -25,6 +25,7 @@ def test_csv_and_json_hold_unrounded_numbers(number):
     assert made.document()["rows"] == [{"name": "a", "value": number}]
 
 
+@settings(max_examples=20)
 @given(st.text())
 def test_a_text_is_one_printable_line_wherever_it_is_shown(text):
     made = table([{"name": text, "value": None}])
