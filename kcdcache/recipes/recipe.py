@@ -175,6 +175,7 @@ def run(
     for name in named:  # what is out of range is found before the first step
         _checked(named[name].step, prepare(name).values, f"step '{named[name].step.name}'")
     modules = sorted({f"kcdcache.{COMMANDS[step.run].where.partition(':')[0]}" for step in recipe.step})
+    modules.append("torch._dynamo")  # 1.6 s that a first training step would take in every process
     needs = {
         name: dict.fromkeys(_referred(match[1], piece, recipe).name for match in _references(piece.step).values())
         for name, piece in named.items()
