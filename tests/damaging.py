@@ -141,7 +141,7 @@ def read_manifest(path):
 def read_values(path, count):
     found = value_files.read(path, count)
     labels = None if found.labels is None else bits(found.labels)
-    return bits(found.values.visits), bits(found.values.value), labels, found.document, found.foreign
+    return bits(found.values.visits), bits(found.values.value), labels, found.document, found.document is None
 
 
 def read_checkpoint(path):

@@ -44,7 +44,8 @@ def run(
     sizes = {**estimate(command, count), "out": str(command.out)}
     if dry_run and _is_large(command, count):
         return {"would": "condense", **sizes}
-    with _values(command, count, held) as (source, document):
+    with _values(command, count, held) as source:
+        document = source.document
         if document is not None and document["knowledge_id"] != knowledge.knowledge_id:
             raise MismatchError(
                 f"the values in {command.values} were measured on knowledge {document['knowledge_id']}, "
@@ -78,7 +79,7 @@ def _is_large(command: CondenseCommand, count: int) -> bool:
     return _bytes_of_samples(command, count) > command.memory_gb * 10**9
 
 
-def _values(command: CondenseCommand, count: int, held: int) -> AbstractContextManager[value_files.Opened]:
+def _values(command: CondenseCommand, count: int, held: int) -> AbstractContextManager[Source]:
     if _is_large(command, count):
         return value_files.streamed(command.values, count)
     return value_files.opened(command.values, count, held)

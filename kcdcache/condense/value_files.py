@@ -1,12 +1,13 @@
 """Files of values: ours written and read, other tools' read; held whole, or gone through block by block."""
 
 import glob
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,18 +31,6 @@ HELD_SAMPLES = 2**23
 MOST_LABEL = 2**62
 
 
-class ValuesFile(NamedTuple):
-    """What a values file holds."""
-
-    values: Values
-    labels: Int64[np.ndarray, " n"] | None
-    """label of every sample, or None where the file does not give all of them"""
-    document: dict[str, Any] | None
-    """our metadata (knowledge_id, student, epoch, digest, ...), or None for a file of another tool"""
-    foreign: bool
-    """whether another tool wrote the file"""
-
-
 class Block(NamedTuple):
     """Consecutive samples."""
 
@@ -51,32 +40,31 @@ class Block(NamedTuple):
     labels: Int64[np.ndarray, " n"] | None
 
 
-@runtime_checkable
-class Source(Protocol):
+class Source(ABC):
     """Values that can be gone through, in order of the index, as often as need be."""
 
-    @property
-    def labelled(self) -> bool:
-        """Whether every sample has a label."""
+    labelled: bool
+    """whether every sample has a label"""
+    document: dict[str, Any] | None = None
+    """our metadata (knowledge_id, student, epoch, digest, ...); None for values from another tool"""
 
+    @abstractmethod
     def blocks(self) -> Iterator[Block]:
         """Yield all samples."""
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """Return `values.fingerprint` of them."""
 
 
-@dataclass(frozen=True, eq=False)
-class Held:
-    """Values in memory as a source."""
+class Held(Source):
+    """Values in memory."""
 
-    values: Values
-    labels: Int64[np.ndarray, " n"] | None = None
-
-    @property
-    def labelled(self) -> bool:
-        """Whether every sample has a label."""
-        return self.labels is not None
+    def __init__(
+        self, known: Values, labels: Int64[np.ndarray, " n"] | None = None, document: dict[str, Any] | None = None
+    ) -> None:
+        """Take values, labels where all samples have one, and the metadata of our file."""
+        self.values, self.labels, self.document, self.labelled = known, labels, document, labels is not None
 
     def blocks(self) -> Iterator[Block]:
         """Yield all samples, in views of the arrays."""
@@ -88,9 +76,6 @@ class Held:
     def fingerprint(self) -> str:
         """Return `values.fingerprint` of them."""
         return values.fingerprint(self.values)
-
-
-Opened = tuple[Source, dict[str, Any] | None]
 
 
 def write(
@@ -125,12 +110,12 @@ def write(
             fingerprint=values.fingerprint(known),
         )  # fmt: skip
         parquet.write(path, seal, _schema(labels is not None), lambda span: _cells(columns, span))
-        return
-    table = pa.table(columns).replace_schema_metadata({METADATA_KEY: canonical_json(content)})
-    write_atomic(path, parquet.encode(table))
+    else:
+        table = pa.table(columns).replace_schema_metadata({METADATA_KEY: canonical_json(content)})
+        write_atomic(path, parquet.encode(table))
 
 
-def read(path: Path | str, count: int) -> ValuesFile:
+def read(path: Path | str, count: int) -> Held:
     """Return the values of `count` samples from our file or, where our metadata is absent, from another tool's.
 
     Another tool's file, a folder of them, or a glob pattern needs `index` and `value`; `visits` (1 if absent) and
@@ -149,8 +134,8 @@ def read(path: Path | str, count: int) -> ValuesFile:
 
 
 @contextmanager
-def opened(path: Path, count: int, held: int = HELD_SAMPLES) -> Iterator[Opened]:
-    """Yield the values of `count` samples, checked as `read` does, and our document (None: from another tool).
+def opened(path: Path, count: int, held: int = HELD_SAMPLES) -> Iterator[Source]:
+    """Yield the values of `count` samples, checked as `read` does.
 
     Ours of more than `held` samples are not held in memory but read one row group at a time, each time anew.
 
@@ -158,15 +143,14 @@ def opened(path: Path, count: int, held: int = HELD_SAMPLES) -> Iterator[Opened]
         NotFoundError, CorruptionError, MismatchError, NonFiniteError: as for `read`.
     """
     if count > held and _is_own(path):
-        with streamed(path, count) as found:
-            yield found
+        with streamed(path, count) as source:
+            yield source
     else:
-        whole = read(path, count)
-        yield Held(whole.values, whole.labels), whole.document
+        yield read(path, count)
 
 
 @contextmanager
-def streamed(path: Path, count: int) -> Iterator[Opened]:
+def streamed(path: Path, count: int) -> Iterator[Source]:
     """Yield the same without ever holding them.
 
     Another tool's rows have to be in ascending order of the index, within each file and from file to file.
@@ -175,17 +159,17 @@ def streamed(path: Path, count: int) -> Iterator[Opened]:
         NotFoundError, CorruptionError, MismatchError, NonFiniteError: as for `read`.
     """
     if not _is_own(path):
-        yield ForeignFiles(_files_of(path), count), None
+        yield ForeignFiles(_files_of(path), count)
         return
     with ExitStack() as stack:
         source = run_files.steady(path, lambda: OwnFile(stack.enter_context(parquet.opened(path, count)), path, count))
         source.require_known()
         run_files.require(path, run_files.Facts(count, source.fingerprint()))
-        yield source, source.document
+        yield source
 
 
-class OwnFile:
-    """Our values file as a source: every time it is gone through whole it is held against its digest."""
+class OwnFile(Source):
+    """Our values file: every time it is gone through whole it is held against its digest."""
 
     def __init__(self, reader: parquet.Table, path: Path, count: int) -> None:
         """Take an open file that should be of ours, of `count` samples.
@@ -213,7 +197,11 @@ class OwnFile:
         """
         digest, rows, trouble = parquet.Digest(self._kinds), 0, None
         for table in self._reader.groups():
-            columns = self._columns(table)
+            if any(column.null_count for column in table.columns):
+                raise CorruptionError(
+                    f"{self._path} was changed after it was written: it has empty cells; write it again"
+                )
+            columns = {name: table.column(name).to_numpy() for name in self._kinds}
             digest.add({**columns, "index": np.arange(rows, rows + table.num_rows)})  # which it then has to hold
             some = Values(columns["visits"], columns["value"])
             trouble = trouble or _trouble(some, self._path, rows)
@@ -226,7 +214,7 @@ class OwnFile:
             raise trouble
 
     def fingerprint(self) -> str:
-        """Return `values.fingerprint` of them, as of the last time they were gone through whole, or as recorded."""
+        """Return `values.fingerprint` of them, as recorded or as of the last time they were gone through; else ""."""
         return self._known
 
     def require_known(self) -> None:
@@ -242,6 +230,7 @@ class OwnFile:
                 pass
 
     def _require_digest(self, digest: parquet.Digest) -> None:
+        assert self.document is not None
         if digest.over(_header(self.document)) != self.document.get("digest"):
             raise CorruptionError(
                 f"{self._path} was changed after it was written: its content does not match its digest"
@@ -257,14 +246,9 @@ class OwnFile:
         if rows != self._count:
             raise MismatchError(f"{self._path} holds values of {rows} samples, expected {self._count}; use its store")
 
-    def _columns(self, table: pa.Table) -> dict[str, np.ndarray]:
-        if any(column.null_count for column in table.columns):
-            raise CorruptionError(f"{self._path} was changed after it was written: it has empty cells; write it again")
-        return {name: table.column(name).to_numpy() for name in self._kinds}
 
-
-class ForeignFiles:
-    """Another tool's files as a source: their rows ascend, samples left out are unseen, nothing is held."""
+class ForeignFiles(Source):
+    """Another tool's files: their rows ascend, samples left out are unseen, nothing is held."""
 
     def __init__(self, paths: list[Path], count: int) -> None:
         """Look at the files' columns and first rows.
@@ -320,11 +304,10 @@ class ForeignFiles:
             yield Block(first, values.start(min(parquet.ROWS, self._count - first)), None)
 
     def _rows(self) -> Iterator["Rows"]:
-        last = -1
-        ends = [*(first for first, _ in self._begins[1:]), self._count]
+        last, ends = -1, [*(first for first, _ in self._begins[1:]), self._count]
         for (_, path), after in zip(self._begins, ends, strict=True):
+            first = 0
             with parquet.opened_file(path, self._count) as reader:
-                first = 0
                 for table in reader.groups(tuple(COLUMNS)):
                     rows = _rows_of(table, path, self._count, first, self.labelled)
                     if (np.diff(rows.index, prepend=last) <= 0).any():
@@ -342,7 +325,7 @@ class ForeignFiles:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of another tool's file."""
+    """Rows of another tool's file, in any order."""
 
     index: Int64[np.ndarray, " rows"]
     visits: Int32[np.ndarray, " rows"]
@@ -396,15 +379,14 @@ def _cells(columns: Mapping[str, np.ndarray], span: parquet.Span) -> Iterator[pa
         yield pa.table({name: column[some] for name, column in columns.items()})
 
 
-def _read_own(path: Path, count: int) -> ValuesFile:
+def _read_own(path: Path, count: int) -> Held:
     with parquet.opened(path, count) as reader:
         source = OwnFile(reader, path, count)
         blocks = list(source.blocks())
     visits = np.concatenate([np.empty(0, np.int32), *(block.values.visits for block in blocks)])
     value = np.concatenate([np.empty(0, np.float32), *(block.values.value for block in blocks)])
-    marks = [block.labels for block in blocks if block.labels is not None]
-    labels = np.concatenate([np.empty(0, np.int64), *marks]) if source.labelled else None
-    return ValuesFile(Values(visits, value), labels, source.document, False)
+    labels = [np.empty(0, np.int64), *(block.labels for block in blocks if block.labels is not None)]
+    return Held(Values(visits, value), np.concatenate(labels) if source.labelled else None, source.document)
 
 
 def _trouble(some: Values, path: Path, first: int) -> KcdcacheError | None:
@@ -418,10 +400,9 @@ def _trouble(some: Values, path: Path, first: int) -> KcdcacheError | None:
     return None
 
 
-def _read_foreign(path: Path, count: int) -> ValuesFile:
+def _read_foreign(path: Path, count: int) -> Held:
     """Return the values in all files that a path stands for; their rows may stand in any order."""
-    tables: list[pa.Table] = []
-    rows = 0
+    tables, rows = [], 0
     for file in _files_of(path):
         with _opened_foreign(file, count) as reader:
             if (rows := rows + reader.rows) > count:
@@ -429,14 +410,14 @@ def _read_foreign(path: Path, count: int) -> ValuesFile:
             tables.append(reader.whole(tuple(COLUMNS)).replace_schema_metadata())
     table = pa.concat_tables(tables, promote_options="permissive")
     found = _rows_of(table, path, count, 0, "label" in table.column_names and rows == count)
-    _require_unique(found.index, path)
+    order = np.argsort(found.index, kind="stable")
+    again = order[1:][np.diff(found.index[order]) == 0]
+    if again.size:
+        row = int(again.min())
+        raise MismatchError(f"{path}, row {row}: index {found.index[row]} stands there again; expected each index once")
     made = values.start(count)
     made.visits[found.index], made.value[found.index] = found.visits, found.value
-    labels = None
-    if found.label is not None:
-        labels = np.empty(count, np.int64)
-        labels[found.index] = found.label
-    return ValuesFile(made, labels, None, True)
+    return Held(made, None if found.label is None else found.label[order])  # every index is there
 
 
 @contextmanager
@@ -460,14 +441,6 @@ def _rows_of(table: pa.Table, path: Path, count: int, first: int, labelled: bool
     value = _floats(table, "value", visits > 0, path, first)
     label = _integers(table, "label", MOST_LABEL, path, first) if labelled else None
     return Rows(index, visits.astype(np.int32), value, label)
-
-
-def _require_unique(index: Int64[np.ndarray, " rows"], path: Path) -> None:
-    order = np.argsort(index, kind="stable")
-    again = order[1:][index[order][1:] == index[order][:-1]]
-    if again.size:
-        row = int(again.min())
-        raise MismatchError(f"{path}, row {row}: index {index[row]} stands there again; expected each index once")
 
 
 def _numbers(table: pa.Table, name: str, path: Path, first: int) -> Shaped[np.ndarray, " rows"]:

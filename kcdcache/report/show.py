@@ -229,7 +229,7 @@ def _values(path: Path) -> dict[str, Any]:
     visits = found.values.visits
     value = found.values.value[visits > 0]
     return {
-        "from": "another tool" if found.foreign else "kcdcache",
+        "from": "another tool" if found.document is None else "kcdcache",
         "samples": count,
         "visited": len(value),
         "visits": [int(visits.min()), int(visits.max())] if count else None,
@@ -289,8 +289,8 @@ def _store_id(path: Path) -> str | None:
 
 
 def _values_id(path: Path) -> str | None:
-    with value_files.opened(path, _count(path), held=0) as (_, document):
-        return None if document is None else str(document["digest"])
+    with value_files.opened(path, _count(path), held=0) as source:
+        return None if source.document is None else str(source.document["digest"])
 
 
 def _is_table(path: Path) -> bool:

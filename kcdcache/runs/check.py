@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from kcdcache.condense import manifest, value_files
 from kcdcache.condense.manifest import Manifest
-from kcdcache.condense.value_files import ValuesFile
+from kcdcache.condense.value_files import Held
 from kcdcache.errors import LockedError, MismatchError, NotFoundError, attempt
 from kcdcache.files import cloud, run_files
 from kcdcache.files.atomic import is_locked, read_bytes
@@ -113,7 +113,7 @@ def _first_difference(found: bytes, expected: bytes) -> int:
     return next((number for number, equal in enumerate(same, 1) if not equal), min(len(left), len(right)) + 1)
 
 
-def _values(look: _Look, sets: dict[int, Manifest]) -> dict[str, ValuesFile]:
+def _values(look: _Look, sets: dict[int, Manifest]) -> dict[str, Held]:
     """Check all values files; return those that could be read by their name in the run."""
     folder, most, found = look.folder, max((chosen.count for chosen in sets.values()), default=0), {}
     for path in (folder.values, *folder.all_stage_values()):
@@ -122,7 +122,7 @@ def _values(look: _Look, sets: dict[int, Manifest]) -> dict[str, ValuesFile]:
     return found
 
 
-def _chain(look: _Look, inputs: Inputs, sets: dict[int, Manifest], tables: dict[str, ValuesFile]) -> None:
+def _chain(look: _Look, inputs: Inputs, sets: dict[int, Manifest], tables: dict[str, Held]) -> None:
     """Check that manifests and values are of the run's knowledge, and each manifest follows from the one before."""
     folder, knowledge = look.folder, inputs.knowledge_id
     given = look.at(manifest.read, folder.given) if folder.given.exists() else None

@@ -54,7 +54,7 @@ def both(path, found, option, keep, previous=None, excluded=()):
     whole = summary.condense(found, option, samples, **common)
     path.with_name("m").unlink(missing_ok=True)
     path.with_name("s").unlink(missing_ok=True)
-    with value_files.opened(path, count, held=0) as (source, _):
+    with value_files.opened(path, count, held=0) as source:
         assert isinstance(source, value_files.OwnFile)
         draft = summary.plan(source, option, samples, **common).draft(source)
         draft.write(path.with_name("s"))
@@ -127,7 +127,7 @@ def test_a_dry_run_tells_memory_temporary_bytes_and_time(tmp_path):
 def test_values_changed_while_they_are_condensed_are_refused(place):
     count = 50_000  # more than what is read ahead
     path = written(place / "values.parquet", some_values(5, count), 10_000)
-    with value_files.opened(path, count, held=0) as (source, _):
+    with value_files.opened(path, count, held=0) as source:
         samples = manifest.Samples("k", count, classes=3)
         plan = summary.plan(source, kcdcache_settings.CondenseSettings(), samples, stage=1, keep=0.5)
         other = written(place / "other.parquet", some_values(6, count), 10_000).read_bytes()

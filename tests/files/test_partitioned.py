@@ -103,7 +103,7 @@ def test_what_was_written_is_what_is_read(place):
     assert np.array_equal(one.values.visits, many.values.visits)
     assert np.array_equal(one.values.value, many.values.value)
     assert np.array_equal(one.labels, many.labels)
-    assert (one.document, many.foreign) == (many.document, False)
+    assert one.document == many.document
     assert manifest.read(place / "before.parquet").digest == manifest.read(place / "before.parts").digest
 
 
@@ -305,8 +305,8 @@ def test_files_that_leave_samples_out_are_unseen_there_in_every_way_to_read_them
         pq.write_table(pa.table({"index": index, "value": index / 7}), place / f"few/{number}.parquet")
     expected = value_files.read(place / "few", COUNT)
     assert expected.values.visits.sum() == 28
-    with value_files.streamed(place / "few/*.parquet", COUNT) as (source, document):
-        assert document is None
+    with value_files.streamed(place / "few/*.parquet", COUNT) as source:
+        assert source.document is None
         blocks = list(source.blocks())
         assert [block.first for block in blocks] == sorted({block.first for block in blocks})
         found = values.Values(*(np.concatenate(columns) for columns in zip(
@@ -331,7 +331,7 @@ def test_files_that_leave_samples_out_are_unseen_there_in_every_way_to_read_them
 )
 def test_bad_rows_of_other_tools_are_named_when_they_are_streamed(place, columns, error, text):
     pq.write_table(pa.table(columns), place / "bad.parquet")
-    with pytest.raises(error, match=text), value_files.streamed(place / "bad.parquet", COUNT) as (source, _):
+    with pytest.raises(error, match=text), value_files.streamed(place / "bad.parquet", COUNT) as source:
         list(source.blocks())
 
 
@@ -352,7 +352,7 @@ def test_overlapping_files_are_refused_streamed_and_held(place):
 
 
 def streamed(path):
-    with value_files.streamed(path, COUNT) as (source, _):
+    with value_files.streamed(path, COUNT) as source:
         return list(source.blocks())
 
 
