@@ -7,6 +7,7 @@ docstring is its help text, and a command's first line says in `kcdcache --help`
 import difflib
 import tomllib
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -76,6 +77,27 @@ class ViewSettings(Settings):
     """side of the square output in pixels; the image's own size if unset (required for images of differing size)"""
     view_seed: int = Field(default=0, ge=0, lt=2**64)
     """seed of the views"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewRule:
+    """Which views of images of a known size exist, as a store records it; two equal rules give equal views."""
+
+    rule: str
+    """none, crop, crop-flip or resized-crop-flip"""
+    padding: int
+    """pixels added on each side before a crop"""
+    fill: str
+    """what the padding holds: zero or reflect"""
+    size: tuple[int, int]
+    """height and width of a view in pixels"""
+    seed: int
+    """seed of the views, in [0, 2^64)"""
+
+    @property
+    def name(self) -> str:
+        """The rule's name."""
+        return self.rule
 
 
 class PrecomputeSettings(ViewSettings):

@@ -5,11 +5,11 @@ import torch
 
 from kcdcache.data.spec import DataIdentity
 from kcdcache.files.records import canonical_json, parse
+from kcdcache.settings import ViewRule
 from kcdcache.store import encoding, reader, writer
 from kcdcache.store.identity import Knowledge, TeacherIdentity
 from kcdcache.store.log import PlanRecord
 from kcdcache.store.plan import plan_from, plan_store
-from kcdcache.views.identity import ViewIdentity
 
 CLASSES, WIDTH = 7, 5
 
@@ -18,7 +18,7 @@ def knowledge(count=150, weights="aa"):
     return Knowledge(
         teacher=TeacherIdentity(architecture="net", weights=weights, transform={"mean": (0.5,)}, precision="float32"),
         data=DataIdentity(count=count, classes=("a", "b"), image_size=(4, 4), digest="dd"),
-        views=ViewIdentity(rule="none", padding=0, fill="zero", size=(4, 4), seed=0),
+        views=ViewRule(rule="none", padding=0, fill="zero", size=(4, 4), seed=0),
     )
 
 

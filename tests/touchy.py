@@ -44,7 +44,7 @@ def touchy(dataset):
 
 def whole_in(view):
     """The samples whose crop in a view is the whole image: a white one has no black border there."""
-    rule = rules.ViewRule(name="crop", height=16, width=16, padding=2, fill="zero", seed=0)
+    rule = rules.ViewRule(rule="crop", size=(16, 16), padding=2, fill="zero", seed=0)
     white = torch.full((TRAIN, 16, 16, 3), 255, dtype=torch.uint8)
     pixels = rules.apply(rule, white, rules.parameters(rule, EVERYONE, view))
     return np.flatnonzero(pixels.amin((1, 2, 3)).numpy() == 1)
@@ -92,7 +92,7 @@ def made(place, path, progress=None, **changes):
 
 def live(place, view, index, field="logits"):
     """The teacher's outputs in the batches the store was made with."""
-    rule = rules.rule_of(place.knowledge.knowledge.views)
+    rule = place.knowledge.knowledge.views
     parts = [
         precompute.view_pixels(place.data, rule, part, view, CPU) for part in np.split(index, range(64, TRAIN, 64))
     ]

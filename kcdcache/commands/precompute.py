@@ -34,7 +34,7 @@ def run(command: PrecomputeCommand, progress: Progress = silent, dry_run: bool =
     teacher = load_teacher(command.teaching, data, settings.teacher_precision, machine.device, machine.threads)
     if command.for_ is not None:
         rule = rules.rule_from(settings, data.train.image_size)
-        knowledge = Knowledge(teacher=teacher.identity, data=data.identity(), views=rules.identity_of(rule))
+        knowledge = Knowledge(teacher=teacher.identity, data=data.identity(), views=rule)
         fields = registry.reads(MethodSettings(method=command.for_), command.student, knowledge, data)
         if not fields:
             raise SettingsError(f"--for {command.for_}: this method reads nothing of the teacher")

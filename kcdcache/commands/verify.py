@@ -27,7 +27,6 @@ from kcdcache.store import identity, log, plan, reader
 from kcdcache.store.identity import Knowledge
 from kcdcache.teacher import precompute, repair, teacher
 from kcdcache.teacher.teacher import Teacher
-from kcdcache.views import rules
 
 TOLERANCE = 2e-3
 """largest |recomputed - stored| / (1 + |stored|) that another machine or library version explains: about one unit in
@@ -159,7 +158,7 @@ def _compared(
     index, differing, largest = batch[~skips], np.zeros((~skips).sum(), bool), 0.0
     if skips.all():
         return Recheck(0, 0, 0.0)
-    pixels = precompute.view_pixels(data, rules.rule_of(knowledge.knowledge.views), batch, view, network.device)
+    pixels = precompute.view_pixels(data, knowledge.knowledge.views, batch, view, network.device)
     for field, fresh in teacher.outputs(network, pixels, list(knowledge.fields)).items():
         form, held = knowledge.fields[field], knowledge.load(view, index, (field,))
         encoded = form.encode(fresh, int(batch[0]), torch.from_numpy(skips).to(fresh.device))

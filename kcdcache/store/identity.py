@@ -22,7 +22,7 @@ from kcdcache.files.records import (
     read_sealed,
     sealed_json,
 )
-from kcdcache.views.identity import ViewIdentity
+from kcdcache.settings import ViewRule
 
 FOLDER = Path("_kcd")
 """where a store keeps its records"""
@@ -52,7 +52,7 @@ class Knowledge:
 
     teacher: TeacherIdentity
     data: DataIdentity
-    views: ViewIdentity
+    views: ViewRule
     mixes: dict[str, Any] | None = None
     """for a requery store: the manifest's digest, the mixing rule and the view numbers; None for plain views"""
     subset: dict[str, Any] | None = None

@@ -109,8 +109,8 @@ def run(
             on_nonfinite = skip only where more than `log.MOST_SKIPPED` of all would be skipped.
     """
     rule = rules.rule_from(settings, data.train.image_size)
-    knowledge = Knowledge(teacher=network.identity, data=data.identity(), views=rules.identity_of(rule))
-    forms = _encodings(settings, network, (len(data.mean), rule.height, rule.width))
+    knowledge = Knowledge(teacher=network.identity, data=data.identity(), views=rule)
+    forms = _encodings(settings, network, (len(data.mean), *rule.size))
     plan = _plan(settings, len(data.train), _views_wanted(rule, settings.views), forms, path)
     _require_budget(plan, settings.budget_gb)
     # new views of a grown store have its older fields too
@@ -165,7 +165,7 @@ def import_logits(
     source = TeacherIdentity(
         architecture="imported", weights=sha256_file(file), transform={}, precision=str(logits.dtype)
     )
-    knowledge = Knowledge(teacher=source, data=data.identity(), views=rules.identity_of(rule))
+    knowledge = Knowledge(teacher=source, data=data.identity(), views=rule)
     forms = [encoding.parse(settings.encoding, "logits", (len(data.classes),))]
     plan = _plan(settings, len(data.train), len(logits), forms, path)
     if dry_run:
@@ -195,7 +195,7 @@ def job_for(
 
     `images` is as for `run`; else `workers` threads make views ahead, as for `prefetch.shown`.
     """
-    rule = rules.rule_of(knowledge.views)
+    rule = knowledge.views
     held = prefetch.held_views(images, data.train, rule, network.device)
     shown = prefetch.RowsAhead(data.train, rule, network.device, workers)
     # the logits cost nothing more, and tell whether the other fields can be right

@@ -106,7 +106,7 @@ def connect(
     if knowledge.knowledge.mixes is not None:
         raise MismatchError(f"{knowledge.path} holds outputs on a manifest's mixes, not on the data's own samples")
     require_knowledge(manifest, knowledge.knowledge_id)
-    rule = rules.rule_of(knowledge.knowledge.views)
+    rule = knowledge.knowledge.views
     held_views = knowledge.views if cached_views is None else min(cached_views, knowledge.views)
     plain = Source(data=data, rule=rule, views=held_views, manifest=manifest, mixing=mixing)
     if not fields:

@@ -161,7 +161,7 @@ def fidelity(
     if not fidelity_wanted(settings, data, knowledge):
         return found
     network = _saved(settings, data, folder, device)
-    rule = rules.rule_of(knowledge.knowledge.views)
+    rule = knowledge.knowledge.views
     usable = np.setdiff1d(np.arange(len(data.train)), knowledge.skipped)
     ours = guesses(*network, first_views(data.train, rule, device, settings.workers))[usable]
     found |= _on_train(ours, data.train, usable)

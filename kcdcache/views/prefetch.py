@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, tee
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kcdcache.data.images import Split
 from kcdcache.errors import SettingsError
+from kcdcache.settings import ViewRule
 from kcdcache.views import rules
 
 BLOCK = 16
@@ -38,7 +39,7 @@ class Asked(NamedTuple):
     """as `views.parameters` gives them"""
 
 
-def pays(split: Split, rule: rules.ViewRule) -> bool:
+def pays(split: Split, rule: ViewRule) -> bool:
     """Return whether views are worth making ahead: images are decoded, or resized one by one."""
     return split.on_demand or not rules.can_hold(rule, split.image_size)
 
@@ -63,7 +64,7 @@ def ahead(work: Callable[[T], R], items: Iterable[T], workers: int, depth: int) 
 
 
 def shown(
-    split: Split, rule: rules.ViewRule, asked: Iterable[Asked], device: torch.device, workers: int | None = None
+    split: Split, rule: ViewRule, asked: Iterable[Asked], device: torch.device, workers: int | None = None
 ) -> Generator[Tensor, None, None]:
     """Yield the views (batch, c, h, w) of each batch asked for, in order, on the device.
 
@@ -96,7 +97,7 @@ def shown(
 class RowsAhead:
     """Views of consecutive training samples, as a teacher sees them: made ahead of its use of them if announced."""
 
-    def __init__(self, split: Split, rule: rules.ViewRule, device: torch.device, workers: int | None = None) -> None:
+    def __init__(self, split: Split, rule: ViewRule, device: torch.device, workers: int | None = None) -> None:
         """Make views by a rule of a split's images on a device; `workers` is as for `shown`."""
         self._split, self._rule, self._device, self._workers = split, rule, device, workers
         self._coming: Iterator[tuple[Rows, Tensor]] | None = None
@@ -118,23 +119,13 @@ class RowsAhead:
         if not pays(self._split, self._rule):
             yield
             return
-        with closing(self._announced(rows)) as self._coming:
+        rows, told = tee(rows)
+        with closing(shown(self._split, self._rule, map(self._asked, rows), self._device, self._workers)) as made:
+            self._coming = zip(told, made, strict=False)
             try:
                 yield
             finally:
                 self._coming = None
-
-    def _announced(self, rows: Iterable[Rows]) -> Generator[tuple[Rows, Tensor], None, None]:
-        told: deque[Rows] = deque()
-
-        def asked() -> Iterator[Asked]:
-            for one in rows:
-                told.append(one)
-                yield self._asked(one)
-
-        with closing(shown(self._split, self._rule, asked(), self._device, self._workers)) as made:
-            for pixels in made:
-                yield told.popleft(), pixels
 
     def _asked(self, rows: Rows) -> Asked:
         view, start, stop = rows
@@ -196,7 +187,7 @@ def room_obstacle(needed: int, device: torch.device, free: int | None = None) ->
     return None if needed <= free else f"it would take {needed:,} bytes of {free:,} that may be taken"
 
 
-def images_obstacle(split: Split, rule: rules.ViewRule) -> str | None:
+def images_obstacle(split: Split, rule: ViewRule) -> str | None:
     """Return why a split's images cannot lie on a device, None if they can."""
     if split.on_demand:
         return "its images are decoded on demand"
@@ -208,14 +199,14 @@ def every_image(split: Split) -> UInt8[np.ndarray, "n h w c"]:
     return np.asarray(split.images(np.arange(len(split))))
 
 
-def image_bytes(split: Split, rule: rules.ViewRule) -> int:
+def image_bytes(split: Split, rule: ViewRule) -> int:
     """Return the bytes that a split's padded images take."""
-    height, width = rule.height + 2 * rule.padding, rule.width + 2 * rule.padding
+    height, width = (side + 2 * rule.padding for side in rule.size)
     return len(split) * height * width * split.images(np.arange(1)).shape[3]  # type: ignore[union-attr]
 
 
 def held_views(
-    asked: str, split: Split, rule: rules.ViewRule, device: torch.device
+    asked: str, split: Split, rule: ViewRule, device: torch.device
 ) -> Callable[[int, int, int], Float32[Tensor, "batch c h w"]] | None:
     """Return what gives one view of samples start to stop - 1, from (view, start, stop), of images on the device.
 

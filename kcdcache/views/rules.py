@@ -5,8 +5,8 @@ host; applying them gives the same bits whatever the order and the split into ba
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from kcdcache import rng
 from kcdcache.errors import MismatchError, SettingsError
-from kcdcache.settings import ViewSettings, nearest
-from kcdcache.views.identity import ViewIdentity
+from kcdcache.settings import ViewRule, ViewSettings, nearest
 
+Index = TypeVar("Index", np.ndarray, Tensor)
 Images = UInt8[Tensor, "batch _ _ c"] | list[UInt8[Tensor, "_ _ _"]]
 """A batch of images of one size (batch, height, width, channels), or a list of (height, width, channels)."""
 Parameters = Int64[np.ndarray, "batch _"] | Int64[Tensor, "batch _"]
@@ -30,24 +30,6 @@ _ATTEMPTS = 10
 _SCALE = (0.08, 1.0)
 _RATIO = (3 / 4, 4 / 3)
 _EVALUATION_SCALE = 256 / 224
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViewRule:
-    """Which views of an image exist; two equal rules give equal views."""
-
-    name: str
-    """none, crop, crop-flip or resized-crop-flip"""
-    padding: int
-    """pixels added on each side before a crop"""
-    fill: str
-    """what the padding holds: zero or reflect"""
-    height: int
-    """pixels of a view"""
-    width: int
-    """pixels of a view"""
-    seed: int
-    """seed of the views, in [0, 2^64)"""
 
 
 def rule_from(settings: ViewSettings, image_size: tuple[int, int] | None) -> ViewRule:
@@ -64,40 +46,20 @@ def rule_from(settings: ViewSettings, image_size: tuple[int, int] | None) -> Vie
         raise SettingsError(f"images of differing size need --size, for example --augment {_for_any_size(name)}")
     if not name.startswith("crop"):
         seed = 0 if name == "none" else settings.view_seed
-        return ViewRule(name=name, padding=0, fill="zero", height=size[0], width=size[1], seed=seed)
+        return ViewRule(rule=name, padding=0, fill="zero", size=size, seed=seed)
     if size != image_size:
         found = f"images are {image_size[0]}x{image_size[1]}" if image_size else "images differ in size"
         raise SettingsError(f"'{name}' keeps an image's size, but {found}; use --augment {_for_any_size(name)}")
     if settings.fill == "reflect" and settings.padding >= min(size):
         limit = min(size) - 1
         raise SettingsError(f"reflected padding is at most {limit} on these images; found padding {settings.padding}")
-    return ViewRule(
-        name=name,
-        padding=settings.padding,
-        fill=settings.fill if settings.padding else "zero",
-        height=size[0],
-        width=size[1],
-        seed=settings.view_seed,
-    )
+    fill = settings.fill if settings.padding else "zero"
+    return ViewRule(rule=name, padding=settings.padding, fill=fill, size=size, seed=settings.view_seed)
 
 
 def plain(rule: ViewRule) -> ViewRule:
     """Return the rule without augmentation for views of the same size, as evaluation uses it."""
-    return replace(rule, name="none", padding=0, fill="zero", seed=0)
-
-
-def identity_of(rule: ViewRule) -> ViewIdentity:
-    """Return the rule as a store records it."""
-    size = (rule.height, rule.width)
-    return ViewIdentity(rule=rule.name, padding=rule.padding, fill=rule.fill, size=size, seed=rule.seed)
-
-
-def rule_of(identity: ViewIdentity) -> ViewRule:
-    """Return the rule that a store recorded."""
-    height, width = identity.size
-    return ViewRule(
-        name=identity.rule, padding=identity.padding, fill=identity.fill, height=height, width=width, seed=identity.seed
-    )
+    return replace(rule, rule="none", padding=0, fill="zero", seed=0)
 
 
 def cycle(rule: ViewRule, asked: int | str) -> int | None:
@@ -122,24 +84,20 @@ def count(rule: ViewRule) -> int | None:
     return _kind(rule).views(rule)
 
 
-def parameters(rule: ViewRule, index: Int64[np.ndarray, " batch"], view: int) -> Int64[np.ndarray, "batch k"]:
+def parameters(rule: ViewRule, index: Index, view: int) -> Index:
     """Return the integers that make view `view` of each sample: element `view` of the sample's own permutation.
 
-    none: no column; crop: dy, dx in [0, 2p]; crop-flip: dy, dx, flip in {0, 1}; resized-crop-flip: four random words.
+    From int64 (batch,) to (batch, k), as an array or as a tensor on its device, whichever `index` is. none: no column;
+    crop: dy, dx in [0, 2p]; crop-flip: dy, dx, flip in {0, 1}; resized-crop-flip: four random words.
 
     Raises:
         SettingsError: the rule has no such view.
     """
-    found: np.ndarray = _parameters(rule, index, view)
-    return found
-
-
-def _parameters(rule: ViewRule, index: Any, view: int) -> Any:
-    """Return `parameters` as what `index` is, an array or a tensor on its device; the integers are the same."""
     known = count(rule)
     if view < 0 or (known is not None and view >= known):
         raise SettingsError(f"view {view} does not exist: '{rule.name}' with padding {rule.padding} has {known} views")
-    return _kind(rule).parameters(rule, index, view)
+    found: Index = _kind(rule).parameters(rule, index, view)
+    return found
 
 
 def apply(rule: ViewRule, images: Images, parameters: Parameters) -> Pixels:
@@ -174,31 +132,27 @@ class HeldImages:
 
     def __init__(self, rule: ViewRule, images: UInt8[np.ndarray, "n h w c"], device: torch.device) -> None:
         """Hold the images; the rule is one that `can_hold` them."""
-        self._rule, self._count = rule, len(images)
-        padded = FILLS[rule.fill](torch.from_numpy(images).to(device), rule.padding)
-        self._size, self._pixels = padded.shape[1:3], padded.reshape(-1, padded.shape[3])
+        self._rule = rule
+        self._pixels = FILLS[rule.fill](torch.from_numpy(images).to(device), rule.padding).contiguous()
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._pixels)
 
     def parameters(self, view: int) -> Int64[Tensor, "n k"]:
         """Return what makes one view of every image, on the device."""
-        found: Tensor = _parameters(self._rule, torch.arange(self._count, device=self._pixels.device), view)
-        return found
+        return parameters(self._rule, torch.arange(len(self), device=self._pixels.device), view)
 
     def views(self, index: Int64[Tensor, " batch"], parameters: Int64[Tensor, "n k"]) -> Pixels:
         """Return the views of some images that `parameters`, of all images, describe; waits for nothing."""
         chosen = parameters.index_select(0, index)
         if not chosen.shape[1]:
             chosen = chosen.new_zeros(len(index), 2)
-        places = _places(self._rule, chosen, self._size, index)
-        pixels = self._pixels.index_select(0, places.reshape(-1))
-        return _scaled(pixels.reshape(len(index), self._rule.height, self._rule.width, -1))
+        return _gathered(self._rule, self._pixels, chosen, index)
 
 
 def can_hold(rule: ViewRule, image_size: tuple[int, int] | None) -> bool:
     """Return whether views of such images can be made by `HeldImages`: they need no resizing."""
-    return rule.name != "resized-crop-flip" and image_size == (rule.height, rule.width)
+    return rule.name != "resized-crop-flip" and image_size == rule.size
 
 
 class _Kind(NamedTuple):
@@ -246,33 +200,35 @@ def _scaled(pixels: UInt8[Tensor, "batch height width c"]) -> Pixels:
 
 
 def _apply_none(rule: ViewRule, images: Images, parameters: Parameters) -> Pixels:
-    if isinstance(images, Tensor) and images.shape[1:3] == (rule.height, rule.width):
+    if isinstance(images, Tensor) and images.shape[1:3] == rule.size:
         return _scaled(images)
     return _batched(rule, [_centre_crop(rule, image) for image in images])
 
 
 def _apply_crop(rule: ViewRule, images: Images, parameters: Parameters) -> Pixels:
-    if isinstance(images, list) or images.shape[1:3] != (rule.height, rule.width):
+    if isinstance(images, list) or images.shape[1:3] != rule.size:
         found = "a list" if isinstance(images, list) else f"{images.shape[1]}x{images.shape[2]}"
-        raise MismatchError(f"'{rule.name}' was made for {rule.height}x{rule.width} images; found {found}")
-    padded = FILLS[rule.fill](images, rule.padding)
+        raise MismatchError(f"'{rule.name}' was made for {rule.size[0]}x{rule.size[1]} images; found {found}")
     sample = torch.arange(len(images), device=images.device)
-    places = _places(rule, torch.as_tensor(parameters, device=images.device), padded.shape[1:3], sample)
-    # one gather of whole pixels: four times as fast as indexing with three broadcast tensors
-    chosen = padded.reshape(-1, padded.shape[3]).index_select(0, places.reshape(-1))
-    return _scaled(chosen.reshape(len(images), rule.height, rule.width, padded.shape[3]))
+    chosen = torch.as_tensor(parameters, device=images.device)
+    return _gathered(rule, FILLS[rule.fill](images, rule.padding), chosen, sample)
 
 
-def _places(
-    rule: ViewRule, chosen: Int64[Tensor, "batch k"], padded: torch.Size, sample: Int64[Tensor, " batch"]
-) -> Int64[Tensor, "batch h w"]:
-    """Return where each pixel of each view of the samples lies among all pixels of all padded images."""
-    down = torch.arange(rule.height, device=chosen.device)
-    across = torch.arange(rule.width, device=chosen.device).expand(len(chosen), -1)
+def _gathered(
+    rule: ViewRule, padded: UInt8[Tensor, "n h2 w2 c"], chosen: Int64[Tensor, "batch k"],
+    sample: Int64[Tensor, " batch"],
+) -> Pixels:  # fmt: skip
+    """Return the chosen crops of samples of padded images."""
+    (height, width), (high, wide) = rule.size, padded.shape[1:3]
+    down = torch.arange(height, device=chosen.device)
+    across = torch.arange(width, device=chosen.device).expand(len(chosen), -1)
     if chosen.shape[1] == 3:
-        across = torch.where(chosen[:, 2:] == 1, rule.width - 1 - across, across)
-    rows = sample[:, None] * padded[0] + chosen[:, 0:1] + down
-    return rows[:, :, None] * padded[1] + (chosen[:, 1:2] + across)[:, None, :]
+        across = torch.where(chosen[:, 2:] == 1, width - 1 - across, across)
+    rows = sample[:, None] * high + chosen[:, 0:1] + down
+    places = rows[:, :, None] * wide + (chosen[:, 1:2] + across)[:, None, :]
+    # one gather of whole pixels: four times as fast as indexing with three broadcast tensors
+    pixels = padded.reshape(-1, padded.shape[3]).index_select(0, places.reshape(-1))
+    return _scaled(pixels.reshape(len(sample), height, width, padded.shape[3]))
 
 
 def _pad_zero(images: UInt8[Tensor, "batch h w c"], padding: int) -> UInt8[Tensor, "batch h2 w2 c"]:
@@ -280,20 +236,22 @@ def _pad_zero(images: UInt8[Tensor, "batch h w c"], padding: int) -> UInt8[Tenso
 
 
 def _pad_reflect(images: UInt8[Tensor, "batch h w c"], padding: int) -> UInt8[Tensor, "batch h2 w2 c"]:
-    rows, columns = (_reflected(side, padding, images.device) for side in images.shape[1:3])
+    rows, columns = (
+        side - 1 - (side - 1 - torch.arange(-padding, side + padding, device=images.device).abs()).abs()
+        for side in images.shape[1:3]
+    )
     return images[:, rows[:, None], columns]
-
-
-def _reflected(side: int, padding: int, device: torch.device) -> Int64[Tensor, " padded"]:
-    places = torch.arange(-padding, side + padding, device=device).abs()
-    return side - 1 - (side - 1 - places).abs()
 
 
 def _apply_resized_crop(rule: ViewRule, images: Images, parameters: Parameters) -> Pixels:
     heights, widths = (np.array([image.shape[axis] for image in images], np.float64) for axis in (0, 1))
     drawn = parameters.cpu().numpy() if isinstance(parameters, Tensor) else parameters
     boxes, flips = _boxes(drawn, heights, widths)
-    return _batched(rule, [_resized(rule, *task) for task in zip(images, boxes.tolist(), flips.tolist(), strict=True)])
+    views = []
+    for image, (top, left, high, wide), flip in zip(images, boxes.tolist(), flips.tolist(), strict=True):
+        crop = _interpolated(image[top : top + high, left : left + wide], rule.size)
+        views.append(crop.flip(2) if flip else crop)
+    return _batched(rule, views)
 
 
 def _boxes(
@@ -305,7 +263,9 @@ def _boxes(
 
     Source: torchvision.transforms.RandomResizedCrop.get_params.
     """
-    boxes = _central_boxes(heights, widths)
+    wide = np.minimum(widths, np.round(heights * _RATIO[1]))
+    high = np.minimum(heights, np.round(widths / _RATIO[0]))
+    boxes = np.stack([(heights - high) // 2, (widths - wide) // 2, high, wide], axis=1).astype(np.int64)
     for attempt in reversed(range(_ATTEMPTS)):  # backwards, so that the earliest fitting attempt is written last
         area, aspect, top, left = (rng.unit(word) for word in _attempt_words(drawn, attempt))
         target = heights * widths * (_SCALE[0] + (_SCALE[1] - _SCALE[0]) * area)
@@ -322,26 +282,12 @@ def _attempt_words(drawn: Int64[np.ndarray, "batch 4"], attempt: int) -> rng.Wor
     return rng.philox((first, second, third, fourth), (attempt, rng.CROP))
 
 
-def _central_boxes(heights: np.ndarray, widths: np.ndarray) -> Int64[np.ndarray, "batch 4"]:
-    high = np.minimum(heights, np.round(widths / _RATIO[0]))
-    wide = np.minimum(widths, np.round(heights * _RATIO[1]))
-    return np.stack([(heights - high) // 2, (widths - wide) // 2, high, wide], axis=1).astype(np.int64)
-
-
-def _resized(
-    rule: ViewRule, image: UInt8[Tensor, "h w c"], box: list[int], flip: int
-) -> Float32[Tensor, "c height width"]:
-    top, left, high, wide = box
-    crop = _interpolated(image[top : top + high, left : left + wide], (rule.height, rule.width))
-    return crop.flip(2) if flip else crop
-
-
 def _centre_crop(rule: ViewRule, image: UInt8[Tensor, "h w c"]) -> Float32[Tensor, "c height width"]:
-    high, wide = image.shape[:2]
-    scale = _EVALUATION_SCALE * max(rule.height / high, rule.width / wide)
+    (height, width), (high, wide) = rule.size, image.shape[:2]
+    scale = _EVALUATION_SCALE * max(height / high, width / wide)
     size = round(high * scale), round(wide * scale)
-    top, left = (size[0] - rule.height) // 2, (size[1] - rule.width) // 2
-    return _interpolated(image, size)[:, top : top + rule.height, left : left + rule.width]
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return _interpolated(image, size)[:, top : top + height, left : left + width]
 
 
 def _interpolated(image: UInt8[Tensor, "h w c"], size: tuple[int, int]) -> Float32[Tensor, "c height width"]:
@@ -352,7 +298,7 @@ def _interpolated(image: UInt8[Tensor, "h w c"], size: tuple[int, int]) -> Float
 
 def _batched(rule: ViewRule, views: list[Tensor]) -> Pixels:
     if not views:
-        return torch.zeros((0, 3, rule.height, rule.width))
+        return torch.zeros((0, 3, *rule.size))
     return torch.stack(views).contiguous(memory_format=torch.channels_last)
 
 

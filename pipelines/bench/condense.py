@@ -24,8 +24,8 @@ from kcdcache.data.spec import DataIdentity
 from kcdcache.files import parquet
 from kcdcache.files.atomic import sha256_file, write_atomic
 from kcdcache.files.records import canonical_json
+from kcdcache.settings import ViewRule
 from kcdcache.store.identity import FORMAT_VERSION, IDENTITY_FILE, Knowledge, TeacherIdentity
-from kcdcache.views.identity import ViewIdentity
 
 KEEP, CLASSES, MIB = 0.7, 100, 2**20
 
@@ -34,7 +34,7 @@ def knowledge(rows):
     return Knowledge(
         teacher=TeacherIdentity(architecture="none", weights="none", transform={}, precision="float32"),
         data=DataIdentity(count=rows, classes=tuple(map(str, range(CLASSES))), image_size=(1, 1), digest="none"),
-        views=ViewIdentity(rule="none", padding=0, fill="zero", size=(1, 1), seed=0),
+        views=ViewRule(rule="none", padding=0, fill="zero", size=(1, 1), seed=0),
     )
 
 

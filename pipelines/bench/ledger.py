@@ -16,11 +16,11 @@ from measure import median, started, write
 
 from kcdcache.data.spec import DataIdentity
 from kcdcache.errors import KcdcacheError
+from kcdcache.settings import ViewRule
 from kcdcache.store import encoding, log, reader, writer
 from kcdcache.store.identity import Knowledge, TeacherIdentity
 from kcdcache.store.log import FileRecord, LogEntry
 from kcdcache.store.plan import MOST_PART_ROWS, part_chunks, plan_store
-from kcdcache.views.identity import ViewIdentity
 
 PARTS_A_VIEW = 25
 CLASSES = 10
@@ -28,7 +28,7 @@ COUNT = PARTS_A_VIEW * MOST_PART_ROWS
 KNOWLEDGE = Knowledge(
     teacher=TeacherIdentity(architecture="bench", weights="0" * 64, transform={}, precision="float32"),
     data=DataIdentity(count=COUNT, classes=tuple(map(str, range(CLASSES))), image_size=(32, 32), digest="0" * 64),
-    views=ViewIdentity(rule="crop-flip", padding=4, fill="zero", size=(32, 32), seed=0),
+    views=ViewRule(rule="crop-flip", padding=4, fill="zero", size=(32, 32), seed=0),
 )
 
 

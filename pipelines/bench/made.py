@@ -37,7 +37,7 @@ def store_of(dataset, path, count_views=2, text="float16"):
     """A sealed store of random peaked logits of the data set's crop-flip views."""
     rule = rules.rule_from(ViewSettings(), dataset.train.image_size)
     teacher = TeacherIdentity(architecture="none", weights="none", transform={}, precision="float32")
-    knowledge = Knowledge(teacher=teacher, data=dataset.identity(), views=rules.identity_of(rule))
+    knowledge = Knowledge(teacher=teacher, data=dataset.identity(), views=rule)
     classes = len(dataset.classes)
     plan = plan_store(len(dataset.train), count_views, [encoding.parse(text, "logits", (classes,))])
     random = torch.Generator().manual_seed(0)

@@ -12,10 +12,10 @@ import torch
 from measure import alternating, median, ratio, started, write
 
 from kcdcache.data.spec import DataIdentity
+from kcdcache.settings import ViewRule
 from kcdcache.store import encoding, log, reader, writer
 from kcdcache.store.identity import Knowledge, TeacherIdentity
 from kcdcache.store.plan import plan_store
-from kcdcache.views.identity import ViewIdentity
 
 
 class Unchecked(reader.Store):
@@ -41,7 +41,7 @@ def make(path, rows, classes, views, text):
     knowledge = Knowledge(
         teacher=TeacherIdentity(architecture="none", weights="none", transform={}, precision="float32"),
         data=DataIdentity(count=rows, classes=("a", "b"), image_size=(1, 1), digest="none"),
-        views=ViewIdentity(rule="none", padding=0, fill="zero", size=(1, 1), seed=0),
+        views=ViewRule(rule="none", padding=0, fill="zero", size=(1, 1), seed=0),
     )
     values = torch.from_numpy(np.random.default_rng(0).normal(0, 3, (plan.part_rows, classes)).astype(np.float32))
     stored, told = plan.encodings["logits"].encode(values, 0), {"logits": encoding.statistics(values)}

@@ -19,8 +19,8 @@ from kcdcache.files.atomic import sha256_file
 from kcdcache.files.records import read_json, readable_json, sealed_json
 from kcdcache.runs import check, state
 from kcdcache.runs.folder import RunFolder
+from kcdcache.settings import ViewRule
 from kcdcache.store.identity import Knowledge, TeacherIdentity
-from kcdcache.views.identity import ViewIdentity
 
 STEERING = "\x1b]0;owned\x07\x9b2J\r\x08\u202e\u200b\ufeff"
 FORGED = "a\nproblems: 0"
@@ -59,7 +59,7 @@ def test_names_in_files_are_shown_escaped(run, tmp_path, name):
     who = Knowledge(
         teacher=TeacherIdentity(architecture=name, weights=name, transform={name: name}, precision="float32"),
         data=DataIdentity(count=150, classes=(name, "b"), image_size=(4, 4), digest=name),
-        views=ViewIdentity(rule=name, padding=0, fill=name, size=(4, 4), seed=0),
+        views=ViewRule(rule=name, padding=0, fill=name, size=(4, 4), seed=0),
     )
     with creating(tmp_path / "s", plan_of(), who) as writing:
         finish(writing)

@@ -74,7 +74,7 @@ class Live:
         self._world, self._names = world, names
 
     def prepare(self, view, following):
-        world, rule = self._world, rules.rule_of(self._world.stores["float32"].knowledge.views)
+        world, rule = self._world, self._world.stores["float32"].knowledge.views
         size = world.stores["float32"].plan.batch_size
         found = []
         for start in range(0, TRAIN, size):

@@ -52,7 +52,7 @@ def run(place, path, network=None, progress=silent, data=None, **changes):
 
 def live(place, view, index, batch=64):
     """The teacher's outputs on the store's fixed batches, computed here."""
-    rule = rules.rule_of(place.knowledge.knowledge.views)
+    rule = place.knowledge.knowledge.views
     parts = []
     for start in range(0, len(index), batch):
         chosen = index[start : start + batch]
@@ -334,7 +334,7 @@ def test_requery_says_what_the_teacher_says_of_the_mixes(place, tmp_path):
     told = command(place, "precompute", manifest=tmp_path / "set.parquet", fields=FIELDS)
     found = reader.open(requery.path_for(tmp_path / "set.parquet"))
     rows = np.flatnonzero(chosen.mixed)
-    rule = rules.rule_of(place.knowledge.knowledge.views)
+    rule = place.knowledge.knowledge.views
     for view in range(3):
         kept, dropped = (crops(place, rule, index[rows], view) for index in (chosen.index, chosen.partner))
         share = torch.from_numpy(chosen.epsilon[rows]).view(-1, 1, 1, 1)

@@ -80,7 +80,7 @@ def same(left, right):
 
 
 def view_of_one(world, index, view):
-    rule, one = rules.rule_of(world.knowledge.knowledge.views), np.array([index])
+    rule, one = world.knowledge.knowledge.views, np.array([index])
     images = torch.from_numpy(world.data.train.images(one))
     return rules.apply(rule, images, rules.parameters(rule, one, view))
 
@@ -189,7 +189,7 @@ def test_an_epoch_uses_its_view_modulo_the_cached_ones_and_partners_are_seen_in_
             assert np.array_equal(found["teacher_logits"][plain], expected[plain.numpy()])
         points = everything(Sampler(manifest=source.manifest, optimizer=OptimizerSettings()), 1)
         plan = batches.plan_epoch(source, 1, points)
-    rule, mixed = rules.rule_of(world.knowledge.knowledge.views), points.partner >= 0
+    rule, mixed = world.knowledge.knowledge.views, points.partner >= 0
     assert np.array_equal(plan.partner_parameters[mixed], rules.parameters(rule, points.partner[mixed], 1))
     assert np.array_equal(plan.parameters, rules.parameters(rule, points.index, 1))
     assert not np.array_equal(plan.parameters[mixed], plan.partner_parameters[mixed])
@@ -334,7 +334,7 @@ def test_sets_and_mixes_that_were_not_made_for_each_other_are_refused(world):
 def test_views_of_held_images_are_those_of_single_batches(name, fill):
     images = np.random.default_rng(0).integers(0, 256, (20, 9, 7, 3), dtype=np.uint8)
     padding = 0 if name == "none" else 3
-    rule = rules.ViewRule(name=name, padding=padding, fill=fill, height=9, width=7, seed=2**63 + 5)
+    rule = rules.ViewRule(rule=name, padding=padding, fill=fill, size=(9, 7), seed=2**63 + 5)
     held = rules.HeldImages(rule, images, CPU)
     chosen = np.array([3, 3, 19, 0])
     for view in range(min(rules.count(rule), 12)):
@@ -364,7 +364,7 @@ def test_data_that_cannot_lie_on_the_device_are_refused_or_made_on_the_host(worl
         cases = {
             "its targets are not those of a store": replace(source, targets=LiveTargets()),
             "views by 'resized-crop-flip' are resized one by one": replace(
-                source, rule=replace(source.rule, name="resized-crop-flip", padding=0)
+                source, rule=replace(source.rule, rule="resized-crop-flip", padding=0)
             ),
             "its images are decoded on demand": replace(source, data=replace(world.data, train=on_demand)),
         }

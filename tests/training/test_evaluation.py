@@ -164,7 +164,7 @@ def share(pairs):
 
 def test_shares_on_training_samples_equal_a_plain_reference(noisy):
     dataset, knowledge, network, summary, run = noisy
-    rule = rules.rule_of(knowledge.knowledge.views)
+    rule = knowledge.knowledge.views
     given_, true = dataset.train.labels.tolist(), dataset.train.clean_labels.tolist()
     wrong = [a != b for a, b in zip(given_, true, strict=True)]
     for prefix, pair in (("", student_of(run, dataset)), ("teacher_", (network.module, network.transform))):
@@ -182,7 +182,7 @@ def test_shares_on_training_samples_equal_a_plain_reference(noisy):
 
 def test_agreement_is_the_share_of_samples_on_which_both_name_the_same_class(noisy):
     dataset, knowledge, network, summary, run = noisy
-    rule, own = rules.rule_of(knowledge.knowledge.views), student_of(run, dataset)
+    rule, own = knowledge.knowledge.views, student_of(run, dataset)
     theirs = network.module, network.transform
     on_train = [named_by(*pair, dataset, dataset.train, rule) for pair in (own, theirs)]
     on_test = [named_by(*pair, dataset, dataset.test, rules.plain(rule)) for pair in (own, theirs)]
@@ -232,9 +232,7 @@ def test_rare_classes_are_measured_where_classes_were_thinned_out(uneven):
         if 2 * held < sizes.sum():
             often.add(label)
         held += sizes[label]
-    guess = named_by(
-        *student_of(run, dataset), dataset, dataset.test, rules.plain(rules.rule_of(knowledge.knowledge.views))
-    )
+    guess = named_by(*student_of(run, dataset), dataset, dataset.test, rules.plain(knowledge.knowledge.views))
     pairs = list(zip(guess, dataset.test.labels.tolist(), strict=True))
     assert summary["accuracy_frequent"] == pytest.approx(share(p for p in pairs if p[1] in often), abs=0.05)
     assert summary["accuracy_rare"] == pytest.approx(share(p for p in pairs if p[1] not in often), abs=0.05)

@@ -35,7 +35,7 @@ ENCODINGS = ("float16", "top:4", "top:10")
 
 def run_teacher(world, view, index):
     """The teacher's logits on these samples' own view, as one batch."""
-    rule = rules.rule_of(world.knowledge.knowledge.views)
+    rule = world.knowledge.knowledge.views
     pixels = rules.apply(rule, torch.from_numpy(world.data.train.images(index)), rules.parameters(rule, index, view))
     return teacher.outputs(world.network, pixels, FIELDS)
 
@@ -131,7 +131,7 @@ def taught_by_the_package(world, source, path):
 
 def live_epoch_of(world, epoch):
     """The whole set's epoch without `batches`: order, views, teacher in the loop, its softened output."""
-    rule, order = rules.rule_of(world.knowledge.knowledge.views), rng.epoch_order(SEED, epoch, np.arange(TRAIN))
+    rule, order = world.knowledge.knowledge.views, rng.epoch_order(SEED, epoch, np.arange(TRAIN))
     live = LiveInFixedBatches(world)
     live.prepare(epoch % VIEWS, None)
     for index in np.split(order, range(BATCH, TRAIN, BATCH)):
