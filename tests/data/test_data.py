@@ -28,12 +28,8 @@ def test_digits_are_the_real_ones_split_once():
     ours = sorted((image.tobytes(), int(label)) for image, label in zip(together, labels, strict=True))
     theirs = sorted((image.tobytes(), int(label)) for image, label in zip(enlarged, original.target, strict=True))
     assert ours == theirs
-
-
-def test_digits_keep_their_digest_for_ever():
-    identity = datasets.load("digits").identity()
-    assert identity.digest == "33f1a886c3bd66ea0e675bb22d66f7bfd4374fe4f619c5af8ed5644110936c4a"
-    assert identity.classes == tuple("0123456789")
+    digest = "33f1a886c3bd66ea0e675bb22d66f7bfd4374fe4f619c5af8ed5644110936c4a"  # for ever
+    assert (digits.identity().digest, digits.classes) == (digest, tuple("0123456789"))
 
 
 def test_digits_are_enlarged_bilinearly():
@@ -49,18 +45,14 @@ def test_digits_are_enlarged_bilinearly():
     assert (enlarged[..., :1] == enlarged).all()
 
 
-def test_arrays_keep_images_labels_and_order(tmp_path):
-    loaded = datasets.load(write_npz(tmp_path / "a.npz", classes=np.array(["x", "y", "z"])))
-    assert np.array_equal(loaded.train.images(np.array([4, 0])), make_pixels(6)[[4, 0]])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_arrays_keep_images_labels_and_order(tmp_path, channels):
+    pixels = {part: make_pixels(count, channels=channels) for part, count in (("train", 6), ("test", 3))}
+    arrays = {f"{part}_images": images for part, images in pixels.items()}
+    loaded = datasets.load(write_npz(tmp_path / "a.npz", classes=np.array(["x", "y", "z"]), **arrays))
+    assert np.array_equal(loaded.train.images(np.array([4, 0])), pixels["train"][[4, 0]])
     assert loaded.test.labels.tolist() == [2, 0, 0]
-    assert loaded.classes == ("x", "y", "z")
-
-
-def test_grey_arrays_stay_grey(tmp_path):
-    grey = {"train_images": make_pixels(6, channels=1), "test_images": make_pixels(3, channels=1)}
-    loaded = datasets.load(write_npz(tmp_path / "a.npz", **grey))
-    assert loaded.train.images(np.arange(2)).shape == (2, 5, 4, 1)
-    assert len(loaded.mean) == 1
+    assert (loaded.classes, len(loaded.mean)) == (("x", "y", "z"), channels)
 
 
 @given(st.integers(0, 100), st.integers(1, 4))
@@ -103,27 +95,16 @@ def test_parquet_reads_files_in_order_with_class_names(tmp_path):
     assert loaded.train.labels.tolist() == [0, 1, 2, 0, 1, 2]
     assert loaded.classes == ("cat", "dog", "owl")
     assert len(loaded.test) == 3
-
-
-def test_parquet_without_names_counts_its_classes(tmp_path):
     assert datasets.load(write_hub(tmp_path, names=None)).classes == ("0", "1", "2")
 
 
-def test_a_limited_load_reads_only_the_files_it_needs(tmp_path):
+def test_a_limited_load_is_a_prefix_that_reads_only_the_files_it_needs_and_may_lack_classes(tmp_path):
     spec = write_hub(tmp_path)
     (tmp_path / "train-00001-of-00002.parquet").write_bytes(b"not parquet")
     loaded = datasets.load(f"{spec}?train=4&test=1")
     assert (len(loaded.train), len(loaded.test)) == (4, 1)
-    with pytest.raises(CorruptionError, match=r"train-00001-of-00002.parquet is not a readable parquet file"):
-        datasets.load(spec)
-
-
-def test_a_limited_load_is_a_prefix_and_may_lack_classes(tmp_path):
-    loaded = datasets.load(f"{write_hub(tmp_path)}?train=2")
-    assert loaded.train.labels.tolist() == [0, 1]
-    assert loaded.classes == ("cat", "dog", "owl")
-    with pytest.raises(SettingsError, match=r"training split of .* has 6 images; 7 were asked for"):
-        datasets.load(f"parquet:{tmp_path}?train=7")
+    loaded = datasets.load(f"{spec}?train=2")
+    assert (loaded.train.labels.tolist(), loaded.classes) == ([0, 1], ("cat", "dog", "owl"))
 
 
 def test_a_corrupt_image_is_named_by_file_and_row(tmp_path):
@@ -135,21 +116,15 @@ def test_a_corrupt_image_is_named_by_file_and_row(tmp_path):
             datasets.load(f"parquet:{tmp_path}")
 
 
-def test_an_ambiguous_or_unknown_label_column_lists_the_candidates(tmp_path):
-    for part in ("train", "test"):
-        write_parquet(tmp_path / f"{part}-0.parquet", [png(i) for i in make_pixels(2)], fine=[0, 1], coarse=[0, 0])
-    with pytest.raises(SettingsError, match=r"fine, coarse; choose one: write parquet:.*#COLUMN"):
-        datasets.load(f"parquet:{tmp_path}")
-    with pytest.raises(SettingsError, match=r"fine, coarse; 'label' is none of them"):
-        datasets.load(f"parquet:{tmp_path}#label")
-    assert datasets.load(f"parquet:{tmp_path}#fine").train.labels.tolist() == [0, 1]
+def test_one_of_several_label_columns_is_chosen(tmp_path):
+    spec = two_columns(tmp_path)
+    assert datasets.load(f"{spec}#fine").train.labels.tolist() == [0, 1]
 
 
-def test_parquet_without_an_image_column_lists_the_columns(tmp_path):
+def two_columns(folder):
     for part in ("train", "test"):
-        pq.write_table(pa.table({"text": ["a"], "label": [0]}), tmp_path / f"{part}-0.parquet")
-    with pytest.raises(SettingsError, match=r"one struct column .* found 0 in: text \(string\), label \(int64\)"):
-        datasets.load(f"parquet:{tmp_path}")
+        write_parquet(folder / f"{part}-0.parquet", [png(i) for i in make_pixels(2)], fine=[0, 1], coarse=[0, 0])
+    return f"parquet:{folder}"
 
 
 def test_parquet_images_of_differing_size_come_as_a_list(tmp_path):
@@ -163,58 +138,103 @@ def test_parquet_images_of_differing_size_come_as_a_list(tmp_path):
     assert loaded.mean == (0.485, 0.456, 0.406)
 
 
-def test_labels_with_gaps_name_what_is_missing(tmp_path):
-    spec = write_npz(tmp_path / "a.npz", train_labels=np.array([0, 1, 4, 4, 1, 0]))
-    with pytest.raises(MismatchError, match=r"must be 0..4 without gaps; 2 have no training image: 2 \('2'\), 3"):
+def arrays(**changes):
+    return lambda folder: write_npz(folder / "a.npz", **changes)
+
+
+def hub(file=None, **columns):
+    """A parquet set, of which one file is another one."""
+
+    def made(folder):
+        spec = write_hub(folder)
+        if file:
+            write_parquet(folder / file, [png(i) for i in make_pixels(2)], **columns)
+        return spec
+
+    return made
+
+
+def without_images(folder):
+    for part in ("train", "test"):
+        pq.write_table(pa.table({"text": ["a"], "label": [0]}), folder / f"{part}-0.parquet")
+    return f"parquet:{folder}"
+
+
+def cut_short(folder):
+    whole = Path(write_npz(folder / "a.npz").removeprefix("arrays:"))
+    whole.write_bytes(whole.read_bytes()[:300])
+    return f"arrays:{whole}"
+
+
+def torn(folder):
+    spec = write_hub(folder)
+    (folder / "train-00001-of-00002.parquet").write_bytes(b"not parquet")
+    return spec
+
+
+def with_a_cow(folder):
+    spec = write_folder(folder)
+    (folder / "val/cow").mkdir()
+    return spec
+
+
+def deep(folder):
+    spec = write_folder(folder)
+    Image.fromarray(np.zeros((5, 4), np.uint16)).save(folder / "train/ant/0.png")
+    return spec
+
+
+def in_the_way(folder):
+    (folder / "file").write_text("in the way")
+    return f"cifar10:{folder}/file"
+
+
+REFUSED = [
+    (arrays(train_labels=np.array([0, 1, 4, 4, 1, 0])), MismatchError,
+     r"must be 0..4 without gaps; 2 have no training image: 2 \('2'\), 3"),
+    (arrays(train_labels=np.array([0, 1, 2, -1, 1, 0])), MismatchError, r"a.npz train_images row 3 has label -1"),
+    (arrays(test_labels=np.array([0, 3, 0])), MismatchError, r"a.npz test_images row 1 has label 3 .* must be 0..2"),
+    (arrays(test_labels=np.array([0, 1])), MismatchError,
+     r"test_labels in .* should be 3 integers; found int64 \(2,\)"),
+    (arrays(train_images=np.zeros((6, 5, 4, 3))), MismatchError,
+     r"train_images in .* should be uint8 \(N,H,W,C\); found float64"),
+    (arrays(test_images=make_pixels(3, 6)), MismatchError, r"training and test images in .* differ in size"),
+    (arrays(test_images=None), NotFoundError, r"no array test_images in .*; it holds test_labels, train_images"),
+    (arrays(test_images=make_pixels(0), test_labels=np.zeros(0, np.int64)), NotFoundError,
+     r"test split of 'arrays:.*' holds no images"),
+    (arrays(classes=np.array([{}], dtype=object)), UnsafeError, r"a.npz is refused"),
+    (cut_short, CorruptionError, r"a.npz is not a readable .npz file"),
+    (lambda folder: f"arrays:{folder}/none.npz", NotFoundError, "no file at"),
+    (lambda folder: f"parquet:{folder}", NotFoundError, r"no train-\*.parquet in .*; it holds nothing"),
+    (lambda folder: f"folder:{folder}", NotFoundError, r"no folder .*train; folder:DIR needs class folders"),
+    (hub("train-00001-of-00002.parquet", label=[1, None]), MismatchError,
+     r"train-00001-of-00002.parquet row 1 has label -1 \(a null"),
+    (hub("train-00001-of-00002.parquet", other=[1, 2]), MismatchError,
+     "lacks the column label that the first file has"),
+    (torn, CorruptionError, r"train-00001-of-00002.parquet is not a readable parquet file"),
+    (lambda folder: f"{write_hub(folder)}?train=7", SettingsError,
+     r"training split of .* has 6 images; 7 were asked for"),
+    (two_columns, SettingsError, r"fine, coarse; choose one: write parquet:.*#COLUMN"),
+    (lambda folder: f"{two_columns(folder)}#label", SettingsError, r"fine, coarse; 'label' is none of them"),
+    (without_images, SettingsError, r"one struct column .* found 0 in: text \(string\), label \(int64\)"),
+    (with_a_cow, MismatchError, r"val has class folders that .*train lacks: cow"),
+    (deep, MismatchError, r"ant/0.png has more than 8 bits per channel"),
+    (in_the_way, NotFoundError, r"put cifar-10-python.tar.gz from https.* there, or use parquet:DIR"),
+    (lambda folder: "cifar:x", SettingsError, "unknown data 'cifar' in 'cifar:x'; did you mean 'cifar10'"),
+    (lambda folder: "folder", SettingsError, "data spec 'folder' needs a path: write folder:DIR"),
+    (lambda folder: "digits:x", SettingsError, "'digits' is embedded and takes no path"),
+    (lambda folder: "digits?trian=5", SettingsError,
+     r"unknown option 'trian' in data spec 'digits\?trian=5'; did you mean 'train'"),
+    (lambda folder: "digits?train=0", SettingsError,
+     r"setting 'train' in data spec 'digits\?train=0': .* greater than or equal to 1; found '0'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "error", "said"), REFUSED)
+def test_data_that_cannot_be_used_are_refused_with_place_and_remedy(tmp_path, make, error, said):
+    spec = make(tmp_path)
+    with pytest.raises(error, match=said):
         datasets.load(spec)
-    spec = write_npz(tmp_path / "b.npz", train_labels=np.array([0, 1, 2, -1, 1, 0]))
-    with pytest.raises(MismatchError, match=r"b.npz train_images row 3 has label -1"):
-        datasets.load(spec)
-    spec = write_npz(tmp_path / "c.npz", test_labels=np.array([0, 3, 0]))
-    with pytest.raises(MismatchError, match=r"c.npz test_images row 1 has label 3 .* must be 0..2"):
-        datasets.load(spec)
-
-
-def test_a_null_label_is_named_by_file_and_row(tmp_path):
-    write_hub(tmp_path)
-    write_parquet(tmp_path / "train-00001-of-00002.parquet", [png(i) for i in make_pixels(2)], label=[1, None])
-    with pytest.raises(MismatchError, match=r"train-00001-of-00002.parquet row 1 has label -1 \(a null"):
-        datasets.load(f"parquet:{tmp_path}")
-
-
-def test_arrays_that_do_not_fit_are_refused(tmp_path):
-    cases = {
-        r"test_labels in .* should be 3 integers; found int64 \(2,\)": {"test_labels": np.array([0, 1])},
-        r"train_images in .* should be uint8 \(N,H,W,C\); found float64": {"train_images": np.zeros((6, 5, 4, 3))},
-        r"training and test images in .* differ in size": {"test_images": make_pixels(3, 6)},
-    }
-    for number, (message, changes) in enumerate(cases.items()):
-        with pytest.raises(MismatchError, match=message):
-            datasets.load(write_npz(tmp_path / f"{number}.npz", **changes))
-
-
-def test_missing_or_empty_splits_are_not_found(tmp_path):
-    with pytest.raises(NotFoundError, match=r"no array test_images in .*; it holds test_labels, train_images"):
-        datasets.load(write_npz(tmp_path / "a.npz", test_images=None))
-    empty = {"test_images": make_pixels(0), "test_labels": np.zeros(0, np.int64)}
-    with pytest.raises(NotFoundError, match=r"test split of 'arrays:.*' holds no images"):
-        datasets.load(write_npz(tmp_path / "b.npz", **empty))
-    with pytest.raises(NotFoundError, match=r"no train-\*.parquet in .*; it holds a.npz"):
-        datasets.load(f"parquet:{tmp_path}")
-    with pytest.raises(NotFoundError, match=r"no folder .*train; folder:DIR needs class folders"):
-        datasets.load(f"folder:{tmp_path}")
-    with pytest.raises(NotFoundError, match="no file at"):
-        datasets.load(f"arrays:{tmp_path}/none.npz")
-
-
-def test_pickles_and_broken_archives_are_refused(tmp_path):
-    spec = write_npz(tmp_path / "a.npz", classes=np.array([{}], dtype=object))
-    with pytest.raises(UnsafeError, match=r"a.npz is refused"):
-        datasets.load(spec)
-    whole = (tmp_path / "a.npz").read_bytes()
-    (tmp_path / "b.npz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CorruptionError, match=r"b.npz is not a readable .npz file"):
-        datasets.load(f"arrays:{tmp_path}/b.npz")
 
 
 def test_folders_of_one_size_are_decoded_once(tmp_path):
@@ -253,23 +273,6 @@ def test_other_files_in_a_class_folder_are_reported(tmp_path, caplog):
     (tmp_path / "train/ant/notes.txt").write_text("x")
     assert len(datasets.load(spec).train) == 4
     assert "1 files in" in caplog.text
-    (tmp_path / "val/cow").mkdir()
-    with pytest.raises(MismatchError, match=r"val has class folders that .*train lacks: cow"):
-        datasets.load(spec)
-
-
-def test_images_of_16_bits_are_refused(tmp_path):
-    spec = write_folder(tmp_path)
-    Image.fromarray(np.zeros((5, 4), np.uint16)).save(tmp_path / "train/ant/0.png")
-    with pytest.raises(MismatchError, match=r"ant/0.png has more than 8 bits per channel"):
-        datasets.load(spec)
-
-
-def test_grey_and_transparent_files_become_rgb():
-    payloads = [png(make_pixels(1)[0, ..., 0]), png(make_pixels(1, channels=4)[0])]
-    found = images.EncodedImages(payloads, images.Origins(("f",)), (5, 4)).images(np.arange(2))
-    assert np.array_equal(found[0], make_pixels(1)[0, ..., :1].repeat(3, 2))
-    assert np.array_equal(found[1], make_pixels(1, channels=4)[0, ..., :3])
 
 
 def test_positions_outside_a_split_are_refused(tmp_path):
@@ -283,24 +286,6 @@ def test_a_split_travels_to_other_processes(tmp_path):
     train = datasets.load(write_folder(tmp_path, (5, 7))).train
     again = pickle.loads(pickle.dumps(train))
     assert np.array_equal(again.digests(), train.digests())
-
-
-def test_specs_that_are_wrong_say_how_to_write_them():
-    for spec, message in {
-        "cifar:x": "unknown data 'cifar' in 'cifar:x'; did you mean 'cifar10'",
-        "folder": "data spec 'folder' needs a path: write folder:DIR",
-        "digits:x": "'digits' is embedded and takes no path",
-        "digits?trian=5": r"unknown option 'trian' in data spec 'digits\?trian=5'; did you mean 'train'",
-        "digits?train=0": r"setting 'train' in data spec 'digits\?train=0': .* greater than or equal to 1; found '0'",
-    }.items():
-        with pytest.raises(SettingsError, match=message):
-            datasets.load(spec)
-
-
-def test_a_failed_download_says_what_to_do(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(NotFoundError, match=r"put cifar-10-python.tar.gz from https.* there, or use parquet:DIR"):
-        datasets.load(f"cifar10:{tmp_path}/file")
 
 
 @pytest.mark.skipif(not CIFAR100.is_dir(), reason="no CIFAR-100 at hand (KCDCACHE_CIFAR100)")

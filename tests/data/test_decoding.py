@@ -42,25 +42,19 @@ def deep_png(mode):
     )
 
 
-@pytest.mark.parametrize("order", ["big", "little"])
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_upright_as_pillow_turns_them(orientation, kind, order):
-    content = saved(Image.fromarray(COLOURS), kind, exif=turned_by(orientation, order))
-    with Image.open(io.BytesIO(content)) as image:
-        expected = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    found = images.rgb(content, "a.jpg")
-    assert np.array_equal(found, expected)
-    assert found.flags.c_contiguous
-    assert images.EncodedImages([content]).size(0) == expected.shape[:2]
-
-
-def test_a_tiff_is_turned_once():
+def test_pictures_are_turned_upright_as_pillow_turns_them(orientation, kind):
     entry = Image.Exif()
-    entry[274] = 6
-    content = saved(Image.fromarray(COLOURS), "TIFF", exif=entry)
-    assert np.array_equal(images.rgb(content, "a.tif"), np.rot90(COLOURS, -1))
-    assert images.EncodedImages([content]).size(0) == (WIDE, HIGH)
+    entry[274] = orientation
+    exifs = [entry] if kind == "TIFF" else [turned_by(orientation, order) for order in ("big", "little")]
+    for content in (saved(Image.fromarray(COLOURS), kind, exif=exif) for exif in exifs):
+        with Image.open(io.BytesIO(content)) as image:
+            expected = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        found = images.rgb(content, "a.jpg")
+        assert np.array_equal(found, expected)
+        assert found.flags.c_contiguous
+        assert images.EncodedImages([content]).size(0) == expected.shape[:2]
 
 
 @pytest.mark.parametrize(
@@ -71,49 +65,41 @@ def test_a_damaged_or_unknown_orientation_leaves_the_picture_as_it_is(exif):
     assert np.array_equal(images.rgb(content, "a.webp"), COLOURS)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_grey_becomes_three_equal_channels(kind):
-    content = saved(Image.fromarray(SMOOTH[..., 0]), kind)
-    found = images.rgb(content, "a")
-    assert (found == found[..., :1]).all()
-    assert np.abs(found[..., 0].astype(int) - SMOOTH[..., 0]).max() <= 3
+ALPHA = np.arange(HIGH * WIDE, dtype=np.uint8).reshape(HIGH, WIDE, 1)
+PALETTE = np.array([[10, 20, 30], [40, 50, 60], [70, 80, 90], [100, 110, 120]], np.uint8)
 
 
-def test_cmyk_jpegs_become_rgb_by_full_inks():
-    inks = np.concatenate([255 - SMOOTH, np.zeros((HIGH, WIDE, 1), np.uint8)], -1)  # no black: RGB is 255 - CMY
-    found = images.rgb(saved(as_cmyk(inks), "JPEG", quality=95), "a.jpg")
-    assert np.abs(found.astype(int) - SMOOTH).max() <= 8
-
-
-def as_cmyk(inks):
-    return Image.frombytes("CMYK", (WIDE, HIGH), inks.tobytes())
-
-
-def palette_picture():
+def palette_picture(**options):
     image = Image.fromarray(GREY % 4).convert("P")
-    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120])
-    return image
+    image.putpalette(PALETTE.ravel().tolist())
+    return saved(image, "PNG", **options)
 
 
-@pytest.mark.parametrize("transparency", [None, 2, b"\x00\x80\xff\x10"])
-def test_a_palettes_colours_count_whatever_is_transparent(transparency):
-    image = palette_picture()
-    options = {} if transparency is None else {"transparency": transparency}
-    expected = np.array([[10, 20, 30], [40, 50, 60], [70, 80, 90], [100, 110, 120]], np.uint8)[np.array(image)]
-    assert np.array_equal(images.rgb(saved(image, "PNG", **options), "a.png"), expected)
+def of_arrays(*channels):
+    return saved(Image.fromarray(np.concatenate(channels, -1)), "PNG")
 
 
-@pytest.mark.parametrize("colours", [COLOURS, GREY])
-def test_transparency_is_left_out(colours):
-    alpha = np.arange(HIGH * WIDE, dtype=np.uint8).reshape(HIGH, WIDE, 1)
-    content = saved(Image.fromarray(np.concatenate([colours.reshape(HIGH, WIDE, -1), alpha], -1)), "PNG")
-    expected = colours if colours.ndim == 3 else np.repeat(GREY[..., None], 3, -1)
-    assert np.array_equal(images.rgb(content, "a.png"), expected)
+CONVERTED = {
+    "grey": (saved(Image.fromarray(GREY), "PNG"), np.repeat(GREY[..., None], 3, -1)),
+    "a grey JPEG": (saved(Image.fromarray(SMOOTH[..., 0]), "JPEG"), np.repeat(SMOOTH[..., :1], 3, -1)),
+    # no black: RGB is 255 - CMY
+    "CMYK": (saved(Image.frombytes("CMYK", (WIDE, HIGH), np.concatenate([255 - SMOOTH, 0 * ALPHA], -1).tobytes()),
+                   "JPEG", quality=95), SMOOTH),
+    "a palette": (palette_picture(), PALETTE[GREY % 4]),
+    "a palette with a transparent colour": (palette_picture(transparency=2), PALETTE[GREY % 4]),
+    "a palette with alpha": (palette_picture(transparency=b"\x00\x80\xff\x10"), PALETTE[GREY % 4]),
+    "transparency": (of_arrays(COLOURS, ALPHA), COLOURS),
+    "transparent grey": (of_arrays(GREY[..., None], ALPHA), np.repeat(GREY[..., None], 3, -1)),
+    "black and white": (saved(Image.fromarray(GREY > 100), "PNG"), np.repeat((GREY > 100)[..., None] * 255, 3, -1)),
+}  # fmt: skip
+"""what files hold -> the RGB image they become, JPEGs about"""
 
 
-def test_black_and_white_becomes_0_and_255():
-    content = saved(Image.fromarray(GREY > 100), "PNG")
-    assert np.array_equal(images.rgb(content, "a.png"), np.repeat((GREY > 100)[..., None] * np.uint8(255), 3, -1))
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_every_kind_of_colour_becomes_rgb(kind):
+    content, expected = CONVERTED[kind]
+    off = np.abs(images.rgb(content, "a").astype(int) - expected).max()
+    assert off <= (8 if content[:2] == b"\xff\xd8" else 0)
 
 
 DEEP = {

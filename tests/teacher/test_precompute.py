@@ -1,13 +1,12 @@
 """Data and teacher to store: resumed, grown, imported, guarded, checked again."""
 
 import copy
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from lessons import CLASSES, CPU, condensed, digits, opinionated, teacher_of
+from lessons import CLASSES, CPU, condensed, digits, teacher_of
 from pupils import (
     SPEC,
     TRAIN,
@@ -24,12 +23,11 @@ from torch import nn
 
 from kcdcache.commands import verify
 from kcdcache.condense import manifest
-from kcdcache.errors import MismatchError, NonFiniteError, NotFoundError, SettingsError, UnfinishedError
-from kcdcache.networks import registry, weights
+from kcdcache.errors import MismatchError, NotFoundError, SettingsError, UnfinishedError
+from kcdcache.networks import weights
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.progress import silent
 from kcdcache.settings import PrecomputeSettings
-from kcdcache.store import plan as plan_
 from kcdcache.store import reader
 from kcdcache.teacher import precompute, teacher
 from kcdcache.training import requery
@@ -62,17 +60,14 @@ def live(place, view, index, batch=64):
     return {field: torch.cat([part[field] for part in parts]).numpy() for field in FIELDS}
 
 
-@pytest.mark.parametrize("view", [0, 2])
-def test_the_store_holds_what_the_teacher_says(place, view):
-    everyone = np.arange(TRAIN)
-    for field, expected in live(place, view, everyone).items():
-        assert np.array_equal(place.knowledge.read(field, view, everyone), expected), field
-
-
-def test_a_result_tells_what_is_there(place, tmp_path):
-    told = run(place, tmp_path / "store")
-    index = np.arange(TRAIN)
-    right = [float((live(place, v, index)["logits"].argmax(1) == place.data.train.labels).mean()) for v in range(3)]
+def test_the_store_holds_what_the_teacher_says_and_tells_what_is_there(place):
+    everyone, right = np.arange(TRAIN), []
+    for view in range(3):
+        expected = live(place, view, everyone)
+        right.append(float((expected["logits"].argmax(1) == place.data.train.labels).mean()))
+        for field in FIELDS:
+            assert np.array_equal(place.knowledge.read(field, view, everyone), expected[field]), field
+    told = precompute.describe(place.knowledge.path)
     assert (told["count"], told["views"], told["teacher_forwards"]) == (TRAIN, 3, 3 * TRAIN)
     assert told["teacher_accuracy"] == right
     assert told["fields"] == {"logits": "float32", "penultimate": "float32"}
@@ -80,23 +75,17 @@ def test_a_result_tells_what_is_there(place, tmp_path):
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_broken_off_and_resumed_gives_the_same_bytes(place, tmp_path, parts):
+def test_broken_off_and_resumed_gives_the_same_bytes_and_computes_only_what_is_missing(place, tmp_path, parts):
     with pytest.raises(BrokenOffError):
         run(place, tmp_path / "store", progress=stop_after(parts))
     with pytest.raises(UnfinishedError, match="run the same `kcdcache precompute` again"):
         reader.open(tmp_path / "store")
-    run(place, tmp_path / "store")
-    assert same_files(place.knowledge.path, tmp_path / "store")
-    assert not leftovers(tmp_path)
-
-
-def test_resuming_computes_only_what_is_missing(place, tmp_path):
-    with pytest.raises(BrokenOffError):
-        run(place, tmp_path / "store", progress=stop_after(2))
     done = []
     run(place, tmp_path / "store", progress=lambda what, now, total, remark: done.append((now, total)))
     assert done[-1] == (3 * TRAIN, 3 * TRAIN)
-    assert done[0][0] >= 2 * TRAIN
+    assert done[0][0] >= parts * TRAIN
+    assert same_files(place.knowledge.path, tmp_path / "store")
+    assert not leftovers(tmp_path)
 
 
 def test_a_finished_store_changes_no_byte(place, tmp_path):
@@ -108,18 +97,18 @@ def test_a_finished_store_changes_no_byte(place, tmp_path):
 
 
 def test_views_and_fields_grow_to_the_same_values(place, tmp_path):
-    run(place, tmp_path / "store", views=1, fields=("logits",))
-    before = reader.open(tmp_path / "store")
+    first = run(place, tmp_path / "store", views=1, fields=("logits",))
     run(place, tmp_path / "store", views=2, fields=("logits",))
-    run(place, tmp_path / "store", views=3)
+    told = run(place, tmp_path / "store", views=3)
     grown, everyone = reader.open(tmp_path / "store"), np.arange(TRAIN)
     assert (grown.views, len(grown.commits)) == (3, 3)
     for field in FIELDS:
         for view in range(3):
             expected = place.knowledge.read(field, view, everyone)
             assert np.array_equal(grown.read(field, view, everyone), expected)
-    assert grown.knowledge_id == before.knowledge_id == place.knowledge.knowledge_id
-    assert grown.layout_id != before.layout_id
+    assert grown.knowledge_id == first["knowledge_id"] == place.knowledge.knowledge_id
+    assert grown.layout_id != first["layout_id"]
+    assert told["teacher_accuracy"][:1] == first["teacher_accuracy"]  # the field that was added later counts nothing
 
 
 def test_a_growth_broken_off_leaves_the_store_readable_and_resumes(place, tmp_path):
@@ -177,16 +166,6 @@ def test_another_teacher_at_the_place_is_refused(place, tmp_path, which):
         run(place, tmp_path / "store", network=other, views=1)
 
 
-def test_a_dry_run_writes_nothing(place, tmp_path):
-    planned = command(place, "precompute", store=tmp_path / "store", views=3, fields=FIELDS, dry_run=True, **CROPS)
-    assert not (tmp_path / "store").exists()
-    assert planned["points"] == 3 * TRAIN
-    made = run(place, tmp_path / "store", encoding="float16")
-    assert made["knowledge_id"] == planned["knowledge_id"]
-    assert made["layout_id"] == planned["layout_id"]
-    assert planned["bytes"] <= made["bytes"]
-
-
 def trained(place, path):
     """A teacher that knows its digits by way of least squares: a linear network on pixels."""
     images = place.data.train.images(np.arange(TRAIN)).astype(np.float64) / 255
@@ -220,36 +199,15 @@ def test_a_wrong_normalisation_is_refused(place, tmp_path):
     assert told["teacher_accuracy"][0] < 0.3
 
 
-def test_the_demanded_accuracy_is_the_users(place, tmp_path):
-    with pytest.raises(MismatchError, match=r"expected at least 99.00%"):
-        run(place, tmp_path / "store", min_accuracy=0.99)
-
-
-def test_a_teacher_of_nothing_is_caught_by_name(place, tmp_path):
-    network = opinionated(registry.build("resnet8", CLASSES, 1))
-    with torch.no_grad():
-        network.fc.bias[3] = torch.nan
-    broken = teacher.freeze(network, InputTransform(place.data.mean, place.data.std), "r", place.data.classes, CPU)
-    with pytest.raises(NonFiniteError, match=r"logits.*0"):
-        run(place, tmp_path / "store", network=broken)
-    with pytest.raises(UnfinishedError, match="not finished"):
-        reader.open(tmp_path / "store")
-
-
-def test_more_views_than_there_are_is_refused(place, tmp_path):
-    with pytest.raises(SettingsError, match="25"):
-        run(place, tmp_path / "store", views=26)
-    with pytest.raises(SettingsError, match="has no end; give a number"):
-        run(place, tmp_path / "store", views="all", augment="resized-crop-flip")
-
-
-def test_all_views_are_all(place, tmp_path):
-    assert run(place, tmp_path / "store", padding=1, views="all", fields=("logits",))["views"] == 9
-
-
-def test_a_field_only_a_growth_adds_keeps_the_counted_accuracy(place, tmp_path):
-    first = run(place, tmp_path / "store", fields=("logits",))
-    assert run(place, tmp_path / "store", fields=("penultimate",))["teacher_accuracy"] == first["teacher_accuracy"]
+def test_the_demanded_accuracy_and_the_number_of_views_are_the_users(place, tmp_path):
+    for changes, error, said in (
+        ({"min_accuracy": 0.99}, MismatchError, r"expected at least 99.00%"),
+        ({"views": 26}, SettingsError, "25"),
+        ({"views": "all", "augment": "resized-crop-flip"}, SettingsError, "has no end; give a number"),
+    ):
+        with pytest.raises(error, match=said):
+            run(place, tmp_path / "store", **changes)
+    assert run(place, tmp_path / "all", padding=1, views="all", fields=("logits",))["views"] == 9
 
 
 def imported(place, path, logits, **changes):
@@ -268,48 +226,37 @@ def test_imported_logits_are_the_computed_ones(place, tmp_path):
         assert found.measurements(view)["correct"] == place.knowledge.measurements(view)["correct"]
     assert (told["views"], told["teacher_forwards"]) == (3, 0)
     assert promised(tmp_path / "store")["logits/c.0.0.0"] == promised(place.knowledge.path)["logits/c.0.0.0"]
-
-
-def test_one_view_may_be_imported_without_its_axis(place, tmp_path):
-    logits = place.knowledge.read("logits", 0, np.arange(TRAIN)).astype(np.float64)
-    imported(place, tmp_path / "store", logits)
-    found = reader.open(tmp_path / "store")
+    imported(place, tmp_path / "one", logits[0].astype(np.float64))  # a single view may come without its axis
+    found = reader.open(tmp_path / "one")
     assert found.views == 1
-    assert np.array_equal(found.read("logits", 0, np.arange(TRAIN)), logits.astype(np.float32))
+    assert np.array_equal(found.read("logits", 0, everyone), logits[0])
+    with pytest.raises(MismatchError, match="were imported from elsewhere"):
+        verify.verify(tmp_path / "store", data=SPEC, teacher=str(place.teacher))
 
 
 @pytest.mark.parametrize(
-    ("array", "said"),
+    ("array", "error", "said"),
     [
-        (np.zeros((TRAIN, 9), np.float32), r"holds float32 \(1, 200, 9\), expected floats of shape \(views, 200, 10\)"),
-        (np.zeros((3, 199, 10), np.float32), r"\(3, 199, 10\)"),
-        (np.zeros((TRAIN, 10), np.int64), "holds int64"),
-        (np.zeros((1, 1, TRAIN, 10), np.float32), r"\(1, 1, 200, 10\)"),
+        (np.zeros((TRAIN, 9), np.float32), MismatchError,
+         r"holds float32 \(1, 200, 9\), expected floats of shape \(views, 200, 10\)"),
+        (np.zeros((3, 199, 10), np.float32), MismatchError, r"\(3, 199, 10\)"),
+        (np.zeros((TRAIN, 10), np.int64), MismatchError, "holds int64"),
+        (np.zeros((1, 1, TRAIN, 10), np.float32), MismatchError, r"\(1, 1, 200, 10\)"),
+        (np.random.default_rng(0).normal(size=(TRAIN, 10)).astype(np.float32), MismatchError,
+         r"right on .* expected at least 30\.00%"),
+        (b"not an array", SettingsError, "is not a plain .npy array"),
+        (None, NotFoundError, "no file at"),
     ],
-)
-def test_logits_of_another_shape_are_refused(place, tmp_path, array, said):
-    with pytest.raises(MismatchError, match=said):
-        imported(place, tmp_path / "store", array)
-    assert not (tmp_path / "store").exists()
-
-
-def test_imported_chance_is_refused(place, tmp_path):
-    random = np.random.default_rng(0).normal(size=(TRAIN, 10)).astype(np.float32)
-    with pytest.raises(MismatchError, match=r"right on .* expected at least 30\.00%"):
-        imported(place, tmp_path / "store", random, min_accuracy=None)
-
-
-def test_what_is_no_array_is_refused(place, tmp_path):
-    (tmp_path / "bad.npy").write_bytes(b"not an array")
-    for name, said in (("bad.npy", "is not a plain .npy array"), ("none.npy", "no file at")):
-        with pytest.raises((SettingsError, NotFoundError), match=said):
-            command(place, "precompute", store=tmp_path / "store", from_logits=tmp_path / name, **IMPORT)
-
-
-def test_imported_logits_cannot_be_asked_again(place, tmp_path):
-    imported(place, tmp_path / "store", place.knowledge.read("logits", 0, np.arange(TRAIN)))
-    with pytest.raises(MismatchError, match="were imported from elsewhere"):
-        verify.verify(tmp_path / "store", data=SPEC, teacher=str(place.teacher))
+)  # fmt: skip
+def test_what_are_no_logits_of_these_data_is_refused(place, tmp_path, array, error, said):
+    file = tmp_path / "store.npy"
+    if isinstance(array, np.ndarray):
+        np.save(file, array)
+    elif array is not None:
+        file.write_bytes(array)
+    with pytest.raises(error, match=said):
+        command(place, "precompute", store=tmp_path / "store", from_logits=file, **IMPORT | {"min_accuracy": None})
+    assert not (tmp_path / "store/_kcd/commit.0.json").exists()
 
 
 def test_verify_computes_all_points_when_asked_for_more(place):
@@ -351,8 +298,12 @@ def crops(place, rule, index, view):
     return rules.apply(rule, images, rules.parameters(rule, index, view))
 
 
-def test_requery_again_changes_no_byte_and_does_not_run(place, tmp_path):
-    manifest.write(tmp_path / "set.parquet", condensed(place.knowledge, keep=0.6))
+def test_requery_tells_its_points_first_and_changes_no_byte_when_asked_again(place, tmp_path):
+    chosen = condensed(place.knowledge, keep=0.6)
+    manifest.write(tmp_path / "set.parquet", chosen)
+    told = command(place, "precompute", manifest=tmp_path / "set.parquet", dry_run=True)
+    assert told["points"] == 3 * int(chosen.mixed.sum())
+    assert [path.name for path in tmp_path.iterdir()] == ["set.parquet"]
     first = command(place, "precompute", manifest=tmp_path / "set.parquet")
     before = everything(tmp_path)
     assert command(place, "precompute", manifest=tmp_path / "set.parquet") == first
@@ -366,29 +317,9 @@ def test_a_set_without_mixes_has_nothing_to_ask(place, tmp_path):
         command(place, "precompute", manifest=tmp_path / "set.parquet")
 
 
-def test_a_dry_requery_writes_nothing(place, tmp_path):
-    chosen = condensed(place.knowledge, keep=0.6)
-    manifest.write(tmp_path / "set.parquet", chosen)
-    told = command(place, "precompute", manifest=tmp_path / "set.parquet", dry_run=True)
-    assert told["points"] == 3 * int(chosen.mixed.sum())
-    assert [path.name for path in tmp_path.iterdir()] == ["set.parquet"]
-
-
 def test_a_store_without_a_teacher_named_is_refused(place, tmp_path):
     with pytest.raises(SettingsError, match="--teacher is missing"):
         command(place, "precompute", store=tmp_path / "store", teacher=None)
-
-
-def test_time_spent_is_logged_apart_from_what_is_promised(place):
-    file = place.knowledge.path / "_kcd" / "timing.jsonl"
-    assert sum(json.loads(line)["points"] for line in file.read_text().splitlines()) == 3 * TRAIN
-
-
-def test_stores_batches_are_a_fixed_partition(place):
-    """What a student's store says must not depend on where a precompute was cut: bounds never cross a part's start."""
-    plan = place.knowledge.plan
-    bounds = [pair for part in plan_.parts(plan) for pair in plan.batches(part)]
-    assert bounds == [(0, 64), (64, 128), (128, 192), (192, 200)] * 3
 
 
 def test_a_teachers_file_of_weights_is_the_teacher_in_a_folder(place, tmp_path):
