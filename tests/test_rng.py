@@ -12,12 +12,9 @@ word = st.integers(0, 2**32 - 1)
 VECTORS = [
     ((0,) * 4, (0,) * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    (
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-    ),
-]
+    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
+     (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+]  # fmt: skip
 
 
 def reference(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
@@ -41,11 +38,8 @@ def bound(cells: int) -> float:
     return cells - 1 + 5 * (2 * (cells - 1)) ** 0.5
 
 
-@pytest.mark.parametrize(("counter", "key", "expected"), VECTORS)
-def test_known_answers_of_random123(counter, key, expected):
-    assert rng.philox(counter, key) == expected
-    arrays = rng.philox(tuple(np.array([c]) for c in counter), key)
-    assert tuple(int(a[0]) for a in arrays) == expected
+def test_known_answers_of_random123():
+    assert [rng.philox(counter, key) for counter, key, _ in VECTORS] == [expected for _, _, expected in VECTORS]
 
 
 @given(st.tuples(word, word, word, word), st.tuples(word, word))
@@ -72,15 +66,18 @@ def test_distinct_addresses_give_distinct_blocks():
     assert len(set(blocks)) == len(blocks)
 
 
-def test_addresses_outside_32_bits_are_refused():
-    with pytest.raises(ValueError, match=r"index must lie in \[0, 2\^32\)"):
-        rng.words(0, np.array([0, 2**32]), rng.VIEW)
-    with pytest.raises(ValueError, match=r"index must lie"):
-        rng.words(0, torch.tensor([-1]), rng.VIEW)
-    with pytest.raises(ValueError, match=r"draw must lie"):
-        rng.words(0, 0, rng.VIEW, draw=2**32)
-    with pytest.raises(ValueError, match=r"a seed lies in"):
-        rng.words(2**64, 0, rng.VIEW)
+@pytest.mark.parametrize(
+    ("seed", "index", "draw", "said"),
+    [
+        (0, np.array([0, 2**32]), 0, r"index must lie in \[0, 2\^32\)"),
+        (0, torch.tensor([-1]), 0, "index must lie"),
+        (0, 0, 2**32, "draw must lie"),
+        (2**64, 0, 0, "a seed lies in"),
+    ],
+)
+def test_addresses_outside_32_bits_are_refused(seed, index, draw, said):
+    with pytest.raises(ValueError, match=said):
+        rng.words(seed, index, rng.VIEW, draw=draw)
 
 
 def test_purposes_keep_their_numbers():
@@ -110,12 +107,8 @@ def test_a_subset_keeps_the_relative_order_of_the_full_set(seed, epoch, subset):
 
 
 def test_epochs_and_seeds_order_differently():
-    index = np.arange(100)
-    orders = {tuple(rng.epoch_order(seed, epoch, index).tolist()) for seed in range(5) for epoch in range(5)}
+    orders = {tuple(rng.epoch_order(*address, np.arange(100)).tolist()) for address in product(range(5), range(5))}
     assert len(orders) == 25
-
-
-def test_epoch_order_of_nothing_is_nothing():
     assert rng.epoch_order(0, 0, np.array([], dtype=np.int64)).shape == (0,)
 
 
@@ -126,18 +119,15 @@ def test_views_of_one_index_are_all_elements_once(seed, index, a, b):
     assert seen == set(product(range(a), range(b)))
 
 
-@pytest.mark.parametrize("view", [0, 1, 100, 161])
-def test_a_view_is_uniform_over_samples(view):
-    left, right = rng.permuted(3, np.arange(20_000), view, 9, 18)
-    assert chi_square(np.bincount(left * 18 + right, minlength=162)) < bound(162)
-
-
-@pytest.mark.parametrize(("a", "b"), [(3, 6), (5, 5), (3, 3), (1, 2)])
+@pytest.mark.parametrize(("a", "b"), [(9, 18), (3, 6), (5, 5), (1, 2)])
 def test_two_views_are_uniform_over_distinct_pairs(a, b):
     first, second = (rng.permuted(5, np.arange(40_000), view, a, b) for view in (0, 1))
     pair = (first[0] * b + first[1]) * a * b + second[0] * b + second[1]
     counts = np.bincount(pair, minlength=(a * b) ** 2).reshape(a * b, a * b)
     assert np.trace(counts) == 0
+    assert all(
+        chi_square(np.bincount(left * b + right, minlength=a * b)) < bound(a * b) for left, right in (first, second)
+    )
     assert chi_square(counts[~np.eye(a * b, dtype=bool)]) < bound(a * b * (a * b - 1))
 
 
@@ -148,11 +138,8 @@ def test_seed_and_index_are_mixed_not_added():
     assert same < 0.03  # 1/162 by chance
 
 
-def test_numpy_and_torch_permute_equally():
+def test_numpy_and_torch_permute_equally_and_no_view_is_beyond_the_set():
     ours, theirs = rng.permuted(1, np.arange(50), 7, 5, 10), rng.permuted(1, torch.arange(50), 7, 5, 10)
     assert all(np.array_equal(a, b.numpy()) for a, b in zip(ours, theirs, strict=True))
-
-
-def test_a_view_beyond_the_set_is_refused():
     with pytest.raises(ValueError, match=r"view must lie in \[0, 18\); found 18"):
         rng.permuted(0, np.arange(3), 18, 3, 6)

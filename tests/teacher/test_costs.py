@@ -11,8 +11,6 @@ from kcdcache.errors import MismatchError
 from kcdcache.files.records import Rate, logged, rate_of
 from kcdcache.settings import PrecomputeSettings
 from kcdcache.store import plan, reader
-from kcdcache.store import plan as plan_
-from kcdcache.store.plan import plan_store
 from kcdcache.teacher import precompute
 from kcdcache.teacher.precompute import Job
 
@@ -35,26 +33,27 @@ def chunk_bytes(path, names):
     return sum(file.stat().st_size for file in files if file.name != "zarr.json")
 
 
-@pytest.mark.parametrize("encoding", ["float16", "float32", "top:3"])
-def test_planned_bytes_are_those_of_the_store_made_after(place, tmp_path, monkeypatch, encoding):
+@pytest.mark.parametrize("how", [{"encoding": "top:3"}, {"compression": "zstd"}], ids=str)
+def test_planned_bytes_are_those_of_the_store_made_after_and_the_most_of_a_compressed_one(
+    place, tmp_path, monkeypatch, how
+):
     monkeypatch.setattr(plan, "MOST_PART_ROWS", 64)
-    told = planned(place, tmp_path / "store", encoding=encoding)
-    command(place, "precompute", store=tmp_path / "store", **CROPS, views=3, fields=FIELDS, encoding=encoding)
-    made = reader.open(tmp_path / "store")
+    path = tmp_path / "new" / "store"
+    told = planned(place, path, **how)
+    assert list(tmp_path.iterdir()) == []
+    assert 0 < told["free_bytes"] < 2**60
+    command(place, "precompute", store=path, **CROPS, views=3, fields=FIELDS, **how)
+    made = reader.open(path)
+    assert (told["knowledge_id"], told["layout_id"]) == (made.knowledge_id, made.layout_id)
     assert set(told["bytes_per_field"]) == {*FIELDS, "labels and digests"}
-    for field, found in told["bytes_per_field"].items():
+    for field, planned_bytes in told["bytes_per_field"].items():
         names = [array.name for array in made.plan.arrays if (array.field or "labels and digests") == field]
-        assert chunk_bytes(tmp_path / "store", names) == found
+        found = chunk_bytes(path, names)
+        assert found <= planned_bytes if "compression" in how else found == planned_bytes
     assert told["bytes"] == sum(told["bytes_per_field"].values())
+    assert ("compression" in how) == (chunk_bytes(path, [array.name for array in made.plan.arrays]) < told["bytes"])
     assert told["to_do"]["bytes"] == told["bytes"] - told["bytes_per_field"]["labels and digests"]
     assert told["to_do"]["teacher_forwards"] == told["points"] == made.forwards == 3 * TRAIN
-
-
-def test_a_compressed_store_takes_at_most_the_planned_bytes(place, tmp_path):
-    told = planned(place, tmp_path / "store", compression="zstd")
-    command(place, "precompute", store=tmp_path / "store", **CROPS, views=3, fields=FIELDS, compression="zstd")
-    found = sum(chunk_bytes(tmp_path / "store", [array.name]) for array in reader.open(tmp_path / "store").plan.arrays)
-    assert found < told["bytes"]
 
 
 def test_shards_plans_add_up_to_the_whole_stores(place, tmp_path, monkeypatch):
@@ -74,29 +73,19 @@ def test_hours_are_forwards_over_the_measured_rate(place, tmp_path):
     assert to_do["teacher_hours_std"] == pytest.approx(to_do["teacher_hours"] * rate["std"] / rate["mean"], rel=0.1)
 
 
-def test_a_dry_run_leaves_nothing_and_tells_the_room(place, tmp_path):
-    told = planned(place, tmp_path / "new" / "store")
-    assert list(tmp_path.iterdir()) == []
-    assert 0 < told["free_bytes"] < 2**60
-
-
 def test_only_what_is_missing_is_to_do(place, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "MOST_PART_ROWS", 64)
     settings = PrecomputeSettings(**CROPS, views=3, fields=FIELDS)
     with pytest.raises(BrokenOffError):
         precompute.run(settings, place.data, place.network, tmp_path / "store", stop_after(5))
     before = everything(tmp_path / "store")
-    whole = plan_.parts(precompute._plan(settings, TRAIN, 3, forms_of(place), tmp_path / "other"))
-    assert planned(place, tmp_path / "store")["to_do"]["parts"] == len(whole) - 5
+    whole = planned(place, tmp_path / "other")["to_do"]["parts"]
+    assert planned(place, tmp_path / "store")["to_do"]["parts"] == whole - 5
     assert everything(tmp_path / "store") == before
     precompute.run(settings, place.data, place.network, tmp_path / "store")
     done = planned(place, tmp_path / "store")
     assert (done["to_do"]["teacher_forwards"], done["images_per_second"]) == (0, None)
     assert planned(place, tmp_path / "store", views=5)["to_do"]["teacher_forwards"] == 2 * TRAIN
-
-
-def forms_of(place):
-    return list(place.knowledge.fields.values())
 
 
 def test_another_store_at_the_place_is_refused_by_a_dry_run(place, tmp_path):
@@ -122,18 +111,16 @@ def test_the_first_batches_are_not_timed(place, monkeypatch):
         return {"logits": torch.zeros(stop - start, 10)}
 
     job = Job(outputs=outputs, labels=np.zeros(1), digests=np.zeros(1))
-    plan = plan_store(TRAIN, 9, forms_of(place), batch_size=100)
-    found = precompute.measured(job, plan, plan_.parts(plan))
+    forms = list(place.knowledge.fields.values())
+    long = plan.plan_store(TRAIN, 9, forms, batch_size=100)
+    found = precompute.measured(job, long, plan.parts(long))
     assert found == Rate(n=precompute.TIMED_BATCHES, mean=200.0, std=0.0)
     assert asked[:3] == [(0, 0, 100), (0, 100, 200), (1, 0, 100)]
 
 
-@pytest.mark.parametrize(
-    ("rows", "expected"), [([], None), ([4.0], (1, 4.0, None)), ([1.0, 2.0, 6.0], (3, 3.0, 7**0.5))]
-)
-def test_rates_are_mean_and_sample_deviation(rows, expected):
-    found = rate_of(rows)
-    assert found is None if expected is None else (found.n, found.mean, found.std) == pytest.approx(expected)
+def test_rates_are_mean_and_sample_deviation():
+    assert (rate_of([]), rate_of([4.0])) == (None, Rate(n=1, mean=4.0, std=None))
+    assert rate_of([1.0, 2.0, 6.0]).std == pytest.approx(7**0.5)
 
 
 def test_a_logged_rate_is_that_of_whole_lines(tmp_path):

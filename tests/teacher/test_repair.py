@@ -10,7 +10,7 @@ import pytest
 import torch
 from damaging import DAMAGE, flip, put, swap
 from pupils import TRAIN as COUNT
-from pupils import digits, everything, loaded, saved_teacher, school
+from pupils import BrokenOffError, digits, everything, loaded, saved_teacher, school, stop_after
 
 from kcdcache.commands import verify
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, SettingsError, UnfinishedError
@@ -81,17 +81,13 @@ def complaints(path):
         return str(error)
 
 
-def test_swapped_chunks_are_put_right(place, damaged):
+def test_swapped_chunks_and_much_at_once_are_put_right(place, damaged):
     whole = everything(damaged)
     for left, right in (("logits/c.0.0.0", "logits/c.1.0.0"), ("logits_rowmax/c.0.0", "logits_rowmax/c.2.0")):
         swap(damaged, left, right)
     assert len(check.verify(damaged).problems) == 4
     assert len(repair.repair(damaged, means(place))) == 4
     assert everything(damaged) == whole
-
-
-def test_much_at_once_is_made_again(place, damaged):
-    whole = everything(damaged)
     for array in ("logits", "labels"):
         shutil.rmtree(damaged / array)
     shutil.rmtree(damaged / "_kcd" / "log" / "1")
@@ -175,17 +171,10 @@ def test_other_means_than_the_stores_change_nothing(place, damaged, tmp_path, sa
 
 def test_a_store_may_be_damaged_while_it_grows(place, damaged):
     whole = everything(damaged)
-    stop = iter([False] * 3 + [True] * 99)
-
-    def broken_off(*report):
-        if next(stop):
-            raise KeyboardInterrupt
-
-    settings = PrecomputeSettings(
-        augment="crop", padding=2, batch_size=64, min_accuracy=0, views=9, fields=("logits", "penultimate")
-    )
-    with pytest.raises(KeyboardInterrupt):
-        precompute.run(settings, place.data, place.network, damaged, broken_off)
+    given = {"augment": "crop", "padding": 2, "batch_size": 64, "min_accuracy": 0, "views": 9}
+    settings = PrecomputeSettings(**given, fields=("logits", "penultimate"))
+    with pytest.raises(BrokenOffError):
+        precompute.run(settings, place.data, place.network, damaged, stop_after(4))
     (damaged / "logits/c.1.0.0").unlink()
     assert repair.repair(damaged, means(place)) == ["logits/c.1.0.0"]
     assert (damaged / "logits/c.1.0.0").read_bytes() == whole["logits/c.1.0.0"]

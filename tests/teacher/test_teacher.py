@@ -53,34 +53,27 @@ def load(source, file=None, classes=CLASSES, channels=3, precision="float32"):
     )  # fmt: skip
 
 
-def test_outputs_are_those_of_the_network_in_eval_mode():
+def test_outputs_are_those_of_the_network_in_eval_mode_row_by_row_and_can_be_used_in_training():
     network = trained()
-    found = outputs(frozen(network), pixels(4), FIELDS)
+    teacher = frozen(network)
+    assert network.training
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert not any(parameter.requires_grad for parameter in teacher.module.parameters())
+    teacher.module.train()
+    found = outputs(teacher, pixels(6), FIELDS)
     network.eval()
     with torch.no_grad():
-        expected = network(TRANSFORM(pixels(4)))
+        expected = network(TRANSFORM(pixels(6)))
         from_features = network.fc(found["penultimate"])
     torch.testing.assert_close(found["logits"], expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(from_features, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_row_does_not_depend_on_its_batch_and_statistics_stay():
-    network = trained()
-    assert network.training
-    teacher = frozen(network)
-    teacher.module.train()
-    together = logits(teacher, pixels(6))
     for row in range(6):
-        torch.testing.assert_close(logits(teacher, pixels(6)[row : row + 1])[0], together[row], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits(teacher, pixels(6)[row : row + 1])[0], expected[row], rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits(teacher, pixels(6).to(memory_format=torch.channels_last)), found["logits"])
     assert weights.digest_weights(teacher.module.state_dict()) == teacher.identity.weights
-
-
-def test_freezing_leaves_the_network_trainable():
-    network = trained()
-    teacher = frozen(network)
-    assert not any(parameter.requires_grad for parameter in teacher.module.parameters())
-    assert network.training
-    assert all(parameter.requires_grad for parameter in network.parameters())
+    student = torch.zeros(6, 3, requires_grad=True)
+    (student * found["logits"]).sum().backward()
+    assert torch.equal(student.grad, found["logits"])
 
 
 def test_identity_sees_one_ulp_in_one_weight_transform_precision_and_running_statistics():
@@ -162,20 +155,14 @@ def test_what_cannot_teach_is_refused_with_what_it_lacks(tmp_path, make, given, 
         load(**({"source": place} | given))
 
 
-FACTORY = """
-from torch import nn
-
 def tiny(num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(12, num_classes))
-"""
 
 
-def test_user_may_name_the_code_of_a_saved_network(tmp_path, monkeypatch):
-    (tmp_path / "teacher_of_mine.py").write_text(FACTORY)
-    monkeypatch.syspath_prepend(tmp_path)
-    saved(tmp_path / "fit", architecture="teacher_of_mine:tiny", network=registry.build("teacher_of_mine:tiny", 3))
-    assert load("teacher_of_mine:tiny", tmp_path / "fit").transform == TRANSFORM
-    with pytest.raises(MismatchError, match="holds a network 'teacher_of_mine:tiny', not 'resnet8'"):
+def test_user_may_name_the_code_of_a_saved_network(tmp_path):
+    saved(tmp_path / "fit", architecture="test_teacher:tiny", network=registry.build("test_teacher:tiny", 3))
+    assert load("test_teacher:tiny", tmp_path / "fit").transform == TRANSFORM
+    with pytest.raises(MismatchError, match="holds a network 'test_teacher:tiny', not 'resnet8'"):
         load("resnet8", tmp_path / "fit")
 
 
@@ -187,18 +174,6 @@ def test_bfloat16_gives_float32_near_the_exact_outputs():
         assert rough[field].dtype == torch.float32
         assert not torch.equal(rough[field], exact[field])
         torch.testing.assert_close(rough[field], exact[field], rtol=0.05, atol=0.05)
-
-
-def test_outputs_can_be_used_in_training():
-    found = logits(frozen(trained()))
-    student = torch.zeros(4, 3, requires_grad=True)
-    (student * found).sum().backward()
-    assert torch.equal(student.grad, found)
-
-
-def test_memory_layout_of_the_pixels_does_not_change_a_bit():
-    teacher = frozen(trained())
-    assert torch.equal(logits(teacher), logits(teacher, pixels(4).to(memory_format=torch.channels_last)))
 
 
 def test_fields_come_as_asked_in_the_shapes_of_a_row_and_wrong_ones_are_refused():

@@ -39,47 +39,32 @@ def told(capsys, *words):
     return code, json.loads(out) if code == 0 else err
 
 
-def teacher_of(place):
-    return "--teacher", place / "teacher", "--data", SPEC
-
-
-def test_the_default_is_fast_and_reads_no_chunk(capsys, place):
-    code, found = told(capsys, "verify", place / "store")
-    assert (code, found["kind"], found["files_read"], found["bytes_read"], found["problems"]) == (0, "store", 0, 0, 0)
-    assert found["files"] == 5
-
-
-def test_read_data_reads_all_and_finds_what_the_default_cannot(capsys, place):
+def test_as_much_is_read_as_was_asked_for_and_damage_found_there(capsys, place):
+    for words, read in (((), 0), (("--sample", "5%"), 1), (("--sample", "0.5"), 3), (("--read-data",), 5)):
+        code, found = told(capsys, "verify", place / "store", *words)
+        assert (code, found["kind"], found["files"], found["problems"]) == (0, "store", 5, 0)
+        assert (found["files_read"], found["bytes_read"] > 0) == (read, read > 0)
     file = place / "store/logits/c.1.0.0"
     file.write_bytes(file.read_bytes()[:-9] + b"123456789")
     assert told(capsys, "verify", place / "store")[0] == 0
     code, error = told(capsys, "verify", place / "store", "--read-data")
-    assert code == 3
-    assert "logits/c.1.0.0 (samples 0..199 of view 1) is not what was written" in error
+    assert (code, "logits/c.1.0.0 (samples 0..199 of view 1) is not what was written" in error) == (3, True)
 
 
-def test_a_sample_reads_a_share(capsys, place):
-    for share, read in (("5%", 1), ("0.5", 3), ("100%", 5)):
-        code, found = told(capsys, "verify", place / "store", "--sample", share)
-        assert (code, found["files_read"]) == (0, read)
-    code, error = told(capsys, "verify", place / "store", "--sample", "some")
-    assert (code, "--sample takes a share above 0 and at most 100%, such as 5%; found 'some'" in error) == (2, True)
-
-
-def test_data_alone_are_compared_with_the_stores(capsys, place):
+def test_data_and_teacher_are_compared_with_the_stores(capsys, place, tmp_path):
     code, found = told(capsys, "verify", place / "store", "--data", SPEC)
     assert (code, found["data"]) == (0, "the store's")
     code, error = told(capsys, "verify", place / "store", "--data", "digits?train=199&test=60")
-    assert code == 4
-    assert "199" in error
-
-
-def test_a_teacher_computes_points_again_and_another_is_refused(capsys, place, tmp_path):
+    assert (code, "199" in error) == (4, True)
     code, found = told(capsys, "verify", place / "store", *teacher_of(place), "--points", 100)
     assert (code, found["recomputed"]["points"] >= 100, found["recomputed"]["differing"]) == (0, True, 0)
     saved_teacher(tmp_path / "other", digits(200, 60), seed=5)
-    code, error = told(capsys, "verify", place / "store", "--teacher", tmp_path / "other", "--data", SPEC)
+    code, error = told(capsys, "verify", place / "store", *teacher_of(tmp_path, "other"))
     assert (code, "give the teacher the store was made with" in error) == (4, True)
+
+
+def teacher_of(place, name="teacher"):
+    return "--teacher", place / name, "--data", SPEC
 
 
 def test_a_growth_whose_commit_is_lost_is_told(capsys, place):
@@ -94,7 +79,6 @@ def test_repair_makes_the_same_bytes(capsys, place):
     before = everything(place / "store")
     (place / "store/logits/c.1.0.0").unlink()
     (place / "store/_kcd/plan.0.json").write_bytes(b"")
-    assert told(capsys, "verify", place / "store")[0] == 3
     code, error = told(capsys, "verify", place / "store", "--repair")
     assert (code, "give --teacher and --data" in error) == (2, True)
     code, found = told(capsys, "verify", place / "store", "--repair", *teacher_of(place))
@@ -124,28 +108,18 @@ def test_a_store_rewritten_with_fitting_digests_has_another_id(place, tmp_path):
         show.require_ids([other.knowledge.path], [show.id_of(place / "store")])
 
 
-def train(place, **more):
-    given = {"store": place / "store", "data": SPEC, "out": place / "new", "device": "cpu"}
-    return "train", *lines(SCHOOL | {"student": "resnet8", "epochs": 1, "stages": 1} | given | more)
-
-
-def condense(place, **more):
-    given = {"values": place / "run/values.parquet", "store": place / "store", "keep": 0.5, "out": place / "m.parquet"}
-    return "condense", *lines(given | more)
-
-
 def test_train_and_condense_take_only_what_was_promised(capsys, place):
     ids = {kind: show.id_of(place / path) for kind, path in KINDS.items()}
-    chosen = {"manifest": place / KINDS["manifest"]}
-    both = f"{ids['store']},{ids['manifest']}"
-    code, error = told(capsys, *train(place, **chosen, expect_id=ids["store"]))
-    assert code == 4
-    assert f"manifest.parquet has the id {ids['manifest']}, expected {ids['store']}" in error
+    given = {"store": place / "store", "data": SPEC, "out": place / "new", "device": "cpu"}
+    chosen = {"student": "resnet8", "epochs": 1, "stages": 1, "manifest": place / KINDS["manifest"]}
+    train = ("train", *lines(SCHOOL | given | chosen))
+    code, error = told(capsys, *train, "--expect-id", ids["store"])
+    assert (code, f"manifest.parquet has the id {ids['manifest']}, expected {ids['store']}" in error) == (4, True)
     assert not (place / "new").exists()
-    assert told(capsys, *train(place, **chosen, expect_id=both))[0] == 0
-    assert told(capsys, *train(place, **chosen))[0] == 0  # what was promised is no part of the run
+    assert told(capsys, *train, "--expect-id", f"{ids['store']},{ids['manifest']}")[0] == 0
+    assert told(capsys, *train)[0] == 0  # what was promised is no part of the run
     assert "expect_id" not in (place / "new/run.json").read_text()
-    code, error = told(capsys, *condense(place, expect_id=ids["store"]))
-    assert code == 4
-    assert "values.parquet has the id" in error
-    assert told(capsys, *condense(place, expect_id=f"{ids['store']},{ids['values']}"))[0] == 0
+    given = {"values": place / "run/values.parquet", "store": place / "store", "keep": 0.5, "out": place / "m.parquet"}
+    code, error = told(capsys, "condense", *lines(given), "--expect-id", ids["store"])
+    assert (code, "values.parquet has the id" in error) == (4, True)
+    assert told(capsys, "condense", *lines(given), "--expect-id", f"{ids['store']},{ids['values']}")[0] == 0
