@@ -31,6 +31,7 @@ REUSE = (
     '[[step]]\nname = "reuse"\ntitle = "second"\nrun = "train"\nper_seed = true\nstore = "@store"\n'
     'manifest = "@smaller"\nstudent = "resnet8"\nepochs = 2\nstages = 1\n'
 )
+PIPELINES = Path(recipe.__file__).parents[2] / "pipelines"
 SHORT = HEAD + TEACHER + STORE + KCD
 TINY = SHORT + SMALLER + REUSE
 
@@ -72,24 +73,12 @@ def timeless(files):
 # reading
 
 
-def test_a_recipe_is_read_with_its_steps_in_order(tmp_path):
-    found = recipe.load(written(tmp_path))
-    assert [step.name for step in found.step] == ["teacher", "store", "kcd", "smaller", "reuse"]
-    assert (found.seeds, found.step[2].per_seed, found.step[0].per_seed) == ((0, 1), True, False)
-    assert found.step[2].settings == {"store": "@store", "student": "resnet8", "epochs": 2, "stages": 2, "keep": 0.5}
-
-
-def test_the_embedded_recipe_loads_and_plans(tmp_path):
-    found = recipe.load(recipe.EMBEDDED)
+@pytest.mark.parametrize("path", [recipe.EMBEDDED, *sorted(PIPELINES.glob("*.toml"))], ids=lambda path: path.stem)
+def test_every_recipe_of_the_project_can_be_planned(tmp_path, path):
+    found = recipe.load(path)
     plan = recipe.planned(found, tmp_path / "out")
-    assert len(plan) == sum(len(found.seeds) if step.per_seed else 1 for step in found.step)
-    assert {entry["data"] for entry in plan if "data" in entry} == {"digits"}
+    assert len(plan) == sum(len(found.seeds) if step.per_seed else 1 for step in found.step) > 0
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("path", sorted((Path(recipe.__file__).parents[2] / "pipelines").glob("*.toml")), ids=str)
-def test_every_recipe_of_the_project_loads(path):
-    assert recipe.load(path).step
 
 
 @pytest.mark.parametrize(
@@ -136,6 +125,11 @@ def test_a_plan_resolves_references_data_and_seeds_and_writes_nothing(tmp_path):
     out = tmp_path / "out"
     plan = recipe.planned(recipe.load(written(tmp_path)), out)
     assert [entry["step"] for entry in plan] == ["teacher", "store", *["kcd"] * 2, *["smaller"] * 2, *["reuse"] * 2]
+    assert {name: plan[2][name] for name in ("student", "epochs", "keep")} == {
+        "student": "resnet8",
+        "epochs": 2,
+        "keep": 0.5,
+    }
     by_step = {(entry["step"], entry.get("seed")): entry for entry in plan}
     assert by_step["store", None]["teacher"] == str(out / "teacher")
     assert by_step["kcd", 1]["out"] == str(out / "kcd-seed1")
