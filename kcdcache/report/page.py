@@ -72,7 +72,7 @@ def write(
     """
     _require_free(out, json_file, csv)
     loaded = load.read(paths)
-    made = tables_of(loaded, reference)
+    made = tables.every(loaded, reference)
     sections = sections_of(loaded, made, data)
     document = _document(loaded, made, sections)
     files = {out: _html(document, made, sections).encode()}
@@ -100,21 +100,6 @@ def _require_free(out: Path, json_file: Path | None, csv: Path | None) -> None:
         others = [path.name for path in csv.iterdir() if path.suffix != ".csv"] if csv.is_dir() else [csv.name]
         if others:
             raise MismatchError(f"--csv {csv} holds {others[0]}; give a new folder, or one with CSV files only")
-
-
-def tables_of(loaded: Loaded, reference: str | None = None) -> dict[str, Table]:
-    """Return every table of a report by its key.
-
-    Raises:
-        SettingsError: the reference is no row.
-    """
-    made = (
-        tables.problems(loaded), tables.results(loaded), tables.differences(loaded, reference), tables.cost(loaded),
-        tables.curves(loaded), tables.stages(loaded), tables.fates(loaded), tables.classes(loaded),
-        tables.distances(loaded), tables.fidelity(loaded), tables.screening(loaded), tables.runs(loaded),
-        tables.settings(loaded), tables.identities(loaded),
-    )  # fmt: skip
-    return {table.key: table for table in made}
 
 
 def sections_of(loaded: Loaded, made: dict[str, Table], data: str | None = None) -> list[Section]:

@@ -111,11 +111,19 @@ def texts() -> dict[str, Any]:
     return tomllib.loads(Path(__file__).with_name("texts.toml").read_text(encoding="utf-8"))
 
 
-def worded(key: str, rows: Sequence[Row], **values: str) -> Table:
-    """Return a table with its title, note and columns from `texts`; `values` are filled into the note."""
-    text = texts()["tables"][key]
-    columns = tuple(Column(*column) for column in text["columns"])
-    return Table(key=key, title=text["title"], note=text["note"].format(**values), columns=columns, rows=rows)
+def every(loaded: Loaded, reference: str | None = None) -> dict[str, Table]:
+    """Return every table of a report by its key: title, note and columns are those of `texts`.
+
+    Raises:
+        SettingsError: the reference is no row.
+    """
+    made = {}
+    fates = "; ".join(f"{fate}: {text}" for fate, text in compare.FATES.items())
+    for key, text in texts()["tables"].items():
+        columns, note = tuple(Column(*column) for column in text["columns"]), text["note"].format(fates=fates)
+        rows = differences(loaded, reference) if key == "differences" else ROWS[key](loaded)
+        made[key] = Table(key=key, title=text["title"], note=note, columns=columns, rows=rows)
+    return made
 
 
 def shown(value: Any, kind: str) -> str:
@@ -218,13 +226,12 @@ def numbers(runs: Iterable[Run], name: str) -> list[float]:
     return [float(value) for run in runs if (value := getattr(run.summary, name)) is not None]
 
 
-def problems(loaded: Loaded) -> Table:
+def problems(loaded: Loaded) -> Sequence[Row]:
     """Return a row per run, store or record that was asked for and is in no number, with what is wrong."""
-    rows = [{"path": str(path), "state": state, "error": error} for path, state, error in loaded.problems]
-    return worded("troubles", rows)
+    return [{"path": str(path), "state": state, "error": error} for path, state, error in loaded.problems]
 
 
-def results(loaded: Loaded) -> Table:
+def results(loaded: Loaded) -> Sequence[Row]:
     """Return a row per step: means over its seeds and their sample standard deviations."""
     rows = []
     for label, runs in named_rows(loaded):
@@ -235,18 +242,17 @@ def results(loaded: Loaded) -> Table:
             found = statistics.spread(numbers(runs, name))
             row |= {name: found.mean, f"{name}_std": found.std}
         rows.append(row)
-    return worded("results", rows)
+    return rows
 
 
-def differences(loaded: Loaded, asked: str | None = None) -> Table:
+def differences(loaded: Loaded, asked: str | None = None) -> Sequence[Row]:
     """Return a row per step and measure: mean difference to the reference over paired seeds, with its interval."""
     names, runs = labels(loaded), loaded.rows()
-    rows = [
+    return [
         {"row": names[key], "reference": names[reference], **found}
         for key, reference in references(loaded, asked).items()
         for found in _compared(runs[key], runs[reference])
     ]
-    return worded("differences", rows)
 
 
 def _compared(ours: Sequence[Run], theirs: Sequence[Run]) -> Iterator[dict[str, Any]]:
@@ -261,7 +267,7 @@ def _compared(ours: Sequence[Run], theirs: Sequence[Run]) -> Iterator[dict[str, 
             yield {"measure": name.replace("_", " "), "unit": unit, **scaled, "n": found.n}
 
 
-def cost(loaded: Loaded) -> Table:
+def cost(loaded: Loaded) -> Sequence[Row]:
     """Return what each row, and each store, cost per run."""
     seconds = {grid.path / name: spent for grid in loaded.grids for name, spent in grid.seconds.items()}
     rows: list[Row] = [
@@ -280,10 +286,10 @@ def cost(loaded: Loaded) -> Table:
             "images_per_second": statistics.spread([speed.mean for speed in speeds]).mean,
             "images_per_second_std": statistics.spread([s.std for s in speeds if s.std is not None]).mean,
         })  # fmt: skip
-    return worded("cost", rows)
+    return rows
 
 
-def curves(loaded: Loaded) -> Table:
+def curves(loaded: Loaded) -> Sequence[Row]:
     """Return a row per run and epoch: what the student had consumed, how long it took, and how good it was."""
     rows = []
     for label, run in named_runs(loaded):
@@ -292,13 +298,12 @@ def curves(loaded: Loaded) -> Table:
             spent += run.seconds.get(epoch.epoch, 0.0)
             own = {"row": label, "run": run.name, "seed": run.seed, "epoch": epoch.epoch + 1, "seconds_so_far": spent}
             rows.append(epoch.model_dump() | own)
-    return worded("curves", rows)
+    return rows
 
 
-def stages(loaded: Loaded) -> Table:
+def stages(loaded: Loaded) -> Sequence[Row]:
     """Return a row per set of every run that condenses: sizes, and what changed since the set before."""
-    rows = [{"row": label, "run": run.name, **found} for label, run in condensing(loaded) for found in _sets(run)]
-    return worded("stages", rows)
+    return [{"row": label, "run": run.name, **found} for label, run in condensing(loaded) for found in _sets(run)]
 
 
 def _sets(run: Run) -> Iterator[dict[str, Any]]:
@@ -315,9 +320,9 @@ def _sets(run: Run) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
-def classes(loaded: Loaded) -> Table:
+def classes(loaded: Loaded) -> Sequence[Row]:
     """Return a row per run that condenses, set and class: how many of its samples are kept."""
-    rows = [
+    return [
         {
             "row": name, "run": run.name, "stage": stage.number, "label": label,
             "class": run.classes[label] if label < len(run.classes) else str(label), "kept": kept,
@@ -326,19 +331,18 @@ def classes(loaded: Loaded) -> Table:
         for stage in run.stages
         for label, kept in enumerate(stage.manifest.class_counts)
     ]  # fmt: skip
-    return worded("classes", rows)
 
 
-def fates(loaded: Loaded) -> Table:
+def fates(loaded: Loaded) -> Sequence[Row]:
     """Return a row per run that condenses: how many samples had which fate."""
-    rows = []
-    for label, run in condensing(loaded):
-        found = {fate: int(mask.sum()) for fate, mask in compare.fates(compare.parts(run.sets)).items()}
-        rows.append({"row": label, "run": run.name, **found})
-    return worded("fates", rows, fates="; ".join(f"{fate}: {text}" for fate, text in compare.FATES.items()))
+    return [
+        {"row": label, "run": run.name, **{fate: int(mask.sum()) for fate, mask in found.items()}}
+        for label, run in condensing(loaded)
+        for found in [compare.fates(compare.parts(run.sets))]
+    ]
 
 
-def distances(loaded: Loaded) -> Table:
+def distances(loaded: Loaded) -> Sequence[Row]:
     """Return a row per pair of condensed runs on the same data: Hamming distance of what their last sets keep."""
     rows = []
     for group in same_data(loaded):
@@ -350,7 +354,7 @@ def distances(loaded: Loaded) -> Table:
                 "by_chance": compare.by_chance(first.sets[-1], second.sets[-1]),
                 "same_network": "yes" if first.summary.model == second.summary.model else "no",
             })  # fmt: skip
-    return worded("distances", rows)
+    return rows
 
 
 def same_data(loaded: Loaded) -> list[list[tuple[str, Run]]]:
@@ -362,7 +366,7 @@ def same_data(loaded: Loaded) -> list[list[tuple[str, Run]]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def runs(loaded: Loaded) -> Table:
+def runs(loaded: Loaded) -> Sequence[Row]:
     """Return a row per run: where it ran, with what, and by which command."""
     rows = []
     for label, run in named_runs(loaded):
@@ -374,17 +378,16 @@ def runs(loaded: Loaded) -> Table:
             "threads": latest.threads, "versions": ", ".join(f"{name} {found}" for name, found in libraries.items()),
             "changes": len(run.record.changes), "command": latest.command,
         })  # fmt: skip
-    return worded("runs", rows)
+    return rows
 
 
-def settings(loaded: Loaded) -> Table:
+def settings(loaded: Loaded) -> Sequence[Row]:
     """Return a row per setting and row of runs: its value; seeds of a row that differ in it are joined by ' | '."""
-    rows = [
+    return [
         {"row": label, "setting": name, "value": value}
         for label, found in named_rows(loaded)
         for name, value in _settings(found).items()
     ]
-    return worded("settings", rows)
 
 
 def _settings(found: Sequence[Run]) -> dict[str, str]:
@@ -401,11 +404,11 @@ def unlike_rows(loaded: Loaded) -> list[str]:
     ]
 
 
-def identities(loaded: Loaded) -> Table:
+def identities(loaded: Loaded) -> Sequence[Row]:
     """Return a row per thing that has an id: what names this content and no other."""
     named = [(store.path.name, _store_ids(store)) for store in loaded.stores]
     named += [(run.name, _run_ids(run)) for run in loaded.runs]
-    return worded("identities", [{"of": of, "what": what, "id": id} for of, ids in named for what, id in ids.items()])
+    return [{"of": of, "what": what, "id": id} for of, ids in named for what, id in ids.items()]
 
 
 def _store_ids(store: StoreReport) -> dict[str, str | None]:
@@ -426,7 +429,7 @@ def _run_ids(run: Run) -> dict[str, str | None]:
     }  # fmt: skip
 
 
-def fidelity(loaded: Loaded) -> Table:
+def fidelity(loaded: Loaded) -> Sequence[Row]:
     """Return a row per step that was measured on its training samples, and one per teacher; means over seeds."""
     names, rows = labels(loaded), loaded.rows()
     plain = {key: runs for key, runs in rows.items() if _is_plain(runs[0])}
@@ -449,10 +452,10 @@ def fidelity(loaded: Loaded) -> Table:
             if (gain := statistics.difference(ours, theirs)) is not None:  # in percentage points
                 row |= {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high, "pairs": gain.n}
         found.append(row)
-    return worded("fidelity", found)
+    return found
 
 
-def screening(loaded: Loaded) -> Table:
+def screening(loaded: Loaded) -> Sequence[Row]:
     """Return a row per step and set: what it keeps and drops of wrong labels and of rare classes; means over seeds."""
     rows: list[Row] = []
     for label, runs in named_rows(loaded):
@@ -466,7 +469,7 @@ def screening(loaded: Loaded) -> Table:
             }
             row = {"row": label, "data": corruption(runs[0]), **_group(runs[0]), "stage": stage, "n": len(each)}
             rows.append(row | means)
-    return worded("screening", rows)
+    return rows
 
 
 def _group(run: Run) -> dict[str, str]:
@@ -558,3 +561,11 @@ def _sum(one: int | None, other: int | None) -> int | None:
 
 def _ratio(part: int | None, whole: int | None) -> float | None:
     return part / whole if part is not None and whole else None
+
+
+ROWS: Mapping[str, Callable[[Loaded], Sequence[Row]]] = {
+    "troubles": problems, "results": results, "differences": differences, "cost": cost, "curves": curves,
+    "stages": stages, "fates": fates, "classes": classes, "distances": distances, "fidelity": fidelity,
+    "screening": screening, "runs": runs, "settings": settings, "identities": identities,
+}  # fmt: skip
+"""key of a table -> its rows"""

@@ -25,7 +25,7 @@ from kcdcache.data import datasets
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError, printable
 from kcdcache.files.records import digest_of, readable_json
 from kcdcache.report import images, load, tables
-from kcdcache.report.page import tables_of, write
+from kcdcache.report.page import write
 from kcdcache.store import reader
 from kcdcache.training import distill
 
@@ -80,7 +80,7 @@ def rows(told, table, **only):
 
 def numbers(*paths, **more):
     """What a report of some paths would say, without its figures."""
-    found = tables_of(load.read([Path(path) for path in paths]), **more)
+    found = tables.every(load.read([Path(path) for path in paths]), **more)
     return {"tables": {key: table.document() for key, table in found.items()}}
 
 
@@ -134,11 +134,11 @@ def test_rows_are_compared_with_those_of_their_own_network_and_the_reference_can
         dataclasses.replace(run, summary=run.summary.model_copy(update=other if run.step == "kcd" else {}))
         for run in known.runs
     )
-    found = tables_of(known._replace(runs=runs))["differences"].rows
+    found = tables.every(known._replace(runs=runs))["differences"].rows
     assert {(row["row"], row["reference"]) for row in found} == {(ROWS["base"], ROWS["kd"])}
-    assert {row["reference"] for row in tables_of(known, "base")["differences"].rows} == {ROWS["base"]}
+    assert {row["reference"] for row in tables.every(known, "base")["differences"].rows} == {ROWS["base"]}
     with pytest.raises(SettingsError, match=r"no row 'kdd' to compare with; did you mean 'kd'\?"):
-        tables_of(known, "kdd")
+        tables.every(known, "kdd")
 
 
 def test_curves_are_the_epochs_of_metrics_and_timing(place, made):

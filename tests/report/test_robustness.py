@@ -13,8 +13,8 @@ from kcdcache.data import datasets
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.report import figures, images, load
-from kcdcache.report.page import tables_of, write
-from kcdcache.report.tables import fidelity, references, screening
+from kcdcache.report.page import write
+from kcdcache.report.tables import every, fidelity, references, screening
 from kcdcache.settings import TrainSettings
 from kcdcache.teacher import teacher
 from kcdcache.training import distill
@@ -56,15 +56,15 @@ def known(folder):
 
 @pytest.fixture(scope="module")
 def tables(known):
-    return tables_of(known)
+    return every(known)
 
 
 def summaries(folder, step):
     return [json.loads((folder / f"{step}-seed{seed}" / "summary.json").read_text()) for seed in (0, 1)]
 
 
-def row_of(table, name, **more):
-    (found,) = [row for row in table.rows if row["row"] == name and all(row[k] == v for k, v in more.items())]
+def row_of(rows, name, **more):
+    (found,) = [row for row in rows if row["row"] == name and all(row[k] == v for k, v in more.items())]
     return found
 
 
@@ -72,12 +72,12 @@ def test_gains_are_over_plain_training_on_the_same_data_seed_by_seed(folder, tab
     for name in SPECS:
         plain, ours = ([run["accuracy_last"] for run in summaries(folder, f"{name}-{row}")] for row in ("ce", "kcd"))
         each = [100 * (a - b) for a, b in zip(ours, plain, strict=True)]
-        row = row_of(tables["fidelity"], f"{name}: kcd")
+        row = row_of(tables["fidelity"].rows, f"{name}: kcd")
         assert row["gain"] == pytest.approx(statistics.fmean(each))
         reach = T_ONE * statistics.stdev(each) / math.sqrt(2)
         assert (row["gain_low"], row["gain_high"]) == pytest.approx((row["gain"] - reach, row["gain"] + reach))
         assert row["pairs"] == 2
-        assert row_of(tables["fidelity"], f"{name}: ce").get("gain") is None
+        assert row_of(tables["fidelity"].rows, f"{name}: ce").get("gain") is None
 
 
 def test_paired_differences_stay_within_the_same_training_data(tables):
@@ -86,7 +86,7 @@ def test_paired_differences_stay_within_the_same_training_data(tables):
 
 
 def test_shares_are_means_over_seeds_and_each_store_has_one_teacher(folder, tables):
-    row = row_of(tables["fidelity"], "noise: kd")
+    row = row_of(tables["fidelity"].rows, "noise: kd")
     for name in ("agreement_train", "agreement_test", "memorised", "recovered", "calibration_error"):
         assert row[name] == pytest.approx(statistics.fmean(run[name] for run in summaries(folder, "noise-kd")))
     assert row["accuracy_rare"] is None
@@ -109,8 +109,7 @@ def test_the_gain_is_over_plain_training_of_as_many_epochs_and_the_most_alike_se
     more += [
         changed(run, "noise-ce-wild", {"accuracy_last": 0.8}, {"learning_rate": 9.0, "momentum": 0.1}) for run in plain
     ]
-    table = fidelity(known._replace(runs=(*more, *runs)))
-    named = {row["row"]: row for row in table.rows}
+    named = {row["row"]: row for row in fidelity(known._replace(runs=(*more, *runs)))}
     kcd = named["noise: kcd"]
     ours, theirs = (
         [100 * run.summary.accuracy_last for run in runs if run.step == f"noise-{name}"] for name in ("kcd", "ce")
@@ -155,7 +154,7 @@ def test_stores_of_one_teacher_tell_of_it_once(known, tables):
     """The teacher of a second store of the same data, as one with other fields of the same network is."""
     other = {"knowledge_id": "other"}
     moved = [changed(run, inputs=other if run.step.endswith("kcd") else None) for run in known.runs]
-    assert fidelity(known._replace(runs=tuple(moved))).rows == tables["fidelity"].rows
+    assert fidelity(known._replace(runs=tuple(moved))) == tables["fidelity"].rows
 
 
 def test_images_whose_label_is_wrong_tell_their_true_class(known):
@@ -175,19 +174,19 @@ def test_images_whose_label_is_wrong_tell_their_true_class(known):
 def test_precision_and_recall_stand_beside_what_chance_gives(folder, tables):
     for stage in (1, 2):
         sets = [next(row for row in run["sets"] if row["stage"] == stage) for run in summaries(folder, "noise-kcd")]
-        row = row_of(tables["screening"], "noise: kcd", stage=stage)
+        row = row_of(tables["screening"].rows, "noise: kcd", stage=stage)
         assert row["precision"] == pytest.approx(statistics.fmean(s["dropped_wrong"] / s["dropped"] for s in sets))
         wrong = sets[0]["kept_wrong"] + sets[0]["dropped_wrong"]
         assert row["recall"] == pytest.approx(statistics.fmean(s["dropped_wrong"] / wrong for s in sets))
         assert row["wrong"] == pytest.approx(wrong / 150)
         assert row["dropped"] == pytest.approx(sets[0]["dropped"] / 150)
-    first = row_of(tables["screening"], "noise: kcd", stage=0)
+    first = row_of(tables["screening"].rows, "noise: kcd", stage=0)
     assert (first["precision"], first["recall"], first["kept"]) == (None, None, 1.0)
 
 
 def test_rare_classes_are_counted_beside_frequent_ones(folder, tables):
     counts = next(row for row in summaries(folder, "gamma-kcd")[0]["sets"] if row["stage"] == 2)
-    row = row_of(tables["screening"], "gamma: kcd", stage=2)
+    row = row_of(tables["screening"].rows, "gamma: kcd", stage=2)
     total = counts["kept"] + counts["dropped"]
     rare = counts["kept_rare"] + counts["dropped_rare"]
     share = row["kept_rare"] * rare + row["kept_frequent"] * (total - rare)
@@ -207,7 +206,7 @@ def test_each_corruption_and_network_has_a_figure_of_its_own(known, tables):
     twice = known._replace(runs=(*known.runs, *(
         changed(run, f"other-{run.step}", {"model": "resnet14"}) for run in known.runs if run.step.startswith("noise-")
     )))  # fmt: skip
-    found = figures.robustness(fidelity(twice).rows, screening(twice).rows)
+    found = figures.robustness(fidelity(twice), screening(twice))
     assert [(picture.key, picture.title.rpartition("? ")[2]) for picture in found if "screened" in picture.key] == [
         ("screened-1", "noise 0.5, lessons:TinyNet"), ("screened-2", "noise 0.5, resnet14"),
     ]  # fmt: skip
