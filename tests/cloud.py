@@ -29,13 +29,14 @@ def free_port():
 
 
 class Server:
-    """moto's S3 in a process of its own, and a bucket there."""
+    """A bucket of moto's S3, which is a process of its own, or that of the one it is `beside`."""
 
-    def __init__(self, bucket="bucket"):
-        self.bucket, self.port = bucket, free_port()
-        words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
-        self._process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self._wait()
+    def __init__(self, bucket="bucket", beside=None):
+        self.bucket, self.port = bucket, beside.port if beside else free_port()
+        if beside is None:
+            words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+            self._process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            self._wait()
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{bucket}", method="PUT")
         urllib.request.urlopen(request, timeout=10).read()
         access = {"access_key_id": "somebody", "secret_access_key": SECRET, "region": "us-east-1"}

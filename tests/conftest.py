@@ -34,6 +34,16 @@ def run(start, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def server():
+    """A bucket of a real server that speaks S3."""
+    from cloud import Server
+
+    one = Server()
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="session")
 def here(start):
     """A teacher and what each command makes of it undisturbed; another user may look there, not so in pytest's own."""
     from commands import place

@@ -146,7 +146,7 @@ def read_values(path, count):
 
 def read_checkpoint(path):
     found = state.load_checkpoint(RunFolder(path=path))
-    return found and ({name: bits(tensor.numpy()) for name, tensor in found[0].items()}, found[1])
+    return found and ({name: bits(tensor.numpy()) for name, tensor in found[0].items()}, found[1].document())
 
 
 def read_run(path, names):

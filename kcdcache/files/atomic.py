@@ -120,7 +120,7 @@ def create_exclusive(path: Path, content: Content | Callable[[Path], object]) ->
 def move(source: Path, path: Path) -> None:
     """Put a finished, durable file in the place of another on the same disk; the object of a mirrored one too."""
     cloud.place(source, path, exclusive=False)
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 def append(path: Path, data: bytes) -> None:
@@ -156,9 +156,13 @@ def remove_leftovers(folder: Path) -> list[Path]:
     return found
 
 
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable, so that a rename survives a power loss."""
-    _sync(path)
+def sync(path: Path) -> None:
+    """Make a file durable, or the names in a folder, so that a rename survives a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 ZEROS = memoryview(bytes(2**22))
@@ -194,7 +198,11 @@ def naming(path: Path, needed: int | None = None) -> Iterator[None]:
     except KcdcacheError:
         raise
     except OSError as error:
-        raise _explained(error, path, needed) from error
+        if error.errno in FULL:
+            told = f"{'' if needed is None else f' this write needs {needed:,} bytes,'} {_free(path)} are free"
+            remedy = "free some and run the same command again to resume"
+            raise NoSpaceError(f"no space left to write {path}: {remedy} ({error.strerror}:{told})") from error
+        raise error if error.errno is None else OSError(error.errno, error.strerror, str(path)) from error
 
 
 def require_no_links(root: Path, files: bool = True) -> None:
@@ -263,13 +271,15 @@ def lock(file: Path, what: str, wait: bool = False) -> Iterator[None]:
             held.acquire(blocking=wait)
         except Timeout:
             raise LockedError(f"{what} is being written by {holder(file)}; wait for it or stop it") from None
+    name = _holder_file(file)
     try:
         if not wait:
-            _write_holder(file)
+            with naming(name), open(open_own(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as stream:
+                stream.write(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
         if not wait:
-            _holder_file(file).unlink(missing_ok=True)
+            name.unlink(missing_ok=True)
         held.release()
 
 
@@ -299,16 +309,6 @@ def holder(file: Path) -> str:
 
 def _holder_file(file: Path) -> Path:
     return file.with_name(f"{file.name}.holder")
-
-
-def _write_holder(file: Path) -> None:
-    me, path = f"process {os.getpid()} on {socket.gethostname()}".encode(), _holder_file(file)
-    with naming(path, len(me)):
-        descriptor = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        try:
-            os.write(descriptor, me)
-        finally:
-            os.close(descriptor)
 
 
 # Folders that are whole or absent.
@@ -348,7 +348,7 @@ def place(folder: Path, path: Path, last: str) -> None:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise _taken(path) from None
             raise
-        sync_directory(path.parent)
+        sync(path.parent)
         step()
 
 
@@ -356,13 +356,11 @@ def _upload(folder: Path, path: Path, last: str) -> None:
     if path.is_file() or (path / last).exists():
         raise _taken(path)
     path.mkdir(parents=True, exist_ok=True)
-    for file in sorted(folder.iterdir()):
-        if file.name != last:
-            cloud.place(file, path / file.name, exclusive=False)
-    try:
-        cloud.place(folder / last, path / last, exclusive=True)
-    except FileExistsError:
-        raise _taken(path) from None
+    for file in sorted(folder.iterdir(), key=lambda file: (file.name == last, file.name)):
+        try:
+            cloud.place(file, path / file.name, exclusive=file.name == last)
+        except FileExistsError:
+            raise _taken(path) from None
 
 
 def remove_orphans(path: Path) -> None:
@@ -395,31 +393,15 @@ def _place(path: Path, content: Content | Callable[[Path], object], exclusive: b
             else:
                 temporary.write_bytes(content)
             step()
-            _sync(temporary)
+            sync(temporary)
             step()
             cloud.place(temporary, path, exclusive=exclusive)
             step()
-            sync_directory(path.parent)
+            sync(path.parent)
             step()
         finally:
             with suppress(OSError):  # a read-only disk refuses even this
                 temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _explained(error: OSError, path: Path, needed: int | None) -> OSError:
-    if error.errno in FULL:
-        told = f"{'' if needed is None else f' this write needs {needed:,} bytes,'} {_free(path)} are free"
-        remedy = "free some and run the same command again to resume"
-        return NoSpaceError(f"no space left to write {path}: {remedy} ({error.strerror}:{told})")
-    return error if error.errno is None else OSError(error.errno, error.strerror, str(path))
 
 
 def _free(path: Path) -> str:

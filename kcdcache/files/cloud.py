@@ -17,7 +17,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -69,6 +69,8 @@ LOCAL = re.compile(rf"{re.escape(TEMPORARY_MARK)}|\.log$|(^|/)(_kcd/repair|{re.e
 LATEST = 2**30 * 10**9
 """time stamps from 2004 on are the clock's"""
 _URL = re.compile(r"(?:([a-z][a-z0-9]*):)?([A-Za-z][A-Za-z0-9+.-]*)://([^?]*)(.*)", re.S)
+_VAIN = re.compile(r"status code: 4(?!08|09|29)\d\d")
+"""in answers to what it is in vain to ask again: the client's fault, not the connection's"""
 _SECRET = re.compile(r"KEY|SECRET|TOKEN|SAS|PASSWORD|CREDENTIAL", re.I)
 
 Stamp = tuple[int, int, int] | None
@@ -193,7 +195,7 @@ def place(temporary: Path, path: Path, exclusive: bool) -> None:
     if CHUNK.fullmatch(path.name):
         _make_hollow(temporary, tag, temporary.stat().st_size)
     else:
-        _set_mark(temporary, path.name, tag)
+        _set_mark(temporary, tag, _checksum(temporary, path.name))
     bucket.replace(temporary, path)
 
 
@@ -236,18 +238,9 @@ def owned(folder: Path, part: str = ALL) -> Iterator[None]:
         LockedError: another machine owns it, all of it, or a part of another split; names it.
         RemoteError: the store makes objects where there are some already, so that nothing can be owned.
     """
-    if (bucket := _bucket(folder)) is None:
+    bucket = _bucket(folder)
+    with nullcontext() if bucket is None else bucket.owned(folder, part):
         yield
-        return
-    bucket.claim(mine := bucket.key(folder / OWNERS / part), folder)
-    try:
-        bucket.require_no_rival(mine, folder)
-        _clear(folder)
-        bucket.refresh(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    finally:
-        bucket.give_back(mine)
 
 
 def require_free(folder: Path) -> None:
@@ -272,7 +265,13 @@ class Bucket:
         name, variables, self._access = KINDS[scheme]
         self.url, self.base = f"{scheme}://{bucket}", cache / folder / bucket
         self.locks, self._temporaries = cache / "locks" / folder / bucket, cache / "temporary"
-        self._obstore = _obstore(self.url)
+        try:
+            import obstore.exceptions
+            import obstore.store
+        except ImportError:
+            told = f'{self.url}: object stores need the extra `cloud`: pip install "kcdcache[cloud]"'
+            raise SettingsError(told) from None
+        self._obstore: Any = obstore
         given = {name.upper() for name in os.environ}
         options: dict[str, Any] = {k: v for k, v in TIMEOUTS.items() if f"{variables}_{k.upper()}" not in given}
         if "http://" in _endpoint(variables, os.environ):  # whoever names such an endpoint means it
@@ -285,10 +284,6 @@ class Bucket:
         for made in (self.base, self.locks, self._temporaries):
             made.mkdir(parents=True, exist_ok=True)
         self._cache, self._conditional = cache, False
-
-    @property
-    def _me(self) -> str:
-        return _owner(self._cache)
 
     def key(self, path: Path) -> str:
         """Return the key of a path."""
@@ -314,7 +309,9 @@ class Bucket:
 
     def refresh(self, root: Path, *, fresh: bool = False, single: bool = False) -> None:
         """Make what is here show what is there: drop, hollow out, fetch what is small; `single`: one file is meant."""
-        seen = {path: _stamp(path) for path in _files_below(root, single) if is_mirrored(path)}  # before the listing
+        here = [root] if root.is_symlink() or root.is_file() else []
+        here += [Path(folder, name) for folder, _, names in ([] if single else os.walk(root)) for name in names]
+        seen = {path: _stamp(path) for path in here if is_mirrored(path)}  # before the listing
         there = self._listing(self.key(root), single)
         for path in seen.keys() - there.keys():
             self.replace(None, path, seen[path])
@@ -339,7 +336,7 @@ class Bucket:
             except FileNotFoundError:
                 self.replace(None, path, seen)
             else:
-                _set_mark(temporary, path.name, tag)
+                _set_mark(temporary, tag, _checksum(temporary, path.name))
                 self.replace(temporary, path, seen)
 
     def upload(self, temporary: Path, path: Path, exclusive: bool) -> str:
@@ -366,25 +363,24 @@ class Bucket:
         Raises:
             FileExistsError: it changes faster than it can be read and written.
         """
-        for left in range(9, -1, -1):
-            try:
+        for _ in range(MOST_TRIES):
+            before, version = b"", dict[str, Any]()
+            with suppress(FileNotFoundError):
                 before, version = self.read(self.key(path), MOST_APPENDED)
-            except FileNotFoundError:
-                before, version = b"", {}
-            try:
+            with suppress(FileExistsError):
                 tag = self.create(self.key(path), before + lines, version)
                 break
-            except FileExistsError:
-                if not left:
-                    raise
+        else:
+            raise FileExistsError(path)
         with self._temporary() as temporary:
             temporary.write_bytes(before + lines)
-            _set_mark(temporary, path.name, tag)
+            _set_mark(temporary, tag, _checksum(temporary, path.name))
             self.replace(temporary, path)
 
     def replace(self, temporary: Path | None, path: Path, seen: Stamp | Literal["any"] = "any") -> None:
         """Put a file in place of another, or delete that, unless it changed since it was seen."""
-        with self._alone():
+        with open(self.locks / ".turn", "ab") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)  # others of this machine wait
             if seen not in ("any", _stamp(path)):
                 return
             if temporary is not None:
@@ -396,10 +392,27 @@ class Bucket:
                 for parent in path.relative_to(self.base).parents[:-1]:
                     (self.base / parent).rmdir()
 
-    def claim(self, mine: str, folder: Path) -> None:
+    @contextmanager
+    def owned(self, folder: Path, part: str) -> Iterator[None]:
+        """Own a folder, or a part of it: see the function `owned`."""
+        self._claim(mine := self.key(folder / OWNERS / part), folder)
+        try:
+            self.require_no_rival(mine, folder)
+            _clear(folder)
+            self.refresh(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            yield
+        finally:
+            try:
+                if self._named(mine) == _owner(self._cache):
+                    self.delete(mine)
+            except KcdcacheError as error:  # the folder stays this machine's
+                logger.warning("%s/%s could not be deleted: %s", self.url, mine, error)
+
+    def _claim(self, mine: str, folder: Path) -> None:
         """Make the object that says who owns a folder; the owner's own from before, when it was killed, will do."""
         try:
-            self.create(mine, self._me.encode())
+            self.create(mine, _owner(self._cache).encode())
         except FileExistsError:
             raise self._owned_by(mine, folder) from None
         if not self._conditional:
@@ -418,18 +431,10 @@ class Bucket:
         """Refuse a folder of which another machine owns all, or a part of another split; parts of one split agree."""
         for key in [entry.key for entry in self._list(self.key(folder / OWNERS))]:
             if re.split("[/-]", key)[-1] != re.split("[/-]", mine)[-1]:
-                if self._named(key) != self._me:
+                if self._named(key) != _owner(self._cache):
                     raise self._owned_by(key, folder)
                 if mine:
                     self.delete(key)  # of a process that was killed: this one holds the locks of this machine
-
-    def give_back(self, mine: str) -> None:
-        """Delete an owner's object; where the store does not answer, the folder stays this machine's."""
-        try:
-            if self._named(mine) == self._me:
-                self.delete(mine)
-        except KcdcacheError as error:
-            logger.warning("%s/%s could not be deleted: %s", self.url, mine, error)
 
     def read(self, key: str, most: int) -> tuple[bytes, dict[str, Any]]:
         """Return a small object, and its version for `create`.
@@ -491,8 +496,8 @@ class Bucket:
 
     def _list(self, prefix: str) -> list[Entry]:
         """Return all objects below a folder (all of the bucket for an empty one)."""
-        listing = self._obstore.list
-        found = self._tried(f"list {prefix}", lambda: listing(self._store, prefix or None, chunk_size=1000).collect())
+        asked = functools.partial(self._obstore.list, self._store, prefix or None, chunk_size=1000)
+        found = self._tried(f"list {prefix}", lambda: asked().collect())
         return [Entry(str(one["path"]), int(one["size"]), _plain(one["e_tag"])) for one in found]
 
     def _listing(self, prefix: str, single: bool) -> dict[Path, Entry]:
@@ -536,13 +541,6 @@ class Bucket:
         )
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keep others of this machine from changing files for a moment."""
-        with open(self.locks / ".turn", "ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
-    @contextmanager
     def _temporary(self) -> Iterator[Path]:
         made = self._temporaries / f"file{TEMPORARY_MARK}{os.getpid()}-{uuid.uuid4().hex}"
         try:
@@ -571,7 +569,7 @@ class Bucket:
                 # the provider's own machines ask for access at this address; who comes there elsewhere has none
                 if "169.254.169.254" in str(error):
                     remedy = f"no access was found in the environment: set {self._access}"
-                if attempt >= MOST_TRIES or time.monotonic() > until or _final(str(error)):
+                if attempt >= MOST_TRIES or time.monotonic() > until or _VAIN.search(str(error)):
                     raise RemoteError(f"{self.url}: could not {what}: {_cleaned(str(error))}; {remedy}") from None
                 time.sleep(min(10.0, 0.1 * 2**attempt))
         raise AssertionError
@@ -636,15 +634,6 @@ def _owner(cache: Path) -> str:
     return re.sub(r"[^A-Za-z0-9.-]", "-", f"{socket.gethostname()[:80]}-{file.read_text()[:8]}")
 
 
-def _obstore(url: str) -> Any:
-    try:
-        import obstore.exceptions
-        import obstore.store
-    except ImportError:
-        raise SettingsError(f'{url}: object stores need the extra `cloud`: pip install "kcdcache[cloud]"') from None
-    return obstore
-
-
 def _stamp(path: Path | str) -> Stamp:
     try:
         found = os.stat(path, follow_symlinks=False)
@@ -663,17 +652,15 @@ def _mark(tag: str, checksum: int | None) -> int:
     return seconds * 10**9 + int.from_bytes(digest[4:8], "big") % 10**9
 
 
-def _set_mark(path: Path, name: str, tag: str) -> None:
-    """Mark a file, to be put in place under a name, as the copy of a version."""
-    mark = _mark(tag, _checksum(path, name))
+def _set_mark(path: Path, tag: str, checksum: int | None) -> None:
+    mark = _mark(tag, checksum)
     os.utime(path, ns=(mark, mark))
 
 
 def _make_hollow(path: Path, tag: str, size: int) -> None:
     with open(path, "wb") as stream:
         stream.truncate(size)
-    mark = _mark(tag, None if size else 0)
-    os.utime(path, ns=(mark, mark))
+    _set_mark(path, tag, None if size else 0)
 
 
 def _checksum(path: Path, name: str) -> int:
@@ -691,13 +678,6 @@ def _is_copy(path: Path, entry: Entry) -> bool:
     if (found := _stamp(path)) is None or found[2] != entry.bytes or path.is_symlink() or not path.is_file():
         return False
     return found[1] == _mark(entry.tag, None if _is_hollow(path) else _checksum(path, path.name))
-
-
-def _files_below(root: Path, single: bool) -> Iterator[Path]:
-    if root.is_symlink() or root.is_file():
-        yield root
-    for folder, _, names in () if single else os.walk(root):
-        yield from (Path(folder, name) for name in names)
 
 
 def _clear(root: Path) -> None:
@@ -731,8 +711,3 @@ def _cleaned(text: str) -> str:
         if len(value) >= 4 and _SECRET.search(name):
             text = text.replace(value, "***")
     return " ".join(re.sub(r"<[^<>]*>", " ", text).split())[:400]
-
-
-def _final(text: str) -> bool:
-    """Return whether an answer says that asking again is in vain: the client's fault, not the connection's."""
-    return re.search(r"status code: 4(?!08|09|29)\d\d", text) is not None

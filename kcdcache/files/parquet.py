@@ -11,18 +11,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Shaped
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, UnfinishedError, UnsafeError
 from kcdcache.files import atomic
 from kcdcache.files.atomic import create_exclusive, naming, open_plain, sha256_file, write_atomic
-from kcdcache.files.records import canonical_json, parse_json, read_sealed_object, sealed_json
+from kcdcache.files.records import (
+    Count,
+    Record,
+    Sha256,
+    canonical_json,
+    parse,
+    parse_json,
+    read_sealed_object,
+    sealed_json,
+)
 from kcdcache.settings import Settings
 
 ROWS = 2**20
@@ -157,7 +166,7 @@ class Reader:
             CorruptionError, MismatchError: as for `read`.
         """
         names = _columns_to_read(self.schema, self._path, columns)
-        spans = list(self._spans(start, self.rows if stop is None else stop))
+        spans = list(_pieces(self._group_rows, start, stop))
         with ThreadPoolExecutor(1) as pool:
             coming = [pool.submit(self._read, [number], names) for number, _, _ in spans[:1]]
             for place, (_, low, high) in enumerate(spans):
@@ -175,15 +184,6 @@ class Reader:
         names = _columns_to_read(self.schema, self._path, columns)
         return self._read([number for number, rows in enumerate(self._group_rows) if rows], names)
 
-    def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Yield each row group that has some of the rows: its number, and where they begin and end in it."""
-        first = 0
-        for number, rows in enumerate(self._group_rows):
-            low, high = max(start - first, 0), min(stop - first, rows)
-            if low < high:
-                yield number, low, high
-            first += rows
-
     def _read(self, numbers: list[int], names: list[str]) -> pa.Table:
         with _explaining(self._path):
             table = self._parquet.read_row_groups(numbers, columns=names)
@@ -191,6 +191,16 @@ class Reader:
             if names and table.num_rows != (rows := sum(self._group_rows[number] for number in numbers)):
                 raise ValueError(f"its pages hold {table.num_rows} rows, its footer tells of {rows}")
             return table
+
+
+def _pieces(rows: Iterable[int], start: int, stop: int | None) -> Iterator[tuple[int, int, int]]:
+    """Yield each of several blocks of so many rows that has some of those asked for: its number, and their range."""
+    first = 0
+    for number, count in enumerate(rows):
+        low, high = max(start - first, 0), count if stop is None else min(stop - first, count)
+        if low < high:
+            yield number, low, high
+        first += count
 
 
 @contextmanager
@@ -209,7 +219,7 @@ def opened_file(path: Path, most_rows: int | None = None) -> Iterator[Reader]:
             if TEXT in parquet.schema_arrow.names:
                 parquet = _parquet_file(stream, metadata=parquet.metadata, read_dictionary=[TEXT])
             reader = Reader(path, parquet, _group_rows(parquet.metadata))
-            _require_few_rows(reader.rows, os.fstat(stream.fileno()).st_size, path, most_rows)
+        _require_few_rows(reader.rows, os.fstat(stream.fileno()).st_size, path, most_rows)
         yield reader
 
 
@@ -347,14 +357,12 @@ class Span(NamedTuple):
         return f"part-{self.number:05}-of-{self.of:05}.parquet"
 
 
-class Part(Settings):
+class Part(Record):
     """A finished part."""
 
-    model_config = ConfigDict(strict=True)
-
-    rows: int = Field(ge=0)
-    bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    rows: Count
+    bytes: Count
+    sha256: Sha256
 
 
 class Seal(Settings):
@@ -372,7 +380,7 @@ class Seal(Settings):
     """that of the single file with the same rows, with its digest"""
     fingerprint: str | None = None
     """of values, `values.fingerprint`"""
-    parts: Annotated[tuple[Part, ...], Field(strict=False)] = ()
+    parts: tuple[Part, ...] = ()
 
 
 def spans(count: int, partition_rows: int) -> list[Span]:
@@ -395,19 +403,18 @@ def write_part(folder: Path, span: Span, schema: pa.Schema, blocks: Iterable[pa.
         LockedError: it is there already.
         NoSpaceError: the disk is full.
     """
-    path, rows = folder / span.name, 0
+    path, rows = folder / span.name, []
 
     def fill(temporary: Path) -> None:
-        nonlocal rows
         with open(temporary, "wb") as sink:
             writer = Writer(sink, schema)
             for block in blocks:
                 writer.write(block)
-                rows += block.num_rows
+                rows.append(block.num_rows)
             writer.close({PART_KEY: canonical_json(span._asdict())})
 
     create_exclusive(path, fill)
-    return Part(rows=rows, bytes=path.stat().st_size, sha256=sha256_file(path))
+    return Part(rows=sum(rows), bytes=path.stat().st_size, sha256=sha256_file(path))
 
 
 def seal(folder: Path, content: Seal) -> None:
@@ -450,15 +457,12 @@ def read_seal(folder: Path) -> Seal:
             f"{folder} has parts but no {SEAL}, which is written last: it was not written or copied to its end; make "
             "or copy it again"
         )
-    found = read_sealed_object(file, "format_version", *Seal.model_fields)
+    found = read_sealed_object(file, "format_version")
     if (version := found.pop("format_version")) != FORMAT_VERSION:
-        raise MismatchError(f"{folder} has format {version}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache")
-    try:
-        content = Seal.model_validate({name: found[name] for name in Seal.model_fields})
-    except ValidationError as error:
-        item = error.errors()[0]
-        where = ".".join(map(str, item["loc"]))
-        raise CorruptionError(f"{file} is damaged: {where}: {item['msg']}, found {item['input']!r:.80}") from None
+        raise MismatchError(
+            f"{folder} has format {version!r:.40}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache"
+        )
+    content = parse(Seal, canonical_json(found), file)
     of = -(-content.samples // content.partition_rows)
     if of != len(content.parts) or of > MOST_PARTS:
         raise CorruptionError(
@@ -496,17 +500,13 @@ class Joined:
             CorruptionError: a part is not the one that was written.
             MismatchError, UnsafeError: as for `read`.
         """
-        first, end = 0, self.rows if stop is None else stop
-        for span, part in zip(self._spans, self.seal.parts, strict=True):
-            low, high = max(start - first, 0), min(end - first, part.rows)
-            if low < high:
-                with self._opened(span) as reader:
-                    if not reader.schema.equals(self.schema):
-                        raise CorruptionError(
-                            f"{self._path / span.name} has other columns than the part before; make the set again"
-                        )
-                    yield from reader.groups(columns, low, high)
-            first += part.rows
+        for number, low, high in _pieces((part.rows for part in self.seal.parts), start, stop):
+            with self._opened(span := self._spans[number]) as reader:
+                if not reader.schema.equals(self.schema):
+                    raise CorruptionError(
+                        f"{self._path / span.name} has other columns than the part before; make the set again"
+                    )
+                yield from reader.groups(columns, low, high)
 
     def whole(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Return all rows at once.

@@ -10,12 +10,12 @@ from kcdcache.condense.value_files import Held
 from kcdcache.errors import LockedError, MismatchError, NotFoundError, attempt
 from kcdcache.files import cloud, run_files
 from kcdcache.files.atomic import is_locked, read_bytes
-from kcdcache.files.records import MOST_RECORD_BYTES
+from kcdcache.files.records import MOST_RECORD_BYTES, logged_seconds
 from kcdcache.files.run_files import RunFiles
 from kcdcache.networks import weights
 from kcdcache.runs import state
 from kcdcache.runs.folder import RunFolder
-from kcdcache.runs.state import Inputs, RunRecord, Summary
+from kcdcache.runs.state import Inputs, MetricsRow, RunRecord, Summary
 from kcdcache.store import check as store_check
 from kcdcache.store import reader
 
@@ -82,12 +82,14 @@ def check(path: Path) -> Found:
         if not any(str(file) in known for known in look.problems):
             look.add(f"{file} {problem}")
     if look.problems:
-        _require_still(folder)
+        cloud.require_free(path)
+        if is_locked(cloud.lock_file(folder.lock)):
+            raise LockedError(f"{path} is being written: verify it when its command has ended")
     counts = {"manifests": len(sets), "values": len(tables), "networks": len(networks), "requeried": len(mixes)}
     return Found(counts, tuple(sorted(files.pending)), finished, tuple(look.problems))
 
 
-def _progress(look: _Look) -> list[dict[str, Any]]:
+def _progress(look: _Look) -> list[MetricsRow]:
     """Check the checkpoint, and that metrics.jsonl holds its rows; return those."""
     folder = look.folder
     found = look.at(state.load_checkpoint, folder)
@@ -96,7 +98,7 @@ def _progress(look: _Look) -> list[dict[str, Any]]:
             told = f"{folder.metrics.name} tells of finished epochs; start the run anew"
             look.add(f"{folder.pointer} is missing, but {told}")
         return []
-    rows: list[dict[str, Any]] = found[1]["rows"]
+    rows = found[1].rows
     written = read_bytes(folder.metrics, MOST_RECORD_BYTES) if folder.metrics.exists() else b""
     behind = not folder.summary.exists() and written == state.metrics_lines(rows[:-1])
     if written != state.metrics_lines(rows) and not behind:  # a kill may fall between a checkpoint and its metrics
@@ -163,16 +165,16 @@ def _mixes(look: _Look, path: Path, of: Manifest | None) -> None:
         look.add(f"{path} holds the teacher's outputs on manifest {made_for}, beside it lies {of.digest}")
 
 
-def _summary(look: _Look, rows: list[dict[str, Any]], record: RunRecord | None, sets: dict[int, Manifest]) -> None:
+def _summary(look: _Look, rows: list[MetricsRow], record: RunRecord | None, sets: dict[int, Manifest]) -> None:
     """Check the summary against what it sums up."""
     folder = look.folder
     found = look.at(state.read_summary, folder.path)
     if found is None or record is None or not rows:
         return
     expected = state.outcome(rows, found.count, record.settings["epochs"]).document()
-    expected["seconds"] = state.seconds_spent(folder)
+    expected["seconds"] = logged_seconds(folder.timing)
     if found.condensed_set is not None:
-        expected |= {name: sum(row[name] for row in rows) for name in SUMS}
+        expected |= {name: sum(getattr(row, name) for row in rows) for name in SUMS}
         expected |= look.at(_exported, folder, found, sets) or {}
     for name, wanted in expected.items():
         if getattr(found, name) != wanted:
@@ -187,9 +189,3 @@ def _exported(folder: RunFolder, summary: Summary, sets: dict[int, Manifest]) ->
     if summary.count != sets[last].count:
         raise MismatchError(f"{folder.summary} counts {summary.count} samples, the set {sets[last].count}")
     return {"condensed_set": folder.name_of(folder.manifest(last)), "kept": len(sets[last])}
-
-
-def _require_still(folder: RunFolder) -> None:
-    cloud.require_free(folder.path)
-    if is_locked(cloud.lock_file(folder.lock)):
-        raise LockedError(f"{folder.path} is being written: verify it when its command has ended")

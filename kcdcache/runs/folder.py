@@ -6,61 +6,40 @@ from pathlib import Path
 from kcdcache.files import run_files
 
 
+class _File:
+    """A file, or folder, of fixed name in a run's folder."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, folder: "RunFolder", owner: type) -> Path:
+        return folder.path / self._name
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
     """The folder of one run and the file names in it."""
 
     path: Path
 
-    @property
-    def settings(self) -> Path:
-        """Settings, inputs and environment, written first."""
-        return self.path / "run.json"
-
-    @property
-    def summary(self) -> Path:
-        """What came out, written last: a run with a summary is finished."""
-        return self.path / "summary.json"
-
-    @property
-    def values(self) -> Path:
-        """The value estimate at the run's latest stop."""
-        return self.path / "values.parquet"
-
-    @property
-    def given(self) -> Path:
-        """The condensed set that the run began with, if one was given."""
-        return self.path / "given.parquet"
-
-    @property
-    def metrics(self) -> Path:
-        """One line per finished epoch."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def timing(self) -> Path:
-        """Clock times, one line per epoch trained."""
-        return self.path / "timing.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the one current checkpoint."""
-        return self.path / "checkpoint"
-
-    @property
-    def pointer(self) -> Path:
-        """Which checkpoint that is."""
-        return self.checkpoints / "latest.json"
-
-    @property
-    def scratch(self) -> Path:
-        """Folder of memory-mapped knowledge."""
-        return self.path
-
-    @property
-    def lock(self) -> Path:
-        """Held by the process that trains here."""
-        return self.path / ".lock"
+    settings = _File("run.json")
+    """settings, inputs and environment, written first"""
+    summary = _File("summary.json")
+    """what came out, written last: a run with a summary is finished"""
+    values = _File("values.parquet")
+    """the value estimate at the run's latest stop"""
+    given = _File("given.parquet")
+    """the condensed set that the run began with, if one was given"""
+    metrics = _File("metrics.jsonl")
+    """one line per finished epoch"""
+    timing = _File("timing.jsonl")
+    """clock times, one line per epoch trained"""
+    checkpoints = _File("checkpoint")
+    """folder of the one current checkpoint"""
+    pointer = _File("checkpoint/latest.json")
+    """which checkpoint that is"""
+    lock = _File(".lock")
+    """held by the process that trains here"""
 
     def stage(self, number: int) -> Path:
         """Return the folder of one stage's manifest and values."""

@@ -46,7 +46,6 @@ from kcdcache.files.records import (
     Sparse,
     canonical_json,
     digest_of,
-    logged_seconds,
     parse,
     parse_json,
     read_sealed,
@@ -199,7 +198,7 @@ class Summary(Outcome):
     """whether the teacher learned from the same training split"""
 
     agreement_train: float | None = None
-    """this and all below: see `evaluation.of_run`"""
+    """this and all below: see `evaluation.fidelity`"""
     agreement_test: float | None = None
     accuracy_train: float | None = None
     accuracy_true: float | None = None
@@ -217,6 +216,23 @@ class Summary(Outcome):
     sets: list[SetCounts] | None = None
 
 
+class Checkpoint(Sparse):
+    """What a checkpoint holds beside tensors."""
+
+    epoch: int
+    """number of finished epochs"""
+    step: int
+    """number of finished steps of the current epoch"""
+    samples: int
+    """student samples forwarded so far"""
+    rows: list[MetricsRow]
+    """one per finished epoch"""
+    optimizer: dict[str, Any] | None = None
+    """what is no tensor of its state; unset by an older kcdcache"""
+    run: Sha256 | None = Field(default=None, exclude=True)
+    """id of the run, in the file alone"""
+
+
 class Pointer(Sealed):
     """What checkpoint/latest.json says: which file is the run's checkpoint."""
 
@@ -228,7 +244,7 @@ class Pointer(Sealed):
 def session(
     folder: RunFolder,
     settings: Mapping[str, Any],
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     *,
     device: torch.device,
     threads: int | None,
@@ -250,12 +266,8 @@ def session(
         torch.set_num_threads(wanted)
         try:
             now = Environment(**environment(device, wanted, processes))
-            _go_on(
-                folder,
-                record or RunRecord(settings=dict(settings), inputs=Inputs(**inputs), environment=now, changes=[]),
-                now,
-                allow_env_change,
-            )
+            began = record or RunRecord(settings=dict(settings), inputs=inputs, environment=now, changes=[])
+            _go_on(folder, began, now, allow_env_change)
             yield
         finally:
             torch.set_num_threads(before)
@@ -271,16 +283,19 @@ def _go_on(folder: RunFolder, record: RunRecord, now: Environment, allow_change:
         write_record(folder, record)
 
 
-def start(folder: RunFolder, settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> RunRecord | None:
+def start(folder: RunFolder, settings: Mapping[str, Any], inputs: Inputs) -> RunRecord | None:
     """Return the record of the run already in this folder, or None where a new one begins.
 
     Raises:
         SettingsError: the folder holds a run with other settings; names the first.
-        MismatchError: the folder holds a run on other inputs; names the first.
+        MismatchError: the folder holds a run on other inputs, or no run but something else; names the first.
     """
     remove_leftovers(folder.path)
     if not folder.settings.exists():
-        _require_free(folder)
+        if others := [p.name for p in folder.path.iterdir() if not p.name.startswith(folder.lock.name)]:
+            raise MismatchError(
+                f"{folder.path} holds {others[0]} but no run.json; give an empty or new folder as --out"
+            )
         return None
     record = read_record(folder)
     if difference := first_difference(record.settings, to_jsonable_python(settings)):
@@ -290,20 +305,23 @@ def start(folder: RunFolder, settings: Mapping[str, Any], inputs: Mapping[str, A
             "give the same settings to continue it, or another --out"
         )
     names = (f"the run in {folder.path}", "what was given now")
-    require_same(record.inputs.document(), Inputs(**inputs).document(), names, "use another --out")
+    require_same(record.inputs.document(), inputs.document(), names, "use another --out")
     return record
 
 
-def outcome(rows: Sequence[Mapping[str, Any]], count: int, epochs: int) -> Outcome:
+def outcome(rows: Sequence[MetricsRow], count: int, epochs: int) -> Outcome:
     """Return what a finished run came to, from its rows of metrics and the number of samples and epochs."""
-    last, best = rows[-1], max((row for row in rows if "test_accuracy" in row), key=lambda row: row["test_accuracy"])
+    last = rows[-1]
+    measured = {row.test_accuracy: row.epoch for row in reversed(rows) if row.test_accuracy is not None}  # the first
+    assert last.test_accuracy is not None
+    assert last.test_calibration_error is not None
     return Outcome(
-        accuracy_last=last["test_accuracy"],
-        accuracy_best=best["test_accuracy"],
-        best_epoch=best["epoch"],
-        calibration_error=last["test_calibration_error"],
-        relative_cost=last["samples_so_far"] / (count * epochs),
-        student_samples=last["samples_so_far"],
+        accuracy_last=last.test_accuracy,
+        accuracy_best=max(measured),
+        best_epoch=measured[max(measured)],
+        calibration_error=last.test_calibration_error,
+        relative_cost=last.samples_so_far / (count * epochs),
+        student_samples=last.samples_so_far,
         epochs=epochs,
         count=count,
     )
@@ -338,11 +356,11 @@ def write_manifest(folder: RunFolder, path: Path, made: Manifest) -> None:
         manifest.write(path, made)
 
 
-def save_checkpoint(folder: RunFolder, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+def save_checkpoint(folder: RunFolder, tensors: Mapping[str, Tensor], record: Checkpoint) -> None:
     """Replace the run's checkpoint; a kill at any moment leaves the old one or the new one."""
     folder.checkpoints.mkdir(exist_ok=True)
     owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    content = canonical_json({**record, "run": run_files.run_id(folder.path)})
+    content = canonical_json({**record.document(), "run": run_files.run_id(folder.path)})
     data = safetensors.torch.save(owned, metadata={RECORD_KEY: content.decode()})
     digest = sha256_bytes(data)
     name = f"{digest[:16]}.safetensors"
@@ -351,7 +369,7 @@ def save_checkpoint(folder: RunFolder, tensors: Mapping[str, Tensor], record: Ma
     _remove_other_checkpoints(folder)
 
 
-def load_checkpoint(folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+def load_checkpoint(folder: RunFolder) -> tuple[dict[str, Tensor], Checkpoint] | None:
     """Return the tensors and the record of the run's checkpoint, or None if there is none yet.
 
     Raises:
@@ -369,29 +387,26 @@ def load_checkpoint(folder: RunFolder) -> tuple[dict[str, Tensor], dict[str, Any
             f"checkpoint {path} is damaged: its SHA-256 is not the one in {folder.pointer}; start the run anew"
         )
     tensors, record = _parse_checkpoint(data, path)
-    if (of := record.pop("run", None)) != (own := run_files.run_id(folder.path)):
-        raise MismatchError(f"checkpoint {path} is of run {of}, {folder.settings} of {own}; put the run's own back")
+    if record.run != (own := run_files.run_id(folder.path)):
+        raise MismatchError(
+            f"checkpoint {path} is of run {record.run}, {folder.settings} of {own}; put the run's own back"
+        )
     return tensors, record
 
 
-def write_metrics(folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_metrics(folder: RunFolder, rows: Sequence[MetricsRow]) -> None:
     """Make metrics.jsonl hold exactly these rows, one epoch a line."""
     write_atomic(folder.metrics, metrics_lines(rows))
 
 
-def metrics_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def metrics_lines(rows: Sequence[MetricsRow]) -> bytes:
     """Return metrics.jsonl with these rows."""
-    return b"".join(canonical_json(row) + b"\n" for row in rows)
+    return b"".join(canonical_json(row.document()) + b"\n" for row in rows)
 
 
 def add_timing(folder: RunFolder, row: Mapping[str, Any]) -> None:
     """Append a line of clock times, which differ from run to run and so stand apart from the metrics."""
     append(folder.timing, canonical_json(row) + b"\n")
-
-
-def seconds_spent(folder: RunFolder) -> float:
-    """Return the training seconds logged so far, repeated work after a kill included."""
-    return logged_seconds(folder.timing)
 
 
 def write_summary(folder: RunFolder, summary: Summary) -> None:
@@ -434,18 +449,12 @@ def read_metrics(path: Path) -> list[MetricsRow]:
     return [parse(MetricsRow, line, f"{file}, line {number}") for number, line in enumerate(lines, 1)]
 
 
-def _require_free(folder: RunFolder) -> None:
-    others = [p.name for p in folder.path.iterdir() if not p.name.startswith(folder.lock.name)]
-    if others:
-        raise MismatchError(f"{folder.path} holds {others[0]} but no run.json; give an empty or new folder as --out")
-
-
 def _lasting(summary: Summary) -> run_files.Facts:
     lasting = {key: value for key, value in summary.document().items() if key not in VOLATILE}
     return run_files.Facts(digest=digest_of(lasting))
 
 
-def _parse_checkpoint(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _parse_checkpoint(data: bytes, path: Path) -> tuple[dict[str, Tensor], Checkpoint]:
     length = int.from_bytes(data[:8], "little")
     if length > MOST_HEADER_BYTES:
         raise UnsafeError(
@@ -453,9 +462,7 @@ def _parse_checkpoint(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[
         )
     try:
         header = parse_json(data[8 : 8 + length], path)
-        record = parse_json(header["__metadata__"][RECORD_KEY].encode(), path)
-        if not isinstance(record, dict):
-            raise TypeError(f"its record is {record!r:.80}")
+        record = parse(Checkpoint, header["__metadata__"][RECORD_KEY].encode(), path)
         return safetensors.torch.load(data), record
     except (KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CorruptionError(f"checkpoint {path} is damaged: {error}; start the run anew") from None

@@ -22,7 +22,7 @@ from kcdcache.files.atomic import (
     remove,
     remove_leftovers,
     require_no_links,
-    sync_directory,
+    sync,
     write_atomic,
 )
 from kcdcache.files.records import canonical_json, sealed_json
@@ -420,7 +420,7 @@ def _prepare(root: Path, plan: StorePlan, growth: int) -> None:
     records.mkdir(parents=True, exist_ok=True)
     write_documents(root, plan)
     for folder in (records.parent, root / FOLDER, root, root.absolute().parent):
-        sync_directory(folder)
+        sync(folder)
 
 
 def write_rows(

@@ -12,14 +12,14 @@ from kcdcache.condense.manifest import Manifest, Samples
 from kcdcache.condense.schedule import Stage
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.files import cloud
-from kcdcache.files.records import Rate, Sparse, logged
+from kcdcache.files.records import Rate, Sparse, logged, logged_seconds
 from kcdcache.methods import registry as methods_registry
 from kcdcache.networks import registry as networks_registry
 from kcdcache.networks.input_transform import resolve_device, use_threads
 from kcdcache.progress import Progress, silent
 from kcdcache.runs import state
 from kcdcache.runs.folder import RunFolder
-from kcdcache.runs.state import Summary, load_checkpoint, read_record, read_summary, write_manifest
+from kcdcache.runs.state import Inputs, Summary, load_checkpoint, read_record, read_summary, write_manifest
 from kcdcache.settings import TrainSettings, recorded
 from kcdcache.store import check, identity, reader
 from kcdcache.store.reader import Store
@@ -149,7 +149,7 @@ def _train(run: Run, stage: Stage, until: int) -> int:
 def finished_epochs(folder: RunFolder) -> int:
     """Return how many epochs of a run are behind it, by its checkpoint."""
     found = load_checkpoint(folder)
-    return int(found[1]["epoch"]) if found else 0
+    return found[1].epoch if found else 0
 
 
 def _by_first(run: Run, work: Callable[[], T]) -> T:
@@ -244,7 +244,8 @@ def _finish(run: Run) -> Summary:
 
 
 def _summary(run: Run, exported: Path) -> Summary:
-    rows = (load_checkpoint(run.folder) or ({}, {"rows": []}))[1]["rows"]
+    found = load_checkpoint(run.folder)
+    rows = found[1].rows if found else []
     data, knowledge, teacher = run.material.data, run.material.knowledge, run.material.teacher
     requeries = sum(
         (made := reader.open(path)).count * made.views
@@ -260,11 +261,11 @@ def _summary(run: Run, exported: Path) -> Summary:
         knowledge_id=knowledge.knowledge_id,
         teacher_forwards=requeries,
         store_teacher_forwards=knowledge.count * knowledge.views,
-        rows_read=sum(row["rows_read"] for row in rows),
-        bytes_read=sum(row["bytes_read"] for row in rows),
+        rows_read=sum(row.rows_read or 0 for row in rows),
+        bytes_read=sum(row.bytes_read or 0 for row in rows),
         kept=len(manifest.read(exported)),
         condensed_set=str(exported.relative_to(run.folder.path)),
-        seconds=state.seconds_spent(run.folder),
+        seconds=logged_seconds(run.folder.timing),
         images_per_second=logged(run.folder.timing),
         **evaluation.fidelity(run.settings, data, knowledge, teacher, run.folder, run.device),
     )
@@ -324,18 +325,18 @@ def _views(settings: TrainSettings, material: Material, folder: RunFolder) -> in
     return min(began_with, held)
 
 
-def _inputs(material: Material, views: int, fields: tuple[str, ...]) -> dict[str, Any]:
-    """Return the inputs as run.json holds them: all but settings and environment that decides the run's bytes."""
+def _inputs(material: Material, views: int, fields: tuple[str, ...]) -> Inputs:
+    """Return all but settings and environment that decides the run's bytes."""
     knowledge, given = material.knowledge, material.given
-    return {
-        "knowledge_id": knowledge.knowledge_id,
-        "views": views,
-        "encodings": {name: knowledge.fields[name].name for name in fields if name in knowledge.fields},
-        "teacher_batch": knowledge.plan.batch_size,
-        "test": material.data.test.digest(),
-        "given": given.digest if given is not None else None,
+    return Inputs(
+        knowledge_id=knowledge.knowledge_id,
+        views=views,
+        encodings={name: knowledge.fields[name].name for name in fields if name in knowledge.fields},
+        teacher_batch=knowledge.plan.batch_size,
+        test=material.data.test.digest(),
+        given=given.digest if given is not None else None,
         **({"skipped": knowledge.skipped.tolist()} if len(knowledge.skipped) else {}),
-    }
+    )
 
 
 def accept(given: Manifest, knowledge: Store, transfer: bool) -> Manifest:

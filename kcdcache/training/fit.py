@@ -8,13 +8,13 @@ from kcdcache.condense import manifest
 from kcdcache.condense.manifest import Samples
 from kcdcache.data.datasets import Dataset
 from kcdcache.files import run_files
-from kcdcache.files.records import logged
+from kcdcache.files.records import logged, logged_seconds
 from kcdcache.methods import registry as methods_registry
 from kcdcache.networks import registry as networks_registry
 from kcdcache.networks.input_transform import resolve_device, use_threads
 from kcdcache.progress import Progress, silent
 from kcdcache.runs.folder import RunFolder
-from kcdcache.runs.state import Summary, outcome, read_summary, seconds_spent, session, start, write_summary
+from kcdcache.runs.state import Inputs, Summary, outcome, read_summary, session, start, write_summary
 from kcdcache.settings import FitSettings, MethodSettings
 from kcdcache.training import learner
 from kcdcache.training.batches import Source
@@ -53,7 +53,7 @@ def run(
     networks_registry.require_known(model, len(data.classes), len(data.mean))  # before a folder is made for it
     folder = RunFolder(path=out)
     document = settings.model_dump(mode="json", exclude=NEUTRAL) | {"model": model}
-    inputs = {"data": data.identity().digest, "test": data.test.digest()}
+    inputs = Inputs(data=data.identity().digest, test=data.test.digest())
     finished = folder.stands(folder.summary)
     group.wait()  # all have read what lies there before the first writes
     if finished:
@@ -98,7 +98,7 @@ def _finish(pupil: learner.Learner, data: Dataset, settings: FitSettings, model:
         kind="fit",
         model=model,
         teacher_forwards=0,
-        seconds=seconds_spent(folder),
+        seconds=logged_seconds(folder.timing),
         images_per_second=logged(folder.timing),
         **data.corrupted(),
     )

@@ -16,6 +16,7 @@ from kcdcache.methods.registry import Loss
 from kcdcache.networks import registry, taps, weights
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.runs.folder import RunFolder
+from kcdcache.runs.state import Checkpoint, MetricsRow
 from kcdcache.settings import MethodSettings, OptimizerSettings
 from kcdcache.teacher.fields import aggregated
 from kcdcache.training import optimizer
@@ -103,7 +104,7 @@ class Learner:
     """number of finished steps of the current epoch"""
     samples: int = 0
     """student samples forwarded so far; a mixed point counts once"""
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[MetricsRow] = field(default_factory=list)
     """one row of metrics per finished epoch"""
     sums: dict[str, Tensor] = field(default_factory=dict)
     """running sums of the current epoch, float64 on the device"""
@@ -147,22 +148,22 @@ class Learner:
         # a file's tensors come in another order in each process
         return {name: self.group.joined(own[name]).view(-1, len(own[name])) for name in sorted(own)}
 
-    def state(self) -> dict[str, Any]:
-        """Return the rest of what a resumed run needs, as JSON values."""
+    def state(self) -> Checkpoint:
+        """Return the rest of what a resumed run needs."""
         rest = optimizer.flattened(self.optimizer)[1]
-        return {"epoch": self.epoch, "step": self.step, "samples": self.samples, "rows": self.rows, "optimizer": rest}
+        return Checkpoint(epoch=self.epoch, step=self.step, samples=self.samples, rows=self.rows, optimizer=rest)
 
-    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor], state: Checkpoint) -> None:
         """Become what `tensors` and `state` describe.
 
         Raises:
             MismatchError: they are of an older kcdcache, which did not keep the optimizer's own state.
         """
-        if "optimizer" not in state:
+        if state.optimizer is None:
             raise MismatchError("the run's checkpoint is of an older kcdcache; start anew with another --out")
         self.network.load_state_dict(_section(tensors, "network."))
         self.loss.load_state_dict(_section(tensors, "loss."))
-        optimizer.restore(self.optimizer, _section(tensors, "optimizer."), state["optimizer"])
+        optimizer.restore(self.optimizer, _section(tensors, "optimizer."), state.optimizer)
         self.sums = {name: self._own_sum(rows).to(self.device) for name, rows in _section(tensors, "sum.").items()}
         if self.record is not None:
             self.record.visits = tensors["record.visits"].to(self.device)
@@ -170,8 +171,8 @@ class Learner:
             if self.record.start is not None:
                 self.record.start = {name: value.to(self.device) for name, value in _section(tensors, "start.").items()}
         self._draw_on(tensors)
-        self.epoch, self.step, self.samples = state["epoch"], state["step"], state["samples"]
-        self.rows = list(state["rows"])
+        self.epoch, self.step, self.samples = state.epoch, state.step, state.samples
+        self.rows = list(state.rows)
 
     def _own_sum(self, rows: Tensor) -> Tensor:
         """Return this process's part of a sum; where there were more or fewer processes, all of it is the first's."""

@@ -18,7 +18,7 @@ from kcdcache.methods.base import Batch
 from kcdcache.networks.input_transform import enough_memory
 from kcdcache.progress import Progress, silent
 from kcdcache.runs.folder import RunFolder
-from kcdcache.runs.state import add_timing, load_checkpoint, save_checkpoint, write_metrics
+from kcdcache.runs.state import MetricsRow, add_timing, load_checkpoint, save_checkpoint, write_metrics
 from kcdcache.settings import OptimizerSettings
 from kcdcache.training import evaluation
 from kcdcache.training.batches import Source
@@ -120,7 +120,7 @@ class Loop:
                 {name: torch.zeros_like(value) for name, value in counted.items()} if batch.idle else counted
             )
 
-    def _epoch(self) -> dict[str, Any]:
+    def _epoch(self) -> MetricsRow:
         """Train an epoch to its end; return its row of metrics."""
         learner = self.learner
         self._begin_epoch()
@@ -185,25 +185,26 @@ class Loop:
             save_checkpoint(self.folder, learner.tensors() | shared, learner.state())
         self._saved = time.monotonic()
 
-    def _end_epoch(self) -> dict[str, Any]:
+    def _end_epoch(self) -> MetricsRow:
         learner, settings = self.learner, self.settings
-        count = learner.samples - (learner.rows[-1]["samples_so_far"] if learner.rows else 0)
+        count = learner.samples - (learner.rows[-1].samples_so_far if learner.rows else 0)
         self._require_finite()
         if learner.record is not None:
             learner.record.join(learner.group)
         # a resumed process has them in the order in which it read them, which is not that of the others
-        means = {name: float(learner.group.total(learner.sums[name])) / count for name in sorted(learner.sums)}
-        due = learner.epoch + 1 == settings.epochs or (learner.epoch + 1) % settings.evaluate_every == 0
-        row = {
-            "epoch": learner.epoch,
-            "learning_rate": learner.optimizer.param_groups[0]["lr"],
-            "samples": count,
-            "samples_so_far": learner.samples,
-            **means,
-            # batch statistics are each process's own, and those of the first are kept
-            **(self.measure() if due and learner.group.first else {}),
-            **self._details(learner.epoch),
+        found: dict[str, Any] = {
+            name: float(learner.group.total(learner.sums[name])) / count for name in sorted(learner.sums)
         }
+        due = learner.epoch + 1 == settings.epochs or (learner.epoch + 1) % settings.evaluate_every == 0
+        if due and learner.group.first:  # batch statistics are each process's own, and those of the first are kept
+            found |= self.measure()
+        row = MetricsRow(
+            epoch=learner.epoch,
+            learning_rate=learner.optimizer.param_groups[0]["lr"],
+            samples=count,
+            samples_so_far=learner.samples,
+            **found | self._details(learner.epoch),
+        )
         logger.info("epoch %d of %d: %s", learner.epoch + 1, settings.epochs, _line(row))
         learner.rows.append(row)
         learner.epoch, learner.step, learner.sums = learner.epoch + 1, 0, {}
@@ -379,11 +380,11 @@ def _counted(logits: Tensor, loss: Tensor, batch: Batch) -> dict[str, Tensor]:
     return parts
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: MetricsRow) -> str:
     """Return a row of metrics for people."""
-    stage = f"stage {row['stage']}, " if "stage" in row else ""
-    measured = f", test accuracy {row['test_accuracy']:.4f}" if "test_accuracy" in row else ""
-    return f"{stage}loss {row['loss']:.4f}{measured}, {row['samples']:,} samples, {row['samples_so_far']:,} in all"
+    stage = "" if row.stage is None else f"stage {row.stage}, "
+    measured = "" if row.test_accuracy is None else f", test accuracy {row.test_accuracy:.4f}"
+    return f"{stage}loss {row.loss:.4f}{measured}, {row.samples:,} samples, {row.samples_so_far:,} in all"
 
 
 def _seed_torch(seed: int, epoch: int, rank: int) -> None:

@@ -88,7 +88,7 @@ def run_stage(run: Run, stage: Stage, chosen: Manifest, mixes: Path | None, unti
         mixing=batches.Mixing(mix=settings.mix, target=settings.mix_target, temperature=weights.temperature),
         requeried=None if mixes is None else reader.open(mixes),
         memory_bytes=settings.memory_gb * GIB,
-        folder=run.folder.scratch,
+        folder=run.folder.path,
         cached_views=run.views,
     )
     stop = min(until, stage.stop)

@@ -3,176 +3,148 @@
 import json
 import random
 import re
-from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
 from cloud import SECRET, Proxy, Server, access, everything, forgotten
-from killing import Cold, finished, nursery
-from pupils import SPEC, digits, lines, promised, saved_teacher
+from commands import words
+from killing import finished, succeeds
+from pupils import SPEC, lines, promised
 
-CROPS = {"augment": "crop", "padding": 2}
-STORE = CROPS | {"views": 3, "batch_size": 64, "min_accuracy": 0, "fields": "logits,penultimate"}
-TRAIN = {"student": "lessons:TinyNet", "epochs": 2, "stages": 2, "batch_size": 64, "keep": 0.6, "checkpoint_seconds": 0}
-THREADS = {"threads": 1}
-RESULTS = {
-    "fit": "fitted",
-    "precompute": "store",
-    "train": "run",
-    "condense": "made.parquet",
-    "export": "set",
-    "reuse": "again",
-}
-"""step of the chain -> what it makes"""
+from kcdcache.condense import manifest
+
+NAMES = ("fit", "precompute", "train", "condense.parquet", "export", "reuse")
+"""the chain's commands by the place of what they make"""
 TAKE_OVER = r"set (KCDCACHE_OWNER)=(\S+) in the environment to take over"
 FAULTS = ("503", "cut", "lost", "half", "slow")
 
 
-def steps(base):
-    """The chain's commands with all places below `base`, a folder or a URL."""
-    at = {name: f"{base}/{place}" for name, place in RESULTS.items()}
-    values = {"values": f"{at['train']}/values.parquet", "previous": f"{at['train']}/stages/1/manifest.parquet"}
-    reuse = {"condensed": at["export"], "data": f"condensed:{at['export']}", "out": at["reuse"]}
-    fit = {"data": SPEC, "model": "lessons:TinyNet", "epochs": 1, "batch_size": 64, "checkpoint_seconds": 0}
-    given = {
-        "fit": fit | CROPS | THREADS | {"out": at["fit"]},
-        "precompute": {"data": SPEC, "teacher": f"{base}/teacher", "store": at["precompute"]} | STORE | THREADS,
-        "train": {"data": SPEC, "store": at["precompute"], "out": at["train"]} | TRAIN | THREADS,
-        "condense": values | {"store": at["precompute"], "keep": 0.5, "out": at["condense"]},
-        "export": {"manifest": at["train"], "store": at["precompute"], "out": at["export"], "data": SPEC},
-        "reuse": reuse | TRAIN | THREADS | {"epochs": 1, "stages": 1},
-    }
-    words = {name: ["train" if name == "reuse" else name, *lines(flags)] for name, flags in given.items()}
-    words["export"].append("--with-images")
-    return words
+class Url(str):
+    """A place in a bucket, with `/` as of paths."""
+
+    __slots__ = ()
+
+    def __truediv__(self, name):
+        return Url(f"{self}/{name}")
+
+
+def command(root, name):
+    """A command with all places below `root`, a folder or a URL; what local ones left counts where `here` has it."""
+    known = {
+        "export": {"manifest": root / "train", "store": root / "precompute", "out": root / name, "data": SPEC},
+        "reuse": {
+            "condensed": root / "export", "data": f"condensed:{root / 'export'}", "out": root / name,
+            "student": "lessons:TinyNet", "epochs": 1, "stages": 1, "threads": 1,
+        },
+    }  # fmt: skip
+    if name == "export":
+        return [name, *lines(known[name]), "--with-images"]
+    return ["train", *lines(known[name])] if name == "reuse" else words(root, name.split(".")[0], root / name)
 
 
 @pytest.fixture(scope="module")
-def start():
-    with nursery() as starting:
-        yield starting
+def plain(here):
+    """Place -> the promised bytes of what the chain makes there on a local disk."""
+    for name in ("export", "reuse"):
+        succeeds(here.start, command(here.root, name), here.root / "log")
+    made = {name: promised(here.root / name) for name in NAMES if "." not in name}
+    return made | {"condense.parquet": (here.root / "condense").read_bytes()}
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory, start):
-    """The chain on a local disk: its root, and name -> the promised bytes of each result."""
-    root = tmp_path_factory.mktemp("plain")
-    saved_teacher(root / "teacher", digits(200, 60))
-    for words in steps(root).values():
-        assert finished(start, words, root / "log") == 0, (root / "log").read_text()
-    made = {name: promised(root / place) for name, place in RESULTS.items() if name != "condense"}
-    return SimpleNamespace(root=root, made=made | {"condense": (root / RESULTS["condense"]).read_bytes()})
-
-
-@pytest.fixture(scope="module")
-def server():
-    one = Server()
-    yield one
-    one.close()
-
-
-def bucket(server, plain, start, folder):
-    """An empty bucket that has got the teacher, a proxy before it, and how to run a step there."""
+def bucket(server, here, folder):
+    """An empty bucket that has got the teacher, a proxy before it, and how to run a command there."""
     for key in server.listed():
         server.delete(key)
-    server.upload(plain.root / "teacher", "teacher")
+    server.upload(here.root / "teacher", "teacher")
     proxy = Proxy(server)
-    cache, log = folder / "cache", folder / "log"
-    commands = steps("s3://bucket")
+    cache, log, root = folder / "cache", folder / "log", Url(f"s3://{server.bucket}")
 
-    def run(words, **more):
-        words = commands[words] if isinstance(words, str) else words
-        return finished(start, words, log, **access(proxy.port, cache) | more)
+    def run(line, **more):
+        line = command(root, line) if isinstance(line, str) else line
+        return finished(here.start, line, log, **access(proxy.port, cache) | more)
 
-    def taking(words, **more):
-        """Run a command: what a killed one of another machine owns is taken over, as the error says."""
+    def elsewhere(line, **more):
+        """Run a command as on another machine; what a killed one of the first owns is taken over, as the error says."""
+        forgotten(cache)
         log.write_text("")
-        code = run(words, **more)
+        code = run(line, **more)
         told = re.search(TAKE_OVER, log.read_text())
         assert (code == 6) == (told is not None), log.read_text()
-        return code if told is None else run(words, **more | {told[1]: told[2]})
+        return code if told is None else run(line, **more | {told[1]: told[2]})
 
-    def elsewhere(words, **more):
-        """Run a command as on another machine."""
-        forgotten(cache)
-        return taking(words, **more)
-
-    return SimpleNamespace(
-        server=server, proxy=proxy, cache=cache, log=log, commands=commands, run=run, taking=taking, elsewhere=elsewhere
-    )
+    return SimpleNamespace(server=server, proxy=proxy, cache=cache, log=log, root=root, run=run, elsewhere=elsewhere)
 
 
 @pytest.fixture
-def place(server, plain, start, tmp_path):
-    made = bucket(server, plain, start, tmp_path)
+def place(server, here, tmp_path):
+    made = bucket(server, here, tmp_path)
     yield made
     made.proxy.close()
 
 
 @pytest.fixture(scope="module")
-def chain(plain, start, tmp_path_factory):
+def chain(server, here, tmp_path_factory):
     """The chain done in a bucket of its own: every command is killed once while it writes, and then goes on as on
     another machine, with an empty cache; every ninth request goes wrong."""
-    own = Server()
-    made = bucket(own, plain, start, tmp_path_factory.mktemp("chain"))
+    made = bucket(Server("chain", beside=server), here, tmp_path_factory.mktemp("chain"))
     made.proxy.faults = lambda method, path, number: FAULTS[number // 9 % 5] if number % 9 == 0 else None
     draw = random.Random(1)
     made.codes = []
-    for name in RESULTS:
-        point = draw.randint(2, 5 if name == "condense" else 25)
-        made.codes.append(made.elsewhere(name, KCDCACHE_CRASHPOINT=str(point)))
-        made.codes.append(made.elsewhere(name))
+    for name in NAMES:
+        point = draw.randint(2, 5 if "." in name else 25)
+        made.codes += [made.elsewhere(name, KCDCACHE_CRASHPOINT=str(point)), made.elsewhere(name)]
     made.broken = set(made.proxy.broken)
     made.proxy.faults = lambda method, path, number: None
     yield made
     made.proxy.close()
-    own.close()
 
 
 def same(place, plain, name):
-    if name == "condense":
-        assert place.server.read(RESULTS[name]) == plain.made[name]
-        return True
-    found = place.server.promised(RESULTS[name])
-    differing = [file for file in {*found, *plain.made[name]} if found.get(file) != plain.made[name].get(file)]
+    found = place.server.read(name) if "." in name else place.server.promised(name)
+    differing = [] if found == plain[name] else [
+        file for file in {*found, *plain[name]} if "." in name or found.get(file) != plain[name].get(file)
+    ]  # fmt: skip
     assert not differing, f"{name}: {sorted(differing)} differ\n{place.log.read_text()[-2000:]}"
     return True
 
 
+def there(place):
+    return {key: place.server.read(key) for key in place.server.listed() if ".owner" not in key}
+
+
 def test_the_chain_in_a_bucket_makes_the_bytes_of_the_local_one_whatever_breaks_or_dies(chain, plain):
-    assert chain.codes == [-9, 0] * len(RESULTS), chain.log.read_text()
+    assert chain.codes == [-9, 0] * len(NAMES), chain.log.read_text()
     assert chain.broken == set(FAULTS)
-    assert all(same(chain, plain, name) for name in RESULTS)
+    assert all(same(chain, plain, name) for name in NAMES)
     assert not [key for key in chain.server.listed() if ".tmp-" in key]
 
 
 def test_finished_work_is_passed_over_and_every_command_tells_urls(chain):
-    before = {key: chain.server.read(key) for key in chain.server.listed() if ".owner" not in key}
+    before, root = there(chain), chain.root
     chain.log.write_text("")
     told = (
-        chain.commands["precompute"], chain.commands["train"], [*chain.commands["condense"], "--dry-run"],
-        ["inspect", "s3://bucket/run"], ["diff", "s3://bucket/run", "s3://bucket/run/stages/0/manifest.parquet"],
-        ["verify", "s3://bucket/store", "--read-data"], ["verify", "s3://bucket/run"], ["seal", "s3://bucket/store"],
-        ["inspect", "s3://bucket/nothing"],
+        command(root, "precompute"), command(root, "train"), [*command(root, "condense.parquet"), "--dry-run"],
+        ["inspect", root / "train"], ["diff", root / "train", root / "train/stages/0/manifest.parquet"],
+        ["verify", root / "precompute", "--read-data"], ["verify", root / "train"], ["seal", root / "precompute"],
+        ["inspect", root / "nothing"],
     )  # fmt: skip
-    codes = [chain.run([*words, "--json"]) for words in told]
-    assert codes == [0] * 8 + [10], chain.log.read_text()
-    assert {key: chain.server.read(key) for key in chain.server.listed() if ".owner" not in key} == before
+    assert [chain.run([*line, "--json"]) for line in told] == [0] * 8 + [10], chain.log.read_text()
+    assert there(chain) == before
     log = chain.log.read_text()
-    assert "s3://bucket/store is finished already" in log
-    assert "s3://bucket/run is finished already" in log
-    assert "error: nothing at s3://bucket/nothing" in log
+    for said in ("{}/precompute is finished already", "{}/train is finished already", "error: nothing at {}/nothing"):
+        assert said.format(root) in log
     assert str(chain.cache) not in log
 
 
 def test_neither_secrets_nor_paths_of_the_cache_are_kept_anywhere(chain):
-    report = ["report", "s3://bucket/run", "--out", "s3://bucket/report.html", "--json-file", "s3://bucket/report.json"]
+    root = chain.root
+    report = ["report", root / "train", "--out", root / "report.html", "--json-file", root / "report.json"]
     assert chain.run(report) == 0, chain.log.read_text()
     chain.proxy.faults = lambda method, path, number: "403" if method == "PUT" else None
-    assert chain.run(["condense", *chain.commands["condense"][1:-2], "--out", "s3://bucket/other.parquet"]) == 11
+    assert chain.run(words(root, "condense", root / "other.parquet")) == 11
     chain.proxy.faults = lambda method, path, number: None
-    assert "s3://bucket refuses to write other.parquet" in chain.log.read_text()
-    contents = {key: chain.server.read(key) for key in chain.server.listed()}
+    assert f"{root} refuses to write other.parquet" in chain.log.read_text()
+    contents = there(chain)
     assert "report.html" in contents
     assert not [key for key, data in contents.items() if SECRET.encode() in data or b"/cache/s3" in data]
     for found in (chain.log.read_bytes(), everything(chain.cache)):
@@ -180,103 +152,46 @@ def test_neither_secrets_nor_paths_of_the_cache_are_kept_anywhere(chain):
         assert b"Signature" not in found
 
 
-def test_a_set_in_parts_is_written_seal_last_and_killed_before_that_is_none(chain, plain):
-    place = "s3://bucket/parts.parquet"
-    words = [*chain.commands["condense"], "--partition-rows", "64"]
-    words[words.index("--out") + 1] = place
-    codes = []
+def test_a_set_in_parts_is_written_seal_last_and_killed_before_that_is_none(chain, here, tmp_path):
+    made = chain.root / "parts.parquet"
+    line = words(chain.root, "condense", made, partition_rows=64)
     for point in (3, 14, 18):
-        codes.append(chain.run(words, KCDCACHE_CRASHPOINT=str(point)))
+        assert chain.run(line, KCDCACHE_CRASHPOINT=str(point)) == -9, chain.log.read_text()
         forgotten(chain.cache)
         assert "parts.parquet/_parts.json" not in chain.server.listed()
-    assert codes == [-9] * 3, chain.log.read_text()
-    assert chain.run(words) == 0, chain.log.read_text()
-    names = [f"part-{number:05}-of-00004.parquet" for number in range(4)]
-    found = [key.rpartition("/")[2] for key in chain.server.listed("parts.parquet") if ".owner" not in key]
-    assert found == ["_parts.json", *names]
-    forgotten(chain.cache)
-    chain.log.write_text("")
-    assert [chain.run(["inspect", where, "--json"]) for where in (place, "s3://bucket/made.parquet")] == [0, 0]
-    one, other = (json.loads(line) for line in chain.log.read_text().splitlines() if line.startswith("{"))
-    assert one["digest"] == other["digest"]
-    assert chain.run(words) == 0  # the same again is accepted
-    chain.server.delete("parts.parquet/_parts.json")
-    assert chain.run(["inspect", place]) != 0
-    assert chain.run(words) == 0
+    assert [chain.run(line), chain.run(line)] == [0, 0], chain.log.read_text()  # the same again is accepted
+    found = [key for key in chain.server.listed("parts.parquet") if ".owner" not in key]
+    names = ["_parts.json", *(f"part-{number:05}-of-00004.parquet" for number in range(4))]
+    assert found == [f"parts.parquet/{name}" for name in names]
+    for key in found:
+        (tmp_path / key).parent.mkdir(exist_ok=True)
+        (tmp_path / key).write_bytes(chain.server.read(key))
+    assert manifest.read(tmp_path / "parts.parquet").digest == manifest.read(here.root / "condense").digest
+    chain.server.delete(found[0])
+    assert chain.run(["inspect", made]) != 0
+    assert chain.run(line) == 0
     assert not [key for key in chain.server.listed() if ".tmp-" in key]
 
 
-def survives(place, plain, name, points):
-    """Kill a step at points of its writing, twice here and then elsewhere; then it ends alike."""
-    runs = (place.run, place.run, place.elsewhere)
-    died = sum(run(name, KCDCACHE_CRASHPOINT=str(point)) == -9 for run, point in zip(runs, points, strict=True))
-    assert place.taking(name) == 0, place.log.read_text()
-    assert same(place, plain, name)
-    return died
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
-def test_killed_while_writing_and_run_again_here_or_elsewhere_it_ends_in_the_same_bytes(place, plain, seed):
-    draw = random.Random(seed)
-    for name in RESULTS:
-        last, least = (5, 1) if name == "condense" else (25, 3)  # its one file may be there after the first kill
-        assert survives(place, plain, name, [draw.randint(2, last) for _ in range(3)]) >= least
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RESULTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_killed_at_any_step_of_writing_it_ends_in_the_same_bytes_elsewhere(place, plain, name):
     """From the beginning, killed at one step, gone on with on another machine: for steps from the first to the last."""
-    for other in RESULTS:
-        if other == name:
-            break
+    for other in NAMES[: NAMES.index(name)]:
         assert place.run(other) == 0
     place.proxy.faults = lambda method, path, number: ("503", "lost")[number % 2] if number % 11 == 0 else None
-    draw = random.Random(0)
-    point, hits = 1, 0
+    draw, point, hits = random.Random(0), 1, 0
     while place.run(name, KCDCACHE_CRASHPOINT=str(point)) == -9:
         hits += 1
         assert place.elsewhere(name) == 0, place.log.read_text()
         assert same(place, plain, name)
-        for key in [RESULTS[name]] if name == "condense" else place.server.listed(RESULTS[name]):
+        for key in [name] if "." in name else place.server.listed(name):
             place.server.delete(key)
-        point += 1 if name == "condense" else draw.randint(1, 8)
-    assert hits >= (5 if name == "condense" else 10)
+        point += 1 if "." in name else draw.randint(1, 8)
+    assert hits >= (5 if "." in name else 10)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kill", [False, True])
-def test_two_shards_on_two_machines_make_the_store_of_one(place, plain, tmp_path, kill):
-    """Each with a cache of its own, at once; one is killed and run again elsewhere."""
-    words = place.commands["precompute"]
-
-    def shard(number, cache, **more):
-        given = access(place.proxy.port, tmp_path / cache) | more
-        return Cold([*words, "--shard", f"{number}/2"], tmp_path / f"log{number}", **given)
-
-    with ExitStack() as stack:
-        running = [shard(0, "a"), shard(1, "b", **({"KCDCACHE_CRASHPOINT": "20"} if kill else {}))]
-        for process in running:
-            stack.callback(process.kill)
-        assert all(process.ended(300) for process in running)
-        assert [process.code for process in running] == [0, -9 if kill else 0]
-        if kill:
-            third = shard(1, "c")
-            assert third.ended(300)
-            assert third.code == 6
-            owner = re.search(TAKE_OVER, (tmp_path / "log1").read_text())[2]
-            third = shard(1, "c", KCDCACHE_OWNER=owner)
-            assert third.ended(300)
-            assert third.code == 0, (tmp_path / "log1").read_text()
-    assert same(place, plain, "precompute")
-
-
-@pytest.mark.slow
-def test_a_recipe_several_at_once_ends_in_a_bucket(place, tmp_path):
-    recipe = tmp_path / "small.toml"
-    recipe.write_text(
-        """
+RECIPE = """
 title = "small"
 data = "digits?train=200&test=60"
 seeds = [0, 1]
@@ -300,12 +215,16 @@ student = "resnet8"
 epochs = 1
 stages = 1
 """
-    )
+
+
+@pytest.mark.slow
+def test_a_recipe_several_at_once_ends_in_a_bucket(place, tmp_path):
+    (tmp_path / "small.toml").write_text(RECIPE)
     for jobs in ("2", "1"):
-        code = place.run(["run", str(recipe), "--out", "s3://bucket/grid", "--jobs", jobs, "--threads", "1"])
-        assert code == 0, place.log.read_text()
-    there = {key for key in place.server.listed("grid") if ".owner" not in key}
-    assert {"grid/results.json", "grid/report.html", "grid/kd-seed1/summary.json"} <= there
-    assert not [key for key in there if b"/cache/s3" in place.server.read(key)]
-    results = json.loads(place.server.read("grid/results.json"))
+        line = ["run", tmp_path / "small.toml", "--out", place.root / "grid", "--jobs", jobs, "--threads", "1"]
+        assert place.run(line) == 0, place.log.read_text()
+    made = there(place)
+    assert {"grid/results.json", "grid/report.html", "grid/kd-seed1/summary.json"} <= made.keys()
+    assert not [key for key, data in made.items() if b"/cache/s3" in data]
+    results = json.loads(made["grid/results.json"])
     assert [run["step"] for run in results["runs"]] == ["teacher", "store", "kd", "kd"]

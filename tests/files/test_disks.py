@@ -80,11 +80,11 @@ def filled(here, name, folder, steps):
         return told
 
 
-@pytest.mark.parametrize("step", [12, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("name", "pages"), [("precompute", 100), ("train", 1000)])
+@pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("name", "pages"), [("precompute", 100), ("train", 700)])
 def test_a_full_disk_that_grows_ends_in_the_same_bytes(here, folder, name, pages, step):
-    """Page by page, or by some more of them at a time."""
-    steps = step * pages // 100 if step > 1 else 1
+    """Page by page, or by a share of them at a time."""
+    steps = max(1, (step - 1) * pages // 100)
     told = filled(here, name, folder, range(4 * PAGE, pages * PAGE, steps * PAGE))
     assert len(told) >= (3 if step > 1 else 20)
     assert all("No space left on device" in said and str(folder / "disk" / "it") in said for said in told)
@@ -108,7 +108,7 @@ def test_a_full_disk_under_mapped_memory_is_an_error_and_no_signal(here, folder)
         assert any(f"no space left to write {run}/(a temporary file): " in said for said in told)
 
 
-@pytest.mark.parametrize("name", ["precompute", "train", "fit"])
+@pytest.mark.parametrize("name", ["precompute", "train"])
 def test_a_file_beyond_the_limit_for_files_is_like_a_full_disk(here, folder, name):
     said = refused(here, name, folder / "it", folder / "log", limits={"file": 20_000})
     assert f"no space left to write {folder}/it" in said
@@ -150,7 +150,7 @@ def without(path, mode):
         path.chmod(before)
 
 
-@pytest.mark.parametrize("closed", ["logits", "_kcd/log/0", "_kcd", "."])
+@pytest.mark.parametrize("closed", ["logits", "_kcd/log/0", "."])
 def test_a_folder_that_may_not_be_written_is_named_and_nothing_is_sealed(here, folder, closed):
     path, log = folder / "it", folder / "log"
     given_away(folder)
@@ -167,7 +167,7 @@ def test_a_folder_that_may_not_be_written_is_named_and_nothing_is_sealed(here, f
     assert not leftovers(path)
 
 
-@pytest.mark.parametrize("name", ["precompute", "train", "fit", "condense"])
+@pytest.mark.parametrize("name", ["precompute", "condense"])
 def test_a_place_that_may_not_be_written_is_named_and_stays_empty(here, folder, name):
     given_away(folder)
     with without(folder, 0o555):

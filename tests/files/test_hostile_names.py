@@ -16,14 +16,14 @@ from kcdcache.data.spec import DataIdentity
 from kcdcache.errors import CorruptionError, MismatchError, UnsafeError
 from kcdcache.files import run_files
 from kcdcache.files.atomic import sha256_file
-from kcdcache.files.records import read_json, readable_json, sealed_json
+from kcdcache.files.records import logged_seconds, read_json, readable_json, sealed_json
 from kcdcache.runs import check, state
 from kcdcache.runs.folder import RunFolder
 from kcdcache.settings import ViewRule
 from kcdcache.store.identity import Knowledge, TeacherIdentity
 
-STEERING = "\x1b]0;owned\x07\x9b2J\r\x08\u202e\u200b\ufeff"
-FORGED = "a\nproblems: 0"
+NAME = "\x1b]0;owned\x07\x9b2J\r\x08\u202e\u200b\ufeffa\nproblems: 0"
+"""would steer a terminal, and forge a line of ours"""
 
 
 @pytest.fixture(scope="module")
@@ -48,56 +48,53 @@ def harmless(done):
     return True
 
 
-@pytest.mark.parametrize("name", [STEERING, FORGED], ids=["steering", "forged"])
-def test_names_in_files_are_shown_escaped(run, tmp_path, name):
-    labels = manifest.full(manifest.Samples("k" + name, 3))
+def test_names_in_files_are_shown_escaped(run, tmp_path):
+    labels = manifest.full(manifest.Samples("k" + NAME, 3))
     file = tmp_path / "m.parquet"
-    changed = {key: getattr(labels, key) for key in labels.__dataclass_fields__} | {"rule": {name: name}}
+    changed = {key: getattr(labels, key) for key in labels.__dataclass_fields__} | {"rule": {NAME: NAME}}
     manifest.write(file, manifest.Manifest(**changed))
     assert harmless(run("inspect", file))
     assert harmless(run("inspect", file, "--json"))
     who = Knowledge(
-        teacher=TeacherIdentity(architecture=name, weights=name, transform={name: name}, precision="float32"),
-        data=DataIdentity(count=150, classes=(name, "b"), image_size=(4, 4), digest=name),
-        views=ViewRule(rule=name, padding=0, fill=name, size=(4, 4), seed=0),
+        teacher=TeacherIdentity(architecture=NAME, weights=NAME, transform={NAME: NAME}, precision="float32"),
+        data=DataIdentity(count=150, classes=(NAME, "b"), image_size=(4, 4), digest=NAME),
+        views=ViewRule(rule=NAME, padding=0, fill=NAME, size=(4, 4), seed=0),
     )
     with creating(tmp_path / "s", plan_of(), who) as writing:
         finish(writing)
     told = run("inspect", tmp_path / "s")
     assert harmless(told)
-    assert "owned" in told.output or "a\\nproblems: 0" in told.output
+    assert "owned" in told.output
+    assert "a\\nproblems: 0" in told.output
 
 
-@pytest.mark.parametrize("name", [STEERING, FORGED], ids=["steering", "forged"])
-def test_names_of_files_are_shown_escaped_in_errors(run, tmp_path, name):
-    for words in (["inspect", tmp_path / name], [f"no{name}"], ["inspect", f"--{name}"], ["run", f"{name}.toml"]):
+def test_names_of_files_are_shown_escaped_in_errors(run, tmp_path):
+    for words in (["inspect", tmp_path / NAME], [f"no{NAME}"], ["inspect", f"--{NAME}"], ["run", f"{NAME}.toml"]):
         assert harmless(run(*words))
-    assert harmless(run("inspect", tmp_path / name, "--debug"))
+    assert harmless(run("inspect", tmp_path / NAME, "--debug"))
 
 
-@pytest.mark.parametrize("name", [STEERING, FORGED], ids=["steering", "forged"])
-def test_class_names_are_shown_escaped_in_logs_and_errors(run, tmp_path, name):
+def test_class_names_are_shown_escaped_in_logs_and_errors(run, tmp_path):
     for split in ("train", "val"):
-        (tmp_path / "d" / split / name).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / "d" / split / name / "0.png")
-        (tmp_path / "d" / split / name / "notes.txt").write_text("no image")
+        (tmp_path / "d" / split / NAME).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "d" / split / NAME / "0.png")
+        (tmp_path / "d" / split / NAME / "notes.txt").write_text("no image")
     words = ["fit", "--data", f"folder:{tmp_path}/d", "--model", "resnet8", "--out", tmp_path / "out", "--dry-run"]
     logged = run(*words)
     assert logged.code == 0
     assert "1 files in" in logged.output
     assert harmless(logged)
-    (tmp_path / "d/val" / f"{name}2").mkdir()
+    (tmp_path / "d/val" / f"{NAME}2").mkdir()
     refused = run(*words)
     assert (refused.code, "class folders that" in refused.output) == (4, True)
     assert harmless(refused)
 
 
-@pytest.mark.parametrize("name", [STEERING, FORGED], ids=["steering", "forged"])
-def test_titles_of_a_recipe_are_shown_escaped(run, tmp_path, name):
-    step = f'[[step]]\nname = "teacher"\nrun = "fit"\ntitle = {json.dumps(name)}\n'
+def test_titles_of_a_recipe_are_shown_escaped(run, tmp_path):
+    step = f'[[step]]\nname = "teacher"\nrun = "fit"\ntitle = {json.dumps(NAME)}\n'
     file = tmp_path / "r.toml"
     file.write_text(
-        f'title = {json.dumps(name)}\ndata = {json.dumps(f"folder:{name}")}\n{step}settings = {{ model = "resnet8" }}'
+        f'title = {json.dumps(NAME)}\ndata = {json.dumps(f"folder:{NAME}")}\n{step}settings = {{ model = "resnet8" }}'
     )
     assert harmless(run("run", file, "--out", tmp_path / "out", "--dry-run"))
     assert harmless(run("run", file, "--out", tmp_path / "out"))
@@ -196,7 +193,7 @@ def test_a_record_of_files_names_files_of_the_run_only(folder, change):
 @pytest.mark.parametrize("line", [b"[]", b"{}", b'{"seconds":"1"}', b'{"seconds":1e999}', b"[" * 900, b"", b"3"])
 def test_odd_lines_of_clock_times_count_nothing(folder, line):
     folder.timing.write_bytes(b'{"seconds":2}\n' + line + b'\n{"seconds":1.5}\n')
-    assert state.seconds_spent(folder) == 3.5
+    assert logged_seconds(folder.timing) == 3.5
 
 
 def test_odd_lines_of_metrics_are_named(folder):

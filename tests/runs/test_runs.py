@@ -10,16 +10,13 @@ from pupils import distilled, everything, promised, same_files, school, settings
 
 from kcdcache import environment
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, UnfinishedError
+from kcdcache.files.records import logged_seconds
 from kcdcache.runs import state
 from kcdcache.runs.folder import RunFolder
 from kcdcache.runs.state import load_checkpoint, read_metrics, read_summary, save_checkpoint
 from kcdcache.store import reader
 
-CHANGES = {
-    "epochs": 9, "keep": 0.5, "stages": 2, "schedule": "poster", "student": "resnet8", "learning_rate": 0.01,
-    "seed": 1, "batch_size": 64, "temperature": 2.0, "mix_target": "keep", "k0": "stage_slice", "eps_max": 0.1,
-    "condense_seed": 4, "record": "last", "precision": "bfloat16", "evaluate_every": 2,
-}  # fmt: skip
+CHANGES = {"epochs": 9, "keep": 0.5, "student": "resnet8", "seed": 1, "mix_target": "keep", "precision": "bfloat16"}
 
 
 @pytest.fixture(scope="module")
@@ -67,22 +64,20 @@ def test_another_thread_count_is_refused_unless_allowed(place, tmp_path):
     with pytest.raises(MismatchError, match=r"threads.*1.*2.*--allow-env-change continues anyway"):
         distilled(place, tmp_path / "run", run={"threads": 2})
     distilled(place, tmp_path / "run", run={"threads": 2, "allow_env_change": True})
-    record = json.loads((tmp_path / "run" / "run.json").read_bytes())
-    assert record["environment"]["threads"] == 1
-    assert [change["threads"] for change in record["changes"]] == [2]
+    record = state.read_record(RunFolder(path=tmp_path / "run"))
+    assert [known.threads for known in (record.environment, *record.changes)] == [1, 2]
 
 
 def test_another_version_is_refused_unless_allowed(place, tmp_path):
     distilled(place, tmp_path / "run", run={"until": 1})
-    file, folder = tmp_path / "run" / "run.json", RunFolder(path=tmp_path / "run")
+    folder = RunFolder(path=tmp_path / "run")
     record = state.read_record(folder)
     record.environment.versions["torch"] = "1.0"
     state.write_record(folder, record)
     with pytest.raises(MismatchError, match=r"versions\.torch.*1\.0"):
         distilled(place, tmp_path / "run")
     distilled(place, tmp_path / "run", run={"until": 2, "allow_env_change": True})
-    changes = json.loads(file.read_bytes())["changes"]
-    assert [change["versions"]["torch"] for change in changes] == [version("torch")]
+    assert [change.versions["torch"] for change in state.read_record(folder).changes] == [version("torch")]
 
 
 def test_the_thread_count_of_the_start_is_put_in_force_again(place, tmp_path):
@@ -99,12 +94,11 @@ def test_the_thread_count_of_the_start_is_put_in_force_again(place, tmp_path):
 
 
 def test_the_record_names_what_decided_the_run(place, begun):
-    record = json.loads((begun / "run.json").read_bytes())
-    assert record["inputs"]["knowledge_id"] == place.knowledge.knowledge_id
-    assert record["inputs"]["given"] is None
-    assert record["settings"]["keep"] == 0.6
-    assert {"checkpoint_seconds", "memory_gb"}.isdisjoint(record["settings"])
-    assert set(environment.COMPARED) <= set(record["environment"])
+    record = state.read_record(RunFolder(path=begun))
+    assert (record.inputs.knowledge_id, record.inputs.given) == (place.knowledge.knowledge_id, None)
+    assert record.settings["keep"] == 0.6
+    assert {"checkpoint_seconds", "memory_gb"}.isdisjoint(record.settings)
+    assert set(environment.COMPARED) <= record.environment.model_fields_set
 
 
 def test_a_store_damaged_meanwhile_stops_the_run(place, tmp_path):
@@ -134,10 +128,11 @@ def test_a_checkpoint_is_whole_and_alone(tmp_path):
         folder.path.mkdir()
         assert load_checkpoint(folder) is None
         for step in range(3):
-            save_checkpoint(folder, {"a": torch.full((2, 3), float(step)), "b": torch.arange(step)}, {"step": step})
+            record = state.Checkpoint(epoch=1, step=step, samples=9, rows=ROWS[:1], optimizer={})
+            save_checkpoint(folder, {"a": torch.full((2, 3), float(step)), "b": torch.arange(step)}, record)
     assert same_files(tmp_path / "left", tmp_path / "right")
-    tensors, record = load_checkpoint(folder)
-    assert record == {"step": 2}
+    tensors, found = load_checkpoint(folder)
+    assert found == record
     assert torch.equal(tensors["a"], torch.full((2, 3), 2.0))
     assert torch.equal(tensors["b"], torch.arange(2))
     assert len(list(folder.checkpoints.glob("*.safetensors"))) == 1
@@ -153,33 +148,34 @@ def test_metrics_and_summary_are_read_back(place, begun, tmp_path):
         read_metrics(tmp_path)
 
 
+def row(epoch, samples_so_far, **measured):
+    plain = {"learning_rate": 0.1, "samples": 6, "loss": 1.0, "train_accuracy": 0.5, "view": 0}
+    return state.MetricsRow(epoch=epoch, samples_so_far=samples_so_far, **plain, **measured)
+
+
+ROWS = [
+    row(0, 10, test_accuracy=0.2, test_calibration_error=0.1),
+    row(1, 16),
+    row(2, 22, test_accuracy=0.7, test_calibration_error=0.1),
+    row(3, 28, test_accuracy=0.5, test_calibration_error=0.3),
+]
+
+
 def test_an_outcome_is_arithmetic_on_the_rows():
-    rows = [
-        {"epoch": 0, "samples_so_far": 10, "test_accuracy": 0.2, "test_calibration_error": 0.1},
-        {"epoch": 1, "samples_so_far": 16},
-        {"epoch": 2, "samples_so_far": 22, "test_accuracy": 0.7, "test_calibration_error": 0.1},
-        {"epoch": 3, "samples_so_far": 28, "test_accuracy": 0.5, "test_calibration_error": 0.3},
-    ]
-    found = state.outcome(rows, 10, 4)
+    found = state.outcome(ROWS, 10, 4)
     assert (found.accuracy_last, found.accuracy_best, found.best_epoch) == (0.5, 0.7, 2)
     assert (found.relative_cost, found.student_samples, found.calibration_error) == (0.7, 28, 0.3)
 
 
-def test_clock_times_stand_apart(begun):
-    for name, data in promised(begun).items():
-        assert b"seconds" not in data, name
+def test_clock_times_stand_apart_and_a_torn_last_line_is_forgiven(begun, tmp_path):
+    assert not [name for name, data in promised(begun).items() if b"seconds" in data]
     rows = [json.loads(line) for line in (begun / "timing.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [0, 1, 2]
-    assert state.seconds_spent(RunFolder(path=begun)) == pytest.approx(sum(row["seconds"] for row in rows))
-
-
-def test_a_torn_last_line_of_clock_times_is_forgiven(begun, tmp_path):
-    folder = RunFolder(path=tmp_path)
+    assert logged_seconds(begun / "timing.jsonl") == pytest.approx(sum(row["seconds"] for row in rows))
     (tmp_path / "timing.jsonl").write_bytes(b'{"seconds":1.5}\n{"seco')
-    assert state.seconds_spent(folder) == 1.5
     for _ in range(2):
-        state.add_timing(folder, {"seconds": 2.0})
-    assert state.seconds_spent(folder) == 3.5  # the first went into the torn line
+        state.add_timing(RunFolder(path=tmp_path), {"seconds": 2.0})
+    assert logged_seconds(tmp_path / "timing.jsonl") == 3.5  # the first went into the torn line
 
 
 def test_a_grown_store_continues_a_run_as_it_began(place, begun, tmp_path):

@@ -298,4 +298,4 @@ def test_nothing_of_a_run_holds_a_number_that_is_none(place, tmp_path):
                 assert np.isfinite(column.drop_null().to_numpy()).all(), path
     tensors, record = state.load_checkpoint(RunFolder(path=tmp_path / "run"))
     assert all(torch.isfinite(value).all() for value in tensors.values())
-    json.dumps(record, allow_nan=False)
+    json.dumps(record.document(), allow_nan=False)

@@ -126,7 +126,7 @@ def taught_by_the_package(world, source, path):
     path.mkdir()
     sampler = Sampler(manifest=source.manifest, optimizer=RECIPE)
     Loop(pupil, source, sampler, RECIPE, folder.RunFolder(path=path)).run(EPOCHS)
-    return pupil.network.state_dict(), [row["loss"] for row in pupil.rows]
+    return pupil.network.state_dict(), [row.loss for row in pupil.rows]
 
 
 def live_epoch_of(world, epoch):
