@@ -21,7 +21,7 @@ from kcdcache.training import distill
 
 SPECS = {"noise": "digits?train=150&test=40&noise=0.5", "gamma": "digits?gamma=0.6&n_max=60&n_min=5&test=40"}
 ROWS = {"ce": {"method": "ce", "keep": 1.0}, "kd": {"keep": 1.0}, "kcd": {"keep": 0.5}}
-SCHOOL = {"student": "lessons:TinyNet", "epochs": 3, "stages": 2, "batch_size": 30}
+SCHOOL = {"student": "lessons:TinyNet", "epochs": 2, "stages": 2, "batch_size": 30}
 T_ONE = math.tan(math.pi * (0.975 - 0.5))
 """97.5 % point of Student's t with 1 degree of freedom"""
 
