@@ -184,10 +184,6 @@ def nce(positive, negatives, count, z):
     return -np.log(x / (x + noise + tiny)) - np.log(noise / (others + noise + tiny)).sum(1)
 
 
-def dual(positive, negatives):
-    return negatives.mean(1) - positive
-
-
 def costs(student, teacher):
     return 1 - units(student) @ units(teacher).T
 

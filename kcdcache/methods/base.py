@@ -1,6 +1,6 @@
 """What a method is given and what it answers: the pair of networks, a batch, a term of the loss."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,6 +134,22 @@ class Term(nn.Module):
     def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample, whose mean over the batch is the method's."""
         raise NotImplementedError
+
+
+class Compared(Term):
+    """A term without modules of its own: the sum of `compare` over (tap of the student, field of the teacher)."""
+
+    compare: Callable[[Tensor, Tensor], Tensor]
+    """the student's values and the teacher's -> loss per sample"""
+
+    def __init__(self, *places: tuple[str, str]) -> None:
+        super().__init__()
+        self.taps, self.fields = (tuple(names) for names in zip(*places, strict=True))
+
+    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
+        """Return the loss per sample."""
+        places = zip(self.taps, self.fields, strict=True)
+        return sum(self.compare(outputs[tap], batch.knowledge[name]) for tap, name in places)  # type: ignore[return-value]
 
 
 def hard_term(

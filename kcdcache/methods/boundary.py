@@ -44,9 +44,8 @@ class BoundarySupport(Term):
 
     def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
-        count, temperature = len(batch.labels), self._temperature
+        count, temperature, teacher = len(batch.labels), self._temperature, batch.knowledge["logits"]
         plain, beside = outputs["logits"][:count], outputs["logits"][count:]
-        teacher = batch.knowledge["logits"]
         base = base_weights(plain.float().softmax(1), teacher.softmax(1), batch.labels)
         softened = logit_divergence(plain, teacher, temperature) / (temperature * temperature)
         attacked = boundary_divergence(beside, batch.knowledge["boundary:logits"], base, temperature)

@@ -4,7 +4,6 @@ A method's term is imported when it is made: names and weights are checked witho
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -177,9 +176,6 @@ METHODS: dict[str, Method] = {
 }
 
 
-PART = re.compile(r"([a-z0-9_]+)(?:\*([0-9.eE+-]+?))?")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Weights:
     """Resolved weights of one run's loss: of a method, or of several joined by '+'."""
@@ -203,33 +199,35 @@ class Weights:
         return {name: weight for name, weight in self.parts.items() if METHODS[name].term is not None}
 
 
-def method_named(name: str) -> Method:
-    """Return the method of that name.
-
-    Raises:
-        SettingsError: there is none; names the nearest.
-    """
-    if name not in METHODS:
-        raise SettingsError(
-            f"unknown method '{name}'; {nearest(name, list(METHODS))}, or several such as kd+at or kd+at*500"
-        )
-    return METHODS[name]
-
-
 def named(method: str) -> dict[str, float | None]:
     """Return name -> weight of the methods that a text such as `kd` or `kd*0.5+at` names, None where it gives none.
 
     Raises:
-        SettingsError: a method is unknown, named twice or has no weight to change.
+        SettingsError: a method is unknown (names the nearest), named twice, or its weight is none or not its to change.
     """
     found: dict[str, float | None] = {}
     for text in method.split("+"):
-        name, weight = _parsed(text, method)
+        name, star, weight = (part.strip() for part in text.partition("*"))
+        if name not in METHODS:
+            raise SettingsError(
+                f"unknown method '{name}'; {nearest(name, list(METHODS))}, or several such as kd+at or kd*0.5+at*1000"
+            )
         if name in found:
             raise SettingsError(f"method '{method}' names '{name}' twice")
-        method_named(name)
-        found[name] = weight
+        found[name] = _weight(weight, name, method) if star else None
     return found
+
+
+def _weight(text: str, name: str, method: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise SettingsError(f"method '{method}': the weight of {name} should be a number of at least 0, found '{text}'")
+    if METHODS[name].term is None and name != "kd":
+        raise SettingsError(f"method '{method}': {name} has no term of its own to weigh; --gamma weighs the labels")
+    return value
 
 
 def weights_of(settings: MethodSettings, smoothing: float = 0.0) -> Weights:
@@ -239,34 +237,36 @@ def weights_of(settings: MethodSettings, smoothing: float = 0.0) -> Weights:
     (RepDistiller's combinations, such as crd+kd); `A*w` gives method A the weight w.
 
     Raises:
-        SettingsError: a method is unknown, named twice or has no weight to change, or beta is given for several terms.
+        SettingsError: as for `named`, or beta is given for several terms.
     """
-    parts: dict[str, float] = {}
-    alpha = 0.0
-    for name, weight in named(settings.method).items():
-        method = METHODS[name]
-        parts[name] = 0.0 if method.term is None else method.beta if weight is None else weight
-        if name == "kd":
-            alpha = 1.0 if weight is None else weight
-    only = METHODS[next(iter(parts))]
-    alone = len(parts) == 1 and "*" not in settings.method
-    terms = [name for name in parts if METHODS[name].term is not None]
+    given = named(settings.method)
+    chosen = {name: METHODS[name] for name in given}
+    parts = {name: _or(given[name], method.beta) if method.term else 0.0 for name, method in chosen.items()}
     if settings.beta is not None:
+        terms = [name for name, method in chosen.items() if method.term]
         if len(terms) != 1:
             raise SettingsError(
                 f"--beta is the weight of one method's own term, '{settings.method}' has {len(terms)}; "
                 "write the weights into the method: kd+at*1000+pkt*30000"
             )
         parts[terms[0]] = settings.beta
-    own = [METHODS[name].temperature for name in parts if name != "ce"]
+    gamma, alpha = 1.0, _or(given["kd"], 1.0) if "kd" in given else 0.0
+    if [*given.values()] == [None]:
+        (only,) = chosen.values()
+        gamma, alpha = only.gamma, only.alpha
+    temperatures = [method.temperature for name, method in chosen.items() if name != "ce"]
     return Weights(
-        gamma=(only.gamma if alone else 1.0) if settings.gamma is None else settings.gamma,
-        alpha=(only.alpha if alone else alpha) if settings.alpha is None else settings.alpha,
-        temperature=(own[0] if own else 1.0) if settings.temperature is None else settings.temperature,
+        gamma=_or(settings.gamma, gamma),
+        alpha=_or(settings.alpha, alpha),
+        temperature=_or(settings.temperature, temperatures[0] if temperatures else 1.0),
         parts=parts,
         mix_label=settings.mix_label,
         smoothing=smoothing,
     )
+
+
+def _or(given: float | None, usual: float) -> float:
+    return usual if given is None else given
 
 
 def recipe(method: str, student: str) -> dict[str, Any]:
@@ -277,22 +277,3 @@ def recipe(method: str, student: str) -> dict[str, Any]:
         found |= METHODS[name].recipe
         found |= METHODS[name].light if light else {}
     return found
-
-
-def _parsed(text: str, whole: str) -> tuple[str, float | None]:
-    found = PART.fullmatch(text.strip())
-    if found is None:
-        raise SettingsError(f"method '{whole}': write a name, or names with weights such as kd+at or kd*0.5+at*1000")
-    name, weight = found.groups()
-    if weight is None:
-        return name, None
-    method_named(name)
-    try:
-        value = float(weight)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise SettingsError(f"method '{whole}': the weight of {name} should be a number of at least 0, found {weight}")
-    if METHODS[name].term is None and name != "kd":
-        raise SettingsError(f"method '{whole}': {name} has no term of its own to weigh; --gamma weighs the labels")
-    return name, value

@@ -1,6 +1,7 @@
 """Methods that contrast a sample's embeddings with those of other samples in a memory: CRD and WCoRD."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -28,7 +29,23 @@ DRAWS = 2**62
 """range of the raw draws, so large that the remainder by a number of samples is uniform"""
 
 
-class Contrast(Term):
+class _Contrasting(Term):
+    """What both methods have: an embedding and a memory of it for each network, and the samples to contrast with."""
+
+    taps = ("penultimate",)
+    fields = ("penultimate",)
+    remembers = True
+
+    def __init__(self, pair: Pair, embedding: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self._negatives = pair.settings.crd_negatives
+        self.student = embedding(pair.student_shape("penultimate")[0])
+        self.teacher = embedding(pair.teacher_shape("penultimate")[0])
+        self.memory = Memory(len(pair.labels))
+        self.others = Others(pair)
+
+
+class Contrast(_Contrasting):
     """CRD: noise-contrastive estimation between both networks' embeddings of a sample and those of other classes.
 
     Both embeddings are trained, the teacher's too; Z is that of the first batch. The negatives of both directions are
@@ -36,19 +53,12 @@ class Contrast(Term):
     Source: Tian et al., ICLR 2020, Eq. 18-19; K, temperature and momentum of RepDistiller (facts.md section 4).
     """
 
-    taps = ("penultimate",)
-    fields = ("penultimate",)
-    remembers = True
     _log_z: Tensor
     _started: Tensor
 
     def __init__(self, pair: Pair) -> None:
-        super().__init__()
-        self._negatives, self._total = pair.settings.crd_negatives, len(pair.labels)
-        self.student = nn.Linear(pair.student_shape("penultimate")[0], SIZE)
-        self.teacher = nn.Linear(pair.teacher_shape("penultimate")[0], SIZE)
-        self.memory = Memory(self._total)
-        self.others = Others(pair)
+        super().__init__(pair, lambda size: nn.Linear(size, SIZE))
+        self._total = len(pair.labels)
         self.register_buffer("_log_z", torch.zeros(2))
         self.register_buffer("_started", torch.zeros((), dtype=torch.bool))
 
@@ -62,8 +72,7 @@ class Contrast(Term):
         log_z = torch.stack([log_partition(scores, self._total) for scores in (student, teacher)])
         self._log_z.copy_(torch.where(self._started, self._log_z, log_z))
         self._started.fill_(True)
-        self.memory.update(batch.index, ours, theirs)
-        self.memory.normalise(batch.index)
+        self.memory.update(batch.index, ours, theirs, normalised=True)
         return sum(  # type: ignore[return-value]
             nce(scores[:, 0], scores[:, 1:], self._total, shift)
             for scores, shift in zip((student, teacher), self._log_z.clone(), strict=True)
@@ -103,27 +112,20 @@ def log_partition(scores: Float[Tensor, "batch candidates"], count: int) -> Floa
     return torch.logsumexp(scores.detach().float().flatten(), dim=0) + math.log(count) - math.log(scores.numel())
 
 
-class WassersteinContrast(Term):
-    """WCoRD: 0.8 GCKT + 0.05 LCKT.
+class WassersteinContrast(_Contrasting):
+    """WCoRD: 0.8 GCKT + 0.05 LCKT, GCKT = mean_k g(negative_k) - g(positive), of any sign, LCKT `sinkhorn_distance`.
 
     The critic is g(s, t) = <ball(A s), ball(B t)> / sqrt(2) with A and B of spectral norm 1 (by power iteration, so
-    nearly), hence 1-Lipschitz in (s, t). Positives are the batch's pairs, negatives are embeddings of other classes'
-    samples in a memory of each network, half of them per direction. LCKT compares the directions of A s and B t.
+    nearly), hence 1-Lipschitz in (s, t), and minus GCKT bounds a Wasserstein distance (Kantorovich-Rubinstein).
+    Positives are the batch's pairs, negatives are embeddings of other classes' samples in a memory of each network,
+    half of them per direction. LCKT compares the directions of A s and B t.
     Source: Chen et al., CVPR 2021 (arXiv 2012.08674), for the two terms; weights as in facts.md section 4. The form of
-    the critic, the Sinkhorn plan's constants and the memory's use are our reading.
+    the critic, the mean over negatives (their sum, as CRD has, would let g fall without bound), the Sinkhorn plan's
+    constants and the memory's use are our reading.
     """
 
-    taps = ("penultimate",)
-    fields = ("penultimate",)
-    remembers = True
-
     def __init__(self, pair: Pair) -> None:
-        super().__init__()
-        self._negatives = pair.settings.crd_negatives
-        self.student = spectral_norm(nn.Linear(pair.student_shape("penultimate")[0], SIZE, bias=False))
-        self.teacher = spectral_norm(nn.Linear(pair.teacher_shape("penultimate")[0], SIZE, bias=False))
-        self.memory = Memory(len(pair.labels))
-        self.others = Others(pair)
+        super().__init__(pair, lambda size: spectral_norm(nn.Linear(size, SIZE, bias=False)))
 
     def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample, and move the memory on."""
@@ -131,34 +133,17 @@ class WassersteinContrast(Term):
         teacher = self.teacher(batch.knowledge["penultimate"].detach())
         ours, theirs = ball(student), ball(teacher)
         chosen = self.others.draw(batch.labels, self._negatives)
-        memory = self.memory
-        apart = torch.cat(
-            [similarities(ours, memory.teacher, chosen), similarities(theirs, memory.student, chosen)], dim=1
-        )
-        memory.update(batch.index, ours, theirs)
+        banks = (ours, self.memory.teacher), (theirs, self.memory.student)
+        apart = torch.cat([similarities(anchors, bank, chosen) for anchors, bank in banks], dim=1)
+        self.memory.update(batch.index, ours, theirs, normalised=False)
         together = (ours * theirs).sum(dim=1)
-        dual = dual_contrast(together, apart) / math.sqrt(2)
+        dual = (apart.mean(dim=1) - together) / math.sqrt(2)
         return GLOBAL * dual + LOCAL * sinkhorn_distance(student, teacher, ENTROPY, ITERATIONS)
 
 
 def ball(x: Float[Tensor, "*stack dim"]) -> Float32[Tensor, "*stack dim"]:
     """Return the nearest point of the unit ball, along the last axis; this never takes two points further apart."""
     return x.float() / length(x).clamp_min(1).unsqueeze(-1)
-
-
-def dual_contrast(
-    positive: Float[Tensor, " batch"], negatives: Float[Tensor, "batch negatives"]
-) -> Float[Tensor, " batch"]:
-    """Return mean_k g(negative_k) - g(positive), to be minimised over student and critic g; any sign.
-
-    Minus its mean is the Kantorovich-Rubinstein bound on the Wasserstein distance between matching and mismatched
-    pairs, if g is 1-Lipschitz, which is the critic's duty. Our reading, as the paper's equation was not at hand: the
-    negatives enter by their mean. A factor on them, as in CRD's sum over negatives, would let g fall by a constant
-    everywhere without bound.
-
-    Source: Chen et al. 2021 (Wasserstein Contrastive Representation Distillation), GCKT.
-    """
-    return negatives.float().mean(dim=1) - positive.float()
 
 
 def sinkhorn_distance(
@@ -202,15 +187,12 @@ class Memory(nn.Module):
         index: Int64[Tensor, " batch"],
         student: Float[Tensor, "batch size"],
         teacher: Float[Tensor, "batch size"],
+        normalised: bool,
     ) -> None:
-        """Move the samples' rows halfway to new embeddings; no gradient."""
+        """Move the samples' rows halfway to new embeddings, and perhaps to length 1; no gradient."""
         for bank, new in ((self.student, student), (self.teacher, teacher)):
-            bank.index_copy_(0, index, MOMENTUM * bank[index] + (1 - MOMENTUM) * new.detach())
-
-    def normalise(self, index: Int64[Tensor, " batch"]) -> None:
-        """Give the samples' rows length 1."""
-        for bank in (self.student, self.teacher):
-            bank.index_copy_(0, index, unit(bank[index]))
+            moved = MOMENTUM * bank[index] + (1 - MOMENTUM) * new.detach()
+            bank.index_copy_(0, index, unit(moved) if normalised else moved)
 
 
 class Others(nn.Module):

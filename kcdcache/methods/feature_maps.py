@@ -2,7 +2,6 @@
 
 import math
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float32
@@ -44,18 +43,15 @@ class Attention(Term):
 
     def __init__(self, pair: Pair) -> None:
         super().__init__()
-        self._places: list[tuple[str, str, tuple[int, int]]] = []
-        for ours, theirs in pair.stages():
-            side = _common_side(pair, ours, theirs)
-            self._places.append((ours, f"attention:{theirs}:{side[0]}x{side[1]}", side))
+        self._places = [(ours, theirs, _common_side(pair, ours, theirs)) for ours, theirs in pair.stages()]
         self.taps = tuple(tap for tap, _, _ in self._places)
-        self.fields = tuple(name for _, name, _ in self._places)
+        self.fields = tuple(f"attention:{theirs}:{h}x{w}" for _, theirs, (h, w) in self._places)
 
     def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
         return sum(  # type: ignore[return-value]
             squared_error(fields.attention(outputs[tap], side), batch.knowledge[name])
-            for tap, name, side in self._places
+            for (tap, _, side), name in zip(self._places, self.fields, strict=True)
         )
 
 
@@ -129,7 +125,13 @@ class Flow(Term):
         if stages[0] == ("stage1", "stage1"):
             stages = [("stage0", "stage0"), *stages]
         for ours, theirs in stages:
-            _require_equal_channels(pair, ours, theirs)
+            found, wanted = pair.student_shape(ours), pair.teacher_shape(theirs)
+            if found[0] != wanted[0]:
+                raise SettingsError(
+                    f"fsp needs equal numbers of channels: '{theirs}' of the teacher '{pair.teacher}' has shape "
+                    f"{wanted}, '{ours}' of the student '{pair.student}' has {found}; take a student as wide, or "
+                    "another method"
+                )
         self._places = [(bottom, top, f"fsp:{below}:{above}") for (bottom, below), (top, above) in pairwise(stages)]
         self.taps = tuple(tap for tap, _ in stages)
         self.fields = tuple(name for _, _, name in self._places)
@@ -147,15 +149,6 @@ class Flow(Term):
         )
 
 
-def _require_equal_channels(pair: Pair, ours: str, theirs: str) -> None:
-    found, wanted = pair.student_shape(ours), pair.teacher_shape(theirs)
-    if found[0] != wanted[0]:
-        raise SettingsError(
-            f"fsp needs equal numbers of channels: '{theirs}' of the teacher '{pair.teacher}' has shape {wanted}, "
-            f"'{ours}' of the student '{pair.student}' has {found}; take a student as wide, or another method"
-        )
-
-
 VARIANCE, LEAST_VARIANCE = 5.0, 1e-5
 """VID's variance of each channel at the start, and what is added to its softplus"""
 
@@ -170,21 +163,24 @@ class Variational(Term):
 
     def __init__(self, pair: Pair) -> None:
         super().__init__()
-        self._places: list[tuple[str, str, tuple[int, int]]] = []
+        stages = pair.stages()
+        self.taps = tuple(ours for ours, _ in stages)
+        self.fields = tuple(f"maps:{theirs}" for _, theirs in stages)
+        self._sides = [_common_side(pair, ours, theirs) for ours, theirs in stages]
         self.means, self.raw_variances = nn.ModuleList(), nn.ParameterList()
-        start = math.log(math.expm1(VARIANCE - LEAST_VARIANCE))
-        for ours, theirs in pair.stages():
+        for ours, theirs in stages:
             channels, wanted = pair.student_shape(ours)[0], pair.teacher_shape(theirs)[0]
-            self._places.append((ours, f"maps:{theirs}", _common_side(pair, ours, theirs)))
-            self.means.append(_three_convolutions(channels, wanted))
+            widths = pairwise((channels, wanted, wanted, wanted))
+            first, second, third = (nn.Conv2d(width, following, 1, bias=False) for width, following in widths)
+            self.means.append(nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third))
+            start = math.log(math.expm1(VARIANCE - LEAST_VARIANCE))
             self.raw_variances.append(nn.Parameter(torch.full((wanted,), start)))
-        self.taps = tuple(tap for tap, _, _ in self._places)
-        self.fields = tuple(name for _, name, _ in self._places)
 
     def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
         losses = []
-        for (tap, name, side), mean, raw in zip(self._places, self.means, self.raw_variances, strict=True):
+        places = zip(self.taps, self.fields, self._sides, self.means, self.raw_variances, strict=True)
+        for tap, name, side, mean, raw in places:
             # a network's own output may lie otherwise in memory than a store's values, which changes the last bits
             maps = outputs[tap], batch.knowledge[name].contiguous()
             own, target = (functional.adaptive_avg_pool2d(values, side) for values in maps)
@@ -209,27 +205,12 @@ def variational(
     return ((squared / variance + variance.log()) / 2).flatten(1).mean(dim=1)
 
 
-def _three_convolutions(channels: int, wanted: int) -> nn.Module:
-    widths = (channels, wanted, wanted, wanted)
-    first, second, third = (nn.Conv2d(width, following, 1, bias=False) for width, following in pairwise(widths))
-    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
-
-
 WIDTH = 512
 """most channels that ReviewKD fuses"""
 WARM_UP = 20
 """epochs until ReviewKD has its full weight"""
 POOLED_SIDES = (4, 2, 1)
 """sides of the pooled levels of the hierarchical context loss"""
-
-
-class _Level(NamedTuple):
-    """One level of the review: where both networks' values come from and their shapes as maps."""
-
-    tap: str
-    field: str
-    ours: tuple[int, ...]
-    theirs: tuple[int, ...]
 
 
 class Review(Term):
@@ -246,13 +227,16 @@ class Review(Term):
 
     def __init__(self, pair: Pair) -> None:
         super().__init__()
-        self._levels = _levels(pair)
-        width = min(WIDTH, self._levels[0].ours[0])
+        stages = [(ours, f"{theirs}.pre") for ours, theirs in reversed(pair.stages())]
+        self.taps = ("penultimate", *(ours for ours, _ in stages))
+        self.fields = ("penultimate", *(f"maps:{theirs}" for _, theirs in stages))
+        shapes = [(pair.student_shape(ours), pair.teacher_shape(theirs)) for ours, theirs in stages]
+        vectors = (*pair.student_shape("penultimate"), 1, 1), (*pair.teacher_shape("penultimate"), 1, 1)
+        self._shapes = [vectors, *shapes]
+        width = min(WIDTH, vectors[0][0])
         self.fusions = nn.ModuleList(
-            Fusion(level.ours[0], width, level.theirs, number > 0) for number, level in enumerate(self._levels)
+            Fusion(ours[0], width, theirs, number > 0) for number, (ours, theirs) in enumerate(self._shapes)
         )
-        self.taps = tuple(level.tap for level in self._levels)
-        self.fields = tuple(level.field for level in self._levels)
 
     def weights_at(self, epoch: int, epochs: int) -> tuple[float, float]:
         """Return (1, epoch / 20), the latter at most 1."""
@@ -261,23 +245,12 @@ class Review(Term):
     def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
         losses, fused = [], None
-        for level, fusion in zip(self._levels, self.fusions, strict=True):
+        for tap, name, (ours, theirs), fusion in zip(self.taps, self.fields, self._shapes, self.fusions, strict=True):
             # a network's own output may lie otherwise in memory than a store's values, which changes the last bits
-            target = batch.knowledge[level.field].contiguous()
-            answer, fused = fusion(outputs[level.tap].reshape(-1, *level.ours), fused)
-            losses.append(hierarchical_context(answer, target.reshape(-1, *level.theirs)))
+            target = batch.knowledge[name].contiguous()
+            answer, fused = fusion(outputs[tap].reshape(-1, *ours), fused)
+            losses.append(hierarchical_context(answer, target.reshape(-1, *theirs)))
         return torch.stack(losses).sum(dim=0)
-
-
-def _levels(pair: Pair) -> list[_Level]:
-    """Return the levels from the classifier down to the first stage."""
-    stages = pair.stages()
-    ours, theirs = pair.student_shape("penultimate"), pair.teacher_shape("penultimate")
-    found = [_Level("penultimate", "penultimate", (*ours, 1, 1), (*theirs, 1, 1))]
-    for tap, stage in reversed(stages):
-        before = f"{stage}.pre"
-        found.append(_Level(tap, f"maps:{before}", pair.student_shape(tap), pair.teacher_shape(before)))
-    return found
 
 
 class Fusion(nn.Module):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kcdcache.methods.base import Batch, Outputs, Pair, Term, constant
 from kcdcache.networks.taps import FILTERS
@@ -96,15 +97,10 @@ class PooledDistributions(_Represented):
         )
 
 
-def soft_threshold(residual: Float[Tensor, "..."], threshold: float) -> Float[Tensor, "..."]:
-    """Return sign(r) max(|r| - threshold, 0), the identity for threshold = 0."""
-    return residual.sign() * (residual.abs() - threshold).clamp_min(0)
-
-
 def recoded_divergence(
     student: Float[Tensor, "... bins"], teacher: Float[Tensor, "... bins"], threshold: float = 0.0
 ) -> Float[Tensor, "..."]:
-    """Return sum_k P_T (e^s - 1 - s) with s = soft(log P_S - log P_T, threshold), from log-probabilities; at least 0.
+    """Return sum_k P_T (e^s - 1 - s), s = softshrink(log P_S - log P_T, threshold), of log-probabilities; at least 0.
 
     With threshold = 0 this is KL(P_T || P_S), the cross-entropy less its constant. An entry whose log-ratio is within
     the threshold costs nothing and gets no gradient; the others' gradient by log P_S is P_T (e^s - 1), which is the
@@ -113,7 +109,7 @@ def recoded_divergence(
     """
     teacher = teacher.detach()  # what is known of the teacher is not to be moved
     target = teacher.exp()
-    rest = soft_threshold(student - teacher, threshold)
+    rest = functional.softshrink(student - teacher, threshold)
     near = rest.clamp(-1, 1)
     # each form where it is accurate: expm1 loses a large ratio of tiny probabilities, the other cancels near 0
     close, far = target * (torch.expm1(near) - near), (teacher + rest).exp() - target * (1 + rest)

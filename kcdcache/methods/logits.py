@@ -94,18 +94,9 @@ class Adaptive(Term):
 
     def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
-        return entropy_weighted(outputs["logits"], batch.knowledge["logits"], self._temperature, WEIGHT_TEMPERATURE)
-
-
-def entropy_weighted(
-    student: Float[Tensor, "batch classes"],
-    teacher: Float[Tensor, "batch classes"],
-    temperature: float,
-    weight_temperature: float,
-) -> Float[Tensor, " batch"]:
-    """Return w T^2 KL(softmax(teacher / T) || softmax(student / T)), w the `entropy_weights`; nats squared, >= 0."""
-    weights = entropy_weights(student, teacher, weight_temperature)
-    return weights * logit_divergence(student, teacher, temperature)
+        student, teacher = outputs["logits"], batch.knowledge["logits"]
+        weights = entropy_weights(student, teacher, WEIGHT_TEMPERATURE)
+        return weights * logit_divergence(student, teacher, self._temperature)
 
 
 def entropy_weights(

@@ -13,8 +13,7 @@ from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.methods import losses
 from kcdcache.methods.base import Batch, Outputs, Pair, Term, constant, hard_term
 from kcdcache.methods.catalogue import METHODS, Weights, weights_of
-from kcdcache.networks import registry
-from kcdcache.networks.registry import tap_shapes
+from kcdcache.networks.registry import runs_foreign_code, tap_shapes, torch_seed
 from kcdcache.networks.taps import FILTERS
 from kcdcache.settings import MethodSettings
 from kcdcache.store import identity
@@ -63,21 +62,19 @@ class Loss(nn.Module):
 
     def forward(self, outputs: Outputs, batch: Batch) -> Float[Tensor, " batch"]:
         """Return the loss per sample of the student's values on a batch."""
-        total = basic(outputs["logits"][: len(batch.labels)], batch, self.weights)
+        own = {
+            tap: values if tap.startswith(FILTERS) else values[: len(batch.labels)] for tap, values in outputs.items()
+        }
+        total = basic(own["logits"], batch, self.weights)
         if self._terms:
             total = self._base * total
         for place, (name, term) in enumerate(zip(self._terms, self._of(), strict=True)):
-            given = outputs if term.shows_images else _own_rows(outputs, term, len(batch.labels))
-            total = total + self.weights.parts[name] * self._shares[place] * term(given, batch)
+            loss = term(outputs if term.shows_images else own, batch)
+            total = total + self.weights.parts[name] * self._shares[place] * loss
         return total
 
     def _of(self) -> list[Term]:
         return list(self._terms.values())  # type: ignore[arg-type]
-
-
-def _own_rows(outputs: Outputs, term: Term, rows: int) -> Outputs:
-    """Return the values a term reads without the rows of another term's further images."""
-    return {tap: outputs[tap] if tap.startswith(FILTERS) else outputs[tap][:rows] for tap in ("logits", *term.taps)}
 
 
 def make_loss(weights: Weights, pair: Callable[[], Pair]) -> Loss:
@@ -88,15 +85,14 @@ def make_loss(weights: Weights, pair: Callable[[], Pair]) -> Loss:
     Raises:
         SettingsError: a method cannot be used with this pair, or two need images of their own.
     """
+    makers = {name: maker for name in weights.parts if (maker := METHODS[name].term) is not None}
     made: dict[str, Term] = {}
-    between = pair() if weights.terms else None
-    with torch.random.fork_rng(devices=[]):
-        for number, name in enumerate(weights.terms):
-            make = METHODS[name].term
-            assert make is not None
-            assert between is not None
-            torch.default_generator.manual_seed(registry.torch_seed(between.seed + number + 1))
-            made[name] = make(between)
+    if makers:
+        between = pair()
+        with torch.random.fork_rng(devices=[]):
+            for number, (name, make) in enumerate(makers.items(), start=1):
+                torch.default_generator.manual_seed(torch_seed(between.seed + number))
+                made[name] = make(between)
     own = [name for name, term in made.items() if term.shows_images]
     if len(own) > 1:
         raise SettingsError(f"{' and '.join(own)} each show the student images of their own; use one of them")
@@ -123,7 +119,7 @@ def pair_of(
     source = knowledge.teacher
     size = source.transform.get("size")
     theirs = (height, width) if size is None else (size, size)
-    known = source.architecture != "imported" and not registry.runs_foreign_code(source.architecture)
+    known = source.architecture != "imported" and not runs_foreign_code(source.architecture)
     return Pair(
         teacher=source.architecture,
         student=student,

@@ -5,11 +5,11 @@ mean over the batch is the published number.
 """
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from kcdcache.methods.base import Batch, Outputs, Pair, Term
+from kcdcache.methods.base import Compared, Pair
 from kcdcache.methods.losses import cosines
 from kcdcache.teacher.fields import length, product, unit
 
@@ -17,31 +17,6 @@ DISTANCE, ANGLE = 25.0, 50.0
 """weights of the two parts of RKD"""
 TINY = 1e-7
 """what PKT adds to both probabilities under the logarithm"""
-
-
-class _Penultimate(Term):
-    """A term on the penultimate vectors of both networks, which may differ in length."""
-
-    taps = ("penultimate",)
-    fields = ("penultimate",)
-
-    def __init__(self, pair: Pair) -> None:
-        super().__init__()
-        for shape in (pair.student_shape, pair.teacher_shape):
-            shape("penultimate")  # or a message says that there is none
-
-
-class Relational(_Penultimate):
-    """RKD: 25 Huber(d_S, d_T) + 50 Huber(cos_S, cos_T), of distances over their mean and of angles within the batch.
-
-    Each is the mean over pairs, or over triples, of samples, on the vectors before the classifier.
-    Source: Park et al., CVPR 2019 (arXiv 1904.05068), RKD-D and RKD-A; weights and layer of RepDistiller.
-    """
-
-    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
-        """Return the loss per sample."""
-        own, target = outputs["penultimate"], batch.knowledge["penultimate"]
-        return DISTANCE * distance_wise(own, target) + ANGLE * angle_wise(own, target)
 
 
 def distance_wise(
@@ -81,18 +56,6 @@ def _angles(features: Tensor) -> Tensor:
     return product(directions, directions.mT)
 
 
-class Probabilistic(_Penultimate):
-    """PKT: mean over pairs of P_T log(P_T / P_S), P = (cos + 1) / 2 between the samples of a batch, rows of sum 1.
-
-    On the vectors before the classifier.
-    Source: Passalis & Tefas, ECCV 2018 (arXiv 1803.10837), with the cosine kernel; layer of RepDistiller.
-    """
-
-    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
-        """Return the loss per sample."""
-        return probabilistic(outputs["penultimate"], batch.knowledge["penultimate"])
-
-
 def probabilistic(
     student: Float[Tensor, "batch dim"], teacher: Float[Tensor, "batch other"]
 ) -> Float[Tensor, " batch"]:
@@ -111,23 +74,6 @@ def _neighbours(features: Tensor) -> Tensor:
     return affinity / affinity.sum(dim=1, keepdim=True)
 
 
-class Similarity(Term):
-    """SP: ||G_S - G_T||_F^2 / b^2, G = Q Q^T with rows of length 1, Q the last stage's map, flattened; b the batch.
-
-    The two maps may differ in shape.
-    Source: Tung & Mori, ICCV 2019 (arXiv 1907.09682); the layer is that of RepDistiller.
-    """
-
-    def __init__(self, pair: Pair) -> None:
-        super().__init__()
-        ours, theirs = pair.stages()[-1]
-        self.taps, self.fields = (ours,), (f"maps:{theirs}",)
-
-    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
-        """Return the loss per sample."""
-        return similarity_preserving(outputs[self.taps[0]], batch.knowledge[self.fields[0]])
-
-
 def similarity_preserving(
     student: Float[Tensor, "batch ..."], teacher: Float[Tensor, "batch ..."]
 ) -> Float[Tensor, " batch"]:
@@ -139,3 +85,48 @@ def similarity_preserving(
 def _similarity(features: Tensor) -> Tensor:
     flat = features.float().flatten(1)
     return unit(product(flat, flat.mT))
+
+
+class _Penultimate(Compared):
+    """A term on the vectors before the classifier of both networks, which may differ in length."""
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__(("penultimate", "penultimate"))
+        for shape in (pair.student_shape, pair.teacher_shape):
+            shape("penultimate")  # or a message says that there is none
+
+
+class Relational(_Penultimate):
+    """RKD: 25 Huber(d_S, d_T) + 50 Huber(cos_S, cos_T), of distances over their mean and of angles within the batch.
+
+    Each is the mean over pairs, or over triples, of samples.
+    Source: Park et al., CVPR 2019 (arXiv 1904.05068), RKD-D and RKD-A; weights and layer of RepDistiller.
+    """
+
+    @staticmethod
+    def compare(student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the loss per sample."""
+        return DISTANCE * distance_wise(student, teacher) + ANGLE * angle_wise(student, teacher)
+
+
+class Probabilistic(_Penultimate):
+    """PKT: mean over pairs of P_T log(P_T / P_S), P = (cos + 1) / 2 between the samples of a batch, rows of sum 1.
+
+    Source: Passalis & Tefas, ECCV 2018 (arXiv 1803.10837), with the cosine kernel; layer of RepDistiller.
+    """
+
+    compare = staticmethod(probabilistic)
+
+
+class Similarity(Compared):
+    """SP: ||G_S - G_T||_F^2 / b^2, G = Q Q^T with rows of length 1, Q the last stage's map, flattened; b the batch.
+
+    The two maps may differ in shape.
+    Source: Tung & Mori, ICCV 2019 (arXiv 1907.09682); the layer is that of RepDistiller.
+    """
+
+    compare = staticmethod(similarity_preserving)
+
+    def __init__(self, pair: Pair) -> None:
+        ours, theirs = pair.stages()[-1]
+        super().__init__((ours, f"maps:{theirs}"))

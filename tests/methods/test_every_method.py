@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from killing import finished, nursery, succeeds
+from killing import finished, succeeds
 from lessons import CPU, condensed, digits, opinionated, precomputed
 from pupils import BrokenOffError, distilled, leftovers, lines, promised, same_files, same_tensors, stop_after
 from safetensors import safe_open
@@ -286,12 +286,6 @@ def test_a_run_through_a_condensation_is_killed_and_resumed_to_the_same_bytes(wo
     distilled(school, tmp_path / "cut", **given)
     assert same_files(tmp_path / "whole", tmp_path / "cut")
     assert promised(sorted((tmp_path / "whole" / "stages").iterdir())[-1])
-
-
-@pytest.fixture(scope="module")
-def start():
-    with nursery() as starting:
-        yield starting
 
 
 def words(world, name, path):

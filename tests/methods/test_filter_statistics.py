@@ -17,7 +17,7 @@ from kcdcache import settings as settings_
 from kcdcache.errors import CorruptionError, MismatchError, SettingsError
 from kcdcache.files.records import sealed_json
 from kcdcache.methods import registry as methods_registry
-from kcdcache.methods.filter_statistics import FilterStatistics, PooledDistributions, recoded_divergence, soft_threshold
+from kcdcache.methods.filter_statistics import FilterStatistics, PooledDistributions, recoded_divergence
 from kcdcache.networks import registry as networks_registry
 from kcdcache.networks import taps
 from kcdcache.networks.input_transform import InputTransform
@@ -25,7 +25,7 @@ from kcdcache.networks.registry import tap_shapes
 from kcdcache.settings import MethodSettings, OptimizerSettings, PrecomputeSettings, TrainSettings
 from kcdcache.store import check, identity
 from kcdcache.teacher import precompute, repair
-from kcdcache.teacher.fields import aggregated, filter_quantiles, pooled
+from kcdcache.teacher.fields import aggregated, filter_quantiles
 from kcdcache.teacher.teacher import filter_profiles, freeze
 from kcdcache.training import distill
 from kcdcache.training.learner import Learner
@@ -101,26 +101,12 @@ def test_the_gradients_support_shrinks_as_the_threshold_grows_and_only_within_it
     assert not before.any()
 
 
-def test_the_penalty_never_exceeds_plain_matching_and_falls_with_the_threshold():
-    student, teacher = logs(7, rows=50, scale=3), logs(8, rows=50, scale=3)
-    found = torch.stack([recoded_divergence(student, teacher, threshold) for threshold in (0, 0.1, 0.5, 2, 9)])
-    assert (found.diff(dim=0) <= 1e-6).all()
-    assert (found >= 0).all()
-
-
 def test_probabilities_that_underflow_give_numbers():
     student = torch.log_softmax(torch.tensor([[0.0, 400.0, 0.0]]), -1).requires_grad_()
     teacher = torch.log_softmax(torch.tensor([[400.0, 0.0, 0.0]]), -1)
     found = recoded_divergence(student, teacher, 0.1)
     assert math.isclose(float(found.detach()), 399.9, rel_tol=0.01)
     assert torch.isfinite(torch.autograd.grad(found.sum(), student)[0]).all()
-
-
-def test_soft_thresholding_shrinks_towards_zero_and_pooling_is_the_mean_over_places():
-    found = soft_threshold(torch.tensor([-2.0, -0.5, 0.0, 0.5, 3.0]), 0.5)
-    assert found.tolist() == [-1.5, 0.0, 0.0, 0.0, 2.5]
-    maps = drawn(9, 3, 4, 2, 5)
-    close(pooled(tensor(maps)), maps.mean((2, 3)))
 
 
 # the terms

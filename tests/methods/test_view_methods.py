@@ -36,14 +36,6 @@ def test_selection_equals_a_reference_that_sorts(share):
         assert found.tolist() == reference.selected(scores, truth, share)
 
 
-def test_selection_keeps_what_is_right_and_three_quarters_of_the_wrong_by_rank():
-    scores = tensor([[9, 1, 0], [1, 9, 0], [1, 9, 8], [9, 8, 7], [5, 4, 3], [3, 4, 5]])
-    truth = torch.tensor([0, 0, 0, 2, 1, 2])  # ranks 0, 1, 2, 2, 1, 0
-    assert selected(scores, truth, 0.75).tolist() == [True, True, False, True, True, True]
-    assert selected(scores, truth, 0.25).tolist() == [True, False, False, False, True, True]
-    assert selected(scores, truth, 0.0).tolist() == [True, False, False, False, False, True]
-
-
 def test_no_anchor_kept_gives_zero_and_not_nan():
     student = tensor(drawn(10, 1, 1, 3)).requires_grad_()
     found = rotated_divergence(student, tensor([[[1, 2, 3]]]), torch.tensor([0]), 4.0, 0.75)
@@ -167,19 +159,6 @@ def test_base_samples_equal_those_of_a_reference_that_sorts(most):
         found = base_weights(tensor(student), tensor(teacher), torch.from_numpy(labels), most)
         assert found.tolist() == reference.base_weights(student, teacher, labels, most)
         assert found.sum() == min(most, sum(reference.base_weights(student, teacher, labels, 40)))
-
-
-def test_base_samples_are_ranked_without_the_labels_own_probability():
-    teacher = tensor([[0.90, 0.10, 0.00], [0.60, 0.20, 0.20]])
-    student = tensor([[0.60, 0.20, 0.20], [0.60, 0.39, 0.01]])
-    found = base_weights(student, teacher, torch.tensor([0, 0]), 1)
-    assert found.tolist() == [0.0, 1.0]  # with the label the first would win
-
-
-def test_base_samples_must_be_right_for_both_networks():
-    right, wrong = [0.6, 0.4], [0.4, 0.6]
-    found = base_weights(tensor([right, wrong, right]), tensor([right, right, wrong]), torch.zeros(3, dtype=torch.long))
-    assert found.tolist() == [1.0, 0.0, 0.0]
 
 
 # bss
