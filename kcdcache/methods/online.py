@@ -12,9 +12,8 @@ from kcdcache.errors import SettingsError
 from kcdcache.methods.base import Batch, Outputs, Pair, Term, constant, hard_term
 from kcdcache.methods.losses import logit_divergence
 from kcdcache.networks import registry
-from kcdcache.networks.resnet import ResNet, ResNet50
+from kcdcache.networks.resnet import ResNet, ResNet50, WideResNet
 from kcdcache.networks.taps import of_family
-from kcdcache.networks.wrn import WideResNet
 
 
 class MutualLearning(Term):

@@ -62,19 +62,22 @@ class Loss(nn.Module):
 
     def forward(self, outputs: Outputs, batch: Batch) -> Float[Tensor, " batch"]:
         """Return the loss per sample of the student's values on a batch."""
-        own = {
-            tap: values if tap.startswith(FILTERS) else values[: len(batch.labels)] for tap, values in outputs.items()
-        }
-        total = basic(own["logits"], batch, self.weights)
+        # cut anew for each term: gradients that met at one cut would be added up in another order
+        total = basic(outputs["logits"][: len(batch.labels)], batch, self.weights)
         if self._terms:
             total = self._base * total
         for place, (name, term) in enumerate(zip(self._terms, self._of(), strict=True)):
-            loss = term(outputs if term.shows_images else own, batch)
-            total = total + self.weights.parts[name] * self._shares[place] * loss
+            given = outputs if term.shows_images else _own_rows(outputs, term, len(batch.labels))
+            total = total + self.weights.parts[name] * self._shares[place] * term(given, batch)
         return total
 
     def _of(self) -> list[Term]:
         return list(self._terms.values())  # type: ignore[arg-type]
+
+
+def _own_rows(outputs: Outputs, term: Term, rows: int) -> Outputs:
+    """Return the values a term reads without the rows of another term's further images."""
+    return {tap: outputs[tap] if tap.startswith(FILTERS) else outputs[tap][:rows] for tap in ("logits", *term.taps)}
 
 
 def make_loss(weights: Weights, pair: Callable[[], Pair]) -> Loss:

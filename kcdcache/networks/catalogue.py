@@ -23,7 +23,7 @@ NETWORKS: dict[str, Callable[..., Any]] = {
     **{f"resnet{depth}x4": partial(_made, "resnet:ResNet", depth, WIDE) for depth in (8, 32)},
     "ResNet50": partial(_made, "resnet:ResNet50"),
     **{
-        f"wrn_{depth}_{factor}": partial(_made, "wrn:WideResNet", depth, factor)
+        f"wrn_{depth}_{factor}": partial(_made, "resnet:WideResNet", depth, factor)
         for depth, factor in ((10, 2), (16, 1), (16, 2), (28, 2), (40, 1), (40, 2))
     },
     **{f"vgg{layers}": partial(_made, "vgg:VGG", depths) for layers, depths in DEPTHS.items()},

@@ -11,10 +11,9 @@ from torch.utils.hooks import RemovableHandle
 
 from kcdcache.errors import SettingsError
 from kcdcache.networks.mobilenet import MobileNetV2
-from kcdcache.networks.resnet import ResNet, ResNet50
+from kcdcache.networks.resnet import ResNet, ResNet50, WideResNet
 from kcdcache.networks.shufflenet import ShuffleV1, ShuffleV2
 from kcdcache.networks.vgg import VGG
-from kcdcache.networks.wrn import WideResNet
 from kcdcache.settings import nearest
 
 T = TypeVar("T")

@@ -28,7 +28,7 @@ from kcdcache.training import batches, learner, loop
 from kcdcache.training.batches import Mixing, connect
 from kcdcache.views import rules
 
-TRAIN, BATCH, STUDENT, TEACHER = 120, 24, "resnet8", "resnet14"
+TRAIN, BATCH, STUDENT, TEACHER = 60, 24, "resnet8", "resnet14"
 RECIPE = OptimizerSettings(epochs=4, batch_size=BATCH, learning_rate=0.01)
 SMALL = {"crd_negatives": 16}
 """settings that keep a method small here"""
@@ -263,7 +263,7 @@ def test_every_field_of_every_method_is_in_the_store_and_live_methods_read_none(
 # broken off and killed
 
 RUN = {"student": STUDENT, "stages": 2, **SMALL}
-KILLED = RUN | {"epochs": 2, "batch_size": 60, "keep": 0.6, "threads": 1, "checkpoint_seconds": 0}
+KILLED = RUN | {"epochs": 2, "batch_size": 30, "keep": 0.6, "threads": 1, "checkpoint_seconds": 0}
 """a condensation between two epochs of two batches, and a checkpoint after every batch"""
 MOST, UNTIL_NEXT = 200, 8
 """steps of writing that a run has at least, and at least from one checkpoint's last to the next one's"""

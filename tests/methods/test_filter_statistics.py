@@ -1,7 +1,6 @@
 """KR, our reading: its losses, both variants, and the record of the teacher's filters in a store."""
 
 import json
-import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -63,15 +62,7 @@ def logs(seed, rows=5, bins=7, scale=1.0):
     return torch.log_softmax(tensor(drawn(seed, rows, bins, scale=scale)), -1)
 
 
-@pytest.mark.parametrize("scale", [0.01, 1.0, 8.0])
-@pytest.mark.parametrize("threshold", [0.0, 0.05, 1.0])
-def test_the_recoded_divergence_equals_a_float64_reference(threshold, scale):
-    student, teacher = logs(0, scale=scale), logs(1, scale=scale)
-    expected = reference.recoded(array(student), array(teacher), threshold)
-    close(recoded_divergence(student, teacher, threshold), expected, rtol=1e-3, atol=1e-9)
-
-
-@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
+@pytest.mark.parametrize("scale", [0.1, 5.0])
 def test_without_a_threshold_it_is_the_divergence_and_so_the_cross_entropy_with_its_gradient(scale):
     student, teacher = logs(2, scale=scale).requires_grad_(), logs(3, scale=scale)
     found = recoded_divergence(student, teacher)
@@ -79,14 +70,6 @@ def test_without_a_threshold_it_is_the_divergence_and_so_the_cross_entropy_with_
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
     (gradient,) = torch.autograd.grad(found.sum(), student)
     torch.testing.assert_close(gradient, student.detach().exp() - teacher.exp(), rtol=1e-4, atol=1e-6)
-
-
-def test_equal_distributions_cost_nothing_and_have_no_gradient():
-    student = logs(4).requires_grad_()
-    for threshold in (0.0, 0.1):
-        found = recoded_divergence(student, student.detach(), threshold)
-        assert found.tolist() == [0.0] * 5
-        assert torch.autograd.grad(found.sum(), student)[0].abs().sum() == 0
 
 
 def test_the_gradients_support_shrinks_as_the_threshold_grows_and_only_within_it():
@@ -99,14 +82,6 @@ def test_the_gradients_support_shrinks_as_the_threshold_grows_and_only_within_it
         assert torch.equal(support, (student - teacher).abs() > threshold)
         before = support
     assert not before.any()
-
-
-def test_probabilities_that_underflow_give_numbers():
-    student = torch.log_softmax(torch.tensor([[0.0, 400.0, 0.0]]), -1).requires_grad_()
-    teacher = torch.log_softmax(torch.tensor([[400.0, 0.0, 0.0]]), -1)
-    found = recoded_divergence(student, teacher, 0.1)
-    assert math.isclose(float(found.detach()), 399.9, rel_tol=0.01)
-    assert torch.isfinite(torch.autograd.grad(found.sum(), student)[0]).all()
 
 
 # the terms
@@ -181,9 +156,8 @@ def test_permuting_either_networks_filters_changes_nothing():
 
 @pytest.mark.parametrize(
     ("theirs", "ours"),
-    [("wrn_40_2", "wrn_16_1"), ("resnet32x4", "resnet8"), ("vgg13", "vgg8"), ("resnet56", "ShuffleV2"),
-     ("ResNet50", "MobileNetV2")],
-)  # fmt: skip
+    [("wrn_40_2", "wrn_16_1"), ("vgg13", "vgg8"), ("resnet8x4", "ShuffleV2"), ("resnet20", "MobileNetV2")],
+)
 def test_narrower_and_other_students_learn_from_both_variants(theirs, ours):
     network = network_of(ours)
     loss_on_weights(network, network_of(theirs, 1), (theirs, ours)).mean().backward()
@@ -261,15 +235,14 @@ def test_a_run_without_the_record_says_how_to_add_it(world):
     assert not (world.root / "no").exists()
 
 
-@pytest.mark.parametrize("method", ["kr", "kd+kr"])
-def test_a_run_learns_with_it_through_a_condensation(world, method):
+def test_a_run_learns_with_it_through_a_condensation(world):
     settings = TrainSettings(
-        student="resnet8", method=method, epochs=2, stages=2, keep=0.5, batch_size=20, mix_target="requery"
+        student="resnet8", method="kd+kr", epochs=2, stages=2, keep=0.5, batch_size=20, mix_target="requery"
     )
     held, _ = store_of(world, "kept", "parameters")
     material = distill.Material(data=world.data, knowledge=held, teacher=world.network)
-    assert distill.run(settings, material, out=world.root / method, device="cpu").finished
-    record = json.loads((world.root / method / "run.json").read_text())
+    assert distill.run(settings, material, out=world.root / "run", device="cpu").finished
+    record = json.loads((world.root / "run" / "run.json").read_text())
     assert "kr_lambda" not in record["settings"]
     recorded = settings_.recorded(TrainSettings(kr_lambda=0.3))
     assert (recorded["kr_lambda"], "kr_temperature" in recorded) == (0.3, False)

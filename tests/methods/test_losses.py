@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from reference import array, close, drawn, tensor
 
-from kcdcache.methods import boundary, contrast, feature_maps, losses, relations, self_supervision
+from kcdcache.methods import boundary, contrast, feature_maps, filter_statistics, losses, relations, self_supervision
 from kcdcache.methods.logits import decoupled, entropy_weights
 from kcdcache.methods.losses import cross_entropy, entropy, soft_divergence
 from kcdcache.teacher import fields
@@ -124,6 +124,11 @@ CASES = {
         lambda s, t, y, *settings: boundary.boundary_divergence(s, t, *weighted(s, y, *settings)),
         lambda s, t, y, *settings: reference.boundary(s, t, *weighted(s, y, *settings)),
         LOGITS, ((3.0,), (3.0, 0.0), (3.0, 0.5)),
+    ),
+    "recoded": case(
+        lambda s, t, limit: filter_statistics.recoded_divergence(*(x.float().log_softmax(1) for x in (s, t)), limit),
+        lambda s, t, limit: reference.recoded(*(reference.log_softmax(x, axis=1) for x in (s, t)), limit),
+        LOGITS, (0.0,), (0.05,), (1.0,),
     ),
     "logits": case(losses.logit_divergence, reference.logits, LOGITS, (4.0,), (0.5,), (1.0,), (3.0,)),
 }  # fmt: skip
@@ -274,6 +279,7 @@ def logits_within(limit):
     return arrays(np.float32, shapes, elements=st.floats(-limit, limit, width=32))
 
 
+@settings(max_examples=30)
 @given(logits_within(1e4), st.sampled_from([0.5, 1.0, 4.0, 20.0]), st.integers(0, 99))
 def test_entropy_and_divergence_equal_a_float64_reference(z, temperature, seed):
     rows = z.astype(np.float64)
@@ -283,7 +289,7 @@ def test_entropy_and_divergence_equal_a_float64_reference(z, temperature, seed):
     close(found, reference.soft(rows, target.astype(np.float64), temperature), atol=2e-5 * temperature**2)
 
 
-@settings(max_examples=300)
+@settings(max_examples=50)
 @given(logits_within(float(np.finfo(np.float32).max)))
 def test_entropy_lies_in_zero_to_log_classes_for_all_finite_logits(z):
     found = entropy(torch.from_numpy(z)).numpy()
