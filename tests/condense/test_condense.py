@@ -1,6 +1,5 @@
 import logging
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +9,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kcdcache import rng
-from kcdcache.condense import manifest, schedule, summary, values
+from kcdcache.condense import manifest, summary, values
 from kcdcache.condense.manifest import Manifest, Samples
 from kcdcache.condense.ranking import Ranker, epsilons
 from kcdcache.condense.summary import condense, pair, partition, random_stage
 from kcdcache.condense.values import Values
-from kcdcache.errors import MismatchError, NonFiniteError, SettingsError
+from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.settings import CondenseSettings
 
 KNOWLEDGE = "k" * 64
@@ -118,14 +117,11 @@ def cases(draw: Any) -> dict[str, Any]:
 OPTIONS |= {name: st.booleans() for name in ("augment_kept", "stratify")}
 OPTIONS |= {"eps_max": st.floats(0, 1), "cost_exponent": st.just(0.0) | st.floats(0, 1)}
 OPTIONS |= {"condense_seed": st.integers(0, 2**64 - 1)}
-
-
-def test_every_option_is_drawn() -> None:
-    assert set(OPTIONS) == set(CondenseSettings.model_fields)
+assert set(OPTIONS) == set(CondenseSettings.model_fields)
 
 
 @given(cases(), st.fixed_dictionaries(OPTIONS))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_condense_equals_the_slow_reference(case: dict[str, Any], options: dict[str, Any]) -> None:
     option = CondenseSettings(**options)
     competing = len(slow_order(case, option))
@@ -155,7 +151,7 @@ def parent_of(case: dict[str, Any]) -> Manifest | None:
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, math.inf, -math.inf])))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_order_is_descending_with_ties_by_position(scores: list[float]) -> None:
     ranker = Ranker(len(scores))
     ranker.add(np.arange(len(scores)), np.array(scores, np.float32))
@@ -166,11 +162,7 @@ def test_order_is_descending_with_ties_by_position(scores: list[float]) -> None:
 def test_pairs_meet_in_rank_order() -> None:
     low, partner = pair(np.array([9, 8, 7, 6]), np.array([5, 4]))
     assert (low.tolist(), partner.tolist()) == ([7, 6], [5, 4])
-
-
-def test_nothing_dropped_means_nothing_paired() -> None:
-    low, partner = pair(np.array([1, 0]), np.array([], np.int64))
-    assert (len(low), len(partner)) == (0, 0)
+    assert [len(found) for found in pair(np.array([1, 0]), np.array([], np.int64))] == [0, 0]
 
 
 def test_stratified_partition_meets_the_size_by_largest_remainder() -> None:
@@ -191,59 +183,9 @@ def test_stratified_partition_meets_the_size_by_largest_remainder() -> None:
 def test_mixing_shares_follow_the_grid(grid: str, expected: list[float]) -> None:
     assert epsilons(grid, 0.3, np.arange(3), 3).tolist() == pytest.approx(expected)
     assert epsilons(grid, 0.3, np.arange(0), 0).tolist() == []
-
-
-def test_inclusive_grid_of_one_mix_is_zero() -> None:
     assert epsilons("inclusive", 0.3, np.arange(1), 1).tolist() == [0.0]
-
-
-def test_unknown_grid_names_the_nearest() -> None:
     with pytest.raises(SettingsError, match="unknown eps_grid 'zero_base'; did you mean 'zero_based'"):
         epsilons("zero_base", 0.3, np.arange(3), 3)
-
-
-@pytest.mark.parametrize(("epochs", "length"), [(240, 40), (90, 15)])
-@pytest.mark.parametrize(
-    ("name", "cost_240", "cost_90"),
-    [
-        ("paper_stage", 0.81635, 0.81635), ("alg1_shift", 0.81760, 0.81968), ("end_of_stage", 0.86635, 0.86635),
-        ("reference_linear", 0.87500, 0.87500), ("poster", 0.84288, 0.84288),
-    ],
-)  # fmt: skip
-def test_counted_cost_is_the_table_of_the_facts(epochs: int, length: int, name: str, cost_240, cost_90) -> None:
-    stages = schedule.plan(name, epochs, epochs // length, 0.7)
-    forwarded = sum(len(made) * (stage.stop - stage.start) for stage, made in zip(stages, chain(stages), strict=True))
-    counted = forwarded / (50000 * epochs)
-    assert counted == pytest.approx(cost_240 if epochs == 240 else cost_90, abs=1e-4)
-    assert counted == pytest.approx(schedule.expected_cost(stages, 50000, epochs), rel=1e-12)
-
-
-def chain(stages: tuple[schedule.Stage, ...]) -> list[Manifest]:
-    """The manifests of a run over 50,000 samples with random values."""
-    random, made = np.random.default_rng(0), []
-    for stage in stages:
-        known = Values(np.full(50000, stage.start, np.int32), random.random(50000, dtype=np.float32))
-        samples = Samples(KNOWLEDGE, 50000)
-        if stage.source == "full":
-            made.append(manifest.full(samples))
-        elif stage.source == "random":
-            made.append(random_stage(samples, keep=stage.keep, seed=0))
-        else:
-            more = {"stage": stage.number, "keep": stage.keep, "previous": made[-1]}
-            made.append(condense(known, CondenseSettings(), samples, **more))
-    return made
-
-
-def test_sizes_are_those_of_the_paper() -> None:
-    sizes = [len(made) for made in chain(schedule.plan("alg1_shift", 240, 6, 0.7))]
-    assert sizes == [50000, 47114, 44395, 41833, 39418, 37143, 35000]
-
-
-def test_keeping_everything_mixes_nothing() -> None:
-    made = run(distinct(10), 1.0)
-    assert made.index.tolist() == list(range(10))
-    assert not made.mixed.any()
-    assert made.dropped == 0
 
 
 def test_manifest_records_where_it_comes_from() -> None:
@@ -269,12 +211,6 @@ def test_random_ranking_differs_by_seed_and_stage_and_not_by_values() -> None:
     assert later.index.tolist() != one.index.tolist()
 
 
-def test_same_input_gives_the_same_file(tmp_path: Path) -> None:
-    for name in "ab":
-        manifest.write(tmp_path / name, run(distinct(50), 0.7))
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
 def test_random_stage_keeps_a_seeded_sample_without_mixes() -> None:
     samples = Samples(KNOWLEDGE, 1000, np.arange(1000) % 2, 2)
     one, again, other = (random_stage(samples, keep=0.5, seed=seed) for seed in (0, 0, 1))
@@ -282,13 +218,6 @@ def test_random_stage_keeps_a_seeded_sample_without_mixes() -> None:
     assert one.index.tolist() != other.index.tolist()
     assert (len(one), one.mixed.any(), one.dropped, sum(one.class_counts)) == (500, False, 500, 500)
     assert 200 < one.class_counts[0] < 300
-
-
-def test_random_stage_of_a_given_set_stays_inside_it() -> None:
-    given_set = run(distinct(100), 0.6)
-    made = random_stage(Samples(KNOWLEDGE, 100), keep=0.3, seed=0, previous=given_set)
-    assert set(made.index.tolist()) < set(given_set.index.tolist())
-    assert made.parent == given_set.digest
 
 
 def test_keeping_too_few_or_too_many_is_refused() -> None:
@@ -315,34 +244,10 @@ def test_inputs_of_another_count_are_refused() -> None:
         condense(distinct(4), samples=Samples(KNOWLEDGE, 4), previous=manifest.full(Samples(KNOWLEDGE, 5)), **common)
 
 
-def test_values_that_are_not_finite_are_refused() -> None:
-    with pytest.raises(NonFiniteError, match="the value of index 2 is inf"):
-        run(make([1, 0, 1], [1, 0, math.inf]), 0.5)
-
-
 def test_skipped_samples_are_left_out_and_keep_stays_a_share_of_all() -> None:
     made = run(distinct(10), 0.6, excluded=[9, 0])
     assert made.index.tolist() == [3, 4, 5, 6, 7, 8]
     assert (sorted(made.partner[made.mixed].tolist()), made.dropped) == ([1, 2], 2)
-
-
-@given(st.integers(1, 60), st.data())
-@settings(max_examples=50, deadline=None)
-def test_candidates_are_those_of_numpys_plain_set_difference(count: int, data: Any) -> None:
-    excluded = np.array(sorted(data.draw(st.sets(st.integers(0, 80)))), np.int64)
-    kept = data.draw(st.sets(st.integers(0, count - 1), min_size=1))
-    within = manifest.full(Samples(KNOWLEDGE, count, excluded=np.setdiff1d(np.arange(count), sorted(kept))))
-    for everyone, previous in ((np.arange(count), None), (np.array(sorted(kept)), within)):
-        found = summary._candidates(Samples(KNOWLEDGE, count, excluded=excluded), previous)
-        assert found.tolist() == np.setdiff1d(everyone, excluded).tolist()
-
-
-def test_where_everything_is_kept_skipped_samples_still_are_not() -> None:
-    everything = run(distinct(10), 1.0, excluded=[9, 0])
-    assert (everything.index.tolist(), everything.keep) == (list(range(1, 9)), 1.0)
-    samples = Samples(KNOWLEDGE, 10, excluded=np.array([0, 9]))
-    assert random_stage(samples, keep=1.0, seed=0).index.tolist() == list(range(1, 9))
-    assert manifest.full(samples).index.tolist() == list(range(1, 9))
 
 
 def test_a_random_stage_leaves_skipped_samples_out() -> None:
@@ -354,6 +259,10 @@ def test_a_random_stage_leaves_skipped_samples_out() -> None:
     assert not np.isin(whole.index[:9], made.index).any()
     inside = random_stage(samples, keep=0.3, seed=0, previous=whole)
     assert set(inside.index.tolist()) < set(whole.index[9:].tolist())
+    assert inside.parent == whole.digest
+    few = Samples(KNOWLEDGE, 10, excluded=np.array([0, 9]))
+    assert random_stage(few, keep=1.0, seed=0).index.tolist() == list(range(1, 9))
+    assert manifest.full(few).index.tolist() == list(range(1, 9))
 
 
 def test_classes_that_lose_nearly_everything_are_told_of(caplog):

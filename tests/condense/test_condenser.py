@@ -1,54 +1,36 @@
-import shutil
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from stores import content, knowledge, make
+from condensing import COUNT, identify, labels, some_values
+from stores import content, knowledge
 
 from kcdcache import settings
 from kcdcache.commands import condense as condense_command
-from kcdcache.condense import manifest, summary, value_files, values
+from kcdcache.condense import large, manifest, summary, value_files
 from kcdcache.errors import LockedError, MismatchError, NotFoundError, SettingsError
-
-COUNT = 150
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A store's records, and values measured on it."""
-    place = tmp_path_factory.mktemp("condenser")
-    make(place / "store")
-    for file in (place / "store").rglob("c.*"):
-        file.unlink()  # nothing but its identity is needed
-    write_values(place / "values.parquet")
-    return place
 
 
 @pytest.fixture
-def place(made, tmp_path):
-    return Path(shutil.copytree(made, tmp_path / "place"))
+def place(tmp_path):
+    """What condensing reads of a store, and values measured on it."""
+    identify(tmp_path / "store", knowledge())
+    return write_values(tmp_path / "values.parquet").parent
 
 
-def some_values(seed=0):
-    random = np.random.default_rng(seed)
-    return values.Values(random.integers(1, 5, COUNT).astype(np.int32), random.random(COUNT).astype(np.float32))
-
-
-def labels():
-    return np.arange(COUNT) % 2
-
-
-def write_values(path, knowledge_id=None, seed=0):
+def write_values(path, knowledge_id=None):
     document = {"knowledge_id": knowledge_id or knowledge().knowledge_id, "student": "resnet8", "epoch": 3}
-    value_files.write(path, some_values(seed), labels(), document)
+    value_files.write(path, some_values(), labels(), document)
     return path
 
 
-def run(place, dry_run=False, **more):
+def command(place, **more):
     given = {"values": place / "values.parquet", "store": place / "store", "keep": 0.6, "out": place / "out/m.parquet"}
-    return condense_command.run(settings.make(settings.CondenseCommand, given | more), dry_run=dry_run)
+    return settings.make(settings.CondenseCommand, given | more)
+
+
+def run(place, dry_run=False, **more):
+    return condense_command.run(command(place, **more), dry_run=dry_run)
 
 
 def test_the_manifest_is_that_of_condense(place):
@@ -65,23 +47,33 @@ def test_the_same_again_says_so_and_changes_nothing(place):
     run(place)
     before = content(place)
     assert run(place)["already"] is True
-    assert content(place) == before
-
-
-def test_another_manifest_is_never_overwritten(place):
-    run(place)
-    before = content(place)
     with pytest.raises(LockedError, match=r"m.parquet holds another manifest; .*: give another --out"):
         run(place, keep=0.5)
     assert content(place) == before
+
+
+def test_values_too_large_to_hold_make_the_same_file(place):
+    run(place)
+    condense_command.run(command(place, out=place / "streamed"), held=COUNT - 1)
+    assert (place / "streamed").read_bytes() == (place / "out/m.parquet").read_bytes()
 
 
 def test_a_dry_run_tells_the_manifest_and_writes_nothing(place):
     before = content(place)
     found = run(place, dry_run=True)
     assert content(place) == before
-    assert found["would"] == "condense"
+    assert (found["would"], found["temporary_bytes"]) == ("condense", round(90 * condense_command.BYTES_A_ROW))
     assert found["digest"] == run(place)["digest"]
+
+
+def test_what_condensing_takes_is_told_before(place):
+    told = condense_command.run(command(place, memory_gb=1e-6), dry_run=True)
+    assert told["temporary_bytes"] == large.SPILLED_A_SAMPLE * COUNT + round(90 * condense_command.BYTES_A_ROW)
+    most = 10**8
+    assert 9 * most < condense_command.estimate(command(place, memory_gb=16), most)["memory_bytes"] < 14 * most
+    beyond = condense_command.estimate(command(place, memory_gb=0.5), most)
+    assert beyond["memory_bytes"] == condense_command.BASE_BYTES + 6 * most
+    assert not (place / "out").exists()
 
 
 def test_the_next_stage_follows_the_previous_manifest(place):
@@ -90,32 +82,12 @@ def test_the_next_stage_follows_the_previous_manifest(place):
     assert (first["stage"], second["stage"], second["parent"]) == (4, 5, first["digest"])
 
 
-def test_current_candidates_are_those_of_the_previous_manifest(place):
-    run(place, out=place / "one.parquet")
-    run(
-        place,
-        previous=place / "one.parquet",
-        keep=0.5,
-        candidates="current",
-        ranking="random",
-        out=place / "two.parquet",
-    )
-    one, two = manifest.read(place / "one.parquet"), manifest.read(place / "two.parquet")
-    assert set(two.index) < set(one.index)
-
-
 def test_values_of_other_knowledge_are_refused_with_both_ids(place):
     write_values(place / "theirs.parquet", "kk")
     with pytest.raises(
         MismatchError, match=rf"theirs.parquet were measured on knowledge kk, .* holds {knowledge().knowledge_id}"
     ):
         run(place, values=place / "theirs.parquet")
-
-
-def test_a_previous_manifest_of_other_knowledge_is_refused(place):
-    manifest.write(place / "theirs.parquet", manifest.full(manifest.Samples("kk", COUNT)))
-    with pytest.raises(MismatchError, match=r"the manifest was made for knowledge kk, the store holds "):
-        run(place, previous=place / "theirs.parquet")
 
 
 def test_another_tools_values_are_taken_and_named(place):
@@ -138,11 +110,6 @@ def test_another_tools_values_without_labels_cannot_be_stratified(place):
     pq.write_table(pa.table({"index": np.arange(COUNT), "value": np.ones(COUNT)}), place / "theirs.parquet")
     with pytest.raises(SettingsError, match="give a values file with a 'label' column"):
         run(place, values=place / "theirs.parquet", stratify=True)
-
-
-def test_a_store_that_is_not_sealed_has_an_identity_already(place):
-    (place / "store/_kcd/commit.0.json").unlink()
-    assert run(place)["kept"] == 90
 
 
 @pytest.mark.parametrize("name", ["values", "store", "previous"])

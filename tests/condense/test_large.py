@@ -19,12 +19,10 @@ from killing import ROOT, environment, nursery, succeeds
 from pupils import leftovers
 from test_condense import OPTIONS
 
-from kcdcache.commands import condense as condense_command
 from kcdcache.condense import large, manifest, summary, value_files, values
 from kcdcache.condense.manifest import Samples
 from kcdcache.errors import CorruptionError, MismatchError, NonFiniteError, SettingsError
-from kcdcache.settings import CondenseCommand, CondenseSettings
-from kcdcache.settings import make as settle
+from kcdcache.settings import CondenseSettings
 
 FEW = {"memory_gb": 1e-6}
 
@@ -168,16 +166,6 @@ def test_without_duckdb_memory_serves_and_beyond_it_says_what_to_install(place):
     done = python("-c", WITHOUT, place, *words(place, place / "out"))
     assert (done.returncode, done.stdout) == (2, "90\n")
     assert 'needs the extra `large`: pip install "kcdcache[large]"; or give more memory' in done.stderr
-    assert not (place / "out").exists()
-
-
-def test_a_dry_run_only_estimates(place):
-    given = {"values": place / "values.parquet", "store": place / "store", "keep": 0.5, "out": place / "out", **FEW}
-    command = settle(CondenseCommand, given)
-    told = condense_command.run(command, dry_run=True)
-    assert told["temporary_bytes"] == large.SPILLED_A_SAMPLE * COUNT + round(75 * condense_command.BYTES_A_ROW)
-    huge = condense_command.estimate(settle(CondenseCommand, given | {"memory_gb": 0.5}), 10**8)
-    assert huge["memory_bytes"] == condense_command.BASE_BYTES + 6 * 10**8
     assert not (place / "out").exists()
 
 
