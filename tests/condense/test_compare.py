@@ -45,14 +45,6 @@ def test_rank_correlation_is_spearmans(data, x):
     assert found == (wanted if wanted is None else pytest.approx(wanted, abs=1e-12))
 
 
-@given(NUMBERS)
-def test_rank_correlation_is_one_under_any_monotone_change(x):
-    if len(set(x)) > 1:
-        x = np.array(x, np.float64)
-        assert compare.spearman(x, np.exp(x)) == pytest.approx(1)
-        assert compare.spearman(x, -(x**3)) == pytest.approx(-1)
-
-
 def slow_compare(a, b):
     """The same numbers by sets and loops."""
     kept = [dict(zip(s.index.tolist(), range(len(s)), strict=True)) for s in (a, b)]
@@ -85,30 +77,20 @@ def slow_compare(a, b):
     }
 
 
-@pytest.mark.parametrize(("keep", "other", "unseen"), [(0.5, 0.5, 0), (0.7, 0.6, 0), (0.9, 0.65, 12)])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("keep", "other", "unseen", "seed"), [(0.5, 0.5, 0, 0), (0.7, 0.6, 0, 1), (0.9, 0.65, 12, 2)])
 def test_every_number_is_the_one_counted_by_hand(keep, other, unseen, seed):
     a, b = a_set(seed, keep), a_set(seed + 10, other, unseen=unseen, knowledge_id="other")
     found, wanted = compare.compare(a, b).model_dump(), slow_compare(a, b)
     assert found.pop("class_difference") == wanted.pop("class_difference")
     assert found == pytest.approx(wanted)
+    assert compare.by_chance(a, b) == pytest.approx(keep + other - 2 * keep * other, abs=0.02)
 
 
 def test_a_set_differs_in_nothing_from_itself():
     a = a_set(0, 0.7)
     found = compare.compare(a, a)
     assert (found.identical, found.jaccard, found.hamming, found.parts_moved) == (True, 1.0, 0.0, 0)
-    assert (found.rank_correlation, found.value_correlation) == (pytest.approx(1), pytest.approx(1))
     assert found.same_partner == int(a.mixed.sum()) > 0
-
-
-def test_turned_around_it_says_the_same_of_the_other():
-    a, b = a_set(1, 0.7), a_set(2, 0.5)
-    there, back = compare.compare(a, b), compare.compare(b, a)
-    for name in ("both", "jaccard", "hamming", "rank_correlation", "parts_moved", "same_partner", "dropped_by_both"):
-        assert getattr(there, name) == pytest.approx(getattr(back, name))
-    assert (there.only_a, there.K_1H_to_K_Aug) == (back.only_b, back.K_Aug_to_K_1H)
-    assert [-number for number in there.class_difference] == back.class_difference
 
 
 def test_what_cannot_be_said_is_none():
@@ -209,13 +191,3 @@ def test_parts_say_dropped_kept_and_enriched():
 def test_hamming_is_what_one_set_keeps_and_the_other_does_not():
     a, b, c = (chosen(index) for index in ([0, 1, 2], [0, 1, 2], [2, 3]))
     assert compare.hamming([a, b, c]).tolist() == [[0, 0, 0.3], [0, 0, 0.3], [0.3, 0.3, 0]]
-
-
-def test_distance_by_chance_is_that_of_random_sets():
-    random, one, other = np.random.default_rng(0), chosen(range(7)), chosen(range(4))
-    drawn = [
-        len(set(random.permutation(10)[:7].tolist()) ^ set(random.permutation(10)[:4].tolist())) / 10
-        for _ in range(9000)
-    ]
-    assert compare.by_chance(one, other) == pytest.approx(0.54)
-    assert np.mean(drawn) == pytest.approx(0.54, abs=0.01)

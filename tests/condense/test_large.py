@@ -37,7 +37,7 @@ def place(made, tmp_path):
     return Path(shutil.copytree(made, tmp_path / "place"))
 
 
-@pytest.mark.parametrize("number", [8, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [4, pytest.param(60, marks=pytest.mark.slow)])
 def test_the_command_makes_the_bytes_that_memory_does(place, number):
     for name, case in enumerate(cases(number, seed=number)):
         told = [condensed(place, place / f"{name}-{len(more)}", case | more) for more in ({}, FEW)]
@@ -50,7 +50,7 @@ def test_the_command_makes_the_bytes_that_memory_does(place, number):
     st.fixed_dictionaries(OPTIONS), st.sampled_from([0.1, 0.5, 0.8]), st.sets(st.integers(0, 29), max_size=5),
     st.sets(st.integers(0, 29), max_size=4), st.integers(1, 4),
 )  # fmt: skip
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_every_option_gives_the_rows_of_memory(tmp_path_factory, options, keep, skipped, gone, classes):
     option, excluded = CondenseSettings(**options), np.array(sorted(skipped), np.int64)
     source = value_files.Held(some_values(3, 30), np.arange(30) * 7 % classes)
@@ -202,7 +202,7 @@ def test_a_previous_set_that_was_changed_meanwhile_is_refused(place):
         pass
 
 
-@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_step_it_leaves_nothing_or_the_whole_set_and_runs_again(place, stride):
     with nursery() as start:
         succeeds(start, words(place, place / "whole"), place / "log")
