@@ -9,16 +9,15 @@ import pytest
 import torch
 from lessons import CPU, condensed, opinionated, precomputed
 from PIL import Image
-from pupils import BrokenOffError, same_files, stop_after
+from pupils import same_files
 
 from kcdcache.condense import manifest
 from kcdcache.data import datasets
 from kcdcache.errors import CorruptionError, MismatchError
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform
-from kcdcache.settings import OptimizerSettings, PrecomputeSettings, TrainSettings, ViewSettings
-from kcdcache.store import plan
-from kcdcache.teacher import precompute, teacher
+from kcdcache.settings import OptimizerSettings, TrainSettings, ViewSettings
+from kcdcache.teacher import teacher
 from kcdcache.training import batches, distill, evaluation
 from kcdcache.training.sampling import Sampler, everything
 from kcdcache.views import prefetch, rules
@@ -75,7 +74,7 @@ def one_by_one(dataset, rule, asked):
         yield torch.cat(shown)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5, None])
+@pytest.mark.parametrize("workers", [1, 5, None])
 def test_views_made_ahead_have_the_bits_of_those_made_one_by_one(loaded, workers):
     rule = rule_of(loaded)
     asked = asked_of(rule, range(40), [7], [3, 3, 59, 0], range(16, 33))
@@ -119,9 +118,9 @@ def test_a_store_and_a_test_accuracy_do_not_depend_on_the_number_of_workers(load
 
 def test_a_run_goes_on_with_another_number_of_workers_to_the_same_bytes(loaded, tmp_path):
     knowledge = precomputed(tmp_path / "store", loaded, teacher_of(loaded), views=2, **SEEN)
-    given = {"student": "resnet8", "epochs": 4, "stages": 2, "batch_size": 13, "keep": 0.6}
+    given = {"student": "resnet8", "epochs": 2, "stages": 2, "batch_size": 13, "keep": 0.6}
     material = distill.Material(data=loaded, knowledge=knowledge)
-    for name, turns in (("one", [(1, None)]), ("changed", [(3, 1), (2, 3), (1, None)])):
+    for name, turns in (("one", [(1, None)]), ("changed", [(3, 1), (2, None)])):
         for workers, until in turns:
             settings = TrainSettings(**given, workers=workers)
             distill.run(settings, material, out=tmp_path / name, device="cpu", until=until)
@@ -161,14 +160,6 @@ def test_a_damaged_image_is_named_by_file_from_a_thread(loaded):
     object.__setattr__(loaded.train.source, "payloads", payloads)
     with pytest.raises(CorruptionError, match="is not a readable image"):
         list(prefetch.shown(loaded.train, rule_of(loaded), asked_of(rule_of(loaded), range(20)), CPU, 2))
-
-
-def test_an_iterator_left_early_leaves_no_thread(loaded):
-    coming = prefetch.shown(loaded.train, rule_of(loaded), asked_of(rule_of(loaded), *[range(60)] * 50), CPU, 4)
-    next(coming)
-    assert not no_threads()
-    coming.close()
-    assert no_threads()
 
 
 def no_threads():
@@ -216,17 +207,6 @@ def test_rows_that_were_announced_are_those_asked_for(loaded):
         assert all(torch.equal(rows(*one), its) for one, its in zip(announced, alone, strict=True))
     with rows.announced(announced):
         assert torch.equal(rows(0, 0, 20), alone[0])  # broken off: the rest is dropped
+        assert not no_threads()
     assert no_threads()
     assert torch.equal(rows(1, 0, 7), alone[2])
-
-
-def test_a_store_broken_off_leaves_no_thread_and_resumes_to_the_same_bytes(loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "MOST_PART_ROWS", 16)
-    network, given = teacher_of(loaded), {"views": 2, "batch_size": 7, "min_accuracy": 0, **SEEN}
-    settings = PrecomputeSettings(**given)
-    with pytest.raises(BrokenOffError):
-        precompute.run(settings, loaded, network, tmp_path / "broken", stop_after(3))
-    assert no_threads()
-    for name in ("broken", "whole"):
-        precompute.run(settings, loaded, network, tmp_path / name)
-    assert same_files(tmp_path / "broken", tmp_path / "whole")

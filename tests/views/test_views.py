@@ -42,12 +42,7 @@ def reference_crop(image: np.ndarray, row: list[int], padding: int, fill: str) -
     return out
 
 
-def chi_square(counts: np.ndarray) -> float:
-    expected = counts.sum() / counts.size
-    return float(((counts - expected) ** 2 / expected).sum())
-
-
-@settings(max_examples=30)
+@settings(max_examples=12, deadline=None)
 @given(
     st.sampled_from(["crop", "crop-flip"]), st.sampled_from(["zero", "reflect"]),
     st.integers(0, 3), st.integers(4, 7), st.integers(4, 7), st.sampled_from([1, 3]), st.integers(0, 2**64 - 1),
@@ -60,7 +55,7 @@ def test_apply_equals_a_reference_pixel_by_pixel(name, fill, padding, high, wide
     assert np.array_equal(apply(rule, images, chosen).numpy(), np.stack(expected))
 
 
-@settings(max_examples=30)
+@settings(max_examples=12, deadline=None)
 @given(rule_names, st.permutations(range(8)), st.integers(1, 7))
 def test_views_replay_in_any_order_and_batch_split(name, order, cut):
     rule, images = make_rule(name), make_images(8)
@@ -71,7 +66,7 @@ def test_views_replay_in_any_order_and_batch_split(name, order, cut):
         assert torch.equal(again, whole[torch.from_numpy(part)])
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1), st.integers(0, 2), st.sampled_from(["crop", "crop-flip"]))
 def test_views_of_a_sample_never_repeat_before_the_set_is_used_up(index, seed, padding, name):
     rule = make_rule(name, padding, seed=seed)
@@ -79,13 +74,6 @@ def test_views_of_a_sample_never_repeat_before_the_set_is_used_up(index, seed, p
     side = range(2 * padding + 1)
     expected = product(side, side, (0, 1)) if name == "crop-flip" else product(side, side)
     assert sorted(rows) == [list(row) for row in expected]
-
-
-@pytest.mark.parametrize("view", [0, 1, 17])
-def test_parameters_of_an_epoch_are_uniform_over_samples(view):
-    rows = parameters(make_rule(padding=2), np.arange(20_000), view)
-    cells = (rows[:, 0] * 5 + rows[:, 1]) * 2 + rows[:, 2]
-    assert chi_square(np.bincount(cells, minlength=50)) < 49 + 5 * 98**0.5
 
 
 def test_views_are_as_many_as_the_rule_has_and_others_are_refused():
@@ -97,6 +85,14 @@ def test_views_are_as_many_as_the_rule_has_and_others_are_refused():
         parameters(make_rule("resized-crop-flip"), np.arange(3), -1)
 
 
+def test_parameters_are_uniform_over_samples_and_differ_between_seeds():
+    first, second = (parameters(make_rule(seed=seed), np.arange(20_000), 17) for seed in (1, 2))
+    counts = np.bincount((first[:, 0] * 5 + first[:, 1]) * 2 + first[:, 2], minlength=50)
+    assert ((counts - 400) ** 2 / 400).sum() < 49 + 5 * 98**0.5
+    assert (first == second).all(axis=1).mean() < 0.03
+
+
+@settings(max_examples=12, deadline=None)
 @given(rule_names, st.sampled_from(["zero", "reflect"]))
 def test_views_are_in_range_in_channels_last_memory(name, fill):
     rule, images = make_rule(name, fill=fill), make_images(4)
@@ -107,16 +103,14 @@ def test_views_are_in_range_in_channels_last_memory(name, fill):
     assert apply(rule, images[:0], chosen[:0]).shape == (0, 3, 6, 6)
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert 0 <= out.min() <= out.max() <= 1
+    if not name.startswith("crop"):
+        assert apply(rule, [make_images(1, 9, 20)[0], make_images(1, 31, 8)[0]], chosen[:2]).shape == (2, 3, 6, 6)
 
 
-def test_the_rule_none_keeps_every_level():
-    images = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1)
-    rule = make_rule("none", size=16)
-    out = apply(rule, images, parameters(rule, np.arange(1), 0))
-    assert np.array_equal(out.numpy().ravel(), np.arange(256, dtype=np.float32) * np.float32(1 / 255))
-
-
-def test_none_resizes_other_sizes_as_imagenet_is_evaluated():
+def test_none_keeps_every_level_and_resizes_other_sizes_as_imagenet_is_evaluated():
+    levels, rule = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1), make_rule("none", size=16)
+    shown = apply(rule, levels, parameters(rule, np.arange(1), 0)).numpy().ravel()
+    assert np.array_equal(shown, np.arange(256, dtype=np.float32) * np.float32(1 / 255))
     image, rule = make_images(1, 40, 50)[0], make_rule("none", size=28)
     out = apply(rule, [image], np.zeros((1, 0), np.int64))[0]
     pixels = image.permute(2, 0, 1).to(torch.float32) / 255
@@ -139,7 +133,7 @@ def reference_box(words: list[int], high: int, wide: int) -> tuple[int, int, int
     return (high - h) // 2, (wide - w) // 2, h, w
 
 
-@settings(max_examples=30)
+@settings(max_examples=12, deadline=None)
 @given(st.integers(0, 2**64 - 1), st.integers(3, 60), st.integers(3, 60))
 def test_resized_crops_equal_those_of_torchvision(seed, high, wide):
     rule, images = make_rule("resized-crop-flip", size=12, seed=seed), make_images(2, high, wide)
@@ -152,32 +146,16 @@ def test_resized_crops_equal_those_of_torchvision(seed, high, wide):
         assert torch.allclose(view, expected.flip(2) if flip else expected, atol=1e-5)
 
 
-def test_extreme_shapes_fall_back_to_a_central_crop():
-    chosen = parameters(make_rule("resized-crop-flip"), np.arange(200), 0)
-    boxes, _ = _boxes(chosen, np.full(200, 4.0), np.full(200, 400.0))
-    assert boxes.tolist() == [list(reference_box(words, 4, 400)) for words in chosen.tolist()]
-    assert [0, 197, 4, 5] in boxes.tolist()
-
-
-def test_resized_crops_flip_half_and_cover_the_scales():
+def test_resized_crops_flip_half_cover_the_scales_and_fall_back_to_the_centre():
     chosen = parameters(make_rule("resized-crop-flip"), np.arange(4000), 0)
     boxes, flips = _boxes(chosen, np.full(4000, 100.0), np.full(4000, 100.0))
     area = boxes[:, 2] * boxes[:, 3] / 1e4
     assert abs(flips.mean() - 0.5) < 0.04
     assert 0.075 < area.min() < 0.1
     assert 0.9 < area.max() <= 1
-
-
-def test_images_of_differing_size_become_one_batch():
-    images = [make_images(1, 9, 20)[0], make_images(1, 31, 8)[0]]
-    for name in ("none", "resized-crop-flip"):
-        rule = make_rule(name)
-        assert apply(rule, images, parameters(rule, np.arange(2), 0)).shape == (2, 3, 6, 6)
-
-
-def test_different_seeds_give_different_views():
-    first, second = (parameters(make_rule(seed=seed), np.arange(500), 0) for seed in (1, 2))
-    assert (first == second).all(axis=1).mean() < 0.08
+    boxes, _ = _boxes(chosen[:200], np.full(200, 4.0), np.full(200, 400.0))
+    assert boxes.tolist() == [list(reference_box(words, 4, 400)) for words in chosen[:200].tolist()]
+    assert [0, 197, 4, 5] in boxes.tolist()
 
 
 def test_what_a_rule_cannot_be_applied_to_is_refused():
@@ -195,14 +173,8 @@ def test_a_rule_takes_the_size_of_the_images():
     rule = rule_from(ViewSettings(padding=4, fill="reflect", view_seed=3), (32, 24))
     assert rule == ViewRule(rule="crop-flip", padding=4, fill="reflect", size=(32, 24), seed=3)
     assert plain(rule) == ViewRule(rule="none", padding=0, fill="zero", size=(32, 24), seed=0)
-
-
-def test_settings_a_rule_does_not_use_leave_its_identity_alone():
-    rules = [
-        rule_from(ViewSettings(augment="none", padding=p, fill=f, view_seed=s), (8, 8))
-        for p, f, s in ((0, "zero", 0), (4, "reflect", 9))
-    ]
-    assert rules[0] == rules[1] == plain(rules[0])
+    unused = {"augment": "none", "padding": 4, "fill": "reflect", "view_seed": 9}  # leave the store's identity alone
+    assert rule_from(ViewSettings(**unused), (32, 24)) == plain(rule)
 
 
 @pytest.mark.parametrize(
