@@ -64,6 +64,13 @@ def fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
     return own | {name: field for part in inner.values() for name, field in part.model_fields.items()}
 
 
+def values_of(given: Settings) -> dict[str, Any]:
+    """Return the values of all that flags and recipes may set, by name."""
+    inner = parts(type(given))
+    own = {name: value for name, value in given if name not in inner}
+    return own | {name: value for part in inner for name, value in getattr(given, part)}
+
+
 class ViewSettings(Settings):
     """Which augmented views of an image exist; part of the knowledge's identity."""
 

@@ -58,8 +58,10 @@ def telling(quiet: bool) -> Iterator[Progress]:
     """Show log lines on stderr, and yield a report of progress: a bar on a terminal, a line now and then elsewhere."""
     bars = LiveProgress()
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[_Lines(bars.line)])
-    with bars:
+    try:
         yield silent if quiet else bars if _is_terminal(sys.stderr) else PlainProgress()
+    finally:
+        bars.stop()
 
 
 class PlainProgress:
@@ -90,10 +92,8 @@ class LiveProgress:
         self._bars: Any = None
         self._tasks: dict[str, Any] = {}
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
+    def stop(self) -> None:
+        """Leave the bars as they are."""
         if self._bars is not None:
             self._bars.stop()
 
@@ -155,11 +155,8 @@ def _show_table(table: TextTable, closing: str) -> None:
         shown.add_column(Text(printable(name)), justify="left" if number < table.left else "right")
     for row in table.rows:
         shown.add_row(*(Text(printable(cell)) for cell in row))
-    for line in table.above:
-        console.print(Text(printable(line)))
-    console.print(shown)
-    for line in (*table.below, "", closing):
-        console.print(Text(printable(line)))
+    above, below = ([Text(printable(line)) for line in lines] for lines in (table.above, (*table.below, "", closing)))
+    console.print(*above, shown, *below, sep="\n")
 
 
 def _closing(result: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """What settings alone decide: unknown names and settings that contradict each other, refused without torch or data."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kcdcache.condense import schedule
@@ -11,14 +11,13 @@ from kcdcache.methods.catalogue import named, weights_of
 from kcdcache.networks.catalogue import require_known_name, saved_network
 from kcdcache.settings import (
     CondenseCommand,
-    FitCommand,
     MethodsCommand,
     PrecomputeCommand,
     Settings,
-    TeacherSettings,
     TrainCommand,
     VerifyCommand,
     nearest,
+    values_of,
 )
 
 ENCODINGS = ("float16", "float32", "uint8", "top")
@@ -38,6 +37,17 @@ def require_possible(command: Settings) -> None:
     Raises:
         SettingsError: a network, method, data set, field or encoding is unknown, or settings contradict each other.
     """
+    values = values_of(command)
+    if values.get("data"):
+        spec.parse(values["data"])
+    for network in filter(None, map(values.get, ("model", "student", "peer"))):
+        require_known_name(network)
+    _require_known("encoding", [values.get("encoding", "float32")], ENCODINGS)
+    _require_known("field", values.get("fields", ()), FIELDS)
+    own = [name for name in ("teacher_mean", "teacher_std", "teacher_size") if values.get(name) is not None]
+    if own and values["teacher"] is not None and values["weights"] is None:
+        flag = f"--{own[0].replace('_', '-')}"
+        raise SettingsError(f"{flag} does nothing here: {values['teacher']} brings its own input transform")
     if type(command) in CHECKS:
         CHECKS[type(command)](command)
 
@@ -72,21 +82,17 @@ def parse_share(text: str) -> float:
     return share
 
 
-def _fit(command: FitCommand) -> None:
-    spec.parse(command.data)
-    require_known_name(command.model)
+def _require_known(what: str, texts: Sequence[str], known: tuple[str, ...]) -> None:
+    for text in texts:
+        if (word := text.partition(":")[0]) not in known:
+            raise SettingsError(f"unknown {what} '{text}'; {nearest(word, known)}")
 
 
 def _precompute(command: PrecomputeCommand) -> None:
-    spec.parse(command.data)
     if command.from_logits is not None:
         _require_importable(command.given)
-    else:
-        _require_teacher(command.teaching)
-    settings = command.precompute
-    _require_known("encoding", settings.encoding, ENCODINGS)
-    for field in settings.fields:
-        _require_known("field", field, FIELDS)
+    elif command.teaching.teacher is None:
+        raise SettingsError("--teacher is missing: a folder written by `kcdcache fit`, or a network with --weights")
     if command.for_ is None and not command.student:
         return
     if command.for_ is None or not command.student:
@@ -94,16 +100,6 @@ def _precompute(command: PrecomputeCommand) -> None:
     if "fields" in command.given:
         raise SettingsError("--for works out the fields; leave --fields out")
     named(command.for_)
-    require_known_name(command.student)
-
-
-def _require_teacher(named: TeacherSettings) -> None:
-    if named.teacher is None:
-        raise SettingsError("--teacher is missing: a folder written by `kcdcache fit`, or a network with --weights")
-    own = [name for name in ("teacher_mean", "teacher_std", "teacher_size") if getattr(named, name) is not None]
-    if own and named.weights is None:
-        flag = f"--{own[0].replace('_', '-')}"
-        raise SettingsError(f"{flag} does nothing here: {named.teacher} brings its own input transform")
 
 
 def _require_importable(given: set[str]) -> None:
@@ -119,22 +115,18 @@ def _require_importable(given: set[str]) -> None:
 
 
 def _train(command: TrainCommand) -> None:
-    settings, given = command.training, command.given
+    settings = command.training
     if not settings.student:
         raise SettingsError("--student is missing: name the network to train, for example --student resnet8")
-    for network in filter(None, (settings.student, settings.peer)):
-        require_known_name(network)
     weights_of(settings)
-    spec.parse(command.data)
-    if command.teaching.teacher is not None:
-        _require_teacher(command.teaching)
-    if command.condensed is None and command.store is None:
+    if command.condensed is not None:
+        if ignored := command.given & {"store", "manifest", "transfer"}:
+            raise SettingsError(f"--{min(ignored)} does nothing beside --condensed, which brings its own; leave it out")
+        return
+    if command.store is None:
         raise SettingsError("train needs knowledge: --store with the folder of a store, or --condensed with that of an "
                             "exported set")  # fmt: skip
-    if command.condensed is not None and (ignored := given & {"store", "manifest", "transfer"}):
-        raise SettingsError(f"--{min(ignored)} does nothing beside --condensed, which brings its own; leave it out")
-    if command.condensed is None:
-        schedule.require_whole_stages(settings.epochs, settings.stages)
+    schedule.require_whole_stages(settings.epochs, settings.stages)
 
 
 def _condense(command: CondenseCommand) -> None:
@@ -145,32 +137,16 @@ def _condense(command: CondenseCommand) -> None:
         )
 
 
-def _methods(command: MethodsCommand) -> None:
-    require_known_name(command.teacher)
-    require_known_name(command.student)
-    _require_known("encoding", command.encoding, ENCODINGS)
-
-
 def _verify(command: VerifyCommand) -> None:
-    if command.data is not None:
-        spec.parse(command.data)
     if command.sample is not None:
         parse_share(command.sample)
-    if command.teaching.teacher is not None:
-        _require_teacher(command.teaching)
-
-
-def _require_known(what: str, text: str, known: tuple[str, ...]) -> None:
-    if (word := text.partition(":")[0]) not in known:
-        raise SettingsError(f"unknown {what} '{text}'; {nearest(word, known)}")
 
 
 CHECKS: Mapping[type[Settings], Callable[[Any], None]] = {
-    FitCommand: _fit,
     PrecomputeCommand: _precompute,
     TrainCommand: _train,
     CondenseCommand: _condense,
-    MethodsCommand: _methods,
+    MethodsCommand: lambda command: require_known_name(command.teacher),
     VerifyCommand: _verify,
 }
-"""settings of a command -> what is looked at before it is done"""
+"""settings of a command -> what else is looked at before it is done"""
