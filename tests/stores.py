@@ -32,18 +32,20 @@ def values(field, view, count=150):
     return torch.from_numpy(np.random.default_rng([len(field), view]).normal(0, 3, shape).astype(np.float32))
 
 
-def write_part(writing, part):
+def write_part(writing, part, skipped=-1):
+    """Write a part; of the sample `skipped`, if it holds that, as if the teacher had failed on it."""
     rows, statistics = {}, {}
+    mask = torch.arange(part.start, part.stop) == skipped
     for field in part.fields:
         mine = values(field, part.view, writing.plan.count)[part.start : part.stop]
-        rows |= writing.plan.encodings[field].encode(mine, part.start)
+        rows |= writing.plan.encodings[field].encode(mine, part.start, mask if mask.any() else None)
         statistics[field] = encoding.statistics(mine)
-    writing.write_part(part, rows, statistics, {"correct": part.view + 1})
+    writing.write_part(part, rows, statistics, {"correct": part.view + 1}, (skipped,) if mask.any() else ())
 
 
-def finish(writing):
+def finish(writing, skipped=-1):
     for part in writing.pending():
-        write_part(writing, part)
+        write_part(writing, part, skipped)
     writing.seal()
 
 

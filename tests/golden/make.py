@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from damaging import files_of, read_manifest, read_run, read_store, read_values
 from lessons import CPU, condensed, digits, precomputed
-from stores import creating, finish, form, knowledge, make, small_parts, values, write_part
+from stores import creating, finish, form, knowledge, make, small_parts, write_part
 
 from kcdcache.condense import manifest, value_files
 from kcdcache.condense import values as condense_values
@@ -28,7 +28,7 @@ from kcdcache.files.atomic import sha256_bytes
 from kcdcache.files.records import canonical_json
 from kcdcache.networks.weights import load_network
 from kcdcache.settings import FitSettings, TrainSettings
-from kcdcache.store import encoding, reader, writer
+from kcdcache.store import reader, writer
 from kcdcache.teacher import teacher
 from kcdcache.training import distill, fit
 
@@ -57,9 +57,7 @@ def write_stores(root):
     for growth in ({"fields": [form("penultimate")]}, {"views": 3}):
         grow_small(root / "grown", growth)
     with creating(root / "skipped", small_parts(100, 1, 64, 32)) as writing:
-        for part in writing.pending():
-            write_with_gap(writing, part, 40)
-        writing.seal()
+        finish(writing, skipped=40)
     with creating(root / "unfinished", plan()) as writing:
         write_part(writing, writing.pending()[0])
 
@@ -67,15 +65,6 @@ def write_stores(root):
 def grow_small(path, growth):
     with writer.grow(path, knowledge(COUNT), **growth) as growing:
         finish(growing)
-
-
-def write_with_gap(writing, part, sample):
-    """Write a part; where it holds `sample`, as if the teacher had failed on that."""
-    mine = values("logits", part.view, writing.plan.count)[part.start : part.stop]
-    mask = torch.arange(part.start, part.stop) == sample
-    rows = form().encode(mine, part.start, mask if mask.any() else None)
-    skipped = (sample,) if mask.any() else ()
-    writing.write_part(part, rows, {"logits": encoding.statistics(mine)}, {"correct": 1}, skipped)
 
 
 def write_learning(root):

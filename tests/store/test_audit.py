@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from damaging import DAMAGE, flip, put, swap
-from stores import creating, grown, make, many_chunks, plan_of, small_parts
+from stores import creating, make, many_chunks, plan_of, small_parts
 
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, UnfinishedError
 from kcdcache.files.records import canonical_json
@@ -22,16 +22,13 @@ def damaged(sealed, tmp_path):
     return Path(shutil.copytree(sealed, tmp_path / "store"))
 
 
-def test_unfinished_stores_are_refused_with_the_remedy(tmp_path):
+def test_unfinished_and_missing_stores_are_refused_with_the_remedy(tmp_path):
     with creating(tmp_path / "s", plan_of()):
         pass
     with pytest.raises(UnfinishedError, match="run the same `kcdcache precompute` again"):
         reader.open(tmp_path / "s")
     with pytest.raises(UnfinishedError, match="no commit record"):
         check.verify(tmp_path / "s")
-
-
-def test_missing_stores_are_refused(tmp_path):
     for look in (reader.open, check.verify):
         with pytest.raises(NotFoundError, match="no knowledge store at"):
             look(tmp_path / "nowhere")
@@ -71,15 +68,16 @@ def test_missing_and_resized_files_are_found_at_open(damaged, how):
     assert len(check.verify(damaged, share=0).problems) == 1
 
 
-@pytest.mark.parametrize("how", ["deleted", "emptied", "one byte short", "extended", "another"])
 @pytest.mark.parametrize("compression", ["none", "zstd"])
-def test_damage_after_opening_is_never_a_number(tmp_path, how, compression):
-    path = make(tmp_path / "s", small_parts(150, 2, 64, 32, compression=compression))
-    opened = reader.open(path)
-    harm(path, how)
-    said = "is missing" if how == "deleted" else "is not what was written"
-    with pytest.raises(CorruptionError, match=rf"{FILE} \(samples 32\.\.63 of view 1\) {said}"):
-        opened.load(1, np.arange(150), ["logits"])
+def test_damage_after_opening_is_never_a_number(tmp_path, compression):
+    opened = reader.open(make(tmp_path / "s", small_parts(150, 2, 64, 32, compression=compression)))
+    whole = (opened.path / FILE).read_bytes()
+    for how in ("deleted", "emptied", "one byte short", "extended", "another"):
+        harm(opened.path, how)
+        said = "is missing" if how == "deleted" else "is not what was written"
+        with pytest.raises(CorruptionError, match=rf"{FILE} \(samples 32\.\.63 of view 1\) {said}"):
+            opened.load(1, np.arange(150), ["logits"])
+        put(opened.path / FILE, whole)
 
 
 def test_swapped_chunks_are_found(damaged):
@@ -123,29 +121,6 @@ def test_edited_array_documents_are_refused(damaged, key):
     assert reader.open(damaged).count == 150  # as it was written before axes had names
 
 
-RECORDS = {
-    "_kcd/identity.json": "was changed: its content does not match its knowledge_id",
-    "_kcd/plan.0.json": "plan.0.json is not the file that commit.0.json sealed",
-    "_kcd/log/0/v00001-p00002.json": "v00001-p00002.json is not the file that commit.0.json sealed",
-    "_kcd/commit.0.json": "was changed: its content does not match its digest",
-}
-"""record -> what is said of it if edited"""
-
-
-@pytest.mark.parametrize("file", [*RECORDS, "zarr.json", "logits/zarr.json"])
-def test_edited_and_missing_records_are_damage(damaged, file):
-    if file in RECORDS:
-        text = (damaged / file).read_text()
-        (damaged / file).write_text(text.replace("aa", "ab", 1) if "aa" in text else text.replace("2", "1", 1))
-        with pytest.raises(CorruptionError, match=RECORDS[file]):
-            reader.open(damaged)
-        assert any(file.split("/")[-1] in problem for problem in check.verify(damaged).problems)
-    (damaged / file).unlink()
-    if file not in ("_kcd/identity.json", "_kcd/commit.0.json"):  # without these it is no store, or unfinished
-        with pytest.raises(CorruptionError, match=f"no file at .*{file}"):
-            reader.open(damaged)
-
-
 def test_verification_of_a_sound_store_reads_every_byte(sealed):
     found = check.verify(sealed)
     chunks = [file for file in sealed.rglob("c.*") if file.is_file()]
@@ -161,10 +136,3 @@ def test_verification_collects_all_damage(damaged):
     problems = "\n".join(check.verify(damaged).problems)
     for name in ("c.0.0.0 ", "c.1.3.0 ", "v00001-p00000.json", "labels/zarr.json"):
         assert name in problems
-
-
-def test_a_lost_commit_between_others_is_damage(damaged):
-    grown(damaged, views=3)
-    (damaged / "_kcd/commit.0.json").unlink()
-    with pytest.raises(CorruptionError, match=r"holds commit.1.json but not commit.0.json"):
-        reader.open(damaged)

@@ -44,7 +44,7 @@ def copied(path, kind, wanted, target=None, record=None):
 
 
 @KINDS
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(wanted=st.sets(st.integers(0, ROWS - 1)) | st.just(set(range(ROWS))))
 def test_any_rows_are_the_files(files, kind, wanted):
     sound, found = copied(files / kind, kind, sorted(wanted))
@@ -54,9 +54,9 @@ def test_any_rows_are_the_files(files, kind, wanted):
 
 @KINDS
 @pytest.mark.parametrize("wanted", [range(ROWS), [0], []])
-def test_every_flipped_byte_shows_whichever_rows_are_wanted(tmp_path, kind, wanted):
+def test_a_flipped_byte_shows_whichever_rows_are_wanted(tmp_path, kind, wanted):
     path = tmp_path / "c.0.0"
-    for place in range(len(CONTENT[kind])):
+    for place in [*range(0, len(CONTENT[kind]), 3), *range(-5, 0)]:
         damaged = bytearray(CONTENT[kind])
         damaged[place] ^= 16
         path.write_bytes(damaged)

@@ -35,14 +35,14 @@ from damaging import (
 )
 from lessons import condensed
 from pupils import distilled, school
-from stores import creating, finish, form, grown, knowledge, make, plan_of, small_parts, values, write_part
+from stores import creating, finish, form, grown, make, plan_of, small_parts
 
 from kcdcache.commands import verify as verify_
 from kcdcache.condense import manifest
 from kcdcache.errors import KcdcacheError, UnfinishedError
 from kcdcache.runs import check as runs_check
 from kcdcache.store import check as store_check
-from kcdcache.store import encoding, reader, writer
+from kcdcache.store import reader
 
 SEED = 7
 FLIPS = {
@@ -106,25 +106,12 @@ def a_store(root, undone):
 
 def grown_store(path):
     """A float16 store of 150 samples, of which the teacher failed on sample 40; grown by a field, then by a view."""
-    plan = small_parts(150, 2, 64, 32)
-    with creating(path, plan) as writing:
-        for part in writing.pending():
-            if part.start <= 40 < part.stop:
-                skipping(writing, part, 40)
-            else:
-                write_part(writing, part)
-        writing.seal()
+    with creating(path, small_parts(150, 2, 64, 32)) as writing:
+        finish(writing, skipped=40)
     grown(path, fields=[form("penultimate")])
     before = read_store(path)
-    with writer.grow(path, knowledge(), views=3) as growing:
-        finish(growing)
+    grown(path, views=3)
     return a_store(path, {"_kcd/commit.2.json": before})
-
-
-def skipping(writing, part, sample):
-    mine = values("logits", part.view)[part.start : part.stop]
-    rows = writing.plan.encodings["logits"].encode(mine, part.start, torch.arange(part.start, part.stop) == sample)
-    writing.write_part(part, rows, {"logits": encoding.statistics(mine)}, {"correct": 3}, (sample,))
 
 
 def a_manifest(root):
@@ -145,13 +132,13 @@ def runs_of(root):
     distilled(place, root / "run", run={"until": 3})
     shutil.copytree(root / "run", root / "interrupted")
     distilled(place, root / "run")
-    made = {"run, interrupted": a_run(root / "interrupted"), "run, finished": a_run(root / "run")}
     held = Path(shutil.copytree(root / "interrupted", root / "held"))
     files = tuple(name for name in files_of(held) if name.startswith("checkpoint/"))
     checkpoint = Subject(
         held, files, lambda: read_checkpoint(held), lambda: runs_check.check(held).problems,
         undone={"checkpoint/latest.json": None},
     )  # fmt: skip
+    made = {"run, interrupted": a_run(root / "interrupted"), "run, finished": a_run(root / "run")}
     return {"checkpoint": checkpoint} | made
 
 

@@ -155,16 +155,12 @@ def test_an_image_replaced_after_its_digest_was_known_is_refused_when_decoded(la
     assert len(all_of(train)) == 12
 
 
-def test_a_damaged_image_is_told_apart_from_another_one(lazy):
+def test_a_damaged_a_vanished_and_an_unreadable_image_are_told_apart(lazy):
     train = load(lazy).train
     train.expect(lazy.knowledge.sample_digest, "in the store at S")
     file = truncated(lazy)
     with pytest.raises(CorruptionError, match=rf"sample 5 .*{file} .*{DIGEST}.*{DIGEST}.*S; it is damaged: .*replace"):
         all_of(train)
-
-
-def test_a_vanished_and_an_unreadable_image_are_named(lazy):
-    train, file = load(lazy).train, lazy.images / "train/bee/1.png"
     file.unlink()
     with pytest.raises(NotFoundError, match=rf"the image {file} has vanished since the data set was listed; put it"):
         all_of(train)
@@ -184,14 +180,11 @@ def test_an_image_of_another_size_is_never_spread_over_its_place(lazy):
         source.images(np.arange(3))
 
 
-def encoded(pixels):
-    stream = io.BytesIO()
-    pixels.save(stream, "PNG")
-    return stream.getvalue()
-
-
 def write_parquet(folder, seeds):
-    rows = [{"bytes": encoded(picture(seed, 16 + number)), "path": None} for number, seed in enumerate(seeds)]
+    rows = []
+    for number, seed in enumerate(seeds):
+        picture(seed, 16 + number).save(stream := io.BytesIO(), "PNG")
+        rows.append({"bytes": stream.getvalue(), "path": None})
     column = pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
     table = pa.table({"img": column, "label": [number % 2 for number in range(len(rows))]})
     for name in ("train-0", "train-1", "test-0"):
@@ -231,6 +224,9 @@ def test_a_store_is_matched_without_reading_images_that_are_decoded_on_demand(la
     assert dataset.identity() == lazy.knowledge.knowledge.data
     with pytest.raises(NotFoundError, match="has vanished"):
         all_of(dataset.train)
+    renamed = replace(dataset, classes=("bee", "ant", "cow"))
+    with pytest.raises(MismatchError, match=r"differ in classes\[0\]: 'ant' against 'bee'; use the data the store"):
+        check.check_data(lazy.knowledge, renamed)
 
 
 def test_only_the_images_of_a_condensed_set_are_read_in_training(lazy, capsys):
@@ -268,8 +264,8 @@ def moved(*pairs):
     return move
 
 
-def dropped(name):
-    return lambda place: (place.images / f"train/{name}.png").unlink()
+def dropped(place):
+    (place.images / "train/bee/1.png").unlink()
 
 
 def looped(place):
@@ -279,8 +275,7 @@ def looped(place):
 
 
 ENDINGS = {
-    "a bee dropped": (dropped("bee/1"), 4, rf"{FINGERPRINTS} differ in count: 12 against 11; .* differs is [57]; use"),
-    "a cow dropped": (dropped("cow/3"), 4, rf"{FINGERPRINTS} differ in count: 12 against 11; .* differs is 11; use"),
+    "a bee dropped": (dropped, 4, rf"{FINGERPRINTS} differ in count: 12 against 11; .* differs is [57]; use the data"),
     "another label": (
         moved(("train/cow/0.png", "train/bee/9.png")),
         4,
@@ -318,13 +313,6 @@ def test_class_names_in_another_order_end_training_with_4(place, capsys):
     assert not (place.root / "run").exists()
 
 
-def test_classes_renamed_alone_are_refused_by_name(place):
-    dataset = load(place)
-    renamed = replace(dataset, classes=("bee", "ant", "cow"))
-    with pytest.raises(MismatchError, match=r"differ in classes\[0\]: 'ant' against 'bee'; use the data the store"):
-        check.check_data(place.knowledge, renamed)
-
-
 def test_training_goes_on_to_the_same_bytes_once_the_image_is_back(lazy, capsys):
     good = (lazy.images / "train/bee/1.png").read_bytes()
     assert outcome(capsys, *train(lazy, out="undisturbed"))[0] == 0
@@ -336,14 +324,12 @@ def test_training_goes_on_to_the_same_bytes_once_the_image_is_back(lazy, capsys)
     assert same_files(lazy.root / "undisturbed", lazy.root / "run")
 
 
-@pytest.mark.parametrize(
-    ("change", "expected", "said"), [(truncated, 3, "is not a readable image"), (looped, 1, "cannot be read")]
-)
-def test_precompute_reads_every_image_and_refuses_one_that_cannot_be_read(place, capsys, change, expected, said):
-    change(place)
-    code, error = outcome(capsys, *precompute(place))
-    assert (code, f"bee/1.png {said}" in error) == (expected, True)
-    assert not (place.root / "new/_kcd/commit.json").exists()
+def test_precompute_reads_every_image_and_refuses_one_that_cannot_be_read(place, capsys):
+    for change, expected, said in ((truncated, 3, "is not a readable image"), (looped, 1, "cannot be read")):
+        change(place)
+        code, error = outcome(capsys, *precompute(place))
+        assert (code, f"bee/1.png {said}" in error) == (expected, True)
+        assert not (place.root / "new/_kcd/commit.0.json").exists()
 
 
 @pytest.mark.parametrize(("command", "left"), [(train, "run/summary.json"), (precompute, "new")])

@@ -46,7 +46,7 @@ def divergence(p, q):
     return terms.sum(1)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=20)
 @given(logits())
 def test_float32_is_exact(z):
     assert torch.equal(round_trip("float32", z), z)
@@ -60,7 +60,7 @@ def test_uint8_keeps_whole_255ths_and_every_number_in_0_to_1_within_half_of_one(
     assert 0.99 / 510 < float(off.max()) <= 1 / 510 + 1e-7
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=37)
 @given(logits())
 def test_float16_logits_keep_the_gap_bound(z):
     stored = encoding.parse("float16", "logits", (z.shape[1],)).encode(z)
@@ -70,7 +70,7 @@ def test_float16_logits_keep_the_gap_bound(z):
     np.testing.assert_array_equal(stored["logits_rowmax"], z.numpy().max(1))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=25)
 @given(logits(), st.sampled_from([0.5, 1.0, 4.0]))
 def test_float16_logits_keep_the_divergence_bound(z, temperature):
     stored = encoding.parse("float16", "logits", (z.shape[1],)).encode(z)
@@ -81,31 +81,18 @@ def test_float16_logits_keep_the_divergence_bound(z, temperature):
     assert np.all(divergence(p, soft(stored["logits"], temperature)) <= bound + 1e-12)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_float16_logits_of_a_usual_teacher_lose_less_than_a_millionth(temperature):
-    z = peaked()
-    lost = divergence(soft(z, temperature), soft(round_trip("float16", z), temperature))
-    assert -1e-12 < lost.mean() < 1e-6
-
-
 def test_float16_logits_far_apart_are_clipped_and_finite():
     assert torch.isfinite(round_trip("float16", torch.tensor([[0.0, -1e30, 3e38], [-3.4e38, 3.4e38, 0.0]]))).all()
     z = torch.tensor([[0.0, -1e30, 1e6], [-3e38, 70000.0, 0.0]])
     np.testing.assert_array_equal(soft(round_trip("float16", z)), soft(z))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=20)
 @given(logits())
 def test_float16_features_keep_the_relative_bound(z):
     x = z.clamp(-65504, 65504)
     error = (round_trip("float16", x, field="penultimate") - x).abs()
     assert torch.all(error <= 2**-11 * x.abs() + 2**-25)
-
-
-def test_float16_features_beyond_its_range_name_the_sample():
-    form = encoding.parse("float16", "penultimate", (2,))
-    with pytest.raises(NonFiniteError, match=r"exceeds float16's 65504 for samples 101 \("):
-        form.encode(torch.tensor([[1.0, 2.0], [3.0, 65505.0]]), first=100)
 
 
 @pytest.mark.parametrize("text", ["float16", "float32", "top:2"])
@@ -114,19 +101,11 @@ def test_rows_that_are_not_finite_are_named(text):
     z[[3, 11], 1] = torch.tensor([math.nan, -math.inf])
     with pytest.raises(NonFiniteError, match="'logits' is not finite for samples 3, 11 "):
         encoding.parse(text, "logits", (3,)).encode(z)
-
-
-def test_many_bad_rows_are_counted():
     with pytest.raises(NonFiniteError, match="0, 1, 2, 3, 4, 5, 6, 7 and 12 more"):
-        encoding.parse("float32", "logits", (3,)).encode(torch.full((20, 3), math.inf))
+        encoding.parse(text, "logits", (3,)).encode(torch.full((20, 3), math.inf))
 
 
-def test_top_sixteen_of_a_thousand_take_seventy_bytes():
-    stored = encoding.parse("top:16", "logits", (1000,)).encode(peaked(5))
-    assert stored["logits"].nbytes == 5 * 70
-
-
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=25)
 @given(logits(2), st.integers(1, 30))
 def test_top_keeps_the_largest_in_order_with_ties_by_class(z, kept):
     kept = min(kept, z.shape[1])
@@ -136,7 +115,7 @@ def test_top_keeps_the_largest_in_order_with_ties_by_class(z, kept):
         assert row[:kept].tolist() == expected
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=25)
 @given(logits(2), st.integers(1, 30), st.sampled_from([0.3, 1.0, 4.0, 20.0]))
 def test_top_keeps_the_gaps_of_kept_classes_at_any_temperature(z, kept, temperature):
     kept = min(kept, z.shape[1])
@@ -155,7 +134,7 @@ def true_log_mean(z, kept, t):
     return np.array([row.max() * t + math.log(np.mean(np.exp(t * (row - row.max())))) for row in gaps])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=37)
 @given(logits(3), st.integers(1, 2), st.sampled_from([0.25, 1.0, 2.0, 4.0, 50.0]))
 def test_top_keeps_the_tail_within_bounds_that_hold_the_truth(z, kept, temperature):
     z = z.clamp(z.max() - 30000, z.max())
@@ -164,20 +143,11 @@ def test_top_keeps_the_tail_within_bounds_that_hold_the_truth(z, kept, temperatu
     t, at_one, mean = 1 / temperature, true_log_mean(z, kept, 1.0), tail.mean(1)
     largest = np.sort(z.double().numpy() - z.double().numpy().max(1, keepdims=True), 1)[:, -kept]
     low, high = (mean * t, t * at_one) if t <= 1 else (t * at_one, at_one + (t - 1) * largest)
-    low = np.minimum(low, largest * t)
+    low = at_one if t == 1 else np.minimum(low, largest * t)  # at temperature 1 the tail's mass is kept
     slack = 2**-10 * t * (np.abs(mean) + np.abs(at_one) + np.log(30) + np.abs(largest)) + 1e-5
     assert np.all((found >= low - slack) & (found <= high + slack))
     truth = true_log_mean(z, kept, t)
     assert np.all((truth >= low - 1e-6 - 1e-9 * np.abs(low)) & (truth <= high + 1e-6 + 1e-9 * np.abs(high)))
-
-
-@settings(deadline=None, max_examples=100)
-@given(logits(3), st.integers(1, 2))
-def test_top_keeps_the_tails_mass_at_temperature_one(z, kept):
-    z = z.clamp(z.max() - 30000, z.max())
-    found = round_trip(f"top:{kept}", z).double().numpy().min(1)
-    log_mass = true_log_mean(z, kept, 1.0) + math.log(z.shape[1] - kept)
-    assert np.all(np.abs(found + math.log(z.shape[1] - kept) - log_mass) <= 2**-10 * np.abs(log_mass) + 1e-4)
 
 
 @pytest.mark.parametrize(("temperature", "ratio"), [(1.0, 1.0), (2.0, 5.0), (4.0, 10.0), (8.0, 10.0)])
@@ -188,6 +158,7 @@ def test_top_is_far_closer_than_renormalised_top(temperature, ratio):
     mass = np.sort(p, 1)[:, -16:].sum(1)
     renormalised = -np.log(mass).mean()  # KL(q||p) of renormalised top-k; KL(p||q) is infinite
     assert ours * ratio < renormalised
+    assert divergence(p, soft(round_trip("float16", z), temperature)).mean() < 1e-6  # of a usual teacher
     uniform_within = np.sort(p, 1)[:, :-16]
     spread = uniform_within.mean(1, keepdims=True).repeat(uniform_within.shape[1], 1)
     floor = (uniform_within * np.log(uniform_within / spread)).sum(1).mean()
@@ -238,15 +209,13 @@ def test_impossible_encodings_are_refused(text, field, shape, message):
         encoding.parse(text, field, shape)
 
 
-def test_rows_of_another_shape_are_refused():
+def test_impossible_rows_and_temperatures_are_refused():
+    form = encoding.parse("float32", "logits", (3,))
     with pytest.raises(SettingsError, match=r"should have shape \(3,\), found \(4,\)"):
-        encoding.parse("float16", "logits", (3,)).encode(torch.zeros(2, 4))
-
-
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
-def test_temperatures_that_mean_nothing_are_refused(temperature):
-    with pytest.raises(SettingsError, match="temperature should be a positive number"):
-        encoding.parse("float32", "logits", (3,)).decode({"logits": torch.zeros(1, 3)}, temperature)
+        form.encode(torch.zeros(2, 4))
+    for temperature in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(SettingsError, match="temperature should be a positive number"):
+            form.decode({"logits": torch.zeros(1, 3)}, temperature)
 
 
 @pytest.mark.parametrize(("text", "field"), [("float32", "logits"), ("float16", "logits"), ("top:2", "logits"),
@@ -264,20 +233,18 @@ def test_skipped_rows_hold_what_nobody_takes_for_a_number_and_others_what_they_w
         np.testing.assert_array_equal(rows[~skipped.numpy()], expected[name][~skipped.numpy()])
         empty = rows[skipped.numpy()]
         assert (empty == 0xFFFF).all() if rows.dtype == np.uint16 else np.isnan(empty).all()
-
-
-def test_bad_rows_that_are_not_skipped_are_refused_all_the_same():
-    form, values = encoding.parse("float32", "logits", (2,)), torch.full((3, 2), math.nan)
-    with pytest.raises(NonFiniteError, match="is not finite for samples 7 "):
-        form.encode(values, 5, torch.tensor([True, True, False]))
+    with pytest.raises(NonFiniteError, match="is not finite for samples 11 "):
+        form.encode(broken, 7, skipped & (torch.arange(6) != 4))
 
 
 def test_every_fault_is_told_with_its_rows_and_its_remedy():
     values = torch.tensor([[1.0, 65504.0], [1e5, 0.0], [math.inf, 0.0], [math.nan, -1e9]])
-    infinite, beyond = encoding.parse("float16", "penultimate", (2,)).faults(values)
+    form = encoding.parse("float16", "penultimate", (2,))
+    infinite, beyond = form.faults(values)
     assert infinite.rows.tolist() == [False, False, True, True]
     assert beyond.rows.tolist() == [False, True, False, True]
-    assert beyond.remedy == "; `--encoding float32` can hold it"
+    with pytest.raises(NonFiniteError, match=r"exceeds float16's 65504 for samples 101 \(.*`--encoding float32` can"):
+        form.encode(values[:2], first=100)
     for text, field in (("float32", "penultimate"), ("float16", "logits"), ("top:1", "logits")):
         (only,) = encoding.parse(text, field, (2,)).faults(values)
         assert only.rows.tolist() == [False, False, True, True]

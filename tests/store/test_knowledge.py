@@ -27,10 +27,6 @@ def stores(tmp_path_factory):
     return {text: make(root / text, small_parts(COUNT, 2, 64, 32, text)) for text in ENCODINGS}
 
 
-def two_fields(path):
-    return reader.open(make(path, plan.plan_store(COUNT, 2, [form("logits"), form("penultimate")])))
-
-
 def holding(knowledge, folder, index=EVERY_THIRD, memory_bytes=PLENTY, fields=("logits",), **more):
     return StoredTargets(knowledge, index, fields, memory_bytes=memory_bytes, folder=folder, **more)
 
@@ -42,17 +38,23 @@ def gathered(targets, view, index, temperature=4.0):
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("memory_bytes", [0, PLENTY])
-def test_gathered_rows_are_the_stores(stores, tmp_path, encoding, memory_bytes):
+def test_gathered_rows_and_slices_of_a_planned_epoch_are_the_stores(stores, tmp_path, encoding, memory_bytes):
     knowledge, random = reader.open(stores[encoding]), np.random.default_rng(0)
     with holding(knowledge, tmp_path, memory_bytes=memory_bytes) as targets:
         for view, size in ((0, 6), (1, 0), (1, 20), (0, 1), (0, 6)):
             index = random.choice(EVERY_THIRD, size)
             found = gathered(targets, view, index)
             assert np.array_equal(found["logits"].numpy(), knowledge.read("logits", view, index, 4.0))
+        targets.prepare(1, None)
+        planned = targets.plan(order := random.permutation(EVERY_THIRD))
+        for part in (slice(0, 16), slice(16, 32), slice(32, 99), slice(3, 4), slice(50, 60)):
+            found = planned.gather(part, 4.0, CPU)["logits"].numpy()
+            assert np.array_equal(found, knowledge.read("logits", 1, order[part], 4.0))
 
 
 def test_all_fields_of_a_batch_come_together(tmp_path):
-    knowledge, index = two_fields(tmp_path / "store"), np.array([6, 3])
+    forms = [form("logits"), form("penultimate")]
+    knowledge, index = reader.open(make(tmp_path / "store", plan.plan_store(COUNT, 2, forms))), np.array([6, 3])
     with holding(knowledge, tmp_path, fields=("logits", "penultimate")) as targets:
         found = gathered(targets, 1, index)
     assert set(found) == {"logits", "penultimate"}
@@ -61,35 +63,37 @@ def test_all_fields_of_a_batch_come_together(tmp_path):
         assert np.array_equal(rows.numpy(), knowledge.read(name, 1, index))
 
 
-def test_only_the_needed_rows_are_read_and_held(stores, tmp_path):
+def test_only_the_needed_rows_of_a_prepared_view_are_read_and_held(stores, tmp_path):
     knowledge = reader.open(stores["float32"])
     with holding(knowledge, tmp_path) as targets:
+        with pytest.raises(AssertionError, match="prepare comes first"):
+            targets.gather(np.array([3]), 1.0, CPU)
         targets.prepare(0, None)
         targets.prepare(0, None)
         assert knowledge.rows_read == len(EVERY_THIRD)
-        with pytest.raises(AssertionError, match="only the samples asked for"):
-            targets.gather(np.array([3, 4]), 1.0, CPU)
-
-
-def test_gathering_before_a_view_is_prepared_is_refused(stores, tmp_path):
-    with (
-        holding(reader.open(stores["float32"]), tmp_path) as targets,
-        pytest.raises(AssertionError, match="prepare comes first"),
-    ):
-        targets.gather(np.array([3]), 1.0, CPU)
+        for ask in (lambda index: targets.gather(index, 1.0, CPU), targets.plan):
+            with pytest.raises(AssertionError, match="only the samples asked for"):
+                ask(np.array([3, 4]))
+        planned = targets.plan(EVERY_THIRD)
+        targets.prepare(1, None)
+        with pytest.raises(AssertionError, match="another view was prepared"):
+            planned.take(slice(0, 2))
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_later_batches_and_turns_of_the_view_leave_the_first_as_it_was(stores, tmp_path, encoding):
     with holding(reader.open(stores[encoding]), tmp_path) as targets:
         targets.prepare(0, 1)
-        first = targets.gather(np.array([0, 3, 6]), 4.0, CPU)["logits"]
+        first, planned = targets.gather(EVERY_THIRD[:3], 4.0, CPU)["logits"], targets.plan(EVERY_THIRD)
+        second = planned.gather(slice(0, 3), 4.0, CPU)["logits"]
         before = first.clone()
         targets.gather(np.array([30, 33, 36]), 4.0, CPU)["logits"].zero_()
+        planned.gather(slice(0, 8), 4.0, CPU)["logits"].zero_()
         for view in (1, 0, 1):
             targets.prepare(view, 1 - view)
             targets.gather(EVERY_THIRD[::-1].copy(), 4.0, CPU)
         assert torch.equal(first, before)
+        assert torch.equal(second, before)
         assert torch.equal(gathered(targets, 0, [0, 3, 6])["logits"], before)
 
 
@@ -216,30 +220,6 @@ def test_rows_still_encoded_come_in_buffers_that_are_used_again(stores, tmp_path
             assert np.array_equal(rows, knowledge.load(0, np.array([9, 12]), ("logits",))[name])
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("memory_bytes", [0, PLENTY])
-def test_slices_of_a_planned_epoch_are_the_stores(stores, tmp_path, encoding, memory_bytes):
-    knowledge, order = reader.open(stores[encoding]), np.random.default_rng(0).permutation(EVERY_THIRD)
-    with holding(knowledge, tmp_path, memory_bytes=memory_bytes) as targets:
-        targets.prepare(1, None)
-        planned = targets.plan(order)
-        for part in (slice(0, 16), slice(16, 32), slice(32, 99), slice(3, 4), slice(50, 60)):
-            found = planned.gather(part, 4.0, CPU)["logits"].numpy()
-            assert np.array_equal(found, knowledge.read("logits", 1, order[part], 4.0))
-
-
-def test_a_decoded_slice_of_an_epoch_can_be_changed_and_stays_as_it_is(stores, tmp_path):
-    with holding(reader.open(stores["float16"]), tmp_path) as targets:
-        targets.prepare(0, None)
-        planned = targets.plan(EVERY_THIRD)
-        first = planned.gather(slice(0, 8), 1.0, CPU)["logits"]
-        before = first.clone()
-        planned.gather(slice(8, 16), 1.0, CPU)["logits"].zero_()
-        assert torch.equal(first, before)
-        first.zero_()
-        assert torch.equal(planned.gather(slice(0, 8), 1.0, CPU)["logits"], before)
-
-
 def test_a_planned_batch_allocates_nothing_of_its_size(tmp_path):
     knowledge = reader.open(make(tmp_path / "store", plan_of(20_000, 1)))
     with holding(knowledge, tmp_path, np.arange(20_000)) as targets:
@@ -251,14 +231,3 @@ def test_a_planned_batch_allocates_nothing_of_its_size(tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < 10_000  # of a batch of 180,000 bytes
-
-
-def test_an_epoch_planned_for_another_view_or_samples_is_refused(stores, tmp_path):
-    with holding(reader.open(stores["float16"]), tmp_path) as targets:
-        targets.prepare(0, None)
-        with pytest.raises(AssertionError, match="only the samples asked for"):
-            targets.plan(np.array([0, 1]))
-        planned = targets.plan(EVERY_THIRD)
-        targets.prepare(1, None)
-        with pytest.raises(AssertionError, match="another view was prepared"):
-            planned.take(slice(0, 2))

@@ -20,7 +20,7 @@ from kcdcache.errors import LockedError, NotFoundError, UnfinishedError
 from kcdcache.report import show
 from kcdcache.store import identity, reader
 
-RACERS = 8
+RACERS = 6
 WORK = [
     *(f"stages/{stage}/manifest.parquet" for stage in (0, 3)),
     "values.parquet",
@@ -117,7 +117,7 @@ def alone(place, start):
 
 
 def test_of_condensers_racing_for_one_file_exactly_one_wins(place, alone, volley, tmp_path):
-    for race, racers in enumerate((2, RACERS, RACERS)):
+    for race, racers in enumerate((2, RACERS)):
         keeps, out = [round(0.3 + 0.05 * number, 2) for number in range(racers)], tmp_path / f"{race}.parquet"
         codes = volley([condense(place, out, keep) for keep in keeps], tmp_path / "racer")
         assert sorted(codes) == [0] + [LockedError.exit_code] * (racers - 1)
@@ -134,15 +134,6 @@ def test_condensers_racing_to_the_same_set_all_succeed(place, volley, tmp_path):
     assert len({text.splitlines()[0] for text in told}) <= 2  # the one that wrote it, and those who found it there
     assert len(manifest.read(out)) == 100
     assert not leftovers(tmp_path)
-
-
-def test_of_trainings_racing_for_one_folder_exactly_one_goes_on(place, volley, tmp_path):
-    codes = volley([train(place, tmp_path / "run")] * 4, tmp_path / "racer")
-    # who comes when the winner has ended finds a finished run
-    assert codes.count(0) >= 1
-    assert set(codes) <= {0, LockedError.exit_code}
-    for name in WORK:
-        assert (tmp_path / "run" / name).read_bytes() == (place / "run" / name).read_bytes()
 
 
 # ---- a reader during the writing
@@ -199,12 +190,11 @@ def look_at_run(path):
     told = show.inspect(path)
     sets = [manifest.read(path / f"stages/{stage['stage']}/manifest.parquet").digest for stage in told["stages"]]
     assert sets[: len(told["stages"])] == [stage["digest"] for stage in told["stages"]]
-    found = value_files.read(path / "values.parquet", 200) if (path / "values.parquet").exists() else None
-    return told["finished"], told["epochs_done"], tuple(sets), found and (found.document["epoch"], total(found))
-
-
-def total(found):
-    return int(found.values.visits.sum()), float(found.values.value.astype(np.float64).sum())
+    if not (path / "values.parquet").exists():
+        return told["finished"], told["epochs_done"], tuple(sets), None
+    found = value_files.read(path / "values.parquet", 200)
+    values = found.document["epoch"], int(found.values.visits.sum()), found.values.value.tobytes()
+    return told["finished"], told["epochs_done"], tuple(sets), values
 
 
 def test_a_reader_of_a_run_that_is_trained_sees_whole_states_only(place, start, tmp_path):
@@ -219,7 +209,7 @@ def test_a_reader_of_a_run_that_is_trained_sees_whole_states_only(place, start, 
     assert all(state[2] == final[2][: len(state[2])] for state in states)
     rows = [json.loads(line) for line in (place / "run/metrics.jsonl").read_bytes().splitlines()]
     visits = {0: 200} | {row["epoch"] + 1: row["samples_so_far"] for row in rows}
-    assert all(state[3] is None or state[3][1][0] == visits[state[3][0]] for state in states)
+    assert all(state[3] is None or state[3][1] == visits[state[3][0]] for state in states)
 
 
 def look_at_store(path):
@@ -268,31 +258,16 @@ def test_condense_killed_at_any_step_leaves_nothing_or_the_whole_set(place, alon
     assert (point, steps) == (6, 2)  # of its five steps the last two come after the name is there
 
 
-def test_another_set_is_not_taken_for_the_one_a_kill_left(place, start, tmp_path):
-    out = tmp_path / "set.parquet"
-    for point in (3, 5):
-        finished(start, condense(place, out, 0.4), tmp_path / "log", KCDCACHE_CRASHPOINT=str(point))
-    assert manifest.read(out).keep == 0.4
-    assert finished(start, condense(place, out, 0.5), tmp_path / "log") == LockedError.exit_code
-    assert manifest.read(out).keep == 0.4
-
-
 # ---- a run killed between a file and its record
 
 
-def state_of(run):
-    """Return the announced files of a run that lie there without a record."""
-    file = run / "files.json"
-    pending = json.loads(file.read_bytes())["pending"] if file.exists() else []
-    return {name for name in pending if (run / name).exists()}
-
-
-@pytest.mark.parametrize("point", [9, 13, 14, 15, 16, 19])
+@pytest.mark.parametrize("point", [14, 15, *(pytest.param(n, marks=pytest.mark.slow) for n in (9, 13, 16, 19))])
 def test_a_run_killed_around_a_files_record_resumes_to_the_same_bytes(place, start, tmp_path, point):
     """At steps around the first manifest of a run: announced, written, recorded."""
     run = tmp_path / "run"
     assert finished(start, train(place, run), tmp_path / "log", KCDCACHE_CRASHPOINT=str(point)) != 0
-    there = state_of(run)
+    pending = json.loads((run / "files.json").read_bytes())["pending"] if (run / "files.json").exists() else []
+    there = {name for name in pending if (run / name).exists()}
     assert ("stages/0/manifest.parquet" in there) == (14 <= point <= 18)
     assert all(manifest.read(run / name).digest == manifest.read(place / "run" / name).digest for name in there)
     if point == 15:  # another file in the place of one whose record was cut off is made again

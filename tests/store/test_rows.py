@@ -61,132 +61,58 @@ def test_what_is_forged_faithfully_is_the_set_itself(tmp_path):
     assert manifest.read(tmp_path / "m.parquet").digest == kept.digest
 
 
-def set_to(name, value):
-    def change(columns, row):
-        columns[name][row] = value
-
-    return change
-
-
-def repeat_before(name):
-    def change(columns, row):
-        columns[name][row] = columns[name][row - 1]
-
-    return change
-
-
-def keep_the_partner(columns, row):
-    columns["partner"][row] = columns["index"][0]
-
-
-def repeat_a_partner(columns, row):
-    others = columns["mixed"].copy()
-    others[row] = False
-    columns["partner"][row] = columns["partner"][np.argmax(others)]
-
-
-def repeat_a_rank(columns, row):
-    columns["rank"][row] = columns["rank"][0]
-
-
-ANY, MIXED, KEPT = (lambda columns: np.arange(1, len(columns["index"]))), "mixed", "kept"
 BREAKS = {
-    "index twice": (ANY, repeat_before("index"), "index to be ascending order, each sample once"),
-    "index negative": (ANY, set_to("index", -1), r"index to be a sample in \[0, 40\)"),
-    "index too high": (ANY, set_to("index", COUNT), r"index to be a sample in \[0, 40\)"),
-    "no partner": (MIXED, set_to("partner", -1), r"partner to be a sample in \[0, 40\) in K_Aug"),
-    "partner too high": (MIXED, set_to("partner", COUNT), "partner to be a sample"),
-    "partner is kept": (MIXED, keep_the_partner, "partner to be a dropped sample, not a kept one"),
-    "partner in K_1H": (KEPT, set_to("partner", 1), r"partner to be none \(-1\) in K_1H"),
-    "epsilon in K_1H": (KEPT, set_to("epsilon", 0.1), "epsilon to be 0 in K_1H"),
-    "epsilon above 1": (MIXED, set_to("epsilon", 1.01), r"epsilon to be a share in \[0, 1\]"),
-    "epsilon below 0": (MIXED, set_to("epsilon", -1e-6), "epsilon to be a share"),
-    "epsilon NaN": (MIXED, set_to("epsilon", np.nan), "epsilon to be a share"),
-    "rank too high": (ANY, set_to("rank", COUNT), r"rank to be a rank in \[0, 40\)"),
-    "rank negative": (ANY, set_to("rank", -1), "rank to be a rank"),
-    "visits negative": (ANY, set_to("visits", -1), "visits to be 0 or more"),
-    "value NaN": (ANY, set_to("value", np.nan), "value to be a finite number"),
-    "value infinite": (ANY, set_to("value", np.inf), "value to be a finite number"),
-    "weight zero": (ANY, set_to("weight", 0), "weight to be a finite number above 0"),
-    "weight NaN": (ANY, set_to("weight", np.nan), "weight to be a finite number above 0"),
-    "weight infinite": (ANY, set_to("weight", np.inf), "weight to be a finite number above 0"),
+    "index negative": ("index", -1, r"index to be a sample in \[0, 40\)"),
+    "index too high": ("index", COUNT, r"index to be a sample in \[0, 40\)"),
+    "partner too high": ("partner", COUNT, "partner to be"),
+    "epsilon NaN": ("epsilon", np.nan, "epsilon to be"),
+    "rank too high": ("rank", COUNT, r"rank to be a rank in \[0, 40\)"),
+    "visits negative": ("visits", -1, "visits to be 0 or more"),
+    "value NaN": ("value", np.nan, "value to be a finite number"),
+    "weight zero": ("weight", 0, "weight to be a finite number above 0"),
 }
-"""name -> rows it can be done to, what is done, what is expected then"""
+"""name -> column, what stands there, what is expected; of the rules themselves see test_manifest"""
 
 
-def rows_of(which, columns):
-    if callable(which):
-        return which(columns)
-    rows = np.flatnonzero(columns["mixed"] if which == "mixed" else ~columns["mixed"])
-    return rows[rows > 0]
-
-
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 5), st.integers(0, 10**6))
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_broken_row_is_named(tmp_path, name, seed, where):
-    which, change, expected = BREAKS[name]
-    kept = chosen(seed)
-    columns = copies(kept)
-    rows = rows_of(which, columns)
-    row = int(rows[where % len(rows)])
-    change(columns, row)
+    column, number, expected = BREAKS[name]
+    columns = copies(kept := chosen(seed))
+    row = 1 + where % (len(kept) - 1)
+    columns[column][row] = number
     forge(tmp_path / "m.parquet", columns, kept.document())
     with pytest.raises(MismatchError, match=rf"manifest row {row}, index -?\d+: expected {expected}"):
         manifest.read(tmp_path / "m.parquet")
 
 
-@pytest.mark.parametrize(
-    ("change", "column"), [(repeat_a_partner, "partner"), (repeat_a_rank, "rank")], ids=["partner", "rank"]
-)
-def test_of_two_rows_with_the_same_the_second_is_named(tmp_path, change, column):
-    kept = chosen(1)
-    columns = copies(kept)
-    row = int(np.flatnonzero(columns["mixed"])[-1])
-    change(columns, row)
-    forge(tmp_path / "m.parquet", columns, kept.document())
-    with pytest.raises(MismatchError, match=rf"row {row}, .*: expected {column} to be each {column} once"):
-        manifest.read(tmp_path / "m.parquet")
-
-
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.permutations(["weight zero", "rank too high", "value NaN", "visits negative"]), st.integers(0, 10**6))
 def test_of_many_broken_rows_the_first_is_named(tmp_path, names, where):
     columns = copies(kept := chosen(2))
     rows = np.sort(np.random.default_rng(where).choice(np.arange(len(kept)), len(names), replace=False))
     for name, row in zip(names, rows.tolist(), strict=True):
-        BREAKS[name][1](columns, row)
+        columns[BREAKS[name][0]][row] = BREAKS[name][1]
     forge(tmp_path / "m.parquet", columns, kept.document())
     with pytest.raises(MismatchError, match=rf"manifest row {rows[0]}, index \d+: expected {names[0].split()[0]} "):
         manifest.read(tmp_path / "m.parquet")
 
 
-FACTS = {
-    "class_counts": ([5, 5, 5, 5], "22 in all, or nothing"),
-    "keep": (0.2, "a share of 40 that its 22 rows do not exceed"),
-    "count": (20, "at least its 22 rows"),
-    "dropped": (3, "at least the number of mixed rows"),
-    "stage": (-1, "0 or more"),
-}
-
-
-@pytest.mark.parametrize("name", FACTS)
-def test_facts_that_do_not_fit_the_rows_are_refused(tmp_path, name):
-    wrong, expected = FACTS[name]
+def test_facts_that_do_not_fit_the_rows_are_refused(tmp_path):
     kept = chosen(3)
-    forge(tmp_path / "m.parquet", kept.columns(), kept.document() | {name: wrong})
-    with pytest.raises(MismatchError, match=f"manifest field '{name}': expected {expected}"):
+    forge(tmp_path / "m.parquet", kept.columns(), kept.document() | {"class_counts": [5, 5, 5, 5]})
+    with pytest.raises(MismatchError, match="manifest field 'class_counts': expected 22 in all, or nothing"):
         manifest.read(tmp_path / "m.parquet")
 
 
-@pytest.mark.parametrize("part", ["K_2", "k_aug", ""])
-def test_an_unknown_part_is_named_by_row(tmp_path, part):
+def test_an_unknown_part_is_named_by_row(tmp_path):
     manifest.write(tmp_path / "m.parquet", chosen(4))
     table = pq.read_table(tmp_path / "m.parquet")
     parts = table["part"].to_pylist()
-    parts[7] = part
+    parts[7] = "k_aug"
     pq.write_table(table.set_column(1, "part", pa.array(parts)), tmp_path / "m.parquet")
-    with pytest.raises(CorruptionError, match=rf"m\.parquet, row 7: expected part K_1H or K_Aug, found {part}"):
+    with pytest.raises(CorruptionError, match=r"m\.parquet, row 7: expected part K_1H or K_Aug, found k_aug"):
         manifest.read(tmp_path / "m.parquet")
 
 
@@ -218,24 +144,23 @@ def with_row(row, number, kind):
     return column
 
 
-def test_values_forged_faithfully_are_read(tmp_path):
-    forge_values(tmp_path / "v.parquet")
-    assert value_files.read(tmp_path / "v.parquet", COUNT).values.visits.sum() == COUNT
-
-
-@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("visits", [0, 1])
-def test_a_value_that_is_no_number_is_named_when_values_are_read(tmp_path, number, visits):
-    changed = {"value": with_row(11, number, np.float32), "visits": with_row(11, visits, np.int32)}
-    forge_values(tmp_path / "v.parquet", **changed)
-    with pytest.raises(NonFiniteError, match=rf"v\.parquet, row 11: 'value' is {number}, expected a finite float32"):
-        value_files.read(tmp_path / "v.parquet", COUNT)
-
-
-def test_visits_below_none_are_named_when_values_are_read(tmp_path):
-    forge_values(tmp_path / "v.parquet", visits=with_row(12, -3, np.int32))
-    with pytest.raises(MismatchError, match=r"v\.parquet, row 12: 'visits' is -3, expected 0 or more"):
-        value_files.read(tmp_path / "v.parquet", COUNT)
+@pytest.mark.parametrize(
+    ("number", "visits", "error", "said"),
+    [
+        (1, 1, None, ""),
+        (np.nan, 0, NonFiniteError, "'value' is nan, expected a finite float32"),
+        (np.inf, 1, NonFiniteError, "'value' is inf, expected a finite float32"),
+        (1, -3, MismatchError, "'visits' is -3, expected 0 or more"),
+    ],
+)
+def test_a_value_that_is_no_number_is_named_when_values_are_read(tmp_path, number, visits, error, said):
+    path = tmp_path / "v.parquet"
+    forge_values(path, value=with_row(11, number, np.float32), visits=with_row(11, visits, np.int32))
+    if error is None:
+        assert value_files.read(path, COUNT).values.visits.sum() == COUNT
+        return
+    with pytest.raises(error, match=rf"v\.parquet, row 11: {said}"):
+        value_files.read(path, COUNT)
 
 
 @pytest.fixture(scope="module")
@@ -243,21 +168,16 @@ def place(tmp_path_factory):
     return school(tmp_path_factory.mktemp("school"))
 
 
-@pytest.mark.parametrize("ranking", ["value", "random"])
-@pytest.mark.parametrize("number", [np.nan, np.inf])
+@pytest.mark.parametrize(("ranking", "number"), [("value", np.nan), ("random", np.inf)])
 def test_condense_takes_no_value_that_is_no_number(place, tmp_path, ranking, number):
     """Of another tool's file, also where the ranking does not look at values."""
     wrong = np.ones(200)
     wrong[33] = number
     pq.write_table(pa.table({"index": np.arange(200), "value": wrong}), tmp_path / "v.parquet")
-    given = {
-        "values": tmp_path / "v.parquet",
-        "store": place.knowledge.path,
-        "keep": 0.5,
-        "out": tmp_path / "m.parquet",
-    }
+    given = {"values": tmp_path / "v.parquet", "store": place.knowledge.path, "keep": 0.5, "ranking": ranking}
+    command = kcdcache_settings.make(kcdcache_settings.CondenseCommand, given | {"out": tmp_path / "m.parquet"})
     with pytest.raises(NonFiniteError, match=rf"v\.parquet, row 33: 'value' is {number}, expected a finite float32"):
-        condense_command.run(kcdcache_settings.make(kcdcache_settings.CondenseCommand, given | {"ranking": ranking}))
+        condense_command.run(command)
     assert not (tmp_path / "m.parquet").exists()
 
 
@@ -285,7 +205,6 @@ def test_a_diverged_run_names_epoch_step_and_the_samples_of_its_first_bad_batch(
     named = [int(word) for word in told.rpartition("samples: ")[2].removesuffix(", ...").split(", ")]
     assert 0 < step < 7
     assert named == sorted(batch.tolist())[:16]
-    assert NonFiniteError.exit_code == 5
     assert state.load_checkpoint(RunFolder(path=tmp_path / "run")) is None
     assert not list((tmp_path / "run").glob("values.parquet"))
 

@@ -10,12 +10,12 @@ import pytest
 from commands import words
 from killing import finished, nursery, succeeds
 from pupils import leftovers, same_files
-from stores import content, creating, grown, knowledge, make, plan_of, small_parts, write_part
+from stores import content, creating, knowledge, make, plan_of, small_parts, write_part
 
 from kcdcache.errors import LockedError, MismatchError, NotFoundError, SettingsError, UnfinishedError
 from kcdcache.store import check, reader, writer
 from kcdcache.store.log import FOLDER, commit_path
-from kcdcache.store.writer import Shard, held, parse_shard, shard_of
+from kcdcache.store.writer import Shard, parse_shard, shard_of
 
 PLAN = small_parts(150, 2, 64, 32)
 """6 parts"""
@@ -60,9 +60,8 @@ def is_whole(place, path):
     return True
 
 
-@pytest.mark.parametrize("total", [2, 3])
-def test_shards_at_once_make_the_bytes_of_one_process(workers, place, tmp_path, total):
-    all_succeed(*started(workers, place, tmp_path / "store", total))
+def test_shards_at_once_make_the_bytes_of_one_process(workers, place, tmp_path):
+    all_succeed(*started(workers, place, tmp_path / "store", 3))
     assert is_whole(place, tmp_path / "store")
 
 
@@ -139,13 +138,6 @@ def test_two_processes_never_hold_the_same_parts(tmp_path, first, second, messag
         pass
 
 
-def test_what_is_held_is_free_again_afterwards(tmp_path):
-    for shard in (Shard(0, 2), Shard(1, 3), Shard()):
-        with held(tmp_path, begin=lambda alone: None, shard=shard):
-            pass
-    assert [path.name for path in (tmp_path / "_kcd").iterdir()] == ["lock"]
-
-
 def test_a_shard_of_another_teacher_is_refused_even_before_the_first_part(tmp_path):
     other = creating(tmp_path / "s", PLAN, knowledge(weights="bb"), shard=Shard(1, 2))
     with in_shard(tmp_path / "s", 0, 2), pytest.raises(MismatchError, match=r"differ in teacher\.weights"), other:
@@ -160,23 +152,6 @@ def test_leftovers_of_the_dead_are_removed_by_who_is_alone(tmp_path):
             assert dead.exists()  # it might be the first one's
         assert left.pending()
     assert not dead.exists()
-
-
-def test_a_growth_in_shards_is_held_likewise(tmp_path):
-    path = make(tmp_path / "s", PLAN)
-    with (
-        writer.grow(path, knowledge(), views=3, shard=Shard(0, 2)) as growing,
-        pytest.raises(LockedError, match="another number of shards"),
-        writer.grow(path, knowledge(), views=3, shard=Shard(0, 3)),
-    ):
-        assert growing.pending()
-    assert grown(path, views=3).views == 3
-
-
-@pytest.mark.parametrize("text", ["", "1", "2/2", "-1/2", "0/0", "a/b", "0/2/3", "1/1234567"])
-def test_a_shard_is_a_shard(text):
-    with pytest.raises(SettingsError, match="--shard takes I/N with 0 <= I < N"):
-        parse_shard(text)
 
 
 NO_SHARD = r"the environment has {'.*'}, which names no shard of 0 to N - 1 .*; give --shard I/N"
@@ -208,6 +183,12 @@ def test_the_shard_is_this_processs_place_under_a_launcher(variables, expected):
         assert shard_of(variables) == expected
 
 
+@pytest.mark.parametrize("text", ["", "1", "2/2", "-1/2", "0/0", "a/b", "0/2/3", "1/1234567"])
+def test_a_shard_is_a_shard(text):
+    with pytest.raises(SettingsError, match="--shard takes I/N with 0 <= I < N"):
+        parse_shard(text)
+
+
 def test_processes_of_a_launcher_share_a_store_without_being_told(workers, place, tmp_path):
     path, given = tmp_path / "store", precompute(place, tmp_path / "store")
     logs = [tmp_path / f"log{rank}" for rank in range(2)]
@@ -231,9 +212,13 @@ def test_seal_ends_what_the_last_process_did_not(place, unsealed, tmp_path):
     assert writer.seal(unsealed) is True
     assert is_whole(place, unsealed)
     grown = make(tmp_path / "grown", plan_of(views=1))
-    with writer.grow(grown, knowledge(), views=2) as growing:
-        for part in growing.pending():
+    half = writer.grow(grown, knowledge(), views=2, shard=Shard(0, 2))
+    with half as growing, writer.grow(grown, knowledge(), views=2, shard=Shard(1, 2)) as other:
+        for part in growing.pending() + other.pending():
             write_part(growing, part)
+        third = writer.grow(grown, knowledge(), views=2, shard=Shard(0, 3))
+        with pytest.raises(LockedError, match="another number of shards"), third:
+            pass
     assert reader.open(grown).views == 1
     assert writer.seal(grown) is True
     assert reader.open(grown).views == 2
