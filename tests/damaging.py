@@ -119,7 +119,7 @@ def read_store(root):
     ]
     return {
         "knowledge": opened.knowledge.document(),
-        "ids": (opened.knowledge_id, opened.layout_id, opened.commits),
+        "ids": (opened.knowledge_id, opened.plan.layout_id, opened.commits),
         "plan": opened.plan.document(),
         "labels": bits(opened.labels),
         "digests": bits(opened.sample_digest),

@@ -182,15 +182,6 @@ def parse(text: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
     return _gaps(row_shape) if (name, field) == ("float16", "logits") else _plain(name, field, row_shape)
 
 
-def array_name(field: str) -> str:
-    """Return the name of a field's array, which is that of a folder too.
-
-    >>> array_name("attention:stage1:32x32")
-    'attention-stage1-32x32'
-    """
-    return field.replace(":", "-")
-
-
 def statistics(values: Float32[Tensor, "batch ..."]) -> Statistics:
     """Return count, finite minimum and maximum, and the number of non-finite values."""
     finite = values[torch.isfinite(values)]
@@ -221,7 +212,7 @@ def _plain(name: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
         name=name,
         field=field,
         row_shape=row_shape,
-        arrays=(ArraySpec(array_name(field), row_shape, name),),
+        arrays=(ArraySpec(field.replace(":", "-"), row_shape, name),),  # a folder's name too
         bound=bound,
         to_stored=lambda values: (to_stored(values),),
         to_values=lambda stored, temperature: to_values(stored[0]),
@@ -293,13 +284,13 @@ def _decode_top(packed: Tensor, kept: int, classes: int, temperature: float) -> 
     tail = torch.zeros_like(numbers[:, 0])
     if classes > kept:
         log_mean = numbers[:, kept] - math.log(classes - kept)
-        tail = temperature * tail_log_mean(
+        tail = temperature * _tail_log_mean(
             1 / temperature, log_mean, numbers[:, kept + 1], numbers[:, kept + 2], numbers[:, kept - 1]
         )
     return tail[:, None].repeat(1, classes).scatter_(1, ids, numbers[:, :kept])
 
 
-def tail_log_mean(
+def _tail_log_mean(
     t: float,
     log_mean: Float32[Tensor, " batch"],
     mean: Float32[Tensor, " batch"],

@@ -117,12 +117,6 @@ class StorePlan(PlanRecord):
         return sum(map(self.chunks_of, self.arrays))
 
     @property
-    def bytes_per_view(self) -> int:
-        """Bytes of one view's rows, padding included, before compression."""
-        arrays = self.arrays_of(self.encodings)
-        return sum(self.chunks_of(array) * array.chunk_bytes for array in arrays) // self.views
-
-    @property
     def bytes(self) -> int:
         """Bytes of all chunks, padding included, before compression."""
         return sum(self.chunks_of(array) * array.chunk_bytes for array in self.arrays)
@@ -146,9 +140,12 @@ class StorePlan(PlanRecord):
 
     def __str__(self) -> str:
         names = ", ".join(f"{entry.name} {entry.row_shape} as {entry.encoding}" for entry in self.fields)
+        a_view = (
+            sum(self.chunks_of(array) * array.chunk_bytes for array in self.arrays_of(self.encodings)) // self.views
+        )
         return (
             f"{self.count} samples x {self.views} views; {names}; {self.parts_per_view} parts of {self.part_rows} rows "
-            f"a view, teacher batches of {self.batch_size}; {self.bytes_per_view} bytes a view, {self.bytes} in all "
+            f"a view, teacher batches of {self.batch_size}; {a_view} bytes a view, {self.bytes} in all "
             f"(compression {self.compression})"
         )
 

@@ -75,11 +75,6 @@ class Store:
         return self.knowledge.knowledge_id
 
     @property
-    def layout_id(self) -> str:
-        """SHA-256 over fields, encodings, parts and view count."""
-        return self.plan.layout_id
-
-    @property
     def count(self) -> int:
         """Number of samples N."""
         return self.plan.count if self._excerpt is None else len(self._excerpt.row)

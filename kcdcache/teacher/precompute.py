@@ -233,7 +233,7 @@ def describe(path: Path) -> dict[str, Any]:
         "bounds": {name: form.bound for name, form in found.fields.items()},
         "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         "knowledge_id": found.knowledge_id,
-        "layout_id": found.layout_id,
+        "layout_id": found.plan.layout_id,
         "skipped": len(found.skipped),
         "teacher_accuracy": [sums["correct"] / found.count for sums in measured if "correct" in sums],
         "teacher_forwards": 0 if found.knowledge.teacher.architecture == "imported" else found.forwards,

@@ -31,7 +31,7 @@ def test_a_sealed_store_is_told_in_full(small):
     found, opened = show.store_report(small), reader.open(small)
     assert (found.sealed, found.growing_to, found.growths) == (True, None, 1)
     assert (found.samples, found.views, found.points, found.fields) == (150, 2, 300, {"logits": "float16"})
-    assert (found.layout_id, found.knowledge_id) == (opened.layout_id, knowledge().knowledge_id)
+    assert (found.layout_id, found.knowledge_id) == (opened.plan.layout_id, knowledge().knowledge_id)
     assert found.teacher_accuracy == {"0": 3 / 150, "1": 6 / 150}
     chunks = [file for file in small.rglob("c.*") if file.is_file()]
     assert (found.files, found.bytes) == (len(chunks), sum(file.stat().st_size for file in chunks))

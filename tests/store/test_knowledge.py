@@ -128,25 +128,17 @@ def mapped_from(folder):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
-def test_above_the_memory_budget_unlinked_files_serve_and_vanish(stores, tmp_path):
-    knowledge = reader.open(stores["float16"])
-    with holding(knowledge, tmp_path, memory_bytes=0) as targets:
-        targets.prepare(0, 1)
-        assert list(tmp_path.iterdir()) == []
-        assert mapped_from(tmp_path)
-    del targets
-    assert list(tmp_path.iterdir()) == []
-    assert not mapped_from(tmp_path)
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
 @pytest.mark.parametrize(("share", "mapped"), [(0.99, True), (1.0, False)])
-def test_the_budget_counts_the_current_and_the_next_view(stores, tmp_path, share, mapped):
+def test_above_a_budget_of_two_views_unlinked_files_serve_and_vanish(stores, tmp_path, share, mapped):
     knowledge = reader.open(stores["float16"])
     needed = 2 * len(EVERY_THIRD) * (7 * 2 + 4)  # seven classes in float16 beside the row's maximum in float32
     with holding(knowledge, tmp_path, memory_bytes=share * needed) as targets:
         targets.prepare(0, 1)
+        assert list(tmp_path.iterdir()) == []
         assert bool(mapped_from(tmp_path)) == mapped
+    del targets
+    assert list(tmp_path.iterdir()) == []
+    assert not mapped_from(tmp_path)
 
 
 @pytest.mark.parametrize("memory_bytes", [0, PLENTY])
@@ -208,16 +200,6 @@ def test_the_last_view_is_held_alone(stores, tmp_path):
         first = weakref.ref(targets.rows["logits"])
         targets.prepare(1, None)
         assert first() is None
-
-
-def test_rows_still_encoded_come_in_buffers_that_are_used_again(stores, tmp_path):
-    knowledge = reader.open(stores["float16"])
-    with holding(knowledge, tmp_path) as targets:
-        targets.prepare(0, None)
-        first, second = targets.take(np.array([0, 3, 6])), targets.take(np.array([9, 12]))
-        for name, rows in second.items():
-            assert rows.ctypes.data == first[name].ctypes.data
-            assert np.array_equal(rows, knowledge.load(0, np.array([9, 12]), ("logits",))[name])
 
 
 def test_a_planned_batch_allocates_nothing_of_its_size(tmp_path):

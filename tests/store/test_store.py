@@ -33,7 +33,7 @@ def test_an_open_store_tells_what_it_holds(sealed):
     assert opened.fields == {"logits": form()}
     assert opened.knowledge == identity.read_store_identity(sealed)
     assert opened.knowledge_id == knowledge().knowledge_id
-    assert opened.layout_id == small_parts(150, 2, 64, 32).layout_id
+    assert opened.plan.layout_id == small_parts(150, 2, 64, 32).layout_id
     assert opened.row_bytes(["logits"]) == 2 * CLASSES + 4
     assert opened.measurements(1) == {"samples": 150, "correct": 6}
 

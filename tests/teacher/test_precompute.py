@@ -107,7 +107,7 @@ def test_views_and_fields_grow_to_the_same_values(place, tmp_path):
             expected = place.knowledge.read(field, view, everyone)
             assert np.array_equal(grown.read(field, view, everyone), expected)
     assert grown.knowledge_id == first["knowledge_id"] == place.knowledge.knowledge_id
-    assert grown.layout_id != first["layout_id"]
+    assert grown.plan.layout_id != first["layout_id"]
     assert told["teacher_accuracy"][:1] == first["teacher_accuracy"]  # the field that was added later counts nothing
 
 
