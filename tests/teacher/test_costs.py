@@ -44,7 +44,7 @@ def test_planned_bytes_are_those_of_the_store_made_after_and_the_most_of_a_compr
     assert 0 < told["free_bytes"] < 2**60
     command(place, "precompute", store=path, **CROPS, views=3, fields=FIELDS, **how)
     made = reader.open(path)
-    assert (told["knowledge_id"], told["layout_id"]) == (made.knowledge_id, made.layout_id)
+    assert (told["knowledge_id"], told["layout_id"]) == (made.knowledge_id, made.plan.layout_id)
     assert set(told["bytes_per_field"]) == {*FIELDS, "labels and digests"}
     for field, planned_bytes in told["bytes_per_field"].items():
         names = [array.name for array in made.plan.arrays if (array.field or "labels and digests") == field]
