@@ -20,15 +20,7 @@ from kcdcache.data.datasets import Dataset
 from kcdcache.errors import MismatchError, NonFiniteError, NotFoundError, SettingsError
 from kcdcache.files import cloud
 from kcdcache.files.atomic import append, sha256_file, write_atomic
-from kcdcache.files.records import (
-    Rate,
-    canonical_json,
-    logged,
-    logged_seconds,
-    rate_of,
-    read_json,
-    readable_json,
-)
+from kcdcache.files.records import Rate, canonical_json, logged, logged_seconds, rate_of, read_json, readable_json
 from kcdcache.networks.input_transform import enough_memory
 from kcdcache.progress import Progress, silent
 from kcdcache.settings import PrecomputeSettings
@@ -43,6 +35,8 @@ from kcdcache.views.prefetch import Rows
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
+ENVIRONMENT, TIMING = log.FOLDER / "environment.json", log.FOLDER / "timing.jsonl"
+"""where in a store stands what it was computed with, and how fast"""
 TIMED_BATCHES = 8
 """teacher batches that a dry run times, at most"""
 UNTIMED_BATCHES = 2
@@ -223,7 +217,7 @@ def view_pixels(data: Dataset, rule: rules.ViewRule, index: np.ndarray, view: in
 def describe(path: Path) -> dict[str, Any]:
     """Return what a sealed store holds and what it cost, as JSON values."""
     found = reader.open(path)
-    measured = [found.measurements(view) for view in range(found.views)]
+    measured, rate = [found.measurements(view) for view in range(found.views)], logged(path / TIMING)
     return {
         "kind": "store",
         "store": str(path),
@@ -237,13 +231,9 @@ def describe(path: Path) -> dict[str, Any]:
         "skipped": len(found.skipped),
         "teacher_accuracy": [sums["correct"] / found.count for sums in measured if "correct" in sums],
         "teacher_forwards": 0 if found.knowledge.teacher.architecture == "imported" else found.forwards,
-        "seconds": logged_seconds(_timing_file(path)),
-        "images_per_second": _told(logged(_timing_file(path))),
+        "seconds": logged_seconds(path / TIMING),
+        "images_per_second": rate and rate.document(),
     }
-
-
-def _told(rate: Rate | None) -> dict[str, Any] | None:
-    return None if rate is None else rate.document()
 
 
 # what a store will hold
@@ -336,7 +326,7 @@ def expected_cost(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job) -
     if to_do["bytes"] > free:
         told = f"{to_do['bytes']:,} bytes are still to be written, but {free:,} are free"
         logger.warning("precompute: %s", told)
-    found = {"images_per_second": _told(rate), "to_do": to_do}
+    found = {"images_per_second": rate and rate.document(), "to_do": to_do}
     return found if job.shard == WHOLE else found | {f"shard {job.shard}": _to_do(plan, mine, rate)}
 
 
@@ -412,7 +402,7 @@ def fill(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job, progress: 
 
 
 def _write_parts(opened: Writer, pending: Sequence[Part], job: Job, progress: Progress) -> None:
-    plan, timings = opened.plan, _timing_file(opened.path)
+    plan, timings = opened.plan, opened.path / TIMING
     rows = _points(opened.mine)
     if done := rows - _points(pending):
         logger.info("precompute: resuming at %d of %d points", done, rows)
@@ -537,20 +527,11 @@ def _settle_environment(path: Path, job: Job) -> None:
         return
     if known:
         environment.check_environment(known[-1], now, job.allow_change)
-    write_atomic(_environment_file(path), readable_json([*known, now]))
+    write_atomic(path / ENVIRONMENT, readable_json([*known, now]))
 
 
 def _environments(path: Path) -> list[Any]:
-    file = _environment_file(path)
-    return read_json(file) if file.exists() else []
-
-
-def _environment_file(path: Path) -> Path:
-    return path / log.FOLDER / "environment.json"
-
-
-def _timing_file(path: Path) -> Path:
-    return path / log.FOLDER / "timing.jsonl"
+    return read_json(path / ENVIRONMENT) if (path / ENVIRONMENT).exists() else []
 
 
 # logits from elsewhere
