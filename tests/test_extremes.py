@@ -1,6 +1,5 @@
 """Huge numbers, extreme temperatures, equal logits, one class, hardly any samples, all or nothing (M7)."""
 
-import math
 from itertools import product
 from types import SimpleNamespace
 
@@ -53,7 +52,7 @@ def decoded(text, z, temperature=1.0):
     return made.decode({name: torch.from_numpy(rows) for name, rows in made.encode(z).items()}, temperature)
 
 
-@settings(max_examples=100)
+@settings(max_examples=30)
 @given(tables(HUGE), st.sampled_from(ENCODINGS), st.sampled_from(TEMPERATURES))
 def test_no_finite_logits_are_stored_or_read_as_anything_else(z, text, temperature):
     made = form(text, z.shape[1])
@@ -64,7 +63,7 @@ def test_no_finite_logits_are_stored_or_read_as_anything_else(z, text, temperatu
     assert torch.isfinite(decoded(text, torch.from_numpy(z), temperature)).all()
 
 
-@settings(max_examples=100)
+@settings(max_examples=30)
 @given(tables(1e6), st.sampled_from(["float32", "float16", "top:all"]), st.sampled_from(TEMPERATURES))
 def test_soft_targets_are_those_of_float64_within_the_stored_gaps(z, text, temperature):
     """A gap g is stored within e = 2^-11 g + 2^-25 (0 for float32), so that probabilities are off by exp(2 e / T)."""
@@ -94,7 +93,7 @@ def test_equal_logits_are_uniform_and_one_class_is_certain_in_every_encoding(tex
         assert torch.equal(soft_divergence(z, torch.ones(4, 1), 4.0), torch.zeros(4))
 
 
-@settings(max_examples=100)
+@settings(max_examples=30)
 @given(tables(1e6), st.sampled_from(TEMPERATURES), st.integers(0, 99))
 def test_the_divergence_is_that_of_float64_at_extreme_temperatures(z, temperature, seed):
     target = soft(np.random.default_rng(seed).normal(0, 3 * temperature, z.shape), temperature).astype(np.float32)
@@ -142,14 +141,6 @@ def test_sets_of_equal_values_or_hardly_any_samples_are_defined(tmp_path):
         condensed(0, 0.5)
     with pytest.raises(NotFoundError, match=r"the training split of .* holds no images"):
         few(tmp_path, 0, 2)
-
-
-@pytest.mark.parametrize("keep", [0, 0.0, -0.1, 1.0001, math.nan, math.inf])
-@pytest.mark.parametrize("model", [kcdcache_settings.ScheduleSettings, kcdcache_settings.CondenseCommand])
-def test_nothing_and_more_than_everything_cannot_be_kept(model, keep):
-    more = {"values": "v", "store": "s", "out": "o"} if model is kcdcache_settings.CondenseCommand else {}
-    with pytest.raises(SettingsError, match=r"setting 'keep' in the command line: Input should be .*; found"):
-        kcdcache_settings.make(model, {"keep": keep, **more})
 
 
 def few(root, count, classes):
