@@ -47,14 +47,14 @@ class Loop:
         settings: OptimizerSettings,
         folder: RunFolder,
         *,
-        details: Callable[[int], dict[str, Any]] = lambda epoch: {},
+        details: Callable[[int], dict[str, Any]],
         clock: Sequence[float] | None = None,
         progress: Progress = silent,
     ) -> None:
         """Get ready to train, from the run's checkpoint on if there is one.
 
         Arguments:
-            details: epoch -> further entries of its metrics row.
+            details: epoch -> further entries of its metrics row, `view` among them.
             clock: position on the learning-rate axis at the start of each epoch, in epochs; its number if None.
 
         Raises:
