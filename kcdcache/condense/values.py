@@ -1,4 +1,4 @@
-"""The online value estimate of every sample: state, update, merge, score."""
+"""The online value estimate of every sample: state, update, score."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -54,23 +54,6 @@ def observe(
     if record not in RECORDS:
         raise SettingsError(f"unknown record '{record}'; known: {', '.join(RECORDS)}")
     return visits + 1, RECORDS[record](visits, mean, value, decay)
-
-
-def merge(left: Values, right: Values) -> Values:
-    """Return the pooled values of two histories of the same samples: visits add up, means are weighted by visits.
-
-    Exact for values recorded as 'mean', whether the histories share samples or not; symmetric.
-
-    Raises:
-        MismatchError: the histories cover different numbers of samples.
-    """
-    if len(left.visits) != len(right.visits):
-        raise MismatchError(f"values of {len(left.visits)} and of {len(right.visits)} samples cannot be merged")
-    visits = left.visits.astype(np.int64) + right.visits
-    if (visits > MOST_VISITS).any():
-        raise MismatchError(f"index {np.argmax(visits > MOST_VISITS)}: more than {MOST_VISITS} visits in all")
-    total = left.value * left.visits.astype(np.float64) + right.value * right.visits.astype(np.float64)
-    return Values(visits.astype(np.int32), (total / np.maximum(visits, 1)).astype(np.float32))
 
 
 def score(values: Values, exponent: float, unseen: str, first: int = 0) -> Float32[np.ndarray, " n"]:

@@ -1,5 +1,7 @@
 """How condensed sets differ, against plain loops and laws."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -96,10 +98,7 @@ def test_a_set_differs_in_nothing_from_itself():
 def test_what_cannot_be_said_is_none():
     a, b = a_set(0, labels=None), a_set(1)
     assert compare.compare(a, b).class_difference is None
-    one = manifest.Manifest(
-        **manifest.plain(np.array([3])), rank=np.zeros(1, np.int64), value=np.zeros(1, np.float32),
-        visits=np.zeros(1, np.int32), knowledge_id="k", count=COUNT, stage=0, keep=0.5,
-    )  # fmt: skip
+    one = manifest.unranked(Samples("k", COUNT), np.array([3]), np.array([0]), keep=0.5)
     found = compare.compare(one, manifest.full(Samples("k", COUNT)))
     assert (found.both, found.rank_correlation, found.value_correlation) == (1, None, None)
 
@@ -172,16 +171,12 @@ def test_percentiles_count_what_lies_below(numbers):
 
 
 def chosen(index, count=10, mixed=()):
-    index = np.array(index)
-    columns = manifest.plain(index)
-    enriched = np.isin(index, list(mixed))
+    index, enriched = np.array(index), np.isin(index, list(mixed))
     spare = np.setdiff1d(np.arange(count), index)
-    columns["mixed"], columns["partner"] = enriched, np.where(enriched, spare[0] if len(spare) else 0, -1)
-    rows = len(index)
-    return manifest.Manifest(
-        **columns, rank=np.arange(rows), value=np.zeros(rows, np.float32), visits=np.zeros(rows, np.int32),
-        knowledge_id="k", count=count, stage=0, keep=rows / count, dropped=len(spare),
-    )  # fmt: skip
+    plain = manifest.unranked(
+        Samples("k", count), index, np.arange(len(index)), keep=len(index) / count, dropped=len(spare)
+    )
+    return replace(plain, mixed=enriched, partner=np.where(enriched, spare[0], -1))
 
 
 def test_parts_say_dropped_kept_and_enriched():

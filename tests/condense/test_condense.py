@@ -142,12 +142,8 @@ def test_condense_equals_the_slow_reference(case: dict[str, Any], options: dict[
 def parent_of(case: dict[str, Any]) -> Manifest | None:
     if case["members"] is None:
         return None
-    size = len(case["members"])
-    return Manifest(
-        **manifest.plain(np.array(case["members"])), rank=np.arange(size), value=np.zeros(size, np.float32),
-        visits=np.zeros(size, np.int32), knowledge_id=KNOWLEDGE, count=case["count"], stage=1,
-        keep=size / case["count"],
-    )  # fmt: skip
+    size, samples = len(case["members"]), Samples(KNOWLEDGE, case["count"])
+    return manifest.unranked(samples, np.array(case["members"]), np.arange(size), keep=size / samples.count)
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, math.inf, -math.inf])))

@@ -71,31 +71,6 @@ def test_arrays_and_tensors_give_the_same_bits_and_stay_as_they_are(record: str)
         assert np.array_equal(left, right.numpy())
 
 
-@given(st.lists(st.tuples(HISTORY, HISTORY), min_size=1, max_size=5))
-@settings(max_examples=15, deadline=None)
-def test_merging_equals_one_history(pairs: list[tuple[list[float], list[float]]]) -> None:
-    left, right, whole = (
-        [observed(history, "mean") for history in histories]
-        for histories in ([a for a, _ in pairs], [b for _, b in pairs], [a + b for a, b in pairs])
-    )
-    merged, expected = values.merge(joined(left), joined(right)), joined(whole)
-    assert np.array_equal(merged.visits, expected.visits)
-    np.testing.assert_allclose(merged.value, expected.value, rtol=1e-5, atol=1e-6)
-    assert equal(merged, values.merge(joined(right), joined(left)))
-    assert equal(merged, values.merge(merged, values.start(len(pairs))))
-
-
-def joined(rows: list[tuple[np.ndarray, np.ndarray]]) -> Values:
-    return Values(np.concatenate([visits for visits, _ in rows]), np.concatenate([mean for _, mean in rows]))
-
-
-def test_merging_refuses_other_lengths_and_overflow() -> None:
-    with pytest.raises(MismatchError, match="values of 2 and of 3 samples"):
-        values.merge(values.start(2), values.start(3))
-    with pytest.raises(MismatchError, match="index 1: more than 2147483647 visits"):
-        values.merge(make([1, 2**31 - 1], [1, 1]), make([1, 1], [1, 1]))
-
-
 @given(st.lists(st.tuples(st.integers(0, 10**6), NUMBERS), min_size=1), st.floats(0, 1), st.sampled_from(["first"]))
 @settings(max_examples=25, deadline=None)
 def test_score_is_value_times_visits_to_alpha(rows: list[tuple[int, float]], alpha: float, unseen: str) -> None:
