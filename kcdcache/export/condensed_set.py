@@ -12,16 +12,6 @@ from jaxtyping import Int64, UInt8
 from kcdcache.condense import manifest
 from kcdcache.condense.manifest import Manifest
 from kcdcache.data import datasets, images
-from kcdcache.data.images import (
-    DECODED_BYTES,
-    Check,
-    DecodedImages,
-    EncodedImages,
-    ImageList,
-    Origins,
-    Split,
-    Statistics,
-)
 from kcdcache.errors import CorruptionError, MismatchError, SettingsError, UnsafeError, attempt, require_same
 from kcdcache.export.record import (
     MANIFEST,
@@ -47,10 +37,10 @@ from kcdcache.store.log import Commit
 
 
 @dataclass(frozen=True, eq=False)
-class PartialImages(EncodedImages):
+class PartialImages(images.EncodedImages):
     """Images of some positions only; asking for another one is an error, so that nothing else is ever taken for it."""
 
-    held: DecodedImages | EncodedImages = field(kw_only=True)
+    held: images.DecodedImages | images.EncodedImages = field(kw_only=True)
     """the images there are"""
     row: Int64[np.ndarray, " n"] = field(kw_only=True)
     """position -> its number among them, -1 where there is none"""
@@ -63,8 +53,8 @@ class PartialImages(EncodedImages):
         return replace(self, row=self.row[rows])
 
     def images(
-        self, index: Int64[np.ndarray, " batch"], check: Check | None = None, threads: int | None = None
-    ) -> UInt8[np.ndarray, "batch height width channels"] | ImageList:
+        self, index: Int64[np.ndarray, " batch"], check: images.Check | None = None, threads: int | None = None
+    ) -> UInt8[np.ndarray, "batch height width channels"] | images.ImageList:
         """Return the images at the given positions: one array if all share a size, else a list.
 
         Raises:
@@ -72,7 +62,7 @@ class PartialImages(EncodedImages):
             CorruptionError: an image cannot be decoded.
         """
         rows = self._rows(index)
-        if isinstance(self.held, DecodedImages):
+        if isinstance(self.held, images.DecodedImages):
             return self.held.images(rows)  # compared with their digests when they were loaded
         back = dict(zip(rows.tolist(), index.tolist(), strict=True))
         return self.held.images(rows, check and (lambda row, content: check(back[row], content)), threads)
@@ -92,7 +82,7 @@ class PartialImages(EncodedImages):
     def decoded(self, position: int, content: bytes) -> UInt8[np.ndarray, "_ _ channels"]:
         """Return the image that the content read at a position holds."""
         row = self._row(position)
-        return self.held.pixels[row] if isinstance(self.held, DecodedImages) else self.held.decoded(row, content)
+        return self.held.pixels[row] if isinstance(self.held, images.DecodedImages) else self.held.decoded(row, content)
 
     def _row(self, position: int) -> int:
         return int(self._rows(np.array([position]))[0])
@@ -128,7 +118,7 @@ def load_images(path: Path) -> datasets.Loaded:
         raise CorruptionError(f"{record.place(SPLITS['train'])}: its index should ascend in 0..{data.count - 1}")
     if not np.array_equal(some.labels, samples.label[index]):
         raise CorruptionError(f"{record.place(SPLITS['train'])} has other labels than {SAMPLES}")
-    if isinstance(some.source, DecodedImages) and some.image_size != data.image_size:
+    if isinstance(some.source, images.DecodedImages) and some.image_size != data.image_size:
         raise CorruptionError(f"{path} holds images of {some.image_size} pixels, its record says {data.image_size}")
     if len(wrong := np.flatnonzero(some.digests() != samples.digest[index])):  # damaged or forged
         raise CorruptionError(
@@ -136,15 +126,15 @@ def load_images(path: Path) -> datasets.Loaded:
         )
     row = np.full(data.count, -1)
     row[index] = np.arange(len(index))
-    train = Split(samples.label, PartialImages((), image_size=data.image_size, held=some.source, row=row))
+    train = images.Split(samples.label, PartialImages((), image_size=data.image_size, held=some.source, row=row))
     train.expect(samples.digest, f"in the exported set {path}")
     test, _ = _split(record, kinds, "test")
     if test.digest() != kinds.test_digest:
         raise CorruptionError(f"{record.place(SPLITS['test'])} is not the test split that was exported")
-    return datasets.Loaded(train, test, data.classes, Statistics(kinds.mean, kinds.std))
+    return datasets.Loaded(train, test, data.classes, images.Statistics(kinds.mean, kinds.std))
 
 
-def _split(record: Record, kinds: Images, name: str) -> tuple[Split, Int64[np.ndarray, " n"]]:
+def _split(record: Record, kinds: Images, name: str) -> tuple[images.Split, Int64[np.ndarray, " n"]]:
     """Return the images and labels in a split's file, and their positions in the whole split."""
     require_file(record, SPLITS[name])
     path, payloads = record.place(SPLITS[name]), list[bytes]()
@@ -162,23 +152,25 @@ def _split(record: Record, kinds: Images, name: str) -> tuple[Split, Int64[np.nd
     classes = len(record.content.knowledge.data.classes)
     if not len(payloads) == len(labels) == len(index) > 0 or labels.min() < 0 or labels.max() >= classes:
         raise CorruptionError(f"{path} should hold an image, a label in 0..{classes - 1} and an index in every row")
-    origins = Origins((str(path),))
+    origins = images.Origins((str(path),))
     if getattr(kinds, name) == "files":
-        return Split(labels, EncodedImages(payloads, origins)), index
-    return Split(labels, _decoded(payloads, origins, len(kinds.mean))), index
+        return images.Split(labels, images.EncodedImages(payloads, origins)), index
+    return images.Split(labels, _decoded(payloads, origins, len(kinds.mean))), index
 
 
-def _decoded(payloads: list[bytes], origins: Origins, channels: int) -> DecodedImages:
+def _decoded(payloads: list[bytes], origins: images.Origins, channels: int) -> images.DecodedImages:
     first = images.rgb(payloads[0], origins.place(0))
-    if (needed := len(payloads) * first.size) > DECODED_BYTES:
-        raise UnsafeError(f"{origins.files[0]} would take {needed:,} bytes decoded, at most {DECODED_BYTES:,} are")
+    if (needed := len(payloads) * first.size) > images.DECODED_BYTES:
+        raise UnsafeError(
+            f"{origins.files[0]} would take {needed:,} bytes decoded, at most {images.DECODED_BYTES:,} are"
+        )
     pixels = np.empty((len(payloads), *first.shape[:2], channels), np.uint8)
     for number, payload in enumerate(payloads):
         image = images.rgb(payload, origins.place(number))
         if image.shape != first.shape:
             raise CorruptionError(f"{origins.place(number)} has another size than the image before it")
         pixels[number] = image[..., :channels]
-    return DecodedImages(pixels, origins)
+    return images.DecodedImages(pixels, origins)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
@@ -136,7 +136,7 @@ def load(path: Path) -> Recipe:
     _require_order(recipe, path)
     for step in recipe.step:  # what is wrong is found before hours are spent on the steps before it
         first = pieces(step, recipe)[0]
-        _checked(step, resolved(first, recipe, path.with_suffix(""), recipe.data), f"{path}, step '{step.name}'")
+        _possible(step, resolved(first, recipe, path.with_suffix(""), recipe.data), f"{path}, step '{step.name}'")
     return recipe
 
 
@@ -170,10 +170,10 @@ def run(
         own = {key: value for key, value in extra.items() if key in settings.fields(COMMANDS[step.run].takes)}
         values = {key: cloud.opened(value) for key, value in resolved(named[name], recipe, out, used).items()} | own
         title = (step.title or step.name) + ("" if named[name].seed is None else f" (seed {named[name].seed})")
-        return Job(title=title, step=step, values=values, progress=progress)
+        return Job(title, step.run, _possible(step, values, f"step '{step.name}'"), progress)
 
     for name in named:  # what is out of range is found before the first step
-        _checked(named[name].step, prepare(name).values, f"step '{named[name].step.name}'")
+        prepare(name)
     modules = sorted({f"kcdcache.{COMMANDS[step.run].where.partition(':')[0]}" for step in recipe.step})
     modules.append("torch._dynamo")  # 1.6 s that a first training step would take in every process
     needs = {
@@ -195,14 +195,12 @@ def run(
     return results
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
+class Job(NamedTuple):
     """A step for one seed, ready to be done, in this process or another."""
 
     title: str
-    step: Step
-    values: dict[str, Any]
-    """its command's settings"""
+    command: str
+    given: Settings
     progress: Progress
 
 
@@ -213,8 +211,7 @@ def do(job: Job) -> Result:
         KcdcacheError: as for the step's command.
     """
     logger.info("%s", job.title)
-    command = COMMANDS[job.step.run]
-    return command(settings.make(command.takes, job.values, f"step '{job.step.name}'"), job.progress)
+    return COMMANDS[job.command](job.given, job.progress)
 
 
 def planned(recipe: Recipe, out: Path, data: str | None = None) -> list[dict[str, Any]]:
@@ -268,9 +265,11 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     return cells + [format(row[name], form) if name in row else "" for name, form in NUMBERS.items()]
 
 
-def _checked(step: Step, values: Mapping[str, Any], source: str) -> None:
-    """Do nothing if a step's settings are such as its command takes."""
-    checks.require_possible(settings.make(COMMANDS[step.run].takes, values, source))
+def _possible(step: Step, values: Mapping[str, Any], source: str) -> Settings:
+    """Return a step's settings, such as its command takes."""
+    given = settings.make(COMMANDS[step.run].takes, values, source)
+    checks.require_possible(given)
+    return given
 
 
 def _environment(machine: Mapping[str, Any]) -> dict[str, Any]:
