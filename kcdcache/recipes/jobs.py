@@ -63,7 +63,7 @@ def execute(
         InterruptedRunError: the user asked to stop; what was running has stopped at a safe point.
     """
     assert jobs == 1 or logs is not None, "processes need a place for their logs"
-    workers = _InTurn(work) if logs is None or jobs == 1 else _Processes(work, jobs, logs, preload)
+    processes = None if logs is None or jobs == 1 else _Processes(work, jobs, logs, preload)
     order, found, ready = list(needs), dict[str, Outcome](), list[str]()
     sorter = TopologicalSorter(needs)
     sorter.prepare()
@@ -80,27 +80,31 @@ def execute(
         ready = sorted([*ready, *sorter.get_ready()], key=order.index)
         for name in ready.copy():
             failed = [need for need in needs[name] if found[need].result is None]
-            if not failed and not workers.free():
+            if not failed and processes is not None and not processes.free():
                 break
             ready.remove(name)
             if failed:
                 settle(name, Outcome(error=f"not begun: it needs '{failed[0]}', which failed", exit_code=9))
-                continue
-            try:
-                workers.begin(name, prepare(name))
-            except KcdcacheError as error:
-                settle(name, Outcome.of(error))
-        for name, outcome in workers.ended():
-            settle(name, outcome)
-        if workers.stopped():
-            interrupt.stop(f"{len(found)} of {len(order)} finished; the others stand at a safe point")
+            elif processes is None:
+                settle(name, _attempted(lambda one: work(prepare(one)), name))
+                break  # what needs it may come before the others
+            else:
+                try:
+                    processes.begin(name, prepare(name))
+                except KcdcacheError as error:
+                    settle(name, Outcome.of(error))
+        if processes is not None:
+            for name, outcome in processes.ended():
+                settle(name, outcome)
+            if processes.stopped():
+                interrupt.stop(f"{len(found)} of {len(order)} finished; the others stand at a safe point")
     return {name: found[name] for name in order}
 
 
-def _attempted(do: Callable[[], dict[str, Any]]) -> Outcome:
+def _attempted(do: Work, given: Any) -> Outcome:
     """Return the outcome of some work; only a wish to stop goes further."""
     try:
-        return Outcome(result=do())
+        return Outcome(result=do(given))
     except InterruptedRunError:
         raise
     except KcdcacheError as error:
@@ -108,27 +112,6 @@ def _attempted(do: Callable[[], dict[str, Any]]) -> Outcome:
     except Exception as error:
         logger.debug("", exc_info=True)
         return Outcome(error=f"{type(error).__name__}: {error}", exit_code=1)
-
-
-class _InTurn:
-    """One piece at a time, in this process."""
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-        self._done: list[tuple[str, Outcome]] = []
-
-    def free(self) -> bool:
-        return not self._done
-
-    def begin(self, name: str, given: Any) -> None:
-        self._done.append((name, _attempted(lambda: self._work(given))))
-
-    def ended(self) -> Iterator[tuple[str, Outcome]]:
-        while self._done:
-            yield self._done.pop()
-
-    def stopped(self) -> bool:
-        return False  # a wish to stop has ended the work itself
 
 
 class _Processes:
@@ -194,7 +177,7 @@ def _child(pipe: Connection, work: Work, given: Any, log: Path) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", force=True)
     with interrupt.listening((signal.SIGTERM,)):
         try:
-            outcome = _attempted(lambda: work(given))
+            outcome = _attempted(work, given)
         except InterruptedRunError as error:
             outcome = Outcome.of(error)
     if outcome.error:
