@@ -151,32 +151,24 @@ def test_curves_are_the_epochs_of_metrics_and_timing(place, made):
             assert row[name] == epoch[name]
 
 
-@pytest.mark.parametrize("name", ["kcd-seed0", "kcd-seed2"])
-def test_stages_and_fates_are_counted_from_the_parquet_files(place, made, name):
-    sets = kept_of(place, name)
+def test_stages_fates_classes_and_distances_are_counted_from_the_parquet_files(place, made):
+    sets, labels = kept_of(place, "kcd-seed0"), datasets.load(place.data).train.labels
     seen, before = set(), set()
-    for row, now in zip(rows(made[1], "stages", run=name), sets, strict=True):
+    for row, now in zip(rows(made[1], "stages", run="kcd-seed0"), sets, strict=True):
         counts = [len(now & before), len(before - now), len((now - before) & seen), len(now - seen)]
         assert [row[key] for key in ("kept", "stayed", "left", "returned", "new")] == [len(now), *counts]
         seen, before = seen | now, now
-    (fates,) = rows(made[1], "fates", run=name)
+    (fates,) = rows(made[1], "fates", run="kcd-seed0")
     assert fates["stayed"] == len(set.intersection(*sets))
     assert sum(fates[key] for key in ("stayed", "left", "returned", "unsteady", "joined", "never")) == 120
-
-
-def test_classes_are_counted_from_the_files_and_the_labels(place, made):
-    labels = datasets.load(place.data).train.labels
-    for stage, kept in enumerate(kept_of(place, "kcd-seed0")):
+    for stage, kept in enumerate(sets):
         found = rows(made[1], "classes", run="kcd-seed0", stage=stage)
         assert [row["kept"] for row in found] == np.bincount(labels[sorted(kept)], minlength=4).tolist()
         assert {row["class"] for row in found} == set(CLASSES)
-
-
-def test_distances_are_symmetric_differences_of_the_last_sets(place, made):
-    found = {(row["one"], row["other"]): row for row in rows(made[1], "distances")}
-    assert len(found) == 3  # of the three condensed runs; those that keep everything are all alike
-    left, right = kept_of(place, "kcd-seed0")[-1], kept_of(place, "kcd-seed2")[-1]
-    assert found["kcd-seed0", "kcd-seed2"]["distance"] == pytest.approx(len(left ^ right) / 120)
+    distances = {(row["one"], row["other"]): row["distance"] for row in rows(made[1], "distances")}
+    assert len(distances) == 3  # of the three condensed runs; those that keep everything are all alike
+    other = kept_of(place, "kcd-seed2")[-1]
+    assert distances["kcd-seed0", "kcd-seed2"] == pytest.approx(len(sets[-1] ^ other) / 120)
 
 
 def test_costs_are_those_of_store_and_runs(place, made):
@@ -245,14 +237,10 @@ def test_the_page_loads_nothing_and_runs_nothing(made, page):
             if (target := attributes.get(name)) is not None:
                 assert (name, tag) in {("src", "img"), ("href", "a")}
                 assert target.startswith("data:image/png;base64," if tag == "img" else "#")
+    links = [attributes["href"][1:] for tag, attributes in page.elements if tag == "a"]
+    assert links == [attributes["id"] for tag, attributes in page.elements if tag == "h2"] == SECTIONS
     text = re.sub(r"base64,[A-Za-z0-9+/=]+", "", (made[0] / "r.html").read_text())
     assert not re.search(r"url\(|@import|https?:", text)
-
-
-def test_contents_lead_to_every_section_that_says_something(page):
-    links = [attributes["href"][1:] for tag, attributes in page.elements if tag == "a"]
-    headings = [attributes["id"] for tag, attributes in page.elements if tag == "h2"]
-    assert links == headings == SECTIONS
 
 
 def test_hostile_names_are_text_and_nothing_else(made, page):
@@ -418,13 +406,6 @@ def test_runs_of_several_folders_are_kept_apart(place, few):
     assert [row["row"] for row in rows(told, "results")] == names
 
 
-def test_what_holds_no_run_is_refused(tmp_path):
-    with pytest.raises(NotFoundError, match=r"nothing at .*absent"):
-        write([tmp_path / "absent"], tmp_path / "r.html")
-    with pytest.raises(MismatchError, match="is no run and holds none"):
-        write([tmp_path], tmp_path / "r.html")
-
-
 def test_nothing_but_a_report_is_overwritten(place, tmp_path):
     (tmp_path / "mine.html").write_text("<p>mine")
     (tmp_path / "mine.json").write_text("{}")
@@ -440,6 +421,9 @@ def test_nothing_but_a_report_is_overwritten(place, tmp_path):
     ):
         with pytest.raises((MismatchError, SettingsError), match=match):
             write([place.folder / "kd-seed0"], **given)
+    for path, match in ((tmp_path / "absent", r"nothing at .*absent"), (tmp_path, "is no run and holds none")):
+        with pytest.raises((NotFoundError, MismatchError), match=match):
+            write([path], tmp_path / "r.html")
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
