@@ -137,7 +137,7 @@ class Term(nn.Module):
 
 
 class Compared(Term):
-    """A term without modules of its own: the sum of `compare` over (tap of the student, field of the teacher)."""
+    """A term that is the sum of `compare` over (tap of the student, field of the teacher)."""
 
     compare: Callable[[Tensor, Tensor], Tensor]
     """the student's values and the teacher's -> loss per sample"""

@@ -120,7 +120,7 @@ METHODS: dict[str, Method] = {
     "sskd": Method(
         about="classes and similarities of rotated images, beside softened outputs",
         source="Xu et al., ECCV 2020 (arXiv 2006.07114); its release, but one view is turned, not each turn cropped",
-        term=partial(_made, "self_supervision:SelfSupervision"),
+        term=partial(_made, "extra_images:SelfSupervision"),
         gamma=0.1,
         alpha=0.9,
         beta=1.0,
@@ -128,7 +128,7 @@ METHODS: dict[str, Method] = {
     "bss": Method(
         about="softened outputs, also on adversarial images beside the decision boundary",
         source="Heo et al., AAAI 2019 (arXiv 1805.05532); its release",
-        term=partial(_made, "boundary:BoundarySupport"),
+        term=partial(_made, "extra_images:BoundarySupport"),
         beta=1.0,
         temperature=3.0,
     ),

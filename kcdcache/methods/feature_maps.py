@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kcdcache.errors import MismatchError, SettingsError
-from kcdcache.methods.base import Batch, Outputs, Pair, Term
+from kcdcache.methods.base import Batch, Compared, Outputs, Pair, Term
 from kcdcache.teacher import fields
 
 
@@ -64,7 +64,7 @@ HINT_STAGE = 2
 """the stage of the hint, counted from 1 over the matched stages; the stem is none of them"""
 
 
-class Hint(Term):
+class Hint(Compared):
     """FitNet: mean over entries of (r(F_S) - F_T)^2 at the second stage, r = ReLU(BN(conv)) to the teacher's shape.
 
     The hint counts from the first step on, beside the hard label, instead of in a stage of its own before.
@@ -72,15 +72,14 @@ class Hint(Term):
     """
 
     def __init__(self, pair: Pair) -> None:
-        super().__init__()
         ours, theirs = pair.stages()[HINT_STAGE - 1]
-        self.taps, self.fields = (ours,), (f"maps:{theirs}",)
+        super().__init__((ours, f"maps:{theirs}"))
         shapes = pair.student_shape(ours), pair.teacher_shape(theirs)
         self.regressor = nn.Sequential(_to_shape(*shapes), nn.BatchNorm2d(shapes[1][0]), nn.ReLU())
 
-    def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the loss per sample."""
-        return squared_error(self.regressor(outputs[self.taps[0]]), batch.knowledge[self.fields[0]])
+        return squared_error(self.regressor(student), teacher)
 
 
 def _to_shape(ours: tuple[int, ...], theirs: tuple[int, ...]) -> nn.Module:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from reference import array, close, drawn, tensor
 
-from kcdcache.methods import boundary, contrast, feature_maps, filter_statistics, losses, relations, self_supervision
+from kcdcache.methods import contrast, extra_images, feature_maps, filter_statistics, losses, relations
 from kcdcache.methods.logits import decoupled, entropy_weights
 from kcdcache.methods.losses import cross_entropy, entropy, soft_divergence
 from kcdcache.teacher import fields
@@ -124,14 +124,14 @@ CASES = {
         also=((5, (2,), (2,)), (5, (100,), (100,))), slope=False,  # its weight is a constant to the gradient
     ),
     "rotations": case(
-        rotations(self_supervision), rotations(reference), VIEWS, (0.5, 0.75), (0.5, 0.0), (0.5, 1.0),
+        rotations(extra_images), rotations(reference), VIEWS, (0.5, 0.75), (0.5, 0.0), (0.5, 1.0),
         also=((5, VIEWS, (4, 9)),),
     ),
     "rotated": Case(
-        self_supervision.rotated_divergence, reference.rotated_divergence, (3, 5), ((4.0, 1.0), (4.0, 0.0), (4.0, 0.75))
+        extra_images.rotated_divergence, reference.rotated_divergence, (3, 5), ((4.0, 1.0), (4.0, 0.0), (4.0, 0.75))
     ),
     "boundary": Case(
-        lambda s, t, y, *settings: boundary.boundary_divergence(s, t, *weighted(s, y, *settings)),
+        lambda s, t, y, *settings: extra_images.boundary_divergence(s, t, *weighted(s, y, *settings)),
         lambda s, t, y, *settings: reference.boundary(s, t, *weighted(s, y, *settings)),
         LOGITS, ((3.0,), (3.0, 0.0), (3.0, 0.5)),
     ),

@@ -143,8 +143,8 @@ def test_branches_start_apart_and_follow_the_seed():
 
 
 ENDS = {
-    "resnet20": ("layer3", "fc"), "resnet8x4": ("layer3", "fc"), "wrn_16_2": ("block3", "bn1", "fc"),
-    "ResNet50": ("layer4", "linear"), "torchvision:resnet18": ("layer4", "fc"),
+    "resnet20": ("layer3", "fc"), "wrn_16_2": ("block3", "bn1", "fc"), "ResNet50": ("layer4", "linear"),
+    "torchvision:resnet18": ("layer4", "fc"),
 }  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def test_a_branch_is_the_students_own_end(name):
     torch.testing.assert_close(branch(found[term.taps[0]]), found["logits"])
 
 
-@pytest.mark.parametrize("name", ["vgg8", "MobileNetV2", "ShuffleV1", "lessons:TinyNet"])
+@pytest.mark.parametrize("name", ["vgg8", "ShuffleV1", "lessons:TinyNet"])
 def test_other_families_cannot_branch_off(name):
     with pytest.raises(SettingsError, match=f"'{name}' does not have; take a student of the resnet or wrn families"):
         term_of("one", pair_of([0, 1], student=name))
@@ -174,7 +174,7 @@ class Curious(Term):
         self.taps = taps
 
 
-@pytest.mark.parametrize("taps", [("input",), ("input", "stage1"), ("stage1", "input", "penultimate")])
+@pytest.mark.parametrize("taps", [("input",), ("stage1", "input", "penultimate")])
 def test_the_tap_input_is_what_the_network_is_given(taps):
     weights = methods_registry.weights_of(MethodSettings(method="ce"))
     loss = methods_registry.Loss(weights, {"a": Curious(taps)})

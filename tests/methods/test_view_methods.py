@@ -8,8 +8,13 @@ from pairs import CLASSES, OURS, THEIRS, batch_of, knowledge_of, pair_of, term_o
 from reference import array, close, drawn, tensor
 
 from kcdcache.errors import SettingsError
-from kcdcache.methods.boundary import base_weights, boundary_divergence
-from kcdcache.methods.self_supervision import rotated_divergence, rotation_task, selected
+from kcdcache.methods.extra_images import (
+    base_weights,
+    boundary_divergence,
+    rotated_divergence,
+    rotation_task,
+    selected,
+)
 
 LABELS = [2, 0, 1, 3]
 PAIR = pair_of([2, 0, 1, 3, 1, 1])
