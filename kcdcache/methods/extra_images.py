@@ -1,4 +1,4 @@
-"""Methods that show the student further images: SSKD (rotated ones), BSS (ones beside the teacher's decision boundary)."""
+"""Methods that show the student further images: SSKD (rotated ones) and BSS (ones beside a decision boundary)."""
 
 from copy import deepcopy
 
