@@ -1,5 +1,6 @@
 """Weights and saved networks: what loads whole and unchanged, and what of unknown origin is refused and never run."""
 
+import io
 import json
 import os
 import pickle
@@ -55,65 +56,51 @@ def test_checkpoint_loads_from_every_wrapping(wrapping, tmp_path):
     assert digest(target) == digest(source)
 
 
-def no_file(path):
-    return path.with_name("absent.pth")
+def saved_bytes(content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
-def holding(content):
-    """A function that saves this at a path."""
-    return lambda path: torch.save(content, path)
-
-
-def bytes_of(data, suffix=".pth"):
-    def write(path):
-        path.with_suffix(suffix).write_bytes(data)
-        return path.with_suffix(suffix)
-
-    return write
-
-
-def part_of(share):
-    def write(path):
-        torch.save(built().state_dict(), path)
-        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-
-    return write
-
-
-def an_archive_of_something_else(path):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+def archive_of_something_else():
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(2**24))
         archive.writestr("../../escape", b"x")
+    return buffer.getvalue()
 
 
-def larger_than_any_network(path):
-    with open(path.with_suffix(".safetensors"), "wb") as stream:
-        stream.truncate(2**40)  # a sparse file: it takes no room
-    return path.with_suffix(".safetensors")
-
-
+WHOLE = saved_bytes({"weight": torch.ones(10_000)})
 GARBAGE = (b"", b"no weights at all\n" * 9, b"<!DOCTYPE html>", bytes(200), b"PK\x03\x04" + bytes(90))
 UNREADABLE = [
-    *((bytes_of(data), CorruptionError, r"net\.pth is not a whole torch file") for data in GARBAGE),
+    *(("net.pth", data, CorruptionError, r"net\.pth is not a whole torch file") for data in GARBAGE),
+    *(("net.safetensors", data, CorruptionError, r"should be a safetensors file") for data in GARBAGE),
     *(
-        (bytes_of(data, ".safetensors"), CorruptionError, r"net\.safetensors should be a safetensors file")
-        for data in GARBAGE
+        ("net.pth", WHOLE[: int(len(WHOLE) * share)], CorruptionError, "not a whole torch")
+        for share in (0.1, 0.5, 0.99)
     ),
-    *((part_of(share), CorruptionError, "not a whole torch file") for share in (0.1, 0.5, 0.99)),
-    (an_archive_of_something_else, CorruptionError, r"net\.pth is not a whole torch file"),
-    (no_file, NotFoundError, "no weights file at"),
-    (holding({"epoch": 3}), MismatchError, "only tensors by name; 'epoch' is a int"),
-    (holding([torch.zeros(1)]), MismatchError, "tensors by name, it holds a list"),
-    (larger_than_any_network, UnsafeError, "has 1099511627776 bytes, expected at most 17179869184; it is not read"),
+    ("net.pth", archive_of_something_else(), CorruptionError, r"net\.pth is not a whole torch file"),
+    ("net.pth", saved_bytes({"epoch": 3}), MismatchError, "only tensors by name; 'epoch' is a int"),
+    ("net.pth", saved_bytes([torch.zeros(1)]), MismatchError, "tensors by name, it holds a list"),
 ]
 
 
-@pytest.mark.parametrize(("write", "error", "message"), UNREADABLE)
-def test_files_that_hold_no_weights_are_refused_with_what_they_are(write, error, message, tmp_path):
-    path = tmp_path / "net.pth"
+@pytest.mark.parametrize(("name", "data", "error", "message"), UNREADABLE)
+def test_files_that_hold_no_weights_are_refused_with_what_they_are(name, data, error, message, tmp_path):
+    (tmp_path / name).write_bytes(data)
     with pytest.raises(error, match=message):
-        weights.load_weights(write(path) or path)
+        weights.load_weights(tmp_path / name)
     assert not (tmp_path.parent.parent / "escape").exists()
+
+
+def test_no_file_and_one_larger_than_any_network_are_refused(tmp_path):
+    with pytest.raises(NotFoundError, match="no weights file at"):
+        weights.load_weights(tmp_path / "absent.pth")
+    with open(tmp_path / "net.safetensors", "wb") as stream:
+        stream.truncate(2**40)  # a sparse file: it takes no room
+    message = "has 1099511627776 bytes, expected at most 17179869184; it is not read"
+    with pytest.raises(UnsafeError, match=message):
+        weights.load_weights(tmp_path / "net.safetensors")
 
 
 def test_weight_digest_ignores_layout_and_order_but_sees_everything_else():
