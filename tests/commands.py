@@ -1,15 +1,12 @@
 """Commands of every kind, so short that writing is most of what they do; what they make; what readers say of it."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-from killing import succeeds
+from killing import environment, succeeds
 from pupils import SPEC, digits, lines, promised, same_files, saved_teacher
 
-import kcdcache
 from kcdcache.cli import main
 from kcdcache.condense import manifest
 from kcdcache.errors import NotFoundError, UnfinishedError
@@ -94,15 +91,14 @@ def failure(capsys, *words):
     return code, err
 
 
-def alone(*words, before=""):
+def alone(*words):
     """Run the command line in a process of its own, which afterwards names the heavy modules it has loaded."""
     code = (
-        f"import sys; {before}\nfrom kcdcache.cli import main\ncode = main._outcome(sys.argv[1:])\n"
+        "import sys\nfrom kcdcache.cli import main\ncode = main._outcome(sys.argv[1:])\n"
         f"print('loaded:', *[m for m in {HEAVY} if m in sys.modules], file=sys.stderr)\nsys.exit(code)"
     )
     command = [sys.executable, "-c", code, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
 
 
 HEAVY = ("torch", "torchvision", "zarr", "sklearn", "matplotlib", "scipy")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(kcdcache.__file__).parent.parent)}

@@ -17,20 +17,6 @@ def committed(name):
     return executing.read(executing.FOLDER / f"{name}.ipynb")
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    """Run a notebook anew in an empty folder, once for all tests that ask for it."""
-    done = {}
-
-    def run(name):
-        if name not in done:
-            done[name] = committed(name)
-            executing.execute(done[name], tmp_path_factory.mktemp(name))
-        return done[name]
-
-    return run
-
-
 def number(text, pattern):
     """Return the number in the first group of the only place that the pattern fits."""
     found = re.findall(pattern, text)
@@ -96,25 +82,17 @@ def test_every_notebook_is_run_and_checked():
 
 
 @pytest.mark.parametrize("name", RUN)
-def test_it_runs_from_top_to_bottom_without_a_word_on_stderr(ran, name):
-    cells = executing.codes(ran(name))
+def test_run_anew_it_prints_and_draws_in_the_same_places_nothing_on_stderr_and_what_it_says_holds(tmp_path, name):
+    def places(cells):
+        return [(cell.id, [output.output_type for output in cell.outputs]) for cell in cells]
+
+    notebook = committed(name)
+    executing.execute(notebook, tmp_path)
+    cells = executing.codes(notebook)
     assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
-    assert [
-        out.name for cell in cells for out in cell.outputs if out.output_type == "stream" and out.name != "stdout"
-    ] == []
-
-
-@pytest.mark.parametrize("name", RUN)
-def test_what_it_says_of_its_numbers_holds_when_it_is_run_again(ran, name):
-    CHECKS[name](executing.texts(ran(name)))
-
-
-@pytest.mark.parametrize("name", RUN)
-def test_run_again_it_prints_and_draws_in_the_same_places(ran, name):
-    def places(notebook):
-        return [(cell.id, [output.output_type for output in cell.outputs]) for cell in executing.codes(notebook)]
-
-    assert places(ran(name)) == places(committed(name))
+    assert {out.name for cell in cells for out in cell.outputs if out.output_type == "stream"} == {"stdout"}
+    assert places(cells) == places(executing.codes(committed(name)))
+    CHECKS[name](executing.texts(notebook))
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -139,16 +117,12 @@ def test_it_is_small_and_says_nothing_of_the_machine_it_was_run_on(name):
     assert re.findall(r"/(?:tmp|home|root|work|Users)/[^\"\\ ]*", text) == []
 
 
-def test_a_cell_that_fails_ends_the_run(tmp_path):
-    with pytest.raises(CellExecutionError, match="division by zero"):
-        executing.execute(v4.new_notebook(cells=[v4.new_code_cell("1 / 0")]), tmp_path)
-
-
-def test_the_kernel_starts_in_the_given_folder_with_nothing_of_earlier_outputs(tmp_path):
+def test_a_run_starts_in_the_given_folder_with_nothing_of_earlier_outputs_and_ends_at_a_cell_that_fails(tmp_path):
     cell = v4.new_code_cell("from pathlib import Path\nprint(Path.cwd())", execution_count=7)
     cell.outputs = [v4.new_output("stream", text="old")]
-    notebook = v4.new_notebook(cells=[cell])
-    executing.execute(notebook, tmp_path)
+    notebook = v4.new_notebook(cells=[cell, v4.new_code_cell("1 / 0")])
+    with pytest.raises(CellExecutionError, match="division by zero"):
+        executing.execute(notebook, tmp_path)
     assert executing.texts(notebook) == f"{tmp_path.resolve()}\n"
     assert cell.execution_count == 1
 

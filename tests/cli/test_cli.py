@@ -13,33 +13,25 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import click
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from commands import ENVIRONMENT, HEAVY, alone, failure, outcome
-from killing import finished
+from commands import HEAVY, alone, failure, outcome
+from killing import environment, finished
 from pupils import lines
 from stores import content
+from test_config import REQUIRED
 
 import kcdcache
 from kcdcache import settings
 from kcdcache.cli import console, main
 from kcdcache.cli.options import shown
-from kcdcache.condense import manifest
 from kcdcache.files.atomic import locked
 
 DATA = "digits?train=200&test=100"
 CROPS = {"augment": "crop", "padding": 2}
 WRITING = ("fit", "precompute", "train", "condense", "export")
-REQUIRED = {
-    "fit": {"data": "digits", "model": "resnet8", "out": "o"},
-    "precompute": {"data": "digits", "store": "s"},
-    "train": {"data": "digits", "store": "s", "out": "o"},
-    "condense": {"values": "v", "store": "s", "keep": 0.5, "out": "o"},
-    "export": {"manifest": "m", "store": "s", "out": "o"},
-}
 
 
 def words(place, name, **more):
@@ -103,8 +95,8 @@ def asked(tmp_path_factory):
     every = [["--help"], *(text.split() for text, _ in WRONG_COMMANDS), [*words(place, "fit"), "--json"]]
     (place / "empty").mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", ASKING, json.dumps(every)], capture_output=True, text=True, env=ENVIRONMENT, check=True,
-        cwd=place / "empty",
+        [sys.executable, "-c", ASKING, json.dumps(every)], capture_output=True, text=True, check=True,
+        cwd=place / "empty", env=environment(),
     )  # fmt: skip
     return place, [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -208,29 +200,28 @@ def sample_of(annotation):
     )
 
 
-def from_flags(command, name, value):
-    flag = f"--{name.rstrip('_').replace('_', '-')}"
-    words = [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
-    if isinstance(value, bool):
-        words = [flag if value else f"--no-{flag[2:]}"]
-    others = {key: given for key, given in REQUIRED[command].items() if key != name}
-    context = main.build(command).make_context(command, [*lines(others), *words])
-    takes = main.COMMANDS[command].takes
-    known = settings.fields(takes)
-    given = {key: found for key, found in context.params.items() if found is not None and key in known}
-    return settings.make(takes, given)
+def from_flags(command, given):
+    flags = []
+    for name, value in given.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            flags.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            flags += [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    takes, found = main.COMMANDS[command].takes, main.build(command).make_context(command, flags).params
+    return settings.make(takes, {name: found[name] for name in settings.fields(takes) if found[name] is not None})
 
 
-@pytest.mark.parametrize("command", REQUIRED)
+@pytest.mark.parametrize("command", WRITING)
 def test_a_flag_and_a_toml_key_give_equal_settings(command):
-    for name, field in settings.fields(main.COMMANDS[command].takes).items():
+    takes = main.COMMANDS[command].takes
+    for name, field in settings.fields(takes).items():
         for value in sample_of(field.annotation):
-            toml = settings.make(main.COMMANDS[command].takes, REQUIRED[command] | {name.rstrip("_"): value})
-            assert from_flags(command, name, value) == toml
-            held = dict(toml)
-            for part in [part for part in held.values() if isinstance(part, settings.Settings)]:
-                held |= dict(part)
-            plain = list(held[name]) if isinstance(held[name], tuple) else held[name]
+            given = REQUIRED[takes] | {name.rstrip("_"): value}
+            toml = settings.make(takes, given)
+            assert from_flags(command, given) == toml
+            held = settings.values_of(toml)[name]
+            plain = list(held) if isinstance(held, tuple) else held
             assert (str(plain) if isinstance(plain, Path) else plain) == value
 
 
@@ -313,16 +304,6 @@ def test_condense_is_refused_under_torchrun(capsys, chain, monkeypatch):
     assert not (chain / "m.parquet").exists()
 
 
-def test_condense_takes_another_tools_values_and_says_so(capsys, chain):
-    order, theirs = np.random.default_rng(0).permutation(200), chain / "theirs.parquet"
-    pq.write_table(pa.table({"index": order, "value": order / 200}), theirs)
-    code, out, _ = outcome(capsys, *words(chain, "condense", values=theirs, out=chain / "m.parquet", keep=0.25))
-    assert (code, "\nvalues_from: another tool\n" in out) == (0, True)
-    made = manifest.read(chain / "m.parquet")
-    assert made.index.tolist() == list(range(150, 200))
-    assert (made.visits == 1).all()
-
-
 # exit codes, each with its message
 
 
@@ -373,10 +354,7 @@ FAILURES = [
     (9, unsealed, lambda p: ["verify", p / "store"], UNFINISHED),
     (9, unsealed, lambda p: words(p, "train", out=p / "new"), UNFINISHED),
     (10, untouched, lambda p: ["inspect", p / "nowhere"], "nothing at .*nowhere"),
-    (10, untouched, lambda p: ["verify", p / "nowhere"], "nothing at .*nowhere"),
-    (10, untouched, lambda p: words(p, "condense", values=p / "nowhere"), "no file at .*nowhere"),
     (10, untouched, lambda p: words(p, "condense", previous=p / "nowhere"), "no file at .*nowhere"),
-    (10, untouched, lambda p: words(p, "condense", store=p / "nowhere"), "no knowledge store at .*nowhere"),
     (10, untouched, lambda p: words(p, "train", store=p / "nowhere"), "no knowledge store at .*nowhere"),
     (10, untouched, lambda p: words(p, "train", manifest=p / "nowhere", out=p / "new"), "no file at .*nowhere"),
 ]  # fmt: skip
@@ -466,7 +444,7 @@ def talked(terminal):
     ours, theirs = pty.openpty() if terminal else os.pipe()
     with open(ours, "rb", buffering=0) as read:
         done = subprocess.Popen(
-            [sys.executable, "-c", TALKING], stdout=theirs, stderr=theirs, env=ENVIRONMENT | {"TERM": "xterm"}
+            [sys.executable, "-c", TALKING], stdout=theirs, stderr=theirs, env=environment(TERM="xterm")
         )
         os.close(theirs)
         found = b""
