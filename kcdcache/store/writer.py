@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Int64, UInt64
@@ -34,6 +34,8 @@ from kcdcache.store.log import LogEntry, Numbers, name_of, record_path
 from kcdcache.store.plan import Part, StorePlan, documents, grow_plan, part_chunks, parts, plan_from
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Shard(NamedTuple):
@@ -103,8 +105,8 @@ def shard_of(variables: Mapping[str, str]) -> Shard:
 
 
 @contextmanager
-def held(root: Path, begin: Callable[[bool], None], shard: Shard = WHOLE) -> Iterator[None]:
-    """Hold the parts of one shard of a store for writing.
+def held(root: Path, begin: Callable[[bool], T], shard: Shard = WHOLE) -> Iterator[T]:
+    """Hold the parts of one shard of a store for writing; yield what `begin` returned.
 
     `begin(alone)` is called while no other process begins or leaves, with whether nobody else writes the store. What
     killed writers left is removed by whoever begins or leaves alone. The locks lie in the store; of a mirrored one they
@@ -129,8 +131,8 @@ def held(root: Path, begin: Callable[[bool], None], shard: Shard = WHOLE) -> Ite
                 (root / FOLDER).mkdir(parents=True, exist_ok=True)
                 if alone:
                     remove_leftovers(root)
-                begin(alone and (shard == WHOLE or not cloud.is_mirrored(root)))
-            yield
+                begun = begin(alone and (shard == WHOLE or not cloud.is_mirrored(root)))
+            yield begun
         finally:
             with lock(door, what, wait=True):
                 held_now.close()
@@ -299,15 +301,16 @@ def create(
             f"a store of {count} samples needs a plan, labels and digests for as many; found "
             f"{plan.count}, {len(labels)} and {len(sample_digest)}"
         )
-    writer = Writer(root, plan, 0, None, shard)
 
-    def begin(alone: bool) -> None:
+    def begin(alone: bool) -> Writer:
         _begin(root, knowledge, plan, alone)
+        writer = Writer(root, plan, 0, None, shard)
         if not writer.sealed:
             _prepare(root, plan, 0)
             writer.write_samples(labels, sample_digest)
+        return writer
 
-    with held(root, begin, shard):
+    with held(root, begin, shard) as writer:
         yield writer
 
 
@@ -349,9 +352,8 @@ def grow(
     root = Path(path)
     require_no_links(root)
     _require_same_knowledge(root, knowledge)
-    made: list[Writer] = []
-    with held(root, lambda alone: made.append(_growing(root, views, fields, shard)), shard):
-        yield made[0]
+    with held(root, lambda alone: _growing(root, views, fields, shard), shard) as writer:
+        yield writer
 
 
 def seal(path: Path | str) -> bool:

@@ -7,7 +7,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 from damaging import endless
-from forging import TEXTS, THOROUGH, first_chunk, resealed, write_resealed
+from forging import TEXTS, THOROUGH, first_chunk, write_resealed
 from pupils import SCHOOL, SPEC, distilled, lines, school
 from stores import content, creating, grown, make, plan_of
 
@@ -81,14 +81,6 @@ def test_records_that_never_end_are_not_waited_for(run, made, tmp_path, what):
         root = copied(made, kind, tmp_path / str(number))
         endless(root / name, what)
         refused(run, root, kind, (3, 8, 9))
-
-
-def test_a_resealed_harmless_chunk_is_read(tmp_path):
-    root = make(tmp_path / "s", plan_of(compression="zstd"))
-    key = first_chunk(root)
-    resealed(root, key, (root / key).read_bytes())
-    opened = reader.open(root)
-    assert len(opened.load(0, np.arange(opened.count), ("logits",))["logits"]) == opened.count
 
 
 def replanned(root, **changes):

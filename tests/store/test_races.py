@@ -127,15 +127,6 @@ def test_of_condensers_racing_for_one_file_exactly_one_wins(place, alone, volley
     assert not leftovers(tmp_path)
 
 
-def test_condensers_racing_to_the_same_set_all_succeed(place, volley, tmp_path):
-    out = tmp_path / "set.parquet"
-    assert volley([condense(place, out)] * RACERS, tmp_path / "racer") == [0] * RACERS
-    told = [(tmp_path / f"racer{number}").read_text() for number in range(RACERS)]
-    assert len({text.splitlines()[0] for text in told}) <= 2  # the one that wrote it, and those who found it there
-    assert len(manifest.read(out)) == 100
-    assert not leftovers(tmp_path)
-
-
 # ---- a reader during the writing
 
 
