@@ -50,22 +50,15 @@ def whole_in(view):
     return np.flatnonzero(pixels.amin((1, 2, 3)).numpy() == 1)
 
 
-def painted(path, white, level=255):
-    """Digits as a file of arrays, where some samples are of one grey level."""
-    dataset = digits(TRAIN, TEST)
-    arrays = {}
-    for name in ("train", "test"):
-        split = getattr(dataset, name)
-        arrays |= {f"{name}_images": split.images(np.arange(len(split))), f"{name}_labels": split.labels}
-    arrays["train_images"] = arrays["train_images"].copy()
-    arrays["train_images"][white] = level
-    np.savez(path, **arrays)
-    return f"arrays:{path}"
-
-
 def place_for(root, white, level=255):
+    """Digits as a file of arrays, where some samples are of one grey level, and the touchy teacher."""
     root.mkdir(exist_ok=True)
-    text = painted(root / "painted.npz", white, level)
+    plain, arrays = digits(TRAIN, TEST), {}
+    for name, split in (("train", plain.train), ("test", plain.test)):
+        arrays |= {f"{name}_images": split.images(np.arange(len(split))).copy(), f"{name}_labels": split.labels}
+    arrays["train_images"][white] = level
+    np.savez(root / "painted.npz", **arrays)
+    text = f"arrays:{root / 'painted.npz'}"
     dataset = datasets.load(text)
     return SimpleNamespace(root=root, spec=text, data=dataset, network=touchy(dataset), white=sorted(white))
 

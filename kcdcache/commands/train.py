@@ -118,7 +118,7 @@ def _asked_teacher(
     precision = precision_of(knowledge.knowledge, knowledge.path)
     found = load_teacher(command.teaching, data, precision, command.machine.device, command.machine.threads)
     if compared:
-        evaluation.require_own(found, knowledge)
+        requery.require_own(found, knowledge)
     return found
 
 

@@ -1,11 +1,11 @@
 """Manifest + data + views + store -> batches: what is in one, how points are mixed, and batches made on the host."""
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -65,6 +65,12 @@ class Source:
         """Return the number of the view that an epoch uses."""
         return epoch if self.views is None else epoch % self.views
 
+    @property
+    def mixer(self) -> "Mixer":
+        """What mixes its points."""
+        own, asked = (None if targets is None else targets.gather for targets in (self.targets, self.requeried))
+        return Mixer(self.mixing, own, asked)
+
     def prepare(self, epoch: int, mine: Points | None = None, later: Points | None = None) -> None:
         """Load the teacher outputs an epoch needs, and start loading the next epoch's in the background.
 
@@ -112,14 +118,10 @@ def connect(
     if not fields:
         yield plain
         return
-    place = Path(tempfile.gettempdir()) if folder is None else folder
+    memory: dict[str, Any] = {"memory_bytes": memory_bytes, "folder": folder or Path(tempfile.gettempdir())}
+    again = None if requeried is None else _targets_of_mixes(requeried, manifest, mixing.mix, fields, memory)
     rows = needed_rows(manifest, requeried is not None)
-    with ExitStack() as held:
-        targets = held.enter_context(StoredTargets(knowledge, rows, fields, memory_bytes=memory_bytes, folder=place))
-        again = None
-        if requeried is not None:
-            found = _targets_of_mixes(requeried, manifest, mixing.mix, fields, memory_bytes, place)
-            again = held.enter_context(found)
+    with StoredTargets(knowledge, rows, fields, **memory) as targets, again or nullcontext():
         yield replace(plain, targets=targets, requeried=again)
 
 
@@ -132,7 +134,7 @@ def needed_rows(manifest: Manifest, requeried: bool = False) -> Int64[np.ndarray
 
 
 def _targets_of_mixes(
-    mixes: Store, manifest: Manifest, mix: str, fields: Sequence[str], memory_bytes: float, folder: Path
+    mixes: Store, manifest: Manifest, mix: str, fields: Sequence[str], memory: Mapping[str, Any]
 ) -> StoredTargets:
     """Return the targets of the mixed points: row j of their store is the j-th K_Aug point by index.
 
@@ -144,86 +146,80 @@ def _targets_of_mixes(
     remedy = "make them with `kcdcache precompute --manifest` for this manifest and mix"
     asked = {"manifest": manifest.digest, "mix": mix}
     require_same({key: held.get(key) for key in asked}, asked, names, remedy)
-    index = manifest.index[manifest.mixed]
-    return StoredTargets(
-        mixes,
-        index,
-        fields,
-        memory_bytes=memory_bytes,
-        folder=folder,
-        rows=np.arange(len(index)),
-        slots={view: slot for slot, view in enumerate(held["views"])},
-        count=manifest.count,
-    )
+    index, slots = manifest.index[manifest.mixed], {view: slot for slot, view in enumerate(held["views"])}
+    rows = np.arange(len(index))
+    return StoredTargets(mixes, index, fields, rows=rows, slots=slots, count=manifest.count, **memory)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Partners:
-    """What is mixed into some points of a batch."""
-
-    rows: Int64[Tensor, " some"] | None
-    """which points that is; None where all come with a partner, themselves if they are not mixed, so that shapes do not
-    depend on what is mixed"""
-    pixels: Float32[Tensor, "some channels height width"]
-    knowledge: Mapping[str, Tensor]
-    """the teacher's fields of the partners, for targets that are mixed of two"""
-    asked: Mapping[str, Tensor] | None
-    """the teacher's fields of the mixes themselves, where it was asked again"""
+Gather = Callable[[Any, float, torch.device], Mapping[str, Tensor]]
+"""samples, temperature, device -> the teacher's fields of these samples in the current view, as `Targets.gather`"""
 
 
-def mix_in(plain: Batch, partners: Partners | None, mixing: Mixing) -> Batch:
-    """Return a batch with its targets and with its partners mixed in; changes the tensors of `plain`.
+class Mixer(NamedTuple):
+    """Gives batches their targets and mixes partners into their points, wherever they are made."""
 
-    The points' own pixels and fields are those of `plain`.
-    """
-    soft = _softened(plain.knowledge, mixing.temperature)
-    if partners is None:
-        return replace(plain, probabilities=soft)
-    epsilon = _of_mixed(plain.epsilon, partners)
-    pixels = mix_pixels(_of_mixed(plain.pixels, partners), partners.pixels, epsilon, mixing.mix)
-    softer, knowledge = _mixed_targets(plain, partners, epsilon, mixing)
-    return replace(
-        plain,
-        # a share of 0 leaves pixels as they are, to the bit
-        pixels=pixels if partners.rows is None else _put(plain, partners, plain.pixels, pixels),
-        probabilities=soft if softer is None or soft is None else _put(plain, partners, soft, softer),
-        knowledge={
-            name: _put(plain, partners, own, knowledge[name]) if name in knowledge else own
-            for name, own in plain.knowledge.items()
-        },
-    )
+    mixing: Mixing
+    own: Gather | None
+    """gives the teacher's fields of single samples, None where nothing is distilled"""
+    asked: Gather | None
+    """gives those of the mixes, None where the teacher was not asked again"""
 
+    def softened(self, knowledge: Mapping[str, Tensor]) -> Float32[Tensor, "rows classes"] | None:
+        """Return the teacher's probabilities at the temperature, None where there are no logits."""
+        return (knowledge["logits"] / self.mixing.temperature).softmax(1) if "logits" in knowledge else None
 
-def _mixed_targets(
-    plain: Batch, partners: Partners, epsilon: Float32[Tensor, " some"], mixing: Mixing
-) -> tuple[Float32[Tensor, "some classes"] | None, Mapping[str, Tensor]]:
-    """Return probabilities and fields of the mixed points, as far as they are not their own."""
-    if partners.asked is not None:
-        return _softened(partners.asked, mixing.temperature), partners.asked
-    if mixing.target == "keep":
-        return None, {}
-    own, other = {name: _of_mixed(rows, partners) for name, rows in plain.knowledge.items()}, partners.knowledge
-    soft = None
-    if "logits" in own:
-        soft = mix_probabilities(own["logits"], other["logits"], epsilon, mixing.target, mixing.temperature)
-    return soft, {name: fields.mix(name, own[name], other[name], epsilon) for name in own}
+    def mixed(
+        self, plain: Batch, rows: Int64[Tensor, " some"] | None, pixels: Float32[Tensor, "some c h w"],
+        index: Any, partner: Any,
+    ) -> Batch:  # fmt: skip
+        """Return a batch of unmixed points, which it changes, with its partners mixed in.
 
+        Arguments:
+            rows: the points that have a partner. None: all come with one, themselves if they are not mixed, so that
+                shapes do not depend on what is mixed.
+            pixels: the partners' views.
+            index: the samples of these points, as `own` and `asked` take them.
+            partner: their partners.
+        """
+        part = slice(None) if rows is None else rows
+        epsilon, own = plain.epsilon[part], {name: values[part] for name, values in plain.knowledge.items()}
+        soft, knowledge = self._targets(own, epsilon, index, partner)
+        pixels = mix_pixels(plain.pixels[part], pixels, epsilon, self.mixing.mix)
+        known = self.softened(plain.knowledge)
+        return replace(
+            plain,
+            # a share of 0 leaves pixels as they are, to the bit
+            pixels=pixels if rows is None else _put(plain, rows, plain.pixels, pixels),
+            probabilities=known if soft is None or known is None else _put(plain, rows, known, soft),
+            knowledge={
+                name: _put(plain, rows, values, knowledge[name]) if name in knowledge else values
+                for name, values in plain.knowledge.items()
+            },
+        )
 
-def _softened(knowledge: Mapping[str, Tensor], temperature: float) -> Float32[Tensor, "rows classes"] | None:
-    return (knowledge["logits"] / temperature).softmax(1) if "logits" in knowledge else None
-
-
-def _of_mixed(values: Shaped[Tensor, "batch ..."], partners: Partners) -> Shaped[Tensor, "some ..."]:
-    return values if partners.rows is None else values[partners.rows]
+    def _targets(
+        self, own: Mapping[str, Tensor], epsilon: Float32[Tensor, " some"], index: Any, partner: Any
+    ) -> tuple[Float32[Tensor, "some classes"] | None, Mapping[str, Tensor]]:
+        """Return probabilities and fields of the mixed points, as far as they are not the kept points' own."""
+        mixing, device, soft = self.mixing, epsilon.device, None
+        if self.asked is not None:
+            found = self.asked(index, mixing.temperature, device)
+            return self.softened(found), found
+        if self.own is None or mixing.target == "keep":
+            return None, {}
+        other = self.own(partner, mixing.temperature, device)
+        if "logits" in own:
+            soft = mix_probabilities(own["logits"], other["logits"], epsilon, mixing.target, mixing.temperature)
+        return soft, {name: fields.mix(name, own[name], other[name], epsilon) for name in own}
 
 
 def _put(
-    plain: Batch, partners: Partners, own: Shaped[Tensor, "batch ..."], new: Shaped[Tensor, "some ..."]
+    plain: Batch, rows: Tensor | None, own: Shaped[Tensor, "batch ..."], new: Shaped[Tensor, "some ..."]
 ) -> Shaped[Tensor, "batch ..."]:
     """Return the own values with those of mixed points in their places."""
-    if partners.rows is None:
+    if rows is None:
         return torch.where(plain.mixed.view(-1, *[1] * (own.ndim - 1)), new, own)
-    own[partners.rows] = new
+    own[rows] = new
     return own
 
 
@@ -324,17 +320,17 @@ def make_batch(
 
     `planned` are the teacher's rows of an epoch and the slice of it that this is; `shown` gives the views.
     """
-    temperature = source.mixing.temperature
-    seen = shown or (rules.show(source.rule, source.data.train.images(i), p, device) for i, p in plan.asked())
+    mixer, temperature, labels = source.mixer, source.mixing.temperature, source.data.train.labels
+    views = shown or (rules.show(source.rule, source.data.train.images(i), p, device) for i, p in plan.asked())
+    own: Mapping[str, Tensor] = {}
     if planned is not None:
-        rows, part = planned
-        own = rows.gather(part, temperature, device)
-    else:
-        own = {} if source.targets is None else source.targets.gather(plan.index, temperature, device)
-    labels, is_mixed = source.data.train.labels, plan.partner >= 0
+        own = planned[0].gather(planned[1], temperature, device)
+    elif mixer.own is not None:
+        own = mixer.own(plan.index, temperature, device)
+    is_mixed = plan.partner >= 0
     plain = Batch(
         index=torch.from_numpy(plan.index).to(device),
-        pixels=next(seen),
+        pixels=next(views),
         labels=torch.from_numpy(labels[plan.index]).to(device),
         partner_labels=torch.from_numpy(labels[np.where(is_mixed, plan.partner, plan.index)]).to(device),
         mixed=torch.from_numpy(is_mixed).to(device),
@@ -342,20 +338,10 @@ def make_batch(
         weight=torch.from_numpy(plan.weight).to(device),
         knowledge=own,
     )
+    if not is_mixed.any():
+        return replace(plain, probabilities=mixer.softened(own))
     where = np.flatnonzero(is_mixed)
-    return mix_in(plain, _partners(source, plan, where, next(seen), device) if len(where) else None, source.mixing)
-
-
-def _partners(
-    source: Source, plan: Plan, where: Int64[np.ndarray, " some"], pixels: Tensor, device: torch.device
-) -> Partners:
-    """Return what is mixed into the points numbered `where`, whose partners' views are `pixels`."""
-    temperature, other, asked = source.mixing.temperature, {}, None
-    if source.requeried is not None:
-        asked = source.requeried.gather(plan.index[where], temperature, device)
-    elif source.targets is not None and source.mixing.target != "keep":
-        other = source.targets.gather(plan.partner[where], temperature, device)
-    return Partners(rows=torch.from_numpy(where).to(device), pixels=pixels, knowledge=other, asked=asked)
+    return mixer.mixed(plain, torch.from_numpy(where).to(device), next(views), plan.index[where], plan.partner[where])
 
 
 def mixed_views(

@@ -1,6 +1,7 @@
 """Batches made where images, view parameters and knowledge lie on the device: no copy and no wait in a step."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -9,9 +10,8 @@ from torch import Tensor
 
 from kcdcache.data.images import Split
 from kcdcache.methods.base import Batch
-from kcdcache.settings import OptimizerSettings
 from kcdcache.store.rows import StoredTargets
-from kcdcache.training.batches import HostBatches, Partners, Source, mix_in
+from kcdcache.training.batches import HostBatches, Mixer, Source
 from kcdcache.training.processes import ALONE, Group
 from kcdcache.training.sampling import Sampler, everything
 from kcdcache.views import rules
@@ -19,13 +19,14 @@ from kcdcache.views.prefetch import every_image, image_bytes, images_obstacle, r
 
 
 def batches_of(
-    settings: OptimizerSettings, source: Source, sampler: Sampler, device: torch.device, group: Group = ALONE
+    source: Source, sampler: Sampler, device: torch.device, group: Group = ALONE
 ) -> "HostBatches | DeviceBatches":
-    """Return what makes a run's batches: on the device as `settings.resident` says, else on the host.
+    """Return what makes a run's batches: on the device as its `resident` says, else on the host.
 
     Raises:
         SettingsError: resident = on, and the data cannot lie on the device; says why.
     """
+    settings = sampler.optimizer
     if group.world == 1 and wanted(settings.resident, obstacle(source, device), device):
         return DeviceBatches(source, sampler, device)
     return HostBatches(source=source, sampler=sampler, device=device, workers=settings.workers, group=group)
@@ -39,7 +40,7 @@ def obstacle(source: Source, device: torch.device, free: int | None = None) -> s
     """
     if (found := images_obstacle(source.data.train, source.rule)) is not None:
         return found
-    if any(not isinstance(targets, StoredTargets) for targets in _targets(source)):
+    if not all(targets is None or isinstance(targets, StoredTargets) for targets in (source.targets, source.requeried)):
         return "its targets are not those of a store"
     return room_obstacle(bytes_of(source), device, free)
 
@@ -47,7 +48,8 @@ def obstacle(source: Source, device: torch.device, free: int | None = None) -> s
 def bytes_of(source: Source) -> int:
     """Return the bytes that a source's images, view parameters and knowledge of one view take on the device."""
     images = sum(image_bytes(split, source.rule) for split in (source.data.train, source.data.test))
-    rows = sum(targets.view_bytes for targets in _targets(source) if isinstance(targets, StoredTargets))
+    held = (source.targets, source.requeried)
+    rows = sum(targets.view_bytes for targets in held if isinstance(targets, StoredTargets))
     return images + rows + 64 * len(source.data.train)
 
 
@@ -79,10 +81,9 @@ class DeviceBatches:
         self._offsets = torch.arange(self._size, device=device)
         self._parameters = self._images.parameters(0)
         self._view = 0
-        self._own, self._asked = (
-            _HeldTargets(targets, device) if isinstance(targets, StoredTargets) else None
-            for targets in (source.targets, source.requeried)
-        )
+        held = (source.targets, source.requeried)
+        self._held = [_HeldTargets(one, device) if isinstance(one, StoredTargets) else None for one in held]
+        self._mixer = Mixer(source.mixing, *(None if one is None else one.gather for one in self._held))
 
     def begin(self, epoch: int, start: int = 0) -> list[int]:
         """Go to batch number `start` of an epoch and load what its view needs; return the sizes of its batches."""
@@ -95,7 +96,7 @@ class DeviceBatches:
             self._parameters.copy_(self._images.parameters(view))
             self._view = view
         self._source.prepare(epoch)
-        for held in (self._own, self._asked):
+        for held in self._held:
             if held is not None:
                 held.load(view)
         return [min(self._size, self._count - low) for low in range(start * self._size, self._count, self._size)]
@@ -107,13 +108,12 @@ class DeviceBatches:
 
     def batch(self, size: int) -> Batch:
         """Return the next batch."""
-        place = self._cursor + self._offsets[:size]
+        mixer, place = self._mixer, self._cursor + self._offsets[:size]
         self._cursor += size
         index, partner, epsilon, weight = (
             self._points[name].index_select(0, place) for name in ("index", "partner", "epsilon", "weight")
         )
         other = torch.where(partner >= 0, partner, index)
-        temperature = self._source.mixing.temperature
         plain = Batch(
             index=index,
             pixels=self._images.views(index, self._parameters),
@@ -122,18 +122,11 @@ class DeviceBatches:
             mixed=partner >= 0,
             epsilon=epsilon,
             weight=weight,
-            knowledge={} if self._own is None else self._own.take(index, temperature),
+            knowledge={} if mixer.own is None else mixer.own(index, mixer.mixing.temperature, index.device),
         )
-        return mix_in(plain, self._partners(index, other) if self._sampler.mixes else None, self._source.mixing)
-
-    def _partners(self, index: Int64[Tensor, " batch"], other: Int64[Tensor, " batch"]) -> Partners:
-        mixing, knowledge, asked = self._source.mixing, {}, None
-        if self._asked is not None:
-            asked = self._asked.take(index, mixing.temperature)
-        elif self._own is not None and mixing.target != "keep":
-            knowledge = self._own.take(other, mixing.temperature)
-        pixels = self._images.views(other, self._parameters)
-        return Partners(rows=None, pixels=pixels, knowledge=knowledge, asked=asked)
+        if not self._sampler.mixes:
+            return replace(plain, probabilities=mixer.softened(plain.knowledge))
+        return mixer.mixed(plain, None, self._images.views(other, self._parameters), index, other)
 
 
 class _HeldTargets:
@@ -157,12 +150,8 @@ class _HeldTargets:
                 self._rows[name] = known.to(self._device, copy=True)
         self._view = view
 
-    def take(self, index: Int64[Tensor, " batch"], temperature: float) -> dict[str, Tensor]:
-        """Return field -> float32 targets; of a sample that has no row, those of another one."""
+    def gather(self, index: Int64[Tensor, " batch"], temperature: float, device: torch.device) -> dict[str, Tensor]:
+        """Return field -> float32 targets where they are held; of a sample that has no row, those of another one."""
         place = self._place.index_select(0, index)
         taken = {name: rows.index_select(0, place) for name, rows in self._rows.items()}
         return self._targets.decode(taken, temperature)
-
-
-def _targets(source: Source) -> list[object]:
-    return [targets for targets in (source.targets, source.requeried) if targets is not None]

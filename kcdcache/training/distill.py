@@ -2,8 +2,8 @@
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,7 +15,7 @@ from kcdcache.files import cloud
 from kcdcache.files.records import Rate, Sparse, logged, logged_seconds
 from kcdcache.methods import registry as methods_registry
 from kcdcache.networks import registry as networks_registry
-from kcdcache.networks.input_transform import resolve_device, use_threads
+from kcdcache.networks.input_transform import resolve_device
 from kcdcache.progress import Progress, silent
 from kcdcache.runs import state
 from kcdcache.runs.folder import RunFolder
@@ -24,7 +24,7 @@ from kcdcache.settings import TrainSettings, recorded
 from kcdcache.store import check, identity, reader
 from kcdcache.store.reader import Store
 from kcdcache.training import evaluation, requery
-from kcdcache.training.processes import ALONE, Group
+from kcdcache.training.processes import ALONE, Group, session
 from kcdcache.training.stage import Material, Run, run_stage, views_used
 
 logger = logging.getLogger(__name__)
@@ -71,32 +71,26 @@ def run(
     material, following = _sorted_out(material, folder)
     views = _views(settings, material, folder)
     record = recorded(settings), _inputs(material, views, fields)
-    finished = folder.stands(folder.summary)
-    group.wait()  # all have read what lies there before the first writes
-    if finished:
-        if group.first:
-            state.start(folder, *record)
-        logger.info("train: %s is finished already", out)
-        return _measured_later(settings, material, folder, device) if group.first else read_summary(out)
-    going = Run(
-        settings=_within_given(settings, material),
-        material=material,
-        folder=folder,
-        device=resolve_device(device),
-        stages=planned(settings, material),
-        views=views,
-        fields=fields,
-        group=group,
-        progress=progress,
-    )
-    session = state.session(
-        folder, *record, device=going.device, threads=threads, allow_env_change=allow_env_change, processes=group.world
-    )
-    with session if group.first else nullcontext():
+    stages = planned(settings, material)
+    with session(
+        folder, *record, group, device=device, threads=threads, allow_env_change=allow_env_change
+    ) as where:  # fmt: skip
+        if where is None:
+            logger.info("train: %s is finished already", out)
+            return _measured_later(settings, material, folder, device) if group.first else read_summary(out)
+        going = Run(
+            settings=_within_given(settings, material),
+            material=material,
+            folder=folder,
+            device=where,
+            stages=stages,
+            views=views,
+            fields=fields,
+            group=group,
+            progress=progress,
+        )
         if group.first:
             _keep_given(going, following)
-        else:
-            use_threads(threads)
         group.wait()
         return _all_stages(going, settings.epochs if until is None else min(until, settings.epochs))
 
@@ -127,7 +121,11 @@ def _all_stages(run: Run, until: int) -> Summary | Stopped:
             break
         # a kill may fall between a stage's last checkpoint and its values, which are its last file
         if stage.stop > done or not run.folder.stands(run.folder.stage_values(stage.number)):
-            done = _train(run, stage, until)
+            chosen = _by_first(run, partial(_manifest_for, run, stage))
+            mixes = _by_first(run, partial(_outputs_on_mixes, run, stage, chosen))
+            first, last = stage.start, stage.stop - 1
+            logger.info("stage %d: epochs %d to %d on %d samples", stage.number, first, last, len(chosen))
+            done = run_stage(run, stage, chosen, mixes, until)
     if done < run.settings.epochs:
         logger.info("train: stopped at epoch %d of %d; the same command continues", done, run.settings.epochs)
         return Stopped(
@@ -137,13 +135,7 @@ def _all_stages(run: Run, until: int) -> Summary | Stopped:
             run=str(run.folder.path),
             images_per_second=logged(run.folder.timing),
         )
-    return _by_first(run, lambda: _finish(run))
-
-
-def _train(run: Run, stage: Stage, until: int) -> int:
-    chosen = _by_first(run, lambda: _manifest_for(run, stage))
-    logger.info("stage %d: epochs %d to %d on %d samples", stage.number, stage.start, stage.stop - 1, len(chosen))
-    return run_stage(run, stage, chosen, _by_first(run, lambda: _outputs_on_mixes(run, stage, chosen)), until)
+    return _by_first(run, partial(_finish, run))
 
 
 def finished_epochs(folder: RunFolder) -> int:
@@ -170,40 +162,24 @@ def _manifest_for(run: Run, stage: Stage) -> Manifest:
         found = manifest.read(path)
         manifest.require_knowledge(found, knowledge.knowledge_id)
         return found
-    data = run.material.data
+    data, given, before = run.material.data, run.material.given, stage.number - 1
     samples = Samples(
         knowledge.knowledge_id, knowledge.count, data.train.labels, len(data.classes),
         knowledge.knowledge.data.digest, knowledge.skipped,
     )  # fmt: skip
-    made = MAKERS[stage.source](run, stage, samples)
+    if stage.source == "condensed":  # of the values at the end of the stage before: the E-step
+        values = value_files.read(run.folder.stage_values(before), samples.count).values
+        previous = manifest.read(run.folder.manifest(before))
+        made = summary.condense(values, run.settings, samples, stage=stage.number, keep=stage.keep, previous=previous)
+    elif stage.source == "random":
+        made = summary.random_stage(samples, keep=stage.keep, seed=run.settings.condense_seed, previous=given)
+    elif stage.source == "given":
+        assert given is not None
+        made = given
+    else:
+        made = manifest.full(samples)
     write_manifest(run.folder, path, made)
     return made
-
-
-def _full(run: Run, stage: Stage, samples: Samples) -> Manifest:
-    return manifest.full(samples)
-
-
-def _given(run: Run, stage: Stage, samples: Samples) -> Manifest:
-    assert run.material.given is not None
-    return run.material.given
-
-
-def _random(run: Run, stage: Stage, samples: Samples) -> Manifest:
-    seed, previous = run.settings.condense_seed, run.material.given
-    return summary.random_stage(samples, keep=stage.keep, seed=seed, previous=previous)
-
-
-def _condensed(run: Run, stage: Stage, samples: Samples) -> Manifest:
-    """Condense the values at the end of the stage before (the E-step)."""
-    before = stage.number - 1
-    values = value_files.read(run.folder.stage_values(before), samples.count).values
-    previous = manifest.read(run.folder.manifest(before))
-    return summary.condense(values, run.settings, samples, stage=stage.number, keep=stage.keep, previous=previous)
-
-
-MAKERS = {"full": _full, "given": _given, "random": _random, "condensed": _condensed}
-"""source of a stage's manifest -> how it is made"""
 
 
 def _outputs_on_mixes(run: Run, stage: Stage, chosen: Manifest) -> Path | None:
@@ -318,11 +294,8 @@ def _views(settings: TrainSettings, material: Material, folder: RunFolder) -> in
         raise SettingsError(
             f"--cached-views {asked}: the store at {material.knowledge.path} has {held}; precompute more"
         )
-    held = asked or held
-    if not folder.settings.exists():
-        return held
-    began_with = read_record(folder).inputs.views or held
-    return min(began_with, held)
+    began_with = read_record(folder).inputs.views if folder.settings.exists() else None
+    return min(asked or held, began_with or held)
 
 
 def _inputs(material: Material, views: int, fields: tuple[str, ...]) -> Inputs:

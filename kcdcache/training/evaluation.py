@@ -1,8 +1,7 @@
 """Accuracy, agreement with the teacher, calibration; and what a finished student made of wrong labels (fidelity)."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from kcdcache.condense import compare, manifest, value_files
 from kcdcache.data.datasets import Dataset
 from kcdcache.data.images import Split
 from kcdcache.data.label_noise import frequent
-from kcdcache.errors import MismatchError
 from kcdcache.methods.losses import cross_entropy
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform
@@ -79,16 +77,6 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
         network.train(was_training)
 
 
-def accuracy(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"]) -> float:
-    """Return the share of samples whose largest logit is at their label, in [0, 1]."""
-    return float((logits.argmax(1) == labels).double().mean())
-
-
-def agreement(guess: Labels, others: Labels) -> float | None:
-    """Return the share of samples of which two networks name the same class, in [0, 1]; None of no sample."""
-    return _share(guess == others)
-
-
 def calibration_error(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"], bins: int = 15) -> float:
     """Return the expected calibration error: mean over samples of |confidence - accuracy| per confidence bin.
 
@@ -105,7 +93,7 @@ def measure(logits: Float[Tensor, "n classes"], labels: Int64[np.ndarray, " n"])
     """Return test accuracy in [0, 1], mean cross-entropy in nats, and expected calibration error in [0, 1]."""
     known = torch.from_numpy(labels).to(logits.device)
     return {
-        "test_accuracy": accuracy(logits, known),
+        "test_accuracy": float((logits.argmax(1) == known).double().mean()),
         "test_loss": float(cross_entropy(logits, known).double().mean()),
         "test_calibration_error": calibration_error(logits, known),
     }
@@ -118,20 +106,6 @@ def fidelity_wanted(settings: TrainSettings, data: Dataset, knowledge: Store) ->
     """
     asked = settings.fidelity == "on" or (settings.fidelity == "auto" and bool(data.corruption))
     return asked and knowledge.knowledge.whole
-
-
-def require_own(teacher: Teacher, knowledge: Store) -> None:
-    """Do nothing if a teacher is the one whose outputs a store holds.
-
-    Raises:
-        MismatchError: it is another one.
-    """
-    if (found := teacher.identity) != knowledge.knowledge.teacher:
-        raise MismatchError(
-            f"--teacher is {found.architecture} with weights {found.weights[:16]}, the store at {knowledge.path} is of "
-            f"{knowledge.knowledge.teacher.architecture} with weights {knowledge.knowledge.teacher.weights[:16]}; give "
-            "the store's own teacher, or none"
-        )
 
 
 def fidelity(
@@ -167,18 +141,13 @@ def fidelity(
     found |= _on_train(ours, data.train, usable)
     if "logits" in knowledge.fields:
         theirs = knowledge.read("logits", 0, usable).argmax(1)
-        found["agreement_train"] = agreement(ours, theirs)
+        found["agreement_train"] = _share(ours == theirs)
         found |= {f"teacher_{name}": value for name, value in _on_train(theirs, data.train, usable).items()}
     if teacher is not None or data.corruption.gamma is not None:
         pairs = [network] if teacher is None else [network, (teacher.module, teacher.transform)]
         shown = rules.plain(rule)
         found |= _on_test(data, *(guesses(*p, first_views(data.test, shown, device, settings.workers)) for p in pairs))
     return found | {"sets": _sets(data, folder)} if data.corruption else found
-
-
-def mislabelled(split: Split) -> Marks | None:
-    """Return which samples have a wrong label; None where the split is as it was."""
-    return None if split.clean_labels is None else split.labels != split.clean_labels
 
 
 def _saved(
@@ -195,11 +164,9 @@ def _on_train(guess: Labels, split: Split, usable: Labels) -> dict[str, float | 
     """Return how often a network names the given and the true labels of some training samples."""
     given = split.labels[usable]
     found = {"accuracy_train": _share(guess == given)}
-    wrong = mislabelled(split)
-    if wrong is None or not wrong.any():
+    if (marked := _wrong(split)) is None or split.clean_labels is None:
         return found
-    assert split.clean_labels is not None
-    true, wrong = split.clean_labels[usable], wrong[usable]
+    true, wrong = split.clean_labels[usable], marked[usable]
     return found | {
         "accuracy_true": _share(guess == true),
         "accuracy_right": _share((guess == given)[~wrong]),
@@ -212,17 +179,11 @@ def _on_test(data: Dataset, guess: Labels, theirs: Labels | None = None) -> dict
     """Return how student and teacher do on test images, from the classes they name."""
     found: dict[str, float | None] = {}
     if theirs is not None:
-        found |= {"agreement_test": agreement(guess, theirs), "teacher_accuracy": _share(theirs == data.test.labels)}
+        found |= {"agreement_test": _share(guess == theirs), "teacher_accuracy": _share(theirs == data.test.labels)}
     if (often := _frequent(data)) is not None:
         right, of_frequent = guess == data.test.labels, often[data.test.labels]
         found |= {"accuracy_frequent": _share(right[of_frequent]), "accuracy_rare": _share(right[~of_frequent])}
     return found
-
-
-def rare(data: Dataset) -> Marks | None:
-    """Return which training samples truly are of a rare class; None where no class was thinned out."""
-    often = _frequent(data)
-    return None if often is None else ~often[data.train.clean_labels]
 
 
 def _frequent(data: Dataset) -> Marks | None:
@@ -232,23 +193,23 @@ def _frequent(data: Dataset) -> Marks | None:
     return frequent(np.bincount(data.train.clean_labels, minlength=len(data.classes)))
 
 
-def _sets(data: Dataset, folder: RunFolder) -> list[Mapping[str, Any]]:
+def _wrong(split: Split) -> Marks | None:
+    """Return which samples have a wrong label; None where none has."""
+    wrong = None if split.clean_labels is None else split.labels != split.clean_labels
+    return wrong if wrong is not None and wrong.any() else None
+
+
+def _sets(data: Dataset, folder: RunFolder) -> list[dict[str, Any]]:
     """Return what became of wrong labels and rare classes in each of a run's sets, in order."""
-    marked = mislabelled(data.train)
-    wrong = marked if marked is not None and marked.any() else None
-    counted = (
-        compare.count_set(manifest.read(file), _value(folder.stage_values(number), data), wrong, rare(data))
-        for number, file in folder.manifests().items()
-    )
-    return [counts.model_dump(exclude_unset=True) for counts in counted]
-
-
-def _value(path: Path, data: Dataset) -> np.ndarray | None:
-    """Return the samples' values at a stage's end, NaN of those never visited; None where there are none yet."""
-    if not path.exists():
-        return None
-    found = value_files.read(path, len(data.train)).values
-    return np.where(found.visits > 0, found.value, np.nan)
+    wrong, often, found = _wrong(data.train), _frequent(data), []
+    rare = None if often is None else ~often[data.train.clean_labels]
+    for number, file in folder.manifests().items():
+        path, value = folder.stage_values(number), None
+        if path.exists():  # not after the last condensation
+            values = value_files.read(path, len(data.train)).values
+            value = np.where(values.visits > 0, values.value, np.nan)
+        found.append(compare.count_set(manifest.read(file), value, wrong, rare).model_dump(exclude_unset=True))
+    return found
 
 
 def _share(found: Marks) -> float | None:

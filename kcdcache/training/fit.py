@@ -1,7 +1,6 @@
 """Train a teacher or a plain baseline on hard labels."""
 
 import logging
-from contextlib import nullcontext
 from pathlib import Path
 
 from kcdcache.condense import manifest
@@ -11,15 +10,14 @@ from kcdcache.files import run_files
 from kcdcache.files.records import logged, logged_seconds
 from kcdcache.methods import registry as methods_registry
 from kcdcache.networks import registry as networks_registry
-from kcdcache.networks.input_transform import resolve_device, use_threads
 from kcdcache.progress import Progress, silent
 from kcdcache.runs.folder import RunFolder
-from kcdcache.runs.state import Inputs, Summary, outcome, read_summary, session, start, write_summary
+from kcdcache.runs.state import Inputs, Summary, outcome, read_summary, write_summary
 from kcdcache.settings import FitSettings, MethodSettings
 from kcdcache.training import learner
 from kcdcache.training.batches import Source
 from kcdcache.training.loop import Loop
-from kcdcache.training.processes import ALONE, Group
+from kcdcache.training.processes import ALONE, Group, session
 from kcdcache.training.sampling import Sampler
 from kcdcache.views import rules
 
@@ -54,28 +52,19 @@ def run(
     folder = RunFolder(path=out)
     document = settings.model_dump(mode="json", exclude=NEUTRAL) | {"model": model}
     inputs = Inputs(data=data.identity().digest, test=data.test.digest())
-    finished = folder.stands(folder.summary)
-    group.wait()  # all have read what lies there before the first writes
-    if finished:
-        if group.first:
-            start(folder, document, inputs)
-        logger.info("fit: %s is finished already", out)
-        return read_summary(out)
-    where = resolve_device(device)
-    held = session(
-        folder, document, inputs, device=where, threads=threads, allow_env_change=allow_env_change,
-        processes=group.world,
-    )  # fmt: skip
-    with held if group.first else nullcontext():
-        if not group.first:
-            use_threads(threads)
+    with session(
+        folder, document, inputs, group, device=device, threads=threads, allow_env_change=allow_env_change
+    ) as where:  # fmt: skip
+        if where is None:
+            logger.info("fit: %s is finished already", out)
+            return read_summary(out)
         group.wait()
         weights = methods_registry.weights_of(MethodSettings(method="ce"), settings.label_smoothing)
         pupil = learner.new_learner(model, data, settings, methods_registry.Loss(weights, {}), where, group=group)
         source = _source(data, settings)
         sampler = Sampler(manifest=source.manifest, optimizer=settings)
         loop = Loop(
-            pupil, source, sampler, settings, folder, details=lambda epoch: {"view": source.view_of(epoch)},
+            pupil, source, sampler, folder, details=lambda epoch: {"view": source.view_of(epoch)},
             progress=progress,
         )  # fmt: skip
         loop.run(settings.epochs)

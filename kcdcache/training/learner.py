@@ -1,6 +1,6 @@
 """A network in training: weights, loss, optimizer, value estimate, counters; all that a resumed run needs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,6 @@ from kcdcache.runs.folder import RunFolder
 from kcdcache.runs.state import Checkpoint, MetricsRow
 from kcdcache.settings import MethodSettings, OptimizerSettings
 from kcdcache.teacher.fields import aggregated
-from kcdcache.training import optimizer
 from kcdcache.training.processes import ALONE, Group
 
 INPUT = "input"
@@ -33,10 +32,11 @@ class ValueRecord:
         """Know nothing of `count` samples; `starts`: note where each epoch starts, for who chooses points by that."""
         self.visits = torch.zeros(count, dtype=torch.int32, device=device)
         self.value = torch.zeros(count, dtype=torch.float32, device=device)
-        self.start = {"visits": self.visits.clone(), "value": self.value.clone()} if starts else None
+        self.start: dict[str, Tensor] | None = {} if starts else None
         self.pending: list[tuple[Tensor, Tensor, Tensor]] | None = None
         """what this one of several processes saw since they last joined it: index, observation, mixed"""
         self._settings = settings
+        self.begin_epoch()
 
     def begin_epoch(self) -> None:
         """Note where the epoch starts, if its points are chosen by it."""
@@ -59,11 +59,11 @@ class ValueRecord:
         mixed: Bool[Tensor, " batch"],
     ) -> None:
         """Fold in what a step showed of each sample; no extra forward pass and no host sync (Eq. 7, 12)."""
-        seen = entropy(logits) if self._settings.observed == "entropy" else loss.float()
+        observed = entropy(logits) if self._settings.observed == "entropy" else loss.float()
         if self.pending is None:
-            self._fold(index, seen, mixed)
+            self._fold(index, observed, mixed)
         else:
-            self.pending.append((index, seen, mixed))
+            self.pending.append((index, observed, mixed))
 
     def join(self, group: Group) -> None:
         """Fold in what all processes saw, the same in each; of one process alone nothing is left to do.
@@ -73,18 +73,15 @@ class ValueRecord:
         if self.pending is None:
             return
         nothing = (self.visits[:0].long(), self.value[:0], self.visits[:0].bool())
-        index, seen, mixed = (torch.cat(parts) for parts in zip(nothing, *self.pending, strict=True))
-        self._fold(group.joined(index), group.joined(seen.float()), group.joined(mixed.byte()).bool())
+        index, observed, mixed = (torch.cat(parts) for parts in zip(nothing, *self.pending, strict=True))
+        self._fold(group.joined(index), group.joined(observed.float()), group.joined(mixed.byte()).bool())
         self.pending.clear()
 
-    def _fold(self, index: Int64[Tensor, " rows"], seen: Float[Tensor, " rows"], mixed: Bool[Tensor, " rows"]) -> None:
-        visits, mean = self.visits[index], self.value[index]
-        new_visits, new_mean = values.observe(visits, mean, seen, self._settings.record, self._settings.record_decay)
-        if not self._settings.record_mixed:
-            new_visits = torch.where(mixed, visits, new_visits)
-            new_mean = torch.where(mixed, mean, new_mean)
-        self.visits[index] = new_visits
-        self.value[index] = new_mean
+    def _fold(self, index: Tensor, observed: Tensor, mixed: Tensor) -> None:
+        settings, before = self._settings, (self.visits[index], self.value[index])
+        after = values.observe(*before, observed, settings.record, settings.record_decay)
+        for held, old, new in zip((self.visits, self.value), before, after, strict=True):
+            held[index] = new if settings.record_mixed else torch.where(mixed, old, new)
 
 
 @dataclass(kw_only=True)
@@ -133,7 +130,7 @@ class Learner:
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors that a resumed run needs."""
         found = _named("network.", self.network.state_dict()) | _named("loss.", self.loss.state_dict())
-        found |= _named("optimizer.", optimizer.flattened(self.optimizer)[0]) | _named("sum.", self.sums)
+        found |= _named("optimizer.", flattened(self.optimizer)[0]) | _named("sum.", self.sums)
         if self.record is not None:
             found |= {"record.visits": self.record.visits, "record.value": self.record.value}
             found |= _named("start.", self.record.start or {})
@@ -150,7 +147,7 @@ class Learner:
 
     def state(self) -> Checkpoint:
         """Return the rest of what a resumed run needs."""
-        rest = optimizer.flattened(self.optimizer)[1]
+        rest = flattened(self.optimizer)[1]
         return Checkpoint(epoch=self.epoch, step=self.step, samples=self.samples, rows=self.rows, optimizer=rest)
 
     def restore(self, tensors: Mapping[str, Tensor], state: Checkpoint) -> None:
@@ -163,13 +160,12 @@ class Learner:
             raise MismatchError("the run's checkpoint is of an older kcdcache; start anew with another --out")
         self.network.load_state_dict(_section(tensors, "network."))
         self.loss.load_state_dict(_section(tensors, "loss."))
-        optimizer.restore(self.optimizer, _section(tensors, "optimizer."), state.optimizer)
+        restore(self.optimizer, _section(tensors, "optimizer."), state.optimizer)
         self.sums = {name: self._own_sum(rows).to(self.device) for name, rows in _section(tensors, "sum.").items()}
-        if self.record is not None:
-            self.record.visits = tensors["record.visits"].to(self.device)
-            self.record.value = tensors["record.value"].to(self.device)
-            if self.record.start is not None:
-                self.record.start = {name: value.to(self.device) for name, value in _section(tensors, "start.").items()}
+        if (record := self.record) is not None:
+            record.visits, record.value = (tensors[f"record.{name}"].to(self.device) for name in ("visits", "value"))
+            if record.start is not None:
+                record.start = {name: value.to(self.device) for name, value in _section(tensors, "start.").items()}
         self._draw_on(tensors)
         self.epoch, self.step, self.samples = state.epoch, state.step, state.samples
         self.rows = list(state.rows)
@@ -224,12 +220,55 @@ def new_learner(
         network=network,
         transform=InputTransform(mean=data.mean, std=data.std),
         loss=loss,
-        optimizer=optimizer.make_optimizer([*network.parameters(), *loss.parameters()], settings),
+        optimizer=make_optimizer([*network.parameters(), *loss.parameters()], settings),
         device=device,
         record=record,
         compiled=torch.compile(network, dynamic=False) if settings.compile else None,
         group=group,
     )
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """Return SGD over the parameters, as CRD/RepDistiller and the paper use it; on a GPU in one kernel."""
+    trained = list(parameters)
+    return torch.optim.SGD(
+        trained,
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=settings.nesterov,
+        fused=True if trained[0].is_cuda else None,
+    )
+
+
+def flattened(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of any optimizer's `state_dict`, by number of the parameter and name, and the rest as JSON.
+
+    The same state gives the same names and values in the same order.
+    """
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, dict[str, Any]] = {}
+    for number, entries in sorted(state["state"].items()):
+        for name, value in sorted(entries.items()):
+            if isinstance(value, Tensor):
+                tensors[f"{number}.{name}"] = value
+            else:
+                rest.setdefault(str(number), {})[name] = value
+    return tensors, {"state": rest, "groups": state["param_groups"]}
+
+
+def restore(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+    """Give an optimizer over the same parameters the state that `flattened` took apart."""
+    state: dict[int, dict[str, Any]] = {int(number): dict(entries) for number, entries in rest["state"].items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        parameter = parameters[int(number)]
+        if value.shape == parameter.shape:  # in the parameter's memory layout: steps then round as they did
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
 
 
 def save(learner: Learner, folder: RunFolder, name: str, model: str, data: Dataset, extra: dict[str, Any]) -> None:

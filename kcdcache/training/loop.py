@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,6 @@ from kcdcache.training import evaluation
 from kcdcache.training.batches import Source
 from kcdcache.training.device_batches import DeviceBatches, batches_of, hold
 from kcdcache.training.learner import Learner
-from kcdcache.training.optimizer import learning_rate
 from kcdcache.training.sampling import Sampler
 from kcdcache.views import rules
 
@@ -44,7 +44,6 @@ class Loop:
         learner: Learner,
         source: Source,
         sampler: Sampler,
-        settings: OptimizerSettings,
         folder: RunFolder,
         *,
         details: Callable[[int], dict[str, Any]],
@@ -60,15 +59,21 @@ class Loop:
         Raises:
             SettingsError: as for `device_batches.batches_of`.
         """
+        settings = sampler.optimizer
         self.learner, self.settings, self.folder = learner, settings, folder
         if (found := load_checkpoint(folder)) is not None:
             learner.restore(*found)
             if learner.group.first:
                 write_metrics(folder, learner.rows)
         learner.group.wait()
-        self.batches = batches_of(settings, source, sampler, learner.device, learner.group)
-        self._test, self._rule = source.data.test, rules.plain(source.rule)
-        self._held = hold(self._test, self._rule, learner.device) if isinstance(self.batches, DeviceBatches) else None
+        self.batches = batches_of(source, sampler, learner.device, learner.group)
+        self._test, rule = source.data.test, rules.plain(source.rule)
+        held = hold(self._test, rule, learner.device) if isinstance(self.batches, DeviceBatches) else None
+        self._test_views = (
+            partial(evaluation.first_views, self._test, rule, learner.device, settings.workers)
+            if held is None
+            else partial(evaluation.first_views_held, held)
+        )
         self._details, self._clock, self._progress = details, clock, progress
         self._totals = _Totals(learner.device)
         self._forward: Callable[[Batch], tuple[Tensor, Tensor]] = _Forward(learner, settings.precision)
@@ -77,7 +82,8 @@ class Loop:
             self._forward = DistributedDataParallel(self._forward, find_unused_parameters=True)
         self._replay: Replay | None = None
         if isinstance(self.batches, DeviceBatches) and settings.graphs:
-            self._replay = Replay(self._full_step, learner.device)
+            batch = partial(self.batches.batch, settings.batch_size)
+            self._replay = Replay(lambda: self.step(batch()), learner.device)
         self._saved = time.monotonic()
 
     def run(self, stop: int) -> None:
@@ -114,11 +120,7 @@ class Loop:
         with torch.no_grad():
             if learner.record is not None and not batch.idle:
                 learner.record.observe(logits, loss, batch.index, batch.mixed)
-            counted = _counted(logits, loss, batch)
-            # all processes have the same sums, which they add up by name
-            self._totals.add(
-                {name: torch.zeros_like(value) for name, value in counted.items()} if batch.idle else counted
-            )
+            self._totals.add(_counted(logits, loss, batch))
 
     def _epoch(self) -> MetricsRow:
         """Train an epoch to its end; return its row of metrics."""
@@ -150,7 +152,8 @@ class Loop:
             if learner.record is not None:
                 learner.record.begin_epoch()
             # networks with dropout draw from torch's own generator
-            _seed_torch(self.settings.seed, learner.epoch, learner.group.rank)
+            high, low, *_ = rng.words(self.settings.seed, learner.epoch, rng.STEP, draw=learner.group.rank)
+            torch.manual_seed((int(high) << 31) ^ int(low))
         learner.network.train()
         learner.loss.begin(learner.epoch, self.settings.epochs)
         learner.sums = self._totals.begin(learner.sums, learner.step)
@@ -169,10 +172,6 @@ class Loop:
             else:
                 self.step(batches.batch(size))
             yield size
-
-    def _full_step(self) -> None:
-        assert isinstance(self.batches, DeviceBatches)
-        self.step(self.batches.batch(self.settings.batch_size))
 
     def _save_inside(self) -> None:
         """Write a checkpoint inside an epoch, of what all processes did."""
@@ -212,31 +211,26 @@ class Loop:
 
     def measure(self) -> dict[str, float]:
         """Return what `evaluation.measure` does of the network on the test split."""
-        learner = self.learner
-        if self._held is not None:
-            views = evaluation.first_views_held(self._held)
-        else:
-            views = evaluation.first_views(self._test, self._rule, learner.device, self.settings.workers)
-        return evaluation.measure(evaluation.predict(learner.network, learner.transform, views), self._test.labels)
+        network, transform = self.learner.network, self.learner.transform
+        return evaluation.measure(evaluation.predict(network, transform, self._test_views()), self._test.labels)
 
     def _require_finite(self) -> None:
-        """Refuse to checkpoint a diverged network: resuming from it could not mend it."""
-        learner = self.learner
-        loss = float(learner.group.total(learner.sums["loss"]))
-        if not math.isfinite(loss):
-            raise NonFiniteError(
-                f"the training loss is {loss} in epoch {learner.epoch}, step {learner.step}; lower --learning-rate, "
-                f"or look for bad images; the last checkpoint is from before that{self._first_bad()}"
-            )
+        """Refuse to checkpoint a diverged network: resuming from it could not mend it.
 
-    def _first_bad(self) -> str:
-        """Name the batch whose loss was the first that is no number: made again, since only its number is kept."""
-        learner = self.learner
-        step = -learner.group.most(-self._totals.finite_steps())
+        The batch whose loss was the first that is no number is made again, since only its number is kept.
+        """
+        learner, group = self.learner, self.learner.group
+        if math.isfinite(loss := float(group.total(learner.sums["loss"]))):
+            return
+        step = -group.most(-self._totals.finite_steps())
         batch = next(self.batches.epoch(learner.epoch, step))
-        index = sorted(learner.group.joined(batch.index[:0] if batch.idle else batch.index).tolist())
+        index = sorted(group.joined(batch.index[:0] if batch.idle else batch.index).tolist())
         shown = ", ".join(map(str, index[:16])) + (", ..." if len(index) > 16 else "")
-        return f"; the first such loss was that of step {step} (the first is 0), of these {len(index)} samples: {shown}"
+        raise NonFiniteError(
+            f"the training loss is {loss} in epoch {learner.epoch}, step {learner.step}; lower --learning-rate, or "
+            "look for bad images; the last checkpoint is from before that; the first such loss was that of step "
+            f"{step} (the first is 0), of these {len(index)} samples: {shown}"
+        )
 
     @contextmanager
     def _timed(self, warm_up: bool) -> Iterator[None]:
@@ -372,11 +366,11 @@ def forward_precision(device: torch.device, precision: str) -> AbstractContextMa
 
 
 def _counted(logits: Tensor, loss: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Return what is summed over an epoch's samples."""
-    guess = logits.argmax(1)
-    parts = {"loss": loss.double().sum(), "train_accuracy": (guess == batch.labels).sum()}
+    """Return what is summed over an epoch's samples: all processes have the same names, an idle one zeros."""
+    rows, guess = slice(0 if batch.idle else None), logits.argmax(1)
+    parts = {"loss": loss[rows].double().sum(), "train_accuracy": (guess == batch.labels)[rows].sum()}
     if batch.probabilities is not None:
-        parts["agreement"] = (guess == batch.probabilities.argmax(1)).sum()
+        parts["agreement"] = (guess == batch.probabilities.argmax(1))[rows].sum()
     return parts
 
 
@@ -387,6 +381,18 @@ def _line(row: MetricsRow) -> str:
     return f"{stage}loss {row.loss:.4f}{measured}, {row.samples:,} samples, {row.samples_so_far:,} in all"
 
 
-def _seed_torch(seed: int, epoch: int, rank: int) -> None:
-    high, low, *_ = rng.words(seed, epoch, rng.STEP, draw=rank)
-    torch.manual_seed((int(high) << 31) ^ int(low))
+def learning_rate(settings: OptimizerSettings, position: float) -> float:
+    """Return the learning rate at a position in [0, epochs), the number of epochs behind.
+
+    >>> settings = OptimizerSettings(epochs=240)
+    >>> [round(learning_rate(settings, epoch), 6) for epoch in (0, 149, 150, 180, 239)]
+    [0.05, 0.05, 0.005, 0.0005, 5e-05]
+    """
+    if position < settings.warmup_epochs:
+        return settings.learning_rate * (position + 1) / (settings.warmup_epochs + 1)
+    share = position / settings.epochs
+    if settings.decay == "cosine":
+        return settings.learning_rate * (1 + math.cos(math.pi * share)) / 2
+    # a milestone of 0.625 of 24 epochs is epoch 15 exactly; the slack absorbs the share's rounding
+    drops = sum(share >= milestone - 1e-9 for milestone in settings.milestones) if settings.decay == "milestones" else 0
+    return settings.learning_rate * settings.decay_factor**drops

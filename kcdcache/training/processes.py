@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from kcdcache.errors import KcdcacheError, SettingsError, UnfinishedError
+from kcdcache.networks.input_transform import resolve_device, use_threads
+from kcdcache.runs import state
+from kcdcache.runs.folder import RunFolder
 
 
 class Share(NamedTuple):
@@ -109,6 +112,42 @@ class Group:
 
 
 ALONE = Group()
+
+
+@contextmanager
+def session(
+    folder: RunFolder,
+    settings: Mapping[str, Any],
+    inputs: state.Inputs,
+    group: Group,
+    *,
+    device: str,
+    threads: int | None,
+    allow_env_change: bool,
+) -> Iterator[torch.device | None]:
+    """Hold a run's folder while a group trains there; yield the device, or None where the run is finished already.
+
+    The first process locks the folder and begins or continues its record.
+
+    Raises:
+        SettingsError, MismatchError, LockedError: as for `state.session`.
+    """
+    finished = folder.stands(folder.summary)
+    group.wait()  # all have read what lies there before the first writes
+    if finished:
+        if group.first:
+            state.start(folder, settings, inputs)
+        yield None
+    elif group.first:
+        where = resolve_device(device)
+        with state.session(
+            folder, settings, inputs, device=where, threads=threads, allow_env_change=allow_env_change,
+            processes=group.world,
+        ):  # fmt: skip
+            yield where
+    else:
+        use_threads(threads)
+        yield resolve_device(device)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The teacher's outputs on a manifest's mixed images, in a small store beside the manifest (mix_target = requery)."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from kcdcache.condense.manifest import Manifest
 from kcdcache.data.datasets import Dataset
 from kcdcache.errors import MismatchError, require_same
 from kcdcache.progress import Progress, silent
-from kcdcache.store import encoding, log, reader
+from kcdcache.store import log, reader
 from kcdcache.store.plan import plan_store
 from kcdcache.teacher import precompute, teacher
 from kcdcache.training import batches
@@ -39,16 +39,14 @@ def write(
         MismatchError: the teacher is not the one of the store, the manifest is of other knowledge, or another store
             lies at `path`.
     """
-    require_same(
-        knowledge.knowledge.document()["teacher"],
-        replace(knowledge.knowledge, teacher=network.identity).document()["teacher"],
-        (f"the teacher of {knowledge.path}", "the teacher given for requery"),
-        "requery needs the store's own teacher",
-    )
+    require_own(network, knowledge)
     if serves(path, chosen, mix, view_numbers, fields):
         return precompute.describe(path)
     rows = np.flatnonzero(chosen.mixed)
-    forms = [_stored_form(knowledge, field) for field in fields]
+    if missing := [field for field in fields if field not in knowledge.fields]:
+        held = ", ".join(knowledge.fields)
+        raise MismatchError(f"the store at {knowledge.path} has no field '{missing[0]}', only {held}")
+    forms = [knowledge.fields[field] for field in fields]
     plan = plan_store(len(rows), len(view_numbers), forms, batch_size=knowledge.plan.batch_size)
     mixes = {"manifest": chosen.digest, "mix": mix, "views": list(view_numbers)}
     with batches.connect(data, knowledge, chosen, fields=(), mixing=batches.Mixing(mix=mix)) as source:
@@ -66,6 +64,17 @@ def write(
         )
         precompute.fill(path, replace(knowledge.knowledge, mixes=mixes), plan, job, progress)
     return precompute.describe(path)
+
+
+def require_own(network: teacher.Teacher, knowledge: reader.Store) -> None:
+    """Do nothing if a teacher is the one whose outputs a store holds.
+
+    Raises:
+        MismatchError: it is another one; names the first difference.
+    """
+    names = (f"the teacher of {knowledge.path}", "--teacher")
+    known, given = (asdict(one) for one in (knowledge.knowledge.teacher, network.identity))
+    require_same(known, given, names, "give the store's own teacher, or none where no mixes are asked for")
 
 
 def path_for(file: Path) -> Path:
@@ -101,17 +110,6 @@ def write_for(
     return write(
         path, chosen, knowledge, data, network, fields=fields, view_numbers=numbers, mix=mix, progress=progress
     )
-
-
-def _stored_form(knowledge: reader.Store, field: str) -> encoding.Encoding:
-    """Return how a store keeps one of its fields.
-
-    Raises:
-        MismatchError: it has no such field.
-    """
-    if field not in knowledge.fields:
-        raise MismatchError(f"the store at {knowledge.path} has no field '{field}', only {', '.join(knowledge.fields)}")
-    return knowledge.fields[field]
 
 
 def serves(path: Path, chosen: Manifest, mix: str, view_numbers: Sequence[int], fields: Sequence[str]) -> bool:

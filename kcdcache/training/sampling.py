@@ -75,6 +75,12 @@ class Sampler:
         """Whether an epoch may have mixed points."""
         return self.scheme.mixes or bool(self.manifest.mixed.any())
 
+    def known(self, index: Int64[np.ndarray, " n"]) -> tuple[Bool[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
+        """Return which samples have a value at the current epoch's start, and the values; see `started`."""
+        found = self.started()
+        assert found is not None, "the record notes where each epoch starts"
+        return found.visits[index] > 0, found.value[index].astype(np.float64)
+
     def points(self, epoch: int) -> Points:
         """Return the points that an epoch visits: a pure function of what the sampler holds and of the values."""
         return self.scheme.points(self, epoch)
@@ -141,7 +147,8 @@ def _infobatch(sampler: Sampler, epoch: int) -> Points:
     whole, settings = everything(sampler, epoch), sampler.settings
     if epoch >= settings.prune_until * sampler.optimizer.epochs:
         return whole
-    low = _below_mean(_known(sampler), whole.index)
+    known, value = sampler.known(whole.index)
+    low = known & (value < value[known].mean()) if known.any() else known
     word, *_ = rng.words(sampler.optimizer.seed, whole.index, rng.SAMPLE, view=epoch)
     dropped = low & (np.asarray(rng.unit(word)) < settings.prune_probability)
     weight = np.where(low, 1 / (1 - settings.prune_probability), 1.0).astype(np.float32) * whole.weight
@@ -160,10 +167,12 @@ def _unix(sampler: Sampler, epoch: int) -> Points:
     Source: Xu et al., Computation-Efficient Knowledge Distillation via Uncertainty-Aware Mixup (arXiv 2012.09413) and
     its release, whose values are batch_size 48, share 0.75, unix_clear 0.5, w = 10.
     """
-    whole, known = everything(sampler, epoch).index, _known(sampler)
+    whole = everything(sampler, epoch).index
+    known, value = sampler.known(whole)
+    value = np.where(known, value, np.inf)
     size = max(1, round(sampler.optimizer.batch_size / sampler.settings.sample_share))
-    pools = [whole[low : low + size] for low in range(0, len(whole), size)]
-    parts = [_mixed_pool(sampler, epoch, known, pool, number) for number, pool in enumerate(pools)]
+    pools = [slice(low, low + size) for low in range(0, len(whole), size)]
+    parts = [_mixed_pool(sampler, epoch, number, whole[pool], value[pool]) for number, pool in enumerate(pools)]
     index, partner, share = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     epsilon = share.astype(np.float32)
     own = index == partner  # mixed with itself is unmixed
@@ -172,11 +181,10 @@ def _unix(sampler: Sampler, epoch: int) -> Points:
 
 
 def _mixed_pool(
-    sampler: Sampler, epoch: int, known: Values, index: Int64[np.ndarray, " pool"], number: int
+    sampler: Sampler, epoch: int, number: int, index: Int64[np.ndarray, " pool"], value: Float64[np.ndarray, " pool"]
 ) -> tuple[Int64[np.ndarray, " k"], Int64[np.ndarray, " k"], Float64[np.ndarray, " k"]]:
     """Return a pool's visited samples, their partners and the partners' shares."""
     size, settings, seed = len(index), sampler.settings, sampler.optimizer.seed
-    value = np.where(known.visits[index] > 0, known.value[index], np.inf)
     ranked = index[np.argsort(-value, kind="stable")]
     clear = 2 * settings.unix_clear * size - 1
     place = np.arange(size) / size - clear / (2 * size)
@@ -233,21 +241,7 @@ def _share(sampler: Sampler) -> int:
     return int(share * count)
 
 
-def _known(sampler: Sampler) -> Values:
-    found = sampler.started()
-    assert found is not None, "the record notes where each epoch starts"
-    return found
-
-
 def _by_word(seed: int, index: Int64[np.ndarray, " n"], draw: int) -> Int64[np.ndarray, " n"]:
     """Return ascending indices in a random order that is not any epoch's."""
     high, low, *_ = rng.words(seed, index, rng.SAMPLE, view=draw, draw=2)
     return index[np.lexsort((np.asarray(low), np.asarray(high)))]
-
-
-def _below_mean(values: Values, index: Int64[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
-    seen = values.visits[index] > 0
-    if not seen.any():
-        return seen
-    value = values.value[index].astype(np.float64)
-    return seen & (value < value[seen].mean())

@@ -98,7 +98,6 @@ def run_stage(run: Run, stage: Stage, chosen: Manifest, mixes: Path | None, unti
             pupil,
             source,
             Sampler(manifest=chosen, optimizer=settings, settings=settings, started=record.at_start),
-            settings,
             run.folder,
             details=lambda epoch: _details(run, stage, source, epoch),
             clock=schedule.stretched(run.stages, settings.epochs).tolist() if settings.clock == "samples" else None,

@@ -72,7 +72,7 @@ class Run:
         self._pupil = pupil
         sampler = Sampler(manifest=source.manifest, optimizer=settings)
         self._loop = Loop(
-            pupil, source, sampler, settings, RunFolder(path=folder),
+            pupil, source, sampler, RunFolder(path=folder),
             details=lambda epoch: {"view": source.view_of(epoch)},
         )  # fmt: skip
 

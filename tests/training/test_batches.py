@@ -16,14 +16,13 @@ from kcdcache.condense import manifest
 from kcdcache.data.images import EncodedImages, Split
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.settings import OptimizerSettings, PrecomputeSettings
-from kcdcache.store import check, reader
+from kcdcache.store import reader
 from kcdcache.teacher import precompute, teacher
 from kcdcache.training import batches, device_batches, requery
 from kcdcache.training.batches import HostBatches, KnowledgePoints, Mixing, connect, iterate
 from kcdcache.training.device_batches import DeviceBatches
 from kcdcache.training.sampling import Sampler, everything
 from kcdcache.views import prefetch, rules
-from kcdcache.views.mixing import mix_pixels
 
 FIELDS = ("logits", "penultimate")
 ENCODINGS = ("float32", "float16", "top:3")
@@ -117,6 +116,10 @@ def reference_point(world, index, view, mix, target):
 def test_every_point_of_a_batch_equals_a_slow_reference(world, mix, target):
     with connected(world, mix=mix, target=target) as source:
         found = collected(iterate(source, 1, batch_size=32, seed=5))
+        rows = np.flatnonzero(world.manifest.mixed)
+        place = {index: i for i, index in enumerate(found["index"].tolist())}
+        seen = found["pixels"][[place[index] for index in world.manifest.index[rows].tolist()]]
+        assert torch.equal(batches.mixed_views(source, rows, 1, CPU), seen)
     for i, index in list(enumerate(found["index"].tolist()))[::3]:
         pixels, probabilities, fields = reference_point(world, index, 1, mix, target)
         np.testing.assert_allclose(found["pixels"][i : i + 1], pixels, atol=1e-6)
@@ -143,39 +146,13 @@ def test_labels_shares_and_weights_are_the_manifests_and_pixels_channels_last_in
         assert 0 <= batch.pixels.min() <= batch.pixels.max() <= 1
 
 
-@pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("mix", "target"), [*zip(("convex", "additive_clip", "convex"), TARGETS, strict=True)])
 def test_epsilon_zero_leaves_the_kept_point_bit_identical(world, mix, target):
     flat = replace(world.manifest, epsilon=np.zeros(len(world.manifest), np.float32))
     plain = replace(world.manifest, **manifest.plain(world.manifest.index))
     with connected(world, flat, mix, target) as mixed, connected(world, plain, mix, target) as kept:
         left, right = (collected(iterate(source, 2, batch_size=32)) for source in (mixed, kept))
     assert same(left, right) == ["partner_labels", "mixed"]
-
-
-@pytest.mark.parametrize(
-    ("kept", "dropped", "eps", "rule", "expected"),
-    [
-        ((0.2, 0.8), (1.0, 1.0), 0.25, "convex", (0.4, 0.85)),
-        ((0.2, 0.8), (1.0, 1.0), 0.0, "convex", (0.2, 0.8)),
-        ((0.2, 0.8), (1.0, 1.0), 1.0, "convex", (1.0, 1.0)),
-        ((0.9, 0.9), (0.1, 0.5), 0.5, "additive_clip", (0.95, 1.0)),
-    ],
-)
-def test_mixing_by_hand(kept, dropped, eps, rule, expected):
-    shaped = [torch.tensor(values).view(1, 1, 1, 2) for values in (kept, dropped)]
-    found = mix_pixels(*shaped, torch.tensor([eps]), rule).flatten()
-    torch.testing.assert_close(found, torch.tensor(expected))
-
-
-def test_mixed_views_are_what_the_student_sees(world):
-    rows = np.flatnonzero(world.manifest.mixed)
-    for mix in MIXES:
-        with connected(world, mix=mix) as source:
-            seen = collected(iterate(source, 2, batch_size=32))
-            place = {index: i for i, index in enumerate(seen["index"].tolist())}
-            expected = seen["pixels"][[place[index] for index in world.manifest.index[rows].tolist()]]
-            assert torch.equal(batches.mixed_views(source, rows, 2, CPU), expected)
 
 
 def test_an_epoch_uses_its_view_modulo_the_cached_ones_and_partners_are_seen_in_their_own(world):
@@ -195,8 +172,7 @@ def test_an_epoch_uses_its_view_modulo_the_cached_ones_and_partners_are_seen_in_
     assert not np.array_equal(plan.parameters[mixed], plan.partner_parameters[mixed])
 
 
-@pytest.mark.parametrize("batch_size", [7, 30, 64, 1000])
-@pytest.mark.parametrize("target", ["linear_prob", "requery"])
+@pytest.mark.parametrize(("target", "batch_size"), [("linear_prob", 7), ("requery", 64), ("linear_prob", 1000)])
 def test_batches_do_not_depend_on_how_an_epoch_is_cut_and_all_but_the_last_are_full(world, target, batch_size):
     with connected(world, target=target) as source:
         one, many = (list(iterate(source, 1, batch_size=size)) for size in (90, batch_size))
@@ -233,7 +209,7 @@ def test_batches_made_on_the_device_have_the_bytes_of_those_made_on_the_host(wor
                 assert ours.pixels.is_contiguous(memory_format=torch.channels_last)
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(start=st.integers(0, 8), epoch=st.integers(0, 4), way=st.sampled_from(["host", "device"]))
 def test_an_epoch_continues_exactly_where_it_was_left(world, start, epoch, way):
     with connected(world) as source:
@@ -290,30 +266,6 @@ def test_without_fields_nothing_is_taught(world):
     assert "probabilities" not in item
 
 
-def changed(dataset, **columns):
-    return replace(dataset, train=replace(dataset.train, **columns))
-
-
-def test_other_data_are_refused_by_the_first_sample_that_differs_the_class_or_the_count(world):
-    labels = world.data.train.labels.copy()
-    labels[[17, 40]] = (labels[[17, 40]] + 1) % 10
-    pixels = world.data.train.source.pixels.copy()
-    pixels[23, 0, 0, 0] ^= 1
-    images = replace(world.data.train.source, pixels=pixels)
-    refused = {
-        r"sample 17 differs \(image, label or order\)": changed(world.data, labels=labels),
-        "sample 23 differs": changed(world.data, source=images),
-        r"classes\[0\].*'0'.*'1'.*precompute a new store": replace(
-            world.data, classes=("1", "0", *world.data.classes[2:])
-        ),
-        rf"count.*{TRAIN}.*20": digits(20, 20),
-    }
-    for message, other in refused.items():
-        with pytest.raises(MismatchError, match=message):
-            check.check_data(world.knowledge, other)
-    assert check.check_data(world.knowledge, digits()) is None
-
-
 def test_sets_and_mixes_that_were_not_made_for_each_other_are_refused(world):
     refused = {
         "the manifest was made for knowledge k, the store holds": (manifest.full(manifest.Samples("k", TRAIN)), None),
@@ -356,7 +308,8 @@ class LiveTargets:
 
 def test_data_that_cannot_lie_on_the_device_are_refused_or_made_on_the_host(world):
     with connected(world) as source:
-        sampler = Sampler(manifest=source.manifest, optimizer=OptimizerSettings())
+        plain = Sampler(manifest=source.manifest, optimizer=OptimizerSettings())
+        resident = replace(plain, optimizer=OptimizerSettings(resident="on"))
         needed = device_batches.bytes_of(source)
         assert device_batches.obstacle(source, CPU, needed) is None
         train = world.data.train
@@ -371,8 +324,8 @@ def test_data_that_cannot_lie_on_the_device_are_refused_or_made_on_the_host(worl
         for reason, other in cases.items():
             assert device_batches.obstacle(other, CPU) == reason
             with pytest.raises(SettingsError, match=f"--resident on: .* the device, {reason}; use --resident auto"):
-                device_batches.batches_of(OptimizerSettings(resident="on"), other, sampler, CPU)
-            assert isinstance(device_batches.batches_of(OptimizerSettings(), other, sampler, CPU), HostBatches)
+                device_batches.batches_of(other, resident, CPU)
+            assert isinstance(device_batches.batches_of(other, plain, CPU), HostBatches)
         told = device_batches.obstacle(source, CPU, needed - 1)
         assert told == f"it would take {needed:,} bytes of {needed - 1:,} that may be taken"
 
@@ -389,7 +342,7 @@ def test_what_the_data_take_is_counted(world):
         made = made_by("device", source)
         made.begin(0)
         test = device_batches.hold(world.data.test, rules.plain(source.rule), CPU)._pixels
-        held = sum(tensor.nbytes for tensor in [made._images._pixels, *made._own._rows.values(), test])
+        held = sum(tensor.nbytes for tensor in [made._images._pixels, *made._held[0]._rows.values(), test])
         assert held <= device_batches.bytes_of(source) <= 1.2 * held
 
 

@@ -6,10 +6,9 @@ import math
 from dataclasses import replace
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
-from lessons import condensed, opinionated, precomputed, teacher_of
+from lessons import condensed, precomputed, teacher_of
 from pupils import (
     SCHOOL,
     TRAIN,
@@ -32,14 +31,13 @@ from safetensors.torch import load_file
 
 from kcdcache.condense import manifest, value_files
 from kcdcache.condense.schedule import expected_cost, kept_count, plan
-from kcdcache.errors import MismatchError, NonFiniteError, SettingsError
+from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.methods import registry as methods_registry
 from kcdcache.networks import registry, weights
 from kcdcache.runs.state import read_metrics, read_summary
 from kcdcache.settings import TrainSettings
 from kcdcache.store import reader
 from kcdcache.training import batches, distill
-from kcdcache.training.stage import views_used
 
 TARGETS = ["linear_prob", "requery"]
 
@@ -71,22 +69,12 @@ def test_keeping_everything_is_plain_distillation_bit_for_bit(plainly, runs, sch
     assert len(set_of(run, 2)) == TRAIN
 
 
-def test_condensing_changes_the_student(plainly, runs):
-    assert not same_tensors(load_file(runs(student="resnet8") / "student.safetensors"), plainly[0].state_dict())
-
-
 def test_a_value_is_the_mean_of_all_entropies_seen(plainly, runs):
     found = value_files.read(
         runs(student="resnet8", keep=1.0, schedule="end_of_stage") / "values.parquet", TRAIN
     ).values
     assert found.visits.tolist() == [6] * TRAIN
     np.testing.assert_allclose(found.value, [np.mean(seen) for seen in plainly[1]], rtol=1e-4, atol=1e-6)
-
-
-def test_a_teacher_whose_targets_were_uniform_would_make_all_of_this_say_nothing(place):
-    probabilities = torch.from_numpy(reader.open(place.knowledge.path).read("logits", 0, np.arange(TRAIN))).softmax(1)
-    assert probabilities.max(1).values.mean() > 0.2
-    assert opinionated(registry.build("resnet8", 10, 1)).fc.weight.abs().max() > 1
 
 
 def test_defaults_are_the_papers_recipe():
@@ -134,7 +122,7 @@ def test_stages_by_hand_give_the_same_bytes_as_one_run(place, runs, tmp_path, ta
     assert read_summary(whole).document() | told == last | told
 
 
-@pytest.mark.parametrize("until", [1, 3, 5])
+@pytest.mark.parametrize("until", [1, 4])
 def test_stopping_inside_a_stage_changes_nothing(place, runs, tmp_path, until):
     stopped = distilled(place, tmp_path / "cut", run={"until": until})
     assert stopped.pop("images_per_second")["mean"] > 0
@@ -143,7 +131,7 @@ def test_stopping_inside_a_stage_changes_nothing(place, runs, tmp_path, until):
     assert same_files(runs(), tmp_path / "cut")
 
 
-@pytest.mark.parametrize("epochs", [1, 3, 6])
+@pytest.mark.parametrize("epochs", [3, 6])
 def test_broken_off_after_an_epoch_and_resumed_gives_the_same_bytes(place, runs, tmp_path, epochs):
     with pytest.raises(BrokenOffError):
         distilled(place, tmp_path / "run", run={"progress": stop_after(epochs)})
@@ -164,10 +152,9 @@ def test_a_requery_broken_off_inside_the_teachers_work_resumes(place, runs, tmp_
     assert same_files(whole, tmp_path / "run")
 
 
-@pytest.mark.parametrize("change", [{}, {"mix_target": "requery"}, {"method": "ce"}], ids=str)
-@pytest.mark.parametrize("more", [{}, {"graphs": False}], ids=str)
-def test_a_run_with_resident_data_writes_the_files_of_one_without(place, runs, tmp_path, change, more):
-    distilled(place, tmp_path / "run", resident="on", **more, **change)
+@pytest.mark.parametrize(("change", "graphs"), [({}, True), ({"mix_target": "requery"}, False)], ids=str)
+def test_a_run_with_resident_data_writes_the_files_of_one_without(place, runs, tmp_path, change, graphs):
+    distilled(place, tmp_path / "run", resident="on", graphs=graphs, **change)
     assert same_files(runs(**change), tmp_path / "run")
 
 
@@ -192,18 +179,12 @@ def by_hand_once(place, run):
     return {"out": run, "manifest": made, **SCHOOL}
 
 
-def test_a_set_condensed_by_hand_may_be_another_than_ours(place, tmp_path):
+def test_the_command_that_gave_a_set_continues_when_it_is_run_again(place, tmp_path):
+    """The set condensed by hand may be another than ours."""
     options = by_hand_once(place, tmp_path / "run")
-    command(place, "train", until=4, **options)
-    assert len(set_of(tmp_path / "run", 1)) == 160
-    assert read_metrics(tmp_path / "run")[2].kept == 160
-
-
-@pytest.mark.parametrize("until", [3, 4])
-def test_the_command_that_gave_a_set_continues_when_it_is_run_again(place, tmp_path, until):
-    options = by_hand_once(place, tmp_path / "run")
-    stopped = command(place, "train", until=until, **options)
-    assert command(place, "train", until=until, **options) == stopped
+    stopped = command(place, "train", until=3, **options)
+    assert command(place, "train", until=3, **options) == stopped
+    assert len(set_of(tmp_path / "run", 1)) == read_metrics(tmp_path / "run")[2].kept == 160
     assert not (tmp_path / "run" / "stages" / "2").exists()
     assert command(place, "train", **options)["finished"]
     assert command(place, "train", **options)["finished"]
@@ -226,7 +207,7 @@ def test_a_set_is_taken_only_where_a_stage_begins_and_a_stage_keeps_the_set_it_h
 # what is recorded
 
 
-@pytest.mark.parametrize("change", [{"record": "last"}, {"record": "ema"}, {"record_mixed": False}])
+@pytest.mark.parametrize("change", [{"record": "last"}, {"record_mixed": False}])
 def test_how_values_are_recorded_decides_what_is_kept(runs, change):
     plain, other = (runs(**given) for given in ({}, change))
     assert promised(plain)["stages/0/manifest.parquet"] == promised(other)["stages/0/manifest.parquet"]
@@ -240,6 +221,8 @@ def test_values_and_sets_name_what_they_are_of(place, runs):
         assert found.document["student"] == settings().student
         assert found.document["knowledge_id"] == place.knowledge.knowledge_id
         assert np.array_equal(found.labels, place.data.train.labels)
+    assert set_of(runs(), 1).rule["candidates"] == "global"
+    for stage in range(3):
         assert set_of(runs(), stage).data_digest == place.data.identity().digest
 
 
@@ -254,7 +237,7 @@ def test_metrics_have_a_row_an_epoch(runs):
 
 
 def test_the_student_saved_is_the_one_measured(place, runs):
-    run = runs(student="resnet8")
+    run = runs(student="resnet8", keep=1.0, schedule="end_of_stage")
     record, state = weights.load_network(run, "student")
     assert (record.architecture, record.document()["epoch"]) == ("resnet8", 6)
     network = registry.build("resnet8", 10)
@@ -267,19 +250,8 @@ def test_the_student_saved_is_the_one_measured(place, runs):
     assert abs(right - read_summary(run).accuracy_last) < 1e-9
 
 
-def test_views_used_are_those_of_the_epochs():
-    assert views_used(0, 40, 1) == (0,)
-    assert views_used(38, 42, 40) == (0, 1, 38, 39)
-    assert views_used(2, 100, 3) == (0, 1, 2)
-
-
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"mix": "additive_clip"},
-        {"mix_label": "mix"},
-        *({"mix_target": target} for target in ("keep", "linear_logit", "requery")),
-    ],
+    "change", [{"mix": "additive_clip"}, {"mix_label": "mix"}, {"mix_target": "keep"}, {"mix_target": "linear_logit"}]
 )
 def test_each_way_of_mixing_teaches_something_else(runs, change):
     plain, other = (runs(keep=0.5, stages=2, **given) for given in ({}, change))
@@ -314,17 +286,7 @@ def test_the_summary_says_what_it_cost(runs):
     assert 0 < plain["seconds"] < 60
 
 
-def test_samples_left_out_are_not_visited(runs):
-    kept = set_of(runs(), 1)
-    found = pq.read_table(runs() / "stages" / "1" / "values.parquet").column("visits").to_numpy()
-    expected = np.full(TRAIN, 2)
-    expected[kept.index] += 2
-    assert np.array_equal(found, expected)
-
-
-@pytest.mark.parametrize(
-    ("views", "change"), [(3, {}), (3, {"k0": "stage_slice"}), (1, {}), (3, {"method": "ce"})], ids=str
-)
+@pytest.mark.parametrize(("views", "change"), [(3, {"k0": "stage_slice"}), (1, {}), (3, {"method": "ce"})], ids=str)
 def test_rows_read_are_those_of_the_manifests_in_each_new_view(place, tmp_path, views, change):
     """Of one view each stage reads once, of several every epoch; plain training reads nothing."""
     made = {"augment": "crop", "padding": 2, "views": views}
@@ -370,18 +332,6 @@ def test_a_clock_of_samples_stretches_the_learning_rate(place, tmp_path):
     assert not np.allclose(expected, epochs, rtol=0.05)
 
 
-def test_both_clocks_agree_where_all_is_kept(runs):
-    left, right = (runs(clock=clock, keep=1.0, schedule="end_of_stage") for clock in ("epochs", "samples"))
-    assert promised(left)["student.safetensors"] == promised(right)["student.safetensors"]
-
-
-def test_a_seeded_random_stage_begins_the_papers_schedule(place, tmp_path):
-    distilled(place, tmp_path / "run", schedule="paper_stage", run={"until": 1})
-    first = set_of(tmp_path / "run", 0)
-    assert len(first) == kept_count(0.6 ** (1 / 3), TRAIN) < TRAIN
-    assert not first.mixed.any()
-
-
 @pytest.mark.parametrize("drawn", [{"schedule": "paper_stage"}, {"ranking": "random", "augment_kept": False}])
 def test_sets_drawn_at_random_follow_the_runs_seed_unless_they_have_one_of_their_own(place, tmp_path, drawn):
     def sets(name, **changes):
@@ -389,9 +339,10 @@ def test_sets_drawn_at_random_follow_the_runs_seed_unless_they_have_one_of_their
         return [manifest.read(tmp_path / name / f"stages/{k}/manifest.parquet").index.tolist() for k in (0, 1)]
 
     first, other, fixed = sets("first", seed=1), sets("other", seed=2), sets("fixed", seed=2, condense_seed=1)
-    place_of_the_draw = 0 if "schedule" in drawn else 1
-    assert first[place_of_the_draw] != other[place_of_the_draw]
-    assert first[place_of_the_draw] == fixed[place_of_the_draw]
+    stage = 0 if "schedule" in drawn else 1
+    assert first[stage] != other[stage]
+    assert first[stage] == fixed[stage]
+    assert len(first[0]) == (kept_count(0.6 ** (1 / 3), TRAIN) if "schedule" in drawn else TRAIN)
 
 
 # refused
@@ -427,14 +378,8 @@ def test_another_data_set_or_a_teacher_that_is_missing_or_anothers_is_refused(pl
     with pytest.raises(SettingsError, match="'requery' runs the teacher on mixed images: give --teacher"):
         distill.run(settings(preset="release"), material, out=tmp_path / "run", device="cpu")
     other = saved_teacher(tmp_path / "teacher", place.data, seed=5)
-    with pytest.raises(MismatchError, match=r"differ in weights: .*; requery needs the store's own teacher"):
+    with pytest.raises(MismatchError, match=r"differ in weights: .*; give the store's own teacher"):
         command(place, "train", out=tmp_path / "other", preset="release", teacher=str(other), **SCHOOL)
-
-
-def test_a_diverged_student_leaves_no_student(place, tmp_path):
-    with pytest.raises(NonFiniteError, match=r"the training loss is (nan|inf) in epoch 0"):
-        distilled(place, tmp_path / "run", checkpoint_seconds=0, student="resnet8", learning_rate=1e30)
-    assert not (tmp_path / "run" / "student.safetensors").exists()
 
 
 # reuse of a condensed set: as it is, condensed further inside itself, or with another teacher's store
@@ -452,21 +397,15 @@ def test_a_reused_set_is_taught_as_it_is(place, small_set, tmp_path):
     assert sorted(path.name for path in (tmp_path / "run" / "stages").iterdir()) == ["0"]
     assert summary["condensed_set"] == "stages/0/manifest.parquet"
     assert (summary["kept"], summary["relative_cost"]) == (120, 0.6)
-    kept = set_of(tmp_path / "run", 0)
-    assert kept.digest == small_set.digest
-
-
-def test_a_reused_sets_values_are_of_its_own_samples(place, small_set, tmp_path):
-    distilled(place, tmp_path / "run", given=small_set, stages=1, epochs=2, run={"until": 99})
+    assert set_of(tmp_path / "run", 0).digest == small_set.digest
     found = value_files.read(tmp_path / "run" / "values.parquet", TRAIN).values
     assert np.array_equal(np.flatnonzero(found.visits), small_set.index)
-    assert set(found.visits[small_set.index].tolist()) == {2}
+    assert set(found.visits[small_set.index].tolist()) == {4}
 
 
-@pytest.mark.parametrize("k0", ["complement", "stage_slice"])
-def test_a_reused_set_is_condensed_inside_itself(place, small_set, tmp_path, caplog, k0):
+def test_a_reused_set_is_condensed_inside_itself(place, small_set, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "kcdcache"):
-        summary = distilled(place, tmp_path / "run", given=small_set, keep=0.3, k0=k0)
+        summary = distilled(place, tmp_path / "run", given=small_set, keep=0.3)
     assert "reuse: the candidates are the 120 samples of the given set" in caplog.text
     before = set(small_set.index.tolist())
     for number in (1, 2, 3):
@@ -475,14 +414,6 @@ def test_a_reused_set_is_condensed_inside_itself(place, small_set, tmp_path, cap
         before = set(found.index.tolist())
         assert found.rule["candidates"] == "current"
     assert summary["kept"] == len(before) == 60
-
-
-def test_a_fresh_run_condenses_among_everything(place, tmp_path, caplog):
-    with caplog.at_level(logging.INFO, "kcdcache"):
-        distilled(place, tmp_path / "run")
-    assert "reuse" not in caplog.text
-    found = set_of(tmp_path / "run", 1)
-    assert found.rule["candidates"] == "global"
 
 
 def test_a_reused_set_cannot_grow(place, small_set, tmp_path):

@@ -20,7 +20,7 @@ from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.networks.weights import load_network
 from kcdcache.settings import TrainSettings, ViewSettings
-from kcdcache.training import distill, evaluation
+from kcdcache.training import distill, evaluation, requery
 from kcdcache.training.device_batches import hold
 from kcdcache.views import rules
 
@@ -67,17 +67,16 @@ def test_calibration_error_equals_a_slow_reference(count, classes, bins, seed, s
     assert 0 <= found <= 1
 
 
-def test_calibration_error_by_hand():
+def test_measurements_by_hand():
+    logits, given = torch.eye(4)[[0, 1, 2, 2]], torch.tensor([0, 1, 2, 3])
+    found = evaluation.measure(logits, given.numpy())
+    assert found["test_accuracy"] == 0.75
+    assert found["test_loss"] == pytest.approx(float(cross_entropy(logits, given).mean()))
+    assert found["test_calibration_error"] == pytest.approx(abs(0.75 - float(logits.softmax(1).max())))
     sure, unsure = torch.tensor([100.0, 0.0]), torch.tensor([0.0, 0.0])
     labels = torch.tensor([0, 1, 0, 1])
     assert evaluation.calibration_error(torch.stack([sure] * 4), labels) == pytest.approx(0.5)
     assert evaluation.calibration_error(torch.stack([unsure] * 4), labels) == pytest.approx(0)
-
-
-def test_accuracy_and_agreement_count_samples():
-    logits, labels = torch.eye(4)[[0, 1, 2, 2]], torch.tensor([0, 1, 2, 3])
-    assert evaluation.accuracy(logits, labels) == 0.75
-    assert evaluation.agreement(np.array([0, 1, 2, 2]), np.array([0, 1, 3, 3])) == 0.5
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -104,15 +103,6 @@ def test_predictions_are_those_of_single_plain_images_in_eval_mode(network, spli
     for i in range(len(split)):
         pixels = torch.from_numpy(split.images(np.array([i]))).permute(0, 3, 1, 2) / 255
         torch.testing.assert_close(found[i : i + 1], network(transform(pixels)), atol=1e-5, rtol=1e-5)
-
-
-def test_measurements_are_those_of_the_predictions(split):
-    logits, labels = some_logits(len(split), 10, 1), torch.from_numpy(split.labels)
-    assert evaluation.measure(logits, split.labels) == {
-        "test_accuracy": evaluation.accuracy(logits, labels),
-        "test_loss": pytest.approx(float(cross_entropy(logits, labels).mean())),
-        "test_calibration_error": evaluation.calibration_error(logits, labels),
-    }
 
 
 NOISY = "digits?train=180&test=50&noise=0.5"
@@ -193,16 +183,12 @@ def test_agreement_is_the_share_of_samples_on_which_both_name_the_same_class(noi
     )
 
 
-def test_the_summary_tells_what_was_done_to_the_data(noisy):
-    dataset, _, _, summary, _ = noisy
-    assert summary["corruption"] == {"noise": 0.5, "noise_seed": 12345, "redraw": True}
-    assert summary["mislabelled"] == int((dataset.train.labels != dataset.train.clean_labels).sum()) > 50
-    assert sum(summary["class_sizes"]) == 180
-
-
-def test_each_set_is_counted_as_its_files_say(noisy):
+def test_the_summary_tells_what_was_done_to_the_data_and_counts_each_set_as_its_files_say(noisy):
     dataset, _, _, summary, run = noisy
     wrong = dataset.train.labels != dataset.train.clean_labels
+    assert summary["corruption"] == {"noise": 0.5, "noise_seed": 12345, "redraw": True}
+    assert summary["mislabelled"] == int(wrong.sum()) > 50
+    assert sum(summary["class_sizes"]) == 180
     assert [row["stage"] for row in summary["sets"]] == [0, 1, 2]
     for row in summary["sets"]:
         chosen = manifest.read(run / "stages" / str(row["stage"]) / "manifest.parquet")
@@ -282,11 +268,11 @@ def test_asking_for_it_or_not_is_no_other_run(tmp_path):
 
 def test_another_teacher_than_the_stores_is_refused(noisy):
     dataset, knowledge, network, _, _ = noisy
-    evaluation.require_own(network, knowledge)
+    requery.require_own(network, knowledge)
     with pytest.raises(
-        MismatchError, match=r"--teacher is resnet8 with weights \w{16}, the store at .* give the store's own"
+        MismatchError, match=r"the teacher of .*store and --teacher differ in weights: .* give the store's own"
     ):
-        evaluation.require_own(teacher_of(dataset, seed=2), knowledge)
+        requery.require_own(teacher_of(dataset, seed=2), knowledge)
 
 
 def reference_separation(score, marked):

@@ -8,8 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from lessons import CPU, TinyNet, condensed, digits, precomputed, teacher_of
 from torch import nn
 
@@ -75,7 +73,7 @@ def train(
     pupil.loss.register_forward_hook(seen)
     sampler = Sampler(manifest=source.manifest, optimizer=chosen)
     details = {"details": lambda epoch: {"view": epoch % 2}, "clock": clock}
-    Loop(pupil, source, sampler, chosen, RunFolder(path=path), **details).run(stop)
+    Loop(pupil, source, sampler, RunFolder(path=path), **details).run(stop)
     return pupil
 
 
@@ -111,12 +109,13 @@ def test_a_run_stopped_at_every_step_is_the_uninterrupted_one(world, uninterrupt
     assert_same_run(tmp_path, train(world, tmp_path, chosen), *uninterrupted)
 
 
-@pytest.mark.parametrize("stop_at", [(0, 3), (1, 0), (1, 4)])
-def test_a_run_with_an_optimizer_of_another_kind_continues_exactly_too(world, tmp_path, stop_at):
+def test_a_run_with_adamw_continues_exactly_too(world, tmp_path):
+    """Settings know SGD alone: no command's student learns by AdamW, so that it is stopped in this process."""
     chosen = settings_of(checkpoint_seconds=0, learning_rate=0.003)
     expected = train(world, tmp_path / "whole", chosen, adam=True)
-    with pytest.raises(StoppedError):
-        train(world, tmp_path / "cut", chosen, stop_at=stop_at, adam=True)
+    for stop_at in ((0, 3), (1, 0), (1, 4)):
+        with pytest.raises(StoppedError):
+            train(world, tmp_path / "cut", chosen, stop_at=stop_at, adam=True)
     assert_same_run(tmp_path / "cut", train(world, tmp_path / "cut", chosen, adam=True), tmp_path / "whole", expected)
 
 
@@ -127,33 +126,18 @@ def test_without_checkpoints_inside_it_an_epoch_is_repeated_exactly(world, unint
     assert_same_run(tmp_path, train(world, tmp_path), *uninterrupted)
 
 
-def test_stopping_between_epochs_changes_nothing(world, uninterrupted, tmp_path):
-    for stop in (1, 2, 2, 3, 3):
-        pupil = train(world, tmp_path, stop=stop)
-        assert pupil.epoch == len(metrics(tmp_path)) == stop
-    assert_same_run(tmp_path, pupil, *uninterrupted)
-
-
-@pytest.mark.parametrize("first", ["on", "off"])
-def test_a_run_may_change_between_batches_of_host_and_device_inside_an_epoch(world, uninterrupted, tmp_path, first):
-    ways = {way: settings_of(checkpoint_seconds=0, resident=way) for way in ("on", "off")}
-    second = ways["off" if first == "on" else "on"]
-    for chosen, stop_at in ((ways[first], (0, 4)), (second, (1, 3)), (ways[first], (2, 1))):
+def test_a_run_may_change_between_batches_of_host_and_device_inside_an_epoch(world, uninterrupted, tmp_path):
+    device, host = (settings_of(checkpoint_seconds=0, resident=way) for way in ("on", "off"))
+    for chosen, stop_at in ((device, (0, 4)), (host, (1, 3)), (device, (2, 1))):
         with pytest.raises(StoppedError):
             train(world, tmp_path, chosen, stop_at=stop_at)
-    assert_same_run(tmp_path, train(world, tmp_path, second), *uninterrupted)
+    assert_same_run(tmp_path, train(world, tmp_path, host), *uninterrupted)
 
 
 def test_a_checkpoint_without_the_optimizers_state_is_refused(world):
     pupil = pupil_of(world, settings_of())
     with pytest.raises(MismatchError, match="of an older kcdcache; start anew with another --out"):
         pupil.restore(pupil.tensors(), pupil.state().model_copy(update={"optimizer": None}))
-
-
-def test_the_seed_decides_weights_and_order(world, tmp_path, uninterrupted):
-    other = train(world, tmp_path, settings_of(seed=4)).network.state_dict()
-    same = uninterrupted[1].network.state_dict()
-    assert all(not torch.equal(other[name], same[name]) for name in ("conv.weight", "fc.weight"))
 
 
 def test_a_row_of_metrics_is_the_mean_over_the_epochs_samples(world, tmp_path):
@@ -170,10 +154,10 @@ def test_a_row_of_metrics_is_the_mean_over_the_epochs_samples(world, tmp_path):
 
 
 def test_the_test_split_is_measured_every_few_epochs_and_at_the_end_and_training_learns(world, tmp_path):
-    train(world, tmp_path, settings_of(epochs=13, evaluate_every=5, learning_rate=0.05), stop=13)
+    train(world, tmp_path, settings_of(epochs=8, evaluate_every=3, learning_rate=0.05), stop=8)
     rows = metrics(tmp_path)
-    assert [row["epoch"] for row in rows if "test_accuracy" in row] == [4, 9, 12]
-    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+    assert [row["epoch"] for row in rows if "test_accuracy" in row] == [2, 5, 7]
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
 
 
 def test_a_samples_weight_multiplies_its_loss(world, tmp_path):
@@ -237,24 +221,6 @@ def test_a_value_is_that_of_all_that_was_seen_of_a_sample(world, tmp_path, given
         assert int(record.visits[index]) == len(seen.get(index, []))
         expected = REFERENCES[given.get("record", "mean")](seen[index]) if index in seen else 0
         assert float(record.value[index]) == pytest.approx(expected, abs=2e-6)
-
-
-@settings(max_examples=40)
-@given(st.data(), st.booleans())
-def test_a_record_of_any_batches_is_the_mean_per_sample(data, mixed_too):
-    count, logged = 12, {}
-    record = ValueRecord(count, MethodSettings(record_mixed=mixed_too), CPU)
-    for number in range(data.draw(st.integers(0, 6))):
-        index = data.draw(st.lists(st.integers(0, count - 1), min_size=1, unique=True))
-        mixed = data.draw(st.lists(st.booleans(), min_size=len(index), max_size=len(index)))
-        logits = torch.randn(len(index), 5, generator=torch.Generator().manual_seed(number)) * 4
-        record.observe(logits, logits[:, 0], torch.tensor(index), torch.tensor(mixed))
-        for i, value, aside in zip(index, entropy(logits).tolist(), mixed, strict=True):
-            if mixed_too or not aside:
-                logged.setdefault(i, []).append(value)
-    assert record.visits.tolist() == [len(logged.get(i, [])) for i in range(count)]
-    expected = [np.mean(logged[i]) if i in logged else 0 for i in range(count)]
-    np.testing.assert_allclose(record.value, expected, atol=2e-6)
 
 
 def test_work_is_done_once_a_call_before_and_after_it_is_recorded():

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from killing import finished, succeeds
 from pupils import SPEC, leftovers, lines, same_files, same_tensors, school
 from safetensors import safe_open
@@ -20,18 +18,15 @@ from safetensors import safe_open
 import kcdcache
 from kcdcache.files.records import canonical_json
 from kcdcache.settings import OptimizerSettings
-from kcdcache.training import optimizer
-from kcdcache.training.optimizer import learning_rate
+from kcdcache.training import learner
+from kcdcache.training.loop import learning_rate
 
 OURS = {"momentum": {}, "nesterov": {"nesterov": True}, "plain": {"momentum": 0.0}}
 """what settings make of make_optimizer"""
 MAKERS = {
-    **{name: partial(optimizer.make_optimizer, settings=OptimizerSettings(**change)) for name, change in OURS.items()},
+    **{name: partial(learner.make_optimizer, settings=OptimizerSettings(**change)) for name, change in OURS.items()},
     "AdamW": partial(torch.optim.AdamW, lr=1e-2, amsgrad=True),
     "AdamW by groups": lambda p: torch.optim.AdamW([{"params": p[:1], "weight_decay": 0}, {"params": p[1:]}], lr=1e-2),
-    "RMSprop": partial(torch.optim.RMSprop, lr=1e-2, momentum=0.9, centered=True),
-    "NAdam": partial(torch.optim.NAdam, lr=1e-2),
-    "Adagrad": partial(torch.optim.Adagrad, lr=1e-2),
 }
 
 
@@ -51,7 +46,7 @@ def steps(model, made, numbers):
 
 def written(made):
     """The state as a checkpoint's bytes hold it."""
-    tensors, rest = optimizer.flattened(made)
+    tensors, rest = learner.flattened(made)
     return safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()}), canonical_json(rest)
 
 
@@ -63,7 +58,7 @@ def test_an_optimizer_read_from_a_file_takes_the_steps_of_the_one_written(name):
     steps(cut, first, range(3))
     tensors, rest = written(first)
     resumed = MAKERS[name](list(cut.parameters()))
-    optimizer.restore(resumed, safetensors.torch.load(tensors), json.loads(rest))
+    learner.restore(resumed, safetensors.torch.load(tensors), json.loads(rest))
     assert written(resumed) == (tensors, rest)
     steps(cut, resumed, range(3, 6))
     assert same_tensors(whole.state_dict(), cut.state_dict())
@@ -126,15 +121,6 @@ def rates(chosen, positions):
 def test_the_cifar_recipe_drops_at_150_180_and_210_of_240_epochs():
     drops = {0: 0.05, 149: 0.05, 150: 5e-3, 179: 5e-3, 180: 5e-4, 209: 5e-4, 210: 5e-5, 239: 5e-5}
     assert rates(OptimizerSettings(), drops) == pytest.approx(list(drops.values()), rel=1e-9)
-
-
-@given(st.integers(1, 1000), st.lists(st.floats(0.01, 0.99), max_size=4), st.floats(0.01, 1))
-def test_milestones_count_shares_of_all_epochs(epochs, milestones, factor):
-    chosen = OptimizerSettings(epochs=epochs, milestones=tuple(milestones), decay_factor=factor)
-    for epoch in {0, epochs // 3, epochs // 2, epochs - 1}:
-        passed = [m for m in milestones if epoch >= m * epochs - 1e-6 * epochs]
-        if all(abs(epoch - m * epochs) > 1e-5 * epochs for m in milestones):
-            assert learning_rate(chosen, epoch) == pytest.approx(0.05 * factor ** len(passed))
 
 
 @pytest.mark.parametrize("epochs", [8, 24, 40, 56, 240, 1000])

@@ -125,7 +125,7 @@ def taught_by_the_package(world, source, path):
     pupil = new_pupil(world)
     path.mkdir()
     sampler = Sampler(manifest=source.manifest, optimizer=RECIPE)
-    Loop(pupil, source, sampler, RECIPE, folder.RunFolder(path=path), details=lambda epoch: {"view": 0}).run(EPOCHS)
+    Loop(pupil, source, sampler, folder.RunFolder(path=path), details=lambda epoch: {"view": 0}).run(EPOCHS)
     return pupil.network.state_dict(), [row.loss for row in pupil.rows]
 
 
@@ -175,7 +175,7 @@ def largest_difference(left, right):
     return max(float((left[name].double() - right[name].double()).abs().max()) for name in left)
 
 
-@pytest.mark.parametrize("target", ["linear_prob", "linear_logit", "keep"])
+@pytest.mark.parametrize("target", ["linear_prob", "linear_logit"])
 def test_float32_from_the_store_equals_a_live_teacher_bit_for_bit(world, tmp_path, target):
     with connected(world, target=target) as source:
         weights, losses = taught_by_the_package(world, source, tmp_path / "run")
@@ -237,59 +237,6 @@ def test_requeried_mixes_equal_a_live_teacher_on_the_mixed_images(world, tmp_pat
     assert largest_difference(weights, expected) < 1e-5
 
 
-def divergence(p, q):
-    """KL(p || q) per row in float64."""
-    return (p * (p.clamp_min(1e-300).log() - q.log())).sum(1)
-
-
-def float16_bound(logits):
-    """The bound float16 states: KL(p || q) <= 2^-23 E_p[g^2 exp(g / 2048)] with g = gap / T."""
-    gap = (logits.amax(1, keepdim=True) - logits) / TEMPERATURE
-    return 2.0**-23 * (torch.softmax(logits / TEMPERATURE, 1) * gap**2 * torch.exp(gap / 2048)).sum(1)
-
-
-def top_bound(logits, kept):
-    """The bound top:K states, as KL(p || q) <= within + E_p[exp|d| - 1 - |d|] with d the errors of the logits / T.
-
-    `within`: the tail's classes share its mass evenly. Of the tail's log mean at 1/T, both the true and the decoded one
-    lie between T = infinity's slope (the mean gap) and the smaller of its largest gap and its log mean at T = 1.
-    """
-    p, order = torch.softmax(logits / TEMPERATURE, 1).sort(1, descending=True)
-    gaps = (logits - logits.amax(1, keepdim=True)).gather(1, order)
-    tail, mass = gaps[:, kept:], p[:, kept:].sum(1)
-    log_mean = tail.logsumexp(1) - np.log(tail.shape[1])
-    highest = torch.minimum(gaps[:, kept - 1], log_mean)
-    rounding = 2.0**-11 * (tail.logsumexp(1).abs() + tail.mean(1).abs() + gaps[:, kept - 1].abs()) + 2.0**-20
-    wrong = (highest - tail.mean(1) + rounding) / TEMPERATURE
-    share = p[:, kept:] / mass[:, None]
-    within = mass * ((share * share.log()).sum(1) + np.log(tail.shape[1]))
-    return within + mass * (torch.exp(wrong) - 1 - wrong) + float16_bound(logits)
-
-
-BOUNDS = {"float16": float16_bound, "top:10": float16_bound, "top:4": lambda logits: top_bound(logits, 4)}
-TYPICAL = {"float16": 1e-6, "top:10": 1e-6, "top:4": 0.2}
-"""what the divergence of this teacher's targets at T = 4 stays below in practice"""
-
-
-def stored_and_live(world, knowledge, view):
-    live = LiveInFixedBatches(world)
-    live.prepare(view, None)
-    index = np.arange(TRAIN)
-    logits = live.gather(index, TEMPERATURE, CPU)["logits"].double()
-    stored = torch.from_numpy(knowledge.read("logits", view, index, TEMPERATURE)).double()
-    p, q = (torch.softmax(z / TEMPERATURE, 1) for z in (logits, stored))
-    return logits, p, q
-
-
-@pytest.mark.parametrize("encoding", ENCODINGS)
-def test_targets_of_other_encodings_diverge_no_more_than_their_bound(world, coarser, encoding):
-    for view in range(VIEWS):
-        logits, p, q = stored_and_live(world, coarser[encoding], view)
-        found = divergence(p, q)
-        assert torch.all(found <= BOUNDS[encoding](logits) + 1e-12)
-        assert 0 < found.max() < TYPICAL[encoding]
-
-
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_losses_with_other_encodings_differ_as_their_targets_do(world, coarser, encoding):
     """At equal student logits: |loss - live loss| <= alpha T^2 (|H(p) - H(q)| + |p - q|_1 max |log s|), at most."""
@@ -308,10 +255,9 @@ def test_losses_with_other_encodings_differ_as_their_targets_do(world, coarser, 
             assert torch.all((found - expected).abs() <= 0.9 * TEMPERATURE**2 * allowed + 1e-5)
 
 
-@pytest.mark.parametrize("encoding", ["float16", "top:10"])
-def test_students_of_other_encodings_learn_as_with_a_live_teacher(world, coarser, tmp_path, encoding):
+def test_students_of_another_encoding_learn_as_with_a_live_teacher(world, coarser, tmp_path):
     """The first epoch's loss agrees to 1e-4; later ones drift apart as rounding does in training, here below 2 %."""
-    with connected(world, coarser[encoding]) as source:
+    with connected(world, coarser["float16"]) as source:
         _, losses = taught_by_the_package(world, source, tmp_path / "run")
         _, expected = taught_by_a_plain_loop(world, replace(source, targets=LiveInFixedBatches(world)))
     assert losses != expected
