@@ -79,7 +79,7 @@ def planned(
         _record(connection, source, settings, samples, stage)
         if previous is not None and before is not None and settings.candidates == "current":
             _keep_within(connection, previous, before.digest, samples.count)
-        candidates = _number(connection, "SELECT count(*) FROM candidate")
+        candidates = int(connection.execute("SELECT count(*) FROM candidate").fetchone()[0])
         size = summary.size_of(keep, samples, candidates)
         used = summary.K0[settings.k0](candidates - size, (before.rows if before else samples.count) - size)
         summary.tell(size, used, settings)
@@ -180,7 +180,3 @@ def _insert(connection: Any, table: str, columns: Mapping[str, np.ndarray]) -> N
     connection.register("rows", pa.table(dict(columns)))
     connection.execute(f"INSERT INTO {table} SELECT * FROM rows")
     connection.unregister("rows")
-
-
-def _number(connection: Any, query: str) -> int:
-    return int(connection.execute(query).fetchone()[0])

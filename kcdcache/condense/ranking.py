@@ -15,13 +15,11 @@ from kcdcache.condense.value_files import Block, Source
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.settings import CondenseSettings, nearest
 
-MOST_POSITIONS = 2**32
-"""what half a word can tell apart"""
 BYTES_A_SAMPLE = 8
 """memory of a ranker"""
 _AT_ONCE = 2**16
 """scores packed in one go, so that what stands between stays in the processor's cache"""
-_LOW = np.uint64(MOST_POSITIONS - 1)
+_LOW = np.uint64(2**32 - 1)
 
 
 def keys(score: Float32[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
@@ -35,13 +33,7 @@ class Ranker:
     """Orders the scores of up to `count` samples that come in blocks, in 8 bytes for each."""
 
     def __init__(self, count: int) -> None:
-        """Begin.
-
-        Raises:
-            SettingsError: there are more samples than can be ranked.
-        """
-        if count > MOST_POSITIONS:
-            raise SettingsError(f"{count} samples cannot be ranked, at most {MOST_POSITIONS} can")
+        """Begin; `count` is below 2^32, what half a word can tell apart."""
         self._words = np.empty(count, np.uint64)
         self._filled = 0
 
@@ -92,7 +84,7 @@ class Outline(ABC):
     parent: str | None
     kept: int
     pairs: int
-    """kept samples with a dropped one mixed in: those of the lowest places"""
+    """kept samples with a dropped one mixed in (Eq. 14): the lowest with the best dropped ones, i-th with i-th"""
     dropped: int
     """size of K_0"""
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int64, Integer, UInt32, UInt64
+from jaxtyping import Int64, Integer, UInt32, UInt64
 
 from kcdcache import rng
 from kcdcache.condense import ranking
@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 STARVED = 0.1
 """of its share of the set: a class that keeps less is told of"""
-_NONE = np.empty(0, np.int64)
 
 
 class Partition(NamedTuple):
@@ -74,14 +73,14 @@ def plan(
     competing = previous if settings.candidates == "current" else None
     order, room = _ranked(source, settings, samples, competing, stage)
     size = size_of(keep, samples, len(order))
-    split = partition(order, size, _labels(source) if settings.stratify else None)
+    labels = [block.labels for block in source.blocks() if block.labels is not None] if settings.stratify else None
+    split = partition(order, size, np.concatenate(labels) if labels else None)
     used = K0[settings.k0](len(split.dropped), (len(previous) if previous else samples.count) - len(split.kept))
-    dropped = split.dropped[:used]
-    tell(size, len(dropped), settings)
-    low, partner = pair(split.kept, dropped) if settings.augment_kept else (_NONE, _NONE)
+    tell(size, used, settings)
+    partner = split.dropped[: min(used, size) if settings.augment_kept else 0]
     return Plan(
         samples=samples, settings=settings, stage=stage, keep=keep, parent=previous.digest if previous else None,
-        kept=size, pairs=len(low), dropped=len(dropped), places=_places(split.kept, room), partner=partner,
+        kept=size, pairs=len(partner), dropped=used, places=_places(split.kept, room), partner=partner,
         rank=split.rank,
     )  # fmt: skip
 
@@ -118,21 +117,10 @@ def partition(
     """
     if labels is None:
         return Partition(order[:size], order[size:], None)
-    chosen = _stratified(labels[order], size)
+    own = labels[order]
+    require_labels(own)
+    chosen = numbered(own) < quotas(np.bincount(own), size)[own]
     return Partition(order[chosen], order[~chosen], np.flatnonzero(chosen))
-
-
-def pair(
-    kept: Integer[np.ndarray, " kept"], dropped: Integer[np.ndarray, " dropped"]
-) -> tuple[Integer[np.ndarray, " pairs"], Integer[np.ndarray, " pairs"]]:
-    """Return (K_1L, partners): the lowest kept samples and the best dropped ones, both best first, i-th with i-th.
-
-    There are min(kept, dropped) pairs.
-
-    Source: Eq. 14 of Knowledge Condensation Distillation.
-    """
-    pairs = min(len(kept), len(dropped))
-    return kept[len(kept) - pairs :], dropped[:pairs]
 
 
 K0: dict[str, Callable[[int, int], int]] = {
@@ -217,10 +205,6 @@ def _places(kept: Integer[np.ndarray, " kept"], room: UInt32[np.ndarray, " n"]) 
     return room
 
 
-def _labels(source: Source) -> Int64[np.ndarray, " n"]:
-    return np.concatenate([_NONE, *(block.labels for block in source.blocks() if block.labels is not None)])
-
-
 def _shuffled(index: Int64[np.ndarray, " n"], seed: int, purpose: int, stage: int) -> Int64[np.ndarray, " n"]:
     return index[np.argsort(random_keys(index, seed, purpose, stage), kind="stable")]
 
@@ -229,13 +213,6 @@ def random_keys(index: Int64[np.ndarray, " n"], seed: int, purpose: int, stage: 
     """Return the random 64-bit keys by which samples are put into a random order, ties by index."""
     high, low, _, _ = rng.words(seed, index, purpose, view=stage)
     return np.asarray(high).astype(np.uint64) << np.uint64(32) | np.asarray(low).astype(np.uint64)
-
-
-def _stratified(labels: Int64[np.ndarray, " candidates"], size: int) -> Bool[np.ndarray, " candidates"]:
-    """Return which of the candidates, given by their labels in rank order, are kept."""
-    require_labels(labels)
-    counts = np.bincount(labels)
-    return numbered(labels) < quotas(counts, size)[labels]
 
 
 def require_labels(labels: Int64[np.ndarray, " some"]) -> None:

@@ -12,7 +12,7 @@ from kcdcache import rng
 from kcdcache.condense import manifest, summary, values
 from kcdcache.condense.manifest import Manifest, Samples
 from kcdcache.condense.ranking import Ranker, epsilons
-from kcdcache.condense.summary import condense, pair, partition, random_stage
+from kcdcache.condense.summary import condense, partition, random_stage
 from kcdcache.condense.values import Values
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.settings import CondenseSettings
@@ -153,12 +153,6 @@ def test_order_is_descending_with_ties_by_position(scores: list[float]) -> None:
     ranker.add(np.arange(len(scores)), np.array(scores, np.float32))
     expected = sorted(range(len(scores)), key=lambda position: (-scores[position], position))
     assert ranker.ranked()[0].tolist() == expected
-
-
-def test_pairs_meet_in_rank_order() -> None:
-    low, partner = pair(np.array([9, 8, 7, 6]), np.array([5, 4]))
-    assert (low.tolist(), partner.tolist()) == ([7, 6], [5, 4])
-    assert [len(found) for found in pair(np.array([1, 0]), np.array([], np.int64))] == [0, 0]
 
 
 def test_stratified_partition_meets_the_size_by_largest_remainder() -> None:
