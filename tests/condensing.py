@@ -12,7 +12,7 @@ from stores import knowledge
 from kcdcache import settings
 from kcdcache.commands import condense as condense_command
 from kcdcache.condense import manifest, value_files, values
-from kcdcache.files import records
+from kcdcache.files import parquet, records
 
 COUNT = 150
 
@@ -40,13 +40,27 @@ def prepared(root):
     identify(root / "store", knowledge())
     document = {"knowledge_id": knowledge().knowledge_id, "student": "resnet8", "epoch": 3}
     value_files.write(root / "values.parquet", some_values(), labels(), document)
-    value_files.write(root / "values.parts", some_values(), labels(), document, partition_rows=32)
+    in_parts(root / "values.parts", root / "values.parquet", 32)
     theirs(root / "theirs", some_values(), labels(), [50, 53, 0, 47])
     left_out = np.arange(0, 150, 5)
     before = manifest.full(manifest.Samples(knowledge().knowledge_id, COUNT, labels(), 2, "dd", left_out))
     manifest.write(root / "before.parquet", before)
     manifest.write(root / "before.parts", before, partition_rows=40)
     return root
+
+
+def in_parts(folder, file, rows):
+    """Our values file as a folder of parts of so many samples."""
+    table, found = pq.read_table(file), value_files.read(file, COUNT)
+    folder.mkdir()
+    schema, parts = table.schema.remove_metadata(), []
+    for span in parquet.spans(COUNT, rows):
+        parts.append(parquet.write_part(folder, span, schema, [table.slice(span.first, span.stop - span.first)]))
+    seal = parquet.Seal(
+        key=value_files.METADATA_KEY, samples=COUNT, partition_rows=rows, document=found.document,
+        fingerprint=found.fingerprint(), parts=tuple(parts),
+    )  # fmt: skip
+    parquet.seal(folder, seal)
 
 
 def theirs(folder, found, marks, sizes):

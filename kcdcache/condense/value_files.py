@@ -78,21 +78,16 @@ class Held(Source):
         return values.fingerprint(self.values)
 
 
-def write(
-    path: Path, known: Values, labels: Int64[np.ndarray, " n"] | None, document: Mapping[str, Any],
-    partition_rows: int | None = None,
-) -> None:  # fmt: skip
+def write(path: Path, known: Values, labels: Int64[np.ndarray, " n"] | None, document: Mapping[str, Any]) -> None:
     """Write values as parquet, atomically and with the same bytes for the same content.
 
-    `document` holds JSON values, among them knowledge_id, student and epoch. More than `partition_rows` values become a
-    folder of parts of so many, which replaces nothing.
+    `document` holds JSON values, among them knowledge_id, student and epoch.
 
     Raises:
         SettingsError: the document lacks a key.
         MismatchError: labels and values differ in length.
         NonFiniteError: a visited sample's value is not finite.
         NoSpaceError: the disk is full; an old file stays as it was.
-        LockedError: something lies where a folder should be made.
     """
     count = len(known.visits)
     if missing := [key for key in REQUIRED if key not in document]:
@@ -104,15 +99,8 @@ def write(
     columns |= {} if labels is None else {"label": labels}
     content = {**document, "format_version": FORMAT_VERSION, "count": count}
     content["digest"] = parquet.digest(_header(content), columns)
-    if partition_rows is not None and count > partition_rows:
-        seal = parquet.Seal(
-            key=METADATA_KEY, samples=count, partition_rows=partition_rows, document=content,
-            fingerprint=values.fingerprint(known),
-        )  # fmt: skip
-        parquet.write(path, seal, _schema(labels is not None), lambda span: _cells(columns, span))
-    else:
-        table = pa.table(columns).replace_schema_metadata({METADATA_KEY: canonical_json(content)})
-        write_atomic(path, parquet.encode(table))
+    table = pa.table(columns).replace_schema_metadata({METADATA_KEY: canonical_json(content)})
+    write_atomic(path, parquet.encode(table))
 
 
 def read(path: Path | str, count: int) -> Held:
@@ -371,12 +359,6 @@ def _schema(labelled: bool) -> pa.Schema:
 
 def _header(document: Mapping[str, Any]) -> bytes:
     return canonical_json({key: item for key, item in document.items() if key != "digest"})
-
-
-def _cells(columns: Mapping[str, np.ndarray], span: parquet.Span) -> Iterator[pa.Table]:
-    for first in range(span.first, span.stop, parquet.ROWS):
-        some = slice(first, min(first + parquet.ROWS, span.stop))
-        yield pa.table({name: column[some] for name, column in columns.items()})
 
 
 def _read_own(path: Path, count: int) -> Held:

@@ -7,7 +7,7 @@ expected, and its columns have the expected types. Every page that carries a che
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +20,6 @@ from jaxtyping import Shaped
 from pydantic import ConfigDict, Field
 
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, UnfinishedError, UnsafeError
-from kcdcache.files import atomic
 from kcdcache.files.atomic import create_exclusive, naming, open_plain, sha256_file, write_atomic
 from kcdcache.files.records import (
     Count,
@@ -424,23 +423,6 @@ def seal(folder: Path, content: Seal) -> None:
         NoSpaceError: the disk is full.
     """
     write_atomic(folder / SEAL, sealed_json({"format_version": FORMAT_VERSION, **content.model_dump(mode="json")}))
-
-
-def write(path: Path, content: Seal, schema: pa.Schema, blocks: Callable[[Span], Iterable[pa.Table]]) -> None:
-    """Write a folder of parts, whole or not at all; `blocks` gives the rows of each, `content` all but the parts.
-
-    Raises:
-        LockedError: something is there already.
-        NoSpaceError: the disk is full.
-    """
-    with atomic.beside(path) as place:
-        made = place / "set"
-        made.mkdir()
-        parts = [
-            write_part(made, span, schema, blocks(span)) for span in spans(content.samples, content.partition_rows)
-        ]
-        seal(made, content.model_copy(update={"parts": tuple(parts)}))
-        atomic.place(made, path, SEAL)
 
 
 def read_seal(folder: Path) -> Seal:
