@@ -133,10 +133,8 @@ BEYOND = [
 @pytest.mark.parametrize(("names", "error", "said"), BEYOND, ids=lambda value: str(value)[:30])
 def test_what_cannot_be_made_again_is_refused(damaged, names, error, said):
     for name in names:
-        put(
-            damaged / name,
-            None if error in (SettingsError, UnfinishedError) else flip((damaged / name).read_bytes(), 999),
-        )
+        gone = error in (SettingsError, UnfinishedError)
+        put(damaged / name, None if gone else flip((damaged / name).read_bytes(), 999))
     with pytest.raises(error, match=said):
         repair.repair(damaged, None)
 
