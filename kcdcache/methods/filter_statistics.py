@@ -45,11 +45,10 @@ class FilterStatistics(_Represented):
     the store keeps beside its fields (`precompute --fields parameters`).
 
     Liu et al.'s abstract states: distributions of parameters, aggregated to a more abstract level, with a sparse
-    recoding penalty, apt for small students, to be combined with other methods; Gou et al.'s survey adds that groups of
-    layers are compared, by cross-entropy. Ours: stages as groups, all with the same weight, L2 norms,
-    quantiles, softmax, the divergence, its threshold (`kr_lambda`), and that its weight falls linearly
-    (`kr_schedule`). Before batch normalisation a filter's norm does not change what the network computes, only how
-    fast the filter turns; so expect little of it there.
+    recoding penalty; Gou et al.'s survey adds that groups of layers are compared, by cross-entropy. Ours: stages as
+    groups of equal weight, L2 norms, quantiles, softmax, the divergence, its threshold (`kr_lambda`) and its falling
+    weight (`kr_schedule`). Before batch normalisation a filter's norm does not change what the network computes, only
+    how fast the filter turns; so expect little of it there.
     """
 
     statistics = True

@@ -87,8 +87,7 @@ class InputTransform:
 
     def document(self) -> dict[str, Any]:
         """Return the transform as JSON values."""
-        mean, std = ([float(value) for value in values] for values in (self.mean, self.std))
-        return {"mean": mean, "std": std, "size": self.size}
+        return {"mean": [*map(float, self.mean)], "std": [*map(float, self.std)], "size": self.size}
 
 
 @lru_cache(maxsize=64)

@@ -6,21 +6,15 @@ import numpy as np
 import pytest
 import reference
 import torch
-from lessons import CPU, digits, precomputed
 from pairs import knowledge_of, pair_between, published_pair, random_batch, term_of
 from reference import array, close, drawn, tensor
 
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.methods import catalogue
-from kcdcache.methods import registry as methods_registry
 from kcdcache.methods.catalogue import METHODS
 from kcdcache.methods.feature_maps import hierarchical_context, squared_error
 from kcdcache.methods.relations import angle_wise, distance_wise, probabilistic, similarity_preserving
-from kcdcache.networks import registry as networks_registry
-from kcdcache.networks.input_transform import InputTransform
-from kcdcache.settings import MethodSettings
 from kcdcache.teacher import fields
-from kcdcache.teacher.teacher import freeze
 
 NAMES = ("fitnet", "sp", "vid", "fsp", "reviewkd", "rkd", "pkt")
 RELATIONS = [similarity_preserving, distance_wise, angle_wise, probabilistic]
@@ -233,7 +227,7 @@ def test_the_variance_starts_at_five():
 # which values of which stages
 
 
-def test_the_fields_of_each_method_are_those_of_its_paper_and_a_store_is_asked_for_them(tmp_path):
+def test_the_fields_of_each_method_are_those_of_its_paper():
     expected = {
         "fitnet": ("maps:stage2",),
         "sp": ("maps:stage3",),
@@ -243,14 +237,8 @@ def test_the_fields_of_each_method_are_those_of_its_paper_and_a_store_is_asked_f
         "rkd": ("penultimate",),
         "pkt": ("penultimate",),
     }
-    data = digits(12, 10)
-    transform = InputTransform(data.mean, data.std)
-    network = freeze(networks_registry.build("wrn_40_2", 10, 1), transform, "wrn_40_2", data.classes, CPU)
-    knowledge = precomputed(tmp_path / "store", data, network, views=1).knowledge
     pair = published_pair("wrn_40_2", "wrn_16_2")
-    for name, names in expected.items():
-        assert METHODS[name].term(pair).fields == names
-        assert methods_registry.reads(MethodSettings(method=name), "wrn_16_2", knowledge, data) == names
+    assert {name: METHODS[name].term(pair).fields for name in expected} == expected
 
 
 def test_of_unequal_numbers_of_stages_the_last_ones_are_matched():
@@ -336,11 +324,8 @@ STAGES = [tap for tap in shaped(THEIRS) if tap != "logits"]
 REFUSED = [
     ("fsp", small_pair,
      r"'stage1' of the teacher 'T' has shape \(6, 9, 9\), 'stage1' of the student 'S' has \(3, 8, 8\)"),
-    *(
-        ("fitnet", lambda side=side: small_pair({**THEIRS, "stage2": (2, side, side)}),
-         rf"\(4, 4, 4\) should be no smaller than the teacher's of shape \(2, {side}")
-        for side in (5, 7, 12)
-    ),
+    ("fitnet", lambda: small_pair({**THEIRS, "stage2": (2, 7, 7)}),
+     r"\(4, 4, 4\) should be no smaller than the teacher's of shape \(2, 7, 7\)"),
     *(
         (name, lambda: lacking(small_pair(), "teacher_taps", *STAGES),
          "reads 'penultimate', which the teacher 'T'" if name in ("rkd", "pkt") else "stages are not known")
