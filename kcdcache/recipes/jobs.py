@@ -49,9 +49,9 @@ def execute(
     prepare: Callable[[str], Any],
     work: Work,
     *,
-    jobs: int = 1,
-    logs: Path | None = None,
-    preload: Sequence[str] = (),
+    jobs: int,
+    logs: Path,
+    preload: Sequence[str],
 ) -> dict[str, Outcome]:
     """Do all pieces of work, each as soon as what it needs is done; return what became of each.
 
@@ -62,8 +62,7 @@ def execute(
     Raises:
         InterruptedRunError: the user asked to stop; what was running has stopped at a safe point.
     """
-    assert jobs == 1 or logs is not None, "processes need a place for their logs"
-    processes = None if logs is None or jobs == 1 else _Processes(work, jobs, logs, preload)
+    processes = _Processes(work, jobs, logs, preload) if jobs > 1 else None
     order, found, ready = list(needs), dict[str, Outcome](), list[str]()
     sorter = TopologicalSorter(needs)
     sorter.prepare()
@@ -93,11 +92,10 @@ def execute(
                     processes.begin(name, prepare(name))
                 except KcdcacheError as error:
                     settle(name, Outcome.of(error))
-        if processes is not None:
-            for name, outcome in processes.ended():
-                settle(name, outcome)
-            if processes.stopped():
-                interrupt.stop(f"{len(found)} of {len(order)} finished; the others stand at a safe point")
+        for name, outcome in processes.ended() if processes is not None else ():
+            settle(name, outcome)
+        if processes is not None and processes.stopped():
+            interrupt.stop(f"{len(found)} of {len(order)} finished; the others stand at a safe point")
     return {name: found[name] for name in order}
 
 
