@@ -66,6 +66,11 @@ class Source:
         return epoch if self.views is None else epoch % self.views
 
     @property
+    def stored(self) -> list[StoredTargets]:
+        """Those of its targets that come from a store."""
+        return [targets for targets in (self.targets, self.requeried) if isinstance(targets, StoredTargets)]
+
+    @property
     def mixer(self) -> "Mixer":
         """What mixes its points."""
         own, asked = (None if targets is None else targets.gather for targets in (self.targets, self.requeried))

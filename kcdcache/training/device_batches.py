@@ -48,8 +48,7 @@ def obstacle(source: Source, device: torch.device, free: int | None = None) -> s
 def bytes_of(source: Source) -> int:
     """Return the bytes that a source's images, view parameters and knowledge of one view take on the device."""
     images = sum(image_bytes(split, source.rule) for split in (source.data.train, source.data.test))
-    held = (source.targets, source.requeried)
-    rows = sum(targets.view_bytes for targets in held if isinstance(targets, StoredTargets))
+    rows = sum(targets.view_bytes for targets in source.stored)
     return images + rows + 64 * len(source.data.train)
 
 

@@ -18,7 +18,6 @@ from kcdcache.runs.folder import RunFolder
 from kcdcache.settings import TrainSettings
 from kcdcache.store import reader
 from kcdcache.store.identity import read_parameters
-from kcdcache.store.rows import StoredTargets
 from kcdcache.teacher.teacher import Teacher
 from kcdcache.training import batches, learner
 from kcdcache.training.learner import Learner, ValueRecord
@@ -133,9 +132,8 @@ def _details(run: Run, stage: Stage, source: batches.Source, epoch: int) -> dict
 
     And the store rows, and the bytes of their chunk files, that its view took all processes, and each.
     """
-    held = [targets for targets in (source.targets, source.requeried) if isinstance(targets, StoredTargets)]
     # with one view, only the stage's first epoch reads
-    costs = [targets.cost for targets in held] if epoch == stage.start or run.views > 1 else []
+    costs = [targets.cost for targets in source.stored] if epoch == stage.start or run.views > 1 else []
     rows, size = (run.group.joined(torch.tensor([sum(one[k] for one in costs)])).tolist() for k in (0, 1))
     found = {
         "stage": stage.number,
