@@ -50,7 +50,8 @@ class _Part(NamedTuple):
 
     def same(self, other: "_Part") -> bool:
         """Return whether another one has the same rows."""
-        return self.view == other.view and np.array_equal(self.samples, other.samples)
+        same = self.samples is other.samples or np.array_equal(self.samples, other.samples)
+        return self.view == other.view and same
 
 
 class StoredTargets:
@@ -124,7 +125,8 @@ class StoredTargets:
         wanted = _Part(view, self._index if mine is None else mine)
         if self._current is None or not self._current[0].same(wanted):
             self._current = (wanted, self._turned(wanted))
-            self.positions = _numbered(wanted.samples, len(self._every))
+            everyone = wanted.samples is self._index
+            self.positions = self._every if everyone else _numbered(wanted.samples, len(self._every))
         coming = None if following is None else _Part(following, self._index if later is None else later)
         if coming is None or coming.same(wanted):
             self._spare.clear()
@@ -211,6 +213,8 @@ class StoredTargets:
         return self._store.load(slot, self._rows_of(part), self._fields, threads, self._allocate)
 
     def _rows_of(self, part: _Part) -> Int64[np.ndarray, " rows"]:
+        if part.samples is self._index:
+            return self._rows
         places = self._every[part.samples]
         assert places.min(initial=0) >= 0, "only the samples asked for at the start are served"
         return self._rows[places]
