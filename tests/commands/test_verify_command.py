@@ -10,7 +10,7 @@ from pupils import SCHOOL, SPEC, command, everything, school
 from kcdcache.commands import verify
 from kcdcache.condense import manifest
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, SettingsError
-from kcdcache.files.records import digest_of
+from kcdcache.files.records import readable_json, sealed_json
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +105,7 @@ def test_another_teacher_than_the_stores_is_refused(place):
     record = place / "teacher/model.json"
     document = json.loads(record.read_text())
     document["transform"]["mean"][0] += 0.1
-    document["digest"] = digest_of({key: value for key, value in document.items() if key != "digest"})
-    record.write_text(json.dumps(document))
+    record.write_bytes(sealed_json({key: document[key] for key in document if key != "digest"}, readable_json))
     with pytest.raises(MismatchError, match=r"differ in transform.mean\[0\]"):
         verify.verify(place / "store", teacher=str(place / "teacher"), data=SPEC)
 
