@@ -137,19 +137,18 @@ class Term(nn.Module):
 
 
 class Compared(Term):
-    """A term that is the sum of `compare` over (tap of the student, field of the teacher)."""
+    """A term that compares one value of the student's with one field of the teacher's."""
 
     compare: Callable[[Tensor, Tensor], Tensor]
     """the student's values and the teacher's -> loss per sample"""
 
-    def __init__(self, *places: tuple[str, str]) -> None:
+    def __init__(self, tap: str, field: str) -> None:
         super().__init__()
-        self.taps, self.fields = (tuple(names) for names in zip(*places, strict=True))
+        self.taps, self.fields = (tap,), (field,)
 
     def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
         """Return the loss per sample."""
-        places = zip(self.taps, self.fields, strict=True)
-        return sum(self.compare(outputs[tap], batch.knowledge[name]) for tap, name in places)  # type: ignore[return-value]
+        return self.compare(outputs[self.taps[0]], batch.knowledge[self.fields[0]])
 
 
 def hard_term(

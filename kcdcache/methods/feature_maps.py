@@ -73,7 +73,7 @@ class Hint(Compared):
 
     def __init__(self, pair: Pair) -> None:
         ours, theirs = pair.stages()[HINT_STAGE - 1]
-        super().__init__((ours, f"maps:{theirs}"))
+        super().__init__(ours, f"maps:{theirs}")
         shapes = pair.student_shape(ours), pair.teacher_shape(theirs)
         self.regressor = nn.Sequential(_to_shape(*shapes), nn.BatchNorm2d(shapes[1][0]), nn.ReLU())
 

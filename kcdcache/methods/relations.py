@@ -91,7 +91,7 @@ class _Penultimate(Compared):
     """A term on the vectors before the classifier of both networks, which may differ in length."""
 
     def __init__(self, pair: Pair) -> None:
-        super().__init__(("penultimate", "penultimate"))
+        super().__init__("penultimate", "penultimate")
         for shape in (pair.student_shape, pair.teacher_shape):
             shape("penultimate")  # or a message says that there is none
 
@@ -129,4 +129,4 @@ class Similarity(Compared):
 
     def __init__(self, pair: Pair) -> None:
         ours, theirs = pair.stages()[-1]
-        super().__init__((ours, f"maps:{theirs}"))
+        super().__init__(ours, f"maps:{theirs}")
