@@ -366,6 +366,14 @@ def test_the_card_has_the_hubs_front_matter_and_nothing_that_changes(place, tmp_
     assert str(place.root) not in text
 
 
+def test_the_cards_python_runs_as_it_stands(place):
+    folder = place.root / "plain"
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(code.replace("DIR", str(folder)), names)
+    assert names["opened"].manifest.digest == place.set.digest
+
+
 @pytest.mark.parametrize(
     ("rows", "said"), [(1, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (10**6, "1M<n<10M"), (10**8, "n>10M")]
 )
