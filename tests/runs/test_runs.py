@@ -1,6 +1,7 @@
 """A run's folder: continued only as itself, on the machine it began on, by one process; damage is found."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 
 import pytest
@@ -9,7 +10,7 @@ from lessons import precomputed
 from pupils import distilled, everything, promised, same_files, school, settings
 
 from kcdcache import environment
-from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, UnfinishedError
+from kcdcache.errors import CorruptionError, LockedError, MismatchError, NotFoundError, SettingsError, UnfinishedError
 from kcdcache.files.records import logged_seconds
 from kcdcache.runs import state
 from kcdcache.runs.folder import RunFolder
@@ -43,6 +44,19 @@ def test_another_setting_is_refused_by_name(place, begun, name):
 
 def unlocked(files):
     return {name: data for name, data in files.items() if name != ".lock"}
+
+
+def test_of_trainings_racing_for_one_folder_exactly_one_goes_on(place, begun, tmp_path):
+    """Who comes when the winner has ended goes on with nothing: every epoch is trained once."""
+    asked = [(place, tmp_path / "run", None, {"until": 3})] * 4
+    with ThreadPoolExecutor(4) as pool:
+        racers = [pool.submit(distilled, *one) for one in asked]
+    errors = [racer.exception() for racer in racers if racer.exception() is not None]
+    assert len(errors) < 4
+    assert all(type(error) is LockedError for error in errors), errors
+    assert [row.epoch for row in read_metrics(tmp_path / "run")] == [0, 1, 2]
+    assert len((tmp_path / "run" / "timing.jsonl").read_text().splitlines()) == 3
+    assert same_files(begun, tmp_path / "run")
 
 
 def test_another_store_is_refused(place, begun, tmp_path):
