@@ -108,7 +108,9 @@ def test_edited_and_lost_records_are_damage(sealed, tmp_path):
     for file in (*RECORDS, "zarr.json", "logits/zarr.json"):
         whole = (path / file).read_bytes()
         put(path / file, None)
-        with pytest.raises(CorruptionError, match=rf"no file at .*{file}|{file} is missing|holds commit.1.json but not"):
+        with pytest.raises(
+            CorruptionError, match=rf"no file at .*{file}|{file} is missing|holds commit.1.json but not"
+        ):
             reader.open(path)
         put(path / file, whole)
     assert reader.open(path).views == 3
