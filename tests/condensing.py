@@ -75,13 +75,6 @@ def theirs(folder, found, marks, sizes):
         first += size
 
 
-def content(folder):
-    """File -> bytes of a file or folder."""
-    if folder.is_file():
-        return folder.read_bytes()
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
-
-
 def condensed(root, out, case):
     """What `kcdcache condense` tells, with the settings of a case; names of inputs are those of `prepared`."""
     inputs = {name: root / case[name] for name in ("values", "previous") if case.get(name)}

@@ -78,6 +78,9 @@ def small_parts(count, views, part_rows, chunk_rows, text="float16", compression
 
 
 def content(path):
+    """File -> bytes of a file or folder."""
+    if path.is_file():
+        return path.read_bytes()
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 

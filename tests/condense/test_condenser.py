@@ -8,7 +8,7 @@ from stores import content, knowledge
 from kcdcache import settings
 from kcdcache.commands import condense as condense_command
 from kcdcache.condense import large, manifest, summary, value_files
-from kcdcache.errors import LockedError, MismatchError, NotFoundError, SettingsError
+from kcdcache.errors import MismatchError, NotFoundError, SettingsError
 
 
 @pytest.fixture
@@ -41,15 +41,6 @@ def test_the_manifest_is_that_of_condense(place):
     )  # fmt: skip
     assert manifest.read(place / "out/m.parquet").digest == expected.digest == found["digest"]
     assert (found["already"], found["values_from"], found["out"]) == (False, "kcdcache", str(place / "out/m.parquet"))
-
-
-def test_the_same_again_says_so_and_changes_nothing(place):
-    run(place)
-    before = content(place)
-    assert run(place)["already"] is True
-    with pytest.raises(LockedError, match=r"m.parquet holds another manifest; .*: give another --out"):
-        run(place, keep=0.5)
-    assert content(place) == before
 
 
 def test_values_too_large_to_hold_make_the_same_file(place):
@@ -96,18 +87,6 @@ def test_another_tools_values_are_taken_and_named(place):
     found = run(place, values=place / "theirs.parquet", augment_kept=False)
     assert (found["values_from"], found["classes"]) == ("another tool", 0)
     assert manifest.read(place / "out/m.parquet").index.tolist() == list(range(60, COUNT))
-
-
-def test_samples_another_tool_leaves_out_are_unseen(place):
-    pq.write_table(pa.table({"index": np.arange(100), "value": np.ones(100)}), place / "theirs.parquet")
-    found = run(place, values=place / "theirs.parquet", keep=0.5)
-    assert found["unseen"] == 50
-    last = run(place, values=place / "theirs.parquet", keep=0.5, unseen="last", out=place / "last.parquet")
-    assert last["unseen"] == 0
-
-
-def test_another_tools_values_without_labels_cannot_be_stratified(place):
-    pq.write_table(pa.table({"index": np.arange(COUNT), "value": np.ones(COUNT)}), place / "theirs.parquet")
     with pytest.raises(SettingsError, match="give a values file with a 'label' column"):
         run(place, values=place / "theirs.parquet", stratify=True)
 

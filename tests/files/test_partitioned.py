@@ -15,12 +15,11 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-from condensing import COUNT, condensed, content, labels, prepared, some_values, theirs
+from condensing import COUNT, condensed, labels, prepared, some_values, theirs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from killing import finished, succeeds
-from pupils import SCHOOL, executed, leftovers, school
-from pupils import command as taught
+from pupils import SCHOOL, command, executed, leftovers, school
+from stores import content
 
 from kcdcache.commands import verify
 from kcdcache.condense import manifest, value_files, values
@@ -135,7 +134,7 @@ def test_a_student_learns_from_a_set_in_parts_as_from_one_file(tmp_path):
     for name, rows in (("one.parquet", None), ("many.parquet", 50)):
         manifest.write(tmp_path / name, chosen, partition_rows=rows)
         out = tmp_path / name.removesuffix(".parquet")
-        told = taught(place, "train", out=out, manifest=tmp_path / name, **given)
+        told = command(place, "train", out=out, manifest=tmp_path / name, **given)
         assert told["kept"] == 120
         wanted = {"manifest": tmp_path / name, "store": place.knowledge.path, "out": tmp_path / "export"}
         planned = executed("export", wanted, dry_run=True)
@@ -298,27 +297,7 @@ def streamed(path):
         return list(source.blocks())
 
 
-# ---- kills
-
-
-def command(place, out):
-    given = {"values": place / "values.parts", "store": place / "store", "keep": 0.5, "out": out}
-    given |= {"partition-rows": 70}
-    return ["condense", *(f"--{key}={value}" for key, value in given.items())]
-
-
-@pytest.mark.parametrize("stride", [6, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_at_any_step_it_leaves_nothing_or_the_whole_set_and_runs_again(start, place, stride):
-    succeeds(start, command(place, place / "whole"), place / "log")
-    for step in range(1, 100, stride):
-        out = place / f"out{step}"
-        if finished(start, command(place, out), place / "log", KCDCACHE_CRASHPOINT=str(step)) == 0:
-            break
-        assert not out.exists() or content(out) == content(place / "whole")
-        succeeds(start, command(place, out), place / "log")
-        assert content(out) == content(place / "whole")
-        assert not leftovers(place)
-    assert step > 15
+# ---- what the killed leave
 
 
 def test_only_folders_of_the_dead_are_deleted(tmp_path):

@@ -145,9 +145,13 @@ def test_narrower_and_other_students_learn_from_both_variants(theirs, ours):
     assert sum(float(weight.grad.abs().sum()) for weight in moved) > 0
     term = PooledDistributions(pair_of(theirs, ours))
     shapes = tap_shapes(theirs, 10, 3, 16, 16)
-    loss = term(seen_by(network, term), batch(**{f"pooled_{tap}": torch.rand(4, s[0]) for tap, s in shapes.items()}))
-    assert loss.shape == (4,)
-    assert torch.isfinite(loss).all()
+    seen, given = seen_by(network, term), batch(**{f"pooled_{tap}": torch.rand(4, s[0]) for tap, s in shapes.items()})
+    loss, expected = term(seen, given), np.zeros(4)
+    for tap, (_, field), connector in zip(term.taps, term._places, term._connectors, strict=True):
+        sides = connector(seen[tap].mean((2, 3))), given.knowledge[f"pooled:{field}"]
+        own, known = (reference.log_softmax(array(x), axis=1) for x in sides)
+        expected += reference.recoded(own, known, term._threshold)
+    close(loss, expected, rtol=1e-3)
     loss.mean().backward()
 
 
