@@ -72,6 +72,14 @@ class Recipe(Settings):
     step: tuple[Step, ...]
     """the steps in order"""
 
+    def limited(self, text: str) -> str:
+        """Return a data spec that takes only the recipe's `train_images`, unless it says itself how many it takes."""
+        return text if self.train_images is None else spec.extended(text, f"train={self.train_images}")
+
+    def data_of(self, step: Step) -> str:
+        """Return a step's data spec; limits of the spec itself go before the step's, and those before the recipe's."""
+        return self.limited(spec.extended(self.data, step.data_options) if step.data_options else self.data)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
@@ -99,12 +107,11 @@ def command(given: RunCommand, progress: Progress, dry_run: bool = False) -> Res
     """Do a recipe's steps and report on them; return its table, or with `dry_run` every step's settings."""
     path = given.recipe or EMBEDDED
     recipe, out = load(path), given.out or Path("runs") / path.stem
+    machine = recipe.machine.model_copy(update=given.machine.model_dump(exclude_unset=True))
+    recipe = recipe.model_copy(update={"data": given.data or recipe.data, "machine": machine})
     if dry_run:
-        return {"would": "run", "recipe": str(path), "steps": planned(recipe, out, given.data)}
-    machine, words = given.machine.model_dump(exclude_unset=True), " ".join(["kcdcache", *sys.argv[1:]])
-    results = run(
-        recipe, out, data=given.data, machine=machine, jobs=given.jobs, command=words, progress=progress
-    )  # fmt: skip
+        return {"would": "run", "recipe": str(path), "steps": planned(recipe, out)}
+    results = run(recipe, out, jobs=given.jobs, command=" ".join(["kcdcache", *sys.argv[1:]]), progress=progress)
     from kcdcache.report import page
 
     report: str | None = str(out / "report.html")
@@ -136,39 +143,28 @@ def load(path: Path) -> Recipe:
     _require_order(recipe, path)
     for step in recipe.step:  # what is wrong is found before hours are spent on the steps before it
         first = pieces(step, recipe)[0]
-        _possible(step, resolved(first, recipe, path.with_suffix(""), recipe.data), f"{path}, step '{step.name}'")
+        _possible(step, resolved(first, recipe, path.with_suffix("")), f"{path}, step '{step.name}'")
     return recipe
 
 
-def run(
-    recipe: Recipe,
-    out: Path,
-    *,
-    data: str | None = None,
-    machine: Mapping[str, Any] | None = None,
-    jobs: int = 1,
-    command: str = "",
-    progress: Progress,
-) -> Result:
+def run(recipe: Recipe, out: Path, *, jobs: int = 1, command: str = "", progress: Progress) -> Result:
     """Execute the steps into `out`, passing over finished ones; return the table, also written to out/results.json.
 
     With `jobs` above 1, so many steps and seeds at once, each in a process with its share of the cores unless
-    `machine` gives threads. A step that fails stops only those that need it; it is named in the result's `failed`.
+    the recipe gives threads. A step that fails stops only those that need it; it is named in the result's `failed`.
 
     Raises:
         SettingsError: a step's settings are wrong; nothing has been done.
         InterruptedRunError: the user asked to stop; the same call resumes.
     """
-    used = data or recipe.data
     share = {"threads": max(1, (os.cpu_count() or 1) // jobs)} if jobs > 1 else {}
-    given = {**share, **recipe.machine.model_dump(exclude_unset=True), **(machine or {})}
-    extra = settings.make(MachineSettings, given).model_dump(exclude_unset=True)
+    extra = share | recipe.machine.model_dump(exclude_unset=True)
     named = {piece.name: piece for step in recipe.step for piece in pieces(step, recipe)}
 
     def prepare(name: str) -> Job:
         step = named[name].step
         own = {key: value for key, value in extra.items() if key in settings.fields(COMMANDS[step.run].takes)}
-        values = {key: cloud.opened(value) for key, value in resolved(named[name], recipe, out, used).items()} | own
+        values = {key: cloud.opened(value) for key, value in resolved(named[name], recipe, out).items()} | own
         title = (step.title or step.name) + ("" if named[name].seed is None else f" (seed {named[name].seed})")
         return Job(title, step.run, _possible(step, values, f"step '{step.name}'"), progress)
 
@@ -184,11 +180,11 @@ def run(
     results = {
         "title": recipe.title,
         "command": command,
-        "data": _limited(used, recipe.train_images),
+        "data": recipe.limited(recipe.data),
         "seeds": list(recipe.seeds),
         "jobs": jobs,
         "environment": _environment(extra),
-        **_told(recipe, named, outcomes, used),
+        **_told(recipe, named, outcomes),
     }
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "results.json", readable_json(cloud.shown(results)))
@@ -214,22 +210,22 @@ def do(job: Job) -> Result:
     return COMMANDS[job.command](job.given, job.progress)
 
 
-def planned(recipe: Recipe, out: Path, data: str | None = None) -> list[dict[str, Any]]:
+def planned(recipe: Recipe, out: Path) -> list[dict[str, Any]]:
     """Return every step's resolved settings, in order, without doing anything."""
     return [
-        {"step": step.name, "run": step.run, **resolved(piece, recipe, out, data or recipe.data)}
+        {"step": step.name, "run": step.run, **resolved(piece, recipe, out)}
         for step in recipe.step
         for piece in pieces(step, recipe)
     ]
 
 
-def resolved(piece: Piece, recipe: Recipe, out: Path, data: str) -> dict[str, Any]:
+def resolved(piece: Piece, recipe: Recipe, out: Path) -> dict[str, Any]:
     """Return a step's settings with data, seed, folder and references filled in."""
     step = piece.step
     known = settings.fields(COMMANDS[step.run].takes)
     filled: dict[str, Any] = {PLACES[step.run]: str(piece.place(out))}
     if "data" in known:
-        filled["data"] = _data_of(step, recipe, data)
+        filled["data"] = recipe.data_of(step)
     if piece.seed is not None and "seed" in known:
         filled["seed"] = piece.seed
     filled |= step.settings
@@ -283,7 +279,7 @@ def _environment(machine: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _told(
-    recipe: Recipe, named: Mapping[str, Piece], outcomes: Mapping[str, Outcome], data: str
+    recipe: Recipe, named: Mapping[str, Piece], outcomes: Mapping[str, Outcome]
 ) -> dict[str, list[dict[str, Any]]]:
     """Return what became of the steps: a row for each, each run, and those that failed."""
     found = {name: outcome.result for name, outcome in outcomes.items() if outcome.result is not None}
@@ -293,7 +289,7 @@ def _told(
             {
                 "step": piece.step.name,
                 "seed": piece.seed,
-                **({"data": _data_of(piece.step, recipe, data)} if piece.step.data_options else {}),
+                **({"data": recipe.data_of(piece.step)} if piece.step.data_options else {}),
                 **found[name],
             }
             for name, piece in named.items()
@@ -431,12 +427,3 @@ def _referred(name: str, piece: Piece, recipe: Recipe) -> Piece:
     """Return the step that a reference of another one names, for the other's seed."""
     step = next(step for step in recipe.step if step.name == name)
     return Piece(step=step, seed=piece.seed if step.per_seed else None)
-
-
-def _limited(text: str, train_images: int | None) -> str:
-    return text if train_images is None else spec.extended(text, f"train={train_images}")
-
-
-def _data_of(step: Step, recipe: Recipe, data: str) -> str:
-    """Return a step's data spec; limits of the spec itself go before the step's, and those before the recipe's."""
-    return _limited(spec.extended(data, step.data_options) if step.data_options else data, recipe.train_images)

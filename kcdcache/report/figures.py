@@ -177,7 +177,7 @@ def accuracy(rows: Sequence[Row]) -> Picture:
         high = max((line.high.max() for line in by_samples), default=0.0)
         if high > low:
             left.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
-        legend_below(figure, *left.get_legend_handles_labels())
+        legend_below(figure, [left])
 
     return drawn("accuracy", 4.2 + below(order), draw)
 
@@ -203,7 +203,7 @@ def training(rows: Sequence[Row]) -> Picture:
         for axes in figure.axes[2:]:
             axes.set(xlabel="epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        legend_below(figure, *figure.axes[0].get_legend_handles_labels())
+        legend_below(figure, figure.axes[:1])
 
     return drawn("training", 6.2 + below(order), draw)
 
@@ -259,32 +259,15 @@ def _brief(size: float) -> str:
     return f"{size:.3g}"
 
 
-def distance_matrix(names: Sequence[str], matrix: np.ndarray, by_chance: Sequence[float]) -> Picture:
-    """Return the Hamming distances between the last sets of some runs; `by_chance` are those of random sets."""
-    count, called = len(names), short_names(names)
-    ends = dict.fromkeys((f"{min(by_chance):.2f}", f"{max(by_chance):.2f}"))
-    labels = [called[name] for name in names]
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        image = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=max(0.5, float(matrix.max())))
-        axes.grid(False)
-        axes.set_title(f"random sets of these sizes differ by {' to '.join(ends)}")
-        axes.set_yticks(range(count), labels)
-        axes.set_xticks(range(count), labels, rotation=40, ha="right")
-        for row, column in np.ndindex(count, count) if count <= 16 else ():
-            colour = "white" if matrix[row, column] < 0.3 else "black"
-            axes.text(column, row, f"{matrix[row, column]:.2f}", ha="center", va="center", color=colour, size=8)
-        figure.colorbar(image, ax=axes, label="share of samples kept by one run only", shrink=0.8)
-
-    return drawn("distances", min(11.0, 2.6 + 0.42 * count), draw)
-
-
-def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """Put a legend under a figure, in as many columns as fit beside each other."""
-    if handles:
-        across = min(columns(labels), len(handles))
-        figure.legend(handles, labels, loc="outside lower center", ncols=across, fontsize=9)
+def legend_below(figure: Figure, every: Iterable[Axes]) -> None:
+    """Put a legend of what some axes show, each label once, under a figure, in as many columns as fit in a line."""
+    entries: dict[str, Any] = {}
+    for axes in every:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if entries:
+        across = min(columns(entries), len(entries))
+        figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=across, fontsize=9)
 
 
 def columns(labels: Iterable[str]) -> int:
@@ -330,7 +313,7 @@ def labelled(rows: Sequence[Row]) -> Picture | None:
             axes.barh(places, [100 * (row[name] or 0) for row in chosen], 0.25, color=colour, label=label)
         name_bars(axes, chosen)
         axes.set(xlabel="share of training samples of that kind (%)")
-        legend_below(figure, *axes.get_legend_handles_labels())
+        legend_below(figure, [axes])
 
     return drawn("labelled", 1.3 + 0.42 * len(chosen), draw)
 
@@ -353,6 +336,6 @@ def screened(key: str, rows: Sequence[Row]) -> Picture | None:
                 axes.plot(stages, [100 * (one.get(other) or 0) for one in own], ":", color=colour)
             axes.set_xticks(sorted({row["stage"] for row in chosen}))
             axes.set(xlabel="set of stage", ylabel=label)
-        legend_below(figure, *figure.axes[0].get_legend_handles_labels())
+        legend_below(figure, figure.axes[:1])
 
     return drawn(key, 3.6 + below(list(names)), draw)

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,18 +69,16 @@ def require_cheap(spec: str, count: int) -> None:
             raise NotFoundError(f"{folder} is not there; give --data to download it, or to name another place")
 
 
-def collected(
-    runs: Sequence[tuple[str, Run]], specs: Mapping[Path, str | None], asked: str | None = None
-) -> tuple[list[Strip], list[str]]:
+def collected(runs: Sequence[tuple[str, Run]], asked: str | None = None) -> tuple[list[Strip], list[str]]:
     """Return the images of the first of the named runs in each folder, and lines that say why a run has none.
 
-    `specs` tells the data of each folder of runs, or of a single run; `asked` is what somebody named for all of them.
+    `asked` is the data spec that somebody named for all of them.
     """
     found: list[Strip] = []
     notes: list[str] = []
     first = {run.grid: (name, run) for name, run in reversed(runs)}
     for name, run in reversed(first.values()):
-        spec = asked or specs.get(run.path) or specs.get(run.grid)
+        spec = asked or run.data
         if spec is None:
             notes.append(f"{name}: no images, because its folder has no results.json that names the data; give --data")
             continue

@@ -47,6 +47,8 @@ class Run:
     path: Path
     grid: Path
     """folder it lies in"""
+    data: str | None
+    """data spec, where results.json tells it"""
     step: str
     """its row: name of the folder without the seed"""
     seed: int
@@ -75,6 +77,10 @@ class Run:
     def sets(self) -> tuple[Manifest, ...]:
         """Set of each stage, the exported one last."""
         return tuple(stage.manifest for stage in self.stages)
+
+    def class_name(self, label: int) -> str:
+        """Return the name of a class, or its label where it has none."""
+        return self.classes[label] if label < len(self.classes) else str(label)
 
     @property
     def condenses(self) -> bool:
@@ -172,7 +178,7 @@ def read(paths: Sequence[Path]) -> Loaded:
     whole = [grids[path] for path in dict.fromkeys(path.resolve() for path in paths if not is_run(path))]
     missing = [grid.path / name for grid in whole for name in grid.listed if not is_run(grid.path / name)]
     problems += [Problem(path, "missing", f"{RESULTS} lists this run, but it is not there") for path in missing]
-    runs = [_attempt(path, partial(_run, path, place), problems) for path, place in folders.items()]
+    runs = [_attempt(path, partial(_run, path, grids[place]), problems) for path, place in folders.items()]
     there = [path for grid in whole for path in sorted(grid.path.iterdir()) if show.is_store(path)]
     stores = [_attempt(path, partial(show.store_report, path), problems) for path in there]
     return Loaded(
@@ -217,7 +223,7 @@ def _grid(path: Path) -> Grid:
     return parse(Grid, canonical_json(found | {"path": str(path), "title": found.get("title") or path.name}), file)
 
 
-def _run(path: Path, grid: Path) -> Run:
+def _run(path: Path, grid: Grid) -> Run:
     """Return a run, every file of which is held against the run's record before a number of it is used.
 
     Raises:
@@ -240,7 +246,8 @@ def _run(path: Path, grid: Path) -> Run:
     network = next((read_object(file) for name in check.NETWORKS if (file := path / f"{name}.json").exists()), {})
     return Run(
         path=path,
-        grid=grid,
+        grid=grid.path,
+        data=grid.listed.get(path.name) or grid.data,
         step=seeded[1] if seeded else path.name,
         seed=int(seeded[2] if seeded else record.settings["seed"]),
         seeded=seeded is not None,

@@ -1,6 +1,5 @@
 """One self-contained HTML file of finished runs, with the same numbers as JSON and CSV; made from their files alone."""
 
-import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +10,6 @@ import jinja2
 from markupsafe import Markup
 
 from kcdcache import __version__
-from kcdcache.condense import compare
 from kcdcache.errors import MismatchError, SettingsError, printable
 from kcdcache.files.atomic import read_bytes, write_atomic
 from kcdcache.files.records import readable_json
@@ -122,20 +120,15 @@ def sections_of(loaded: Loaded, made: dict[str, Table], data: str | None = None)
             pictures=figures.robustness(made["fidelity"].rows, screening),
             folded=[made["screening"]] if screening else [],
         ),
-        Section(key="agreement", pictures=_distances(loaded), folded=[made["distances"]]),
+        Section(
+            key="agreement",
+            pictures=[stage_figures.distances(group) for group in tables.same_data(loaded)],
+            folded=[made["distances"]],
+        ),
         Section(key="cost", tables=[made["cost"]], pictures=[figures.costs(made["cost"].rows)]),
         Section(key="provenance", tables=[made["runs"]], folded=[made["settings"], made["identities"]]),
     ]
     return [section for section in sections if not section.empty]
-
-
-def _distances(loaded: Loaded) -> list[Picture]:
-    pictures = []
-    for group in tables.same_data(loaded):
-        sets = [run.sets[-1] for _, run in group]
-        chance = list(itertools.starmap(compare.by_chance, itertools.combinations(sets, 2)))
-        pictures.append(figures.distance_matrix([name for name, _ in group], compare.hamming(sets), chance))
-    return pictures
 
 
 def _condensation(loaded: Loaded, made: dict[str, Table], data: str | None) -> list[Section]:
@@ -147,9 +140,7 @@ def _condensation(loaded: Loaded, made: dict[str, Table], data: str | None) -> l
     if not chosen:
         return []
     patterns = [stage_figures.pattern(name, run) for name, run in chosen if any(stage.values for stage in run.stages)]
-    specs = {grid.path: grid.data for grid in loaded.grids}
-    specs |= {grid.path / name: spec for grid in loaded.grids for name, spec in grid.listed.items()}
-    strips, notes = images.collected(chosen, specs, data)
+    strips, notes = images.collected(chosen, data)
     return [
         Section(
             key="condensation",

@@ -2,10 +2,9 @@
 
 import itertools
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -26,6 +25,7 @@ MOST_CLASSES = 24
 TITLE = 38
 """characters of a line of a panel's title, of two panels beside each other"""
 PARTS = (("kept as they are (K_1H)", AS_IS), ("kept and enriched (K_Aug)", ENRICHED), ("dropped (K_0)", LEFT_OUT))
+SHARE_OF_CLASS = "samples kept, of the most that any set keeps of the class (%)"
 TURNS = (("left", COLOURS[1], -0.27, ""), ("returned", COLOURS[2], 0.0, "//"), ("new", COLOURS[4], 0.27, ".."))
 """what became of samples -> colour, place and hatching of its bars"""
 ACROSS, BOX_WIDTH, BOX_HEIGHT = (0.1, 0.3, 0.5, 0.7, 0.9), 0.165, 0.36
@@ -98,44 +98,40 @@ def set_names(run: Run) -> list[str]:
 def sizes(found: Named) -> Picture:
     """Return how many samples each set keeps as they are, keeps enriched, and drops."""
 
-    def draw(figure: Figure) -> None:
-        for axes, run in _panels(figure, found):
-            parts = compare.parts(run.sets)
-            bottom = np.zeros(len(parts))
-            for (label, colour), code in zip(PARTS, (compare.KEPT, compare.MIXED, compare.DROPPED), strict=True):
-                share = 100 * (parts == code).mean(axis=1)
-                axes.bar(range(len(parts)), share, bottom=bottom, label=label, color=colour, edgecolor="white")
-                bottom += share
-            for place, kept in enumerate(100 * (parts > compare.DROPPED).mean(axis=1)):
-                axes.text(place, kept + 1, f"{kept:.0f} %", ha="center", va="bottom", size=9)
-            axes.set_ylim(0, 108)
-            _stage_axis(axes, run, "share of all samples (%)")
-        _legend(figure)
+    def panel(axes: Axes, run: Run) -> None:
+        parts = compare.parts(run.sets)
+        bottom = np.zeros(len(parts))
+        for (label, colour), code in zip(PARTS, (compare.KEPT, compare.MIXED, compare.DROPPED), strict=True):
+            share = 100 * (parts == code).mean(axis=1)
+            axes.bar(range(len(parts)), share, bottom=bottom, label=label, color=colour, edgecolor="white")
+            bottom += share
+        for place, kept in enumerate(100 * (parts > compare.DROPPED).mean(axis=1)):
+            axes.text(place, kept + 1, f"{kept:.0f} %", ha="center", va="bottom", size=9)
+        axes.set_ylim(0, 108)
+        _stage_axis(axes, run, "share of all samples (%)")
 
-    return drawn("sizes", _tall(found, 3.3), draw)
+    return _panels("sizes", found, 3.3, panel)
 
 
 def bands(found: Named) -> Picture:
     """Return the values of the samples that the next set keeps, and of those it drops."""
 
-    def draw(figure: Figure) -> None:
-        for axes, run in _panels(figure, found):
-            parts = compare.parts(run.sets)
-            for code, (label, colour) in enumerate((("dropped next", COLOURS[1]), ("kept next", COLOURS[0]))):
-                rows = [
-                    (place, np.quantile(stage.values.value[chosen], (0.1, 0.5, 0.9)))
-                    for place, stage in enumerate(run.stages[:-1])
-                    if stage.values is not None and (chosen := (parts[place + 1] > 0) == bool(code)).any()
-                ]
-                if rows:
-                    places, numbers = [place for place, _ in rows], np.array([q for _, q in rows])
-                    axes.plot(places, numbers[:, 1], "-o" if code else "--s", color=colour, label=label, markersize=4)
-                    axes.fill_between(places, numbers[:, 0], numbers[:, 2], color=colour, alpha=0.18, linewidth=0)
-            _stage_axis(axes, run, "value V (nats)", len(run.stages) - 1)
-            axes.set_xlabel("end of stage")
-        _legend(figure)
+    def panel(axes: Axes, run: Run) -> None:
+        parts = compare.parts(run.sets)
+        for code, (label, colour) in enumerate((("dropped next", COLOURS[1]), ("kept next", COLOURS[0]))):
+            rows = {
+                place: np.quantile(stage.values.value[chosen], compare.BAND)
+                for place, stage in enumerate(run.stages[:-1])
+                if stage.values is not None and (chosen := (parts[place + 1] > 0) == bool(code)).any()
+            }
+            if rows:
+                places, (low, middle, high) = list(rows), np.array(list(rows.values())).T
+                axes.plot(places, middle, "-o" if code else "--s", color=colour, label=label, markersize=4)
+                axes.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
+        _stage_axis(axes, run, "value V (nats)", len(run.stages) - 1)
+        axes.set_xlabel("end of stage")
 
-    return drawn("values", _tall(found, 3.3), draw)
+    return _panels("values", found, 3.3, panel)
 
 
 def pattern(name: str, run: Run) -> Picture:
@@ -190,73 +186,91 @@ def _movers(axes: Axes, ranks: np.ndarray, names: Sequence[str]) -> None:
 def turnover(found: Named) -> Picture:
     """Return how many samples stay, leave and return from set to set."""
 
-    def draw(figure: Figure) -> None:
-        for axes, run in _panels(figure, found):
-            count = run.sets[0].count
-            rows = compare.turnover(compare.parts(run.sets))[1:]
-            places = np.arange(1, len(rows) + 1)
-            for kind, colour, shift, hatch in TURNS:
-                share = np.array([100 * getattr(row, kind) / count for row in rows])
-                axes.bar(places + shift, share, 0.27, color=colour, label=kind, hatch=hatch, edgecolor="white")
-            axes.set_xticks(places, set_names(run)[1:])
-            axes.set(xlabel="set of stage", ylabel="share of all samples (%)")
-        _legend(figure)
+    def panel(axes: Axes, run: Run) -> None:
+        rows = compare.turnover(compare.parts(run.sets))[1:]
+        places = np.arange(1, len(rows) + 1)
+        for kind, colour, shift, hatch in TURNS:
+            share = np.array([100 * getattr(row, kind) / run.sets[0].count for row in rows])
+            axes.bar(places + shift, share, 0.27, color=colour, label=kind, hatch=hatch, edgecolor="white")
+        axes.set_xticks(places, set_names(run)[1:])
+        axes.set(xlabel="set of stage", ylabel="share of all samples (%)")
 
-    return drawn("turnover", _tall(found, 2.9), draw)
+    return _panels("turnover", found, 2.9, panel)
 
 
 def classes(found: Named) -> Picture | None:
     """Return the share of each class that every set keeps; None where no set knows its classes."""
-    known = [(name, run) for name, run in found if all(stage.manifest.class_counts for stage in run.stages)]
+    known = [(name, run) for name, run in found if all(chosen.class_counts for chosen in run.sets)]
     if not known:
         return None
     most = max(len(run.sets[0].class_counts) for _, run in known)
 
-    def draw(figure: Figure) -> None:
-        for axes, run in _panels(figure, known):
-            counts = np.array([stage.manifest.class_counts for stage in run.stages], float)
-            share = 100 * counts / np.maximum(counts.max(axis=0), 1)
-            order = np.argsort(-share[-1], kind="stable")
-            image = axes.imshow(
-                share[:, order].T, aspect="auto", cmap="cividis", vmin=0, vmax=100, interpolation="none"
-            )
-            axes.grid(False)
-            step = -(-len(order) // MOST_CLASSES)
-            called = [run.classes[label] if label < len(run.classes) else str(label) for label in order[::step]]
-            axes.set_yticks(range(0, len(order), step), [short(text, 24) for text in called], fontsize=8)
-            _stage_axis(axes, run, "class")
-        label = "samples kept, of the most that any set keeps of the class (%)"
-        figure.colorbar(image, ax=figure.axes[: len(known)], label=label, location="bottom", shrink=0.5, aspect=50)
+    def panel(axes: Axes, run: Run) -> None:
+        counts = np.array([chosen.class_counts for chosen in run.sets], float)
+        share = 100 * counts / np.maximum(counts.max(axis=0), 1)
+        order = np.argsort(-share[-1], kind="stable")
+        axes.imshow(share[:, order].T, aspect="auto", cmap="cividis", vmin=0, vmax=100, interpolation="none")
+        axes.grid(False)
+        step = -(-len(order) // MOST_CLASSES)
+        called = [run.class_name(label) for label in order[::step]]
+        axes.set_yticks(range(0, len(order), step), [short(text, 24) for text in called], fontsize=8)
+        _stage_axis(axes, run, "class")
 
     height = 1.4 + 0.15 * min(most, MOST_CLASSES)
-    return drawn("classes", _tall(known, max(2.9, height)) + 0.4, draw)
+    return _panels("classes", known, max(2.9, height), panel, SHARE_OF_CLASS)
 
 
-def _panels(figure: Figure, found: Named) -> list[tuple[Axes, Run]]:
-    """Return an axes per run under its name, two in a line."""
-    across = min(2, len(found))
-    grid = list(figure.subplots(-(-len(found) // across), across, squeeze=False).flat)
-    for unused in grid[len(found) :]:
-        unused.remove()
-    names = short_names([name for name, _ in found], TITLE * (3 - across))
-    for axes, (name, _) in zip(grid, found, strict=False):
-        axes.set_title(textwrap.fill(names[name], TITLE * (3 - across)), fontsize=10)
-    return [(axes, run) for axes, (_, run) in zip(grid, found, strict=False)]
+def distances(found: Named) -> Picture:
+    """Return the Hamming distances between the last sets of some runs on the same data, beside those of random sets."""
+    sets, called = [run.sets[-1] for _, run in found], short_names([name for name, _ in found])
+    matrix = compare.hamming(sets)
+    chance = list(itertools.starmap(compare.by_chance, itertools.combinations(sets, 2)))
+    ends = dict.fromkeys((f"{min(chance):.2f}", f"{max(chance):.2f}"))
+    count, labels = len(found), [called[name] for name, _ in found]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        image = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=max(0.5, float(matrix.max())))
+        axes.grid(False)
+        axes.set_title(f"random sets of these sizes differ by {' to '.join(ends)}")
+        axes.set_yticks(range(count), labels)
+        axes.set_xticks(range(count), labels, rotation=40, ha="right")
+        for row, column in np.ndindex(count, count) if count <= 16 else ():
+            colour = "white" if matrix[row, column] < 0.3 else "black"
+            axes.text(column, row, f"{matrix[row, column]:.2f}", ha="center", va="center", color=colour, size=8)
+        figure.colorbar(image, ax=axes, label="share of samples kept by one run only", shrink=0.8)
+
+    return drawn("distances", min(11.0, 2.6 + 0.42 * count), draw)
 
 
-def _tall(found: Named, each: float) -> float:
-    return 0.6 + each * -(-len(found) // 2)
+def _panels(
+    key: str, found: Named, each: float, panel: Callable[[Axes, Run], None], colours: str | None = None
+) -> Picture:
+    """Return a picture with a panel per run under its name, two in a line, each `each` inches high.
+
+    Under them stands a legend of all, or where they are images one bar of their colours under this label.
+    """
+
+    def draw(figure: Figure) -> None:
+        across = min(2, len(found))
+        grid = list(figure.subplots(-(-len(found) // across), across, squeeze=False).flat)
+        names = short_names([name for name, _ in found], TITLE * (3 - across))
+        for axes, (name, run) in zip(grid, found, strict=False):
+            axes.set_title(textwrap.fill(names[name], TITLE * (3 - across)), fontsize=10)
+            panel(axes, run)
+        for unused in grid[len(found) :]:
+            unused.remove()
+        if colours is None:
+            legend_below(figure, figure.axes)
+        else:
+            image = figure.axes[-1].images[0]
+            figure.colorbar(image, ax=figure.axes, label=colours, location="bottom", shrink=0.5, aspect=50)
+
+    height = 0.6 + each * -(-len(found) // 2)
+    return drawn(key, height if colours is None else height + 0.4, draw)
 
 
 def _stage_axis(axes: Axes, run: Run, label: str, count: int | None = None) -> None:
     names = set_names(run)[:count]
     axes.set_xticks(range(len(names)), names)
     axes.set(xlabel="stage", ylabel=label)
-
-
-def _legend(figure: Figure) -> None:
-    entries: dict[str, Artist] = {}
-    for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label, handle)
-    legend_below(figure, list(entries.values()), list(entries))

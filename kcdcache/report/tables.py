@@ -325,7 +325,7 @@ def classes(loaded: Loaded) -> Sequence[Row]:
     return [
         {
             "row": name, "run": run.name, "stage": stage.number, "label": label,
-            "class": run.classes[label] if label < len(run.classes) else str(label), "kept": kept,
+            "class": run.class_name(label), "kept": kept,
         }
         for name, run in condensing(loaded)
         for stage in run.stages

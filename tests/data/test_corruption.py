@@ -221,7 +221,8 @@ def test_every_kind_of_data_has_a_loader_and_a_form():
 
 def planned(folder, text, data=None):
     (folder / "r.toml").write_text(text)
-    return recipe.planned(recipe.load(folder / "r.toml"), folder / "out", data)
+    loaded = recipe.load(folder / "r.toml")
+    return recipe.planned(loaded.model_copy(update={"data": data or loaded.data}), folder / "out")
 
 
 def test_a_steps_own_limit_stands_instead_of_train_images_and_other_options_are_added(tmp_path):

@@ -15,6 +15,7 @@ from kcdcache.condense import manifest
 from kcdcache.errors import SettingsError
 from kcdcache.progress import silent
 from kcdcache.recipes import recipe
+from kcdcache.settings import MachineSettings
 
 HEAD = 'title = "Tiny"\ndata = "digits?train=200&test=100"\nseeds = [0, 1]\n'
 TEACHER = '[[step]]\nname = "teacher"\ntitle = "the teacher"\nrun = "fit"\nmodel = "resnet8"\nepochs = 2\n'
@@ -152,7 +153,7 @@ def test_a_plan_resolves_references_data_and_seeds_and_writes_nothing(tmp_path):
 )
 def test_train_images_limit_the_data_unless_it_limits_itself(tmp_path, spec, expected):
     text = TINY.replace("seeds =", "train_images = 50\nseeds =")
-    plan = recipe.planned(recipe.load(written(tmp_path, text)), tmp_path, spec)
+    plan = recipe.planned(recipe.load(written(tmp_path, text)).model_copy(update={"data": spec}), tmp_path)
     assert {entry.get("data") for entry in plan} == {expected, None}
 
 
@@ -340,9 +341,9 @@ def test_a_recipe_at_several_jobs_that_is_stopped_resumes_to_the_same_bytes(fini
     started.signal(number)
     assert started.ended(120)
     assert started.code == (143 if number == signal.SIGTERM else -9)
-    waiting = True
+    waiting, alone = True, recipe.load(path).model_copy(update={"machine": MachineSettings(threads=1)})
     while waiting and time.monotonic() < deadline:
-        resumed = recipe.run(recipe.load(path), out, jobs=2, machine={"threads": 1}, progress=silent)
+        resumed = recipe.run(alone, out, jobs=2, progress=silent)
         waiting = any("is being written by" in failure["error"] for failure in resumed["failed"])
     assert resumed["failed"] == []
     shutil.rmtree(out / "logs")

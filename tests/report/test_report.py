@@ -311,7 +311,7 @@ def test_the_images_shown_are_those_of_the_numbers_below_them(place, known):
 )
 def test_where_there_are_no_images_it_is_said_why(known, spec, why):
     run = next(run for run in known.runs if run.name == "kcd-seed0")
-    strips, (note,) = images.collected([("the run", run)], {run.grid: None}, spec)
+    strips, (note,) = images.collected([("the run", dataclasses.replace(run, data=None))], spec)
     assert strips == []
     assert re.match(f"the run: no images, because .*{why}", note)
 

@@ -105,11 +105,12 @@ def test_what_all_begin_with_is_left_out_and_the_rest_cut_in_its_middle(names, e
 
 @pytest.mark.parametrize("length", [3, 20, 45, 90])
 def test_a_legend_stays_inside_its_figure(length):
-    labels = [f"{number}{'m' * (length - 1)}"[:length] for number in range(7)]
-    handles = [plt.Line2D([], []) for _ in labels]
     with figures.styled():
         figure = plt.figure(figsize=(figures.WIDTH, 4), layout="constrained")
-        figures.legend_below(figure, handles, [label.replace("m", "a") for label in labels])
+        axes = figure.subplots()
+        for number in range(7):
+            axes.plot([], [], label=f"{number}{'a' * (length - 1)}"[:length])
+        figures.legend_below(figure, [axes])
         figure.canvas.draw()
         box = figure.legends[0].get_window_extent()
         plt.close(figure)
