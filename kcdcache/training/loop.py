@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kcdcache import interrupt, rng
 from kcdcache.errors import InterruptedRunError, NonFiniteError
-from kcdcache.files.records import logged
+from kcdcache.files.records import Rate
 from kcdcache.methods.base import Batch
 from kcdcache.networks.input_transform import enough_memory
 from kcdcache.progress import Progress, silent
@@ -94,16 +94,20 @@ class Loop:
             InterruptedRunError: a signal asked to stop; the checkpoint holds all that was done.
             KcdcacheError: memory ran out; says what to lower.
         """
-        learner, size, warm_up = self.learner, self.settings.batch_size, True
+        learner, size, first = self.learner, self.settings.batch_size, self.learner.epoch
         remedy = f"lower --batch-size ({size} now), with another --out: a run keeps the one it began with"
         with exact_arithmetic(), enough_memory(remedy):
             while learner.epoch < stop:
-                with self._timed(warm_up):
+                began = time.perf_counter()
+                timed = partial(self._timed, began, learner.epoch, learner.samples, learner.epoch == first)
+                try:
                     row = self._epoch()
-                warm_up = False
+                except InterruptedRunError:
+                    timed()
+                    raise
+                rate = timed()
                 if learner.group.first:
-                    remark = f"{_line(row)}, {logged(self.folder.timing)} images/s"
-                    self._progress("train", learner.epoch, self.settings.epochs, remark)
+                    self._progress("train", learner.epoch, self.settings.epochs, f"{_line(row)}, {rate} images/s")
 
     def step(self, batch: Batch) -> None:
         """Take one step: forward pass, loss, gradient, update, and what it showed of each sample."""
@@ -232,27 +236,16 @@ class Loop:
             f"{step} (the first is 0), of these {len(index)} samples: {shown}"
         )
 
-    @contextmanager
-    def _timed(self, warm_up: bool) -> Iterator[None]:
+    def _timed(self, began: float, epoch: int, before: int, warm_up: bool) -> Rate:
         """Log the clock time and the samples of an epoch, or of what was done of it before it was asked to stop.
 
         What comes first after a start is marked: data are read that later are fetched ahead, and memory is taken.
         """
-        learner, epoch, before = self.learner, self.learner.epoch, self.learner.samples
-        began = time.perf_counter()
-
-        def log() -> None:
-            if learner.group.first:
-                seconds = round(time.perf_counter() - began, 4)
-                row = {"epoch": epoch, "seconds": seconds, "samples": learner.samples - before}
-                add_timing(self.folder, row | ({"warm_up": True} if warm_up else {}))
-
-        try:
-            yield
-        except InterruptedRunError:
-            log()
-            raise
-        log()
+        seconds, samples = time.perf_counter() - began, self.learner.samples - before
+        if self.learner.group.first:
+            row = {"epoch": epoch, "seconds": round(seconds, 4), "samples": samples}
+            add_timing(self.folder, row | ({"warm_up": True} if warm_up else {}))
+        return Rate(n=1, mean=samples / seconds, std=None)
 
 
 class _Forward(nn.Module):

@@ -221,6 +221,13 @@ def test_unix_agrees_with_plain_loops(batch_size, share, count):
     np.testing.assert_allclose(drawn.epsilon, [row[2] for row in expected], rtol=1e-6)
 
 
+def test_unix_mixes_the_certain_more_and_visits_its_share():
+    drawn = sampler_of("unix", manifest_of(640), values_of(640)).points(1)
+    shares = drawn.epsilon.reshape(10, 48)  # of 64 samples in each pool
+    assert shares[:, :8].mean() < 0.05
+    assert shares[:, 40:].mean() > 0.2
+
+
 def test_unix_refuses_points_that_are_mixed_already():
     with pytest.raises(SettingsError, match="'unix' mixes points itself, and 5 points of this condensed set are mixed"):
         sampler_of("unix", mixed_manifest(), values_of(40))
