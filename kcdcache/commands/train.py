@@ -15,8 +15,9 @@ from kcdcache.report import show
 from kcdcache.settings import FitCommand, TrainCommand, TrainSettings
 from kcdcache.store import reader
 from kcdcache.teacher.teacher import Teacher
-from kcdcache.training import distill, evaluation, processes, requery, sampling
+from kcdcache.training import distill, evaluation, processes, requery
 from kcdcache.training import fit as fitting
+from kcdcache.training.sampling import SAMPLING
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ def _planned_stages(settings: TrainSettings, material: distill.Material, out: Pa
     count = material.knowledge.knowledge.data.count
     usable = count - len(material.knowledge.skipped)
     stages = distill.planned(settings, material)
-    share = settings.sample_share if sampling.scheme_named(settings.sampling).partial else 1.0
+    share = settings.sample_share if SAMPLING[settings.sampling].partial else 1.0
     return {
         "would": "train",
         "out": str(out),

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,8 +84,8 @@ class Source:
         """
         known = epoch + 1 != self.stop and (mine is None or later is not None)
         following = self.view_of(epoch + 1) if known else None
-        partners = self.requeried is None
-        for targets, needed in ((self.targets, lambda one: one.samples(partners)), (self.requeried, Points.mixed)):
+        asked = self.requeried is not None
+        for targets, needed in ((self.targets, lambda one: needed_rows(one, asked)), (self.requeried, Points.mixed)):
             if targets is not None:
                 parts = () if mine is None else (needed(mine), None if later is None else needed(later))
                 targets.prepare(self.view_of(epoch), following, *parts)
@@ -130,12 +130,13 @@ def connect(
         yield replace(plain, targets=targets, requeried=again)
 
 
-def needed_rows(manifest: Manifest, requeried: bool = False) -> Int64[np.ndarray, " rows"]:
-    """Return the samples whose knowledge a stage reads: kept and partners, ascending, each once.
+def needed_rows(chosen: Manifest | Points, requeried: bool = False) -> Int64[np.ndarray, " rows"]:
+    """Return the samples whose knowledge a stage, or its points of one epoch, reads: own and partners, ascending.
 
     Where the teacher was asked again about the mixes, no partner's own knowledge is needed.
     """
-    return manifest.index if requeried else np.union1d(manifest.index, manifest.partner[manifest.mixed])
+    partners = chosen.partner[chosen.partner >= 0]
+    return np.union1d(chosen.index, partners[:0] if requeried else partners)
 
 
 def _targets_of_mixes(
@@ -280,11 +281,7 @@ class HostBatches:
         planned = source.targets.plan(points.index) if isinstance(source.targets, StoredTargets) else None
         parts = parts[start:]
         asked = (one for part in parts for one in plan.part(part.mine).asked())
-        with ExitStack() as held:
-            shown = None
-            if prefetch.pays(source.data.train, source.rule):
-                ahead = prefetch.shown(source.data.train, source.rule, asked, self.device, self.workers)
-                shown = held.enter_context(closing(ahead))
+        with closing(prefetch.shown(source.data.train, source.rule, asked, self.device, self.workers)) as shown:
             for part in parts:
                 rows = None if planned is None else (planned, part.mine)
                 batch = make_batch(source, plan.part(part.mine), self.device, rows, shown)

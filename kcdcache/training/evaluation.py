@@ -33,16 +33,13 @@ Marks = Bool[np.ndarray, " n"]
 def first_views(
     split: Split, rule: rules.ViewRule, device: torch.device, workers: int | None = None
 ) -> Iterator[Float[Tensor, "batch c h w"]]:
-    """Yield view 0 of every sample of a split, batch by batch, on the device; `workers` is as for `prefetch.shown`.
+    """Return view 0 of every sample of a split, batch by batch, on the device; `workers` is as for `prefetch.shown`.
 
     For measurements on test images the rule should be `rules.plain` of the training rule: no augmentation.
     """
     blocks = (np.arange(low, min(low + BATCH, len(split))) for low in range(0, len(split), BATCH))
     asked = (prefetch.Asked(block, rules.parameters(rule, block, 0)) for block in blocks)
-    if prefetch.pays(split, rule):
-        yield from prefetch.shown(split, rule, asked, device, workers)
-        return
-    yield from (rules.show(rule, split.images(index), parameters, device) for index, parameters in asked)
+    return prefetch.shown(split, rule, asked, device, workers)
 
 
 def first_views_held(held: rules.HeldImages) -> Iterator[Float[Tensor, "batch c h w"]]:

@@ -200,7 +200,8 @@ class Loop:
         }
         due = learner.epoch + 1 == settings.epochs or (learner.epoch + 1) % settings.evaluate_every == 0
         if due and learner.group.first:  # batch statistics are each process's own, and those of the first are kept
-            found |= self.measure()
+            logits = evaluation.predict(learner.network, learner.transform, self._test_views())
+            found |= evaluation.measure(logits, self._test.labels)
         row = MetricsRow(
             epoch=learner.epoch,
             learning_rate=learner.optimizer.param_groups[0]["lr"],
@@ -212,11 +213,6 @@ class Loop:
         learner.rows.append(row)
         learner.epoch, learner.step, learner.sums = learner.epoch + 1, 0, {}
         return row
-
-    def measure(self) -> dict[str, float]:
-        """Return what `evaluation.measure` does of the network on the test split."""
-        network, transform = self.learner.network, self.learner.transform
-        return evaluation.measure(evaluation.predict(network, transform, self._test_views()), self._test.labels)
 
     def _require_finite(self) -> None:
         """Refuse to checkpoint a diverged network: resuming from it could not mend it.

@@ -11,7 +11,7 @@ from kcdcache import rng
 from kcdcache.condense.manifest import Manifest
 from kcdcache.condense.values import Values
 from kcdcache.errors import SettingsError
-from kcdcache.settings import OptimizerSettings, SamplingSettings, nearest
+from kcdcache.settings import OptimizerSettings, SamplingSettings
 
 P = TypeVar("P", bound="Points")
 
@@ -34,10 +34,6 @@ class Points:
     def part(self: P, chosen: Int64[np.ndarray, " some"] | Bool[np.ndarray, " n"] | slice) -> P:
         """Return some of the points, in the order given."""
         return type(self)(**{name: column[chosen] for name, column in vars(self).items()})
-
-    def samples(self, partners: bool = True) -> Int64[np.ndarray, " some"]:
-        """Return the samples visited, and those mixed in if asked for, ascending, each once."""
-        return np.union1d(self.index, self.partner[self.partner >= 0] if partners else self.index[:0])
 
     def mixed(self) -> Int64[np.ndarray, " some"]:
         """Return the samples that another one is mixed into, ascending."""
@@ -68,7 +64,7 @@ class Sampler:
     @property
     def scheme(self) -> "Scheme":
         """The scheme that the settings name."""
-        return scheme_named(self.settings.sampling)
+        return SAMPLING[self.settings.sampling]
 
     @property
     def mixes(self) -> bool:
@@ -101,17 +97,6 @@ class Scheme:
     """whether it mixes points itself, so that it takes only sets without K_Aug"""
     partial: bool = False
     """whether an epoch visits only `sample_share` of the set"""
-
-
-def scheme_named(name: str) -> Scheme:
-    """Return the scheme of that name.
-
-    Raises:
-        SettingsError: there is none; names the nearest.
-    """
-    if name not in SAMPLING:
-        raise SettingsError(f"unknown sampling '{name}'; {nearest(name, list(SAMPLING))}")
-    return SAMPLING[name]
 
 
 def everything(sampler: Sampler, epoch: int) -> Points:

@@ -23,7 +23,7 @@ from kcdcache.training import batches, learner
 from kcdcache.training.learner import Learner, ValueRecord
 from kcdcache.training.loop import Loop
 from kcdcache.training.processes import ALONE, Group
-from kcdcache.training.sampling import Sampler, scheme_named
+from kcdcache.training.sampling import SAMPLING, Sampler
 
 GIB = 2**30
 
@@ -76,7 +76,7 @@ def run_stage(run: Run, stage: Stage, chosen: Manifest, mixes: Path | None, unti
     settings, material = run.settings, run.material
     weights = registry.weights_of(settings, settings.label_smoothing)
     loss = registry.make_loss(weights, lambda: _pair(run, chosen))
-    count, starts = material.knowledge.knowledge.data.count, scheme_named(settings.sampling).values
+    count, starts = material.knowledge.knowledge.data.count, SAMPLING[settings.sampling].values
     record = ValueRecord(count, settings, run.device, starts=starts)
     pupil = learner.new_learner(settings.student, material.data, settings, loss, run.device, record, run.group)
     connected = batches.connect(

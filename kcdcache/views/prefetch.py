@@ -68,12 +68,15 @@ def shown(
 ) -> Generator[Tensor, None, None]:
     """Yield the views (batch, c, h, w) of each batch asked for, in order, on the device.
 
-    About one batch, and a block per worker, is made ahead and held; `workers` is the number of threads, as many as
-    torch has unless given.
+    Where that `pays`, about one batch, and a block per worker, is made ahead and held; `workers` is the number of
+    threads, as many as torch has unless given.
 
     Raises:
         CorruptionError, MismatchError, NotFoundError: as for `Split.images`, in the turn of the batch it is about.
     """
+    if not pays(split, rule):
+        yield from (rules.show(rule, split.images(samples), parameters, device) for samples, parameters in asked)
+        return
     count = workers or torch.get_num_threads()
     if device.type == "cuda" and device.index is None:  # the current one, which another thread would not know
         device = torch.device("cuda", torch.cuda.current_device())

@@ -14,13 +14,12 @@ from torch import nn
 
 from kcdcache.condense import compare, manifest, value_files
 from kcdcache.data import datasets
-from kcdcache.errors import MismatchError
 from kcdcache.methods.losses import cross_entropy
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.networks.weights import load_network
 from kcdcache.settings import TrainSettings, ViewSettings
-from kcdcache.training import distill, evaluation, requery
+from kcdcache.training import distill, evaluation
 from kcdcache.training.device_batches import hold
 from kcdcache.views import rules
 
@@ -264,15 +263,6 @@ def test_asking_for_it_or_not_is_no_other_run(tmp_path):
     settings = TrainSettings(**(SETTINGS | {"epochs": 2, "fidelity": "off"}))
     assert distill.run(settings, material, out=run, device="cpu").document() == summary
     assert "fidelity" not in json.loads((run / "run.json").read_text())["settings"]
-
-
-def test_another_teacher_than_the_stores_is_refused(noisy):
-    dataset, knowledge, network, _, _ = noisy
-    requery.require_own(network, knowledge)
-    with pytest.raises(
-        MismatchError, match=r"the teacher of .*store and --teacher differ in weights: .* give the store's own"
-    ):
-        requery.require_own(teacher_of(dataset, seed=2), knowledge)
 
 
 def reference_separation(score, marked):

@@ -6,20 +6,18 @@ import pytest
 from lessons import CPU, precomputed
 from pupils import (
     BrokenOffError,
-    command,
     digits,
     everything,
     loaded,
     plainly_taught,
     same_files,
     same_tensors,
-    school,
     stop_after,
 )
 from safetensors.torch import load_file
 
 from kcdcache.data.datasets import load
-from kcdcache.errors import NonFiniteError, SettingsError
+from kcdcache.errors import SettingsError
 from kcdcache.progress import silent
 from kcdcache.runs.state import read_metrics
 from kcdcache.settings import FitSettings, TrainSettings
@@ -79,22 +77,6 @@ def test_the_saved_network_is_a_teacher_of_the_accuracy_it_claims(tmp_path):
     assert measured["test_accuracy"] == summary["accuracy_last"] == read_metrics(tmp_path / "run")[-1].test_accuracy
     assert summary["calibration_error"] == measured["test_calibration_error"]
     assert json.loads((tmp_path / "run" / "model.json").read_bytes())["accuracy"] == summary["accuracy_last"]
-
-
-def test_a_diverged_fit_says_so_and_what_was_before_it_is_kept(tmp_path):
-    with pytest.raises(
-        NonFiniteError, match=r"the training loss is (nan|inf) in epoch 0, step \d+; lower --learning-rate"
-    ):
-        fitted(tmp_path / "run", model="resnet8", learning_rate=1e18)
-    assert not (tmp_path / "run" / "summary.json").exists()
-    assert not (tmp_path / "run" / "checkpoint" / "latest.json").exists()
-
-
-def test_a_dry_run_trains_nothing(tmp_path):
-    place = school(tmp_path, views=1)
-    told = command(place, "fit", model="resnet8", out=tmp_path / "run", dry_run=True, **RECIPE)
-    assert (told["samples"], told["steps"]) == (200, 28)
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("change", [{"precision": "bfloat16"}, {"label_smoothing": 0.1}, {"nesterov": True}])

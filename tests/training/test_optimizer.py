@@ -96,8 +96,10 @@ def reached(run):
     return record["epoch"], record["step"]
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_killed_inside_an_epoch_with_each_optimizer_and_run_again_gives_the_same_bytes(start, place, tmp_path, name):
+@pytest.mark.parametrize("name", ["nesterov", "plain"])
+def test_killed_inside_an_epoch_with_and_without_momentum_and_run_again_gives_the_same_bytes(
+    start, place, tmp_path, name
+):
     def words(out):
         given = {"data": SPEC, "store": place.knowledge.path, "out": out, "momentum": OURS[name].get("momentum", 0.9)}
         return ["train", *lines(given | RUN), *(["--nesterov"] if name == "nesterov" else [])]
