@@ -2,11 +2,12 @@
 
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from kcdcache.commands import Result
+from kcdcache.condense import manifest
 from kcdcache.data.datasets import Dataset
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.export.condensed_set import load_data
@@ -34,17 +35,20 @@ def run(command: PrecomputeCommand, progress: Progress = silent, dry_run: bool =
     teacher = load_teacher(command.teaching, data, settings.teacher_precision, machine.device, machine.threads)
     if command.for_ is not None:
         rule = rules.rule_from(settings, data.train.image_size)
-        knowledge = Knowledge(teacher=teacher.identity, data=data.identity(), views=rule)
-        fields = registry.reads(MethodSettings(method=command.for_), command.student, knowledge, data)
+        planned = Knowledge(teacher=teacher.identity, data=data.identity(), views=rule)
+        fields = registry.reads(MethodSettings(method=command.for_), command.student, planned, data)
         if not fields:
             raise SettingsError(f"--for {command.for_}: this method reads nothing of the teacher")
         logger.info("precompute: %s with %s reads %s", command.for_, command.student, ", ".join(fields))
         settings = settings.model_copy(update={"fields": fields})
     if command.manifest is not None:
-        return requery.write_for(
-            command.manifest, reader.open(command.store), data, teacher, fields=settings.fields, mix=command.mix,
-            progress=progress, dry_run=dry_run,
-        )  # fmt: skip
+        knowledge, path = reader.open(command.store), requery.path_for(command.manifest)
+        mixes = _mixes_of(command.manifest, knowledge, settings.fields, command.mix)
+        if dry_run:
+            points = int(mixes.manifest.mixed.sum()) * len(mixes.views)
+            return {"would": "requery", "points": points, "store": str(path)}
+        requery.write(path, mixes, knowledge, data, teacher, progress)
+        return precompute.describe(path)
     return precompute.run(
         settings,
         data,
@@ -56,6 +60,19 @@ def run(command: PrecomputeCommand, progress: Progress = silent, dry_run: bool =
         shard=shard_of(os.environ) if command.shard is None else parse_shard(command.shard),
         dry_run=dry_run,
     )
+
+
+def _mixes_of(file: Path, knowledge: reader.Store, fields: Sequence[str], mix: str) -> requery.Mixes:
+    """Return the mixes of a manifest's file in all cached views.
+
+    Raises:
+        MismatchError: the manifest was made for other knowledge, or has no mixes.
+    """
+    chosen = manifest.read(file, knowledge.count)
+    manifest.require_knowledge(chosen, knowledge.knowledge_id)
+    if not chosen.mixed.any():
+        raise MismatchError(f"{file} has no mixed points (K_Aug is empty): there is nothing to ask the teacher again")
+    return requery.Mixes(manifest=chosen, fields=fields, views=range(knowledge.views), mix=mix)
 
 
 def usual_views(given: Collection[str], data: Dataset) -> dict[str, Any]:

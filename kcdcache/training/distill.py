@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from kcdcache.condense import manifest, schedule, summary, value_files
 from kcdcache.condense.manifest import Manifest, Samples
@@ -189,18 +189,18 @@ def _outputs_on_mixes(run: Run, stage: Stage, chosen: Manifest) -> Path | None:
         return None
     if material.baked is not None or run.settings.mix_target != "requery":
         return material.baked
-    path, mix = requery.path_for(run.folder.manifest(stage.number)), run.settings.mix
     used = views_used(stage.start, stage.stop, run.views)
+    mixes = requery.Mixes(manifest=chosen, fields=needs, views=used, mix=run.settings.mix)
+    path = requery.path_for(run.folder.manifest(stage.number))
     for made in (path, *material.requeried):
-        if requery.serves(made, chosen, mix, used, needs):
+        if mixes.held_at(made):
             return made
     if material.teacher is None:
         raise SettingsError(
             "mix_target 'requery' runs the teacher on mixed images: give --teacher (and --weights), or make them "
             "before with `kcdcache precompute --manifest`"
         )
-    how: dict[str, Any] = {"fields": needs, "view_numbers": used, "mix": mix, "progress": run.progress}
-    requery.write(path, chosen, material.knowledge, material.data, material.teacher, **how)
+    requery.write(path, mixes, material.knowledge, material.data, material.teacher, run.progress)
     return path
 
 

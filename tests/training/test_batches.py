@@ -41,8 +41,8 @@ def world(tmp_path_factory):
     chosen, mixes = condensed(knowledge), {}
     assert 30 < chosen.mixed.sum() < len(chosen) == 90
     for mix in MIXES:
-        how = {"fields": FIELDS, "view_numbers": range(3), "mix": mix}
-        requery.write(root / mix, chosen, knowledge, dataset, network, **how)
+        asked = requery.Mixes(manifest=chosen, fields=FIELDS, views=range(3), mix=mix)
+        requery.write(root / mix, asked, knowledge, dataset, network)
         mixes[mix] = reader.open(root / mix)
     return SimpleNamespace(
         data=dataset, network=network, stores=stores, knowledge=knowledge, manifest=chosen, mixes=mixes

@@ -262,7 +262,8 @@ def sets(place):
     """What epochs may be made of: everything, or a condensed set, whose mixes the teacher was perhaps asked about."""
     knowledge, data = reader.open(place / "store"), digits(200, 60)
     mixed, network = condensed(knowledge), loaded(place / "teacher", data)
-    requery.write(place / "mixes", mixed, knowledge, data, network, fields=("logits",), view_numbers=(0, 1, 2))
+    mixes = requery.Mixes(manifest=mixed, fields=("logits",), views=(0, 1, 2))
+    requery.write(place / "mixes", mixes, knowledge, data, network)
     digest = knowledge.knowledge.data.digest
     full = manifest.full(manifest.Samples(knowledge.knowledge_id, 200, data.train.labels, 10, digest))
     return {"full": (full, None), "mixed": (mixed, None), "asked again": (mixed, place / "mixes")}

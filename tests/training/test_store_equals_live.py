@@ -226,8 +226,8 @@ def test_a_live_teacher_on_the_students_own_batches_agrees_within_1e_5(world):
 
 def test_requeried_mixes_equal_a_live_teacher_on_the_mixed_images(world, tmp_path):
     """Within 1e-5: the teacher saw the mixes in the order of the set, the live one in the order of the batch."""
-    given = (world.manifest, world.knowledge, world.data, world.network)
-    requery.write(tmp_path / "mixes", *given, fields=FIELDS, view_numbers=range(VIEWS))
+    mixes = requery.Mixes(manifest=world.manifest, fields=FIELDS, views=range(VIEWS))
+    requery.write(tmp_path / "mixes", mixes, world.knowledge, world.data, world.network)
     with connected(world, target="requery", requeried=reader.open(tmp_path / "mixes")) as source:
         live = replace(source, targets=LiveOnOwnBatches(world), requeried=LiveOnMixes(world, source))
         weights, losses = taught_by_a_plain_loop(world, source, VIEWS)
