@@ -49,12 +49,12 @@ def world(tmp_path_factory):
     )  # fmt: skip
 
 
-def connected(world, chosen=None, mix="convex", target="linear_prob", encoding="float32", names=FIELDS, **more):
+def connected(world, chosen=None, mix="convex", target="linear_prob", encoding="float32", names=FIELDS):
     knowledge = world.stores[encoding]
     found = replace(world.manifest if chosen is None else chosen, knowledge_id=knowledge.knowledge_id)
     again = world.mixes[mix] if target == "requery" else None
     mixing = Mixing(mix=mix, target=target, temperature=TEMPERATURE)
-    return connect(world.data, knowledge, found, fields=names, mixing=mixing, requeried=again, **more)
+    return connect(world.data, knowledge, found, fields=names, mixing=mixing, requeried=again)
 
 
 def whole(world):
@@ -219,12 +219,6 @@ def test_an_epoch_continues_exactly_where_it_was_left(world, start, epoch, way):
     assert [same(parts(left), parts(right)) for left, right in zip(every[start:], rest, strict=True)] == [[]] * len(
         rest
     )
-
-
-def test_memory_mapped_knowledge_gives_the_same_batches(world, tmp_path):
-    with connected(world) as held, connected(world, memory_bytes=0, folder=tmp_path) as mapped:
-        left, right = (collected(iterate(source, 1, batch_size=32)) for source in (held, mapped))
-    assert same(left, right) == []
 
 
 def test_only_kept_samples_and_partners_are_read(world):

@@ -33,7 +33,7 @@ def mixed_manifest():
     partner = np.where(np.arange(20) < 5, index + 1, -1)
     columns = plain(index) | {
         "mixed": partner >= 0, "partner": partner, "epsilon": np.where(partner >= 0, 0.25, 0).astype(np.float32),
-        "weight": np.linspace(1, 2, 20).astype(np.float32), "count": 40, "keep": 0.5,
+        "weight": np.linspace(1, 2, 20).astype(np.float32), "count": 40, "keep": 0.5, "dropped": 20,
     }  # fmt: skip
     return replace(manifest_of(20), **columns)
 
