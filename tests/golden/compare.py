@@ -45,6 +45,7 @@ class Allowed(NamedTuple):
 _MIX_BASE = "issue 15: mix_base = cumulative is gone, and with it the setting"
 _RUN_ID = "digest of a run's settings, which lost mix_base"
 _OPTIMIZER = "issue 15: the optimizer's own state_dict instead of momentum saved by hand"
+_CARD = "issue 15: the card of an exported set names the module where it is now"
 _SORT = "issue 15: DuckDB sorts and spills instead of our own shares"
 ALLOWED: tuple[Allowed, ...] = (
     Allowed("*/zarr.json", "dimension_names", "added", "issue 15: arrays carry dimension_names, which xarray needs"),
@@ -55,7 +56,8 @@ ALLOWED: tuple[Allowed, ...] = (
     Allowed("*/checkpoint/*.safetensors", "metadata.kcdcache.run", "changed", _RUN_ID),
     Allowed("*/checkpoint/*.safetensors", "metadata.kcdcache.optimizer*", "added", _OPTIMIZER),
     Allowed("*/checkpoint/*.safetensors", "tensor momentum.*", "renamed", _OPTIMIZER),
-    Allowed("export/*/README.md", "byte *", "changed", "issue 15: the card names the module where it is now"),
+    Allowed("export/*/README.md", "byte *", "changed", _CARD),
+    Allowed("export/told/inspect.json", "bytes", "changed", _CARD),
     Allowed("condense/told/*.json", "shares", "removed", _SORT),
     Allowed("condense/told/*.json", "temporary_bytes", "removed", _SORT),
 )
