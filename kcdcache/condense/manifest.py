@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float32, Int32, Int64, Integer
 from kcdcache.condense.schedule import kept_count
 from kcdcache.errors import CorruptionError, MismatchError
 from kcdcache.files import atomic, parquet, run_files
-from kcdcache.files.records import canonical_json
+from kcdcache.files.records import canonical_json, require_format
 
 METADATA_KEY = "kcdcache.manifest"
 MOST_ROWS = 10**8
@@ -525,8 +525,7 @@ def _document(schema: pa.Schema, path: Path) -> dict[str, Any]:
             f"{path} is a parquet file but no manifest (no '{METADATA_KEY}' in its metadata); "
             "make a manifest of a values file with `kcdcache condense`"
         )
-    if (version := document.get("format_version")) != FORMAT_VERSION:
-        raise MismatchError(f"{path} has format {version}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache")
+    require_format(document, FORMAT_VERSION, path)
     parquet.require_schema(schema, SCHEMA, path)
     return document
 

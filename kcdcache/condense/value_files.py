@@ -18,7 +18,7 @@ from kcdcache.condense.values import MOST_VISITS, Values
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NonFiniteError, NotFoundError, SettingsError
 from kcdcache.files import parquet, run_files
 from kcdcache.files.atomic import write_atomic
-from kcdcache.files.records import canonical_json
+from kcdcache.files.records import canonical_json, require_format
 
 METADATA_KEY = "kcdcache.values"
 FORMAT_VERSION = 0
@@ -169,8 +169,7 @@ class OwnFile(Source):
         self._reader, self._path, self._count = reader, path, count
         self._known = (isinstance(reader, parquet.Joined) and reader.seal.fingerprint) or ""
         self.document = parquet.document(reader.schema, METADATA_KEY, path) or {}
-        if (version := self.document.get("format_version")) != FORMAT_VERSION:
-            raise MismatchError(f"{path} has format {version}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache")
+        require_format(self.document, FORMAT_VERSION, path)
         self.labelled = "label" in reader.schema.names
         parquet.require_schema(reader.schema, _schema(self.labelled), path)
         self._kinds = {name: kind for name, kind in COLUMNS.items() if name != "label" or self.labelled}

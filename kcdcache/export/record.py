@@ -10,10 +10,19 @@ import pyarrow as pa
 from jaxtyping import Int64, UInt64
 from pydantic import Field, PlainSerializer
 
-from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, UnfinishedError
+from kcdcache.errors import CorruptionError, NotFoundError, UnfinishedError
 from kcdcache.files import parquet, records
 from kcdcache.files.atomic import MOST_FILE_BYTES, sha256_bytes, sha256_file, write_atomic
-from kcdcache.files.records import Count, Sha256, canonical_json, digest_of, parse, read_sealed_object, sealed_json
+from kcdcache.files.records import (
+    Count,
+    Sha256,
+    canonical_json,
+    digest_of,
+    parse,
+    read_sealed_object,
+    require_format,
+    sealed_json,
+)
 from kcdcache.store.identity import Knowledge
 from kcdcache.store.log import PlanRecord
 
@@ -139,10 +148,7 @@ def read(path: Path) -> Record:
             raise UnfinishedError(f"the export in {path} was cut short (no {RECORD}); run its command again")
         raise NotFoundError(f"no exported set at {path} (no {RECORD} in it); make one with `kcdcache export`")
     found = read_sealed_object(file, "format_version")
-    if (version := found["format_version"]) != FORMAT_VERSION:
-        raise MismatchError(
-            f"{file} has format {version!r:.40}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache"
-        )
+    require_format(found, FORMAT_VERSION, file)
     document = parse(_Document, canonical_json(found), file)
     if problem := _problem(document):
         raise CorruptionError(f"{file}: {problem}")

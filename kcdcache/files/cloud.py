@@ -73,6 +73,9 @@ _VAIN = re.compile(r"status code: 4(?!08|09|29)\d\d")
 """in answers to what it is in vain to ask again: the client's fault, not the connection's"""
 _SECRET = re.compile(r"KEY|SECRET|TOKEN|SAS|PASSWORD|CREDENTIAL", re.I)
 
+WRITER = "writer"
+"""in an object's metadata: who added lines to it last"""
+Version = dict[str, str]
 Stamp = tuple[int, int, int] | None
 """inode, time stamp and size, which tell one state of a file here from another"""
 
@@ -83,6 +86,24 @@ class Entry(NamedTuple):
     key: str
     bytes: int
     tag: str
+
+
+class Content(NamedTuple):
+    """A small object's content, version (for an upload over that alone) and, of lines added to, its last writer."""
+
+    data: bytes
+    version: Version
+    writer: str | None = None
+
+    @classmethod
+    def of(cls, data: bytes, told: Mapping[str, Any], writer: str | None) -> "Content":
+        """Return the content of a version that an answer of the store tells."""
+        return cls(data, {name: told[name] for name in ("e_tag", "version") if told[name] is not None}, writer)
+
+    @property
+    def tag(self) -> str:
+        """Its entity tag."""
+        return _plain(self.version.get("e_tag"))
 
 
 def open_path(text: str, fresh: bool = False) -> Path:
@@ -363,18 +384,21 @@ class Bucket:
         Raises:
             FileExistsError: it changes faster than it can be read and written.
         """
+        mine = uuid.uuid4().hex  # equal lines of others are not these
         for _ in range(MOST_TRIES):
-            before, version = b"", dict[str, Any]()
+            there = Content(b"", {})
             with suppress(FileNotFoundError):
-                before, version = self.read(self.key(path), MOST_APPENDED)
-            with suppress(FileExistsError):
-                tag = self.create(self.key(path), before + lines, version)
+                there = self.read(self.key(path), MOST_APPENDED)
+            if there.writer != mine:
+                with suppress(FileExistsError):
+                    there = self._put(self.key(path), there.data + lines, there.version or "create", writer=mine)
+            if there.writer == mine:  # also where the answer to the upload was lost
                 break
         else:
             raise FileExistsError(path)
         with self._temporary() as temporary:
-            temporary.write_bytes(before + lines)
-            _set_mark(temporary, tag, _checksum(temporary, path.name))
+            temporary.write_bytes(there.data)
+            _set_mark(temporary, there.tag, _checksum(temporary, path.name))
             self.replace(temporary, path)
 
     def replace(self, temporary: Path | None, path: Path, seen: Stamp | Literal["any"] = "any") -> None:
@@ -436,42 +460,48 @@ class Bucket:
                 if mine:
                     self.delete(key)  # of a process that was killed: this one holds the locks of this machine
 
-    def read(self, key: str, most: int) -> tuple[bytes, dict[str, Any]]:
-        """Return a small object, and its version for `create`.
+    def read(self, key: str, most: int) -> Content:
+        """Return a small object.
 
         Raises:
             FileNotFoundError: there is none.
             UnsafeError: it has more than `most` bytes.
         """
 
-        def once() -> tuple[bytes, dict[str, Any]]:
+        def once() -> Content:
             result = self._obstore.get(self._store, key)
             if (size := result.meta["size"]) > most:
                 raise UnsafeError(f"{self.url}/{key} has {size} bytes, expected at most {most}; it is not read")
-            version = {name: result.meta[name] for name in ("e_tag", "version") if result.meta[name] is not None}
-            return bytes(result.bytes()), version
+            return Content.of(bytes(result.bytes()), result.meta, result.attributes.get(WRITER))
 
         return self._tried(f"read {key}", once)
 
-    def create(self, key: str, content: bytes, over: Mapping[str, Any] | None = None) -> str:
-        """Upload an object only where none is, or only over one version; return its tag.
+    def create(self, key: str, data: bytes) -> str:
+        """Upload an object only where none is; return its tag.
 
         The same bytes there count as this call's own: the answer to the upload that made them may have been lost.
 
         Raises:
-            FileExistsError: there is another content, or another version by now.
+            FileExistsError: there is another content.
         """
-        errors, mode = self._obstore.exceptions, over or "create"
-        put = functools.partial(self._obstore.put, self._store, key, content, mode=mode, use_multipart=False)
         try:
-            return _plain(self._tried(f"write {key}", put)["e_tag"])
+            return self._put(key, data, "create").tag
+        except FileExistsError:
+            with suppress(FileNotFoundError, UnsafeError):
+                if (found := self.read(key, len(data))).data == data:
+                    return found.tag
+            raise
+
+    def _put(self, key: str, data: bytes, mode: Version | Literal["create"], writer: str | None = None) -> Content:
+        """Upload an object only where none is, or only over one version, else raise FileExistsError."""
+        errors, told = self._obstore.exceptions, None if writer is None else {WRITER: writer}
+        put = functools.partial(
+            self._obstore.put, self._store, key, data, mode=mode, attributes=told, use_multipart=False
+        )
+        try:
+            return Content.of(data, self._tried(f"write {key}", put), writer)
         except (errors.AlreadyExistsError, errors.PreconditionError, FileNotFoundError):
-            pass
-        with suppress(FileNotFoundError, UnsafeError):
-            found, version = self.read(key, len(content))
-            if found == content:
-                return _plain(version["e_tag"])
-        raise FileExistsError(key)
+            raise FileExistsError(key) from None
 
     def delete(self, key: str) -> None:
         """Delete an object, if there is one."""
@@ -526,7 +556,7 @@ class Bucket:
     def _named(self, key: str) -> str:
         """Return the owner that an object names, '?' if it names none."""
         try:
-            name = self.read(key, 200)[0].decode(errors="replace")
+            name = self.read(key, 200).data.decode(errors="replace")
         except (FileNotFoundError, UnsafeError):
             return "?"
         return name if re.fullmatch(r"[A-Za-z0-9._-]+", name) else "?"

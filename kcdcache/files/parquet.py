@@ -29,6 +29,7 @@ from kcdcache.files.records import (
     parse,
     parse_json,
     read_sealed_object,
+    require_format,
     sealed_json,
 )
 from kcdcache.settings import Settings
@@ -440,10 +441,8 @@ def read_seal(folder: Path) -> Seal:
             "or copy it again"
         )
     found = read_sealed_object(file, "format_version")
-    if (version := found.pop("format_version")) != FORMAT_VERSION:
-        raise MismatchError(
-            f"{folder} has format {version!r:.40}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache"
-        )
+    require_format(found, FORMAT_VERSION, folder)
+    del found["format_version"]
     content = parse(Seal, canonical_json(found), file)
     of = -(-content.samples // content.partition_rows)
     if of != len(content.parts) or of > MOST_PARTS:

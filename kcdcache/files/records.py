@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 from pydantic_core import from_json
 
-from kcdcache.errors import CorruptionError, UnsafeError
+from kcdcache.errors import CorruptionError, MismatchError, UnsafeError
 from kcdcache.files.atomic import read_bytes, sha256_bytes
 from kcdcache.statistics import spread
 
@@ -137,6 +137,16 @@ def read_object(path: Path, *keys: str) -> dict[str, Any]:
         CorruptionError: the file is not JSON, not an object, or lacks a key.
     """
     return _object(read_json(path), path, *keys)
+
+
+def require_format(document: Mapping[str, Any], known: int, path: Path | str) -> None:
+    """Do nothing if a document's `format_version` is the one that is `known` here.
+
+    Raises:
+        MismatchError: it is another one, or there is none.
+    """
+    if (version := document.get("format_version")) != known:
+        raise MismatchError(f"{path} has format {version!r:.40}, this kcdcache reads {known}; upgrade kcdcache")
 
 
 def _object(found: Any, path: Path, *keys: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from kcdcache.files.records import (
     parse,
     read_object,
     read_sealed,
+    require_format,
     sealed_json,
 )
 from kcdcache.settings import ViewRule
@@ -107,10 +108,7 @@ def read_store_identity(store: Path) -> Knowledge:
             raise CorruptionError(f"{path} is missing; `kcdcache verify {store} --repair` makes it again")
         raise NotFoundError(f"no knowledge store at {store} (no {IDENTITY_FILE} in it); make one with `precompute`")
     found = read_object(path, "format_version")
-    if (version := found["format_version"]) != FORMAT_VERSION:
-        raise MismatchError(
-            f"{path} has format {version!r:.40}, this kcdcache reads {FORMAT_VERSION}; upgrade kcdcache"
-        )
+    require_format(found, FORMAT_VERSION, path)
     record = parse(IdentityRecord, canonical_json(found), path)
     if record.knowledge_id != record.knowledge.knowledge_id:
         raise CorruptionError(f"{path} was changed: its content does not match its knowledge_id")

@@ -94,7 +94,7 @@ def test_every_operation_survives_a_fault_of_its_first_request(bucket, server, p
     troubled(lambda: bucket.append(bucket.base / "a" / "made", b"two"))
     troubled(lambda: bucket.fetch(path, None))
     assert path.read_bytes() == data
-    assert troubled(lambda: bucket.read("a/made", 100))[0] == b"onetwo"
+    assert troubled(lambda: bucket.read("a/made", 100)).data == b"onetwo"
     assert [e[:2] for e in troubled(lambda: bucket._list("a"))] == [("a/made", 6), ("a/put", len(data))]
     troubled(lambda: bucket.delete("a/put"))
     assert server.listed() == ["a/made"]
@@ -188,7 +188,7 @@ def test_files_are_deleted_there_too(machine, server):
 
 
 def test_clock_times_of_several_machines_are_all_kept_and_cost_no_work(machine, server, proxy, caplog):
-    lines = [b"%d\n" % number for number in range(9)]
+    lines = [b"%d\n" % (number // 3) for number in range(9)]  # those added at once are equal
     for name, number in (("a", 0), ("b", 3), ("a", 6)):
         path = machine(name) / "timing.jsonl"
         path.parent.mkdir(exist_ok=True)
