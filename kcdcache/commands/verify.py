@@ -42,13 +42,13 @@ def run(command: VerifyCommand, progress: Progress = silent) -> Result:
 
     Raises:
         CorruptionError: something is not what was written; lists all of it.
-        MismatchError: teacher or data are not the store's.
+        MismatchError: it has another id than expected, or teacher or data are not the store's; nothing is repaired.
         SettingsError: what is asked for is done for stores alone.
     """
     path, taught = command.path, command.teaching.teacher is not None
+    show.require_ids([path], [command.expect_id] if command.expect_id else None)
     if command.repair:
         return _repaired(command, progress)
-    show.require_ids([path], [command.expect_id] if command.expect_id else None)
     kind = show.kind_of(path)
     result = {"kind": kind, "path": str(path), "id": show.id_of(path), **CHECKS[kind](command)}
     if not taught and command.data is None:

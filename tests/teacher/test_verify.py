@@ -75,12 +75,16 @@ def test_a_growth_whose_commit_is_lost_is_told(capsys, place):
     assert told(capsys, "verify", root)[1]["growth"].startswith("begun and not sealed")
 
 
-def test_repair_makes_the_same_bytes(capsys, place):
+def test_repair_makes_the_same_bytes_of_the_store_that_was_expected(capsys, place):
     before = everything(place / "store")
     (place / "store/logits/c.1.0.0").unlink()
     (place / "store/_kcd/plan.0.json").write_bytes(b"")
     code, error = told(capsys, "verify", place / "store", "--repair")
     assert (code, "give --teacher and --data" in error) == (2, True)
+    damaged = everything(place / "store")
+    code, error = told(capsys, "verify", place / "store", "--repair", *teacher_of(place), "--expect-id", "0" * 64)
+    assert (code, "it is not what was promised" in error) == (4, True)
+    assert everything(place / "store") == damaged
     code, found = told(capsys, "verify", place / "store", "--repair", *teacher_of(place))
     assert (code, found["repaired"]) == (0, ["logits/c.1.0.0"])  # the plan came back at the first attempt
     assert (found["problems"], found["files_read"]) == (0, found["files"])
