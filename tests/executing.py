@@ -39,11 +39,7 @@ def digest(notebook):
 
 
 def execute(notebook, folder):
-    """Run a notebook's code in `folder`; its outputs take the place of the old ones.
-
-    Raises:
-        CellExecutionError: a cell ended with an exception.
-    """
+    """Run a notebook's code in `folder`; its outputs take the place of the old ones. Raises: a cell raised."""
     # the kernel of this interpreter, one thread, and nothing of the user's own configuration
     own = {name: str(folder / name.lower()) for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR")}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **own}
@@ -55,14 +51,8 @@ def execute(notebook, folder):
 
 def texts(notebook):
     """Return all that a notebook printed."""
-    found = [output.text for cell in codes(notebook) for output in cell.outputs if output.output_type == "stream"]
-    return "".join(found)
-
-
-def pictures(notebook):
-    """Return the pictures of a notebook as base64 of PNG."""
-    data = [output.get("data", {}) for cell in codes(notebook) for output in cell.outputs]
-    return [found["image/png"] for found in data if "image/png" in found]
+    outputs = (output for cell in codes(notebook) for output in cell.outputs)
+    return "".join(output.text for output in outputs if output.output_type == "stream")
 
 
 def write(path):

@@ -10,6 +10,7 @@ from kcdcache.condense.values import Values
 from kcdcache.data import datasets
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform
+from kcdcache.progress import silent
 from kcdcache.settings import CondenseSettings, PrecomputeSettings
 from kcdcache.store import reader
 from kcdcache.teacher import precompute, teacher
@@ -34,9 +35,9 @@ def teacher_of(dataset, seed=1):
     return teacher.freeze(network, InputTransform(dataset.mean, dataset.std), "resnet8", dataset.classes, CPU)
 
 
-def precomputed(path, dataset, network, **changes):
+def precomputed(path, dataset, network, progress=silent, **changes):
     given = {"augment": "crop", "padding": 2, "views": 3, "batch_size": 64, "encoding": "float32", "min_accuracy": 0}
-    precompute.run(PrecomputeSettings(**(given | changes)), dataset, network, path)
+    precompute.run(PrecomputeSettings(**(given | changes)), dataset, network, path, progress)
     return reader.open(path)
 
 

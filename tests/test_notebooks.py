@@ -4,8 +4,6 @@ import re
 
 import executing
 import pytest
-from nbclient.exceptions import CellExecutionError
-from nbformat import v4
 
 FIRST, VALUES, REUSE = "01_first_look", "02_what_values_say", "03_reuse_and_transfer"
 EVERY = sorted(path.stem for path in executing.FOLDER.glob("*.ipynb"))
@@ -96,17 +94,13 @@ def test_run_anew_it_prints_and_draws_in_the_same_places_nothing_on_stderr_and_w
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_what_it_says_of_its_numbers_holds_of_those_it_shows(name):
-    CHECKS[name](executing.texts(committed(name)))
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_its_outputs_are_of_the_code_it_shows(name):
+def test_its_outputs_are_of_the_code_it_shows_and_what_it_says_of_them_holds(name):
     notebook = committed(name)
+    CHECKS[name](executing.texts(notebook))
     assert notebook.metadata["executed"] == executing.digest(notebook), "run `python tests/executing.py` and commit"
     cells = executing.codes(notebook)
     assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
-    assert executing.pictures(notebook)
+    assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -115,22 +109,3 @@ def test_it_is_small_and_says_nothing_of_the_machine_it_was_run_on(name):
     assert len(text) < LARGEST
     assert set(committed(name).metadata) == {*executing.METADATA, "executed"}
     assert re.findall(r"/(?:tmp|home|root|work|Users)/[^\"\\ ]*", text) == []
-
-
-def test_a_run_starts_in_the_given_folder_with_nothing_of_earlier_outputs_and_ends_at_a_cell_that_fails(tmp_path):
-    cell = v4.new_code_cell("from pathlib import Path\nprint(Path.cwd())", execution_count=7)
-    cell.outputs = [v4.new_output("stream", text="old")]
-    notebook = v4.new_notebook(cells=[cell, v4.new_code_cell("1 / 0")])
-    with pytest.raises(CellExecutionError, match="division by zero"):
-        executing.execute(notebook, tmp_path)
-    assert executing.texts(notebook) == f"{tmp_path.resolve()}\n"
-    assert cell.execution_count == 1
-
-
-def test_the_digest_follows_code_and_its_cells_and_not_the_text():
-    def of(*cells):
-        return executing.digest(v4.new_notebook(cells=list(cells)))
-
-    code, text = v4.new_code_cell, v4.new_markdown_cell
-    assert of(code("a = 1"), code("b")) == of(text("about"), code("a = 1"), code("b"))
-    assert len({of(code("a = 1"), code("b")), of(code("a = 1b")), of(code("a = 2"), code("b"))}) == 3

@@ -19,12 +19,8 @@ SMALL = {
 }
 """command -> flags that make it small; CIFAR's own views are its usual ones, arrays have none"""
 NAMES = {
-    "cifar100": "arrays:tiny.npz",
-    "wrn_40_2": "resnet14",
-    "wrn_16_2": "resnet8",
-    "resnet8x4": "resnet8",
-    "40": "2",
-}
+    "cifar100": "arrays:tiny.npz", "wrn_40_2": "resnet14", "wrn_16_2": "resnet8", "resnet8x4": "resnet8", "40": "2",
+}  # fmt: skip
 """word of the README -> a smaller one: data, networks, and views"""
 
 

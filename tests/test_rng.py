@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from kcdcache import rng
 
@@ -26,16 +27,6 @@ def reference(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]
         first, second = 0xD2511F53 * x[0], 0xCD9E8D57 * x[2]
         x = [second // 2**32 ^ x[1] ^ k[0], second % 2**32, first // 2**32 ^ x[3] ^ k[1], first % 2**32]
     return tuple(x)
-
-
-def chi_square(counts: np.ndarray) -> float:
-    expected = counts.sum() / counts.size
-    return float(((counts - expected) ** 2 / expected).sum())
-
-
-def bound(cells: int) -> float:
-    """Five standard deviations above the mean of a chi-square distribution."""
-    return cells - 1 + 5 * (2 * (cells - 1)) ** 0.5
 
 
 def test_known_answers_of_random123():
@@ -92,24 +83,11 @@ def test_below_and_unit_stay_in_range(value, n):
     assert rng.unit(value) == value / 2**32 < 1
 
 
-def test_epoch_order_sorts_by_the_64_bit_word():
-    index = np.array([7, 3, 11, 0, 2**31])
-    blocks = {int(i): rng.words(9, int(i), rng.ORDER, view=4) for i in index}
+@given(st.integers(0, 2**64 - 1), word, st.sets(word, max_size=20))
+def test_epoch_order_sorts_by_each_samples_own_64_bit_word(seed, epoch, chosen):
+    blocks = {i: rng.words(seed, i, rng.ORDER, view=epoch) for i in chosen}
     expected = sorted(blocks, key=lambda i: (blocks[i][1] * 2**32 + blocks[i][0], i))
-    assert rng.epoch_order(9, 4, index).tolist() == expected
-
-
-@given(st.integers(0, 2**64 - 1), st.integers(0, 300), st.sets(st.integers(0, 499), min_size=1))
-def test_a_subset_keeps_the_relative_order_of_the_full_set(seed, epoch, subset):
-    full = rng.epoch_order(seed, epoch, np.arange(500))
-    part = rng.epoch_order(seed, epoch, np.array(sorted(subset, reverse=True)))
-    assert part.tolist() == [i for i in full.tolist() if i in subset]
-
-
-def test_epochs_and_seeds_order_differently():
-    orders = {tuple(rng.epoch_order(*address, np.arange(100)).tolist()) for address in product(range(5), range(5))}
-    assert len(orders) == 25
-    assert rng.epoch_order(0, 0, np.array([], dtype=np.int64)).shape == (0,)
+    assert rng.epoch_order(seed, epoch, np.array(list(chosen), np.int64)).tolist() == expected
 
 
 @settings(max_examples=40)
@@ -125,10 +103,8 @@ def test_two_views_are_uniform_over_distinct_pairs(a, b):
     pair = (first[0] * b + first[1]) * a * b + second[0] * b + second[1]
     counts = np.bincount(pair, minlength=(a * b) ** 2).reshape(a * b, a * b)
     assert np.trace(counts) == 0
-    assert all(
-        chi_square(np.bincount(left * b + right, minlength=a * b)) < bound(a * b) for left, right in (first, second)
-    )
-    assert chi_square(counts[~np.eye(a * b, dtype=bool)]) < bound(a * b * (a * b - 1))
+    for found in (counts.sum(0), counts.sum(1), counts[~np.eye(a * b, dtype=bool)]):
+        assert stats.chisquare(found).pvalue > 1e-6
 
 
 def test_seed_and_index_are_mixed_not_added():

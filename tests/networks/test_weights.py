@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from damaging import endless
+from damaging import endless, flip
 from lessons import CLASSES, digits
 from pupils import SPEC, loaded, saved_teacher
 from torch import nn
@@ -72,17 +72,14 @@ def archive_of_something_else():
 
 WHOLE = saved_bytes({"weight": torch.ones(10_000)})
 GARBAGE = (b"", b"no weights at all\n" * 9, b"<!DOCTYPE html>", bytes(200), b"PK\x03\x04" + bytes(90))
+PARTS = [WHOLE[: int(len(WHOLE) * share)] for share in (0.1, 0.5, 0.99)]
 UNREADABLE = [
-    *(("net.pth", data, CorruptionError, r"net\.pth is not a whole torch file") for data in GARBAGE),
     *(("net.safetensors", data, CorruptionError, r"should be a safetensors file") for data in GARBAGE),
-    *(
-        ("net.pth", WHOLE[: int(len(WHOLE) * share)], CorruptionError, "not a whole torch")
-        for share in (0.1, 0.5, 0.99)
-    ),
-    ("net.pth", archive_of_something_else(), CorruptionError, r"net\.pth is not a whole torch file"),
+    *(("net.pth", data, CorruptionError, r"net\.pth is not a whole torch file")
+      for data in (*GARBAGE, *PARTS, archive_of_something_else())),
     ("net.pth", saved_bytes({"epoch": 3}), MismatchError, "only tensors by name; 'epoch' is a int"),
     ("net.pth", saved_bytes([torch.zeros(1)]), MismatchError, "tensors by name, it holds a list"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "data", "error", "message"), UNREADABLE)
@@ -96,10 +93,8 @@ def test_files_that_hold_no_weights_are_refused_with_what_they_are(name, data, e
 def test_no_file_and_one_larger_than_any_network_are_refused(tmp_path):
     with pytest.raises(NotFoundError, match="no weights file at"):
         weights.load_weights(tmp_path / "absent.pth")
-    with open(tmp_path / "net.safetensors", "wb") as stream:
-        stream.truncate(2**40)  # a sparse file: it takes no room
-    message = "has 1099511627776 bytes, expected at most 17179869184; it is not read"
-    with pytest.raises(UnsafeError, match=message):
+    endless(tmp_path / "net.safetensors", "sparse")
+    with pytest.raises(UnsafeError, match="has 1099511627776 bytes, expected at most 17179869184; it is not read"):
         weights.load_weights(tmp_path / "net.safetensors")
 
 
@@ -144,9 +139,7 @@ def test_network_with_tied_weights_is_saved(tmp_path):
 def test_flipped_bit_in_saved_weights_is_found(tmp_path):
     save(tmp_path)
     path = tmp_path / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 1
-    path.write_bytes(data)
+    path.write_bytes(flip(path.read_bytes(), 8 * path.stat().st_size - 40))
     with pytest.raises(CorruptionError, match=r"damaged or was replaced: its SHA-256 is not the one in model\.json"):
         weights.load_network(tmp_path)
 
@@ -172,14 +165,11 @@ def resealed(folder, **changes):
 
 
 HOSTILE = {
-    "architecture": [["resnet8"], 7, None, "os:system", "posix:system", "x" * 10**5, "../resnet8", "timm:../x"],
-    "classes": [None, "0123456789", {"0": 1}, [["0"]] * 10, [0] * 10, ["\x1b]0;owned\x07"] * 10, []],
-    "channels": [None, "3", 10**12, -1, 3.5],
-    "transform": [
-        None, [], {"mean": [0.5], "std": [0], "size": None},
-        {"mean": "abc", "std": "abc", "size": None}, {"mean": [0.5] * 3, "std": [0.5] * 3, "size": -1},
-    ],
-}  # fmt: skip
+    "architecture": [7, None, "os:system", "x" * 10**5, "../resnet8", "timm:../x"],
+    "classes": [None, "0123456789", [["0"]] * 10, ["\x1b]0;owned\x07"] * 10, []],
+    "channels": [None, "3", 10**12, -1],
+    "transform": [None, {"mean": [0.5], "std": [0], "size": None}, {"mean": [0.5] * 3, "std": [0.5] * 3, "size": -1}],
+}
 
 
 @pytest.mark.parametrize("key", HOSTILE)
@@ -256,26 +246,16 @@ def test_pickles_under_the_name_of_safetensors_or_arrays_run_no_code(run, tmp_pa
     np.savez(tmp_path / "a.npz", train_images=np.array([Trap(canary)], object))
     torch.save(trap(canary), tmp_path / "b.npz")
     torch.save(trap(canary), tmp_path / "b.npy")
-    store = ["--store", tmp_path / "s"]
+    from_logits = ("precompute", "--data", SPEC, "--augment", "none", "--store", tmp_path / "s", "--from-logits")
+    fit = ("fit", "--model", "resnet8", "--out", tmp_path / "s", "--data")
     for words in (
         precompute(tmp_path / "t.safetensors", tmp_path / "s"),
-        *(
-            ["precompute", "--data", SPEC, "--from-logits", tmp_path / name, "--augment", "none", *store]
-            for name in ("l.npy", "b.npy")
-        ),
-        *(["fit", "--data", f"arrays:{tmp_path / n}", "--model", "resnet8", *store[1:]] for n in ("a.npz", "b.npz")),
+        *((*from_logits, tmp_path / name) for name in ("l.npy", "b.npy")),
+        *((*fit, f"arrays:{tmp_path / name}") for name in ("a.npz", "b.npz")),
     ):
         done = run(*words)
         assert done.code in (2, 3, 8), done.output
         assert "internal error" not in done.output
-
-
-def test_student_weights_and_checkpoints_that_would_run_code_are_refused(run, tmp_path, canary):
-    folder = saved_teacher(tmp_path / "n", digits())
-    torch.save(trap(canary), folder / "model.safetensors")
-    resealed(folder, weights_sha256=sha256_file(folder / "model.safetensors"))
-    done = run("verify", folder / "model.json")
-    assert (done.code, "should be a safetensors file" in done.output) == (3, True), done.output
 
 
 def test_a_saved_network_cannot_name_a_module_to_import(run, tmp_path, canary):
@@ -325,17 +305,15 @@ def test_hostile_safetensors_headers_are_refused_in_little_memory(run, tmp_path,
     assert "should be a safetensors file" in done.output
 
 
-@pytest.mark.parametrize("target", ["/dev/zero", "/dev/random", "/dev/stdin", "fifo"])
-def test_weights_that_are_a_device_or_a_pipe_are_not_waited_for(run, tmp_path, target):
-    for name in ("t.pt", "t.safetensors"):
-        endless(tmp_path / name, target)
-        done = run(*precompute(tmp_path / name))
-        assert (done.code, "is a pipe or a device" in done.output) == (8, True), done.output
+@pytest.mark.parametrize("target", ["/dev/zero", "/dev/stdin", "fifo"])
+@pytest.mark.parametrize("name", ["t.pt", "t.safetensors"])
+def test_weights_that_are_a_device_or_a_pipe_are_not_waited_for(run, tmp_path, target, name):
+    endless(tmp_path / name, target)
+    done = run(*precompute(tmp_path / name))
+    assert (done.code, "is a pipe or a device" in done.output) == (8, True), done.output
 
 
 def test_a_tensor_that_repeats_one_number_10_12_times_is_refused_before_it_is_copied(run, tmp_path):
     torch.save(built().state_dict() | {"fc.weight": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "t.pt")
     done = run(*precompute(tmp_path / "t.pt"))
-    assert (done.code, "[1000000, 1000000]" in done.output or "1000000 classes" in done.output) == (4, True), (
-        done.output
-    )
+    assert (done.code, "1000000" in done.output) == (4, True), done.output

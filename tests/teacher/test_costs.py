@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from lessons import precomputed
 from pupils import TRAIN, BrokenOffError, command, everything, school, stop_after
 
 from kcdcache.errors import MismatchError
@@ -53,7 +54,11 @@ def test_planned_bytes_are_those_of_the_store_made_after_and_the_most_of_a_compr
     assert told["bytes"] == sum(told["bytes_per_field"].values())
     assert ("compression" in how) == (chunk_bytes(path, [array.name for array in made.plan.arrays]) < told["bytes"])
     assert told["to_do"]["bytes"] == told["bytes"] - told["bytes_per_field"]["labels and digests"]
-    assert told["to_do"]["teacher_forwards"] == told["points"] == made.forwards == 3 * TRAIN
+    rate, to_do = told["images_per_second"], told["to_do"]
+    assert to_do["teacher_forwards"] == told["points"] == made.forwards == 3 * TRAIN
+    assert rate["n"] == precompute.TIMED_BATCHES
+    assert to_do["teacher_hours"] == pytest.approx(3 * TRAIN / rate["mean"] / 3600, rel=0.01)
+    assert to_do["teacher_hours_std"] == pytest.approx(to_do["teacher_hours"] * rate["std"] / rate["mean"], rel=0.1)
 
 
 def test_shards_plans_add_up_to_the_whole_stores(place, tmp_path, monkeypatch):
@@ -65,24 +70,16 @@ def test_shards_plans_add_up_to_the_whole_stores(place, tmp_path, monkeypatch):
         assert all(told["to_do"][key] == whole[key] for told in parts)
 
 
-def test_hours_are_forwards_over_the_measured_rate(place, tmp_path):
-    told = planned(place, tmp_path / "store")
-    rate, to_do = told["images_per_second"], told["to_do"]
-    assert rate["n"] == precompute.TIMED_BATCHES
-    assert to_do["teacher_hours"] == pytest.approx(3 * TRAIN / rate["mean"] / 3600, rel=0.01)
-    assert to_do["teacher_hours_std"] == pytest.approx(to_do["teacher_hours"] * rate["std"] / rate["mean"], rel=0.1)
-
-
 def test_only_what_is_missing_is_to_do(place, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "MOST_PART_ROWS", 64)
-    settings = PrecomputeSettings(**CROPS, views=3, fields=FIELDS)
+    made = tmp_path / "store", place.data, place.network
     with pytest.raises(BrokenOffError):
-        precompute.run(settings, place.data, place.network, tmp_path / "store", stop_after(5))
+        precomputed(*made, stop_after(5), batch_size=32, fields=FIELDS, encoding="float16")
     before = everything(tmp_path / "store")
     whole = planned(place, tmp_path / "other")["to_do"]["parts"]
     assert planned(place, tmp_path / "store")["to_do"]["parts"] == whole - 5
     assert everything(tmp_path / "store") == before
-    precompute.run(settings, place.data, place.network, tmp_path / "store")
+    precomputed(*made, batch_size=32, fields=FIELDS, encoding="float16")
     done = planned(place, tmp_path / "store")
     assert (done["to_do"]["teacher_forwards"], done["images_per_second"]) == (0, None)
     assert planned(place, tmp_path / "store", views=5)["to_do"]["teacher_forwards"] == 2 * TRAIN
@@ -118,12 +115,8 @@ def test_the_first_batches_are_not_timed(place, monkeypatch):
     assert asked[:3] == [(0, 0, 100), (0, 100, 200), (1, 0, 100)]
 
 
-def test_rates_are_mean_and_sample_deviation():
+def test_rates_are_mean_and_sample_deviation_of_whole_logged_lines(tmp_path):
     assert (rate_of([]), rate_of([4.0])) == (None, Rate(n=1, mean=4.0, std=None))
-    assert rate_of([1.0, 2.0, 6.0]).std == pytest.approx(7**0.5)
-
-
-def test_a_logged_rate_is_that_of_whole_lines(tmp_path):
     file = tmp_path / "timing.jsonl"
     assert logged(file) is None
     lines = ['{"epoch":0,"samples":100,"seconds":2}', '{"points":30,"seconds":1}', '{"samples":5,"seconds":0}',

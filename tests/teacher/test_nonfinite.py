@@ -12,7 +12,7 @@ from touchy import EVERYONE, SKIP, TRAIN, a_white_sample, live, made, place_for,
 
 from kcdcache.errors import NonFiniteError, SettingsError, UnfinishedError
 from kcdcache.report import show
-from kcdcache.store import log, plan, reader
+from kcdcache.store import log, reader
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +67,6 @@ def test_the_log_names_the_skipped_of_each_part_and_counts_only_finite_values(pl
         assert records[view].measurements["correct"] == right.sum()
 
 
-@pytest.mark.parametrize("encoding", ["float32", "float16", "top:3"])
-def test_nothing_plausible_is_stored_of_a_skipped_sample(place, tmp_path, encoding):
-    made(place, tmp_path / "store", fields=("logits", "penultimate"), views=1, encoding=encoding, **SKIP)
-    knowledge = reader.open(tmp_path / "store")
-    index = shown_in(place, 0)[0]
-    for array in knowledge.plan.arrays_of(knowledge.fields):
-        chunk = next(chunk for chunk in plan.chunks(knowledge.plan, [array], 0, 0, TRAIN) if chunk.stop > index)
-        raw = np.frombuffer((knowledge.path / chunk.key).read_bytes()[:-4], array.dtype)
-        row = raw.reshape(array.chunk_rows, *array.row_shape)[index - chunk.start]
-        assert (row == 0xFFFF).all() if array.dtype == "uint16" else np.isnan(row).all(), array.name
-
-
 def test_a_skipped_sample_is_never_read_and_all_others_are(place):
     others = np.setdiff1d(EVERYONE, place.white)
     said = rf"sample {place.white[0]} was skipped when .*leave out the 2 samples of `Store.skipped`, as `train` does"
@@ -128,6 +116,13 @@ def test_more_than_one_in_a_hundred_is_refused_however_they_are_spread(tmp_path)
         made(many, tmp_path / "cut", **SKIP)
     assert not log.commit_path(tmp_path / "cut", 0).exists()
     assert [record.view for record in log.read_log(tmp_path / "cut", 0)] == [None, 0, 1]
+
+
+def test_a_broken_teacher_cannot_be_skipped_over_and_is_refused_at_its_first_part(tmp_path):
+    broken = place_for(tmp_path / "white", EVERYONE)
+    with pytest.raises(NonFiniteError, match=rf"{len(whole_in(0))} of 200 samples have outputs that cannot be stored"):
+        made(broken, tmp_path / "store", **SKIP)
+    assert [record.view for record in log.read_log(tmp_path / "store", 0)] == [None]
 
 
 def test_a_writer_that_skips_too_much_is_never_sealed(tmp_path):

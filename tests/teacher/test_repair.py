@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from damaging import DAMAGE, flip, put, swap
+from lessons import precomputed
 from pupils import TRAIN as COUNT
 from pupils import BrokenOffError, digits, everything, loaded, saved_teacher, school, stop_after
 
 from kcdcache.commands import verify
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, SettingsError, UnfinishedError
-from kcdcache.settings import PrecomputeSettings
-from kcdcache.store import check, reader
-from kcdcache.teacher import precompute, repair
+from kcdcache.store import check
+from kcdcache.teacher import repair
 
 FILES = [
     *(f"_kcd/{name}.json" for name in ("identity", "plan.0", "plan.1", "commit.0", "commit.1")),
@@ -39,15 +39,10 @@ def place(tmp_path_factory):
     """A teacher and two stores: one in float16 that grew by a field, one compressed in top:4."""
     root = tmp_path_factory.mktemp("repair")
     made = school(root, encoding="float16")
-    grow(made, made.knowledge.path, "float16", views=3, fields=("logits", "penultimate"))
-    made.packed = root / "packed"
-    grow(made, made.packed, "top:4", views=2, compression="zstd")
+    given = {"encoding": "float16", "fields": ("logits", "penultimate")}
+    precomputed(made.knowledge.path, made.data, made.network, **given)
+    made.packed = precomputed(root / "packed", made.data, made.network, encoding="top:4", views=2, compression="zstd")
     return made
-
-
-def grow(made, path, text, **changes):
-    given = {"augment": "crop", "padding": 2, "batch_size": 64, "min_accuracy": 0, "encoding": text}
-    precompute.run(PrecomputeSettings(**given | changes), made.data, made.network, path)
 
 
 @pytest.fixture
@@ -99,7 +94,7 @@ def test_swapped_chunks_and_much_at_once_are_put_right(place, damaged):
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12))])
 def test_random_damage_of_a_compressed_store_is_undone(place, tmp_path, seed):
-    path = Path(shutil.copytree(place.packed, tmp_path / "store"))
+    path = Path(shutil.copytree(place.packed.path, tmp_path / "store"))
     whole, draw = everything(path), random.Random(seed)
     names = [name for name in whole if not re.search(r"lock|environment.json|timing.jsonl|commit", name)]
     for name in draw.sample(names, 3):
@@ -169,15 +164,13 @@ def test_other_means_than_the_stores_change_nothing(place, damaged, tmp_path, sa
 
 def test_a_store_may_be_damaged_while_it_grows(place, damaged):
     whole = everything(damaged)
-    given = {"augment": "crop", "padding": 2, "batch_size": 64, "min_accuracy": 0, "views": 9}
-    settings = PrecomputeSettings(**given, fields=("logits", "penultimate"))
+    given = {"encoding": "float16", "fields": ("logits", "penultimate"), "views": 9}
     with pytest.raises(BrokenOffError):
-        precompute.run(settings, place.data, place.network, damaged, stop_after(4))
+        precomputed(damaged, place.data, place.network, stop_after(4), **given)
     (damaged / "logits/c.1.0.0").unlink()
     assert repair.repair(damaged, means(place)) == ["logits/c.1.0.0"]
     assert (damaged / "logits/c.1.0.0").read_bytes() == whole["logits/c.1.0.0"]
-    precompute.run(settings, place.data, place.network, damaged)
-    assert reader.open(damaged).views == 9
+    assert precomputed(damaged, place.data, place.network, **given).views == 9
     assert check.verify(damaged).problems == ()
 
 

@@ -1,11 +1,8 @@
-import json
-
 import pytest
 import torch
 from torch import nn
 
-from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, UnfinishedError, UnsafeError
-from kcdcache.files.records import digest_of
+from kcdcache.errors import MismatchError, NotFoundError, SettingsError, UnfinishedError
 from kcdcache.networks import registry, weights
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.teacher import teacher as teacher_
@@ -116,31 +113,14 @@ def unfinished(folder):
     (folder / "run.json").write_text("{}")
 
 
-def of_other_classes(folder):
-    folder.mkdir()
-    torch.save(trained(classes=5).state_dict(), folder / "net.pth")
-
-
-def of_a_wrong_type(folder):
-    saved(folder)
-    document = json.loads((folder / "model.json").read_text()) | {"classes": "abc"}
-    document["digest"] = digest_of({key: value for key, value in document.items() if key != "digest"})
-    (folder / "model.json").write_text(json.dumps(document))
-
-
 REFUSED = [
     (saved, {"classes": ("ant", "cat", "bee")}, MismatchError, r"differ in classes\[1\]: 'cat' against 'bee'"),
     (saved, {"classes": ("ant", "bee")}, MismatchError, "differ in classes length: 2 against 3"),
     (saved, {"channels": 1}, MismatchError, "sees 3 channels, the images have 1"),
-    (of_other_classes, {"source": "resnet8", "file": "net.pth"}, MismatchError,
-     r"net\.pth do not fit ResNet: they are for 5 classes, the network here has 3"),
     (saved, {"source": "resnet8"}, SettingsError, "the teacher 'resnet8' needs its weights"),
     (lambda folder: None, {}, NotFoundError, r"no saved network at .*there"),
     (lambda folder: folder.mkdir(), {}, NotFoundError,
      r"no saved network in .*neither model\.json nor student\.json"),
-    (lambda folder: saved(folder, architecture="canary_module:run"), {}, UnsafeError,
-     "asks to import 'canary_module:run', which could run any code"),
-    (of_a_wrong_type, {}, CorruptionError, "classes: Input should be a valid array"),
     (unfinished, {}, UnfinishedError, "is not finished; run its command again before it teaches"),
 ]  # fmt: skip
 
@@ -149,8 +129,6 @@ REFUSED = [
 def test_what_cannot_teach_is_refused_with_what_it_lacks(tmp_path, make, given, error, message):
     place = tmp_path / "there"
     make(place)
-    if "file" in given:
-        given = given | {"file": place / given["file"]}
     with pytest.raises(error, match=message):
         load(**({"source": place} | given))
 

@@ -4,11 +4,16 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from damaging import flip
+from exports import exporting
 from pupils import SCHOOL, SPEC, digits, distilled, everything, lines, saved_teacher, school
 
 from kcdcache.cli import main
-from kcdcache.errors import MismatchError
+from kcdcache.commands import verify
+from kcdcache.condense import manifest
+from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, SettingsError
 from kcdcache.report import show
 
 KINDS = {
@@ -17,6 +22,7 @@ KINDS = {
     "manifest": "run/stages/2/manifest.parquet",
     "values": "run/values.parquet",
     "network": "teacher/model.json",
+    "condensed": "exported",
 }
 
 
@@ -24,6 +30,8 @@ KINDS = {
 def made(tmp_path_factory):
     place = school(tmp_path_factory.mktemp("verify"))
     distilled(place, place.root / "run")
+    place.file = place.root / "run"
+    exporting(place, place.root / "exported")
     return place.root
 
 
@@ -37,6 +45,69 @@ def told(capsys, *words):
     code = main._outcome([*map(str, words), "--json", "-q"])
     out, err = capsys.readouterr()
     return code, json.loads(out) if code == 0 else err
+
+
+@pytest.mark.parametrize("kind", verify.CHECKS)
+def test_what_was_written_is_in_order_and_stays_as_it_is(made, kind):
+    before = everything(made)
+    found = verify.verify(made / KINDS[kind])
+    assert (found["kind"], found["problems"]) == (kind, 0)
+    assert everything(made) == before
+
+
+def test_a_run_is_counted_whole(made):
+    found = verify.verify(made / "run")
+    assert found["finished"] is True
+    assert found["manifests"] == len(list((made / "run/stages").glob("*/manifest.parquet"))) == 4
+    assert found["values"] == 4
+    assert found["networks"] == 1
+
+
+DAMAGED = [
+    *(("store", f"store/{name}") for name in ("logits/c.1.0.0", "labels/c.0", "logits/zarr.json")),
+    *(("store", f"store/_kcd/{name}.json") for name in ("commit.0", "log/0/samples")),
+    *((kind, KINDS[kind]) for kind in ("manifest", "values")),
+    ("network", "teacher/model.safetensors"),
+]
+
+
+@pytest.mark.parametrize(("kind", "file"), DAMAGED)
+def test_damage_is_found_by_name(place, kind, file):
+    data, table = (place / file).read_bytes(), file.endswith(".parquet")
+    (place / file).write_bytes(flip(data, 802 if table else 4 * len(data)))  # of a table's first page, or the middle
+    with pytest.raises(CorruptionError, match=rf"(?s)(problems\n.*|){Path(file).stem}"):
+        verify.verify(place / KINDS[kind], read_data=True)
+
+
+def test_random_damage_of_any_file_of_a_run_is_an_error_of_ours(place):
+    """Only what nobody promises may change unseen: who holds the lock, and clock times that change no sum."""
+    random, files = np.random.default_rng(0), sorted(path for path in (place / "run").rglob("*") if path.is_file())
+    for path in [path for path in files if path.stat().st_size]:
+        whole = path.read_bytes()
+        path.write_bytes(flip(whole, 8 * int(random.integers(len(whole))) + 2))
+        try:
+            verify.verify(place / "run")
+        except KcdcacheError:
+            assert path.name != ".lock"
+        else:
+            assert path.name in (".lock", "timing.jsonl")
+        path.write_bytes(whole)
+    assert verify.verify(place / "run")["problems"] == 0
+
+
+@pytest.mark.parametrize(("path", "given"), [("run", {"data": SPEC}), ("store", {})])
+def test_points_are_computed_again_for_stores_only_and_with_their_data(made, path, given):
+    with pytest.raises(SettingsError, match="give a store, its --teacher and its --data"):
+        verify.verify(made / path, teacher=str(made / "teacher"), **given)
+
+
+def test_a_set_changed_by_another_tool_is_corruption(place):
+    path = place / KINDS["manifest"]
+    data = path.read_bytes()
+    assert manifest.read(path).knowledge_id.encode() in data
+    path.write_bytes(data.replace(manifest.read(path).knowledge_id.encode()[:8], b"00000000"))
+    with pytest.raises(CorruptionError, match=r"manifest.parquet was changed after it was written"):
+        verify.verify(path)
 
 
 def test_as_much_is_read_as_was_asked_for_and_damage_found_there(capsys, place):
