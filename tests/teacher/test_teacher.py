@@ -42,12 +42,9 @@ def logits(teacher, images=None):
     return outputs(teacher, pixels(4) if images is None else images, ["logits"])["logits"]
 
 
-def load(source, file=None, classes=CLASSES, channels=3, precision="float32"):
-    mean, std = (0.0,) * channels, (1.0,) * channels
-    return teacher_.load(
-        str(source), weights_path=file, classes=classes, mean=mean, std=std, size=None, device="cpu",
-        precision=precision, channels=channels,
-    )  # fmt: skip
+def load(source, file=None, classes=CLASSES, channels=3):
+    data = {"classes": classes, "mean": (0.0,) * channels, "std": (1.0,) * channels, "channels": channels}
+    return teacher_.load(str(source), weights_path=file, size=None, device="cpu", precision="float32", **data)
 
 
 def test_outputs_are_those_of_the_network_in_eval_mode_row_by_row_and_can_be_used_in_training():
