@@ -1,7 +1,6 @@
 """Recipes: how they are read, what their steps leave, and what failing and killed ones come to."""
 
 import json
-import re
 import shutil
 import signal
 import time
@@ -92,11 +91,9 @@ def test_every_recipe_of_the_project_can_be_planned(tmp_path, path):
         (HEAD + TEACHER.replace('"teacher"', '"T!"'), r"setting 'name' in .*, step 1: .*pattern.*; found 'T!'"),
         (HEAD + '[[step]]\nname = "a"', r"setting 'run' in .*tiny.toml, step 1: Field required"),
         (HEAD + TEACHER + TEACHER, r"two steps are called 'teacher'"),
-        (HEAD + STORE, r"step 'store': @teacher names no earlier step"),
         (HEAD + STORE + TEACHER, r"step 'store': @teacher names no earlier step"),
         (HEAD + TEACHER + STORE.replace("@teacher", "@techer"), r"@techer names no .*; did you mean 'teacher'"),
         (HEAD + TEACHER + STORE.replace("@teacher", "@tea/cher"), r"'@tea/cher' is no reference; write @name, "),
-        (HEAD + TEACHER + STORE.replace("@teacher", "@teacher:best"), r"'@teacher:best' is no reference"),
         (
             HEAD + TEACHER + STORE + KCD.replace('"@store"', '"@store:condensed"'),
             r"@store:condensed asks for what only a 'train' step has; 'store' runs precompute",
@@ -105,7 +102,6 @@ def test_every_recipe_of_the_project_can_be_planned(tmp_path, path):
         (HEAD + TEACHER.replace("epochs = 2", "epochs = 0"), r"setting 'epochs' in .*, step 'teacher': .*; found 0"),
         (TINY.replace("keep = 0.25\n", ""), r"setting 'keep' in .*, step 'smaller': Field required"),
         (HEAD + TEACHER.replace('"resnet8"', "8"), r"setting 'model' in .*, step 'teacher': .*valid string; found 8"),
-        (HEAD + "step = 3", r"steps are tables headed \[\[step\]\], found step = 3"),
         (HEAD + 'step = ["a"]', r"steps are tables headed \[\[step\]\], found step = \['a'\]"),
         (HEAD.replace("[0, 1]", "[]") + TEACHER, r"setting 'seeds' in .*at least 1 item"),
         (HEAD + KCD + "seed = 3", r"it runs once per seed of the recipe, so it cannot set 'seed'"),
@@ -126,11 +122,7 @@ def test_a_plan_resolves_references_data_and_seeds_and_writes_nothing(tmp_path):
     out = tmp_path / "out"
     plan = recipe.planned(recipe.load(written(tmp_path)), out)
     assert [entry["step"] for entry in plan] == ["teacher", "store", *["kcd"] * 2, *["smaller"] * 2, *["reuse"] * 2]
-    assert {name: plan[2][name] for name in ("student", "epochs", "keep")} == {
-        "student": "resnet8",
-        "epochs": 2,
-        "keep": 0.5,
-    }
+    assert [plan[2][name] for name in ("student", "epochs", "keep")] == ["resnet8", 2, 0.5]
     by_step = {(entry["step"], entry.get("seed")): entry for entry in plan}
     assert by_step["store", None]["teacher"] == str(out / "teacher")
     assert by_step["kcd", 1]["out"] == str(out / "kcd-seed1")
@@ -180,24 +172,19 @@ def test_results_are_in_a_file_with_their_command_and_environment(finished):
     assert results["environment"]["versions"]["torch"]
 
 
-def test_a_row_is_the_mean_over_seeds(finished):
+def test_the_table_has_a_line_per_step_but_condensations_with_the_mean_over_seeds(finished):
     out, results = finished
     row = next(row for row in results["rows"] if row["step"] == "kcd")
     accuracy = [json.loads((out / f"kcd-seed{seed}/summary.json").read_text())["accuracy_last"] for seed in (0, 1)]
     assert (row["n"], row["title"]) == (2, "condensed")
     assert row["accuracy_last"] == pytest.approx(sum(accuracy) / 2)
     assert row["accuracy_last_std"] == pytest.approx(abs(accuracy[0] - accuracy[1]) / 2**0.5)
-
-
-def test_the_table_has_a_line_per_step_but_condensations(finished):
-    _, results = finished
     lines = recipe.table(results).splitlines()
     assert lines[0] == "Tiny"
     assert [line.split("  ")[0] for line in lines[4:]] == ["the teacher", "store", "condensed", "second"]
     assert len({len(line) for line in lines[2:]}) == 1
     line = next(line for line in lines if line.startswith("condensed"))
-    row = next(row for row in results["rows"] if row["step"] == "kcd")
-    assert re.search(rf"{100 * row['accuracy_last']:.2f} ± {100 * row['accuracy_last_std']:.2f}", line)
+    assert f" {100 * row['accuracy_last']:.2f} ± {100 * row['accuracy_last_std']:.2f} " in line
     assert f" {row['relative_cost']:.3f} " in line
 
 
@@ -315,8 +302,7 @@ def require_only_what_needs_it_failed(folder, results):
 
 
 def test_a_failing_step_stops_none_but_those_that_need_it(tmp_path):
-    failing = recipe.load(written(tmp_path, FAILING))
-    results = recipe.run(failing, tmp_path / "out", progress=silent)
+    results = recipe.run(recipe.load(written(tmp_path, FAILING)), tmp_path / "out", progress=silent)
     require_only_what_needs_it_failed(tmp_path / "out", results)
     assert "failed: kcd-seed0: the training loss is nan" in recipe.table(results)
 

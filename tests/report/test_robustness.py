@@ -59,6 +59,11 @@ def tables(known):
     return every(known)
 
 
+def noisy(known, but=""):
+    """The runs on noisy labels, but those of one step."""
+    return [run for run in known.runs if run.step.startswith("noise-") and run.step != but]
+
+
 def summaries(folder, step):
     return [json.loads((folder / f"{step}-seed{seed}" / "summary.json").read_text()) for seed in (0, 1)]
 
@@ -103,7 +108,7 @@ def changed(run, step=None, summary=None, settings=None, inputs=None):
 
 
 def test_the_gain_is_over_plain_training_of_as_many_epochs_and_the_most_alike_settings(known):
-    runs = [run for run in known.runs if run.step.startswith("noise-")]
+    runs = noisy(known)
     plain = [run for run in runs if run.step == "noise-ce"]
     more = [changed(run, "noise-ce-long", {"accuracy_last": 0.9}, {"epochs": 40}) for run in plain]
     more += [
@@ -120,22 +125,16 @@ def test_the_gain_is_over_plain_training_of_as_many_epochs_and_the_most_alike_se
 
 
 def test_a_fit_of_the_students_network_is_plain_training_too(known):
-    runs = [run for run in known.runs if run.step.startswith("noise-")]
-    fits = [
-        changed(run, "noise-fit", {"kind": "fit", "method": None, "accuracy_last": 0.25})
-        for run in runs
-        if run.step == "noise-ce"
-    ]
-    others = [run for run in runs if run.step != "noise-ce"]
+    as_fit, others = {"kind": "fit", "method": None, "accuracy_last": 0.25}, noisy(known, but="noise-ce")
+    fits = [changed(run, "noise-fit", as_fit) for run in known.runs if run.step == "noise-ce"]
     row = row_of(fidelity(known._replace(runs=(*fits, *others))), "noise: kcd")
     own = statistics.fmean(100 * run.summary.accuracy_last for run in others if run.step == "noise-kcd")
     assert (row["over"], row["gain"]) == ("noise-fit", pytest.approx(own - 25))
 
 
 def test_rows_are_compared_with_the_usual_row_of_as_many_views(known):
-    runs = [run for run in known.runs if run.step.startswith("noise-")]
-    few = [changed(run, f"noise-few-{run.step[6:]}", inputs={"views": 99}) for run in runs if run.step != "noise-ce"]
-    rows = references(known._replace(runs=(*runs, *few)))
+    few = [changed(run, f"noise-few-{run.step[6:]}", inputs={"views": 99}) for run in noisy(known, but="noise-ce")]
+    rows = references(known._replace(runs=(*noisy(known), *few)))
     named = {key[1]: reference[1] for key, reference in rows.items()}
     assert named == {
         "noise-ce": "noise-kd", "noise-kcd": "noise-kd", "noise-few-kcd": "noise-few-kd", "noise-few-kd": "noise-kd",
@@ -203,9 +202,8 @@ def test_the_page_shows_tables_figures_and_the_images_of_the_corrupted_data(fold
 
 
 def test_each_corruption_and_network_has_a_figure_of_its_own(known, tables):
-    twice = known._replace(runs=(*known.runs, *(
-        changed(run, f"other-{run.step}", {"model": "resnet14"}) for run in known.runs if run.step.startswith("noise-")
-    )))  # fmt: skip
+    others = [changed(run, f"other-{run.step}", {"model": "resnet14"}) for run in noisy(known)]
+    twice = known._replace(runs=(*known.runs, *others))
     found = figures.robustness(fidelity(twice), screening(twice))
     assert [(picture.key, picture.title.rpartition("? ")[2]) for picture in found if "screened" in picture.key] == [
         ("screened-1", "noise 0.5, lessons:TinyNet"), ("screened-2", "noise 0.5, resnet14"),
