@@ -100,9 +100,7 @@ def test_titles_of_a_recipe_are_shown_escaped(run, tmp_path):
     assert harmless(run("run", file, "--out", tmp_path / "out"))
 
 
-def test_long_errors_are_cut(run, tmp_path):
-    done = run("inspect", *[tmp_path / "/".join(["n" * 200] * 15)])
-    assert len(done.output) < 4200
+def test_long_errors_are_cut(run):
     done = run("run", f"{'n' * 9000}.toml")
     assert "characters)" in done.output
     assert len(done.output) < 4200
@@ -158,7 +156,6 @@ HEADERS = {
     "endless": (2**40).to_bytes(8, "little") + b"{}",
     "long": (8 * 2**20).to_bytes(8, "little") + b" " * 8 * 2**20,
     "no record": (2).to_bytes(8, "little") + b"{}",
-    "a list": (2).to_bytes(8, "little") + b"[]",
     "deep": (900).to_bytes(8, "little") + b"[" * 900,
     "short": b"{}",
 }

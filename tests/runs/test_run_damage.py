@@ -4,10 +4,8 @@ import json
 import re
 import shutil
 
-import numpy as np
-import pyarrow.parquet as pq
 import pytest
-from damaging import TENTH, flip, put
+from damaging import flip, read_manifest
 from pupils import SCHOOL, command, distilled, school
 
 from kcdcache.commands import verify
@@ -16,8 +14,6 @@ from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError
 from kcdcache.files.records import sealed_json
 from kcdcache.runs import check, state
 from kcdcache.runs.folder import RunFolder
-
-FLIPS = 400
 
 
 @pytest.fixture(scope="module")
@@ -236,69 +232,15 @@ def test_damage_of_a_fitted_run_is_found(place, name):
         verify.verify(place / "fit")
 
 
-# ---- random bits and lengths
+# ---- crafted files
 
 
-def attempt(path):
-    """Return a manifest and nothing, or nothing and why it was refused."""
-    try:
-        return manifest.read(path), ""
-    except KcdcacheError as error:
-        return None, str(error)
-
-
-def same(left, right):
-    return left.digest == right.digest and all(
-        np.array_equal(column, right.columns()[name]) for name, column in left.columns().items()
-    )
-
-
-@pytest.mark.parametrize("share", TENTH)
-def test_no_flipped_bit_of_a_manifest_is_silent(place, share):
-    """400 bits of one outside any run: an error of ours, or nothing that is read differs. In a run all are found."""
-    inside, outside = place / "run/stages/2/manifest.parquet", place / "copy.parquet"
-    data, good = inside.read_bytes(), manifest.read(inside)
-    metadata = pq.read_schema(inside).metadata
-    harmless, flips = 0, int(share * FLIPS)
-    for bit in np.random.default_rng(7).choice(8 * len(data), flips, replace=False).tolist():
-        for path in (inside, outside):
-            path.write_bytes(flip(data, bit))
-        for look in (manifest.read, verify.verify) if share == 1 else (manifest.read,):
-            with pytest.raises(KcdcacheError, match=r"manifest\.parquet"):
-                look(inside)
-        found, said = attempt(outside)
-        assert found is not None or "copy.parquet" in said or "manifest" in said
-        if found is not None:
-            harmless += 1
-            assert same(found, good)
-            assert pq.read_schema(outside).metadata[b"kcdcache.manifest"] == metadata[b"kcdcache.manifest"]
-    assert harmless < flips / 3
-
-
-@pytest.mark.parametrize("share", TENTH)
-def test_no_flipped_bit_of_a_checkpoint_is_silent(place, share):
-    """K9: 200 bits over the checkpoint's tensors, their small header, its record and the pointer to it."""
-    folder, random = RunFolder(path=place / "begun"), np.random.default_rng(9)
-    pointer, tensors = sorted(folder.checkpoints.iterdir(), key=lambda path: path.suffix)
-    for path, flips, within in ((tensors, 100, None), (tensors, 50, 2000), (pointer, 50, None)):
-        data = path.read_bytes()
-        for bit in random.integers(8 * (within or len(data)), size=int(share * flips)).tolist():
-            put(path, flip(data, bit))
-            with pytest.raises(CorruptionError, match=r"checkpoint .* is damaged|latest\.json"):
-                state.load_checkpoint(folder)
-        put(path, data)
-    assert state.load_checkpoint(folder)[1].epoch == 5
-
-
-LENGTHS = {
-    "empty": lambda data: b"",
+CRAFTED = {
     "two magics": lambda data: b"PAR1PAR1",
-    "half": lambda data: data[: len(data) // 2],
     "footer cut": lambda data: data[:-9],
     "length too long": lambda data: data[:-8] + (2**31 - 1).to_bytes(4, "little") + data[-4:],
     "length negative": lambda data: data[:-8] + b"\xff\xff\xff\xff" + data[-4:],
     "encrypted": lambda data: b"PARE" + data[4:-4] + b"PARE",
-    "zeroed page": lambda data: data[:100] + bytes(64) + data[164:],
     "footer of garbage": lambda data: data[:-200] + b"\x15" * 192 + data[-8:],
     "two joined": lambda data: data + data,
     "something before": lambda data: b"more" + data,
@@ -306,16 +248,18 @@ LENGTHS = {
 """in the manner of parquet-testing's bad_data: name -> a file made of a good one"""
 
 
-@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize("name", CRAFTED)
 def test_crafted_files_are_never_wrong_rows(place, name):
     inside, outside = place / "run/stages/2/manifest.parquet", place / "copy.parquet"
-    good, data = manifest.read(inside), LENGTHS[name](inside.read_bytes())
-    outside.write_bytes(data)
-    inside.write_bytes(data)
+    good, data = read_manifest(inside), CRAFTED[name](inside.read_bytes())
+    for path in (inside, outside):
+        path.write_bytes(data)
     with pytest.raises(KcdcacheError, match=r"manifest\.parquet"):
         manifest.read(inside)
-    found, said = attempt(outside)
-    assert "copy.parquet" in said if found is None else same(found, good)
-    assert found is None or name == "two joined"  # its last footer is good and tells of the first half
+    if name == "two joined":  # its last footer is good and tells of the first half
+        assert read_manifest(outside) == good
+    else:
+        with pytest.raises(KcdcacheError, match=r"copy\.parquet"):
+            manifest.read(outside)
     with pytest.raises(CorruptionError, match=r"stages/2/manifest\.parquet"):
         verify.verify(place / "run")

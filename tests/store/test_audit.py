@@ -87,33 +87,25 @@ def test_swapped_chunks_are_found(damaged):
     assert len(check.verify(damaged).problems) == 2
 
 
-EDITS = {
-    "data_type": [{"data_type": "int16"}],
-    "shape": [{"shape": [2, 149, 7]}, {"shape": [10**12] * 3}],
-    "fill_value": [{"fill_value": 0.0}],
-    "codecs": [
-        {"codecs": [{"name": "bytes", "configuration": {"endian": "big"}}, {"name": "crc32c"}]},
-        {"codecs": [{"name": "numcodecs.pickle"}]},
-        {"codecs": [{"name": "bytes"}, {"name": "numcodecs.zlib", "configuration": {"level": 1}}]},
-        {"codecs": [{"name": "anything"}]},
-    ],
-    "of another kind": [
-        {"storage_transformers": [{"name": "x"}]},
-        {"zarr_format": 2, "filters": [{"id": "pickle"}], "compressor": None},
-        {"dimension_names": ["a", "b", "c"]},
-        {"attributes": {"x": 1}},
-        {"extra": 1},
-        None,
-    ],
-}
-"""what of an array document is edited -> ways; None for a document of null"""
+EDITS = [
+    {"data_type": "int16"},
+    {"shape": [10**12] * 3},
+    {"fill_value": 0.0},
+    {"codecs": [{"name": "bytes", "configuration": {"endian": "big"}}, {"name": "crc32c"}]},
+    {"codecs": [{"name": "numcodecs.pickle"}]},
+    {"storage_transformers": [{"name": "x"}]},
+    {"zarr_format": 2, "filters": [{"id": "pickle"}], "compressor": None},
+    {"dimension_names": ["a", "b", "c"]},
+    {"extra": 1},
+    None,
+]
+"""edits of an array document; None for a document of null"""
 
 
-@pytest.mark.parametrize("key", EDITS)
-def test_edited_array_documents_are_refused(damaged, key):
+def test_edited_array_documents_are_refused(damaged):
     file = damaged / "logits/zarr.json"
     document = json.loads(file.read_text())
-    for change in EDITS[key]:
+    for change in EDITS:
         file.write_bytes(canonical_json(change and document | change))
         with pytest.raises(CorruptionError, match=r"zarr.json is not what this store's plan implies"):
             reader.open(damaged)

@@ -1,6 +1,6 @@
 """Damage of every kind to every kind of file: an error that names the place, or nothing read differs. Never silence.
 
-`python tests/test_damage_matrix.py` counts all of it and writes pipelines/results/damage.json.
+`python tests/store/test_damage_matrix.py` counts all of it and writes pipelines/results/damage.json.
 """
 
 import json
@@ -51,12 +51,12 @@ FLIPS = {
     "float32": 60,
     "top:3": 40,
     "top:3, zstd": 30,
-    "manifest": 40,
-    "checkpoint": 40,
+    "manifest": 400,
+    "checkpoint": 200,
     "run, interrupted": 15,
     "run, finished": 15,
 }
-"""what is damaged -> random single-bit flips: 400 together"""
+"""what is damaged -> random single-bit flips: 920 together"""
 RESULT = Path(__file__).parents[2] / "pipelines/results/damage.json"
 UNREAD = ("_kcd/lock", "_kcd/environment.json", ".lock", "timing.jsonl")
 """files that hold no knowledge: who writes, where it was made, clock times"""
@@ -120,8 +120,8 @@ def a_manifest(root):
     manifest.write(file, condensed(reader.open(root / "float32"), 0.6))
 
     def verify():
-        verify_.verify(file)
-        return ()
+        kind = verify_.verify(file)["kind"]  # a table that lost its metadata is another tool's values
+        return () if kind == "manifest" else (f"{file.name} is of kind {kind}",)
 
     return Subject(file.parent, (file.name,), lambda: read_manifest(file), verify, sealed=False)
 
