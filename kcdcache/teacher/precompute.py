@@ -418,13 +418,13 @@ def _write_parts(opened: Writer, pending: Sequence[Part], job: Job, progress: Pr
             skipped |= set(made.skipped)
             log.require_few_skipped(skipped, plan.count)
             written = pool.submit(opened.write_part, part, *made)
-            done += _points([part])
-            seconds = {"seconds": round(time.perf_counter() - began, 4), "points": _points([part])}
-            append(timings, canonical_json(seconds) + b"\n")
+            points, seconds = _points([part]), time.perf_counter() - began
+            done += points
+            append(timings, canonical_json({"seconds": round(seconds, 4), "points": points}) + b"\n")
             if interrupt.requested():
                 written.result()
                 interrupt.stop(f"{done:,} of {rows:,} points are in the store")
-            progress("precompute", done, rows, f"view {part.view}, {logged(timings)} images/s")
+            progress("precompute", done, rows, f"view {part.view}, {rate_of([points / seconds])} images/s")
         written.result()
 
 
