@@ -48,6 +48,7 @@ def unlocked(files):
 
 def test_of_trainings_racing_for_one_folder_exactly_one_goes_on(place, begun, tmp_path):
     """Who comes when the winner has ended goes on with nothing: every epoch is trained once."""
+    distilled(place, tmp_path / "run", run={"until": 1})
     asked = [(place, tmp_path / "run", None, {"until": 3})] * 4
     with ThreadPoolExecutor(4) as pool:
         racers = [pool.submit(distilled, *one) for one in asked]
