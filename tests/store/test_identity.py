@@ -1,4 +1,3 @@
-import json
 from dataclasses import asdict, replace
 
 import pytest
@@ -108,17 +107,3 @@ def test_a_stores_identity_is_read_without_its_arrays(tmp_path):
     found = identity.read_store_identity(path)
     assert errors.first_difference(knowledge().document(), found.document()) is None
     assert found.knowledge_id == knowledge().knowledge_id
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("knowledge_id", "00", "was changed: its content does not match its knowledge_id"),
-        ("knowledge", {}, "was changed: knowledge.teacher: Field required"),
-    ],
-)
-def test_a_changed_identity_is_refused(tmp_path, key, value, message):
-    file = make(tmp_path / "store") / identity.IDENTITY_FILE
-    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    with pytest.raises(CorruptionError, match=message):
-        identity.read_store_identity(tmp_path / "store")

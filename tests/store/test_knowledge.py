@@ -50,6 +50,8 @@ def test_gathered_rows_and_slices_of_a_planned_epoch_are_the_stores(stores, tmp_
         for part in (slice(0, 16), slice(16, 32), slice(32, 99), slice(3, 4), slice(50, 60)):
             found = planned.gather(part, 4.0, CPU)["logits"].numpy()
             assert np.array_equal(found, knowledge.read("logits", 1, order[part], 4.0))
+    with holding(knowledge, tmp_path, np.arange(0), memory_bytes) as targets:
+        assert gathered(targets, 0, np.arange(0))["logits"].shape == (0, 7)
 
 
 def test_all_fields_of_a_batch_come_together(tmp_path):
@@ -139,12 +141,6 @@ def test_above_a_budget_of_two_views_unlinked_files_serve_and_vanish(stores, tmp
     del targets
     assert list(tmp_path.iterdir()) == []
     assert not mapped_from(tmp_path)
-
-
-@pytest.mark.parametrize("memory_bytes", [0, PLENTY])
-def test_no_rows_at_all_are_no_error(stores, tmp_path, memory_bytes):
-    with holding(reader.open(stores["float16"]), tmp_path, np.arange(0), memory_bytes) as targets:
-        assert gathered(targets, 0, np.arange(0))["logits"].shape == (0, 7)
 
 
 def test_a_field_the_store_lacks_is_refused_with_the_remedy(stores, tmp_path):

@@ -136,20 +136,18 @@ def test_plans_with_unknown_or_missing_entries_are_refused(change, said):
         plan_of_document(document | changed)
 
 
-@pytest.mark.parametrize("change", [{"count": 10**8 + 1, "part_rows": 128 * 10**4}, {"views": 10**6 + 1}], ids=str)
-def test_a_plan_of_more_than_any_data_set_has_is_refused(change):
-    document = planned(128).document()
-    plan_of_document(document | {"count": 10**8, "part_rows": 128 * 10**4, "views": 1})
-    with pytest.raises(CorruptionError, match=r"takes 100000000 samples and 330000 parts at most"):
-        plan_of_document(document | {"views": 1} | change)
-
-
-def test_more_parts_than_a_commit_can_name_are_refused_before_anything_is_computed():
-    field = encoding.parse("float16", "logits", (10,))
+def test_more_samples_or_parts_than_a_store_takes_are_refused_before_anything_is_computed():
+    said, field = (
+        "a store takes 100000000 samples and 330000 parts at most, found",
+        encoding.parse("float16", "a", (9,)),
+    )
     most = plan_store(10**8, 54, [field])
     assert most.views * most.parts_per_view == 329_616
     for ask in (lambda: plan_store(10**8, 55, [field]), lambda: grow_plan(most, 55)):
-        with pytest.raises(SettingsError, match="330000 parts at most, found 55 views in 335720 parts"):
+        with pytest.raises(SettingsError, match=f"{said} 55 views in 335720 parts"):
             ask()
-    with pytest.raises(SettingsError, match=r"takes 100000000 samples.*found 100000001 samples"):
+    with pytest.raises(SettingsError, match=f"{said} 100000001 samples"):
         plan_store(10**8 + 1, 1, [field])
+    for change in ({"count": 10**8 + 1, "views": 1}, {"views": 55}):
+        with pytest.raises(CorruptionError, match=said):
+            plan_of_document(most.document() | change)

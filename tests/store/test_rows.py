@@ -55,12 +55,6 @@ def copies(kept):
     return {name: column.copy() for name, column in kept.columns().items()}
 
 
-def test_what_is_forged_faithfully_is_the_set_itself(tmp_path):
-    kept = chosen(0)
-    forge(tmp_path / "m.parquet", copies(kept), kept.document())
-    assert manifest.read(tmp_path / "m.parquet").digest == kept.digest
-
-
 BREAKS = {
     "index negative": ("index", -1, r"index to be a sample in \[0, 40\)"),
     "index too high": ("index", COUNT, r"index to be a sample in \[0, 40\)"),
@@ -101,6 +95,8 @@ def test_of_many_broken_rows_the_first_is_named(tmp_path, names, where):
 
 def test_facts_that_do_not_fit_the_rows_are_refused(tmp_path):
     kept = chosen(3)
+    forge(tmp_path / "m.parquet", kept.columns(), kept.document())
+    assert manifest.read(tmp_path / "m.parquet").digest == kept.digest
     forge(tmp_path / "m.parquet", kept.columns(), kept.document() | {"class_counts": [5, 5, 5, 5]})
     with pytest.raises(MismatchError, match="manifest field 'class_counts': expected 22 in all, or nothing"):
         manifest.read(tmp_path / "m.parquet")
