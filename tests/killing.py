@@ -5,10 +5,12 @@ import os
 import resource
 import select
 import signal
+import socket
 import subprocess
 import sys
 import traceback
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,62 +59,49 @@ class Cold:
 
 
 class Warm:
-    """The same command in a fork of a `Nursery`: it starts in milliseconds instead of seconds."""
+    """The same command in a fork of a nursery: it starts in milliseconds instead of seconds."""
 
-    def __init__(self, nursery, words, log, limits=None, **variables):
-        self._lines = nursery.lines
-        self.code = None
+    def __init__(self, asked, words, log, limits=None, **variables):
         told = words if isinstance(words, str) else list(map(str, words))
-        nursery.ask({"words": told, "log": str(log), "variables": variables, "limits": limits or {}})
+        request = {"words": told, "log": str(log), "variables": variables, "limits": limits or {}}
+        self._answers, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(asked, [json.dumps(request).encode()], [theirs.fileno()])
+        self._lines = self._answers.makefile("rb", buffering=0)
+        self.code = None
         self._pid = int(self._lines.readline())
 
     def ended(self, seconds):
         if self.code is None and select.select([self._lines], [], [], seconds)[0]:
             self.code = int(self._lines.readline())
+            self._lines.close()
+            self._answers.close()
         return self.code is not None
 
     def signal(self, number):
-        # the nursery reaps a child only when it is asked for the next, so the number is still this child's
-        os.kill(self._pid, number)
+        if self.code is None:  # until its code is read, the number is this process's, dead or alive
+            os.kill(self._pid, number)
 
     def kill(self):
         self.signal(signal.SIGKILL)
         self.ended(60)
 
 
-class Nursery:
-    """A process that has imported everything and computed nothing, and forks itself to run commands."""
-
-    def __init__(self):
-        # an arena per thread reserves address space that is never used, which a limit on it would count
-        plain = environment(MALLOC_ARENA_MAX="1", ARROW_DEFAULT_MEMORY_POOL="system")
-        self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=plain
-        )
-        self.lines = self._process.stdout
-
-    def ask(self, request):
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-
-    def close(self):
-        self._process.stdin.close()
-        self._process.wait()
-        self.lines.close()
-
-
 @contextmanager
 def nursery():
-    """Yield a function that starts a command: (words, log, limits, **environment variables) -> its process.
+    """Yield a function that starts a command, many at once if asked: (words, log, limits, **environment variables) ->
+    its process, a fork of one that has imported everything and computed nothing.
 
     In place of a command's words it takes Python text, which runs with the tests' modules at hand.
     `limits` may hold `user` (a user number to become), `memory` (bytes it may take beyond what it has when it starts),
     `file` (bytes of its largest file), `seconds` (of processor time) and `folder` (to work in).
     """
-    held = Nursery()
-    try:
-        yield lambda words, log, limits=None, **variables: Warm(held, words, log, limits, **variables)
-    finally:
-        held.close()
+    # an arena per thread reserves address space that is never used, which a limit on it would count
+    plain = environment(MALLOC_ARENA_MAX="1", ARROW_DEFAULT_MEMORY_POOL="system")
+    asked, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with subprocess.Popen([sys.executable, __file__], stdin=theirs, env=plain), asked:
+        theirs.close()
+        yield partial(Warm, asked)
 
 
 def finished(start, words, log, **how):
@@ -179,7 +168,7 @@ def survived(start, words, log, folder, random, kills, longest, patterns=("*",))
 
 
 def _serve():
-    """Fork a child per request on stdin; print its number, and its exit code when it ends."""
+    """Fork a minder for every request that comes by the socket in the place of stdin, until nobody can ask any more."""
     import sklearn.datasets  # noqa: F401 -- slow to import, and loaded by every command
     import torch._dynamo  # noqa: F401 -- loaded by a first step, which another user than root could not do here
 
@@ -187,17 +176,30 @@ def _serve():
     from kcdcache.commands import verify  # noqa: F401
     from kcdcache.report import show  # noqa: F401
 
-    child = None
-    for line in sys.stdin.buffer:
-        if child is not None:
-            os.waitpid(child, 0)
-        child = os.fork()
-        if child == 0:
-            _obey(json.loads(line), main.main)
-        print(child, flush=True)
-        ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-        print(ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status, flush=True)
-    os._exit(0)  # taking down all that was imported takes seconds
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for minders
+    asked = socket.socket(fileno=0)
+    while True:
+        request, answers, *_ = socket.recv_fds(asked, 2**16, 1)
+        if not request:
+            os._exit(0)  # taking down all that was imported takes seconds
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _mind(json.loads(request), socket.socket(fileno=answers[0]), main.main)
+        os.close(answers[0])
+
+
+def _mind(request, answers, main):
+    """Fork a process that obeys; answer with its number, and with its exit code when it ends."""
+    child = os.fork()
+    if child == 0:
+        answers.close()
+        _obey(request, main)
+    answers.sendall(b"%d\n" % child)
+    ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    answers.sendall(b"%d\n" % (ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status))
+    answers.recv(1)  # until the other end is closed, the number is not given to another process
+    os.waitpid(child, 0)
+    os._exit(0)
 
 
 def _obey(request, main):

@@ -35,56 +35,25 @@ class Forked:
     def __init__(self, start, words, world, log):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self._notes, self._logs = Path(f"{log}.notes"), [Path(f"{log}.{rank}") for rank in range(world)]
-        asked = [list(map(str, words)), list(map(str, self._logs)), port, str(self._notes)]
-        self._process = start(f"import ranks; ranks.fork(*{asked!r})", log)
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(world)}
+        self._logs = [Path(f"{log}.{rank}") for rank in range(world)]
+        self._processes = [
+            start(words, log, RANK=str(rank), LOCAL_RANK=str(rank), **meeting) for rank, log in enumerate(self._logs)
+        ]
 
     def signal_once(self, reached, rank, number):
         """Send a signal to one of them once a run has got so far."""
         while not reached():
-            assert not self._process.ended(POLL), self.told()
-        os.kill(int(self._notes.read_text().split()[rank]), number)
+            assert not self._processes[rank].ended(POLL), self.told()
+        self._processes[rank].signal(number)
 
     def codes(self):
         """Wait for all; return how each ended."""
-        assert self._process.ended(120), self.told()
-        return list(map(int, self._notes.read_text().split("ended")[1].split()))
+        assert all(process.ended(120) for process in self._processes), self.told()
+        return [process.code for process in self._processes]
 
     def told(self):
-        return [one.read_text() if one.exists() else "" for one in self._logs]
-
-
-def fork(words, logs, port, notes):
-    """Become the parent of the processes that torchrun would start; write down their numbers and how each ended."""
-
-    from kcdcache.cli.main import main
-
-    children = [_child(words, logs, rank, port, main) for rank in range(len(logs))]
-    with open(notes, "w") as stream:
-        print(*children, file=stream, flush=True)
-        ended = dict(os.wait() for _ in children)
-        print("ended", *(os.waitstatus_to_exitcode(ended[one]) for one in children), file=stream)
-
-
-def _child(words, logs, rank, port, main):
-    if pid := os.fork():
-        return pid
-    stream = os.open(logs[rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(stream, 1)
-    os.dup2(stream, 2)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(logs), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
-    sys.argv[1:] = words
-    code = 1
-    try:
-        main(words)
-    except SystemExit as end:
-        code = int(end.code or 0)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        return [one.read_text() for one in self._logs]
 
 
 def launched(world, words, log):

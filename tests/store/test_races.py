@@ -1,10 +1,8 @@
 """Processes at the same time: condensers racing for one file, readers while others write, kills under their eyes."""
 
+import fcntl
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 from functools import cache
 from itertools import pairwise
@@ -12,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from commands import words
-from killing import ROOT, environment, finished, succeeds
+from killing import finished, succeeds
 from pupils import leftovers
 
 from kcdcache.condense import manifest, value_files
@@ -52,56 +50,17 @@ def condense(root, path, keep=0.5):
 # ---- several writers of one file
 
 
-VOLLEY = """
-import json, os, sys
-from kcdcache.cli import main
-from kcdcache.commands import condense, precompute, train
-for line in sys.stdin:
-    gate, release = os.pipe()
-    children = []
-    for number, words in enumerate(json.loads(line)["commands"]):
-        child = os.fork()
-        if child == 0:
-            os.close(release)
-            log = os.open(json.loads(line)["log"] + str(number), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(log, 1), os.dup2(log, 2)
-            os.read(gate, 1)
-            code = 1
-            try:
-                main.main(words)
-            except SystemExit as end:
-                code = int(end.code or 0)
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
-        children.append(child)
-    os.close(gate)
-    os.close(release)  # the shot: all of them read its end
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
-"""
-"""a process that forks one child per command, lets all of them go at once, and tells their exit codes"""
+RACER = "import fcntl; from kcdcache.cli.main import main; fcntl.flock(open({!r}), fcntl.LOCK_SH); main({!r})"
 
 
-@pytest.fixture(scope="module")
-def volley():
-    """A function that runs commands at the same moment: (commands, log) -> their exit codes."""
-    shooter = subprocess.Popen(
-        [sys.executable, "-c", VOLLEY],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")])),
-    )
-
-    def fire(commands, log):
-        shooter.stdin.write(json.dumps({"commands": commands, "log": str(log)}) + "\n")
-        shooter.stdin.flush()
-        return json.loads(shooter.stdout.readline())
-
-    yield fire
-    shooter.stdin.close()
-    assert shooter.wait(60) == 0
-    shooter.stdout.close()
+def fired(start, commands, log):
+    """Exit codes of commands that are let go at the same moment."""
+    with open(f"{log}.gate", "w") as gate:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        texts = [RACER.format(gate.name, list(map(str, words))) for words in commands]
+        racers = [start(text, f"{log}{number}") for number, text in enumerate(texts)]
+    assert all(racer.ended(60) for racer in racers)
+    return [racer.code for racer in racers]
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +75,13 @@ def alone(place, start):
     return made
 
 
-def test_of_condensers_racing_for_one_file_exactly_one_wins(place, alone, volley, tmp_path):
+def test_of_condensers_racing_for_one_file_exactly_one_wins(place, alone, start, tmp_path):
     for race, racers in enumerate((2, RACERS)):
         keeps, out = [round(0.3 + 0.05 * number, 2) for number in range(racers)], tmp_path / f"{race}.parquet"
-        codes = volley([condense(place, out, keep) for keep in keeps], tmp_path / "racer")
+        codes = fired(start, [condense(place, out, keep) for keep in keeps], tmp_path / f"{race}.racer")
         assert sorted(codes) == [0] + [LockedError.exit_code] * (racers - 1)
         assert out.read_bytes() == alone(keeps[codes.index(0)])
-        told = [(tmp_path / f"racer{number}").read_text() for number in range(racers)]
+        told = [(tmp_path / f"{race}.racer{number}").read_text() for number in range(racers)]
         assert sum("holds another manifest; manifests are never overwritten" in text for text in told) == racers - 1
     assert not leftovers(tmp_path)
 

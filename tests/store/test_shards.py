@@ -3,12 +3,12 @@
 import random
 import shutil
 import signal
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from commands import words
-from killing import finished, nursery, succeeds
+from killing import finished, succeeds
 from pupils import leftovers, same_files
 from stores import content, creating, knowledge, make, plan_of, small_parts, write_part
 
@@ -22,13 +22,6 @@ PLAN = small_parts(150, 2, 64, 32)
 
 
 @pytest.fixture(scope="module")
-def workers(start):
-    """Three nurseries, so that three commands run at once."""
-    with ExitStack() as held:
-        yield [start, *(held.enter_context(nursery()) for _ in range(2))]
-
-
-@pytest.fixture(scope="module")
 def place(here):
     """The common place, and in it a store of 12 views that one process made."""
     succeeds(here.start, precompute(here.root, here.root / "store"), here.root / "log")
@@ -39,11 +32,11 @@ def precompute(root, path, **changes):
     return words(root, "precompute", path, **{"views": 12, "fields": "logits", "threads": 1} | changes)
 
 
-def started(workers, place, path, total, **changes):
+def started(start, place, path, total, **changes):
     """One process per shard, all running."""
     asked = [precompute(place, path, shard=f"{number}/{total}", **changes) for number in range(total)]
     logs = [path.parent / f"log{number}" for number in range(total)]
-    return [start(given, log) for start, given, log in zip(workers, asked, logs, strict=False)], logs
+    return [start(*given) for given in zip(asked, logs, strict=True)], logs
 
 
 def all_succeed(processes, logs):
@@ -61,12 +54,12 @@ def is_whole(place, path):
 
 
 @pytest.mark.parametrize("wanted", [1, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_shards_run_again_in_any_split_make_the_same_bytes(workers, place, tmp_path, wanted):
+def test_killed_shards_run_again_in_any_split_make_the_same_bytes(start, place, tmp_path, wanted):
     draw, kills = random.Random(9), 0
     for turn in range(60):
         path = tmp_path / f"store{turn}"
         for total in draw.sample([3, 2, 3], 3):
-            processes, logs = started(workers, place, path, total)
+            processes, logs = started(start, place, path, total)
             for process in draw.sample(processes, draw.randrange(1, total + 1)):
                 if not process.ended(draw.uniform(0, 0.2)):
                     process.kill()
@@ -74,28 +67,28 @@ def test_killed_shards_run_again_in_any_split_make_the_same_bytes(workers, place
                 assert process.ended(120)
                 assert process.code in (0, -signal.SIGKILL), log.read_text()
                 kills += process.code != 0
-        all_succeed(*started(workers, place, path, 2))
+        all_succeed(*started(start, place, path, 2))
         assert is_whole(place, path)
         if kills >= wanted:
             return
     pytest.fail(f"only {kills} kills hit")
 
 
-def test_a_shard_that_dies_leaves_its_parts_to_one_process(workers, place, tmp_path):
+def test_a_shard_that_dies_leaves_its_parts_to_one_process(start, place, tmp_path):
     given, log = precompute(place, tmp_path / "store", shard="1/2"), tmp_path / "log"
-    assert finished(workers[0], given, log) == 0
+    assert finished(start, given, log) == 0
     assert "6 parts are left to the other shards" in log.read_text()
     with pytest.raises(UnfinishedError, match="no commit record"):
         reader.open(tmp_path / "store")
-    succeeds(workers[0], precompute(place, tmp_path / "store"), log)
+    succeeds(start, precompute(place, tmp_path / "store"), log)
     assert is_whole(place, tmp_path / "store")
 
 
-def test_a_store_grows_in_shards(workers, place, tmp_path):
+def test_a_store_grows_in_shards(start, place, tmp_path):
     whole, parted, log = tmp_path / "whole", tmp_path / "parted", tmp_path / "log"
     for path, views in ((whole, 4), (whole, 12), (parted, 4)):
-        succeeds(workers[0], precompute(place, path, views=views), log)
-    all_succeed(*started(workers, place, parted, 3))
+        succeeds(start, precompute(place, path, views=views), log)
+    all_succeed(*started(start, place, parted, 3))
     assert same_files(whole, parted)
 
 
@@ -184,11 +177,10 @@ def test_a_shard_is_a_shard(text):
         parse_shard(text)
 
 
-def test_processes_of_a_launcher_share_a_store_without_being_told(workers, place, tmp_path):
+def test_processes_of_a_launcher_share_a_store_without_being_told(start, place, tmp_path):
     path, given = tmp_path / "store", precompute(place, tmp_path / "store")
     logs = [tmp_path / f"log{rank}" for rank in range(2)]
-    pairs = zip(workers, logs, range(2), strict=False)
-    all_succeed([start(given, log, RANK=str(rank), WORLD_SIZE="2") for start, log, rank in pairs], logs)
+    all_succeed([start(given, log, RANK=str(rank), WORLD_SIZE="2") for rank, log in enumerate(logs)], logs)
     assert all(f"shard {rank}/2, from RANK and WORLD_SIZE" in logs[rank].read_text() for rank in range(2))
     assert is_whole(place, path)
 

@@ -30,8 +30,8 @@ CPU = torch.device("cpu")
 CE = registry.Loss(registry.weights_of(MethodSettings(method="ce")), {})
 UNEVEN = 33
 """batch size that leaves two samples of 200 to the last batch, which is none for two of four processes"""
-TRAIN = {"data": SPEC, "epochs": 4, "stages": 2, "batch_size": UNEVEN, "keep": 0.6, "threads": 1}
-FIT = {"data": SPEC, "epochs": 3, "batch_size": UNEVEN, "threads": 1, "augment": "crop", "padding": 2}
+TRAIN = {"data": SPEC, "epochs": 2, "stages": 2, "batch_size": UNEVEN, "keep": 0.6, "threads": 1}
+FIT = {"data": SPEC, "epochs": 2, "batch_size": UNEVEN, "threads": 1, "augment": "crop", "padding": 2}
 FILL = {"data": SPEC, "augment": "crop", "padding": 2, "views": 3, "batch_size": 16, "min_accuracy": 0, "threads": 1}
 TINY = "lessons:TinyNet"
 WORLDS = (1, 2, 4)
@@ -128,13 +128,6 @@ def test_they_visit_and_keep_the_same_samples_and_each_reads_the_rows_of_its_sha
         assert max(each) <= alone["rows_read"] / world + 10  # batches of 33 leave one more to the first
         assert shared["bytes_read"] == sum(shared["bytes_read_by_each"]) <= world * alone["bytes_read"]
         assert "rows_read_by_each" not in alone
-
-
-def test_four_shards_at_once_make_the_store_of_one_process(start, place, tmp_path):
-    for world in (1, 4):
-        told = done(start, filling(place, tmp_path / str(world)), world, tmp_path / f"{world}.log")
-    assert same_files(tmp_path / "1", tmp_path / "4")
-    assert all(f"shard {rank}/4, from RANK and WORLD_SIZE" in text for rank, text in enumerate(told))
 
 
 def test_two_processes_run_twice_make_the_same_bytes_and_keep_almost_the_sets_of_one(start, place, tmp_path):
