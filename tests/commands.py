@@ -17,10 +17,10 @@ from kcdcache.store import log, reader
 CROPS = {"augment": "crop", "padding": 2}
 STORE = CROPS | {"views": 2, "batch_size": 64, "min_accuracy": 0, "fields": "logits,penultimate"}
 TRAIN = {
-    "student": "resnet8", "epochs": 2, "stages": 2, "batch_size": 128, "keep": 0.6, "threads": 1,
+    "student": "lessons:TinyNet", "epochs": 2, "stages": 2, "batch_size": 128, "keep": 0.6, "threads": 1,
     "checkpoint_seconds": 60, "mix_target": "requery",
 }  # fmt: skip
-FIT = CROPS | {"model": "resnet8", "epochs": 1, "batch_size": 128, "threads": 1, "data": SPEC}
+FIT = CROPS | {"model": "lessons:TinyNet", "epochs": 1, "batch_size": 128, "threads": 1, "data": SPEC}
 NAMES = ("precompute", "train", "fit", "condense")
 
 

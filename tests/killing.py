@@ -24,7 +24,7 @@ LITTLE = {"memory": 300 * 2**20, "seconds": 20}
 def environment(**more):
     """One thread, and nothing of ours."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith("KCDCACHE")}
-    return plain | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
+    return plain | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"} | more
 
 
 class Cold:
@@ -169,6 +169,7 @@ def survived(start, words, log, folder, random, kills, longest, patterns=("*",))
 
 def _serve():
     """Fork a minder for every request that comes by the socket in the place of stdin, until nobody can ask any more."""
+    import lessons  # noqa: F401
     import sklearn.datasets  # noqa: F401 -- slow to import, and loaded by every command
     import torch._dynamo  # noqa: F401 -- loaded by a first step, which another user than root could not do here
 

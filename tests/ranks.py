@@ -9,11 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from killing import POLL, ROOT, environment
+from killing import POLL, environment
 from torch import nn
 
 PLAIN = "ranks:PlainNet"
-PATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 
 class PlainNet(nn.Module):
@@ -62,7 +61,7 @@ def launched(world, words, log):
     meeting = ["--nproc-per-node", str(world), "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     launch = [sys.executable, "-m", "torch.distributed.run", *meeting, "-m", "kcdcache", *map(str, words)]
     with open(log, "ab") as stream:
-        return subprocess.Popen(launch, stdout=stream, stderr=stream, env=environment(PYTHONPATH=PATH))
+        return subprocess.Popen(launch, stdout=stream, stderr=stream, env=environment())
 
 
 def ran(world, words, log):

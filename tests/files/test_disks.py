@@ -81,7 +81,7 @@ def filled(here, name, folder, steps):
 
 
 @pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("name", "pages"), [("precompute", 100), ("train", 700)])
+@pytest.mark.parametrize(("name", "pages"), [("precompute", 100), ("train", 100)])
 def test_a_full_disk_that_grows_ends_in_the_same_bytes(here, folder, name, pages, step):
     """Page by page, or by a share of them at a time."""
     steps = max(1, (step - 1) * pages // 100)

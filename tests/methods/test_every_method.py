@@ -5,7 +5,7 @@ import json
 import random
 import signal
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,8 +34,15 @@ SMALL = {"crd_negatives": 16}
 """settings that keep a method small here"""
 CACHED = [name for name, method in METHODS.items() if not method.live]
 WITH_TERM = [name for name, method in METHODS.items() if method.term is not None]
-WITH_STATE = {"fitnet", "vid", "reviewkd", "crd", "wcord", "sskd", "dml", "one"}
-"""methods with tensors of their own in a checkpoint; of the others, runs are broken off where slow tests run"""
+STATES = {
+    "modules": ["fitnet", "vid", "reviewkd"],
+    "memories": ["crd", "wcord"],
+    "modules that learn in turn": ["sskd"],
+    "peers": ["dml"],
+    "branches": ["one"],
+}
+"""methods with tensors of their own in a checkpoint, by kind of tensor; of the others, and of all but the first of a
+kind, runs are broken off where slow tests run"""
 
 
 class World:
@@ -262,6 +269,7 @@ def test_every_field_of_every_method_is_in_the_store_and_live_methods_read_none(
 
 # broken off and killed
 
+QUICK = [names[0] for names in STATES.values()]
 RUN = {"student": STUDENT, "stages": 2, **SMALL}
 KILLED = RUN | {"epochs": 2, "batch_size": 30, "keep": 0.6, "threads": 1, "checkpoint_seconds": 0}
 """a condensation between two epochs of two batches, and a checkpoint after every batch"""
@@ -270,11 +278,11 @@ MOST = 200
 
 
 def test_methods_with_state_are_those_whose_modules_have_tensors(world):
-    assert {name for name in WITH_TERM if pupil_of(world, name).loss.state_dict()} == WITH_STATE
+    assert {name for name in WITH_TERM if pupil_of(world, name).loss.state_dict()} == {*chain(*STATES.values())}
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in WITH_STATE else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in METHODS]
 )
 def test_a_run_through_a_condensation_is_killed_and_resumed_to_the_same_bytes(world, tmp_path, name):
     school = SimpleNamespace(data=world.data, network=world.network, knowledge=world.stores["float32"])

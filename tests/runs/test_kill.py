@@ -10,21 +10,21 @@ from types import SimpleNamespace
 
 import pytest
 from commands import words
-from killing import Cold, finished, killed, succeeds, survived
+from killing import Cold, finished, succeeds, survived
 from pupils import digits, distilled, leftovers, loaded, same_files
 
 from kcdcache.cli import main
-from kcdcache.errors import LockedError, UnfinishedError
+from kcdcache.errors import LockedError
 from kcdcache.runs import state
 from kcdcache.store import reader
 
 PARTS, STEPS = ("v*.json", "*"), ("latest.json", "metrics.jsonl", "*")
 """what commands write while they work; kills are aimed at the moments after"""
-LONG = {"epochs": 4, "batch_size": 64}
+LONG = {"epochs": 2, "batch_size": 64}
 TRAIN = LONG | {"mix_target": "linear_prob", "checkpoint_seconds": 0}
 AGAIN = "train asking the teacher again"
 CASES = {
-    "precompute": ({"views": 8}, PARTS),
+    "precompute": ({"views": 6}, PARTS),
     "fit": (LONG | {"checkpoint_seconds": 0}, STEPS),
     AGAIN: (TRAIN | {"mix_target": "requery"}, (*STEPS, *PARTS)),
     "train": (TRAIN, STEPS),
@@ -86,7 +86,7 @@ def test_killed_fifty_times_at_random_moments_gives_the_same_bytes(here, start, 
 
 
 def test_a_killed_growth_gives_the_same_bytes(here, start, tmp_path):
-    for name, views in (("cut", 2), ("whole", 2), ("whole", 8)):
+    for name, views in (("cut", 2), ("whole", 2), ("whole", 6)):
         changes = {"views": views, "fields": "logits"} if views == 2 else {}
         succeeds(start, command(here, "precompute", tmp_path / name, **changes), tmp_path / "log")
     grow = command(here, "precompute", tmp_path / "cut")
@@ -98,18 +98,12 @@ def test_stages_by_hand_survive_kills(here, start, wholes, tmp_path):
     """Killed inside the stage that a manifest was given for, the same command with that manifest continues."""
     run, log, made = tmp_path / "run", tmp_path / "log", tmp_path / "made.parquet"
     first = {"values": run / "values.parquet", "previous": run / "stages/0/manifest.parquet", "keep": 0.6**0.5}
-    succeeds(start, command(here, "train", run, until=2), log)
+    succeeds(start, command(here, "train", run, until=1), log)
     succeeds(start, words(here.root, "condense", made, **first), log)
-    by_hand = command(here, "train", run, until=4, manifest=made)
+    by_hand = command(here, "train", run, until=2, manifest=made)
     assert survived(start, by_hand, log, run, random.Random(4), 1, 0.1, ("latest.json",)) >= 1
     succeeds(start, command(here, "train", run), log)
     assert same_files(wholes("train"), run)
-
-
-def test_a_killed_store_is_not_readable_before_it_is_finished(here, start, tmp_path):
-    assert killed(start, command(here, "precompute", tmp_path / "it"), tmp_path / "log", tmp_path, "v00002*.json", 0)
-    with pytest.raises(UnfinishedError, match="run the same `kcdcache precompute` again"):
-        reader.open(tmp_path / "it")
 
 
 @pytest.mark.slow
@@ -156,7 +150,7 @@ def test_what_survived_is_what_this_process_makes(here, wholes, tmp_path):
     dataset = digits(200, 60)
     network, knowledge = loaded(here.root / "teacher", dataset), reader.open(here.root / "precompute")
     place = SimpleNamespace(data=dataset, network=network, knowledge=knowledge)
-    given = TRAIN | {"student": "resnet8", "stages": 2, "keep": 0.6, "cost_exponent": 0.03}
+    given = TRAIN | {"student": "lessons:TinyNet", "stages": 2, "keep": 0.6, "cost_exponent": 0.03}
     made = distilled(place, tmp_path / "run", run={"threads": 1}, **given)
     assert made["finished"]
     assert same_files(wholes("train"), tmp_path / "run")
