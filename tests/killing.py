@@ -99,7 +99,7 @@ def nursery():
     # an arena per thread reserves address space that is never used, which a limit on it would count
     plain = environment(MALLOC_ARENA_MAX="1", ARROW_DEFAULT_MEMORY_POOL="system")
     asked, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with subprocess.Popen([sys.executable, __file__], stdin=theirs, env=plain), asked:
+    with subprocess.Popen([sys.executable, __file__], stdin=theirs.fileno(), env=plain), asked:
         theirs.close()
         yield partial(Warm, asked)
 
