@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float32, Int32, Int64, Shaped
 
-from kcdcache.condense import values
+from kcdcache.condense import manifest, values
 from kcdcache.condense.values import MOST_VISITS, Values
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NonFiniteError, NotFoundError, SettingsError
 from kcdcache.files import parquet, run_files
@@ -410,6 +410,10 @@ def _opened_foreign(path: Path, count: int) -> Iterator[parquet.Reader]:
             if name not in reader.schema.names:
                 found = ", ".join(reader.schema.names[:20])
                 raise MismatchError(f"{path} has no column '{name}', expected 'index' and 'value'; found: {found}")
+        if set(manifest.ARRAYS) - {"mixed"} <= set(reader.schema.names):
+            if manifest.METADATA_KEY.encode() in (reader.schema.metadata or {}):
+                raise MismatchError(f"{path} is a manifest, expected values; give the run's values.parquet")
+            raise CorruptionError(f"{path} has a manifest's columns, but lost its record; make or copy it again")
         yield reader
 
 

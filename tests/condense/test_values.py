@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kcdcache.condense import value_files, values
+from kcdcache.condense import manifest, value_files, values
 from kcdcache.condense.values import Values
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NonFiniteError, NotFoundError, SettingsError
 
@@ -212,3 +212,13 @@ def test_file_of_another_tool_is_accepted_in_any_order_and_type(tmp_path: Path, 
 def test_unusable_rows_of_another_tool_are_named(tmp_path: Path, columns: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         value_files.read(foreign(tmp_path / "f", **columns), 5)
+
+
+def test_a_manifest_is_not_taken_for_values_not_even_without_its_record(tmp_path: Path) -> None:
+    file = tmp_path / "m.parquet"
+    manifest.write(file, manifest.full(manifest.Samples("k", 4)))
+    with pytest.raises(MismatchError, match="is a manifest, expected values; give the run's values.parquet"):
+        value_files.read(file, 4)
+    pq.write_table(pq.read_table(file).replace_schema_metadata(), file)
+    with pytest.raises(CorruptionError, match="has a manifest's columns, but lost its record"):
+        value_files.read(file, 4)
