@@ -217,7 +217,7 @@ def test_unusable_rows_of_another_tool_are_named(tmp_path: Path, columns: dict, 
 def test_a_manifest_is_not_taken_for_values_not_even_without_its_record(tmp_path: Path) -> None:
     file = tmp_path / "m.parquet"
     manifest.write(file, manifest.full(manifest.Samples("k", 4)))
-    with pytest.raises(MismatchError, match="is a manifest, expected values; give the run's values.parquet"):
+    with pytest.raises(MismatchError, match="is a manifest, expected values; give the run's values"):
         value_files.read(file, 4)
     pq.write_table(pq.read_table(file).replace_schema_metadata(), file)
     with pytest.raises(CorruptionError, match="has a manifest's columns, but lost its record"):
