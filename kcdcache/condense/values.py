@@ -1,4 +1,4 @@
-"""The online value estimate of every sample: state, update, score."""
+"""The value estimate of every sample, in memory: start, observe, score, fingerprint; its files are in `value_files`."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""The loss of a run: labels, softened outputs, and the terms of the chosen methods for one pair of networks."""
+"""The loss of a run, made from the chosen methods for one pair of networks, and the teacher fields it reads."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence

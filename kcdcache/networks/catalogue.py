@@ -1,4 +1,4 @@
-"""The networks of the zoo by name, imported when they are made: names are checked without torch."""
+"""Networks by name without torch: the zoo's table, the check of a name, and where a saved network lies."""
 
 from collections.abc import Callable
 from functools import partial
