@@ -1,4 +1,4 @@
-"""Commands on what others made: inspect, diff, report, export and seal; what takes long to import, where it is used."""
+"""Commands on finished runs, sets and stores: inspect, diff, report, export, seal; slow imports inside functions."""
 
 from collections.abc import Mapping
 from pathlib import Path
