@@ -121,11 +121,13 @@ def run(
         logger.info("precompute: the teacher learned from other data than these; the store and its runs tell so")
     if dry_run:
         return _described_plan(plan, knowledge, path) | expected_cost(path, knowledge, plan, job)
-    left = fill(path, knowledge, plan, job, progress)
-    write_origin(path, data, network.data)
-    if profiles is not None:
-        identity.write_parameters(path, profiles, knowledge)
-    if left:
+
+    def describe_source() -> None:
+        write_origin(path, data, network.data)
+        if profiles is not None:
+            identity.write_parameters(path, profiles, knowledge)
+
+    if left := fill(path, knowledge, plan, job, progress, describe_source):
         logger.info("precompute: shard %s is written; %d parts are left to the other shards", shard, left)
         return {"kind": "store", "store": str(path), "finished": False, "shard": str(shard), "parts_left": left}
     return describe(path)
@@ -172,8 +174,7 @@ def import_logits(
         least_accuracy=_least_accuracy(settings.min_accuracy, len(data.classes)),
         may_skip=settings.on_nonfinite == "skip",
     )
-    fill(path, knowledge, plan, job, progress)
-    write_origin(path, data, None)
+    fill(path, knowledge, plan, job, progress, lambda: write_origin(path, data, None))
     return describe(path)
 
 
@@ -378,9 +379,18 @@ def _free_bytes(path: Path) -> int:
 # filling it part by part
 
 
-def fill(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job, progress: Progress) -> int:
+def fill(
+    path: Path,
+    knowledge: Knowledge,
+    plan: StorePlan,
+    job: Job,
+    progress: Progress,
+    finish: Callable[[], None] | None = None,
+) -> int:
     """Make or continue a store: write the shard's pending parts, one while the next is computed, then seal.
 
+    `finish` writes the records beside the parts, if the store is to have any. It is called before the seal, so that a sealed store has them, and
+    while the shard is held: whoever is alone in a store sweeps away the temporary files of others.
     Return the number of parts that other shards have yet to write; 0 if the store is sealed.
     """
     path.mkdir(parents=True, exist_ok=True)
@@ -398,6 +408,8 @@ def fill(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job, progress: 
             _write_parts(opened, pending, job, progress)
         else:
             logger.info("precompute: %s is %s already", path, "finished" if opened.sealed else "complete")
+        if finish is not None:
+            finish()
         return opened.seal_last()
 
 
