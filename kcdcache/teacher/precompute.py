@@ -389,8 +389,8 @@ def fill(
 ) -> int:
     """Make or continue a store: write the shard's pending parts, one while the next is computed, then seal.
 
-    `finish` writes the records beside the parts, if the store is to have any. It is called before the seal, so that a sealed store has them, and
-    while the shard is held: whoever is alone in a store sweeps away the temporary files of others.
+    `finish` writes the records beside the parts, if the store is to have any. It is called before the seal, so that a
+    sealed store has them, and while the shard is held: who is alone in a store sweeps away temporary files of others.
     Return the number of parts that other shards have yet to write; 0 if the store is sealed.
     """
     path.mkdir(parents=True, exist_ok=True)
