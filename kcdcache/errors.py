@@ -14,7 +14,8 @@ KcdcacheError                    1   input/output error or a fault of ours
 └── InterruptedRunError    130/143   stopped by a signal; run it again to resume
 """
 
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -147,3 +148,16 @@ def require_same(expected: Any, found: Any, names: tuple[str, str], remedy: str)
     if difference := first_difference(expected, found):
         place, left, right = difference
         raise MismatchError(f"{names[0]} and {names[1]} differ in {place}: {left!r} against {right!r}; {remedy}")
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """Return a hint naming the known name closest to a wrong one, whatever the case, or all of them if none is close.
+
+    >>> nearest("tempreture", ["temperature", "keep"])
+    "did you mean 'temperature'?"
+    >>> nearest("SHUFFLEV2", ["ShuffleV1", "ShuffleV2"])
+    "did you mean 'ShuffleV2'?"
+    """
+    lowered = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower(), lowered, n=1)
+    return f"did you mean '{lowered[close[0]]}'?" if close else f"known: {', '.join(sorted(known))}"

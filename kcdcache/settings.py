@@ -4,9 +4,8 @@ Defaults stand here and nowhere else. The command line and the recipes are made 
 docstring is its help text, and a command's first line says in `kcdcache --help` what it does.
 """
 
-import difflib
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from kcdcache.errors import NotFoundError, SettingsError
+from kcdcache.errors import NotFoundError, SettingsError, nearest
 
 Augment = Literal["none", "crop", "crop-flip", "resized-crop-flip"]
 Fill = Literal["zero", "reflect"]
@@ -379,7 +378,7 @@ PART_ROWS = 2**24
 
 
 class FitCommand(Composed):
-    """Train a teacher or a plain baseline on hard labels."""
+    """What `fit` takes."""
 
     data: str
     """data spec: digits, cifar10[:DIR], cifar100[:DIR], folder:DIR, parquet:DIR[#label], arrays:FILE.npz"""
@@ -392,7 +391,7 @@ class FitCommand(Composed):
 
 
 class PrecomputeCommand(Composed):
-    """Run the teacher once and keep its outputs in a store."""
+    """What `precompute` takes."""
 
     data: str
     """data spec, as for fit"""
@@ -417,7 +416,7 @@ class PrecomputeCommand(Composed):
 
 
 class TrainCommand(Composed):
-    """Train a student from a store, condensing between stages (Algorithm 1)."""
+    """What `train` takes."""
 
     store: Path | None = None
     """folder of the store; needed unless --condensed is given"""
@@ -441,7 +440,7 @@ class TrainCommand(Composed):
 
 
 class CondenseCommand(Composed):
-    """Turn values into the next condensed set (a manifest)."""
+    """What `condense` takes."""
 
     values: Path
     """values file: a run's values.parquet, or any parquet file with the columns index and value; or several, as a
@@ -474,7 +473,7 @@ class CondenseCommand(Composed):
 
 
 class ExportCommand(Settings):
-    """Write a condensed set and the knowledge it needs as one folder, for another machine or the hub."""
+    """What `export` takes."""
 
     manifest: Path
     """condensed set to export, or a finished run's folder for the set it ended with"""
@@ -510,21 +509,21 @@ def _by_place(metavar: str, **more: Any) -> Any:
 
 
 class SealCommand(Settings):
-    """Seal a store whose parts are all written, should the process that would have done so have ended."""
+    """What `seal` takes."""
 
     path: Path = _by_place("PATH")
     """a store's folder"""
 
 
 class InspectCommand(Settings):
-    """Tell what a store, manifest, values file, run, exported set or network holds."""
+    """What `inspect` takes."""
 
     path: Path = _by_place("PATH")
     """a store, manifest, values file, run, exported set or network"""
 
 
 class DiffCommand(Settings):
-    """Compare two condensed sets, runs stage by stage, or exported sets."""
+    """What `diff` takes."""
 
     a: Path = _by_place("A")
     """a manifest, run or exported set"""
@@ -533,7 +532,7 @@ class DiffCommand(Settings):
 
 
 class MethodsCommand(Settings):
-    """List the distillation methods: what each reads of the teacher, bytes per sample, source."""
+    """What `methods` takes."""
 
     teacher: str = "wrn_40_2"
     """network of the teacher"""
@@ -548,7 +547,7 @@ class MethodsCommand(Settings):
 
 
 class ReportCommand(Settings):
-    """Write one HTML file that shows what finished runs did: tables, figures, images, provenance."""
+    """What `report` takes."""
 
     paths: tuple[Path, ...] = _by_place("RUN_OR_FOLDER...", min_length=1)
     """a run's folder, or a folder of runs such as a recipe's --out"""
@@ -565,7 +564,7 @@ class ReportCommand(Settings):
 
 
 class VerifyCommand(Composed):
-    """Check whether what lies there is what was written; with a teacher, compute points again."""
+    """What `verify` takes."""
 
     path: Path = _by_place("PATH")
     """a store, manifest, values file, run, exported set or network; of a store, records, listing and sizes are compared
@@ -590,7 +589,7 @@ class VerifyCommand(Composed):
 
 
 class RunCommand(Composed):
-    """Do a whole chain of steps from a recipe; without one, the embedded example."""
+    """What `run` takes."""
 
     recipe: Path | None = _by_place("[RECIPE]", default=None)
     """a TOML file of [[step]] tables, each a command with its settings; README shows how they are written and
@@ -634,19 +633,6 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise NotFoundError(f"no recipe at {path}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} is not valid TOML: {error}") from None
-
-
-def nearest(name: str, known: Collection[str]) -> str:
-    """Return a hint naming the known name closest to a wrong one, whatever the case, or all of them if none is close.
-
-    >>> nearest("tempreture", ["temperature", "keep"])
-    "did you mean 'temperature'?"
-    >>> nearest("SHUFFLEV2", ["ShuffleV1", "ShuffleV2"])
-    "did you mean 'ShuffleV2'?"
-    """
-    lowered = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(name.lower(), lowered, n=1)
-    return f"did you mean '{lowered[close[0]]}'?" if close else f"known: {', '.join(sorted(known))}"
 
 
 def keys(model: type[BaseModel]) -> list[str]:

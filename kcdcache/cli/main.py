@@ -14,13 +14,12 @@ from kcdcache import __version__, commands, interrupt
 from kcdcache.cli.console import printable, show, telling
 from kcdcache.cli.options import Sectioned, help_of, option, sections_of
 from kcdcache.commands import Command
-from kcdcache.errors import KcdcacheError, NoSpaceError
+from kcdcache.errors import KcdcacheError, NoSpaceError, nearest
 from kcdcache.files import cloud
 from kcdcache.files.atomic import FULL
-from kcdcache.settings import RunCommand, fields, make, nearest
 
 COMMANDS: Mapping[str, Command] = {
-    "run": Command(takes=RunCommand, where="recipes.recipe:command"),
+    "run": Command("run", "Run all steps of a recipe; without one, the embedded example.", "recipes.recipe:command"),
     **commands.COMMANDS,
 }
 """name -> command, in the order of a first session"""
@@ -50,7 +49,7 @@ class Commands(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands without building them."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, str(command.takes.__doc__)) for name, command in COMMANDS.items()])
+            formatter.write_dl([(name, command.summary) for name, command in COMMANDS.items()])
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
@@ -119,6 +118,8 @@ def _failed(message: str, exit_code: int, arguments: Sequence[str]) -> int:
 
 def build(name: str) -> click.Command:
     """Return a command whose options are the fields of its settings."""
+    from kcdcache.settings import fields, make
+
     command = COMMANDS[name]
     options: list[click.Parameter] = [option(key, field) for key, field in fields(command.takes).items()]
     if command.writes:
@@ -141,6 +142,6 @@ def build(name: str) -> click.Command:
         if result.get("failed"):
             raise click.exceptions.Exit(result["failed"][0]["exit_code"])
 
-    made = Sectioned(name, params=options, callback=callback, help=help_of(name, command.takes))
+    made = Sectioned(name, params=options, callback=callback, help=help_of(name, command))
     made.sections = sections_of(command.takes)
     return made

@@ -5,12 +5,16 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import click
-from pydantic.fields import FieldInfo
 
-from kcdcache.settings import Settings, fields, parts
+from kcdcache.commands import Command
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from kcdcache.settings import Settings
 
 EXAMPLES = {
     "run": ("kcdcache run", "kcdcache run pipelines/cifar100_small.toml --data cifar100"),
@@ -68,17 +72,21 @@ class Sectioned(click.Command):
                 formatter.write_dl(found[heading])
 
 
-def help_of(name: str, model: type[Settings]) -> str:
+def help_of(name: str, command: Command) -> str:
     """Return the help of a command: what it does, what its arguments are, and examples."""
-    told = [str(model.__doc__)]
-    for field in fields(model).values():
+    from kcdcache.settings import fields
+
+    told = [command.summary]
+    for field in fields(command.takes).values():
         if isinstance(field.json_schema_extra, dict):
             told.append(f"{str(field.json_schema_extra['argument']).strip('[].')} is {field.description}.")
     return "\n\n".join([*told, "\b\nExamples:\n" + "\n".join(f"  {line}" for line in EXAMPLES[name])])
 
 
-def sections_of(model: type[Settings]) -> dict[str, str]:
+def sections_of(model: "type[Settings]") -> dict[str, str]:
     """Return setting -> heading: the first line of the docstring of the settings that bring it."""
+    from kcdcache.settings import parts
+
     found = dict.fromkeys(model.model_fields, INPUTS)
     for part in parts(model).values():
         for own in reversed(part.__mro__):
@@ -87,7 +95,7 @@ def sections_of(model: type[Settings]) -> dict[str, str]:
     return found
 
 
-def option(name: str, field: FieldInfo) -> click.Parameter:
+def option(name: str, field: "FieldInfo") -> click.Parameter:
     """Return the option or argument for one settings field, whose values go to the settings unparsed."""
     kinds = _kinds(field.annotation)
     several = any(get_origin(kind) is tuple for kind in kinds)

@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kcdcache import settings
 from kcdcache.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from kcdcache.settings import Settings
 
 Result = dict[str, Any]
 """what a command tells: JSON values by name"""
@@ -45,15 +47,22 @@ class TextTable(str):
         return made
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Command:
-    """A command: what it takes, and where the function is that does it."""
+    """A command: what it does, what it takes, and where the function is that does it."""
 
-    takes: type[settings.Settings]
+    name: str
+    summary: str
     where: str
     """module and function, of (settings, progress, dry_run) where it writes and of (settings, progress) elsewhere"""
     writes: bool = True
     """whether it can be asked what it would do"""
+
+    @property
+    def takes(self) -> "type[Settings]":
+        """Class of its settings; imported when asked for, so that `kcdcache --help` stays fast."""
+        found: type[Settings] = resolve_name(f"kcdcache.settings:{self.name.capitalize()}Command")
+        return found
 
     def __call__(self, given: Any, progress: Progress = silent, dry_run: bool = False) -> Result:
         """Do it; names and values that cannot be are refused before anything heavy is imported.
@@ -70,19 +79,54 @@ class Command:
         return done
 
 
-COMMANDS: Mapping[str, Command] = {
-    "fit": Command(takes=settings.FitCommand, where="commands.train:fit"),
-    "precompute": Command(takes=settings.PrecomputeCommand, where="commands.precompute:run"),
-    "train": Command(takes=settings.TrainCommand, where="commands.train:run"),
-    "methods": Command(takes=settings.MethodsCommand, where="commands.methods:run", writes=False),
-    "condense": Command(takes=settings.CondenseCommand, where="commands.condense:run"),
-    "export": Command(takes=settings.ExportCommand, where="commands.results:export"),
-    "diff": Command(takes=settings.DiffCommand, where="commands.results:diff", writes=False),
-    "report": Command(takes=settings.ReportCommand, where="commands.results:report", writes=False),
-    "seal": Command(takes=settings.SealCommand, where="commands.results:seal", writes=False),
-    "inspect": Command(takes=settings.InspectCommand, where="commands.results:inspect", writes=False),
-    "verify": Command(takes=settings.VerifyCommand, where="commands.verify:run", writes=False),
-}
+_ALL = (
+    Command("fit", "Train a teacher or a plain baseline on hard labels.", "commands.train:fit"),
+    Command("precompute", "Run the teacher once and keep its outputs in a store.", "commands.precompute:run"),
+    Command("train", "Train a student from a store, condensing between stages (Algorithm 1).", "commands.train:run"),
+    Command(
+        "methods",
+        "List the distillation methods: what each reads of the teacher, bytes per sample, source.",
+        "commands.methods:run",
+        writes=False,
+    ),
+    Command("condense", "Turn values into the next condensed set (a manifest).", "commands.condense:run"),
+    Command(
+        "export",
+        "Write a condensed set and the knowledge it needs as one folder, for another machine or the hub.",
+        "commands.artifacts:export",
+    ),
+    Command(
+        "diff",
+        "Compare two condensed sets, runs stage by stage, or exported sets.",
+        "commands.artifacts:diff",
+        writes=False,
+    ),
+    Command(
+        "report",
+        "Write one HTML file about finished runs: tables, figures, images, provenance.",
+        "commands.artifacts:report",
+        writes=False,
+    ),
+    Command(
+        "seal",
+        "Seal a store whose parts are all written, should the process that would have done so have ended.",
+        "commands.artifacts:seal",
+        writes=False,
+    ),
+    Command(
+        "inspect",
+        "Show the contents of a store, manifest, values file, run, exported set or network.",
+        "commands.artifacts:inspect",
+        writes=False,
+    ),
+    Command(
+        "verify",
+        "Check that files are what was written; with a teacher, compute some points again.",
+        "commands.verify:run",
+        writes=False,
+    ),
+)
+COMMANDS: Mapping[str, Command] = {command.name: command for command in _ALL}
 """name -> command, in the order of a first session; `run`, which does many of them, stands above"""
 STEPS = ("fit", "precompute", "train", "condense")
 """the commands that can be steps of a recipe"""

@@ -6,7 +6,7 @@ import numpy as np
 
 from kcdcache.commands import Result, TextTable
 from kcdcache.errors import SettingsError
-from kcdcache.methods import catalogue, registry
+from kcdcache.methods import catalogue, run_loss
 from kcdcache.methods.base import Pair
 from kcdcache.methods.catalogue import METHODS
 from kcdcache.networks.registry import tap_shapes
@@ -67,7 +67,7 @@ def _method(name: str, pair: Pair, encoded: str) -> dict[str, Any]:
         "recipe": catalogue.recipe(name, pair.student),
     }
     try:
-        reads = registry.make_loss(weights, lambda: pair).fields
+        reads = run_loss.make_loss(weights, lambda: pair).fields
         size = sum(_row_bytes(field, pair, encoded) for field in reads)
         return row | {"reads": list(reads), "bytes": size, "problem": None}
     except SettingsError as error:

@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 
 from kcdcache.commands import Result
-from kcdcache.commands.precompute import load_teacher, precision_of, usual_views
 from kcdcache.condense import manifest, schedule
 from kcdcache.data.datasets import Dataset
 from kcdcache.export import condensed_set
@@ -14,7 +13,7 @@ from kcdcache.progress import Progress, silent
 from kcdcache.report import show
 from kcdcache.settings import FitCommand, TrainCommand, TrainSettings
 from kcdcache.store import reader
-from kcdcache.teacher.teacher import Teacher
+from kcdcache.teacher.teacher import Teacher, load_named, precision_of
 from kcdcache.training import distill, evaluation, processes, requery
 from kcdcache.training import fit as fitting
 from kcdcache.training.sampling import SAMPLING
@@ -30,7 +29,7 @@ FEW_VIEWS = (
 def fit(command: FitCommand, progress: Progress = silent, dry_run: bool = False) -> Result:
     """Train a teacher or a baseline; return its summary, or with `dry_run` what would be trained."""
     data = load_data(command.data)
-    settings = command.training.model_copy(update=usual_views(command.given, data))
+    settings = command.training.model_copy(update=data.usual_views(command.given))
     if dry_run:
         return {
             "would": "fit",
@@ -117,7 +116,7 @@ def _asked_teacher(
         logger.info("train: --teacher is not used; it serves --mix-target requery and --fidelity on")
         return None
     precision = precision_of(knowledge.knowledge, knowledge.path)
-    found = load_teacher(command.teaching, data, precision, command.machine.device, command.machine.threads)
+    found = load_named(command.teaching, data, precision, command.machine.device, command.machine.threads)
     if compared:
         requery.require_own(found, knowledge)
     return found

@@ -11,7 +11,6 @@ from jaxtyping import Int64
 
 from kcdcache.commands import Result
 from kcdcache.commands.checks import parse_share
-from kcdcache.commands.precompute import load_teacher, precision_of
 from kcdcache.condense import manifest
 from kcdcache.data.datasets import Dataset
 from kcdcache.errors import CorruptionError, SettingsError, require_same
@@ -26,7 +25,7 @@ from kcdcache.store import check as store_check
 from kcdcache.store import identity, log, plan, reader
 from kcdcache.store.identity import Knowledge
 from kcdcache.teacher import precompute, repair, teacher
-from kcdcache.teacher.teacher import Teacher
+from kcdcache.teacher.teacher import Teacher, load_named, precision_of
 
 TOLERANCE = 2e-3
 """largest |recomputed - stored| / (1 + |stored|) that another machine or library version explains: about one unit in
@@ -103,7 +102,7 @@ class Recheck(NamedTuple):
 
 def _teacher(command: VerifyCommand, data: Dataset, knowledge: Knowledge) -> Teacher:
     precision = precision_of(knowledge, command.path)
-    return load_teacher(command.teaching, data, precision, command.device, None)
+    return load_named(command.teaching, data, precision, command.device, None)
 
 
 def _recompute(command: VerifyCommand, knowledge: reader.Store, data: Dataset) -> Recheck:

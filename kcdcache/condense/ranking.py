@@ -12,8 +12,8 @@ from jaxtyping import Float32, Float64, Int64, Integer, UInt32
 
 from kcdcache.condense.manifest import Draft, Facts, Samples, Totals, plain
 from kcdcache.condense.value_files import Block, Source
-from kcdcache.errors import MismatchError, SettingsError
-from kcdcache.settings import CondenseSettings, nearest
+from kcdcache.errors import MismatchError, SettingsError, nearest
+from kcdcache.settings import CondenseSettings
 
 BYTES_A_SAMPLE = 8
 """memory of a ranker"""

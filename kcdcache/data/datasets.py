@@ -4,7 +4,7 @@ import logging
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import distribution
@@ -69,10 +69,13 @@ class Dataset:
     corruption: Corruption = field(default_factory=Corruption)
     """what its spec did to the training split, resolved"""
 
-    @property
-    def usual_views(self) -> Mapping[str, str | int]:
-        """Views that suit this data where the user names none: a mirrored digit is no digit."""
-        return {"augment": "crop", "padding": 2} if self.name.startswith("digits") else {}
+    def usual_views(self, given: Collection[str]) -> dict[str, str | int]:
+        """Return the view settings that suit this data, less those given; none where the user chose how to augment.
+
+        A mirrored digit is no digit.
+        """
+        usual: dict[str, str | int] = {"augment": "crop", "padding": 2} if self.name.startswith("digits") else {}
+        return {} if "augment" in given else {key: value for key, value in usual.items() if key not in given}
 
     @property
     def mean(self) -> tuple[float, ...]:

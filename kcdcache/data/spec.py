@@ -8,8 +8,8 @@ from typing import NamedTuple
 from pydantic import Field
 
 from kcdcache.data.label_noise import SETTINGS_OF, Corruption
-from kcdcache.errors import SettingsError
-from kcdcache.settings import Composed, fields, make, nearest
+from kcdcache.errors import SettingsError, nearest
+from kcdcache.settings import Composed, fields, make
 
 FORMS: Mapping[str, str] = {
     "digits": "digits",

@@ -29,7 +29,7 @@ from kcdcache.export.record import (
     read_samples,
     require_file,
 )
-from kcdcache.methods.registry import Weights
+from kcdcache.methods.run_loss import Weights
 from kcdcache.settings import TrainSettings
 from kcdcache.store import check, log, reader
 from kcdcache.store.identity import read_store_identity

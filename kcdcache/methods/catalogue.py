@@ -10,8 +10,8 @@ from functools import partial
 from pkgutil import resolve_name
 from typing import Any
 
-from kcdcache.errors import SettingsError
-from kcdcache.settings import MethodSettings, nearest
+from kcdcache.errors import SettingsError, nearest
+from kcdcache.settings import MethodSettings
 
 LIGHT_STUDENTS = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
 """students that the methods' authors train with a lower learning rate"""

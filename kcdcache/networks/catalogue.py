@@ -1,4 +1,4 @@
-"""Networks by name without torch: the zoo's table, the check of a name, and where a saved network lies."""
+"""What a network is called, without torch: the names of the zoo, and the files of a saved network."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,8 +6,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from kcdcache.errors import NotFoundError, SettingsError, UnfinishedError
-from kcdcache.settings import nearest
+from kcdcache.errors import NotFoundError, SettingsError, UnfinishedError, nearest
 
 
 def _made(where: str, *arguments: Any) -> Any:

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from kcdcache.errors import SettingsError
+from kcdcache.errors import SettingsError, nearest
 from kcdcache.networks import taps
 from kcdcache.networks.catalogue import NETWORKS, require_known_name
-from kcdcache.settings import nearest
 
 # their training-only second outputs are not logits, and their default initialisation warns
 TORCHVISION_OPTIONS: dict[str, dict[str, Any]] = {

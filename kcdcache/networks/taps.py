@@ -9,12 +9,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kcdcache.errors import SettingsError
+from kcdcache.errors import SettingsError, nearest
 from kcdcache.networks.mobilenet import MobileNetV2
 from kcdcache.networks.resnet import ResNet, ResNet50, WideResNet
 from kcdcache.networks.shufflenet import ShuffleV1, ShuffleV2
 from kcdcache.networks.vgg import VGG
-from kcdcache.settings import nearest
 
 T = TypeVar("T")
 

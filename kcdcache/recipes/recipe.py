@@ -15,13 +15,13 @@ from pydantic import Field
 from kcdcache import settings, statistics
 from kcdcache.commands import COMMANDS, STEPS, Result, TextTable, checks
 from kcdcache.data import spec
-from kcdcache.errors import KcdcacheError, SettingsError
+from kcdcache.errors import KcdcacheError, SettingsError, nearest
 from kcdcache.files import cloud
 from kcdcache.files.atomic import write_atomic
 from kcdcache.files.records import readable_json
 from kcdcache.progress import Progress
 from kcdcache.recipes.jobs import Outcome, execute
-from kcdcache.settings import MachineSettings, RunCommand, Settings, nearest
+from kcdcache.settings import MachineSettings, RunCommand, Settings
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,9 @@ from kcdcache import statistics
 from kcdcache.condense import compare
 from kcdcache.condense.compare import SetCounts
 from kcdcache.data.label_noise import NOISE_SEED
-from kcdcache.errors import SettingsError, printable
+from kcdcache.errors import SettingsError, nearest, printable
 from kcdcache.report.load import Loaded, Run
 from kcdcache.report.show import StoreReport
-from kcdcache.settings import nearest
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """what makes a spreadsheet take a text for a formula"""

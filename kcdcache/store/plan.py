@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kcdcache.errors import CorruptionError, SettingsError
+from kcdcache.errors import CorruptionError, SettingsError, nearest
 from kcdcache.files.records import digest_of
-from kcdcache.settings import nearest
 from kcdcache.store import encoding
 from kcdcache.store.encoding import ArraySpec, Encoding
 from kcdcache.store.log import FieldPlan, PlanRecord

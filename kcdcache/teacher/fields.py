@@ -14,8 +14,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn import functional
 
-from kcdcache.errors import SettingsError
-from kcdcache.settings import nearest
+from kcdcache.errors import SettingsError, nearest
 from kcdcache.store.identity import QUANTILES
 from kcdcache.views.mixing import mix_values
 

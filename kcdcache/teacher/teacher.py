@@ -4,18 +4,20 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast, get_args
 
 import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
+from kcdcache.data.datasets import Dataset
 from kcdcache.errors import MismatchError, UnsafeError, first_difference
 from kcdcache.networks import registry, taps
 from kcdcache.networks.catalogue import saved_network
-from kcdcache.networks.input_transform import InputTransform
+from kcdcache.networks.input_transform import InputTransform, resolve_device, use_threads
 from kcdcache.networks.weights import NetworkRecord, digest_weights, load_into, load_network, load_weights
-from kcdcache.settings import Precision
-from kcdcache.store.identity import TeacherIdentity
+from kcdcache.settings import Precision, TeacherSettings
+from kcdcache.store.identity import Knowledge, TeacherIdentity
 from kcdcache.teacher import fields
 from kcdcache.teacher.fields import aggregated
 
@@ -82,6 +84,40 @@ def load(
     load_into(module, state, where)
     found = freeze(module, transform, spec, classes, device, precision)
     return replace(found, data=learned if isinstance(learned, str) else None)
+
+
+def load_named(
+    named: TeacherSettings, data: Dataset, precision: Precision, device: str, threads: int | None
+) -> Teacher:
+    """Return the teacher that settings name, for this data; raises what `load` does."""
+    assert named.teacher is not None
+    use_threads(threads)
+    return load(
+        named.teacher,
+        weights_path=named.weights,
+        classes=data.classes,
+        mean=named.teacher_mean or data.mean,
+        std=named.teacher_std or data.std,
+        size=named.teacher_size,
+        device=resolve_device(device),
+        precision=precision,
+        channels=len(data.mean),
+    )
+
+
+def precision_of(knowledge: Knowledge, path: Path) -> Precision:
+    """Return the arithmetic of the teacher that the store at `path` was made with.
+
+    Raises:
+        MismatchError: its logits were imported, so that no teacher here can give them again.
+    """
+    made_by = knowledge.teacher
+    if made_by.architecture == "imported" or made_by.precision not in get_args(Precision):
+        raise MismatchError(
+            f"the logits in {path} were imported from elsewhere ({made_by.precision}): no teacher here can give them "
+            "again; use a store that `kcdcache precompute --teacher` made"
+        )
+    return cast(Precision, made_by.precision)
 
 
 def freeze(

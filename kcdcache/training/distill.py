@@ -13,7 +13,7 @@ from kcdcache.condense.schedule import Stage
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.files import cloud
 from kcdcache.files.records import Rate, Sparse, logged, logged_seconds
-from kcdcache.methods import registry as methods_registry
+from kcdcache.methods import run_loss
 from kcdcache.networks import registry as networks_registry
 from kcdcache.networks.input_transform import resolve_device
 from kcdcache.progress import Progress, silent
@@ -270,8 +270,8 @@ def _checked(settings: TrainSettings, material: Material) -> tuple[str, ...]:
     if material.given is not None:
         manifest.require_usable(material.given, knowledge.skipped)
     networks_registry.require_known(settings.student, len(data.classes), len(data.mean))
-    fields = methods_registry.reads(settings, settings.student, knowledge.knowledge, data)
-    methods_registry.require_fields(fields, knowledge.kept, settings, settings.student)
+    fields = run_loss.reads(settings, settings.student, knowledge.knowledge, data)
+    run_loss.require_fields(fields, knowledge.kept, settings, settings.student)
     return fields
 
 

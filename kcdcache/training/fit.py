@@ -8,7 +8,7 @@ from kcdcache.condense.manifest import Samples
 from kcdcache.data.datasets import Dataset
 from kcdcache.files import run_files
 from kcdcache.files.records import logged, logged_seconds
-from kcdcache.methods import registry as methods_registry
+from kcdcache.methods import run_loss
 from kcdcache.networks import registry as networks_registry
 from kcdcache.progress import Progress, silent
 from kcdcache.runs.folder import RunFolder
@@ -59,8 +59,8 @@ def run(
             logger.info("fit: %s is finished already", out)
             return read_summary(out)
         group.wait()
-        weights = methods_registry.weights_of(MethodSettings(method="ce"), settings.label_smoothing)
-        pupil = learner.new_learner(model, data, settings, methods_registry.Loss(weights, {}), where, group=group)
+        weights = run_loss.weights_of(MethodSettings(method="ce"), settings.label_smoothing)
+        pupil = learner.new_learner(model, data, settings, run_loss.Loss(weights, {}), where, group=group)
         source = _source(data, settings)
         sampler = Sampler(manifest=source.manifest, optimizer=settings)
         loop = Loop(

@@ -12,7 +12,7 @@ from kcdcache.condense import values
 from kcdcache.data.datasets import Dataset
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.methods.losses import entropy
-from kcdcache.methods.registry import Loss
+from kcdcache.methods.run_loss import Loss
 from kcdcache.networks import registry, taps, weights
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.runs.folder import RunFolder

@@ -11,7 +11,7 @@ from kcdcache.condense.manifest import Manifest
 from kcdcache.condense.schedule import Stage
 from kcdcache.data.datasets import Dataset
 from kcdcache.files import run_files
-from kcdcache.methods import registry
+from kcdcache.methods import run_loss
 from kcdcache.methods.base import Pair
 from kcdcache.progress import Progress, silent
 from kcdcache.runs.folder import RunFolder
@@ -74,8 +74,8 @@ def run_stage(run: Run, stage: Stage, chosen: Manifest, mixes: Path | None, unti
         NonFiniteError: the loss diverged.
     """
     settings, material = run.settings, run.material
-    weights = registry.weights_of(settings, settings.label_smoothing)
-    loss = registry.make_loss(weights, lambda: _pair(run, chosen))
+    weights = run_loss.weights_of(settings, settings.label_smoothing)
+    loss = run_loss.make_loss(weights, lambda: _pair(run, chosen))
     count, starts = material.knowledge.knowledge.data.count, SAMPLING[settings.sampling].values
     record = ValueRecord(count, settings, run.device, starts=starts)
     pupil = learner.new_learner(settings.student, material.data, settings, loss, run.device, record, run.group)
@@ -121,7 +121,7 @@ def views_used(start: int, stop: int, count: int) -> tuple[int, ...]:
 def _pair(run: Run, chosen: Manifest) -> Pair:
     settings, data, knowledge = run.settings, run.material.data, run.material.knowledge
     known = read_parameters(knowledge.path, knowledge.knowledge)
-    return registry.pair_of(
+    return run_loss.pair_of(
         settings, settings.student, knowledge.knowledge, data, chosen.index, settings.seed, known,
         settings.label_smoothing,
     )  # fmt: skip

@@ -14,8 +14,8 @@ from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
 from kcdcache import rng
-from kcdcache.errors import MismatchError, SettingsError
-from kcdcache.settings import ViewRule, ViewSettings, nearest
+from kcdcache.errors import MismatchError, SettingsError, nearest
+from kcdcache.settings import ViewRule, ViewSettings
 
 Index = TypeVar("Index", np.ndarray, Tensor)
 Images = UInt8[Tensor, "batch _ _ c"] | list[UInt8[Tensor, "_ _ _"]]

@@ -15,7 +15,7 @@ from measure import alternating, median, ratio, started, write
 from torch.nn import functional
 
 from kcdcache.condense import manifest
-from kcdcache.methods import registry as methods
+from kcdcache.methods import run_loss
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.settings import MethodSettings, OptimizerSettings
@@ -53,7 +53,7 @@ def run_of(given, source, student, method, name, values):
     """A run of one student; `values` says whether it records the value of every sample, as `train` does."""
     settings, dataset = settings_of(given), source.data
     record = learner.ValueRecord(len(dataset.train), MethodSettings(), CPU) if values else None
-    loss = methods.Loss(methods.weights_of(MethodSettings(method=method)), {})
+    loss = run_loss.Loss(run_loss.weights_of(MethodSettings(method=method)), {})
     pupil = learner.new_learner(student, dataset, settings, loss, CPU, record)
     return Run(pupil, source, settings, given.folder / "runs" / name)
 

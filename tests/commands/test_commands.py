@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from pupils import SCHOOL, SPEC, command, executed, school
 
-from kcdcache.commands import checks, precompute, train
+from kcdcache.commands import checks, train
 from kcdcache.condense import schedule
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError
 from kcdcache.export import condensed_set
@@ -12,7 +12,7 @@ from kcdcache.methods import catalogue
 from kcdcache.runs import state
 from kcdcache.settings import TrainCommand, make
 from kcdcache.store import encoding, identity
-from kcdcache.teacher import fields
+from kcdcache.teacher import fields, teacher
 
 
 @pytest.fixture(scope="module")
@@ -123,13 +123,13 @@ def test_the_listing_tells_the_recipe_of_the_pair(student, kd, reviewkd):
 
 def test_digits_are_cropped_where_no_views_are_named():
     data = condensed_set.load_data(SPEC)
-    assert precompute.usual_views({"epochs"}, data) == {"augment": "crop", "padding": 2}
-    assert precompute.usual_views({"padding"}, data) == {"augment": "crop"}
-    assert precompute.usual_views({"augment"}, data) == {}
+    assert data.usual_views({"epochs"}) == {"augment": "crop", "padding": 2}
+    assert data.usual_views({"padding"}) == {"augment": "crop"}
+    assert data.usual_views({"augment"}) == {}
 
 
 def test_imported_logits_have_no_teacher_to_ask_but_a_store_has_one_of_its_precision(place, tmp_path):
-    assert precompute.precision_of(place.knowledge.knowledge, place.knowledge.path) == "float32"
+    assert teacher.precision_of(place.knowledge.knowledge, place.knowledge.path) == "float32"
     np.save(tmp_path / "logits.npy", np.eye(10, dtype=np.float32)[place.data.train.labels])
     imported = import_from(tmp_path / "logits.npy", tmp_path / "store")["store"]
     with pytest.raises(MismatchError, match=r"the logits in .* were imported from elsewhere \(float32\)"):

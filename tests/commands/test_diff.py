@@ -7,7 +7,7 @@ from commands import alone, failure, outcome
 from exports import exporting, prepared
 from pupils import SPEC, executed
 
-from kcdcache.commands import results
+from kcdcache.commands import artifacts
 from kcdcache.condense import manifest
 from kcdcache.condense.compare import compare
 from kcdcache.errors import NotFoundError
@@ -51,7 +51,7 @@ def test_the_table_has_a_line_a_stage_and_no_torch_is_loaded(place):
     assert (done.returncode, done.stderr) == (0, "loaded: scipy\n")
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[2:6]] == ["stage", "0", "1", "2"]
-    assert lines[2].split()[1:] == list(results.COLUMNS)
+    assert lines[2].split()[1:] == list(artifacts.COLUMNS)
     assert lines[3].split()[1:4] == ["200", "200", "200"]
 
 

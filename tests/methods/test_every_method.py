@@ -16,7 +16,7 @@ from lessons import CPU, condensed, digits, opinionated, precomputed
 from pupils import BrokenOffError, distilled, leftovers, lines, promised, same_files, same_tensors, stop_after
 from safetensors import safe_open
 
-from kcdcache.methods import registry as methods_registry
+from kcdcache.methods import run_loss
 from kcdcache.methods.catalogue import METHODS
 from kcdcache.networks import registry as networks_registry
 from kcdcache.networks.input_transform import InputTransform
@@ -57,7 +57,7 @@ class World:
         wanted = dict.fromkeys(
             name
             for method in CACHED
-            for name in methods_registry.reads(settings_of(method), STUDENT, bare.knowledge, self.data)
+            for name in run_loss.reads(settings_of(method), STUDENT, bare.knowledge, self.data)
         )
         self.root, self.fields = root, ("logits", *(name for name in wanted if name != "logits"))
         self.stores = {
@@ -107,9 +107,9 @@ def pupil_of(world, name, kept=None, **changes):
     kept = np.arange(TRAIN) if kept is None else kept
     identity = world.stores["float32"].knowledge
     known = read_parameters(world.stores["float32"].path, identity)
-    loss = methods_registry.make_loss(
-        methods_registry.weights_of(chosen),
-        lambda: methods_registry.pair_of(chosen, STUDENT, identity, world.data, kept, 0, known),
+    loss = run_loss.make_loss(
+        run_loss.weights_of(chosen),
+        lambda: run_loss.pair_of(chosen, STUDENT, identity, world.data, kept, 0, known),
     )
     return learner.new_learner(STUDENT, world.data, RECIPE, loss, CPU)
 

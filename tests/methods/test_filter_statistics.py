@@ -15,7 +15,7 @@ from reference import array, close, drawn, tensor
 from kcdcache import settings as settings_
 from kcdcache.errors import CorruptionError, MismatchError, SettingsError
 from kcdcache.files.records import sealed_json
-from kcdcache.methods import registry as methods_registry
+from kcdcache.methods import run_loss
 from kcdcache.methods.filter_statistics import FilterStatistics, PooledDistributions, recoded_divergence
 from kcdcache.networks import registry as networks_registry
 from kcdcache.networks import taps
@@ -101,7 +101,7 @@ def seen_by(network, term):
     """What a student of that network shows a term, through the learner itself."""
     pupil = Learner(
         network=network, transform=InputTransform((0.5,) * 3, (0.25,) * 3), device=CPU,
-        loss=methods_registry.Loss(methods_registry.weights_of(MethodSettings(method="kr")), {"kr": term}),
+        loss=run_loss.Loss(run_loss.weights_of(MethodSettings(method="kr")), {"kr": term}),
         optimizer=make_optimizer(network.parameters(), OptimizerSettings()),
     )  # fmt: skip
     return pupil.outputs(torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(3)))
@@ -281,7 +281,7 @@ def test_for_asks_precompute_for_the_record_and_a_dry_run_writes_none(world):
     precompute.run(settings, world.data, world.network, world.root / "dry", dry_run=True)
     assert not (world.root / "dry").exists()
     chosen = MethodSettings(method="kd+kr+kr_activations")
-    found = methods_registry.reads(chosen, "resnet8", store_of(world, "plain")[0].knowledge, world.data)
+    found = run_loss.reads(chosen, "resnet8", store_of(world, "plain")[0].knowledge, world.data)
     assert found == ("logits", "pooled:stage1", "pooled:stage2", "pooled:stage3", "parameters")
 
 

@@ -13,7 +13,7 @@ from kcdcache.errors import SettingsError
 from kcdcache.methods.base import hard_term
 from kcdcache.methods.logits import decoupled, entropy_weights
 from kcdcache.methods.losses import logit_divergence, soft_divergence
-from kcdcache.methods.registry import basic, weights_of
+from kcdcache.methods.run_loss import basic, weights_of
 from kcdcache.settings import MethodSettings
 
 LABELS = torch.tensor([0, 2, 5, 5, 1])

@@ -12,7 +12,7 @@ from pupils import same_tensors, weights_of
 from reference import array, close
 
 from kcdcache.errors import SettingsError
-from kcdcache.methods import registry as methods_registry
+from kcdcache.methods import run_loss
 from kcdcache.methods.base import Term
 from kcdcache.networks import registry as networks_registry
 from kcdcache.networks.registry import tap_shapes
@@ -176,8 +176,8 @@ class Curious(Term):
 
 @pytest.mark.parametrize("taps", [("input",), ("stage1", "input", "penultimate")])
 def test_the_tap_input_is_what_the_network_is_given(taps):
-    weights = methods_registry.weights_of(MethodSettings(method="ce"))
-    loss = methods_registry.Loss(weights, {"a": Curious(taps)})
+    weights = run_loss.weights_of(MethodSettings(method="ce"))
+    loss = run_loss.Loss(weights, {"a": Curious(taps)})
     pupil = learner.new_learner("resnet8", digits(), OptimizerSettings(), loss, CPU)
     pixels, given = torch.rand(3, 3, 16, 16), []
     pupil.network.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0].clone()))
@@ -186,5 +186,5 @@ def test_the_tap_input_is_what_the_network_is_given(taps):
     assert torch.equal(seen["input"], pupil.transform(pixels))
     assert len(given) == 1
     assert torch.equal(seen["input"], given[0])
-    pupil.loss = methods_registry.Loss(weights, {})
+    pupil.loss = run_loss.Loss(weights, {})
     assert set(pupil.outputs(pixels)) == {"logits"}

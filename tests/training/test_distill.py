@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from kcdcache.condense import manifest, value_files
 from kcdcache.condense.schedule import expected_cost, kept_count, plan
 from kcdcache.errors import MismatchError, SettingsError
-from kcdcache.methods import registry as methods_registry
+from kcdcache.methods import run_loss
 from kcdcache.networks import registry, weights
 from kcdcache.runs.state import read_metrics, read_summary
 from kcdcache.settings import TrainSettings
@@ -79,7 +79,7 @@ def test_defaults_are_the_papers_recipe():
     plain = TrainSettings()
     assert (plain.epochs, plain.batch_size, plain.learning_rate, plain.momentum) == (240, 64, 0.05, 0.9)
     assert (plain.weight_decay, plain.keep, plain.stages, plain.cost_exponent) == (5e-4, 0.7, 6, 0.03)
-    resolved = methods_registry.weights_of(plain)
+    resolved = run_loss.weights_of(plain)
     assert (resolved.gamma, resolved.alpha, resolved.temperature) == (0.1, 0.9, 4.0)
 
 

@@ -12,7 +12,7 @@ from lessons import CPU, TinyNet, condensed, digits, precomputed, teacher_of
 from torch import nn
 
 from kcdcache.errors import MismatchError, NonFiniteError
-from kcdcache.methods import registry
+from kcdcache.methods import run_loss
 from kcdcache.methods.losses import entropy
 from kcdcache.runs.folder import RunFolder
 from kcdcache.runs.state import load_checkpoint
@@ -24,7 +24,7 @@ from kcdcache.training.sampling import Sampler
 
 STUDENT = "lessons:TinyNet"
 EPOCHS, STEPS = 3, 5
-KD = registry.weights_of(MethodSettings())
+KD = run_loss.weights_of(MethodSettings())
 
 
 class StoppedError(Exception):
@@ -49,7 +49,7 @@ def settings_of(**changes):
 
 def pupil_of(world, chosen, student=STUDENT, device=CPU, **recording):
     record = ValueRecord(len(world.data.train), MethodSettings(record_decay=0.75, **recording), device)
-    return learner.new_learner(student, world.data, chosen, registry.Loss(KD, {}), device, record)
+    return learner.new_learner(student, world.data, chosen, run_loss.Loss(KD, {}), device, record)
 
 
 def train(

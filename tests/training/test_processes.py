@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from kcdcache.condense import manifest, value_files
 from kcdcache.errors import SettingsError
-from kcdcache.methods import registry
+from kcdcache.methods import run_loss
 from kcdcache.settings import MethodSettings, OptimizerSettings
 from kcdcache.store import reader
 from kcdcache.training import batches, learner, processes, requery
@@ -27,7 +27,7 @@ from kcdcache.training.processes import Group
 from kcdcache.training.sampling import Sampler
 
 CPU = torch.device("cpu")
-CE = registry.Loss(registry.weights_of(MethodSettings(method="ce")), {})
+CE = run_loss.Loss(run_loss.weights_of(MethodSettings(method="ce")), {})
 UNEVEN = 33
 """batch size that leaves two samples of 200 to the last batch, which is none for two of four processes"""
 TRAIN = {"data": SPEC, "epochs": 4, "stages": 2, "batch_size": UNEVEN, "keep": 0.6, "threads": 1}

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from kcdcache import rng, settings
 from kcdcache.condense import manifest
-from kcdcache.methods import registry
+from kcdcache.methods import run_loss
 from kcdcache.runs import folder
 from kcdcache.settings import OptimizerSettings
 from kcdcache.store import reader
@@ -27,7 +27,7 @@ from kcdcache.views import rules
 
 FIELDS = ("logits",)
 VIEWS, EPOCHS, BATCH, SEED = 2, 4, 28, 11
-WEIGHTS = registry.weights_of(settings.MethodSettings())
+WEIGHTS = run_loss.weights_of(settings.MethodSettings())
 TEMPERATURE = WEIGHTS.temperature
 RECIPE = OptimizerSettings(epochs=EPOCHS, batch_size=BATCH, seed=SEED, learning_rate=0.02, checkpoint_seconds=1e9)
 ENCODINGS = ("float16", "top:4", "top:10")
@@ -113,7 +113,7 @@ def connected(world, knowledge=None, chosen=None, target="linear_prob", requerie
 
 
 def new_pupil(world):
-    return learner.new_learner("resnet8", world.data, RECIPE, registry.Loss(WEIGHTS, {}), CPU)
+    return learner.new_learner("resnet8", world.data, RECIPE, run_loss.Loss(WEIGHTS, {}), CPU)
 
 
 def epoch_of(source, epoch):
@@ -247,7 +247,7 @@ def test_losses_with_other_encodings_differ_as_their_targets_do(world, coarser, 
         for stored, now in zip(epoch_of(source, 1), epoch_of(live, 1), strict=True):
             with torch.no_grad():
                 logits = pupil.network(pupil.transform(stored.pixels))
-            found, expected = (registry.basic(logits, batch, WEIGHTS).double() for batch in (stored, now))
+            found, expected = (run_loss.basic(logits, batch, WEIGHTS).double() for batch in (stored, now))
             p, q = now.probabilities.double(), stored.probabilities.double()
             entropies = [-(x * x.clamp_min(1e-300).log()).sum(1) for x in (p, q)]
             steepest = torch.log_softmax(logits.double() / TEMPERATURE, 1).abs().amax(1)
