@@ -11,11 +11,18 @@ from kcdcache.data import datasets
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.progress import silent
-from kcdcache.settings import CondenseSettings, PrecomputeSettings
+from kcdcache.settings import CondenseSettings, MachineSettings, PrecomputeSettings
 from kcdcache.store import reader
 from kcdcache.teacher import precompute, teacher
 
 CPU = torch.device("cpu")
+
+
+def on_cpu(**more):
+    return MachineSettings(device="cpu", **more)
+
+
+ON_CPU = on_cpu()
 TRAIN, TEST, CLASSES = 150, 40, 10
 
 

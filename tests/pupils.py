@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from lessons import CPU, digits, precomputed, teacher_of
+from lessons import CPU, ON_CPU, digits, precomputed, teacher_of
 from torch.nn import functional
 
 from kcdcache import rng
@@ -62,7 +62,7 @@ def distilled(school, out, given=None, run=None, **changes):
     asked = school.network if wanted.mix_target == "requery" else None
     knowledge = reader.open(school.knowledge.path)
     material = distill.Material(data=school.data, knowledge=knowledge, given=given, teacher=asked)
-    return distill.run(wanted, material, out=out, device="cpu", **(run or {})).document()
+    return distill.run(wanted, material, out=out, **({"machine": ON_CPU} | (run or {}))).document()
 
 
 def once(school):

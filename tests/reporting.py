@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import numpy as np
-from lessons import CPU, opinionated, precomputed
+from lessons import CPU, ON_CPU, opinionated, precomputed
 from PIL import Image
 
 from kcdcache import settings
@@ -32,11 +32,11 @@ def grid(root):
     folder = root / "runs <script>"
     precomputed(folder / "store", dataset, frozen)
     plain = settings.FitSettings(epochs=2, batch_size=32)
-    fit.run(plain, data=dataset, model="lessons:TinyNet", out=folder / "base-seed0", device="cpu")
+    fit.run(plain, data=dataset, model="lessons:TinyNet", out=folder / "base-seed0", machine=ON_CPU)
     material = distill.Material(data=dataset, knowledge=reader.open(folder / "store"))
     for name, seed in ROWS_OF_RUNS.items():
         chosen = SCHOOL | {"seed": seed, "keep": 1.0 if name.startswith("kd") else 0.5}
-        distill.run(settings.TrainSettings(**chosen), material, out=folder / name, device="cpu")
+        distill.run(settings.TrainSettings(**chosen), material, out=folder / name, machine=ON_CPU)
     rows = [{"step": step, "title": title} for step, title in ROWS.items()]
     runs = [{"step": "store", "seed": None, "kind": "store", "seconds": 1.25}]
     runs += [{"step": name.split("-")[0], "seed": seed, "kind": "train"} for name, seed in ROWS_OF_RUNS.items()]

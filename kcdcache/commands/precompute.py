@@ -29,7 +29,7 @@ def run(command: PrecomputeCommand, progress: Progress = silent, dry_run: bool =
     if command.from_logits is not None:
         return precompute.import_logits(settings, data, command.from_logits, command.store, progress, dry_run=dry_run)
     settings = settings.model_copy(update=data.usual_views(command.given))
-    teacher = teachers.load_named(command.teaching, data, settings.teacher_precision, machine.device, machine.threads)
+    teacher = teachers.load_named(command.teaching, data, settings.teacher_precision, machine)
     if command.for_ is not None:
         rule = rules.rule_from(settings, data.train.image_size)
         planned = Knowledge(teacher=teacher.identity, data=data.identity(), views=rule)

@@ -39,10 +39,15 @@ def fit(command: FitCommand, progress: Progress = silent, dry_run: bool = False)
             "out": str(command.out),
             **data.corrupted(),
         }
-    more = command.machine.model_dump()
     with processes.group_of() as group:
         made = fitting.run(
-            settings, data=data, model=command.model, out=command.out, group=group, progress=progress, **more
+            settings,
+            data=data,
+            model=command.model,
+            out=command.out,
+            group=group,
+            machine=command.machine,
+            progress=progress,
         )
     return made.document()
 
@@ -57,10 +62,15 @@ def run(command: TrainCommand, progress: Progress = silent, dry_run: bool = Fals
         logger.warning(FEW_VIEWS, material.knowledge.views, settings.epochs)
     if dry_run:
         return _planned_stages(settings, material, command.out)
-    more = command.machine.model_dump()
     with processes.group_of() as group:
         made = distill.run(
-            settings, material, out=command.out, until=command.until, group=group, progress=progress, **more
+            settings,
+            material,
+            out=command.out,
+            until=command.until,
+            group=group,
+            machine=command.machine,
+            progress=progress,
         )
     return made.document()
 
@@ -116,7 +126,7 @@ def _asked_teacher(
         logger.info("train: --teacher is not used; it serves --mix-target requery and --fidelity on")
         return None
     precision = precision_of(knowledge.knowledge, knowledge.path)
-    found = load_named(command.teaching, data, precision, command.machine.device, command.machine.threads)
+    found = load_named(command.teaching, data, precision, command.machine)
     if compared:
         requery.require_own(found, knowledge)
     return found

@@ -20,7 +20,7 @@ from kcdcache.networks import weights
 from kcdcache.progress import Progress, silent
 from kcdcache.report import show
 from kcdcache.runs import check as runs_check
-from kcdcache.settings import VerifyCommand, make
+from kcdcache.settings import MachineSettings, VerifyCommand, make
 from kcdcache.store import check as store_check
 from kcdcache.store import identity, log, plan, reader
 from kcdcache.store.identity import Knowledge
@@ -102,7 +102,7 @@ class Recheck(NamedTuple):
 
 def _teacher(command: VerifyCommand, data: Dataset, knowledge: Knowledge) -> Teacher:
     precision = precision_of(knowledge, command.path)
-    return load_named(command.teaching, data, precision, command.device, None)
+    return load_named(command.teaching, data, precision, MachineSettings(device=command.device))
 
 
 def _recompute(command: VerifyCommand, knowledge: reader.Store, data: Dataset) -> Recheck:

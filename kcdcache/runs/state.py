@@ -52,8 +52,10 @@ from kcdcache.files.records import (
     readable_json,
     sealed_json,
 )
+from kcdcache.networks.input_transform import resolve_device
 from kcdcache.networks.weights import MOST_HEADER_BYTES
 from kcdcache.runs.folder import RunFolder
+from kcdcache.settings import MachineSettings
 
 RECORD_KEY = "kcdcache"
 VOLATILE = ("seconds", "images_per_second", "store_teacher_forwards")
@@ -245,30 +247,28 @@ def session(
     folder: RunFolder,
     settings: Mapping[str, Any],
     inputs: Inputs,
-    *,
-    device: torch.device,
-    threads: int | None,
-    allow_env_change: bool,
-    processes: int = 1,
-) -> Iterator[None]:
-    """Hold a run's folder for training: lock it, begin or continue its record, put its thread count in force.
+    machine: MachineSettings,
+    processes: int,
+) -> Iterator[torch.device]:
+    """Hold a run's folder for training: lock it, begin or continue its record, set its thread count; yield the device.
 
     Raises:
         LockedError: another process trains here.
         SettingsError, MismatchError: the folder holds another run, or this machine is not the run's.
     """
+    device = resolve_device(machine.device)
     require_no_links(folder.path)
     with locked(folder.lock):
         record = start(folder, settings, inputs)
         _remove_other_checkpoints(folder)  # a kill may fall between a new checkpoint and the old one's removal
         before = torch.get_num_threads()
-        wanted = threads or (record.latest.threads if record else before)
+        wanted = machine.threads or (record.latest.threads if record else before)
         torch.set_num_threads(wanted)
         try:
             now = Environment(**environment(device, wanted, processes))
             began = record or RunRecord(settings=dict(settings), inputs=inputs, environment=now, changes=[])
-            _go_on(folder, began, now, allow_env_change)
-            yield
+            _go_on(folder, began, now, machine.allow_env_change)
+            yield device
         finally:
             torch.set_num_threads(before)
 

@@ -16,7 +16,7 @@ from kcdcache.networks import registry, taps
 from kcdcache.networks.catalogue import saved_network
 from kcdcache.networks.input_transform import InputTransform, resolve_device, use_threads
 from kcdcache.networks.weights import NetworkRecord, digest_weights, load_into, load_network, load_weights
-from kcdcache.settings import Precision, TeacherSettings
+from kcdcache.settings import MachineSettings, Precision, TeacherSettings
 from kcdcache.store.identity import Knowledge, TeacherIdentity
 from kcdcache.teacher import fields
 from kcdcache.teacher.fields import aggregated
@@ -86,12 +86,10 @@ def load(
     return replace(found, data=learned if isinstance(learned, str) else None)
 
 
-def load_named(
-    named: TeacherSettings, data: Dataset, precision: Precision, device: str, threads: int | None
-) -> Teacher:
+def load_named(named: TeacherSettings, data: Dataset, precision: Precision, machine: MachineSettings) -> Teacher:
     """Return the teacher that settings name, for this data; raises what `load` does."""
     assert named.teacher is not None
-    use_threads(threads)
+    use_threads(machine.threads)
     return load(
         named.teacher,
         weights_path=named.weights,
@@ -99,7 +97,7 @@ def load_named(
         mean=named.teacher_mean or data.mean,
         std=named.teacher_std or data.std,
         size=named.teacher_size,
-        device=resolve_device(device),
+        device=resolve_device(machine.device),
         precision=precision,
         channels=len(data.mean),
     )

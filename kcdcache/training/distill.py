@@ -20,11 +20,11 @@ from kcdcache.progress import Progress, silent
 from kcdcache.runs import state
 from kcdcache.runs.folder import RunFolder
 from kcdcache.runs.state import Inputs, Summary, load_checkpoint, read_record, read_summary, write_manifest
-from kcdcache.settings import TrainSettings, recorded
+from kcdcache.settings import MachineSettings, TrainSettings, recorded
 from kcdcache.store import check, identity, reader
 from kcdcache.store.reader import Store
 from kcdcache.training import evaluation, requery
-from kcdcache.training.processes import ALONE, Group, session
+from kcdcache.training.processes import ALONE, DEFAULT_MACHINE, Group, session
 from kcdcache.training.stage import Material, Run, run_stage, views_used
 
 logger = logging.getLogger(__name__)
@@ -49,9 +49,7 @@ def run(
     *,
     out: Path,
     until: int | None = None,
-    device: str = "auto",
-    threads: int | None = None,
-    allow_env_change: bool = False,
+    machine: MachineSettings = DEFAULT_MACHINE,
     group: Group = ALONE,
     progress: Progress = silent,
 ) -> Summary | Stopped:
@@ -72,12 +70,10 @@ def run(
     views = _views(settings, material, folder)
     record = recorded(settings), _inputs(material, views, fields)
     stages = planned(settings, material)
-    with session(
-        folder, *record, group, device=device, threads=threads, allow_env_change=allow_env_change
-    ) as where:  # fmt: skip
+    with session(folder, *record, machine, group) as where:
         if where is None:
             logger.info("train: %s is finished already", out)
-            return _measured_later(settings, material, folder, device) if group.first else read_summary(out)
+            return _measured_later(settings, material, folder, machine) if group.first else read_summary(out)
         going = Run(
             settings=_within_given(settings, material),
             material=material,
@@ -247,14 +243,16 @@ def _summary(run: Run, exported: Path) -> Summary:
     )
 
 
-def _measured_later(settings: TrainSettings, material: Material, folder: RunFolder, device: str) -> Summary:
+def _measured_later(
+    settings: TrainSettings, material: Material, folder: RunFolder, machine: MachineSettings
+) -> Summary:
     """Return a finished run's summary, after measuring what is asked for now and was not then."""
     found, data, knowledge, teacher = read_summary(folder.path), material.data, material.knowledge, material.teacher
     sought = {"accuracy_train"} | ({"agreement_test"} if teacher is not None else set())
     if not evaluation.fidelity_wanted(settings, data, knowledge) or sought <= found.model_fields_set:
         return found
     logger.info("train: measuring the finished student in %s", folder.path)
-    measured = evaluation.fidelity(settings, data, knowledge, teacher, folder, resolve_device(device))
+    measured = evaluation.fidelity(settings, data, knowledge, teacher, folder, resolve_device(machine.device))
     state.write_summary(folder, Summary(**found.document() | measured))
     return read_summary(folder.path)
 

@@ -13,11 +13,11 @@ from kcdcache.networks import registry as networks_registry
 from kcdcache.progress import Progress, silent
 from kcdcache.runs.folder import RunFolder
 from kcdcache.runs.state import Inputs, Summary, outcome, read_summary, write_summary
-from kcdcache.settings import FitSettings, MethodSettings
+from kcdcache.settings import FitSettings, MachineSettings, MethodSettings
 from kcdcache.training import learner
 from kcdcache.training.batches import Source
 from kcdcache.training.loop import Loop
-from kcdcache.training.processes import ALONE, Group, session
+from kcdcache.training.processes import ALONE, DEFAULT_MACHINE, Group, session
 from kcdcache.training.sampling import Sampler
 from kcdcache.views import rules
 
@@ -33,9 +33,7 @@ def run(
     data: Dataset,
     model: str,
     out: Path,
-    device: str = "auto",
-    threads: int | None = None,
-    allow_env_change: bool = False,
+    machine: MachineSettings = DEFAULT_MACHINE,
     group: Group = ALONE,
     progress: Progress = silent,
 ) -> Summary:
@@ -52,9 +50,7 @@ def run(
     folder = RunFolder(path=out)
     document = settings.model_dump(mode="json", exclude=NEUTRAL) | {"model": model}
     inputs = Inputs(data=data.identity().digest, test=data.test.digest())
-    with session(
-        folder, document, inputs, group, device=device, threads=threads, allow_env_change=allow_env_change
-    ) as where:  # fmt: skip
+    with session(folder, document, inputs, machine, group) as where:
         if where is None:
             logger.info("fit: %s is finished already", out)
             return read_summary(out)

@@ -16,6 +16,7 @@ from kcdcache.errors import KcdcacheError, SettingsError, UnfinishedError
 from kcdcache.networks.input_transform import resolve_device, use_threads
 from kcdcache.runs import state
 from kcdcache.runs.folder import RunFolder
+from kcdcache.settings import MachineSettings
 
 
 class Share(NamedTuple):
@@ -112,6 +113,7 @@ class Group:
 
 
 ALONE = Group()
+DEFAULT_MACHINE = MachineSettings()
 
 
 @contextmanager
@@ -119,11 +121,8 @@ def session(
     folder: RunFolder,
     settings: Mapping[str, Any],
     inputs: state.Inputs,
+    machine: MachineSettings,
     group: Group,
-    *,
-    device: str,
-    threads: int | None,
-    allow_env_change: bool,
 ) -> Iterator[torch.device | None]:
     """Hold a run's folder while a group trains there; yield the device, or None where the run is finished already.
 
@@ -139,15 +138,11 @@ def session(
             state.start(folder, settings, inputs)
         yield None
     elif group.first:
-        where = resolve_device(device)
-        with state.session(
-            folder, settings, inputs, device=where, threads=threads, allow_env_change=allow_env_change,
-            processes=group.world,
-        ):  # fmt: skip
-            yield where
+        with state.session(folder, settings, inputs, machine, group.world) as device:
+            yield device
     else:
-        use_threads(threads)
-        yield resolve_device(device)
+        use_threads(machine.threads)
+        yield resolve_device(machine.device)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from damaging import files_of, read_manifest, read_run, read_store, read_values
-from lessons import CPU, condensed, digits, precomputed
+from lessons import CPU, condensed, digits, on_cpu, precomputed
 from stores import creating, finish, form, knowledge, make, small_parts, write_part
 
 from kcdcache.condense import manifest, value_files
@@ -71,7 +71,7 @@ def write_learning(root):
     """A fitted network, a store it made of digits, condensed sets, values, and runs that learned from them."""
     data = digits(TRAIN, TEST)
     fitting = FitSettings(augment="crop", padding=2, epochs=2, batch_size=32)
-    fit.run(fitting, data=data, model="lessons:TinyNet", out=root / "fitted", device="cpu", threads=1)
+    fit.run(fitting, data=data, model="lessons:TinyNet", out=root / "fitted", machine=on_cpu(threads=1))
     network = teacher_in(root, data)
     known = precomputed(root / "stores/digits", data, network, views=2, encoding="float16")
     (root / "manifests").mkdir()
@@ -100,13 +100,13 @@ def teacher_in(root, data):
     )  # fmt: skip
 
 
-def train(root, out, name, **how):
-    """Train, or continue, one of the runs; `how` are further arguments of `distill.run`; return the summary."""
+def train(root, out, name, **more):
+    """Train, or continue, one of the runs; `more` says how; return the summary."""
     data = digits(TRAIN, TEST)
     asked = teacher_in(root, data) if name == "requery" else None
     material = distill.Material(data=data, knowledge=reader.open(root / "stores/digits"), given=None, teacher=asked)
     settings = TrainSettings(**STUDENT, **RUNS[name])
-    return distill.run(settings, material, out=out, device="cpu", **({"threads": 1} | how))
+    return distill.run(settings, material, out=out, machine=on_cpu(threads=1, **more))
 
 
 def requeried(root):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from lessons import CPU, TinyNet, digits, precomputed
+from lessons import CPU, ON_CPU, TinyNet, digits, precomputed
 from pairs import batch_of, published_pair
 from reference import array, close, drawn, tensor
 
@@ -215,7 +215,7 @@ def test_a_run_without_the_record_says_how_to_add_it(world):
     settings = TrainSettings(student="resnet8", method="kd+kr", epochs=2, stages=1)
     message = "reads logits, parameters; the store lacks parameters and holds logits. Add"
     with pytest.raises(MismatchError, match=message):
-        distill.run(settings, material, out=world.root / "no", device="cpu")
+        distill.run(settings, material, out=world.root / "no", machine=ON_CPU)
     assert not (world.root / "no").exists()
 
 
@@ -225,7 +225,7 @@ def test_a_run_learns_with_it_through_a_condensation(world):
     )
     held, _ = store_of(world, "kept", "parameters")
     material = distill.Material(data=world.data, knowledge=held, teacher=world.network)
-    assert distill.run(settings, material, out=world.root / "run", device="cpu").finished
+    assert distill.run(settings, material, out=world.root / "run", machine=ON_CPU).finished
     record = json.loads((world.root / "run" / "run.json").read_text())
     assert "kr_lambda" not in record["settings"]
     recorded = settings_.recorded(TrainSettings(kr_lambda=0.3))

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from lessons import ON_CPU
 from PIL import Image
 from reporting import CLASSES, ROWS, ROWS_OF_RUNS, SCHOOL, TITLE, Page, grid
 from stores import content
@@ -337,7 +338,7 @@ def flip(file):
 
 def test_unfinished_damaged_and_missing_runs_are_told_and_the_rest_stands(place, copy, tmp_path):
     material = distill.Material(data=datasets.load(place.data), knowledge=reader.open(copy / "store"))
-    distill.run(settings.TrainSettings(**SCHOOL), material, out=copy / "kcd-seed9", until=3, device="cpu")
+    distill.run(settings.TrainSettings(**SCHOOL), material, out=copy / "kcd-seed9", until=3, machine=ON_CPU)
     (copy / "kcd-seed0" / "summary.json").unlink()
     for name in ("kcd-seed1", "kcd-seed2"):
         flip(copy / name / "stages" / "1" / "values.parquet")

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import replace
 
 import pytest
-from lessons import CPU, opinionated, precomputed
+from lessons import CPU, ON_CPU, opinionated, precomputed
 from reporting import Page
 
 from kcdcache.data import datasets
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
         for row, changes in ROWS.items():
             for seed in (0, 1):
                 settings = TrainSettings(**(SCHOOL | changes | {"seed": seed}))
-                distill.run(settings, material, out=root / f"{name}-{row}-seed{seed}", device="cpu")
+                distill.run(settings, material, out=root / f"{name}-{row}-seed{seed}", machine=ON_CPU)
                 runs.append({"step": f"{name}-{row}", "seed": seed, "kind": "train", "data": given})
     rows = [{"step": f"{name}-{row}", "title": f"{name}: {row}"} for name in SPECS for row in ROWS]
     results = {"title": "Corrupted digits", "data": "digits", "rows": rows, "runs": runs}

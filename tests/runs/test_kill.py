@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from commands import words
 from killing import Cold, finished, succeeds, survived
+from lessons import on_cpu
 from pupils import digits, distilled, leftovers, loaded, same_files
 
 from kcdcache.cli import main
@@ -151,7 +152,7 @@ def test_what_survived_is_what_this_process_makes(here, wholes, tmp_path):
     network, knowledge = loaded(here.root / "teacher", dataset), reader.open(here.root / "precompute")
     place = SimpleNamespace(data=dataset, network=network, knowledge=knowledge)
     given = TRAIN | {"student": "lessons:TinyNet", "stages": 2, "keep": 0.6, "cost_exponent": 0.03}
-    made = distilled(place, tmp_path / "run", run={"threads": 1}, **given)
+    made = distilled(place, tmp_path / "run", run={"machine": on_cpu(threads=1)}, **given)
     assert made["finished"]
     assert same_files(wholes("train"), tmp_path / "run")
     assert state.read_summary(tmp_path / "run").document() == made

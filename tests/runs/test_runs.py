@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from lessons import precomputed
+from lessons import on_cpu, precomputed
 from pupils import distilled, everything, promised, same_files, school, settings
 
 from kcdcache import environment
@@ -75,10 +75,10 @@ def test_a_folder_of_something_else_is_refused(place, tmp_path):
 
 
 def test_another_thread_count_is_refused_unless_allowed(place, tmp_path):
-    distilled(place, tmp_path / "run", run={"until": 1, "threads": 1})
+    distilled(place, tmp_path / "run", run={"until": 1, "machine": on_cpu(threads=1)})
     with pytest.raises(MismatchError, match=r"threads.*1.*2.*--allow-env-change continues anyway"):
-        distilled(place, tmp_path / "run", run={"threads": 2})
-    distilled(place, tmp_path / "run", run={"threads": 2, "allow_env_change": True})
+        distilled(place, tmp_path / "run", run={"machine": on_cpu(threads=2)})
+    distilled(place, tmp_path / "run", run={"machine": on_cpu(threads=2, allow_env_change=True)})
     record = state.read_record(RunFolder(path=tmp_path / "run"))
     assert [known.threads for known in (record.environment, *record.changes)] == [1, 2]
 
@@ -91,7 +91,7 @@ def test_another_version_is_refused_unless_allowed(place, tmp_path):
     state.write_record(folder, record)
     with pytest.raises(MismatchError, match=r"versions\.torch.*1\.0"):
         distilled(place, tmp_path / "run")
-    distilled(place, tmp_path / "run", run={"until": 2, "allow_env_change": True})
+    distilled(place, tmp_path / "run", run={"until": 2, "machine": on_cpu(allow_env_change=True)})
     assert [change.versions["torch"] for change in state.read_record(folder).changes] == [version("torch")]
 
 
@@ -102,7 +102,7 @@ def test_the_thread_count_of_the_start_is_put_in_force_again(place, tmp_path):
     def progress(what, done, total, remark):
         seen.append(torch.get_num_threads())
 
-    distilled(place, tmp_path / "run", run={"until": 1, "threads": before + 1, "progress": progress})
+    distilled(place, tmp_path / "run", run={"until": 1, "machine": on_cpu(threads=before + 1), "progress": progress})
     distilled(place, tmp_path / "run", run={"until": 2, "progress": progress})
     assert set(seen) == {before + 1}
     assert torch.get_num_threads() == before

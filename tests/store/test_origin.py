@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from lessons import CPU, precomputed, teacher_of
+from lessons import CPU, ON_CPU, precomputed, teacher_of
 from torch import nn
 
 from kcdcache.cli import main
@@ -78,7 +78,7 @@ def test_a_damaged_record_is_refused_by_readers_and_told_by_verify(tmp_path):
 def test_the_teachers_data_are_known_from_its_folder(tmp_path):
     dataset = datasets.load(CLEAN)
     wanted = FitSettings(epochs=1, augment="crop", padding=2)
-    fit.run(wanted, data=dataset, model="resnet8", out=tmp_path / "fit", device="cpu")
+    fit.run(wanted, data=dataset, model="resnet8", out=tmp_path / "fit", machine=ON_CPU)
     given = {"weights_path": None, "classes": dataset.classes, "mean": dataset.mean, "std": dataset.std, "size": None,
              "device": CPU, "precision": "float32"}  # fmt: skip
     assert teacher.load(str(tmp_path / "fit"), **given).data == dataset.identity().digest
@@ -93,17 +93,17 @@ def test_a_run_tells_it_measured_or_not_and_is_measured_later_when_asked(tmp_pat
     given = {"student": "lessons:TinyNet", "epochs": 2, "stages": 1, "keep": 1.0}
     settings = [TrainSettings(**given, fidelity=name) for name in ("off", "auto")]
     plain, asked = (distill.Material(data=dataset, knowledge=knowledge, teacher=t) for t in (None, network))
-    first = distill.run(settings[0], plain, out=tmp_path / "run", device="cpu")
+    first = distill.run(settings[0], plain, out=tmp_path / "run", machine=ON_CPU)
     assert (first.teacher_data, first.corruption.noise) == ("other", 0.4)
     assert "accuracy_train" not in first.model_fields_set
-    assert distill.run(settings[0], asked, out=tmp_path / "run", device="cpu") == first
-    second = distill.run(settings[1], plain, out=tmp_path / "run", device="cpu")
+    assert distill.run(settings[0], asked, out=tmp_path / "run", machine=ON_CPU) == first
+    second = distill.run(settings[1], plain, out=tmp_path / "run", machine=ON_CPU)
     assert {"accuracy_train", "memorised", "sets"} <= second.model_fields_set
     assert "agreement_test" not in second.model_fields_set
-    third = distill.run(settings[1], asked, out=tmp_path / "run", device="cpu")
+    third = distill.run(settings[1], asked, out=tmp_path / "run", machine=ON_CPU)
     assert "agreement_test" in third.model_fields_set
     assert all(getattr(third, name) == getattr(second, name) for name in second.model_fields_set)
-    assert distill.run(settings[1], plain, out=tmp_path / "run", device="cpu") == third
+    assert distill.run(settings[1], plain, out=tmp_path / "run", machine=ON_CPU) == third
     assert show.inspect(tmp_path / "run")["finished"]
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from lessons import condensed, precomputed, teacher_of
+from lessons import ON_CPU, condensed, precomputed, teacher_of
 from pupils import (
     SCHOOL,
     TRAIN,
@@ -289,7 +289,7 @@ def test_rows_read_are_those_of_the_manifests_in_each_new_view(place, tmp_path, 
     made = {"augment": "crop", "padding": 2, "views": views}
     knowledge = place.knowledge if views == 3 else precomputed(tmp_path / "store", place.data, place.network, **made)
     material = distill.Material(data=place.data, knowledge=(held := reader.open(knowledge.path)))
-    summary = distill.run(settings(**change), material, out=tmp_path / "run", device="cpu")
+    summary = distill.run(settings(**change), material, out=tmp_path / "run", machine=ON_CPU)
     assert (summary.rows_read, summary.bytes_read) == (held.rows_read, held.bytes_read)
     for row in read_metrics(tmp_path / "run"):
         reads = change.get("method") != "ce" and (views > 1 or row.epoch % 2 == 0)
@@ -369,11 +369,11 @@ def test_what_cannot_be_trained_is_refused_before_a_folder_is_made(place, tmp_pa
 def test_another_data_set_or_a_teacher_that_is_missing_or_anothers_is_refused(place, tmp_path):
     material = distill.Material(data=digits(150, 50), knowledge=place.knowledge)
     with pytest.raises(MismatchError, match=r"count.*200.*150"):
-        distill.run(settings(), material, out=tmp_path / "run", device="cpu")
+        distill.run(settings(), material, out=tmp_path / "run", machine=ON_CPU)
     assert not (tmp_path / "run").exists()
     material = distill.Material(data=place.data, knowledge=place.knowledge)
     with pytest.raises(SettingsError, match="'requery' runs the teacher on mixed images: give --teacher"):
-        distill.run(settings(preset="release"), material, out=tmp_path / "run", device="cpu")
+        distill.run(settings(preset="release"), material, out=tmp_path / "run", machine=ON_CPU)
     other = saved_teacher(tmp_path / "teacher", place.data, seed=5)
     with pytest.raises(MismatchError, match=r"differ in weights: .*; give the store's own teacher"):
         command(place, "train", out=tmp_path / "other", preset="release", teacher=str(other), **SCHOOL)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lessons import CPU, TinyNet, digits, precomputed, teacher_of
+from lessons import CPU, ON_CPU, TinyNet, digits, precomputed, teacher_of
 from torch import nn
 
 from kcdcache.condense import compare, manifest, value_files
@@ -114,7 +114,7 @@ def trained(root, spec_, **changes):
     knowledge = precomputed(root / "store", dataset, network, views=2)
     with_teacher = changes.pop("with_teacher", False)
     material = distill.Material(data=dataset, knowledge=knowledge, teacher=network if with_teacher else None)
-    summary = distill.run(TrainSettings(**(SETTINGS | changes)), material, out=root / "run", device="cpu")
+    summary = distill.run(TrainSettings(**(SETTINGS | changes)), material, out=root / "run", machine=ON_CPU)
     return dataset, knowledge, network, summary.document(), root / "run"
 
 
@@ -261,7 +261,7 @@ def test_asking_for_it_or_not_is_no_other_run(tmp_path):
     dataset, knowledge, _, summary, run = trained(tmp_path, "digits?train=60&test=20&noise=0.5", epochs=2)
     material = distill.Material(data=dataset, knowledge=knowledge)
     settings = TrainSettings(**(SETTINGS | {"epochs": 2, "fidelity": "off"}))
-    assert distill.run(settings, material, out=run, device="cpu").document() == summary
+    assert distill.run(settings, material, out=run, machine=ON_CPU).document() == summary
     assert "fidelity" not in json.loads((run / "run.json").read_text())["settings"]
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from lessons import CPU, precomputed
+from lessons import CPU, ON_CPU, precomputed
 from pupils import digits, everything, loaded, plainly_taught, same_tensors
 from safetensors.torch import load_file
 
@@ -82,5 +82,5 @@ def test_teacher_and_students_reach_what_such_networks_should(tmp_path):
     for keep in (1.0, 0.7):
         settings = TrainSettings(student="resnet8", epochs=18, stages=6, keep=keep, evaluate_every=6)
         material = distill.Material(data=data, knowledge=knowledge)
-        found = distill.run(settings, material, out=tmp_path / f"student {keep}", device="cpu")
+        found = distill.run(settings, material, out=tmp_path / f"student {keep}", machine=ON_CPU)
         assert found.accuracy_last > 0.95

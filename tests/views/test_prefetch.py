@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lessons import CPU, condensed, opinionated, precomputed
+from lessons import CPU, ON_CPU, condensed, opinionated, precomputed
 from PIL import Image
 from pupils import same_files
 
@@ -123,7 +123,7 @@ def test_a_run_goes_on_with_another_number_of_workers_to_the_same_bytes(loaded, 
     for name, turns in (("one", [(1, None)]), ("changed", [(3, 1), (2, None)])):
         for workers, until in turns:
             settings = TrainSettings(**given, workers=workers)
-            distill.run(settings, material, out=tmp_path / name, device="cpu", until=until)
+            distill.run(settings, material, out=tmp_path / name, machine=ON_CPU, until=until)
     assert same_files(tmp_path / "one", tmp_path / "changed")
 
 
