@@ -6,7 +6,7 @@ from pathlib import Path
 from kcdcache.commands import Result, TextTable
 from kcdcache.condense import manifest
 from kcdcache.condense.compare import Difference, compare
-from kcdcache.errors import MismatchError, NotFoundError, SettingsError
+from kcdcache.errors import MismatchError, NotFoundError, SettingsError, printable
 from kcdcache.export import record
 from kcdcache.progress import Progress, silent
 from kcdcache.report import show
@@ -15,6 +15,11 @@ from kcdcache.settings import DiffCommand, ExportCommand, InspectCommand, Report
 
 COLUMNS = ("kept_a", "kept_b", "both", "only_a", "only_b", "jaccard", "hamming", "rank_correlation", "parts_moved")
 """what `diff` shows of each pair of sets"""
+RESULTS = {
+    "row": "text", "model": "text", "n": "count", "accuracy_last": "percent", "accuracy_last_std": "percent",
+    "accuracy_best": "percent", "relative_cost": "share", "seconds": "seconds",
+}  # fmt: skip
+"""column of a report's results that `report` shows -> its kind"""
 TERMS = (
     "(jaccard: share of what either keeps that both keep; hamming: share of all samples that only one of them keeps;",
     "rank_correlation: Spearman's, over what both keep; parts_moved: kept by both, but enriched in one only)",
@@ -53,10 +58,22 @@ def report(command: ReportCommand, progress: Progress = silent) -> Result:
     """
     if command.out is None and len(command.paths) > 1:
         raise SettingsError("--out is missing: of several folders none is where the report belongs; give a file")
-    from kcdcache.report import page
+    from kcdcache.report import page, tables
 
     out = command.out or command.paths[0] / "report.html"
-    return page.write(out=out, **command.model_dump(exclude={"out"}))
+    written = page.write(out=out, **command.model_dump(exclude={"out"}))
+    results, left_out = (written["tables"][key] for key in ("results", "troubles"))
+    table = TextTable(
+        [results["columns"][name] for name in RESULTS],
+        [[tables.shown(row[name], kind) for name, kind in RESULTS.items()] for row in results["rows"]],
+        left=2,
+        above=(printable(written["title"]), ""),
+        below=[
+            printable(f"not included: {row['path']} is {row['state']} ({row['error']})") for row in left_out["rows"]
+        ],
+        rule=True,
+    )
+    return {"report": str(out), "table": table, "files": str(out), **written}
 
 
 def diff(command: DiffCommand, progress: Progress = silent) -> Result:

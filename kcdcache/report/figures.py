@@ -1,4 +1,4 @@
-"""The figures of a report as PNG: colours that any colour vision tells apart, axes with units, a caption for each."""
+"""The figures of a report as PNG, in colours that can be distinguished with any colour vision."""
 
 import io
 import textwrap
@@ -19,43 +19,42 @@ from kcdcache.errors import printable
 from kcdcache.report.tables import Row, texts
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette: told apart with any colour vision"""
+"""Okabe and Ito's palette"""
 STYLES = ("-", "--", ":", "-.")
 AS_IS, ENRICHED, LEFT_OUT = "#0072B2", "#56B4E9", "#D9D9D9"
 WIDTH = 9.5
 DOTS = 120
 """per inch"""
 LONGEST = 34
-"""characters of a name in a figure"""
+"""most characters of a name in a figure"""
 LABELLED = (
-    ("accuracy_right", "right labels: named", COLOURS[0]),
-    ("recovered", "wrong labels: the true one named", COLOURS[2]),
-    ("memorised", "wrong labels: the given one named", COLOURS[1]),
+    ("accuracy_right", "right labels predicted", COLOURS[0]),
+    ("recovered", "wrong labels: true one predicted", COLOURS[2]),
+    ("memorised", "wrong labels: given one predicted", COLOURS[1]),
 )
-"""column of the fidelity table, how a figure calls it, its colour"""
+"""column of the fidelity table, label, colour"""
 SCREENED = {
     "screened": (
-        ("precision", "wrong", "of the dropped, wrongly labelled (%)"),
-        ("recall", "dropped", "of the wrongly labelled, dropped (%)"),
+        ("precision", "wrong", "dropped samples with wrong label (%)"),
+        ("recall", "dropped", "wrong labels dropped (%)"),
     ),
     "thinned": (("kept_rare", "kept_frequent", "share kept (%)"),),
 }
-"""figure of the screening table -> its panels: a column, the one it is to be compared with, and its axis"""
+"""figure of the screening table -> its panels: column, column to compare with, axis label"""
 
 
 class Picture(NamedTuple):
-    """A figure ready to be shown."""
+    """A finished figure."""
 
     key: str
     title: str
     caption: str
-    """how to read it"""
     png: bytes
 
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Draw with our fonts and sizes; names are never taken for formulas, and may hold letters the font lacks."""
+    """Draw with our fonts and sizes; names are never read as formulas, and may have glyphs that the font lacks."""
     ours: dict[Any, Any] = {
         "text.parse_math": False, "font.size": 10, "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True,
         "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11, "axes.formatter.useoffset": False,
@@ -67,10 +66,7 @@ def styled() -> Iterator[None]:
 
 
 def drawn(key: str, height: float, draw: Callable[[Figure], None], **values: Any) -> Picture:
-    """Return the picture that `draw` makes on an empty figure of that height in inches.
-
-    Title and caption are those of `texts`, with `values` filled in.
-    """
+    """Return what `draw` draws on a figure `height` inches high; title and caption are `texts` filled with `values`."""
     text = texts()["figures"][key]
     with styled():
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -82,17 +78,16 @@ def drawn(key: str, height: float, draw: Callable[[Figure], None], **values: Any
 
 
 def short(name: str, most: int = LONGEST) -> str:
-    """Return a name as it fits into a figure: one line of at most so many characters, its beginning and its end."""
+    """Shorten a name to one line of at most `most` characters: its beginning and its end."""
     text = printable(name)
     half = most // 2
     return text if len(text) <= most else f"{text[: most - half - 1]}…{text[-half:]}"
 
 
 def short_names(names: Sequence[str], most: int = LONGEST) -> dict[str, str]:
-    """Return name -> how a figure calls it: without the `WHAT:` that all begin with, and `short` where that is enough.
+    """Return name -> short name: without a common `WHAT:` at the beginning, and shortened to `most` characters.
 
-    Names that differ stay different: where cutting them to `most` characters would make two of them the same, all of
-    them are cut later.
+    Different names stay different: `most` is doubled until they are.
 
     >>> short_names(["noise 0.4, small: KD", "noise 0.4, small: KCD", "teacher"])
     {'noise 0.4, small: KD': 'KD', 'noise 0.4, small: KCD': 'KCD', 'teacher': 'teacher'}
@@ -111,7 +106,7 @@ def short_names(names: Sequence[str], most: int = LONGEST) -> dict[str, str]:
 
 
 def name_bars(axes: Axes, rows: Sequence[Row], ending: str = "") -> None:
-    """Write the rows' names beside their bars, the first on top; `ending` is formatted with the row."""
+    """Write the names of rows next to their bars, the first on top; `ending` is formatted with the row."""
     names = short_names([row["row"] for row in rows])
     labels = [textwrap.fill(names[row["row"]] + ending.format(**row), LONGEST) for row in rows]
     axes.set_yticks(range(len(rows)), labels)
@@ -119,7 +114,7 @@ def name_bars(axes: Axes, rows: Sequence[Row], ending: str = "") -> None:
 
 
 class Line(NamedTuple):
-    """Mean over a row's seeds, with the range over them."""
+    """Mean and range over the seeds of a row."""
 
     name: str
     n: int
@@ -130,7 +125,7 @@ class Line(NamedTuple):
 
 
 def lines(rows: Sequence[Row], x: str, y: str, scale: float = 1.0) -> list[Line]:
-    """Return one line per row of runs: y (times `scale`) over x, means over the seeds that have both, by epoch."""
+    """Return a line per row: means over seeds of y (times `scale`) and x, epoch by epoch."""
     points: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for row in rows:
         if row.get(x) is not None and row.get(y) is not None:
@@ -145,18 +140,15 @@ def lines(rows: Sequence[Row], x: str, y: str, scale: float = 1.0) -> list[Line]
 
 
 def plot(axes: Axes, found: Sequence[Line], order: Sequence[str], xscale: float = 1.0) -> None:
-    """Draw lines, each in the colour of its row, with the range over seeds behind it."""
+    """Draw lines, each in the colour of its row, with the range over seeds as a band."""
     names = short_names(order)
-    for line in found:
-        place = order.index(line.name)
+    for name, n, x, y, low, high in found:
+        place = order.index(name)
         colour, style = COLOURS[place % len(COLOURS)], STYLES[place // len(COLOURS) % len(STYLES)]
-        label = names[line.name] + (f" (n = {line.n})" if line.n > 1 else "")
-        marker = "o" if len(line.x) <= 30 else ""
-        axes.plot(
-            line.x * xscale, line.y, style, color=colour, label=label, linewidth=1.6, marker=marker, markersize=3.5
-        )
-        if line.n > 1:
-            axes.fill_between(line.x * xscale, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+        label, marker = names[name] + (f" (n = {n})" if n > 1 else ""), "o" if len(x) <= 30 else ""
+        axes.plot(x * xscale, y, style, color=colour, label=label, linewidth=1.6, marker=marker, markersize=3.5)
+        if n > 1:
+            axes.fill_between(x * xscale, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def accuracy(rows: Sequence[Row]) -> Picture:
@@ -172,7 +164,7 @@ def accuracy(rows: Sequence[Row]) -> Picture:
         left.set(xlabel=f"student samples consumed ({unit})", ylabel="test accuracy (%)")
         plot(right, lines(rows, "seconds_so_far", "test_accuracy", 100), order)
         right.set(xlabel="training time (s)")
-        # what lies below the means' lowest point in their second half is cut off, to tell ends apart
+        # the axis starts at the lowest mean of the second half, so that the ends can be distinguished
         low = min((line.y[len(line.y) // 2 :].min() for line in by_samples), default=0.0)
         high = max((line.high.max() for line in by_samples), default=0.0)
         if high > low:
@@ -183,11 +175,11 @@ def accuracy(rows: Sequence[Row]) -> Picture:
 
 
 def training(rows: Sequence[Row]) -> Picture:
-    """Return losses, training accuracy and agreement with the teacher against epochs."""
+    """Return losses, training accuracy and agreement with the teacher by epoch."""
     order = list(dict.fromkeys(row["row"] for row in rows))
     panels = (
         ("loss", 1.0, "training loss (nats)"), ("train_accuracy", 100.0, "training accuracy (%)"),
-        ("test_loss", 1.0, "test loss (nats)"), ("agreement", 100.0, "agrees with the teacher (%)"),
+        ("test_loss", 1.0, "test loss (nats)"), ("agreement", 100.0, "agreement with the teacher (%)"),
     )  # fmt: skip
 
     def draw(figure: Figure) -> None:
@@ -209,7 +201,7 @@ def training(rows: Sequence[Row]) -> Picture:
 
 
 def forest(rows: Sequence[Row]) -> Picture | None:
-    """Return the paired differences in accuracy with their intervals; None where nothing was compared."""
+    """Return the paired differences in accuracy with their intervals, or None if there are none."""
     chosen = [row for row in rows if row["measure"] == "accuracy last"]
     if not chosen:
         return None
@@ -229,7 +221,7 @@ def forest(rows: Sequence[Row]) -> Picture | None:
 
 
 def costs(rows: Sequence[Row]) -> Picture | None:
-    """Return what each row and store cost, one panel per kind of cost; None where there are none."""
+    """Return the cost of each row and store, a panel per kind of cost, or None without rows."""
     if not rows:
         return None
     panels = (
@@ -260,7 +252,7 @@ def _brief(size: float) -> str:
 
 
 def legend_below(figure: Figure, every: Iterable[Axes]) -> None:
-    """Put a legend of what some axes show, each label once, under a figure, in as many columns as fit in a line."""
+    """Put a common legend of some axes below a figure, each label once, in as many columns as fit."""
     entries: dict[str, Any] = {}
     for axes in every:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -271,19 +263,19 @@ def legend_below(figure: Figure, every: Iterable[Axes]) -> None:
 
 
 def columns(labels: Iterable[str]) -> int:
-    """Return how many columns of a legend with such labels fit into a figure, 1 to 3."""
+    """Return how many legend columns with these labels fit into a figure, 1 to 3."""
     longest = max(map(len, labels), default=0)
     return max(1, min(3, int((WIDTH - 0.3) / (0.65 + 0.072 * longest))))
 
 
 def below(names: Sequence[str]) -> float:
-    """Return the height in inches of a legend of some rows."""
+    """Return the height of a legend of rows, in inches."""
     labels = [f"{name} (n = 3)" for name in short_names(names).values()]
     return 0.22 * -(-len(labels) // columns(labels))
 
 
 def robustness(fidelity: Sequence[Row], screening: Sequence[Row]) -> list[Picture]:
-    """Return the figures of both tables: of each kind one per corruption and network, so that rows stay comparable."""
+    """Return the figures of both tables, each once per corruption and network."""
     found: list[Picture] = []
     kinds: list[tuple[Callable[[Sequence[Row]], Picture | None], Sequence[Row]]] = [(labelled, fidelity)]
     kinds += [(partial(screened, key), screening) for key in SCREENED]
@@ -292,16 +284,14 @@ def robustness(fidelity: Sequence[Row], screening: Sequence[Row]) -> list[Pictur
         for row in rows:
             groups.setdefault((row["condition"], row["network"]), []).append(row)
         made = {group: picture for group, some in groups.items() if (picture := draw(some)) is not None}
-        found += [
-            picture if len(made) == 1 else
-            picture._replace(key=f"{picture.key}-{number}", title=f"{picture.title} {', '.join(group)}")
-            for number, (group, picture) in enumerate(made.items(), 1)
-        ]  # fmt: skip
+        for number, (group, picture) in enumerate(made.items(), 1):
+            named = {"key": f"{picture.key}-{number}", "title": f"{picture.title} {', '.join(group)}"}
+            found.append(picture if len(made) == 1 else picture._replace(**named))
     return found
 
 
 def labelled(rows: Sequence[Row]) -> Picture | None:
-    """Return how often each row names right labels, true ones that it was not given, and wrong ones that it was."""
+    """Return how often each row predicts right labels, and for wrong ones the true or the given label."""
     chosen = [row for row in rows if row.get("memorised") is not None]
     if not chosen:
         return None
@@ -319,7 +309,7 @@ def labelled(rows: Sequence[Row]) -> Picture | None:
 
 
 def screened(key: str, rows: Sequence[Row]) -> Picture | None:
-    """Return columns of the screening table stage by stage, each with what it is to be compared with (dotted)."""
+    """Return columns of the screening table by stage, each with the column to compare with (dotted)."""
     panels = SCREENED[key]
     chosen = [row for row in rows if row.get(panels[0][0]) is not None]
     if not chosen:

@@ -1,4 +1,4 @@
-"""The images themselves: most and least valuable samples, those that left, returned and stayed, and what was mixed."""
+"""The images of a report: most and least valuable samples, samples by fate, and mixes."""
 
 import base64
 import io
@@ -16,27 +16,27 @@ from kcdcache.condense import compare
 from kcdcache.data import datasets
 from kcdcache.data.datasets import Dataset
 from kcdcache.data.spec import parse
-from kcdcache.errors import KcdcacheError, MismatchError, NotFoundError, printable
+from kcdcache.errors import KcdcacheError, MismatchError, NotFoundError
 from kcdcache.export import condensed_set
+from kcdcache.report.figures import short
 from kcdcache.report.load import Run, Stage
 from kcdcache.settings import ViewSettings
 from kcdcache.views import mixing, rules
 
 SHOWN = 12
-"""images of a group, at most"""
+"""most images of a group"""
 PAIRS = 8
-"""mixes shown, at most"""
+"""most mixes shown"""
 LARGEST = 96
-"""side of a shown image of a data set whose images differ in size, in pixels"""
+"""side in pixels of a shown image of a data set with large images or mixed sizes"""
 MOST_UNASKED = 200_000
-"""training images of a data set that is read without being asked for"""
+"""most training images of a data set that is read without --data"""
 DOWNLOADED = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
-"""kind of data that is downloaded where it is missing -> its folder"""
-CPU = torch.device("cpu")
+"""kind of data that would be downloaded -> its folder"""
 
 
 class Shot(NamedTuple):
-    """One image with what is said below it."""
+    """An image with its caption."""
 
     uri: str
     """data URI of a PNG"""
@@ -48,32 +48,24 @@ class Strip(NamedTuple):
 
     title: str
     text: str
-    """what they have in common"""
+    """what the images have in common"""
     shots: tuple[tuple[Shot, ...], ...]
-    """images that belong together stand together"""
+    """grouped: kept image, dropped image and mix belong together"""
 
 
 def require_cheap(spec: str, count: int) -> None:
-    """Do nothing if a data set that nobody asked for here may be loaded for its pictures alone.
-
-    Raises:
-        SettingsError: the spec is wrong.
-        NotFoundError: it would have to be downloaded, or is so large that to hash it takes long.
-    """
+    """Raise NotFoundError if loading a data set only for its images would mean a download, or take long."""
     kind, location = parse(spec)[:2]
     if count > MOST_UNASKED:
         raise NotFoundError(f"all {count:,} images would have to be read; give --data if you want that")
     if kind in DOWNLOADED:
         folder = Path(location or datasets.CACHE).expanduser() / DOWNLOADED[kind]
         if not folder.is_dir():
-            raise NotFoundError(f"{folder} is not there; give --data to download it, or to name another place")
+            raise NotFoundError(f"{folder} does not exist; give --data to download it, or to name another place")
 
 
 def collected(runs: Sequence[tuple[str, Run]], asked: str | None = None) -> tuple[list[Strip], list[str]]:
-    """Return the images of the first of the named runs in each folder, and lines that say why a run has none.
-
-    `asked` is the data spec that somebody named for all of them.
-    """
+    """Return the images of the first run in each folder, and notes on runs without images; `asked` is --data."""
     found: list[Strip] = []
     notes: list[str] = []
     first = {run.grid: (name, run) for name, run in reversed(runs)}
@@ -93,11 +85,7 @@ def collected(runs: Sequence[tuple[str, Run]], asked: str | None = None) -> tupl
 
 
 def strips(run: Run, data: Dataset) -> list[Strip]:
-    """Return the groups of images that tell what a run's condensation did.
-
-    Raises:
-        MismatchError: the data set is not the one the run was trained on; prints both digests.
-    """
+    """Return the groups of images of a run; raise MismatchError unless it was trained on `data`."""
     wanted, own = run.sets[0].data_digest, data.identity().digest
     if wanted != own:
         raise MismatchError(
@@ -110,8 +98,8 @@ def strips(run: Run, data: Dataset) -> list[Strip]:
     assert valued.score is not None
     best, worst = (np.argsort(sign * valued.score, kind="stable")[:SHOWN] for sign in (-1, 1))
     found = [
-        _group(data, valued, best, "Most valuable", "The student is least sure of these."),
-        _group(data, valued, worst, "Least valuable", "The student is surest of these."),
+        _group(data, valued, best, "Most valuable", "The student is least certain about these."),
+        _group(data, valued, worst, "Least valuable", "The student is most certain about these."),
     ]
     for fate, mask in compare.fates(compare.parts(run.sets)).items():
         if mask.any():
@@ -132,7 +120,7 @@ def _group(data: Dataset, stage: Stage, index: Int64[np.ndarray, " few"], title:
 
 
 def _mixes(run: Run, data: Dataset) -> Strip | None:
-    """Return kept image, partner and mix of some pairs of the last set that was trained on and has any."""
+    """Return kept image, partner and mix for some pairs of the last set used for training that has any."""
     sets = [stage.manifest for stage in run.stages if stage.manifest.mixed.any() and stage.values is not None]
     if not sets:
         return None
@@ -151,8 +139,8 @@ def _mixes(run: Run, data: Dataset) -> Strip | None:
         for row, (one, other, share) in enumerate(zip(*(a.tolist() for a in (index, partner, epsilon)), strict=True))
     ]
     text = (
-        f"From the set of stage {chosen.stage}, from the smallest share mixed in to the largest: the kept image, the "
-        "dropped one that enriches it, and what the student sees (before augmentation)."
+        f"From the set of stage {chosen.stage}, by the share that is mixed in: the kept image, the dropped image, and "
+        "the mix that the student sees (before augmentation)."
     )
     return Strip("Mixed into K_Aug", text, tuple(shots))
 
@@ -162,7 +150,8 @@ def _pixels(data: Dataset, index: Int64[np.ndarray, " few"]) -> Float32[Tensor, 
     size = data.train.image_size
     small = None if size and max(size) <= LARGEST else LARGEST
     rule = rules.rule_from(ViewSettings(augment="none", size=small), size)
-    return rules.show(rule, data.train.source.images(index), rules.parameters(rule, index, 0), CPU)
+    parameters = rules.parameters(rule, index, 0)
+    return rules.show(rule, data.train.source.images(index), parameters, torch.device("cpu"))
 
 
 def png(pixels: Float32[Tensor, "c h w"]) -> str:
@@ -174,22 +163,18 @@ def png(pixels: Float32[Tensor, "c h w"]) -> str:
 
 
 def data_uri(content: bytes) -> str:
-    """Return a PNG's bytes as a data URI."""
+    """Return the bytes of a PNG as a data URI."""
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 def _labels(data: Dataset, sample: int) -> tuple[str, ...]:
-    """Return the class that a sample is given, and in a second line its true one where label noise changed it."""
+    """Return the class of a sample, and its true class if label noise changed it."""
     given, clean = int(data.train.labels[sample]), data.train.clean_labels
     true = given if clean is None else int(clean[sample])
-    return (_class(data, given),) if true == given else (_class(data, given), f"truly {_class(data, true)}")
-
-
-def _class(data: Dataset, label: int) -> str:
-    name = printable(data.classes[label])
-    return name if len(name) <= 24 else f"{name[:23]}…"
+    names = [short(data.classes[label], 24) for label in (given, true)]
+    return (names[0],) if true == given else (names[0], f"truly {names[1]}")
 
 
 def _evenly(index: Int64[np.ndarray, " n"], most: int) -> Int64[np.ndarray, " few"]:
-    """Return at most so many of some samples, evenly spaced in their order."""
+    """Return at most `most` samples, evenly spaced in their order."""
     return index[np.unique(np.linspace(0, len(index) - 1, min(most, len(index))).round().astype(np.int64))]

@@ -1,4 +1,4 @@
-"""What finished runs left in their folders, read into plain values; what cannot be read is listed, never left out."""
+"""Finished runs read from their folders; what cannot be read is listed as a problem."""
 
 import re
 from collections import defaultdict
@@ -30,66 +30,66 @@ T = TypeVar("T")
 
 
 class Stage(NamedTuple):
-    """One stage of a run, or the set it exports at the end."""
+    """A stage of a run, or the set it exports at the end."""
 
     number: int
     manifest: Manifest
     values: Values | None
-    """at its end; None for an exported set"""
+    """values at the end of the stage; None for an exported set"""
     score: np.ndarray | None
-    """score of each of all N samples by these values and the run's settings (Eq. 13), the higher the likelier kept"""
+    """score of all N samples by these values and the run's settings (Eq. 13); high scores are kept"""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Run:
-    """One finished run, every file of which was what it wrote."""
+    """A finished run whose files are all undamaged."""
 
     path: Path
     grid: Path
-    """folder it lies in"""
+    """parent folder"""
     data: str | None
-    """data spec, where results.json tells it"""
+    """data spec from results.json"""
     step: str
-    """its row: name of the folder without the seed"""
+    """row of the run: folder name without the seed"""
     seed: int
     seeded: bool
-    """whether the folder's name tells the seed, as a recipe's do"""
+    """whether the folder name has the seed, as in recipes"""
     id: str | None
-    """SHA-256 of its summary"""
+    """SHA-256 of the summary"""
     summary: Summary
     record: RunRecord
     metrics: Sequence[MetricsRow]
     """one per epoch"""
     seconds: Mapping[int, float]
-    """epoch -> seconds spent on it, repeated work after a kill included"""
+    """epoch -> seconds, including work repeated after a kill"""
     stages: tuple[Stage, ...]
     classes: tuple[str, ...]
-    """names in label order; empty where the record beside its weights has none"""
+    """names in label order; empty if unknown"""
     weights: str | None
-    """SHA-256 of its network's weights"""
+    """SHA-256 of the network's weights"""
 
     @property
     def name(self) -> str:
-        """Folder's name."""
+        """Name of the folder."""
         return self.path.name
 
     @property
     def sets(self) -> tuple[Manifest, ...]:
-        """Set of each stage, the exported one last."""
+        """Set of each stage, the exported set last."""
         return tuple(stage.manifest for stage in self.stages)
 
     def class_name(self, label: int) -> str:
-        """Return the name of a class, or its label where it has none."""
+        """Return the name of a class, or its label if it has no name."""
         return self.classes[label] if label < len(self.classes) else str(label)
 
     @property
     def condenses(self) -> bool:
-        """Whether some stage, or the exported set, keeps other samples than the first one."""
+        """Whether the kept samples differ between sets."""
         return len({chosen.index.tobytes() for chosen in self.sets}) > 1
 
 
 class Problem(NamedTuple):
-    """Something that was asked for and is not in the numbers."""
+    """A requested run, store or record that is left out."""
 
     path: Path
     state: str
@@ -124,45 +124,44 @@ class Grid(Settings):
 
     @property
     def titles(self) -> dict[str, str]:
-        """Step -> how the recipe calls it, in the recipe's order."""
+        """Step -> title, in the order of the recipe."""
         return {row.step: row.title or row.step for row in self.rows}
 
     @property
     def listed(self) -> dict[str, str | None]:
-        """Folder of each training run -> its data spec, where that is another than `data`."""
+        """Folder of each training run -> its data spec, or None if it is `data`."""
         trained = [run for run in self.runs if run.kind in ("fit", "train")]
         return {run.step if run.seed is None else f"{run.step}-seed{run.seed}": run.data for run in trained}
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Step of a store -> seconds that filling it took."""
+        """Step of a store -> seconds it took to fill."""
         return {run.step: run.seconds for run in self.runs if run.kind == "store" and run.seconds is not None}
 
 
 class Loaded(NamedTuple):
-    """All that a report tells of."""
+    """Everything a report is made from."""
 
     grids: tuple[Grid, ...]
     runs: tuple[Run, ...]
     stores: tuple[StoreReport, ...]
-    """stores beside the runs"""
+    """stores in the folders of runs"""
     problems: tuple[Problem, ...]
 
     def rows(self) -> dict[tuple[Path, str], tuple[Run, ...]]:
-        """Return (grid, step) -> its runs in order of their seeds; grids and steps in order."""
+        """Return (grid, step) -> runs sorted by seed, in the order of the grids and their steps."""
         found: dict[tuple[Path, str], list[Run]] = {}
-        for run in self.runs:
+        for run in sorted(self.runs, key=lambda run: (run.seed, run.name)):
             found.setdefault((run.grid, run.step), []).append(run)
         listed = [(grid.path, step) for grid in self.grids for step in (*grid.titles, *sorted({s for _, s in found}))]
-        by_seed = {key: sorted(runs, key=lambda run: (run.seed, run.name)) for key, runs in found.items()}
-        return {key: tuple(by_seed[key]) for key in listed if key in found}
+        return {key: tuple(found[key]) for key in listed if key in found}
 
 
 def read(paths: Sequence[Path]) -> Loaded:
-    """Return what the runs at some paths left: each a run's folder, or a folder of runs such as a recipe's.
+    """Read the runs at some paths, each a run's folder or a folder of runs such as a recipe's.
 
     Raises:
-        NotFoundError: there is nothing at a path.
+        NotFoundError: a path does not exist.
         MismatchError: a path is neither a run nor a folder of runs.
     """
     grids: dict[Path, Grid] = {}
@@ -177,20 +176,17 @@ def read(paths: Sequence[Path]) -> Loaded:
             grids[place] = described or Grid(path=place, title=place.name)
     whole = [grids[path] for path in dict.fromkeys(path.resolve() for path in paths if not is_run(path))]
     missing = [grid.path / name for grid in whole for name in grid.listed if not is_run(grid.path / name)]
-    problems += [Problem(path, "missing", f"{RESULTS} lists this run, but it is not there") for path in missing]
+    problems += [Problem(path, "missing", f"{RESULTS} lists this run, but it does not exist") for path in missing]
     runs = [_attempt(path, partial(_run, path, grids[place]), problems) for path, place in folders.items()]
-    there = [path for grid in whole for path in sorted(grid.path.iterdir()) if show.is_store(path)]
-    stores = [_attempt(path, partial(show.store_report, path), problems) for path in there]
+    present = [path for grid in whole for path in sorted(grid.path.iterdir()) if show.is_store(path)]
+    stores = [_attempt(path, partial(show.store_report, path), problems) for path in present]
     return Loaded(
-        grids=tuple(grids.values()),
-        runs=tuple(run for run in runs if run is not None),
-        stores=tuple(store for store in stores if store is not None),
-        problems=tuple(dict.fromkeys(problems)),
+        tuple(grids.values()), tuple(filter(None, runs)), tuple(filter(None, stores)), tuple(dict.fromkeys(problems))
     )
 
 
 def is_run(path: Path) -> bool:
-    """Return whether a path is a run's folder, finished or not."""
+    """Return whether a path is the folder of a run, finished or not."""
     folder = RunFolder(path=path)
     return folder.settings.exists() or folder.summary.exists()
 
@@ -205,7 +201,7 @@ def _runs_in(path: Path) -> list[Path]:
 
 
 def _attempt(path: Path, work: Callable[[], T], problems: list[Problem]) -> T | None:
-    """Return what some work reads at a path, or None with what is wrong there added to the problems."""
+    """Return the result of `work`, or None after adding its error to the problems."""
     try:
         return work()
     except UnfinishedError as error:
@@ -224,12 +220,7 @@ def _grid(path: Path) -> Grid:
 
 
 def _run(path: Path, grid: Grid) -> Run:
-    """Return a run, every file of which is held against the run's record before a number of it is used.
-
-    Raises:
-        UnfinishedError: it has not ended.
-        CorruptionError: files are damaged; names them all.
-    """
+    """Read a run after checking every file against its record."""
     found = check.check(path)
     if found.problems:
         raise CorruptionError("; ".join(found.problems))

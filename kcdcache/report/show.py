@@ -1,4 +1,4 @@
-"""What lies at a path: the contents and the id of a store, manifest, values file, run, exported set or network."""
+"""Contents and id of a store, manifest, values file, run, exported set or network."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -20,11 +20,11 @@ from kcdcache.store.identity import Knowledge
 from kcdcache.store.log import PlanRecord
 
 MOST_SAMPLES = parquet.UNKNOWN_ROWS
-"""more than this no data set has: a higher index is a mistake, not a reason to take that much memory"""
+"""an index above this is a mistake, not a reason to allocate that much memory"""
 
 
 class Contents(Settings):
-    """What a store's plan says it holds."""
+    """The contents of a store according to its plan."""
 
     samples: int
     views: int
@@ -39,18 +39,18 @@ class Contents(Settings):
 
 
 class StoreReport(Contents):
-    """A store as its records tell of it; `Contents` are those of its last commit, or what is being written first."""
+    """A store according to its records; the inherited fields are of its last commit, or of its first plan."""
 
     path: Path
     id: str | None
-    """SHA-256 of its last commit; None before the first"""
+    """SHA-256 of the last commit; None before the first"""
     format_version: int
     sealed: bool
-    """whether anything was committed"""
+    """whether anything is committed"""
     growths: int
     """commits so far"""
     growing_to: Contents | None
-    """what it will hold, where more is being written than was committed"""
+    """planned contents if the store is growing"""
     parts: dict[str, int]
     """parts `done` and `pending`"""
     bytes: int
@@ -58,65 +58,53 @@ class StoreReport(Contents):
     skipped: int
     """samples without outputs, because their images are unreadable"""
     parameters: list[str]
-    """stages whose filters' statistics it keeps"""
+    """stages whose filter statistics it has"""
     origin: dict[str, Any]
-    """what was done to its labels, and whether the teacher learned from the same data"""
+    """corruption of the labels, and whether the teacher was trained on the same data"""
     teacher_accuracy: dict[str, float]
-    """view -> share of the samples done so far that the teacher got right, in [0, 1]"""
+    """view -> accuracy of the teacher on the samples done so far, in [0, 1]"""
     knowledge_id: str
     knowledge: InstanceOf[Knowledge]
 
     def document(self) -> dict[str, Any]:
-        """Return it as JSON values."""
+        """Return the report as JSON values."""
         found = self.model_dump(mode="json", exclude={"knowledge", "origin"})
         return found | self.origin | {"knowledge": self.knowledge.document()}
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """Return what lies at a path, as JSON values with `kind` first.
-
-    Raises:
-        NotFoundError: there is nothing.
-        MismatchError: it is nothing of ours.
-        CorruptionError: it is damaged.
-    """
+    """Return the contents of a path as JSON values, `kind` first; raises the errors of `kind_of`."""
     kind = kind_of(path)
     return {"kind": kind, "path": str(path), "id": KINDS[kind].id(path), **KINDS[kind].contents(path)}
 
 
 def id_of(path: Path) -> str | None:
-    """Return what names this content and no other: who has it from a trusted place can expect it.
+    """Return the digest that identifies the contents of a path, or None if they are unfinished or of another tool.
 
-    The SHA-256 of a store's last commit, the digest of a manifest or values file, that over an exported set's record,
-    which names its files, the SHA-256 of a network's weights or of a finished run's summary; None for what is not
-    finished or made by another tool.
-
-    Raises:
-        NotFoundError, MismatchError, CorruptionError: as for `inspect`.
+    The SHA-256 of a store's last commit, a network's weights or a finished run's summary; the digest of a manifest,
+    values file or exported set's record, which names its files.
     """
     return KINDS[kind_of(path)].id(path)
 
 
 def require_ids(paths: Iterable[Path], expected: Collection[str] | None) -> None:
-    """Do nothing if everything at some paths has one of the expected ids, or none are expected.
-
-    Raises:
-        MismatchError: something has another; prints both sides.
-    """
-    for path in paths if expected else ():
-        if (found := id_of(path)) not in (expected or ()):
+    """Raise MismatchError unless everything at the paths has one of the expected ids; without any, check nothing."""
+    if not expected:
+        return
+    for path in paths:
+        if (found := id_of(path)) not in expected:
             raise MismatchError(
-                f"{path} has the id {found}, expected {' or '.join(expected or ())}: it is not what was promised; "
+                f"{path} has the id {found}, expected {' or '.join(expected)}: it is not what was promised; "
                 "get it again, or leave --expect-id out"
             )
 
 
 def kind_of(path: Path) -> str:
-    """Return what a path holds, by its marker alone: one of KINDS.
+    """Return the kind of a path, a key of KINDS, by its marker alone.
 
     Raises:
-        NotFoundError: there is nothing.
-        MismatchError: it is nothing of ours.
+        NotFoundError: the path does not exist.
+        MismatchError: it is nothing that kcdcache wrote.
         CorruptionError: it is a damaged parquet file.
     """
     if not path.exists():
@@ -131,22 +119,17 @@ def kind_of(path: Path) -> str:
             f"`kcdcache report {path} --out report.html`"
         )
     if is_store(path / record.STORE):
-        record.read(path)  # says that its export was cut short
+        record.read(path)  # raises that the export was interrupted
     raise MismatchError(f"{path} is no store, manifest, values file, run or network of kcdcache")
 
 
 def is_store(path: Path) -> bool:
-    """Return whether a path holds a store, finished or not."""
+    """Return whether a path is a store, finished or not."""
     return (path / log.FOLDER).is_dir()
 
 
 def store_report(path: Path) -> StoreReport:
-    """Return what the records of a store say; its chunk files are not read.
-
-    Raises:
-        UnfinishedError: it has no plan yet.
-        NotFoundError, CorruptionError: a record is missing or damaged.
-    """
+    """Read the records of a store, without its chunks; raise UnfinishedError if it has no plan yet."""
     knowledge = identity.read_store_identity(path)
     commits: list[log.Commit] = []
     with suppress(UnfinishedError):
@@ -187,18 +170,15 @@ def _origin(path: Path, knowledge: Knowledge) -> dict[str, Any]:
 def _contents(plan: PlanRecord) -> Contents:
     return Contents(
         samples=plan.count,
-        views=plan.views,
         points=plan.count * plan.views,
         fields={entry.name: entry.encoding for entry in plan.fields},
-        part_rows=plan.part_rows,
-        batch_size=plan.batch_size,
-        compression=plan.compression,
         layout_id=digest_of(plan.document()),
+        **plan.model_dump(include={"views", "part_rows", "batch_size", "compression"}),
     )
 
 
 def _planned_parts(plan: PlanRecord, before: PlanRecord | None) -> int:
-    """Return how many parts a plan writes that the one before it did not, as `plan.parts` lists them."""
+    """Return how many parts a plan adds to the previous one, as listed by `plan.parts`."""
     per_view = -(-plan.count // plan.part_rows)
     held = before.views if before is not None and len(before.fields) == len(plan.fields) else 0
     return per_view * (plan.views - held)
@@ -240,7 +220,7 @@ def _values(path: Path) -> dict[str, Any]:
 
 
 def _count(path: Path) -> int:
-    """Return the samples a values file speaks of: another tool's may leave some out, so its highest index decides."""
+    """Return the number of samples of a values file; the highest index decides, as other tools may omit samples."""
     if parquet.is_folder(path):
         return parquet.read_seal(path).samples
     foreign = value_files.METADATA_KEY not in parquet.metadata_keys(path)
@@ -250,7 +230,7 @@ def _count(path: Path) -> int:
         return rows
     index = table["index"].to_numpy()
     highest = index.max(initial=-1) if index.dtype.kind in "iuf" else -1
-    # where it is no index, `value_files.read` names the row that is wrong
+    # `value_files.read` reports the row if it is no index
     return max(rows, int(highest) + 1) if 0 <= highest < MOST_SAMPLES else rows
 
 
@@ -298,12 +278,12 @@ def _is_table(path: Path) -> bool:
 
 
 class Kind(NamedTuple):
-    """What can lie at a path."""
+    """A kind of artifact."""
 
     fits: Callable[[Path], bool]
-    """whether its marker is there"""
+    """whether a path has its marker"""
     contents: Callable[[Path], dict[str, Any]]
-    """what `inspect` shows of it"""
+    """what `inspect` shows"""
     id: Callable[[Path], str | None]
 
 
@@ -327,4 +307,4 @@ KINDS: Mapping[str, Kind] = {
         lambda path: sha256_file(path.with_suffix(".safetensors"), MOST_FILE_BYTES),
     ),
 }
-"""name of a kind -> kind, in the order of asking"""
+"""name -> kind, in the order they are tried"""

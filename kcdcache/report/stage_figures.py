@@ -1,4 +1,4 @@
-"""Figures of runs that condense: the chain from teacher to set, what each stage keeps, and how values move."""
+"""Figures of condensing runs: the chain from teacher to set, what each stage keeps, and how values change."""
 
 import itertools
 import textwrap
@@ -6,42 +6,49 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Patch, Rectangle
 
 from kcdcache.condense import compare
 from kcdcache.report import tables
 from kcdcache.report.figures import AS_IS, COLOURS, ENRICHED, LEFT_OUT, Picture, drawn, legend_below, short, short_names
 from kcdcache.report.load import Loaded, Run
-from kcdcache.report.show import StoreReport
 
 Named = Sequence[tuple[str, Run]]
-"""(what a figure calls a run, run) of each"""
+"""(name in the figure, run) of each run"""
 MOST_LINES = 600
-"""samples drawn one by one in a pattern; of more, evenly spaced ones in the order drawn"""
+"""most samples drawn in a pattern"""
 MOST_CLASSES = 24
-"""classes whose names are shown"""
+"""most classes whose names are shown"""
 TITLE = 38
-"""characters of a line of a panel's title, of two panels beside each other"""
+"""characters per line of a panel's title, with two panels side by side"""
 PARTS = (("kept as they are (K_1H)", AS_IS), ("kept and enriched (K_Aug)", ENRICHED), ("dropped (K_0)", LEFT_OUT))
-SHARE_OF_CLASS = "samples kept, of the most that any set keeps of the class (%)"
+SHARE_OF_CLASS = "samples kept, relative to the set that keeps most of the class (%)"
 TURNS = (("left", COLOURS[1], -0.27, ""), ("returned", COLOURS[2], 0.0, "//"), ("new", COLOURS[4], 0.27, ".."))
-"""what became of samples -> colour, place and hatching of its bars"""
+"""change of samples, with colour, offset and hatching of its bars"""
 ACROSS, BOX_WIDTH, BOX_HEIGHT = (0.1, 0.3, 0.5, 0.7, 0.9), 0.165, 0.36
 FILLS = ("#56B4E9", "#D9D9D9", "#D9D9D9", "#009E73", "#E69F00")
-"""of the boxes of the chain: where they stand, how large they are, their colours"""
+"""boxes of the chain: centres, width, height, colours"""
 
 
 def chain(loaded: Loaded) -> Picture | None:
-    """Return the chain teacher, views, store, student, condensed set, or None where no run condensed from a store."""
+    """Return the chain teacher, views, store, student, condensed set, or None if no run condensed from a store."""
     students = tables.condensing(loaded)
     if not students or not loaded.stores:
         return None
     run = students[0][1]
     known = run.record.inputs.knowledge_id
     store = next((store for store in loaded.stores if store.knowledge_id == known), loaded.stores[0])
-    boxes = _boxes(store, run, _accuracy(loaded, store.knowledge.teacher.architecture))
+    last, teacher = run.sets[-1], store.knowledge.teacher.architecture
+    boxes = (
+        ("teacher", teacher, _accuracy(loaded, teacher)),
+        ("views", f"{store.samples:,} images", f"x {store.views} views each"),
+        ("store", f"{store.points:,} points", f"{store.bytes / 2**20:,.1f} MiB, read by all"),
+        ("student", run.summary.model, f"{100 * run.summary.accuracy_last:.1f} % accuracy"),
+        ("condensed set", f"{len(last):,} of {last.count:,}", f"{int(last.mixed.sum()):,} of them enriched"),
+    )
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -59,28 +66,16 @@ def chain(loaded: Loaded) -> Picture | None:
         axes.text(below, 0.15, "next stage trains on the set", ha="center", size=9)
         axes.plot((ACROSS[0] - BOX_WIDTH / 2, ACROSS[2] + BOX_WIDTH / 2), (0.3, 0.3), color="black", linewidth=1)
         axes.text(ACROSS[1], 0.15, "paid once, for any number of students", ha="center", size=9)
-        axes.text(below, 0.84, "each sample's value to the student", ha="center", size=9)
+        axes.text(below, 0.84, "value of each sample to the student", ha="center", size=9)
 
     return drawn("chain", 2.9, draw)
 
 
 def _accuracy(loaded: Loaded, teacher: str) -> str:
-    """Return the teacher's accuracy as text, where a run that trained it lies beside the store."""
+    """Return the teacher's accuracy as text, empty unless the run that trained it is loaded too."""
     rows = [runs for runs in loaded.rows().values() if not runs[0].stages and runs[0].summary.model == teacher]
     mean = tables.mean(rows[0], "accuracy_last") if rows else None
-    return "" if mean is None else f"{100 * mean:.1f} % right"
-
-
-def _boxes(store: StoreReport, run: Run, accuracy: str) -> Sequence[tuple[str, str, str]]:
-    """Return title and two lines of each box, from left to right."""
-    last = run.sets[-1]
-    return (
-        ("teacher", store.knowledge.teacher.architecture, accuracy),
-        ("views", f"{store.samples:,} images", f"x {store.views} views each"),
-        ("store", f"{store.points:,} points", f"{store.bytes / 2**20:,.1f} MiB, read by all"),
-        ("student", run.summary.model, f"{100 * run.summary.accuracy_last:.1f} % right"),
-        ("condensed set", f"{len(last):,} of {last.count:,}", f"{int(last.mixed.sum()):,} of them enriched"),
-    )
+    return "" if mean is None else f"{100 * mean:.1f} % accuracy"
 
 
 def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], curve: float = 0.0) -> None:
@@ -89,7 +84,7 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], cur
 
 
 def set_names(run: Run) -> list[str]:
-    """Return how a run's sets are called on an axis."""
+    """Return the names of a run's sets on an axis: stage numbers, and `end` for an exported set."""
     names = [str(stage.number) for stage in run.stages]
     exported = run.stages[-1].values is None and len(names) > 1
     return [*names[:-1], "end"] if exported else names
@@ -114,7 +109,7 @@ def sizes(found: Named) -> Picture:
 
 
 def bands(found: Named) -> Picture:
-    """Return the values of the samples that the next set keeps, and of those it drops."""
+    """Return the values of the samples that the next set keeps, and of those that it drops."""
 
     def panel(axes: Axes, run: Run) -> None:
         parts = compare.parts(run.sets)
@@ -135,7 +130,7 @@ def bands(found: Named) -> Picture:
 
 
 def pattern(name: str, run: Run) -> Picture:
-    """Return samples x stages: how valuable each is at each stage's end, and in which sets it is.
+    """Return samples x stages: rank by value at the end of each stage, and membership in each set.
 
     Source: Fig. 3b of Knowledge Condensation Distillation (arXiv 2207.05409).
     """
@@ -148,18 +143,14 @@ def pattern(name: str, run: Run) -> Picture:
     def draw(figure: Figure) -> None:
         upper, lower = figure.subplots(2, 3, width_ratios=(1, 1, 1.15), height_ratios=(1, 0.03))
         left, middle, right = upper
-        image = left.imshow(
-            100 * ranks[:, order].T, aspect="auto", cmap="cividis", vmin=0, vmax=100, interpolation="none"
-        )
+        image = _rows(left, 100 * ranks[:, order], 100)
         figure.colorbar(image, cax=lower[0], label="rank (100 = most valuable)", orientation="horizontal")
-        colours = ListedColormap([LEFT_OUT, AS_IS, ENRICHED])
-        middle.imshow(parts[:, order].T, aspect="auto", cmap=colours, vmin=0, vmax=2, interpolation="none")
+        _rows(middle, parts[:, order], 2, ListedColormap([LEFT_OUT, AS_IS, ENRICHED]))
         lower[1].legend(handles=[Patch(color=c, label=label) for label, c in PARTS], loc="upper center", fontsize=8)
         for axes, title, count in ((left, "rank by value", len(scores)), (middle, "in the set?", len(parts))):
-            axes.grid(False)
             axes.set(title=title, yticks=[])
             axes.set_xticks(range(count), set_names(run)[:count])
-        left.set(xlabel="end of stage", ylabel="samples, most valuable at the end on top")
+        left.set(xlabel="end of stage", ylabel="samples, by value at the end")
         middle.set_xlabel("set of stage")
         _movers(right, ranks, set_names(run)[: len(scores)])
         lower[2].legend(*right.get_legend_handles_labels(), loc="upper center", ncols=2, fontsize=8)
@@ -168,6 +159,12 @@ def pattern(name: str, run: Run) -> Picture:
 
     picture = drawn("pattern", 5.6, draw, run=name, shown=len(order), count=run.sets[0].count)
     return picture._replace(key=f"pattern-{run.name}")
+
+
+def _rows(axes: Axes, shown: np.ndarray, most: float, colours: Colormap | str = "cividis") -> AxesImage:
+    """Draw stages x rows in colours, 0 to `most`, with a column per stage."""
+    axes.grid(False)
+    return axes.imshow(shown.T, aspect="auto", cmap=colours, vmin=0, vmax=most, interpolation="none")
 
 
 def _movers(axes: Axes, ranks: np.ndarray, names: Sequence[str]) -> None:
@@ -184,7 +181,7 @@ def _movers(axes: Axes, ranks: np.ndarray, names: Sequence[str]) -> None:
 
 
 def turnover(found: Named) -> Picture:
-    """Return how many samples stay, leave and return from set to set."""
+    """Return how many samples leave, return and are new in each set."""
 
     def panel(axes: Axes, run: Run) -> None:
         rows = compare.turnover(compare.parts(run.sets))[1:]
@@ -199,7 +196,7 @@ def turnover(found: Named) -> Picture:
 
 
 def classes(found: Named) -> Picture | None:
-    """Return the share of each class that every set keeps; None where no set knows its classes."""
+    """Return the share of each class that every set keeps, or None if no run knows the classes of its sets."""
     known = [(name, run) for name, run in found if all(chosen.class_counts for chosen in run.sets)]
     if not known:
         return None
@@ -209,11 +206,10 @@ def classes(found: Named) -> Picture | None:
         counts = np.array([chosen.class_counts for chosen in run.sets], float)
         share = 100 * counts / np.maximum(counts.max(axis=0), 1)
         order = np.argsort(-share[-1], kind="stable")
-        axes.imshow(share[:, order].T, aspect="auto", cmap="cividis", vmin=0, vmax=100, interpolation="none")
-        axes.grid(False)
+        _rows(axes, share[:, order], 100)
         step = -(-len(order) // MOST_CLASSES)
-        called = [run.class_name(label) for label in order[::step]]
-        axes.set_yticks(range(0, len(order), step), [short(text, 24) for text in called], fontsize=8)
+        called = [short(run.class_name(label), 24) for label in order[::step]]
+        axes.set_yticks(range(0, len(order), step), called, fontsize=8)
         _stage_axis(axes, run, "class")
 
     height = 1.4 + 0.15 * min(most, MOST_CLASSES)
@@ -221,7 +217,7 @@ def classes(found: Named) -> Picture | None:
 
 
 def distances(found: Named) -> Picture:
-    """Return the Hamming distances between the last sets of some runs on the same data, beside those of random sets."""
+    """Return the Hamming distances between the last sets of runs on the same data, compared with random sets."""
     sets, called = [run.sets[-1] for _, run in found], short_names([name for name, _ in found])
     matrix = compare.hamming(sets)
     chance = list(itertools.starmap(compare.by_chance, itertools.combinations(sets, 2)))
@@ -232,13 +228,13 @@ def distances(found: Named) -> Picture:
         axes = figure.subplots()
         image = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=max(0.5, float(matrix.max())))
         axes.grid(False)
-        axes.set_title(f"random sets of these sizes differ by {' to '.join(ends)}")
+        axes.set_title(f"random sets of these sizes: {' to '.join(ends)}")
         axes.set_yticks(range(count), labels)
         axes.set_xticks(range(count), labels, rotation=40, ha="right")
         for row, column in np.ndindex(count, count) if count <= 16 else ():
             colour = "white" if matrix[row, column] < 0.3 else "black"
             axes.text(column, row, f"{matrix[row, column]:.2f}", ha="center", va="center", color=colour, size=8)
-        figure.colorbar(image, ax=axes, label="share of samples kept by one run only", shrink=0.8)
+        figure.colorbar(image, ax=axes, label="share of samples kept by only one of the runs", shrink=0.8)
 
     return drawn("distances", min(11.0, 2.6 + 0.42 * count), draw)
 
@@ -246,10 +242,7 @@ def distances(found: Named) -> Picture:
 def _panels(
     key: str, found: Named, each: float, panel: Callable[[Axes, Run], None], colours: str | None = None
 ) -> Picture:
-    """Return a picture with a panel per run under its name, two in a line, each `each` inches high.
-
-    Under them stands a legend of all, or where they are images one bar of their colours under this label.
-    """
+    """Return a picture with a panel per run, `each` inches high, with a common legend or a colour bar `colours`."""
 
     def draw(figure: Figure) -> None:
         across = min(2, len(found))

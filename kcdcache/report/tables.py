@@ -1,4 +1,4 @@
-"""The tables of a report: the same rows shown to people, written as CSV and as JSON."""
+"""The tables of a report: the same rows on the page, in CSV and in JSON."""
 
 import csv
 import io
@@ -21,23 +21,21 @@ from kcdcache.report.load import Loaded, Run
 from kcdcache.report.show import StoreReport
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""what makes a spreadsheet take a text for a formula"""
+"""first characters that make a spreadsheet read a text as a formula"""
 USUAL_REFERENCE = "kd"
 SEEDS = ("seed", "condense_seed")
-"""settings in which the runs of one row differ by design"""
+"""settings that may differ between the runs of a row"""
 COMPARED = {
     "accuracy_last": ("percentage points", 100.0),
     "accuracy_best": ("percentage points", 100.0),
     "relative_cost": ("of N x epochs", 1.0),
 }
-"""entries of summaries that are compared pair by pair -> unit of their difference, and what it is multiplied by"""
+"""entry of a summary that is compared pair by pair -> unit of the difference, and its factor"""
 COSTS = ("student_samples", "teacher_forwards", "rows_read", "bytes_read", "seconds")
 OF_TEACHER = ("accuracy_train", "accuracy_right", "memorised", "recovered", "accuracy_true")
-"""entries of a summary that it has of the teacher too, beginning with `teacher_`"""
-SHARES = (
-    *OF_TEACHER, "agreement_train", "agreement_test", "accuracy_frequent", "accuracy_rare", "calibration_error",
-)  # fmt: skip
-"""entries of a summary that are shares and shown as percentages"""
+"""entries of a summary that also exist for the teacher, as `teacher_...`"""
+SHARES = (*OF_TEACHER, "agreement_train", "agreement_test", "accuracy_frequent", "accuracy_rare", "calibration_error")
+"""entries of a summary that are shown as percentages"""
 PLAIN = "ce"
 
 Row = Mapping[str, Any]
@@ -46,22 +44,22 @@ Key = tuple[Path, str]
 
 
 class Column(NamedTuple):
-    """One column."""
+    """A column of a table."""
 
     name: str
     """key in rows, CSV and JSON"""
     title: str
-    """heading, with the unit as shown"""
+    """heading with the unit"""
     kind: str = "text"
-    """one of SHOWN"""
+    """key of SHOWN"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of numbers and texts under named columns; a cell may be empty (None)."""
+    """Rows of numbers and texts under named columns; None is an empty cell."""
 
     key: str
-    """its name in JSON and of its CSV file"""
+    """name in JSON and of the CSV file"""
     title: str
     note: str
     """how to read it"""
@@ -69,7 +67,7 @@ class Table:
     rows: Sequence[Row]
 
     def document(self) -> dict[str, Any]:
-        """Return it as JSON values: unrounded, empty cells as null."""
+        """Return the table as JSON values, unrounded."""
         return {
             "title": self.title,
             "columns": {column.name: column.title for column in self.columns},
@@ -77,7 +75,7 @@ class Table:
         }
 
     def csv(self) -> str:
-        """Return it as CSV, unrounded; before a text that a spreadsheet would run as a formula stands an apostrophe."""
+        """Return the table as CSV, unrounded; texts that a spreadsheet would run as a formula get an apostrophe."""
         stream, names = io.StringIO(), [column.name for column in self.columns]
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(names)
@@ -87,35 +85,18 @@ class Table:
         return stream.getvalue()
 
     def cells(self) -> list[list[str]]:
-        """Return the rows as people see them: rounded, in the unit of the heading."""
+        """Return the rows as they are shown: rounded, in the unit of the heading."""
         return [[shown(row.get(column.name), column.kind) for column in self.columns] for row in self.rows]
-
-    def text(self) -> str:
-        """Return heading and rows as aligned text."""
-        lines = [[column.title for column in self.columns], *self.cells()]
-        widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-        aligned = [
-            "  ".join(
-                cell.ljust(width) if column.kind == "text" else cell.rjust(width)
-                for cell, width, column in zip(line, widths, self.columns, strict=True)
-            ).rstrip()
-            for line in lines
-        ]
-        return "\n".join([aligned[0], "-" * len(aligned[0]), *aligned[1:]])
 
 
 @cache
 def texts() -> dict[str, Any]:
-    """Return what a report says in words: texts.toml."""
+    """Return the texts of a report, from texts.toml."""
     return tomllib.loads(Path(__file__).with_name("texts.toml").read_text(encoding="utf-8"))
 
 
 def every(loaded: Loaded, reference: str | None = None) -> dict[str, Table]:
-    """Return every table of a report by its key: title, note and columns are those of `texts`.
-
-    Raises:
-        SettingsError: the reference is no row.
-    """
+    """Return every table of a report by its key, with titles, notes and columns from `texts`."""
     made = {}
     fates = "; ".join(f"{fate}: {text}" for fate, text in compare.FATES.items())
     for key, text in texts()["tables"].items():
@@ -126,7 +107,7 @@ def every(loaded: Loaded, reference: str | None = None) -> dict[str, Table]:
 
 
 def shown(value: Any, kind: str) -> str:
-    """Return a cell as people see it.
+    """Return a cell as it is shown.
 
     >>> shown(0.99537, "percent"), shown(-0.1, "signed"), shown(None, "count")
     ('99.54', '-0.100', '')
@@ -145,12 +126,11 @@ SHOWN: Mapping[str, Callable[[Any], str]] = {
     "number": lambda value: f"{value:.4g}",
     "seconds": lambda value: f"{value:,.1f}",
 }
-"""kind of a column -> how its numbers are shown; percent is a share times 100"""
+"""kind of a column -> how its values are shown; percent is a share times 100"""
 
 
 def labels(loaded: Loaded) -> dict[Key, str]:
-    """Return how each row is called, no two alike: the recipe's title for the step, with the step where two steps have
-    one title, and with the grid's folder where there are several."""
+    """Return a unique name for each row: the recipe's title of the step, if needed with the step or the folder."""
     titles = {grid.path: grid.titles for grid in loaded.grids}
     named = {(grid, step): titles[grid].get(step, step) for grid, step in loaded.rows()}
     seen, grids = Counter((grid, name) for (grid, _), name in named.items()), {grid for grid, _ in named}
@@ -168,23 +148,21 @@ def named_rows(loaded: Loaded) -> list[tuple[str, tuple[Run, ...]]]:
 
 
 def named_runs(loaded: Loaded) -> list[tuple[str, Run]]:
-    """Return (row's name, run) of each run, in order of the rows."""
+    """Return (name of its row, run) for each run, in order of the rows."""
     return [(name, run) for name, runs in named_rows(loaded) for run in runs]
 
 
 def condensing(loaded: Loaded) -> list[tuple[str, Run]]:
-    """Return (row's name, run) of all runs that condensed; not of those that only trained on a set they were given."""
+    """Return (name of its row, run) for each run that condensed, leaving out those that only used a given set."""
     return [(name, run) for name, run in named_runs(loaded) if run.condenses]
 
 
 def references(loaded: Loaded, asked: str | None = None) -> dict[Key, Key]:
-    """Return row -> the row of the same grid, network and training data that it is compared with; none for that row.
+    """Return row -> reference row of the same grid, network and training data; the references have none themselves.
 
-    That is the one asked for, else the one called `kd` (or ...-kd), of several one that learned from as many views,
-    else the first row of trained students, else the first. A row of another network than the one asked for has none.
-
-    Raises:
-        SettingsError: no grid has the row asked for.
+    The reference is `asked`, else the row named `kd` or ...-kd (if there are several, one with the same knowledge and
+    number of views), else the first row of trained students, else the first row. Rows of another network than `asked`
+    have none. Raises SettingsError if no grid has a row `asked`.
     """
     rows = loaded.rows()
     if asked is not None and asked not in (known := [step for _, step in rows]):
@@ -198,54 +176,52 @@ def references(loaded: Loaded, asked: str | None = None) -> dict[Key, Key]:
         usual = [key for key in own if (key[1] == asked if asked else f"-{key[1]}".endswith(f"-{USUAL_REFERENCE}"))]
         if best := usual or ([] if asked else trained or own):
             near = {knowledge_of(rows[key][0]): key for key in reversed(best)}
-            found |= {
-                key: best[0] if key in best else near.get(knowledge_of(rows[key][0]), best[0])
-                for key in own if key != best[0]
-            }  # fmt: skip
+            for key in own:
+                found[key] = best[0] if key in best else near.get(knowledge_of(rows[key][0]), best[0])
+            del found[best[0]]
     return found
 
 
 def knowledge_of(run: Run) -> tuple[str | None, int | None]:
-    """Return what a run learned from: the id of its knowledge, and the number of views it went through."""
+    """Return the id of the knowledge a run learned from, and the number of views it used."""
     return run.record.inputs.knowledge_id, run.record.inputs.views
 
 
 def data_of(run: Run) -> str | None:
-    """Return the digest of the training data of a run."""
+    """Return the digest of a run's training data."""
     return run.sets[0].data_digest if run.sets else run.record.inputs.data
 
 
+def spread(values: Iterable[float | None]) -> statistics.Spread:
+    """Return the spread of the values that are not None."""
+    return statistics.spread([float(value) for value in values if value is not None])
+
+
 def mean(runs: Iterable[Run], name: str) -> float | None:
-    """Return the mean of an entry of the summaries that have it."""
-    return statistics.spread(numbers(runs, name)).mean
-
-
-def numbers(runs: Iterable[Run], name: str) -> list[float]:
-    """Return an entry of the summaries that have it."""
-    return [float(value) for run in runs if (value := getattr(run.summary, name)) is not None]
+    """Return the mean of an entry over the summaries that have it."""
+    return spread(getattr(run.summary, name) for run in runs).mean
 
 
 def problems(loaded: Loaded) -> Sequence[Row]:
-    """Return a row per run, store or record that was asked for and is in no number, with what is wrong."""
+    """Return a row for each run, store or record that is left out, with the reason."""
     return [{"path": str(path), "state": state, "error": error} for path, state, error in loaded.problems]
 
 
 def results(loaded: Loaded) -> Sequence[Row]:
-    """Return a row per step: means over its seeds and their sample standard deviations."""
+    """Return a row per step: means over seeds with sample standard deviations."""
     rows = []
     for label, runs in named_rows(loaded):
         row: dict[str, Any] = {"row": label, "n": len(runs), "seeds": ", ".join(str(run.seed) for run in runs)}
         for name in ("model", "method"):
             row[name] = ", ".join(dict.fromkeys(filter(None, (getattr(run.summary, name) for run in runs)))) or None
         for name in ("accuracy_last", "accuracy_best", "relative_cost", "seconds", "calibration_error", "kept"):
-            found = statistics.spread(numbers(runs, name))
-            row |= {name: found.mean, f"{name}_std": found.std}
+            _, row[name], row[f"{name}_std"] = spread(getattr(run.summary, name) for run in runs)
         rows.append(row)
     return rows
 
 
 def differences(loaded: Loaded, asked: str | None = None) -> Sequence[Row]:
-    """Return a row per step and measure: mean difference to the reference over paired seeds, with its interval."""
+    """Return a row per step and measure: mean difference from the reference over paired seeds, with its interval."""
     names, runs = labels(loaded), loaded.rows()
     return [
         {"row": names[key], "reference": names[reference], **found}
@@ -255,7 +231,7 @@ def differences(loaded: Loaded, asked: str | None = None) -> Sequence[Row]:
 
 
 def _compared(ours: Sequence[Run], theirs: Sequence[Run]) -> Iterator[dict[str, Any]]:
-    def pair(run: Run) -> tuple[Any, ...]:  # of one seed, told the same way, measured on the same test images
+    def pair(run: Run) -> tuple[Any, ...]:  # same test images, same seed from the same source
         return run.record.inputs.test, run.seed, run.seeded
 
     paired = [run for run in ours if pair(run) in set(map(pair, theirs))]
@@ -267,7 +243,7 @@ def _compared(ours: Sequence[Run], theirs: Sequence[Run]) -> Iterator[dict[str, 
 
 
 def cost(loaded: Loaded) -> Sequence[Row]:
-    """Return what each row, and each store, cost per run."""
+    """Return the cost per run of each row, and the cost of each store."""
     seconds = {grid.path / name: spent for grid in loaded.grids for name, spent in grid.seconds.items()}
     rows: list[Row] = [
         {
@@ -277,19 +253,19 @@ def cost(loaded: Loaded) -> Sequence[Row]:
         for store in loaded.stores
     ]  # fmt: skip
     for label, runs in named_rows(loaded):
-        speeds = [run.summary.images_per_second for run in runs if run.summary.images_per_second is not None]
+        speeds = [rate for run in runs if (rate := run.summary.images_per_second) is not None]
         taught = [run for run in runs if run.summary.rows_read]
         rows.append({
             "row": label, "n": len(runs), **{name: mean(runs, name) for name in COSTS},
             "live_forwards": mean(taught, "student_samples"),
-            "images_per_second": statistics.spread([speed.mean for speed in speeds]).mean,
-            "images_per_second_std": statistics.spread([s.std for s in speeds if s.std is not None]).mean,
+            "images_per_second": spread(speed.mean for speed in speeds).mean,
+            "images_per_second_std": spread(speed.std for speed in speeds).mean,
         })  # fmt: skip
     return rows
 
 
 def curves(loaded: Loaded) -> Sequence[Row]:
-    """Return a row per run and epoch: what the student had consumed, how long it took, and how good it was."""
+    """Return a row per run and epoch: its metrics, with the training time so far."""
     rows = []
     for label, run in named_runs(loaded):
         spent = 0.0
@@ -301,7 +277,7 @@ def curves(loaded: Loaded) -> Sequence[Row]:
 
 
 def stages(loaded: Loaded) -> Sequence[Row]:
-    """Return a row per set of every run that condenses: sizes, and what changed since the set before."""
+    """Return a row per set of each condensing run: sizes, and changes from the previous set."""
     return [{"row": label, "run": run.name, **found} for label, run in condensing(loaded) for found in _sets(run)]
 
 
@@ -320,20 +296,17 @@ def _sets(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def classes(loaded: Loaded) -> Sequence[Row]:
-    """Return a row per run that condenses, set and class: how many of its samples are kept."""
+    """Return a row per condensing run, set and class: how many samples of the class are kept."""
     return [
-        {
-            "row": name, "run": run.name, "stage": stage.number, "label": label,
-            "class": run.class_name(label), "kept": kept,
-        }
+        {"row": name, "run": run.name, "stage": number, "label": label, "class": run.class_name(label), "kept": kept}
         for name, run in condensing(loaded)
-        for stage in run.stages
-        for label, kept in enumerate(stage.manifest.class_counts)
-    ]  # fmt: skip
+        for number, chosen, _, _ in run.stages
+        for label, kept in enumerate(chosen.class_counts)
+    ]
 
 
 def fates(loaded: Loaded) -> Sequence[Row]:
-    """Return a row per run that condenses: how many samples had which fate."""
+    """Return a row per condensing run: how many samples had each fate."""
     return [
         {"row": label, "run": run.name, **{fate: int(mask.sum()) for fate, mask in found.items()}}
         for label, run in condensing(loaded)
@@ -342,7 +315,7 @@ def fates(loaded: Loaded) -> Sequence[Row]:
 
 
 def distances(loaded: Loaded) -> Sequence[Row]:
-    """Return a row per pair of condensed runs on the same data: Hamming distance of what their last sets keep."""
+    """Return a row per pair of condensing runs on the same data: Hamming distance between their last sets."""
     rows = []
     for group in same_data(loaded):
         matrix = compare.hamming([run.sets[-1] for _, run in group])
@@ -357,7 +330,7 @@ def distances(loaded: Loaded) -> Sequence[Row]:
 
 
 def same_data(loaded: Loaded) -> list[list[tuple[str, Run]]]:
-    """Return (folder's name, run) of the condensing runs grouped by the data they condensed, groups of one left out."""
+    """Return (folder name, run) of the condensing runs, grouped by their data; groups of one are left out."""
     groups: dict[tuple[str | None, int], list[tuple[str, Run]]] = {}
     for _, run in condensing(loaded):
         name = f"{run.grid.name}/{run.name}" if len(loaded.grids) > 1 else run.name
@@ -366,7 +339,7 @@ def same_data(loaded: Loaded) -> list[list[tuple[str, Run]]]:
 
 
 def runs(loaded: Loaded) -> Sequence[Row]:
-    """Return a row per run: where it ran, with what, and by which command."""
+    """Return a row per run: its environment and command."""
     rows = []
     for label, run in named_runs(loaded):
         latest = run.record.latest
@@ -381,7 +354,7 @@ def runs(loaded: Loaded) -> Sequence[Row]:
 
 
 def settings(loaded: Loaded) -> Sequence[Row]:
-    """Return a row per setting and row of runs: its value; seeds of a row that differ in it are joined by ' | '."""
+    """Return a row per setting of each row of runs; values that differ between its runs are joined by ' | '."""
     return [
         {"row": label, "setting": name, "value": value}
         for label, found in named_rows(loaded)
@@ -395,7 +368,7 @@ def _settings(found: Sequence[Run]) -> dict[str, str]:
 
 
 def unlike_rows(loaded: Loaded) -> list[str]:
-    """Return a line for each row whose runs differ in more than their seed: their mean is of different things."""
+    """Return a warning for each row whose runs differ in more than their seed."""
     return [
         f"the runs of '{label}' differ in {', '.join(differing)}: their mean is of unlike runs"
         for label, found in named_rows(loaded)
@@ -404,7 +377,7 @@ def unlike_rows(loaded: Loaded) -> list[str]:
 
 
 def identities(loaded: Loaded) -> Sequence[Row]:
-    """Return a row per thing that has an id: what names this content and no other."""
+    """Return a row per id or digest of each store and run."""
     named = [(store.path.name, _store_ids(store)) for store in loaded.stores]
     named += [(run.name, _run_ids(run)) for run in loaded.runs]
     return [{"of": of, "what": what, "id": id} for of, ids in named for what, id in ids.items()]
@@ -429,7 +402,7 @@ def _run_ids(run: Run) -> dict[str, str | None]:
 
 
 def fidelity(loaded: Loaded) -> Sequence[Row]:
-    """Return a row per step that was measured on its training samples, and one per teacher; means over seeds."""
+    """Return a row per step that was measured on its training samples, and per teacher; means over seeds."""
     names, rows = labels(loaded), loaded.rows()
     plain = {key: runs for key, runs in rows.items() if _is_plain(runs[0])}
     found: list[Row] = []
@@ -439,7 +412,7 @@ def fidelity(loaded: Loaded) -> Sequence[Row]:
         if not runs:
             continue
         teacher = _teacher(runs[0])
-        if teacher and teacher not in teachers:  # of several stores of one teacher too, whose view 0 is the same
+        if teacher and teacher not in teachers:  # stores of the same teacher share view 0
             teachers.append(teacher)
             found.append({"row": teachers_name(names[key]), **_group(runs[0]), **teacher})
         row = {"row": names[key], "n": len(runs), "data": corruption(runs[0]), **_group(runs[0])}
@@ -455,7 +428,7 @@ def fidelity(loaded: Loaded) -> Sequence[Row]:
 
 
 def screening(loaded: Loaded) -> Sequence[Row]:
-    """Return a row per step and set: what it keeps and drops of wrong labels and of rare classes; means over seeds."""
+    """Return a row per step and set: how it treats wrong labels and rare classes; means over seeds."""
     rows: list[Row] = []
     for label, runs in named_rows(loaded):
         by_stage: dict[int, list[Row]] = {}
@@ -463,21 +436,18 @@ def screening(loaded: Loaded) -> Sequence[Row]:
             for stage, shares in _screened(run):
                 by_stage.setdefault(stage, []).append(shares)
         for stage, each in sorted(by_stage.items()):
-            means = {
-                name: statistics.spread([one[name] for one in each if one[name] is not None]).mean for name in each[0]
-            }
             row = {"row": label, "data": corruption(runs[0]), **_group(runs[0]), "stage": stage, "n": len(each)}
-            rows.append(row | means)
+            rows.append(row | {name: spread(one[name] for one in each).mean for name in each[0]})
     return rows
 
 
 def _group(run: Run) -> dict[str, str]:
-    """Return what the rows of one figure have in common: what was done to the students' data, and their network."""
+    """Return what the rows of one figure share: the corruption of the training data, and the network."""
     return {"condition": corruption(run), "network": run.summary.model}
 
 
 def corruption(run: Run) -> str:
-    """Return what was done to a run's training data, in words."""
+    """Describe the corruption of a run's training data."""
     known = run.summary.corruption
     if known is None:
         return "as it is"
@@ -489,7 +459,7 @@ def corruption(run: Run) -> str:
 
 
 def _plain_of(run: Run, plain: Mapping[Key, Sequence[Run]]) -> Key | None:
-    """Return the row of plain training that a run is to be compared with: same network, data, epochs, then settings."""
+    """Return the row of plain training with the same network, data and epochs, and the most similar settings."""
 
     def task(run: Run) -> tuple[Any, ...]:
         return run.grid, run.summary.model, data_of(run), run.record.settings.get("epochs")
@@ -504,13 +474,13 @@ def _plain_of(run: Run, plain: Mapping[Key, Sequence[Run]]) -> Key | None:
 
 
 def _is_plain(run: Run) -> bool:
-    """Return whether a run is plain training: a student's on labels alone with everything kept, or a `fit`."""
+    """Return whether a run trained on labels alone and kept everything."""
     alone = run.summary.method == PLAIN or run.summary.kind == "fit"
     return alone and not run.condenses and run.summary.relative_cost == 1
 
 
 def _teacher(run: Run) -> Row:
-    """Return what a run's summary tells of its teacher, from the store and perhaps test images; empty for nothing."""
+    """Return the teacher's measurements in a run's summary; empty if it has none."""
     summary = run.summary
     if summary.teacher_accuracy_train is None:
         return {}
@@ -520,7 +490,7 @@ def _teacher(run: Run) -> Row:
 
 
 def teachers_name(student: str) -> str:
-    """Return how the teacher of a row is called: as a recipe's `WHAT: variant` rows are.
+    """Name the teacher of a row, in the style of a recipe's `WHAT: variant` rows.
 
     >>> teachers_name("noise 0.4: KD, everything"), teachers_name("resnet8-kd")
     ('noise 0.4: the teacher', 'teacher of resnet8-kd')
@@ -530,7 +500,7 @@ def teachers_name(student: str) -> str:
 
 
 def _screened(run: Run) -> Iterator[tuple[int, dict[str, float | None]]]:
-    """Yield (stage, shares) of a run's sets, each with how the values it was chosen by tell marked samples apart."""
+    """Yield (stage, shares) of a run's sets, each with the separation by the values it was chosen from."""
     before: dict[str, float | None] = {"separation_wrong": None, "separation_rare": None}
     for counts in sorted(run.summary.sets or (), key=lambda one: one.stage):
         yield counts.stage, _shares(counts) | before
@@ -538,7 +508,7 @@ def _screened(run: Run) -> Iterator[tuple[int, dict[str, float | None]]]:
 
 
 def _shares(counts: SetCounts) -> dict[str, float | None]:
-    """Return a set's counts as shares; None where nothing of that kind is there to be counted."""
+    """Return a set's counts as shares; None if there is nothing of that kind."""
     total = counts.kept + counts.dropped
     wrong, rare = _sum(counts.kept_wrong, counts.dropped_wrong), _sum(counts.kept_rare, counts.dropped_rare)
     return {
@@ -567,4 +537,4 @@ ROWS: Mapping[str, Callable[[Loaded], Sequence[Row]]] = {
     "stages": stages, "fates": fates, "classes": classes, "distances": distances, "fidelity": fidelity,
     "screening": screening, "runs": runs, "settings": settings, "identities": identities,
 }  # fmt: skip
-"""key of a table -> its rows"""
+"""table -> function that makes its rows"""

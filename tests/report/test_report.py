@@ -357,7 +357,7 @@ def test_unfinished_damaged_and_missing_runs_are_told_and_the_rest_stands(place,
     assert {tuple(line[1:]) for line in page.tables["troubles"][1:]} == {
         (state, printable(error)) for state, error in found.values()
     }
-    assert "1 finished run in 1 row. Not in the numbers: 1 missing, 4 damaged, 1 unfinished" in page.texts["p"][0]
+    assert "1 finished run in 1 row. Not included: 1 missing, 4 damaged, 1 unfinished" in page.texts["p"][0]
 
 
 @pytest.mark.parametrize("results", ['{"title": "half', '{"rows": 3, "runs": [4]}'])
@@ -378,7 +378,7 @@ def test_without_any_sound_run_there_still_is_a_page(few, tmp_path):
     told = write([few], tmp_path / "r.html")
     assert "environment.versions: Input should be an object" in problems(told)["base-seed0"][1]
     assert rows(told, "runs") == []
-    assert "0 finished runs in 0 rows. Not in the numbers: 5 missing, 1 damaged" in (tmp_path / "r.html").read_text()
+    assert "0 finished runs in 0 rows. Not included: 5 missing, 1 damaged" in (tmp_path / "r.html").read_text()
 
 
 def test_without_results_json_runs_are_found_and_rows_of_unlike_ones_are_told(copy):

@@ -39,8 +39,6 @@ def test_a_text_is_one_printable_line_wherever_it_is_shown(text):
     cell = made.cells()[0][0]
     assert cell.isprintable()
     assert cell == printable(text)
-    assert len(made.text().split("\n")) == 3
-    assert "\u202e" not in made.text()
     assert read(made.csv())[0]["name"].removeprefix("'") == printable(text).removeprefix("'")
 
 
@@ -59,11 +57,6 @@ def test_no_text_is_a_formula_in_a_spreadsheet(text):
 )  # fmt: skip
 def test_how_numbers_are_shown(kind, value, text):
     assert shown(value, kind) == text
-
-
-def test_text_for_a_terminal_is_aligned():
-    made = table([{"name": "long name", "value": 1.5}, {"name": "b"}])
-    assert made.text() == f"the name   value (s)\n{'-' * 20}\nlong name        1.5\nb"
 
 
 def test_every_column_is_shown_in_a_way_there_is_and_has_a_name_of_its_own():
