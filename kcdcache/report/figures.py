@@ -285,8 +285,8 @@ def robustness(fidelity: Sequence[Row], screening: Sequence[Row]) -> list[Pictur
             groups.setdefault((row["condition"], row["network"]), []).append(row)
         made = {group: picture for group, some in groups.items() if (picture := draw(some)) is not None}
         for number, (group, picture) in enumerate(made.items(), 1):
-            named = {"key": f"{picture.key}-{number}", "title": f"{picture.title} {', '.join(group)}"}
-            found.append(picture if len(made) == 1 else picture._replace(**named))
+            key, title = f"{picture.key}-{number}", f"{picture.title} {', '.join(group)}"
+            found.append(picture if len(made) == 1 else picture._replace(key=key, title=title))
     return found
 
 
