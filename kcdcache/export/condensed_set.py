@@ -1,4 +1,4 @@
-"""Exported condensed sets, opened to train from: their knowledge, manifest and images; and what is wrong with one."""
+"""Exported condensed sets: opening one for training, its images, and finding damage."""
 
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -13,22 +13,8 @@ from kcdcache.condense import manifest
 from kcdcache.condense.manifest import Manifest
 from kcdcache.data import datasets, images
 from kcdcache.errors import CorruptionError, MismatchError, SettingsError, UnsafeError, attempt, require_same
-from kcdcache.export.record import (
-    MANIFEST,
-    MIXES,
-    OPTIONAL,
-    SAMPLES,
-    SEALS,
-    SPLITS,
-    STORE,
-    Baked,
-    Images,
-    Record,
-    problem_of,
-    read,
-    read_samples,
-    require_file,
-)
+from kcdcache.export import record as records
+from kcdcache.export.record import MANIFEST, MIXES, SAMPLES, SEALS, SPLITS, STORE, Baked, Images, Record, require_file
 from kcdcache.methods.run_loss import Weights
 from kcdcache.settings import TrainSettings
 from kcdcache.store import check, log, reader
@@ -38,49 +24,39 @@ from kcdcache.store.log import Commit
 
 @dataclass(frozen=True, eq=False)
 class PartialImages(images.EncodedImages):
-    """Images of some positions only; asking for another one is an error, so that nothing else is ever taken for it."""
+    """Images of some positions only; reading another position raises MismatchError."""
 
     held: images.DecodedImages | images.EncodedImages = field(kw_only=True)
-    """the images there are"""
     row: Int64[np.ndarray, " n"] = field(kw_only=True)
-    """position -> its number among them, -1 where there is none"""
+    """position -> row in `held`, -1 if it has no image"""
 
     def __len__(self) -> int:
         return len(self.row)
 
     def taken(self, rows: Int64[np.ndarray, " kept"]) -> "PartialImages":
-        """Return those at some positions."""
+        """Return the images of some positions."""
         return replace(self, row=self.row[rows])
 
     def images(
         self, index: Int64[np.ndarray, " batch"], check: images.Check | None = None, threads: int | None = None
     ) -> UInt8[np.ndarray, "batch height width channels"] | images.ImageList:
-        """Return the images at the given positions: one array if all share a size, else a list.
-
-        Raises:
-            MismatchError: one of them is not there; names it.
-            CorruptionError: an image cannot be decoded.
-        """
+        """Return the images at some positions: an array if they have one size, else a list."""
         rows = self._rows(index)
         if isinstance(self.held, images.DecodedImages):
-            return self.held.images(rows)  # compared with their digests when they were loaded
+            return self.held.images(rows)  # their digests were compared at loading
         back = dict(zip(rows.tolist(), index.tolist(), strict=True))
         return self.held.images(rows, check and (lambda row, content: check(back[row], content)), threads)
 
     def place(self, position: int) -> str:
-        """Return where the image at a position came from, for messages."""
+        """Return the file and row of an image, for messages."""
         return self.held.place(self._row(position))
 
     def content(self, position: int) -> bytes:
-        """Return what identifies an image, as the data set it came from had it.
-
-        Raises:
-            MismatchError: it is not there.
-        """
+        """Return the bytes that identify an image, as in the original data set."""
         return self.held.content(self._row(position))
 
     def decoded(self, position: int, content: bytes) -> UInt8[np.ndarray, "_ _ channels"]:
-        """Return the image that the content read at a position holds."""
+        """Return an image from its content."""
         row = self._row(position)
         return self.held.pixels[row] if isinstance(self.held, images.DecodedImages) else self.held.decoded(row, content)
 
@@ -99,20 +75,19 @@ class PartialImages(images.EncodedImages):
 
 
 def load_images(path: Path) -> datasets.Loaded:
-    """Return training and test split, class names and pixel statistics of a set exported with its images.
+    """Load the splits of a set that was exported with images, and check every image against its digest.
 
-    Labels and digests are those of the whole training split; every image is compared with its digest.
+    Labels and digests are those of the whole training split.
 
     Raises:
-        NotFoundError, UnfinishedError: there is no exported set.
-        MismatchError: it was exported without images.
-        CorruptionError: a file is not what was exported.
+        MismatchError: the set was exported without images.
+        CorruptionError: a file differs from the export.
     """
-    record = read(path)
+    record = records.read(path)
     kinds, data = record.content.images, record.content.knowledge.data
     if kinds is None:
         raise MismatchError(f"{path} was exported without images: give the data set it was made from as --data")
-    samples = read_samples(record)
+    samples = records.read_samples(record)
     some, index = _split(record, kinds, "train")
     if index[0] < 0 or index[-1] >= data.count or np.any(np.diff(index) <= 0):
         raise CorruptionError(f"{record.place(SPLITS['train'])}: its index should ascend in 0..{data.count - 1}")
@@ -135,7 +110,7 @@ def load_images(path: Path) -> datasets.Loaded:
 
 
 def _split(record: Record, kinds: Images, name: str) -> tuple[images.Split, Int64[np.ndarray, " n"]]:
-    """Return the images and labels in a split's file, and their positions in the whole split."""
+    """Return the images and labels of a split's file, and their positions in the whole split."""
     require_file(record, SPLITS[name])
     path, payloads = record.place(SPLITS[name]), list[bytes]()
     try:
@@ -175,32 +150,31 @@ def _decoded(payloads: list[bytes], origins: images.Origins, channels: int) -> i
 
 @dataclass(frozen=True, kw_only=True)
 class Condensed:
-    """An exported condensed set, ready to train from."""
+    """An opened exported set."""
 
     record: Record
     manifest: Manifest
     knowledge: reader.Store
-    """an excerpt: under the samples' indices in the whole data set"""
+    """an excerpt, indexed as the whole data set"""
     mixes: Path | None
-    """the store of its baked targets, None where both points of a mix keep their own knowledge"""
+    """store of the baked targets, if there are any"""
 
 
 def open(path: Path | str) -> Condensed:
-    """Return an exported set after checking its records, manifest and samples; chunks are checked when they are read.
+    """Open an exported set and check its records, manifest and samples; chunks are checked when they are read.
 
     Raises:
-        NotFoundError, UnfinishedError: there is no exported set, or its export was cut short.
-        CorruptionError: a file is not what was exported.
-        MismatchError: it was written by a newer format, or its parts were not made for each other.
-        UnsafeError: a file is none of ours and is not read.
+        NotFoundError, UnfinishedError: there is no exported set, or its export was interrupted.
+        CorruptionError, UnsafeError: a file differs from the export.
+        MismatchError: it has a newer format, or its parts do not belong together.
     """
-    record = read(Path(path))
-    content, samples, chosen = record.content, read_samples(record), _manifest(record)
+    record = records.read(Path(path))
+    content, samples, chosen = record.content, records.read_samples(record), _manifest(record)
     blank = np.zeros(len(samples.row), np.bool_)
     blank[chosen.index[chosen.mixed]] = content.baked is not None
     commits, excerpt = _commits(record), reader.Excerpt(*samples, blank, content.skipped)
     knowledge = reader.Store(record.place(STORE), content.knowledge, commits, excerpt)
-    for name in OPTIONAL:
+    for name in records.OPTIONAL:
         if name in content.files:
             require_file(record, name)
         elif record.place(name).exists():
@@ -209,22 +183,19 @@ def open(path: Path | str) -> Condensed:
     _require_held(knowledge, chosen, content.baked is not None)
     if content.baked is not None:
         _require_mixes(record, content.baked, chosen)
-    return Condensed(
-        record=record, manifest=chosen, knowledge=knowledge, mixes=record.place(MIXES) if content.baked else None
-    )
+    mixes = record.place(MIXES) if content.baked else None
+    return Condensed(record=record, manifest=chosen, knowledge=knowledge, mixes=mixes)
 
 
 def require_served(opened: Condensed, settings: TrainSettings, weights: Weights) -> None:
-    """Do nothing if a run may learn from an exported set's baked targets.
+    """Raise SettingsError unless a run can learn from the baked targets of an exported set.
 
-    Raises:
-        SettingsError: it asks for another temperature or another mix, condenses further, or reads more than softened
-            outputs; says what the set serves.
+    It must have their temperature and mix, one stage, and a method that reads softened outputs only.
     """
     baked = opened.record.content.baked
     assert baked is not None
     if weights.alpha == 0 and not weights.terms:
-        return  # it reads nothing of the teacher
+        return  # the method does not use the teacher
     asked = {
         "temperature": (weights.temperature, baked.temperature),
         "mix-target": (settings.mix_target, baked.target),
@@ -245,13 +216,9 @@ def require_served(opened: Condensed, settings: TrainSettings, weights: Weights)
 
 
 def problems(path: Path, share: float = 1.0, seed: int = 0) -> list[str]:
-    """Return all that is wrong with an exported set: every file, and a share of its stores' chunks, are read.
-
-    Raises:
-        NotFoundError, UnfinishedError, CorruptionError, MismatchError: its record cannot be read.
-    """
-    record, found = read(path), list[str]()
-    found += [problem for name in record.content.files if (problem := problem_of(record, name))]
+    """Return everything that is wrong with an exported set, reading every file and a share of its stores' chunks."""
+    record, found = records.read(path), list[str]()
+    found += [problem for name in record.content.files if (problem := records.problem_of(record, name))]
     for part in record.content.stores:
         verified = attempt(found.append, partial(check.verify, share=share, seed=seed), path / part)
         found += verified.problems if verified else ()
@@ -261,7 +228,7 @@ def problems(path: Path, share: float = 1.0, seed: int = 0) -> list[str]:
 
 
 def _disagreements(path: Path) -> list[str]:
-    """Return where the store inside, or the images, are not those of the table of samples."""
+    """Return where the store inside differs from the table of samples; check the images too."""
     opened = open(path)
     inside, knowledge = reader.open(opened.knowledge.path), opened.knowledge
     found = [
@@ -275,7 +242,7 @@ def _disagreements(path: Path) -> list[str]:
 
 
 def _manifest(record: Record) -> Manifest:
-    """Return the manifest of the record, made for its knowledge."""
+    """Read the manifest and check it against the record."""
     require_file(record, MANIFEST)
     path = record.place(MANIFEST)
     chosen = manifest.read(path, record.content.knowledge.data.count)
@@ -288,7 +255,7 @@ def _manifest(record: Record) -> Manifest:
 
 
 def _commits(record: Record) -> list[Commit]:
-    """Return the commits of the store inside, after comparing its identity and seal with the record."""
+    """Read the commits of the store inside, and check its identity and plan against the record."""
     require_file(record, SEALS[STORE])
     root = record.place(STORE)
     commits = log.read_commits(root)
@@ -302,7 +269,7 @@ def _commits(record: Record) -> list[Commit]:
 
 
 def _require_held(knowledge: reader.Store, chosen: Manifest, baked: bool) -> None:
-    """Compare the rows of the store with the samples that are said to have one, and those with the manifest's."""
+    """Raise CorruptionError unless the store has the rows of `samples.parquet` and those the manifest needs."""
     held, plan = knowledge.held, knowledge.plan
     if len(held) != plan.count:
         raise CorruptionError(f"{knowledge.path} has {plan.count} rows, {SAMPLES} names {len(held)}")
@@ -313,7 +280,7 @@ def _require_held(knowledge: reader.Store, chosen: Manifest, baked: bool) -> Non
 
 
 def _require_mixes(record: Record, baked: Baked, chosen: Manifest) -> None:
-    """Compare the store of baked targets with the record."""
+    """Check the store of baked targets against the record."""
     require_file(record, SEALS[MIXES])
     mixes = reader.open(record.place(MIXES))
     expected = replace(record.content.knowledge, mixes=mixes_of(chosen, baked, record.content.views)).document()
@@ -324,21 +291,17 @@ def _require_mixes(record: Record, baked: Baked, chosen: Manifest) -> None:
 
 
 def mixes_of(chosen: Manifest, baked: Baked, views: int) -> dict[str, object]:
-    """Return what identifies the baked targets of a manifest: those of a requery, and how they were made."""
+    """Return the identity of the baked targets of a manifest: manifest, mix, views and settings."""
     how = {"temperature": baked.temperature, "target": baked.target}
     return {"manifest": chosen.digest, "mix": baked.mix, "views": list(range(views)), "baked": how}
 
 
 def read_data(spec: str) -> datasets.Dataset:
-    """Return the data set a spec names, read anew; the images of an exported set (`condensed:DIR`) among them.
-
-    Raises:
-        SettingsError, NotFoundError, MismatchError, CorruptionError: as for `datasets.load` and `load_images`.
-    """
+    """Load the data set of a spec, including `condensed:DIR`, the images of an exported set."""
     return datasets.load(spec, {"condensed": lambda parsed: load_images(parsed.path)})
 
 
 @lru_cache(maxsize=4)
 def load_data(spec: str) -> datasets.Dataset:
-    """Return the same as `read_data`; asked for again in this process, the one loaded before."""
+    """Return `read_data(spec)`, loaded once per process."""
     return read_data(spec)

@@ -1,4 +1,4 @@
-"""The folder of an exported condensed set: what its files are called, its record, and which samples it holds."""
+"""The folder of an exported condensed set: file names, record and table of samples."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,72 +13,63 @@ from pydantic import Field, PlainSerializer
 from kcdcache.errors import CorruptionError, NotFoundError, UnfinishedError
 from kcdcache.files import parquet, records
 from kcdcache.files.atomic import MOST_FILE_BYTES, sha256_bytes, sha256_file, write_atomic
-from kcdcache.files.records import (
-    Count,
-    Sha256,
-    canonical_json,
-    digest_of,
-    parse,
-    read_sealed_object,
-    require_format,
-    sealed_json,
-)
+from kcdcache.files.records import Count, Sha256, canonical_json, digest_of
 from kcdcache.store.identity import Knowledge
 from kcdcache.store.log import PlanRecord
 
 RECORD, CARD, MANIFEST, SAMPLES = "condensed.json", "README.md", "manifest.parquet", "samples.parquet"
 STORE, MIXES, IMAGES = "store", "mixes", "data"
 SEALS = {part: f"{part}/_kcd/commit.0.json" for part in (STORE, MIXES)}
-"""what vouches for every file of a store inside: its commit names them all by SHA-256"""
+"""store inside -> its commit, which lists all files of the store by SHA-256"""
 PARAMETERS = f"{STORE}/_kcd/parameters.json"
 ORIGIN = f"{STORE}/_kcd/origin.json"
 OPTIONAL = (PARAMETERS, ORIGIN)
-"""records of its store that a set has where the store it was taken from has them"""
+"""records that are copied if the source store has them"""
 SPLITS = {split: f"{IMAGES}/{split}-00000-of-00001.parquet" for split in ("train", "test")}
-"""where the images lie, as the Hugging Face hub serves them"""
+"""image files, named as on the Hugging Face hub"""
 FORMAT_VERSION = 0
 MOST_SAMPLES = 10**8
 MOST_IMAGE_BYTES = 2**40
-"""of a file of images, which is hashed and then read by row groups"""
+"""most bytes of a file of images, which is hashed and then read by row groups"""
 SCHEMA = pa.schema([("label", pa.int64()), ("digest", pa.uint64()), ("row", pa.int64())])
 
 
 class Baked(records.Record):
-    """At what temperature, and how, the targets of mixed points were made."""
+    """Temperature and method of baked targets."""
 
     temperature: float = Field(gt=0)
     target: Literal["linear_prob", "linear_logit", "keep"]
     mix: Literal["convex", "additive_clip"]
-    """how the images they belong to are mixed"""
+    """how the images are mixed"""
 
 
 class Images(records.Record):
-    """What image files of an export hold."""
+    """The image files of an export."""
 
     train: Literal["pixels", "files"]
-    """pixels: PNG of what was decoded, which sample digests are of; files: the image files as they were"""
+    """pixels: PNG of the decoded pixels, as digested; files: the original image files"""
     test: Literal["pixels", "files"]
     mean: tuple[float] | tuple[float, float, float]
-    """per channel, of all the training pixels in [0, 1]"""
+    """per channel, over all training pixels in [0, 1]"""
     std: tuple[float] | tuple[float, float, float]
     test_digest: Sha256
 
 
 class Content(records.Record):
-    """All that an exported set is; its digest is the set's id."""
+    """The contents of an exported set; their digest is its id."""
 
     knowledge: Annotated[Knowledge, PlainSerializer(Knowledge.document)]
-    """identity of the store it was taken from"""
+    """identity of the source store"""
     knowledge_id: Sha256
     manifest: Sha256
     """digest of the condensed set"""
     rows: Count
-    """rows of knowledge it holds, in each view"""
+    """rows of knowledge in each view"""
     views: int = Field(ge=1)
     layout: PlanRecord
-    """the plan of its store"""
+    """plan of the store inside"""
     skipped: tuple[Count, ...]
-    """samples the store it was taken from has no outputs of"""
+    """samples without outputs in the source store"""
     baked: Baked | None
     images: Images | None
     licence: str
@@ -87,13 +78,11 @@ class Content(records.Record):
 
     @property
     def stores(self) -> tuple[str, ...]:
-        """Names of the stores inside: of samples' own outputs, and of baked targets."""
+        """Names of the stores inside: outputs of samples, and baked targets."""
         return (STORE, MIXES) if self.baked else (STORE,)
 
 
 class _Document(records.Record):
-    """What condensed.json holds."""
-
     format_version: int = FORMAT_VERSION
     id: str
     content: Content
@@ -102,63 +91,63 @@ class _Document(records.Record):
 
 @dataclass(frozen=True)
 class Record:
-    """What condensed.json says."""
+    """The record of an exported set, condensed.json."""
 
     path: Path
-    """the exported folder"""
+    """folder of the set"""
     id: str
     content: Content
     made: dict[str, Any]
-    """versions it was made with; not part of the id"""
+    """versions of the libraries; not part of the id"""
 
     def place(self, name: str) -> Path:
-        """Return the path of one of its files."""
+        """Return the path of a file of the set."""
         return self.path / name
 
 
 class Samples(NamedTuple):
-    """Every sample of the whole training split, and where its knowledge lies."""
+    """All samples of the training split, with their rows of knowledge."""
 
     label: Int64[np.ndarray, " n"]
     digest: UInt64[np.ndarray, " n"]
     row: Int64[np.ndarray, " n"]
-    """row in the store, -1 for samples that have none there"""
+    """row in the store, -1 if it has none"""
 
 
 def write(path: Path, content: Content, made: Mapping[str, Any]) -> str:
-    """Write the record that finishes an export, last of all; return its id."""
+    """Write the record, which completes an export; return the id."""
     name = digest_of(content.document())
-    write_atomic(path / RECORD, sealed_json(_Document(id=name, content=content, made=dict(made)).document()))
+    document = _Document(id=name, content=content, made=dict(made)).document()
+    write_atomic(path / RECORD, records.sealed_json(document))
     return name
 
 
 def read(path: Path) -> Record:
-    """Return the record of an exported set; none of its other files is read.
+    """Read the record of an exported set, and no other file.
 
     Raises:
         NotFoundError: there is no exported set.
-        UnfinishedError: its export was cut short.
-        MismatchError: it was written by a newer format.
-        CorruptionError: the record is not what was written.
-        UnsafeError: it is no plain file, or larger than any record of ours.
+        UnfinishedError: the export was interrupted.
+        MismatchError: it has a newer format.
+        CorruptionError, UnsafeError: the record is damaged, larger than any record, or not a regular file.
     """
     file = path / RECORD
     if not file.exists():
         if (path / STORE).is_dir():
             raise UnfinishedError(f"the export in {path} was cut short (no {RECORD}); run its command again")
         raise NotFoundError(f"no exported set at {path} (no {RECORD} in it); make one with `kcdcache export`")
-    found = read_sealed_object(file, "format_version")
-    require_format(found, FORMAT_VERSION, file)
-    document = parse(_Document, canonical_json(found), file)
+    found = records.read_sealed_object(file, "format_version")
+    records.require_format(found, FORMAT_VERSION, file)
+    document = records.parse(_Document, canonical_json(found), file)
     if problem := _problem(document):
         raise CorruptionError(f"{file}: {problem}")
     return Record(path, document.id, document.content, document.made)
 
 
 def _problem(document: _Document) -> str | None:
-    """Return what entries of a record contradict each other, None for a sound one."""
+    """Return the first contradiction between entries of a record, or None."""
     content, knowledge = document.content, document.content.knowledge
-    # no record can name other files, inside or outside its folder
+    # a record cannot name other files, inside or outside its folder
     expected = {CARD, MANIFEST, SAMPLES, *map(SEALS.__getitem__, content.stores)}
     expected |= set(SPLITS.values()) if content.images else set()
     if document.id != digest_of(content.document()):
@@ -180,12 +169,11 @@ def encode_samples(samples: Samples) -> bytes:
 
 
 def read_samples(record: Record) -> Samples:
-    """Return the labels, digests and rows of all samples, after holding them against the identity of the data.
+    """Read labels, digests and rows of all samples, and check them against the identity of the data.
 
     Raises:
-        NotFoundError: the file is missing.
-        CorruptionError: it is not what was exported.
-        MismatchError, UnsafeError: it is not even a table of that many samples.
+        CorruptionError: the file is missing or differs from the export.
+        MismatchError, UnsafeError: it is no table of that many samples.
     """
     path, data = record.place(SAMPLES), record.content.knowledge.data
     require_file(record, SAMPLES)
@@ -195,7 +183,7 @@ def read_samples(record: Record) -> Samples:
     if table.num_rows != data.count or any(column.null_count for column in table.columns):
         raise CorruptionError(f"{path} should have {data.count} rows without empty cells, found {table.num_rows}")
     found = Samples(*(np.array(table[name].to_numpy()) for name in Samples._fields))
-    # as `Dataset.identity` makes it
+    # as in `Dataset.identity`
     if sha256_bytes(found.digest.astype("<u8").tobytes() + canonical_json(list(data.classes))) != data.digest:
         raise CorruptionError(f"{path}: its digests are not those of the data the set was made from; export it again")
     if found.label.min(initial=0) < 0 or found.label.max(initial=0) >= len(data.classes):
@@ -207,27 +195,18 @@ def read_samples(record: Record) -> Samples:
 
 
 def entry_of(path: Path, name: str) -> tuple[int, str]:
-    """Return a file's entry in the record."""
+    """Return the entry of a file in the record."""
     return (path / name).stat().st_size, sha256_file(path / name)
 
 
 def require_file(record: Record, name: str) -> None:
-    """Do nothing if a file is the one that was exported.
-
-    Raises:
-        CorruptionError: it is not, or it is missing.
-        UnsafeError: it is no plain file.
-    """
+    """Raise CorruptionError unless a file is the one that was exported."""
     if (problem := problem_of(record, name)) is not None:
         raise CorruptionError(problem)
 
 
 def problem_of(record: Record, name: str) -> str | None:
-    """Return what is wrong with a file, None for the one that was exported; it is read whole only if its size fits.
-
-    Raises:
-        UnsafeError: it is no plain file, or larger than any of ours.
-    """
+    """Return what is wrong with a file, or None; raise UnsafeError if it is too large or not a regular file."""
     path, (size, digest) = record.place(name), record.content.files[name]
     try:
         found = path.stat().st_size

@@ -1,4 +1,4 @@
-"""The export of a condensed set: its samples' knowledge, manifest, images and dataset card in one folder."""
+"""The export of a condensed set: knowledge, manifest, images and dataset card in one folder."""
 
 import io
 import json
@@ -45,10 +45,10 @@ CARD_TEMPLATE = Path(__file__).with_name("card.md")
 SIZES = {
     10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M",
 }  # fmt: skip
-"""end of a size category of the Hugging Face hub -> its name"""
+"""upper end of a size category of the Hugging Face hub -> name"""
 Rows = dict[str, np.ndarray]
 GROUP_ROWS = 1000
-"""images a row group"""
+"""images per row group"""
 NOTHING_SPARED = (
     "export: the set's %d kept samples and their %d partners need the outputs on all %d samples: nothing is saved. "
     "Smaller are --bake (the mixed targets instead of the partners' outputs), fewer --views, and sets condensed with a "
@@ -58,15 +58,13 @@ NOTHING_SPARED = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """What will be written, decided before anything is."""
-
     command: ExportCommand
     source: reader.Store
     chosen: Manifest
     needed: Int64[np.ndarray, " needed"]
-    """samples whose images training looks at: kept ones and partners"""
+    """samples whose images training uses: kept samples and partners"""
     held: Int64[np.ndarray, " rows"]
-    """samples whose own outputs it holds"""
+    """samples whose own outputs are exported"""
     store: StorePlan
     baked: Baked | None
     mixes: StorePlan | None
@@ -75,19 +73,18 @@ class _Plan:
 
     @property
     def stores(self) -> dict[str, StorePlan]:
-        """The stores inside."""
         return {record.STORE: self.store} | ({} if self.mixes is None else {record.MIXES: self.mixes})
 
 
 def run(command: ExportCommand, progress: Progress = silent, dry_run: bool = False) -> dict[str, Any]:
-    """Write a condensed set with the knowledge it needs into one folder; return rows and bytes against the full store.
+    """Write a condensed set with the knowledge it needs into one folder; return its size and that of the full store.
 
-    The record condensed.json is written last: before it, nothing accepts the folder, and the same command goes on and
-    ends in the same bytes. A finished export is left as it is.
+    The record condensed.json is written last: without it the folder is not accepted, and the same command resumes to
+    the same bytes. A finished export is left unchanged.
 
     Raises:
-        MismatchError: set, store and data were not made for each other.
-        SettingsError: settings contradict each other, or the folder holds something else.
+        MismatchError: set, store and data do not belong together.
+        SettingsError: settings contradict each other, or the folder has other contents.
     """
     plan, out = _planned(command), command.out
     figures = _figures(plan)
@@ -102,21 +99,21 @@ def run(command: ExportCommand, progress: Progress = silent, dry_run: bool = Fal
     else:
         logger.info("export: %s is finished already", out)
         already, name = {"already": True}, found.id
-    figures["bytes"] = sum(log.stored_bytes(out / part) for part in plan.stores)  # as written
+    figures["bytes"] = sum(log.stored_bytes(out / part) for part in plan.stores)  # after compression
     figures["bytes_on_disk"] = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return {"kind": "condensed", "id": name, **figures, "out": str(out), **already}
 
 
 def card(content: Content, summary: Mapping[str, Any], corruption: Mapping[str, Any]) -> bytes:
-    """Return README.md, with the front matter the Hugging Face hub reads: the same bytes for the same set.
+    """Return README.md with the front matter of the Hugging Face hub; without times, hosts and versions.
 
-    No clock time, host or version is in it. `corruption` is what its store tells of the labels, empty for nothing.
+    `corruption` describes the labels of the source store; empty if they are clean.
     """
     files = [("train", record.MANIFEST)]
     if content.images is not None:
         files = [(split, f"{record.IMAGES}/{split}-*.parquet") for split in record.SPLITS]
     kept, options, knowledge = int(summary["kept"]), corruption.get("corruption") or {}, content.knowledge
-    # Markdown, not HTML: texts from elsewhere go through `quoted`; JSON texts are YAML texts
+    # Markdown, not HTML: foreign texts go through `quoted`; JSON strings are YAML strings
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.filters |= {"json": json.dumps, "quoted": _quoted}
     return (
@@ -143,7 +140,7 @@ def _planned(command: ExportCommand) -> _Plan:
     manifest.require_usable(chosen, source.skipped)
     baked = _baked(command, chosen, source)
     needed = batches.needed_rows(chosen)
-    # a store has at least one row, also where all targets are baked
+    # a store has at least one row, even if all targets are baked
     held = needed if baked is None else chosen.index[~chosen.mixed] if not chosen.mixed.all() else needed[:1]
     views = source.views if command.views is None else command.views
     if views > source.views:
@@ -203,7 +200,7 @@ def _require_exportable(split: Split) -> None:
 
 
 def _figures(plan: _Plan) -> dict[str, Any]:
-    """Return rows and bytes of knowledge against the full store's."""
+    """Return rows and bytes of knowledge, with those of the full store."""
     plans, views, full = plan.stores.values(), plan.store.views, plan.source.plan
     rows = sum(each.count for each in plans)
     return {
@@ -223,27 +220,21 @@ def _figures(plan: _Plan) -> dict[str, Any]:
 
 
 def _finished(plan: _Plan) -> record.Record | None:
-    """Return the record of this export if it was made before.
-
-    Raises:
-        SettingsError: another one was made there.
-    """
+    """Return the record if this export is finished; raise SettingsError if another one is."""
     out = plan.command.out
     if not (out / record.RECORD).exists():
         return None
-    found = record.read(out)
-    held, asked = ({key: getattr(side, key) for key in _ASKED} for side in (found.content, _content(plan, None)))
-    held["images"], asked["images"] = found.content.images is not None, plan.command.with_images
-    if other := [key for key in held if held[key] != asked[key]]:
+    found, asked = record.read(out), _content(plan, None)
+    names = ("knowledge_id", "manifest", "rows", "views", "layout", "baked", "licence")
+    other = [name for name in names if getattr(found.content, name) != getattr(asked, name)]
+    other += ["images"] * ((found.content.images is not None) != plan.command.with_images)
+    if other:
         raise SettingsError(f"{out} holds another export, with a different {other[0]}; exports are never overwritten")
     return found
 
 
-_ASKED = ("knowledge_id", "manifest", "rows", "views", "layout", "baked", "licence")
-
-
 def _require_place(plan: _Plan) -> None:
-    """Refuse a folder that holds anything but what a killed export of this kind left."""
+    """Raise SettingsError if the folder has anything but the files of an interrupted export like this."""
     out, own = plan.command.out, [record.CARD, record.MANIFEST, record.SAMPLES, *plan.stores]
     own += [record.IMAGES] * plan.command.with_images
     if out.is_file():
@@ -258,7 +249,7 @@ def _require_place(plan: _Plan) -> None:
 
 
 def _write(plan: _Plan, progress: Progress) -> str:
-    """Write every file, the record last; return the id."""
+    """Write all files, the record last; return the id."""
     out, source, chosen = plan.command.out, plan.source, plan.chosen
     out.mkdir(parents=True, exist_ok=True)
     row = np.full(source.count, -1)
@@ -280,7 +271,7 @@ def _write(plan: _Plan, progress: Progress) -> str:
 
 
 def _write_stores(plan: _Plan, progress: Progress) -> None:
-    """Write the store of samples' own outputs and, where targets are baked, that of theirs."""
+    """Write the store of sample outputs and, if targets are baked, the store of targets."""
     source, chosen, fields = plan.source, plan.chosen, list(plan.store.encodings)
     subset = replace(source.knowledge, subset={"manifest": chosen.digest, "rows": len(plan.held)})
     _fill(
@@ -294,7 +285,7 @@ def _write_stores(plan: _Plan, progress: Progress) -> None:
 
 
 def _write_optional(plan: _Plan) -> tuple[str, ...]:
-    """Bring what the store tells of its origin and, if they can serve, the teacher's parameters; return the names."""
+    """Copy the store's origin and, unless targets are baked, the teacher's parameters; return the names."""
     root = plan.source.path
     served = plan.baked is None and identity.read_parameters(root, plan.source.knowledge) is not None
     for name in (found := (record.PARAMETERS,) * served + (record.ORIGIN,) * (identity.read_origin(root) is not None)):
@@ -303,7 +294,7 @@ def _write_optional(plan: _Plan) -> tuple[str, ...]:
 
 
 def _content(plan: _Plan, images: Images | None) -> Content:
-    """Return what the record will say, but for the files."""
+    """Return the contents of the record without files."""
     return Content(
         knowledge=plan.source.knowledge,
         knowledge_id=plan.source.knowledge_id,
@@ -320,9 +311,9 @@ def _content(plan: _Plan, images: Images | None) -> Content:
 
 
 def _command(content: Content) -> str:
-    data = "condensed:DIR" if content.images else "DATA"
-    rest = "" if content.baked is None else f" --method kd --temperature {content.baked.temperature:g}"
-    rest += "" if content.baked is None else f" --mix-target {content.baked.target} --mix {content.baked.mix}"
+    data, rest = "condensed:DIR" if content.images else "DATA", ""
+    if (baked := content.baked) is not None:
+        rest = f" --method kd --temperature {baked.temperature:g} --mix-target {baked.target} --mix {baked.mix}"
     return f"kcdcache train --condensed DIR --data {data} --student resnet8x4 --out runs/student{rest}"
 
 
@@ -335,7 +326,7 @@ def _fill(
     rows_of: Callable[[Part], Rows],
     progress: Progress,
 ) -> None:
-    """Write a store of the rows of some samples, or what of it a killed export left to do, and seal it."""
+    """Write and seal a store of some samples, or what an interrupted export has left to write."""
     labels, digests = plan.source.labels[index], plan.source.sample_digest[index]
     with writer.create(plan.command.out / name, knowledge, layout_plan, labels, digests) as writing:
         for part in writing.pending():
@@ -353,7 +344,7 @@ def _fill(
 
 
 def _mixed(plan: _Plan, baked: Baked, part: Part) -> Rows:
-    """Return T log p of a part's mixed targets p: whose softmax at T is p, so that they are stored as logits are."""
+    """Return T log p for the mixed targets p of a part: logits whose softmax at temperature T is p."""
     chosen = plan.chosen
     rows = np.flatnonzero(chosen.mixed)[part.start : part.stop]
     own, other = (
@@ -385,9 +376,9 @@ def _write_split(path: Path, split: Split, index: Int64[np.ndarray, " n"], class
         "label": {"names": list(classes), "_type": "ClassLabel"},
         "index": {"dtype": "int64", "_type": "Value"},
     }
-    told = {"huggingface": canonical_json({"info": {"features": features}})}
+    metadata = {"huggingface": canonical_json({"info": {"features": features}})}
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    schema = pa.schema([("image", image), ("label", pa.int64()), ("index", pa.int64())], metadata=told)
+    schema = pa.schema([("image", image), ("label", pa.int64()), ("index", pa.int64())], metadata=metadata)
     with pq.ParquetWriter(path, schema, compression="none", write_page_checksum=True) as target:
         for start in range(0, len(index), GROUP_ROWS):
             some = index[start : start + GROUP_ROWS]
@@ -397,7 +388,7 @@ def _write_split(path: Path, split: Split, index: Int64[np.ndarray, " n"], class
 
 
 def _image(split: Split, position: int) -> bytes:
-    """Return an image's file: PNG of what is decoded, whose digest is of pixels; else the file as it was."""
+    """Return the file of an image: a PNG if its digest is of pixels, else the original file."""
     source = split.source
     if not isinstance(source, DecodedImages):
         return source.content(position)
@@ -407,5 +398,5 @@ def _image(split: Split, position: int) -> bytes:
 
 
 def _quoted(text: str) -> str:
-    """Return text from elsewhere as Markdown shows it: nothing in it can end the line or make markup."""
+    """Quote foreign text for Markdown, so that it cannot end the line or become markup."""
     return f"`{json.dumps(text)[1:-1].replace('`', '')}`"

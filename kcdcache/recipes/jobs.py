@@ -1,4 +1,4 @@
-"""Pieces of work that need each other, in turn or several at once in processes; a failing one stops what needs it."""
+"""Jobs with dependencies, run in turn or in parallel processes; if one fails, those that need it are skipped."""
 
 import logging
 import multiprocessing
@@ -21,27 +21,27 @@ from kcdcache.errors import InterruptedRunError, KcdcacheError
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5
-"""between looks whether the user asked to stop"""
+"""interval of checking whether the user asked to stop"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a piece of work."""
+    """Outcome of a job."""
 
     result: dict[str, Any] | None = None
-    """what it returned; None if it failed or was not begun"""
+    """None if the job failed or was not started"""
     error: str = ""
     exit_code: int = 0
-    """that of its error: see `errors`"""
+    """exit code of the error, see `errors`"""
 
     @classmethod
     def of(cls, error: KcdcacheError) -> "Outcome":
-        """Return that it failed by an error of ours."""
+        """Return the outcome of a job that raised `error`."""
         return cls(error=str(error), exit_code=error.exit_code)
 
 
 Work = Callable[[Any], dict[str, Any]]
-"""what a piece is given -> its result; importable by name, since other processes call it"""
+"""input of a job -> result; importable by name, because other processes call it"""
 
 
 def execute(
@@ -53,14 +53,11 @@ def execute(
     logs: Path,
     preload: Sequence[str],
 ) -> dict[str, Outcome]:
-    """Do all pieces of work, each as soon as what it needs is done; return what became of each.
+    """Run all jobs, each as soon as the jobs it needs are done; return name -> outcome.
 
-    `needs` holds, by name and in the order wanted, what must have succeeded before; then `prepare` is asked for what
-    the piece's work is given. With `jobs` above 1, so many are done at once, each in a process of its own that has
-    imported `preload` and whose log goes to logs/NAME.log.
-
-    Raises:
-        InterruptedRunError: the user asked to stop; what was running has stopped at a safe point.
+    `needs` maps each name, in order of priority, to the jobs it needs; `prepare` returns the input of a job. With
+    `jobs` above 1, that many run at once, each in a process that has imported `preload` and logs to logs/NAME.log.
+    Raises InterruptedRunError if the user asked to stop, after running jobs have stopped at a safe point.
     """
     processes = _Processes(work, jobs, logs, preload) if jobs > 1 else None
     order, found, ready = list(needs), dict[str, Outcome](), list[str]()
@@ -86,7 +83,7 @@ def execute(
                 settle(name, Outcome(error=f"not begun: it needs '{failed[0]}', which failed", exit_code=9))
             elif processes is None:
                 settle(name, _attempted(lambda one: work(prepare(one)), name))
-                break  # what needs it may come before the others
+                break  # jobs that need it may come before the others
             else:
                 try:
                     processes.begin(name, prepare(name))
@@ -95,12 +92,12 @@ def execute(
         for name, outcome in processes.ended() if processes is not None else ():
             settle(name, outcome)
         if processes is not None and processes.stopped():
-            interrupt.stop(f"{len(found)} of {len(order)} finished; the others stand at a safe point")
+            interrupt.stop(f"{len(found)} of {len(order)} finished; the others stopped at a safe point")
     return {name: found[name] for name in order}
 
 
 def _attempted(do: Work, given: Any) -> Outcome:
-    """Return the outcome of some work; only a wish to stop goes further."""
+    """Return the outcome of some work; only InterruptedRunError passes through."""
     try:
         return Outcome(result=do(given))
     except InterruptedRunError:
@@ -113,14 +110,14 @@ def _attempted(do: Work, given: Any) -> Outcome:
 
 
 class _Processes:
-    """Several pieces at a time, each in a process of its own."""
+    """Jobs that run in parallel, each in its own process."""
 
     def __init__(self, work: Work, jobs: int, logs: Path, preload: Sequence[str]) -> None:
         self._work, self._jobs, self._logs = work, jobs, logs
         self._running: dict[str, tuple[ForkServerProcess, Connection]] = {}
         self._stopping = False
         logs.mkdir(parents=True, exist_ok=True)
-        # children fork from a server that has imported everything and started no thread
+        # children are forked from a server that has imported everything and started no thread
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([work.__module__, *preload])
 
@@ -136,7 +133,7 @@ class _Processes:
         logger.info("%s begun, process %d", name, process.pid)
 
     def ended(self) -> Iterator[tuple[str, Outcome]]:
-        """Wait a little, pass a wish to stop on, once, and yield what has ended."""
+        """Wait a moment, forward a request to stop once, and yield the jobs that have ended."""
         wait([pipe for _, pipe in self._running.values()], LOOK_SECONDS)
         if interrupt.requested() and not self._stopping:
             self._stopping = True
@@ -166,8 +163,8 @@ class _Processes:
 
 
 def _child(pipe: Connection, work: Work, given: Any, log: Path) -> None:
-    """Do one piece of work in a process of its own."""
-    # the terminal sends Ctrl-C to all processes; the parent passes the wish on, once
+    """Run a job in its own process."""
+    # the terminal sends Ctrl-C to all processes; the parent forwards it once
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     with open(log, "a") as stream:
@@ -185,10 +182,10 @@ def _child(pipe: Connection, work: Work, given: Any, log: Path) -> None:
 
 
 def _stop_with_parent() -> None:
-    """Ask this process to stop when its parent is gone: nobody would take its result."""
+    """Stop this process when its parent has ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(60)  # a teacher's part, the longest that is finished first, is over by then
+    time.sleep(60)  # enough to finish a part of a store, the longest step to a safe point
     os.kill(os.getpid(), signal.SIGKILL)

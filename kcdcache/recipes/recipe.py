@@ -1,4 +1,4 @@
-"""Recipes: commands as steps that build on each other, repeated for seeds, pairs of networks and variants."""
+"""Recipes: chains of commands, repeated for seeds, pairs of networks and variants."""
 
 import itertools
 import logging
@@ -28,83 +28,81 @@ logger = logging.getLogger(__name__)
 EMBEDDED = Path(__file__).with_name("digits.toml")
 REFERENCE = re.compile(r"@([A-Za-z0-9_.-]+)(:condensed|:values)?")
 PLACE = re.compile(r"\{(\w+)\}")
-"""where a pair's entry goes, as in model = "{student}" """
+"""placeholder for an entry of a pair, as in model = "{student}" """
 PLACES = {"fit": "out", "precompute": "store", "train": "out", "condense": "out"}
-"""command -> the setting that says where its result goes"""
+"""command -> setting for the path of its result"""
 PERCENTS = ("accuracy_last", "accuracy_best")
 NUMBERS = {"relative_cost": ".3f", "teacher_forwards": ",.0f", "seconds": ".1f"}
-"""entries of summaries that the table averages, those shown in percent first; how the others are shown"""
+"""entries of summaries that the table averages: those shown in percent, and the formats of the others"""
 HEAD = ("", "network", "n", "accuracy %", "best %", "relative cost", "teacher forwards", "seconds")
 Entry = Mapping[str, Any]
 """a table of a recipe's TOML"""
 
 
 class Step(Settings):
-    """One step of a recipe."""
+    """A step of a recipe."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
-    """name of the step and of its folder; other steps refer to it as @name"""
+    """name of the step and its folder; other steps refer to it as @name"""
     run: str
     """command: fit, precompute, train or condense"""
     title: str = ""
-    """how the table calls it; the name if empty"""
+    """name in the table; default: `name`"""
     per_seed: bool = False
     """run once for every seed of the recipe, in its own folder"""
     data_options: str = ""
-    """what is added to the recipe's data spec for this step, such as noise=0.4 or gamma=0.6"""
+    """options added to the data spec for this step, such as noise=0.4 or gamma=0.6"""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """the command's settings; @name stands for a step's result, @name:condensed for a run's condensed set"""
+    """settings of the command; @name is the result of a step, @name:condensed the condensed set of a run"""
 
 
 class Recipe(Settings):
-    """A chain of steps, those of pairs and variants spelled out."""
+    """A chain of steps, with pairs and variants expanded."""
 
     title: str
-    """what the recipe shows"""
     data: str
-    """data spec given to every step that takes one"""
+    """data spec of every step that takes one"""
     train_images: int | None = Field(default=None, ge=1)
-    """use only the first so many training images, but for steps whose data_options have a `train` of their own"""
+    """use only the first `train_images` training images, except in steps whose data_options have their own `train`"""
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     """seeds of the steps that run per seed"""
     machine: MachineSettings = Field(default_factory=MachineSettings)
-    """device and threads for every step that takes them"""
+    """device and threads of every step that takes them"""
     step: tuple[Step, ...]
-    """the steps in order"""
 
     def limited(self, text: str) -> str:
-        """Return a data spec that takes only the recipe's `train_images`, unless it says itself how many it takes."""
+        """Return a data spec limited to `train_images`, unless it has its own limit."""
         return text if self.train_images is None else spec.extended(text, f"train={self.train_images}")
 
     def data_of(self, step: Step) -> str:
-        """Return a step's data spec; limits of the spec itself go before the step's, and those before the recipe's."""
+        """Return the data spec of a step; its limits are those of the recipe's spec, else the step's, else ours."""
         return self.limited(spec.extended(self.data, step.data_options) if step.data_options else self.data)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A step for one seed, or for all."""
+    """A step for one seed, or for all seeds (None)."""
 
     step: Step
     seed: int | None
 
     @property
     def name(self) -> str:
-        """The name, which is that of its folder."""
+        """Name of the piece and its folder."""
         return self.step.name if self.seed is None else f"{self.step.name}-seed{self.seed}"
 
     def place(self, out: Path) -> Path:
-        """Return where its result lies."""
+        """Return the path of its result."""
         return out / (f"{self.name}.parquet" if self.step.run == "condense" else self.name)
 
 
 def pieces(step: Step, recipe: Recipe) -> list[Piece]:
-    """Return a step once for each seed it runs for."""
+    """Return the pieces of a step, one per seed if it runs per seed."""
     return [Piece(step=step, seed=seed) for seed in (recipe.seeds if step.per_seed else (None,))]
 
 
 def command(given: RunCommand, progress: Progress, dry_run: bool = False) -> Result:
-    """Do a recipe's steps and report on them; return its table, or with `dry_run` every step's settings."""
+    """Run a recipe and write its report; return its results, or with `dry_run` the settings of every step."""
     path = given.recipe or EMBEDDED
     recipe, out = load(path), given.out or Path("runs") / path.stem
     machine = recipe.machine.model_copy(update=given.machine.model_dump(exclude_unset=True))
@@ -124,10 +122,10 @@ def command(given: RunCommand, progress: Progress, dry_run: bool = False) -> Res
 
 
 def load(path: Path) -> Recipe:
-    """Return a recipe read from TOML; unknown keys and names are refused, those of the steps' settings included.
+    """Read a recipe from TOML and check it, including the settings of its steps.
 
     Raises:
-        NotFoundError: there is no such file.
+        NotFoundError: the file does not exist.
         SettingsError: it is not TOML, a key is unknown, a value out of range, or a reference names no earlier step.
     """
     content = settings.read_toml(path)
@@ -141,20 +139,20 @@ def load(path: Path) -> Recipe:
     )
     recipe = settings.make(Recipe, content, str(path))
     _require_order(recipe, path)
-    for step in recipe.step:  # what is wrong is found before hours are spent on the steps before it
+    for step in recipe.step:  # find mistakes before hours are spent on earlier steps
         first = pieces(step, recipe)[0]
         _possible(step, resolved(first, recipe, path.with_suffix("")), f"{path}, step '{step.name}'")
     return recipe
 
 
 def run(recipe: Recipe, out: Path, *, jobs: int = 1, command: str = "", progress: Progress) -> Result:
-    """Execute the steps into `out`, passing over finished ones; return the table, also written to out/results.json.
+    """Run the unfinished steps into `out`; return the results, which are also written to out/results.json.
 
-    With `jobs` above 1, so many steps and seeds at once, each in a process with its share of the cores unless
-    the recipe gives threads. A step that fails stops only those that need it; it is named in the result's `failed`.
+    With `jobs` above 1, that many steps and seeds run at once, each in a process with its share of the cores unless
+    the recipe sets threads. If a step fails, only those that need it are skipped; both are listed under `failed`.
 
     Raises:
-        SettingsError: a step's settings are wrong; nothing has been done.
+        SettingsError: the settings of a step are wrong; nothing has been done.
         InterruptedRunError: the user asked to stop; the same call resumes.
     """
     share = {"threads": max(1, (os.cpu_count() or 1) // jobs)} if jobs > 1 else {}
@@ -168,10 +166,10 @@ def run(recipe: Recipe, out: Path, *, jobs: int = 1, command: str = "", progress
         title = (step.title or step.name) + ("" if named[name].seed is None else f" (seed {named[name].seed})")
         return Job(title, step.run, _possible(step, values, f"step '{step.name}'"), progress)
 
-    for name in named:  # what is out of range is found before the first step
+    for name in named:  # find wrong settings before the first step
         prepare(name)
     modules = sorted({f"kcdcache.{COMMANDS[step.run].where.partition(':')[0]}" for step in recipe.step})
-    modules.append("torch._dynamo")  # 1.6 s that a first training step would take in every process
+    modules.append("torch._dynamo")  # saves 1.6 s in the first training step of every process
     needs = {
         name: dict.fromkeys(_referred(match[1], piece, recipe).name for match in _references(piece.step).values())
         for name, piece in named.items()
@@ -192,7 +190,7 @@ def run(recipe: Recipe, out: Path, *, jobs: int = 1, command: str = "", progress
 
 
 class Job(NamedTuple):
-    """A step for one seed, ready to be done, in this process or another."""
+    """A piece with its settings, ready to run in this process or another."""
 
     title: str
     command: str
@@ -201,17 +199,13 @@ class Job(NamedTuple):
 
 
 def do(job: Job) -> Result:
-    """Do a step; return its result.
-
-    Raises:
-        KcdcacheError: as for the step's command.
-    """
+    """Run a step; return the result of its command."""
     logger.info("%s", job.title)
     return COMMANDS[job.command](job.given, job.progress)
 
 
 def planned(recipe: Recipe, out: Path) -> list[dict[str, Any]]:
-    """Return every step's resolved settings, in order, without doing anything."""
+    """Return the resolved settings of every step, in order."""
     return [
         {"step": step.name, "run": step.run, **resolved(piece, recipe, out)}
         for step in recipe.step
@@ -220,7 +214,7 @@ def planned(recipe: Recipe, out: Path) -> list[dict[str, Any]]:
 
 
 def resolved(piece: Piece, recipe: Recipe, out: Path) -> dict[str, Any]:
-    """Return a step's settings with data, seed, folder and references filled in."""
+    """Return the settings of a step with data, seed, folder and references filled in."""
     step = piece.step
     known = settings.fields(COMMANDS[step.run].takes)
     filled: dict[str, Any] = {PLACES[step.run]: str(piece.place(out))}
@@ -240,7 +234,7 @@ def resolved(piece: Piece, recipe: Recipe, out: Path) -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Any]) -> TextTable:
-    """Return the recipe's rows as a table: accuracy in percent, cost relative to full training."""
+    """Return the rows of a recipe as a table: accuracy in percent, cost relative to full training."""
     failures = [f"failed: {failure['run']}: {failure['error']}" for failure in results.get("failed", [])]
     return TextTable(
         HEAD,
@@ -262,7 +256,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def _possible(step: Step, values: Mapping[str, Any], source: str) -> Settings:
-    """Return a step's settings, such as its command takes."""
+    """Return the checked settings of a step, as its command takes them."""
     given = settings.make(COMMANDS[step.run].takes, values, source)
     checks.require_possible(given)
     return given
@@ -281,30 +275,23 @@ def _environment(machine: Mapping[str, Any]) -> dict[str, Any]:
 def _told(
     recipe: Recipe, named: Mapping[str, Piece], outcomes: Mapping[str, Outcome]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return what became of the steps: a row for each, each run, and those that failed."""
+    """Return the rows, runs and failures of the results."""
     found = {name: outcome.result for name, outcome in outcomes.items() if outcome.result is not None}
+    runs = []
+    for name, result in found.items():
+        step = named[name].step
+        data = {"data": recipe.data_of(step)} if step.data_options else {}
+        runs.append({"step": step.name, "seed": named[name].seed, **data, **result})
+    failed = {name: outcome for name, outcome in outcomes.items() if outcome.result is None}
     return {
         "rows": [_row(step, recipe, found) for step in recipe.step if step.run != "condense"],
-        "runs": [
-            {
-                "step": piece.step.name,
-                "seed": piece.seed,
-                **({"data": recipe.data_of(piece.step)} if piece.step.data_options else {}),
-                **found[name],
-            }
-            for name, piece in named.items()
-            if name in found
-        ],
-        "failed": [
-            {"run": name, "error": outcome.error, "exit_code": outcome.exit_code}
-            for name, outcome in outcomes.items()
-            if outcome.result is None
-        ],
+        "runs": runs,
+        "failed": [{"run": name, "error": one.error, "exit_code": one.exit_code} for name, one in failed.items()],
     }
 
 
 def _row(step: Step, recipe: Recipe, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the mean over seeds of what the table shows, with the sample standard deviation where n > 1."""
+    """Return the means over seeds, with sample standard deviations for n > 1."""
     summaries = [found[piece.name] for piece in pieces(step, recipe) if piece.name in found]
     row: dict[str, Any] = {"step": step.name, "title": step.title or step.name, "n": len(summaries)}
     first = summaries[0] if summaries else {}
@@ -316,15 +303,13 @@ def _row(step: Step, recipe: Recipe, found: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def spelled_out(entries: Sequence[Entry], pairs: Sequence[Mapping[str, Any]], source: str) -> list[dict[str, Any]]:
-    """Return the steps of a recipe, each once, in order; `entries` are its [[step]] tables, `pairs` its [[pair]] ones.
+    """Expand the [[step]] tables `entries` of a recipe for its [[pair]] tables and their [[step.variant]] tables.
 
-    All steps are repeated for every pair, whose entries replace {name} in their texts; an entry that is a list stands
-    for a pair with each of its items. Steps that come out equal (a teacher that two pairs share) are one.
-    [[step.variant]] tables repeat their step with other settings: their name is appended to the step's with '-', their
-    title to its title.
+    The steps are repeated for every pair, whose entries replace {name} in their texts; a list as an entry means a pair
+    with each of its items. Equal steps (such as a teacher shared by two pairs) are merged. A variant repeats its step
+    with other settings; its name is appended to the step's with '-', and its title to the step's title.
 
-    Raises:
-        SettingsError: {name} is no entry of a pair, a variant has no name, or two different steps have the same name.
+    Raises SettingsError if {name} is no entry of a pair, a variant has no name, or different steps have the same name.
     """
     found: dict[str, dict[str, Any]] = {}
     for pair in _single(pairs) or [{}]:
@@ -339,7 +324,7 @@ def spelled_out(entries: Sequence[Entry], pairs: Sequence[Mapping[str, Any]], so
 
 
 def _single(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the pairs with every list's items one by one, the last entry changing fastest."""
+    """Expand the lists in pairs, the last entry changing fastest."""
     return [
         dict(zip(pair, chosen, strict=True))
         for pair in pairs
@@ -362,7 +347,7 @@ def _variants(entry: Entry, source: str) -> Iterator[dict[str, Any]]:
 
 
 def _filled(value: Any, pair: Entry, source: str) -> Any:
-    """Return a value with {name} replaced by the pair's entry, in all texts inside it."""
+    """Replace {name} by the entry of the pair in all texts of a value."""
 
     def entry(match: re.Match[str]) -> str:
         if match[1] not in pair:
@@ -377,18 +362,14 @@ def _filled(value: Any, pair: Entry, source: str) -> Any:
 
 
 def _nested(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a step's TOML table with the command's settings gathered under `settings`."""
+    """Return the TOML table of a step with the settings of its command under `settings`."""
     own = Step.model_fields.keys() - {"settings"}
     given = {key: value for key, value in entry.items() if key not in own}
     return {key: value for key, value in entry.items() if key in own} | {"settings": given}
 
 
 def _require_order(recipe: Recipe, path: Path) -> None:
-    """Do nothing if every step is a command's and refers to earlier steps alone.
-
-    Raises:
-        SettingsError: one is not; names it.
-    """
+    """Raise SettingsError unless every step runs a command and refers to earlier steps only."""
     known: dict[str, Step] = {}
     for step in recipe.step:
         place = f"{path}, step '{step.name}'"
@@ -418,12 +399,12 @@ def _require_reference(text: str, step: Step, known: Mapping[str, Step], place: 
 
 
 def _references(step: Step) -> dict[str, re.Match[str]]:
-    """Return setting -> reference, of those that refer to another step."""
+    """Return setting -> reference for the settings that refer to another step."""
     texts = {key: value for key, value in step.settings.items() if isinstance(value, str)}
     return {key: match for key, text in texts.items() if (match := REFERENCE.fullmatch(text))}
 
 
 def _referred(name: str, piece: Piece, recipe: Recipe) -> Piece:
-    """Return the step that a reference of another one names, for the other's seed."""
+    """Return the piece that a reference of `piece` names, for the same seed."""
     step = next(step for step in recipe.step if step.name == name)
     return Piece(step=step, seed=piece.seed if step.per_seed else None)
