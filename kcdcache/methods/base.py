@@ -1,4 +1,4 @@
-"""What a method is given and what it answers: the pair of networks, a batch, a term of the loss."""
+"""What a method gets and returns: the pair of networks, a batch, a term of the loss."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +14,8 @@ from kcdcache.settings import MethodSettings
 from kcdcache.teacher import fields
 
 Outputs = Mapping[str, Float[Tensor, "..."]]
-"""tap of the student -> its values for the batch, and for a term that shows further images, for those after it;
-`logits` is among them, perhaps bfloat16; a tap `filters:STAGE` is no value of samples but the profile of the student's
-own filters"""
+"""tap of the student, with `logits` (perhaps bfloat16) -> values for the batch, followed by those for `Term.extra`
+images; `filters:STAGE` is the profile of the student's own filters instead of values per sample"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,40 +24,40 @@ class Batch:
 
     index: Int64[Tensor, " batch"]
     pixels: Float32[Tensor, "batch channels height width"]
-    """in [0, 1], channels_last; each network applies its own input transform"""
+    """in [0, 1], channels_last, before any network's input transform"""
     labels: Int64[Tensor, " batch"]
     partner_labels: Int64[Tensor, " batch"]
-    """label of the point mixed in; the own label where nothing is"""
+    """label of the partner; the own label without one"""
     mixed: Bool[Tensor, " batch"]
     epsilon: Float32[Tensor, " batch"]
-    """share of the partner, 0 for K_1H"""
+    """share of the partner; 0 for K_1H"""
     weight: Float32[Tensor, " batch"]
     """factor of the loss"""
     probabilities: Float32[Tensor, "batch classes"] | None = None
-    """teacher probabilities at the distillation temperature, mixed as the target rule says"""
+    """teacher probabilities at the distillation temperature, mixed by the target rule"""
     knowledge: Mapping[str, Tensor]
-    """the teacher's fields as float32, mixed as `fields.mix` says"""
+    """the teacher's fields as float32, mixed by `fields.mix`"""
     shared: int | None = None
-    """number of samples of this step in all processes together; None if it is all here"""
+    """samples of this step in all processes together; None for one process"""
     idle: bool = False
-    """whether this process has no sample of the step, and this one stands in for it without counting"""
+    """whether this process has no sample of the step, only a stand-in that does not count"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A teacher and a student, as a method sees them before the first step."""
+    """What a method knows of teacher and student before the first step."""
 
     teacher: str
-    """the teacher's architecture"""
+    """architecture"""
     student: str
-    """the student's architecture"""
+    """architecture"""
     teacher_taps: fields.Taps
-    """tap -> shape of one sample; only logits where the teacher cannot be built here (imported logits, foreign code)"""
+    """tap -> shape of one sample; only logits if the teacher cannot be built (imported logits, foreign code)"""
     student_taps: fields.Taps
     image: tuple[int, int, int]
     """channels, height and width of a view"""
     labels: Int64[np.ndarray, " n"]
-    """hard label of every sample of the data set"""
+    """of all samples of the data set"""
     kept: Int64[np.ndarray, " kept"]
     """samples of the current stage"""
     settings: MethodSettings
@@ -66,7 +65,7 @@ class Pair:
     smoothing: float = 0.0
     """label smoothing of hard-label terms, in [0, 1)"""
     teacher_filters: Mapping[str, Sequence[float]] | None = None
-    """stage -> profile of the teacher's filters (see `parameters`); None where no store is at hand, or it has none"""
+    """stage -> profile of the teacher's filters (see `parameters`); None without a store that has them"""
 
     @property
     def classes(self) -> int:
@@ -74,28 +73,18 @@ class Pair:
         return self.student_taps["logits"][0]
 
     def teacher_shape(self, tap: str) -> tuple[int, ...]:
-        """Return the shape of one of the teacher's values.
-
-        Raises:
-            SettingsError: this teacher has no such value.
-        """
+        """Return the shape of a tap of the teacher; raises SettingsError if it has no such tap."""
         return _shape(self.teacher_taps, tap, f"the teacher '{self.teacher}'")
 
     def student_shape(self, tap: str) -> tuple[int, ...]:
-        """Return the shape of one of the student's values.
-
-        Raises:
-            SettingsError: this student has no such value.
-        """
+        """Return the shape of a tap of the student; raises SettingsError if it has no such tap."""
         return _shape(self.student_taps, tap, f"the student '{self.student}'")
 
     def stages(self) -> list[tuple[str, str]]:
-        """Return (student's, teacher's) stage by stage without the stems; of unequal numbers, the last ones.
+        """Return the pairs of (student's, teacher's) stages without stems; of unequal numbers, the last ones.
 
-        RepDistiller pairs the first ones instead: there the last stage of a vgg teacher meets none of a resnet student.
-
-        Raises:
-            SettingsError: one of them has no known stages.
+        RepDistiller pairs the first ones instead, which leaves out the last stage of a vgg teacher of a resnet student.
+        Raises SettingsError if one of them has no known stages.
         """
         ours, theirs = fields.stages(self.student_taps)[1:], fields.stages(self.teacher_taps)[1:]
         count = min(len(ours), len(theirs))
@@ -103,44 +92,44 @@ class Pair:
 
 
 class Term(nn.Module):
-    """One method's share of the loss, with the modules it trains beside the student.
+    """One method's term of the loss, with the modules it trains beside the student.
 
-    Its parameters are trained by the student's optimizer, its buffers and parameters are part of every checkpoint;
-    buffers that can be made again from the pair are to be registered with persistent=False.
+    The student's optimizer trains its parameters; checkpoints have its parameters and its buffers, except those
+    registered with persistent=False because they can be made from the pair (see `constant`).
     """
 
     taps: tuple[str, ...] = ()
-    """the student's values it reads, besides the logits"""
+    """taps of the student that it reads, besides the logits"""
     fields: tuple[str, ...] = ()
-    """the teacher's fields it reads"""
+    """fields of the teacher that it reads"""
     statistics: bool = False
-    """whether it reads what the store keeps of the teacher's parameters"""
+    """whether it reads the store's statistics of the teacher's parameters"""
     remembers: bool = False
-    """whether it keeps something of all samples from step to step, which several processes would not share"""
+    """whether it has a memory of all samples, which several processes would not share"""
 
     @property
     def shows_images(self) -> bool:
-        """Whether it has the student see further images, and so is given the values of more rows than the batch's."""
+        """Whether it adds images to the batch, and so gets values of more rows than the batch has."""
         return type(self).extra is not Term.extra
 
     def weights_at(self, epoch: int, epochs: int) -> tuple[float, float]:
-        """Return factors in an epoch: of the cross-entropy and soft-label terms, and of this one."""
+        """Return an epoch's factors of the cross-entropy and soft-label terms, and of this one."""
         return 1.0, 1.0
 
     def extra(self, batch: Batch) -> Float32[Tensor, "extra c h w"] | None:
-        """Return further images that the student sees in the same forward pass, after the batch's."""
+        """Return images to add to the batch in the student's forward pass."""
         return None
 
     def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
-        """Return the loss per sample, whose mean over the batch is the method's."""
+        """Return the loss per sample; the method's loss is the mean over the batch."""
         raise NotImplementedError
 
 
 class Compared(Term):
-    """A term that compares one value of the student's with one field of the teacher's."""
+    """A term that compares one tap of the student with one field of the teacher."""
 
     compare: Callable[[Tensor, Tensor], Tensor]
-    """the student's values and the teacher's -> loss per sample"""
+    """(student's values, teacher's values) -> loss per sample"""
 
     def __init__(self, tap: str, field: str) -> None:
         super().__init__()
@@ -154,7 +143,7 @@ class Compared(Term):
 def hard_term(
     logits: Float[Tensor, "batch classes"], batch: Batch, mix_label: str, smoothing: float
 ) -> Float[Tensor, " batch"]:
-    """Return the hard-label cross-entropy per sample, in nats; with mix_label 'mix' the partner's counts by epsilon."""
+    """Return the hard-label cross-entropy per sample in nats; mix_label 'mix' mixes in the partner's by epsilon."""
     own = cross_entropy(logits, batch.labels, smoothing)
     if mix_label == "keep":
         return own
@@ -163,7 +152,7 @@ def hard_term(
 
 
 def constant(module: nn.Module, name: str, value: Tensor) -> None:
-    """Keep a tensor on the module's device without making it part of checkpoints."""
+    """Register a tensor as a buffer that is not in checkpoints."""
     module.register_buffer(name, value, persistent=False)
 
 

@@ -1,6 +1,6 @@
-"""The distillation methods: METHODS maps a name to its idea, source, default weights and what its authors did.
+"""The distillation methods with their sources, default weights and training settings.
 
-A method's term is imported when it is made: names and weights are checked without torch.
+Terms are imported when they are made, so that names and weights can be checked without torch.
 """
 
 import math
@@ -14,7 +14,7 @@ from kcdcache.errors import SettingsError, nearest
 from kcdcache.settings import MethodSettings
 
 LIGHT_STUDENTS = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
-"""students that the methods' authors train with a lower learning rate"""
+"""students trained with a lower learning rate by the methods' authors"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,23 +24,23 @@ class Method:
     about: str
     """the idea in a few words"""
     source: str
-    """paper, and where the defaults are from"""
+    """paper, and source of the defaults"""
     term: Callable[..., Any] | None = None
-    """makes its own `Term` of a `Pair`; None for methods on logits and labels alone"""
+    """makes its `Term` from a `Pair`; None for methods on logits and labels alone"""
     gamma: float = 1.0
     alpha: float = 0.0
     beta: float = 0.0
     temperature: float = 4.0
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    """training settings its authors changed; they hold where the user gives none"""
+    """its authors' training settings, used where the user gives none"""
     light: Mapping[str, Any] = field(default_factory=dict)
-    """what its authors changed further for LIGHT_STUDENTS, if it is not LIGHT_RECIPE"""
+    """its authors' further settings for LIGHT_STUDENTS, if other than LIGHT_RECIPE"""
     live: bool = False
-    """whether it trains further networks with the student, so that no store can replace its forward passes"""
+    """whether it trains further networks with the student, whose forward passes no store can replace"""
 
 
 LIGHT_RECIPE: Mapping[str, Any] = {"learning_rate": 0.01}
-"""what RepDistiller and the releases after it change for LIGHT_STUDENTS (0.05 for all others)"""
+"""settings of RepDistiller and later releases for LIGHT_STUDENTS (0.05 for all others)"""
 
 
 def _made(where: str, pair: Any) -> Any:
@@ -178,7 +178,7 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Resolved weights of one run's loss: of a method, or of several joined by '+'."""
+    """The weights of a run's loss, of one method or of several joined by '+'."""
 
     gamma: float
     """weight of the hard-label cross-entropy"""
@@ -187,23 +187,22 @@ class Weights:
     temperature: float
     """distillation temperature T"""
     parts: Mapping[str, float]
-    """name -> weight of its own term; 0 where it has none"""
+    """method -> weight of its own term; 0 without one"""
     mix_label: str
-    """'keep' or 'mix': the hard label of a mixed point"""
+    """hard label of a mixed point: 'keep' or 'mix'"""
     smoothing: float
     """label smoothing of the hard-label term"""
 
     @property
     def terms(self) -> dict[str, float]:
-        """Name -> weight of the methods with a term of their own."""
+        """Method -> weight, of methods with a term of their own."""
         return {name: weight for name, weight in self.parts.items() if METHODS[name].term is not None}
 
 
 def named(method: str) -> dict[str, float | None]:
-    """Return name -> weight of the methods that a text such as `kd` or `kd*0.5+at` names, None where it gives none.
+    """Return method -> weight, or None if not given, from a text such as `kd` or `kd*0.5+at`.
 
-    Raises:
-        SettingsError: a method is unknown (names the nearest), named twice, or its weight is none or not its to change.
+    Raises SettingsError if a method is unknown or given twice, or its weight is invalid or cannot be changed.
     """
     found: dict[str, float | None] = {}
     for text in method.split("+"):
@@ -231,13 +230,11 @@ def _weight(text: str, name: str, method: str) -> float:
 
 
 def weights_of(settings: MethodSettings, smoothing: float = 0.0) -> Weights:
-    """Return the weights of the methods a user named: the settings' where given, their authors' elsewhere.
+    """Return the weights of the methods in the settings: those given, or else their authors'.
 
     One method has its own weights. Several have gamma = 1, alpha = 1 if kd is among them, and each its own beta
-    (RepDistiller's combinations, such as crd+kd); `A*w` gives method A the weight w.
-
-    Raises:
-        SettingsError: as for `named`, or beta is given for several terms.
+    (RepDistiller's combinations, such as crd+kd); `A*w` gives method A the weight w. Raises SettingsError if beta is
+    given for several terms.
     """
     given = named(settings.method)
     chosen = {name: METHODS[name] for name in given}
@@ -270,7 +267,7 @@ def _or(given: float | None, usual: float) -> float:
 
 
 def recipe(method: str, student: str) -> dict[str, Any]:
-    """Return the training settings that the authors of a method, or of several, changed for this student."""
+    """Return the training settings of the authors of one or several methods for a student."""
     light = student in LIGHT_STUDENTS
     found: dict[str, Any] = dict(LIGHT_RECIPE) if light else {}
     for name in named(method):

@@ -1,4 +1,4 @@
-"""Methods that contrast a sample's embeddings with those of other samples in a memory: CRD and WCoRD."""
+"""Methods that contrast a sample's embeddings with those of other samples from a memory: CRD and WCoRD."""
 
 import math
 from collections.abc import Callable
@@ -18,19 +18,19 @@ from kcdcache.teacher.fields import length, product, unit
 SIZE = 128
 """length of an embedding"""
 MOMENTUM = 0.5
-"""of the memory"""
+"""of the memory's moving average"""
 TEMPERATURE, TINY = 0.07, 1e-7
-"""CRD's temperature, and what it adds to its denominators"""
+"""CRD's temperature, and the epsilon in its denominators"""
 GLOBAL, LOCAL = 0.8, 0.05
 """WCoRD's weights of the dual contrast (GCKT) and of the transport between batches (LCKT)"""
 ENTROPY, ITERATIONS = 0.1, 20
-"""of WCoRD's Sinkhorn plan: weight of its entropy in units of the cost, and how often it is balanced"""
+"""of WCoRD's Sinkhorn plan: weight of the entropy in units of the cost, and number of iterations"""
 DRAWS = 2**62
-"""range of the raw draws, so large that the remainder by a number of samples is uniform"""
+"""range of raw draws, so large that remainders are uniform"""
 
 
 class _Contrasting(Term):
-    """What both methods have: an embedding and a memory of it for each network, and the samples to contrast with."""
+    """Embeddings of both networks, the memory of them, and the negatives."""
 
     taps = ("penultimate",)
     fields = ("penultimate",)
@@ -48,8 +48,8 @@ class _Contrasting(Term):
 class Contrast(_Contrasting):
     """CRD: noise-contrastive estimation between both networks' embeddings of a sample and those of other classes.
 
-    Both embeddings are trained, the teacher's too; Z is that of the first batch. The negatives of both directions are
-    the same. With the memory of only kept samples, Z and the noise still count all samples: the count cancels in them.
+    Both embeddings are trained; Z is that of the first batch. Both directions have the same negatives. With negatives
+    from kept samples only, Z and the noise still count all samples: the count cancels.
     Source: Tian et al., ICLR 2020, Eq. 18-19; K, temperature and momentum of RepDistiller (facts.md section 4).
     """
 
@@ -63,7 +63,7 @@ class Contrast(_Contrasting):
         self.register_buffer("_started", torch.zeros((), dtype=torch.bool))
 
     def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
-        """Return the loss per sample, and move the memory on."""
+        """Return the loss per sample, and update the memory."""
         ours = unit(self.student(outputs["penultimate"]))
         theirs = unit(self.teacher(batch.knowledge["penultimate"].detach()))
         chosen = torch.cat([batch.index[:, None], self.others.draw(batch.labels, self._negatives)], dim=1)
@@ -89,9 +89,7 @@ def nce(
 
     h(s) = x / (x + K / N + eps) with x = exp(s) / Z, s a dot product over the temperature, log Z from `log_partition`,
     K negatives, N = `count` and eps = 1e-7; 1 - h is taken as (K / N) / (x + K / N + eps), as released. CRD adds the
-    value with the student as anchor and that with the teacher as anchor. Gradient flows into both score tensors,
-    since CRD trains the teacher's embedding too.
-
+    value with the student as anchor and that with the teacher as anchor. Gradient flows into both score tensors.
     Source: Tian et al. 2020 (Contrastive Representation Distillation), Eq. 18.
     """
     noise = negatives.shape[1] / count
@@ -104,9 +102,7 @@ def nce(
 def log_partition(scores: Float[Tensor, "batch candidates"], count: int) -> Float[Tensor, ""]:
     """Return log Z = log(count * mean of exp(scores)), the reference's estimate from its first batch; no gradient.
 
-    `scores` are those of the positive and all negatives, already divided by the temperature; `count` is the number of
-    training samples. In logarithms, as exp(score) leaves float32 at 89.
-
+    `scores` are those of the positive and all negatives over the temperature, `count` the number of training samples.
     Source: Wu et al. 2018 (Instance Discrimination), as in CRD's released memory.
     """
     return torch.logsumexp(scores.detach().float().flatten(), dim=0) + math.log(count) - math.log(scores.numel())
@@ -128,7 +124,7 @@ class WassersteinContrast(_Contrasting):
         super().__init__(pair, lambda size: spectral_norm(nn.Linear(size, SIZE, bias=False)))
 
     def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
-        """Return the loss per sample, and move the memory on."""
+        """Return the loss per sample, and update the memory."""
         student = self.student(outputs["penultimate"])
         teacher = self.teacher(batch.knowledge["penultimate"].detach())
         ours, theirs = ball(student), ball(teacher)
@@ -142,7 +138,7 @@ class WassersteinContrast(_Contrasting):
 
 
 def ball(x: Float[Tensor, "*stack dim"]) -> Float32[Tensor, "*stack dim"]:
-    """Return the nearest point of the unit ball, along the last axis; this never takes two points further apart."""
+    """Return the nearest point of the unit ball along the last axis, which is 1-Lipschitz."""
     return x.float() / length(x).clamp_min(1).unsqueeze(-1)
 
 
@@ -151,10 +147,9 @@ def sinkhorn_distance(
 ) -> Float[Tensor, " batch"]:
     """Return b * sum_j P_ij C_ij with C = 1 - cos and P the Sinkhorn plan between the two batches; in [0, 2].
 
-    The mean over rows is the transport cost <P, C> (WCoRD's LCKT). P has marginals 1 / b, rows exact and columns as far
-    as `iterations` (at least 1) bring them; `epsilon` weighs its entropy, in units of the cost. P is a constant to the
-    gradient, which at convergence is that of the entropy-regularised cost (envelope theorem).
-
+    The mean over rows is the transport cost <P, C> (WCoRD's LCKT). P has marginals 1 / b, exact for rows, approximate
+    for columns after `iterations` >= 1; `epsilon` weighs its entropy in units of the cost. P has no gradient, which at
+    convergence gives that of the entropy-regularised cost (envelope theorem).
     Source: Chen et al. 2021 (Wasserstein Contrastive Representation Distillation), LCKT; Cuturi 2013.
     """
     cost = 1 - cosines(student, teacher.detach())
@@ -189,14 +184,14 @@ class Memory(nn.Module):
         teacher: Float[Tensor, "batch size"],
         normalised: bool,
     ) -> None:
-        """Move the samples' rows halfway to new embeddings, and perhaps to length 1; no gradient."""
+        """Move the samples' rows halfway to new embeddings, and to length 1 if `normalised`; no gradient."""
         for bank, new in ((self.student, student), (self.teacher, teacher)):
             moved = MOMENTUM * bank[index] + (1 - MOMENTUM) * new.detach()
             bank.index_copy_(0, index, unit(moved) if normalised else moved)
 
 
 class Others(nn.Module):
-    """The samples that can be negatives, sorted by class, to draw those of another class without a loop or a search."""
+    """The samples to draw negatives from, sorted by class, so that drawing other classes needs no loop or search."""
 
     _order: Tensor
     _first: Tensor
@@ -217,7 +212,7 @@ class Others(nn.Module):
         constant(self, "_count", torch.from_numpy(counts))
 
     def draw(self, labels: Int[Tensor, " batch"], number: int) -> Int64[Tensor, "batch number"]:
-        """Return samples of other classes than each label, uniform and with replacement."""
+        """Return samples of other classes than each label, drawn uniformly with replacement."""
         raw = torch.randint(DRAWS, (len(labels), number), device=labels.device)
         rest = len(self._order) - self._count[labels.long()]
         return self.ranked(raw % rest[:, None], labels)
@@ -225,7 +220,7 @@ class Others(nn.Module):
     def ranked(
         self, rank: Int64[Tensor, "batch number"], labels: Int[Tensor, " batch"]
     ) -> Int64[Tensor, "batch number"]:
-        """Return the samples at ranks in [0, number of other classes' samples) of the order without the own class."""
+        """Return the samples at some ranks of the order without the own class."""
         own = labels.long()[:, None]
         return self._order[torch.where(rank < self._first[own], rank, rank + self._count[own])]
 
@@ -233,9 +228,9 @@ class Others(nn.Module):
 def similarities(
     anchors: Float[Tensor, "batch size"], bank: Float[Tensor, "count size"], index: Int64[Tensor, "batch number"]
 ) -> Float32[Tensor, "batch number"]:
-    """Return each anchor's dot products with its own choice of the bank's rows.
+    """Return each anchor's dot products with its chosen rows of the bank.
 
-    All products are made and some read: gathering the rows instead would move number / 8 times as many bytes at the
-    defaults, and its gradient twice. The bank is copied, as it moves on before the gradient is taken.
+    Computes all products and reads some, as gathering the rows would move many more bytes. The bank is copied, as it is
+    updated before the gradient is taken.
     """
     return product(anchors, bank.clone().mT).gather(1, index)

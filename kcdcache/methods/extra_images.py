@@ -1,4 +1,4 @@
-"""Methods that show the student further images: SSKD (rotated ones) and BSS (ones beside a decision boundary)."""
+"""Methods that show the student further images: SSKD (rotated) and BSS (beside a decision boundary)."""
 
 from copy import deepcopy
 
@@ -11,9 +11,9 @@ from kcdcache.methods.losses import cosines, cross_entropy, logit_divergence
 from kcdcache.teacher import fields
 
 ROTATED, SIMILARITY = 2.7, 10.0
-"""weights of class divergence on rotated images and of the divergence of similarities"""
+"""weights of the divergences of classes and of similarities on rotated images"""
 SHARPNESS, SHARE = 0.5, 0.75
-"""temperature of the similarities, and the share kept of the anchors the teacher gets wrong"""
+"""temperature of the similarities, and share kept of the anchors that the teacher gets wrong"""
 PREPARATION = 60 / 240
 """share of the epochs in which the teacher's projection learns"""
 
@@ -21,11 +21,11 @@ PREPARATION = 60 / 240
 class SelfSupervision(Term):
     """SSKD: 2.7 KL of the classes on three rotations + 10 KL of the softmax over similarities to upright images.
 
-    The teacher's projection (an MLP on its cached penultimate values) learns to find a rotated image's upright one
-    during the first quarter of the epochs, at least one, in which the similarities have no weight; then it stays as it
-    is. Its authors train it for 60 epochs before their 240. What serves is a copy that follows the trained one: the
-    optimizer would go on moving a projection that gets no gradient. The release flips an image with p = 0.5 and crops
-    each of its four turns on its own; here one view, cropped and perhaps flipped by the store's rule, is turned.
+    The teacher's projection (an MLP on its cached penultimate values) learns to find a rotated image's upright one in
+    the first quarter of the epochs, at least one, in which the similarities have no weight; then it is fixed. The
+    authors train it for 60 epochs before their 240. The projection used is a copy of the trained one, as the optimizer
+    would go on changing one without gradient. The release flips an image with p = 0.5 and crops each of its four
+    rotations on its own; here one view by the store's rule is rotated.
     Source: Xu et al., ECCV 2020 (arXiv 2006.07114); weights and temperatures of its release (facts.md section 4).
     """
 
@@ -42,12 +42,12 @@ class SelfSupervision(Term):
         constant(self, "_preparing", torch.ones(()))
 
     def weights_at(self, epoch: int, epochs: int) -> tuple[float, float]:
-        """Let the teacher's projection learn in the first epochs; factors are 1."""
+        """Train the teacher's projection in the first epochs; factors are 1."""
         self._preparing.fill_(float(epoch < max(1, round(epochs * PREPARATION))))
         return 1.0, 1.0
 
     def extra(self, batch: Batch) -> Float32[Tensor, "extra c h w"]:
-        """Return all images turned once, then all turned twice, then three times."""
+        """Return all images rotated once, then twice, then three times."""
         return fields.rotated(batch.pixels)[len(batch.pixels) :]
 
     def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
@@ -87,9 +87,8 @@ def rotation_similarity(
 ) -> Float[Tensor, " batch"]:
     """Return T^2 KL(teacher || student) of each rotated view's softmax over cosines with all plain views, over T.
 
-    Only the anchors of `selected` count, by the teacher's rank of the own plain view; `share` is the part kept of
-    those it gets wrong. The mean over the batch is the mean over the anchors kept, 0 if there are none. T = 0.5, share
-    0.75.
+    Only the anchors of `selected` count, by the teacher's rank of the own plain view; `share` is kept of those it gets
+    wrong. The mean over the batch is the mean over the anchors kept, 0 if there are none. T = 0.5, share 0.75.
     """
     views = rotated.shape[1]
     found = cosines(rotated.flatten(0, 1), plain)
@@ -107,7 +106,8 @@ def rotated_divergence(
 ) -> Float[Tensor, " batch"]:
     """Return T^2 KL(teacher || student) of the class logits on rotated views, over the anchors of `selected` only.
 
-    The teacher's rank of the label decides; the mean over the batch is the mean over the anchors kept. T = 4, share 1.
+    They are chosen by the teacher's rank of the label; the mean over the batch is that over the anchors kept. T = 4,
+    share 1.
     """
     views = student.shape[1]
     wanted = teacher.flatten(0, 1)
@@ -120,7 +120,7 @@ def rotation_task(
 ) -> Float[Tensor, " batch"]:
     """Return the cross-entropy, in nats, of finding each rotated view's own plain view by cosine at temperature 1.
 
-    It trains the teacher's projection head before distillation; gradient flows into both arguments. T = 1 as released.
+    It trains the teacher's projection; gradient flows into both arguments.
     """
     batch, views = rotated.shape[:2]
     found = cross_entropy(cosines(rotated.flatten(0, 1), plain), _own(batch, views, plain.device))
@@ -130,11 +130,10 @@ def rotation_task(
 def selected(
     scores: Float[Tensor, "rows candidates"], truth: Int[Tensor, " rows"], share: float
 ) -> Bool[Tensor, " rows"]:
-    """Return which rows to learn from: all that score the truth highest, and floor(share * wrong) of the wrong ones.
+    """Return the rows to learn from: all that score the truth highest, and floor(share * wrong) of the wrong ones.
 
-    Of the wrong ones those with the best rank of the truth are kept; equal ranks by the larger probability of the
-    truth, then by position. Among equal scores in a row the earlier candidate ranks first. The paper calls it selective
-    transfer.
+    These are the wrong ones with the best rank of the truth; equal ranks go by the larger probability of the truth,
+    then by position. Of equal scores in a row the earlier candidate ranks first. The paper calls it selective transfer.
     """
     own = scores.gather(1, truth.unsqueeze(1))
     earlier = torch.arange(scores.shape[1], device=scores.device) < truth.unsqueeze(1)
@@ -144,7 +143,7 @@ def selected(
     order = order[torch.argsort(rank[order], stable=True)]
     wrong = (rank > 0).sum()
     most = len(rank) - wrong + (wrong * share).floor()
-    return torch.argsort(order) < most  # argsort of an order is each row's place in it
+    return torch.argsort(order) < most  # the argsort of an order gives each row's position
 
 
 def _own(batch: int, views: int, device: torch.device) -> Tensor:
@@ -158,16 +157,15 @@ def _over_kept(anchors: Tensor, kept: Tensor, views: int) -> Tensor:
 
 
 MOST_ATTACKED = 64
-"""base samples of a batch, at most"""
+"""most base samples of a batch"""
 
 
 class BoundarySupport(Term):
     """BSS: (3 (1 - e/E) + 1) KL on the images + 2 (1 - 4e/3E)+ KL on their boundary images, in epoch e = 1 .. E.
 
-    Boundary images count for the base samples: those both networks get right, at most 64, with the largest difference
-    of probabilities. Both divergences are without T^2, as released. The boundary images pass the student together with
-    the batch, also where their weight is 0, so batch statistics are those of both; the release shows it the base
-    samples' alone, in a second pass.
+    Boundary images count for the base samples: of those both networks get right, the at most 64 with the largest
+    difference of probabilities. Both divergences are without T^2, as released. All boundary images are in the student's
+    forward pass of the batch, which shares batch statistics; the release has a second pass of the base samples' alone.
     Source: Heo et al., AAAI 2019 (arXiv 1805.05532), Eq. 7-9; factors of its release (facts.md section 4).
     """
 
@@ -182,7 +180,7 @@ class BoundarySupport(Term):
         constant(self, "_beside", torch.ones(()))
 
     def weights_at(self, epoch: int, epochs: int) -> tuple[float, float]:
-        """Put the epoch's weights of both divergences in force; factors are 1."""
+        """Set the epoch's weights of both divergences; factors are 1."""
         share = (epoch + 1) / epochs
         self._plain.fill_(3 * (1 - share) + 1)
         self._beside.fill_(2 * max(1 - 4 / 3 * share, 0))
@@ -208,11 +206,11 @@ def base_weights(
     labels: Int[Tensor, " batch"],
     most: int = MOST_ATTACKED,
 ) -> Float[Tensor, " batch"]:
-    """Return 1 for the samples to attack, 0 for the others; the arguments are class probabilities. No gradient.
+    """Return 1 for base samples, 0 for others, from class probabilities; no gradient.
 
-    Eligible are samples both networks classify correctly, as in the release (its first commit asks the teacher alone);
-    of those the `most` with the largest squared difference of probabilities over the classes other than the label, ties
-    by position. Shapes do not depend on the values.
+    Base samples are, of those both networks classify correctly (as released; its first commit asks the teacher alone),
+    the `most` with the largest squared difference of probabilities over the classes other than the label, ties by
+    position. Shapes do not depend on the values.
     """
     found, wanted = student.detach().float(), teacher.detach().float()
     correct = (found.argmax(dim=1) == labels) & (wanted.argmax(dim=1) == labels)
@@ -228,11 +226,10 @@ def boundary_divergence(
     weights: Float[Tensor, " batch"] | Bool[Tensor, " batch"],
     temperature: float,
 ) -> Float[Tensor, " batch"]:
-    """Return KL(teacher || student) at T of the logits on the attacked images, times weights / their mean; no T^2.
+    """Return KL(teacher || student) at T of the logits on boundary images, times weights / their mean, without T^2.
 
-    With the 0/1 weights of `base_weights` the mean over the batch is the mean over the base samples; all zero where no
-    weight is positive. Weights are not negative. It differs from the released soft cross-entropy by the teacher's
-    entropy only.
+    With the weights of `base_weights`, the mean over the batch is the mean over the base samples, 0 if there are none.
+    It differs from the released soft cross-entropy only by the teacher's entropy.
     """
     share = weights.detach().float()
     mean = share.mean()

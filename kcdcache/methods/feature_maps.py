@@ -14,19 +14,16 @@ from kcdcache.teacher import fields
 
 
 def squared_error(student: Float[Tensor, "batch ..."], target: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
-    """Return the mean over entries of (student - target)^2 per sample, in float32; the target is a constant.
+    """Return the mean over entries of (student - target)^2 per sample, in float32; no gradient into the target.
 
-    AT takes it of normalised attention maps, FSP of flow matrices, FitNet of maps, where the papers have the sum (or
-    half of it) and their released losses the mean.
-
-    Raises:
-        MismatchError: the shapes differ.
+    For AT, FSP and FitNet the papers have the sum (or half of it) and their released losses the mean. Raises
+    MismatchError if the shapes differ.
     """
     return _difference(student, target).square().flatten(1).mean(dim=1)
 
 
 def _difference(student: Tensor, target: Tensor) -> Tensor:
-    if student.shape != target.shape:  # broadcasting would quietly compare a map with another's row or channel
+    if student.shape != target.shape:  # broadcasting would hide it
         raise MismatchError(
             f"expected the student's features in the teacher's shape {tuple(target.shape)}, "
             f"found {tuple(student.shape)}: pool or project one of the two first"
@@ -37,7 +34,7 @@ def _difference(student: Tensor, target: Tensor) -> Tensor:
 class Attention(Term):
     """AT: sum over stages of the mean squared difference of normalised attention maps.
 
-    Both networks' maps have the smaller of the two sizes; features are pooled before they are squared.
+    Both networks' features are pooled to the smaller size before they are squared.
     Source: Zagoruyko & Komodakis, ICLR 2017, Eq. 2 with p = 2; stages and pooling of RepDistiller (facts.md section 4).
     """
 
@@ -61,13 +58,13 @@ def _common_side(pair: Pair, ours: str, theirs: str) -> tuple[int, int]:
 
 
 HINT_STAGE = 2
-"""the stage of the hint, counted from 1 over the matched stages; the stem is none of them"""
+"""number of the hint's stage, from 1, of the matched stages"""
 
 
 class Hint(Compared):
     """FitNet: mean over entries of (r(F_S) - F_T)^2 at the second stage, r = ReLU(BN(conv)) to the teacher's shape.
 
-    The hint counts from the first step on, beside the hard label, instead of in a stage of its own before.
+    The hint is used from the first step on, together with the hard label, not in a stage of its own before.
     Source: Romero et al., ICLR 2015 (arXiv 1412.6550), Eq. 3; regressor, stage and joint training of RepDistiller.
     """
 
@@ -83,11 +80,7 @@ class Hint(Compared):
 
 
 def _to_shape(ours: tuple[int, ...], theirs: tuple[int, ...]) -> nn.Module:
-    """Return the convolution from one shape of map to the other: halving, doubling, or valid with a kernel that fits.
-
-    Raises:
-        SettingsError: the teacher's map is larger and not twice the student's.
-    """
+    """Return a convolution from one shape of map to the other: halving, doubling, or valid with a kernel that fits."""
     (channels, *sides), (wanted, *target) = ours, theirs
     if sides == [2 * side for side in target]:
         return nn.Conv2d(channels, wanted, 3, stride=2, padding=1)
@@ -103,19 +96,19 @@ def _to_shape(ours: tuple[int, ...], theirs: tuple[int, ...]) -> nn.Module:
 
 
 FLOW_SHARE = 8
-"""one in so many epochs, the first ones, is taught by the flow alone: 30 of 240"""
+"""the first 1 / 8 of the epochs use the flow alone: 30 of 240"""
 
 
 class Flow(Term):
     """FSP: sum over consecutive stages of the mean over entries of (G_S - G_T)^2, G = F_i F_{i+1}^T / (h w).
 
-    In two phases: the first eighth of the epochs (rounded down, but one where there are two or more) teaches by this
-    term alone, the rest without it. The stem is the first stage where both networks have as many stages. Both need the
-    same numbers of channels; heights and widths may differ. The values grow with the fourth power of the features:
-    float16 features beyond a few hundred can have gradients that float16 does not hold.
+    In two phases: the first eighth of the epochs (rounded down, at least one of two or more) uses this term alone, the
+    rest does not use it. The stem is the first stage if both networks have as many stages. Both need equal numbers of
+    channels; heights and widths may differ. Values grow with the fourth power of the features, so gradients of float16
+    features beyond a few hundred can overflow.
     Source: Yim et al., CVPR 2017 (A Gift from Knowledge Distillation), Sec. 3; layers, mean over entries, thirty epochs
-    and their weight 1 of RepDistiller, which adds them to the 240; the 50 of its script weighs nothing there, and made
-    a wide network diverge here.
+    and their weight 1 of RepDistiller, which adds them to the 240; the 50 of its script has no effect there, and made a
+    wide network diverge here.
     """
 
     def __init__(self, pair: Pair) -> None:
@@ -149,7 +142,7 @@ class Flow(Term):
 
 
 VARIANCE, LEAST_VARIANCE = 5.0, 1e-5
-"""VID's variance of each channel at the start, and what is added to its softplus"""
+"""VID's initial variance of each channel, and the constant added to its softplus"""
 
 
 class Variational(Term):
@@ -180,7 +173,7 @@ class Variational(Term):
         losses = []
         places = zip(self.taps, self.fields, self._sides, self.means, self.raw_variances, strict=True)
         for tap, name, side, mean, raw in places:
-            # a network's own output may lie otherwise in memory than a store's values, which changes the last bits
+            # another memory layout than a store's values would change the last bits
             maps = outputs[tap], batch.knowledge[name].contiguous()
             own, target = (functional.adaptive_avg_pool2d(values, side) for values in maps)
             losses.append(variational(mean(own), target, raw))
@@ -194,9 +187,7 @@ def variational(
 ) -> Float[Tensor, " batch"]:
     """Return the mean over entries of 1/2 [(mu - t)^2 / s_c^2 + log s_c^2], s_c^2 = softplus(raw_variance_c) + 1e-5.
 
-    It is the negative log-likelihood of the teacher's map without its constant, and so may be negative. Gradient
-    flows into `mean` and `raw_variance`.
-
+    This is the negative log-likelihood of the teacher's map without its constant, so it may be negative.
     Source: Ahn et al. 2019 (Variational Information Distillation), with the mean over entries as released.
     """
     variance = (functional.softplus(raw_variance.float()) + LEAST_VARIANCE).view(1, -1, 1, 1)
@@ -205,11 +196,11 @@ def variational(
 
 
 WIDTH = 512
-"""most channels that ReviewKD fuses"""
+"""most channels of ReviewKD's fused features"""
 WARM_UP = 20
 """epochs until ReviewKD has its full weight"""
 POOLED_SIDES = (4, 2, 1)
-"""sides of the pooled levels of the hierarchical context loss"""
+"""of the hierarchical context loss"""
 
 
 class Review(Term):
@@ -245,7 +236,7 @@ class Review(Term):
         """Return the loss per sample."""
         losses, fused = [], None
         for tap, name, (ours, theirs), fusion in zip(self.taps, self.fields, self._shapes, self.fusions, strict=True):
-            # a network's own output may lie otherwise in memory than a store's values, which changes the last bits
+            # another memory layout than a store's values would change the last bits
             target = batch.knowledge[name].contiguous()
             answer, fused = fusion(outputs[tap].reshape(-1, *ours), fused)
             losses.append(hierarchical_context(answer, target.reshape(-1, *theirs)))
@@ -253,10 +244,7 @@ class Review(Term):
 
 
 class Fusion(nn.Module):
-    """ABF: a level's features at common width, weighed position by position against what comes from above.
-
-    f = a_1 conv(F) + a_2 up(above), a = sigmoid(conv([conv(F), up(above)])); without a level above f = conv(F).
-    """
+    """ABF: f = a_1 conv(F) + a_2 up(above), a = sigmoid(conv([conv(F), up(above)])); without above conv(F)."""
 
     def __init__(self, channels: int, width: int, wanted: tuple[int, ...], fuse: bool) -> None:
         super().__init__()
@@ -270,7 +258,7 @@ class Fusion(nn.Module):
     def forward(
         self, features: Float[Tensor, "batch channels h w"], above: Float[Tensor, "batch width h2 w2"] | None
     ) -> tuple[Float[Tensor, "batch wanted height width2"], Float[Tensor, "batch width height width2"]]:
-        """Return what answers for the teacher's map, in its shape, and the fused features for the level below."""
+        """Return the features to compare with the teacher's map, and the fused features for the level below."""
         fused = self.narrow(features)
         if self.attend is not None and above is not None:
             above = functional.interpolate(above, fused.shape[2:])
@@ -286,8 +274,7 @@ def hierarchical_context(
 ) -> Float[Tensor, " batch"]:
     """Return the weighted mean of the squared error at full size and pooled to 4, 2 and 1; weights 1, 1/2, 1/4, 1/8.
 
-    A level not smaller than the map's shorter side is left out, and the weights go on halving over those that remain.
-
+    Sizes not below the map's shorter side are left out, and the weights are halved over the others.
     Source: Chen et al. 2021 (Distilling Knowledge via Knowledge Review): HCL, weights as released.
     """
     student, target = student.float(), target.float()

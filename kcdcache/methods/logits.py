@@ -1,4 +1,4 @@
-"""Methods that weigh softened outputs anew: DKD (target and other classes apart) and EA-KD (by entropy)."""
+"""Methods that reweigh softened outputs: DKD (target and other classes apart) and EA-KD (by entropy)."""
 
 import math
 
@@ -13,9 +13,9 @@ from kcdcache.methods.losses import entropy, logit_divergence
 TARGET, REST = 1.0, 8.0
 """DKD's weights of the target's and the other classes' divergence"""
 WARM_UP = 20
-"""epochs over which DKD grows to its weight"""
+"""epochs until DKD has its full weight"""
 WEIGHT_TEMPERATURE = 3.0
-"""temperature of the entropies by which EA-KD weighs the samples"""
+"""temperature of the entropies in EA-KD's weights"""
 
 
 class Decoupled(Term):
@@ -33,7 +33,7 @@ class Decoupled(Term):
         self._temperature = pair.settings.temperature or 4.0
 
     def weights_at(self, epoch: int, epochs: int) -> tuple[float, float]:
-        """Return 1, and the warm-up's share of the term."""
+        """Return 1, and this term's warm-up factor."""
         return 1.0, min(1.0, (epoch + 1) / WARM_UP)
 
     def forward(self, outputs: Outputs, batch: Batch) -> Float32[Tensor, " batch"]:
@@ -52,8 +52,8 @@ def decoupled(
 ) -> Float[Tensor, " batch"]:
     """Return T^2 (alpha TCKD + beta NCKD) of finite logits of at least 2 classes, per sample, in nats, at least 0.
 
-    TCKD = KL of (p_y, 1 - p_y), NCKD = KL of softmax over the classes other than y, teacher against student, at T. With
-    alpha = 1 and beta = 1 - p_y of the teacher it is T^2 KL(teacher || student).
+    TCKD = KL of (p_y, 1 - p_y), NCKD = KL of softmax over the classes other than y, teacher to student, at T. With
+    alpha = 1 and beta = 1 - p_y of the teacher this is T^2 KL(teacher || student).
     """
     binary, others = _split(student.float() / temperature, labels)
     wanted_binary, wanted_others = _split(teacher.detach().float() / temperature, labels)
@@ -62,12 +62,10 @@ def decoupled(
 
 
 def _split(scaled: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities (label, not label) and those among the other classes alone.
-
-    The label's column is left out by indices, as a mask of -inf would leave 0 * inf in the divergence.
-    """
+    """Return log-probabilities of (label, not label), and of the other classes among themselves."""
     log_p = functional.log_softmax(scaled, dim=1)
     label = labels.unsqueeze(1)
+    # other classes by index, as a mask of -inf would give 0 * inf in the divergence
     columns = torch.arange(log_p.shape[1] - 1, device=labels.device).expand(len(labels), -1)
     others = log_p.gather(1, columns + (columns >= label))
     binary = torch.cat([log_p.gather(1, label), torch.logsumexp(others, dim=1, keepdim=True)], dim=1)
@@ -104,7 +102,7 @@ def entropy_weights(
 ) -> Float[Tensor, " batch"]:
     """Return (H_T + H_T H_S / ln C) / 2, H the entropy in nats of the softmax at `temperature`; in [0, ln C].
 
-    0 where the teacher is sure, ln C where both networks are undecided among all C >= 2 classes. No gradient.
+    0 where the teacher is certain, ln C where both networks are uniform over all C >= 2 classes. No gradient.
     """
     ours, theirs = (entropy(logits.detach().float() / temperature) for logits in (student, teacher))
     return theirs * (1 + ours / math.log(student.shape[1])) / 2

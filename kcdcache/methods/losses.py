@@ -14,19 +14,18 @@ def entropy(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, " batch"]:
     """Return the entropy of softmax(logits) in nats, in [0, ln C] for all finite logits.
 
     H = logsumexp(z) - sum_c softmax(z)_c z_c, which stays finite where p log p would not.
-
     Source: Knowledge Condensation Distillation, Eq. 7; facts.md 1.5.
     """
     z = logits.float()
     z = (z - z.amax(dim=1, keepdim=True)).clamp_min(torch.finfo(torch.float32).min)  # 0 * -inf would be NaN
     found = torch.logsumexp(z, dim=1) - (torch.softmax(z, dim=1) * z).sum(dim=1)
-    return found.clamp(0, math.log(z.shape[1]))  # rounding passes either end by an ulp
+    return found.clamp(0, math.log(z.shape[1]))  # rounding exceeds either end by an ulp
 
 
 def cross_entropy(
     logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], smoothing: float = 0.0
 ) -> Float[Tensor, " batch"]:
-    """Return -log softmax(logits)[label] per sample, in nats; `smoothing` spreads that share of the label evenly."""
+    """Return the cross-entropy per sample in nats; `smoothing` is the share of the label spread over all classes."""
     return functional.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
 
 
@@ -36,8 +35,7 @@ def soft_divergence(
     """Return T^2 KL(target || softmax(logits / T)) per sample, in nats; target rows are probabilities at T.
 
     The factor T^2 keeps gradients of the same size at every temperature.
-
-    Source: Hinton et al. 2015; the divergence form of Eq. 1, from which it differs by the target's entropy.
+    Source: Hinton et al. 2015; differs from Eq. 1 by the target's entropy.
     """
     log_student = functional.log_softmax(logits.float() / temperature, dim=1)
     return functional.kl_div(log_student, target, reduction="none").sum(dim=1) * (temperature * temperature)
@@ -52,5 +50,5 @@ def logit_divergence(
 
 
 def cosines(left: Float[Tensor, "m dim"], right: Float[Tensor, "n dim"]) -> Float[Tensor, "m n"]:
-    """Return cosines of the rows of `left` with those of `right`, in [-1, 1] up to rounding; 0 for rows of zeros."""
+    """Return cosines of rows of `left` and `right`, in [-1, 1] up to rounding; 0 for rows of zeros."""
     return product(unit(left), unit(right).mT)

@@ -1,4 +1,4 @@
-"""Methods that train further networks with the student: mutual learning (DML) and the on-the-fly ensemble (ONE)."""
+"""Methods that train further networks with the student: mutual learning (DML), on-the-fly ensemble (ONE)."""
 
 import math
 from collections.abc import Mapping
@@ -17,10 +17,9 @@ from kcdcache.networks.taps import of_family
 
 
 class MutualLearning(Term):
-    """DML: KL(peer || student) + CE(peer) + KL(student || peer), each divergence's target a constant; T = 1.
+    """DML: KL(peer || student) + CE(peer) + KL(student || peer), no gradient into the targets; T = 1.
 
-    The peer sees the student's very input, learns with its optimizer and takes its step at the same time; its
-    labels are the student's, smoothed and mixed as those are. It computes in float32.
+    The peer has the student's inputs, labels (smoothed and mixed) and optimizer, and computes in float32.
     Source: Zhang et al., CVPR 2018 (arXiv 1706.00384), Eq. 5-6.
     """
 
@@ -41,14 +40,14 @@ class MutualLearning(Term):
 
 
 def drawn_seed() -> int:
-    """Return a seed from torch's generator, which stands at the method's own place while a term is made."""
+    """Return a seed from torch's generator, which is seeded for each method's term."""
     return int(torch.randint(2**62, ()))
 
 
 BRANCHES = 3
-"""the student's own among them"""
+"""with the student's own"""
 RAMP = 80 / 300
-"""share of the epochs in which the divergences grow to their weight"""
+"""share of the epochs until the divergences have their full weight"""
 
 TAILS: Mapping[type[nn.Module] | str, tuple[str, tuple[str, ...]]] = {
     ResNet: ("stage2", ("layer3", "avgpool", "fc")),
@@ -56,14 +55,14 @@ TAILS: Mapping[type[nn.Module] | str, tuple[str, tuple[str, ...]]] = {
     WideResNet: ("stage2", ("block3", "bn1", "relu", "avgpool", "fc")),
     "torchvision.models.resnet.ResNet": ("stage3", ("layer4", "avgpool", "fc")),
 }
-"""family -> the tap of its last stage but one, and all that follows it, classifier last"""
+"""family -> tap of its last stage but one, and the modules after it, classifier last"""
 
 
 class Ensemble(Term):
     """ONE: CE of two further branches and of the ensemble + ramp T^2 sum over branches of KL(ensemble || branch).
 
     Branches are the student's last stage and classifier with initial weights of their own; the ensemble is the mean of
-    the three logits by a gate on the shared stage's pooled values. The ramp is exp(-5 (1 - e / R)^2) in epoch
+    the three logits, weighted by a gate on the shared stage's pooled values. The ramp is exp(-5 (1 - e / R)^2) in epoch
     e = 0 .. R, R 80 of 300 epochs. Labels are smoothed and mixed as the student's; branches compute in float32.
     Source: Lan et al., NeurIPS 2018 (arXiv 1806.04606), Eq. 4-8, T = 3; gate and ramp of its release.
     """
@@ -81,7 +80,7 @@ class Ensemble(Term):
         constant(self, "_ramp", torch.ones(()))
 
     def weights_at(self, epoch: int, epochs: int) -> tuple[float, float]:
-        """Put the epoch's weight of the divergences in force; factors are 1."""
+        """Set the epoch's weight of the divergences; factors are 1."""
         behind = min(1.0, epoch / max(1, round(epochs * RAMP)))
         self._ramp.fill_(math.exp(-5 * (1 - behind) ** 2))
         return 1.0, 1.0
@@ -98,7 +97,7 @@ class Ensemble(Term):
 
 
 class Gate(nn.Module):
-    """A linear layer, batch normalisation, ReLU and softmax: how much each branch counts for a sample."""
+    """The weights of the branches for a sample: linear layer, batch normalisation, ReLU, softmax."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -106,7 +105,7 @@ class Gate(nn.Module):
         self.norm = nn.BatchNorm1d(BRANCHES)
 
     def forward(self, pooled: Float[Tensor, "batch size"]) -> Float32[Tensor, "batch branches"]:
-        """Return shares of sum 1; a batch of one sample is normalised by the running statistics."""
+        """Return weights of sum 1; a batch of one sample uses the running statistics."""
         norm, raw = self.norm, self.linear(pooled)
         normal = functional.batch_norm(
             raw, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=len(raw) > 1

@@ -1,7 +1,7 @@
 """Methods that compare relations inside a batch: RKD (distances, angles), PKT (neighbours) and SP (similarities).
 
-Each compares a table over all pairs of the batch. The value of sample i is its row's share, scaled so that the plain
-mean over the batch is the published number.
+Each compares a table over all pairs of the batch. A sample's value is its row's share, scaled so that the mean over the
+batch is the published loss.
 """
 
 import torch
@@ -16,24 +16,23 @@ from kcdcache.teacher.fields import length, product, unit
 DISTANCE, ANGLE = 25.0, 50.0
 """weights of the two parts of RKD"""
 TINY = 1e-7
-"""what PKT adds to both probabilities under the logarithm"""
+"""added by PKT to both probabilities under the logarithm"""
 
 
 def distance_wise(
     student: Float[Tensor, "batch dim"], teacher: Float[Tensor, "batch other"]
 ) -> Float[Tensor, " batch"]:
-    """Return row means of Huber(d_S, d_T); d are distances between samples over the mean of those that are not zero.
+    """Return row means of Huber(d_S, d_T); d are distances between samples over the mean of the non-zero ones.
 
-    Huber is smooth L1 with its knee at 1; the row's distance to itself counts in the mean. Where all samples are equal
-    every d is 0. Source: RKD-D.
+    Huber is smooth L1 with its knee at 1; a row includes the distance to itself. Source: RKD-D.
     """
     return functional.smooth_l1_loss(_distances(student), _distances(teacher.detach()), reduction="none").mean(dim=1)
 
 
 def angle_wise(student: Float[Tensor, "batch dim"], teacher: Float[Tensor, "batch other"]) -> Float[Tensor, " batch"]:
-    """Return, per sample i, the mean over j and k of Huber(cos_S, cos_T) of the angle j-i-k; i is the vertex.
+    """Return, per sample i, the mean over j and k of Huber(cos_S, cos_T) of the angle j-i-k with vertex i.
 
-    An angle with two equal corners has cosine 0. Takes batch^3 numbers of memory. Source: RKD-A.
+    An angle with two equal corners has cosine 0. Takes memory for batch^3 numbers. Source: RKD-A.
     """
     found, wanted = _angles(student), _angles(teacher.detach())
     return functional.smooth_l1_loss(found, wanted, reduction="none").mean(dim=(1, 2))
@@ -61,8 +60,7 @@ def probabilistic(
 ) -> Float[Tensor, " batch"]:
     """Return row means of P_T log((P_T + 1e-7) / (P_S + 1e-7)); P are rows of (cos + 1) / 2 divided by their sums.
 
-    The mean over rows is the mean over all batch^2 entries, as released, so a row is its divergence over the batch.
-    A row of zeros has cosine 0 with every row, itself included.
+    A row is its divergence over the batch size, as released. A row of zeros has cosine 0 with every row, also itself.
     """
     found, wanted = _neighbours(student), _neighbours(teacher.detach())
     return (wanted * ((wanted + TINY) / (found + TINY)).log()).mean(dim=1)
@@ -70,7 +68,7 @@ def probabilistic(
 
 def _neighbours(features: Tensor) -> Tensor:
     x = features.float()
-    affinity = ((cosines(x, x) + 1) / 2).clamp_min(0)  # rounding passes -1 by an ulp
+    affinity = ((cosines(x, x) + 1) / 2).clamp_min(0)  # rounding exceeds -1 by an ulp
     return affinity / affinity.sum(dim=1, keepdim=True)
 
 
@@ -88,12 +86,12 @@ def _similarity(features: Tensor) -> Tensor:
 
 
 class _Penultimate(Compared):
-    """A term on the vectors before the classifier of both networks, which may differ in length."""
+    """A term on both networks' vectors before the classifier, which may differ in length."""
 
     def __init__(self, pair: Pair) -> None:
         super().__init__("penultimate", "penultimate")
         for shape in (pair.student_shape, pair.teacher_shape):
-            shape("penultimate")  # or a message says that there is none
+            shape("penultimate")  # raises if there is none
 
 
 class Relational(_Penultimate):

@@ -1,4 +1,4 @@
-"""The loss of a run, made from the chosen methods for one pair of networks, and the teacher fields it reads."""
+"""The loss of a run from the chosen methods for a pair of networks, and the teacher fields it reads."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,48 +21,48 @@ from kcdcache.store.identity import Knowledge
 
 
 class Loss(nn.Module):
-    """The loss of a run: labels, softened outputs and the chosen methods' own terms, if they have any.
+    """The loss of a run: hard labels, softened outputs and the methods' own terms.
 
-    What the terms train is trained, saved and resumed beside the student.
+    Modules of the terms are trained, saved and resumed with the student.
     """
 
     _base: Tensor
     _shares: Tensor
 
     def __init__(self, weights: Weights, terms: Mapping[str, Term]) -> None:
-        """Weigh the terms, which are those that `weights` names."""
+        """Take the terms of the methods in `weights`."""
         super().__init__()
         self.weights = weights
         self._terms = nn.ModuleDict(dict(terms))
         found = list(terms.values())
         soft = ("logits",) if weights.alpha > 0 else ()
         self.taps: tuple[str, ...] = tuple(dict.fromkeys(tap for term in found for tap in term.taps))
-        """the student's values the terms read, besides the logits"""
+        """taps of the student that the terms read, besides the logits"""
         self.fields: tuple[str, ...] = tuple(dict.fromkeys((*soft, *(name for term in found for name in term.fields))))
-        """the teacher's fields that a run reads from the store"""
+        """fields of the teacher that a run reads from the store"""
         self.statistics: bool = any(term.statistics for term in found)
         """whether the terms read the teacher's parameters"""
         self.alone: str = " and ".join(name for name, term in terms.items() if term.remembers)
         """the methods that only one process can train"""
-        # tensors, so that a recorded step reads the epoch's own
+        # tensors, so that a step recorded as a CUDA graph reads the epoch's
         constant(self, "_base", torch.ones(()))
         constant(self, "_shares", torch.ones(len(found)))
 
     def begin(self, epoch: int, epochs: int) -> None:
-        """Put the weights of an epoch in force."""
+        """Set the weights of an epoch."""
         factors = [term.weights_at(epoch, epochs) for term in self._of()]
         self._base.fill_(math.prod(base for base, _ in factors))
         for place, (_, own) in enumerate(factors):
             self._shares[place] = own
 
     def extra(self, batch: Batch) -> Float32[Tensor, "extra c h w"] | None:
-        """Return further images for the student's forward pass, after the batch's."""
+        """Return images to add to the batch in the student's forward pass."""
         found = [images for term in self._of() if (images := term.extra(batch)) is not None]
         return found[0] if found else None
 
     def forward(self, outputs: Outputs, batch: Batch) -> Float[Tensor, " batch"]:
-        """Return the loss per sample of the student's values on a batch."""
-        # cut anew for each term: gradients that met at one cut would be added up in another order
+        """Return the loss per sample from the student's outputs on a batch."""
+        # sliced again for each term, as gradients of a shared slice would be added in another order
         total = basic(outputs["logits"][: len(batch.labels)], batch, self.weights)
         if self._terms:
             total = self._base * total
@@ -76,17 +76,15 @@ class Loss(nn.Module):
 
 
 def _own_rows(outputs: Outputs, term: Term, rows: int) -> Outputs:
-    """Return the values a term reads without the rows of another term's further images."""
+    """Return the taps of a term without the rows of another term's images."""
     return {tap: outputs[tap] if tap.startswith(FILTERS) else outputs[tap][:rows] for tap in ("logits", *term.taps)}
 
 
 def make_loss(weights: Weights, pair: Callable[[], Pair]) -> Loss:
-    """Return the loss of the chosen methods; initial weights of what they train depend on the seed alone.
+    """Return the loss of the chosen methods; initial weights of their modules depend on the seed alone.
 
-    `pair` is asked for only where a method has a term of its own.
-
-    Raises:
-        SettingsError: a method cannot be used with this pair, or two need images of their own.
+    `pair` is called only if a method has a term of its own. Raises SettingsError if a method cannot be used with this
+    pair, or two methods add images to the batch.
     """
     makers = {name: maker for name in weights.parts if (maker := METHODS[name].term) is not None}
     made: dict[str, Term] = {}
@@ -112,11 +110,7 @@ def pair_of(
     teacher_filters: Mapping[str, Sequence[float]] | None = None,
     smoothing: float = 0.0,
 ) -> Pair:
-    """Return the pair of a store's teacher and a student, on a data set's views.
-
-    Raises:
-        SettingsError: the student is unknown or cannot see the views.
-    """
+    """Return the pair of a store's teacher and a student; raises SettingsError if the student cannot take the views."""
     views, channels, classes = knowledge.views, len(data.mean), len(data.classes)
     height, width = views.size
     source = knowledge.teacher
@@ -139,22 +133,14 @@ def pair_of(
 
 
 def reads(settings: MethodSettings, student: str, knowledge: Knowledge, data: Dataset) -> tuple[str, ...]:
-    """Return the teacher's fields that a student's run with these settings reads from a store, `parameters` included.
-
-    Raises:
-        SettingsError: as for `weights_of` and `make_loss`.
-    """
+    """Return the teacher's fields, `parameters` included, that a run with these settings reads from a store."""
     everything = np.arange(len(data.train))
     loss = make_loss(weights_of(settings), lambda: pair_of(settings, student, knowledge, data, everything, 0))
     return (*loss.fields, *((identity.PARAMETERS,) if loss.statistics else ()))
 
 
 def require_fields(needed: Sequence[str], held: Collection[str], settings: MethodSettings, student: str) -> None:
-    """Do nothing if a store holds all the fields that a student's run with these settings reads.
-
-    Raises:
-        MismatchError: it lacks some; names all of them and the command that adds them.
-    """
+    """Raise MismatchError, with the command that adds them, if a store lacks fields that a run reads."""
     if not (missing := [name for name in needed if name not in held]):
         return
     raise MismatchError(
@@ -165,10 +151,7 @@ def require_fields(needed: Sequence[str], held: Collection[str], settings: Metho
 
 
 def basic(logits: Float[Tensor, "batch classes"], batch: Batch, weights: Weights) -> Float[Tensor, " batch"]:
-    """Return gamma CE(y, z_S) + alpha T^2 KL(p_T || p_S) per sample.
-
-    Source: Hinton et al. 2015; Eq. 1 of the paper with the hard label and T of its reference code.
-    """
+    """Return gamma CE(y, z_S) + alpha T^2 KL(p_T || p_S) per sample: Eq. 1 with hard labels and T of the code."""
     total = weights.gamma * hard_term(logits, batch, weights.mix_label, weights.smoothing)
     if weights.alpha == 0:
         return total

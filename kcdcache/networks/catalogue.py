@@ -1,4 +1,4 @@
-"""What a network is called, without torch: the names of the zoo, and the files of a saved network."""
+"""Names of networks and paths of saved networks, without torch."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ def _made(where: str, *arguments: Any) -> Any:
 
 NARROW, WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
 DEPTHS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
-"""of a vgg: layers -> convolutions per block"""
+"""vgg layers -> convolutions per block"""
 
 NETWORKS: dict[str, Callable[..., Any]] = {
     **{f"resnet{depth}": partial(_made, "resnet:ResNet", depth, NARROW) for depth in (8, 14, 20, 32, 44, 56, 110)},
@@ -32,15 +32,11 @@ NETWORKS: dict[str, Callable[..., Any]] = {
 }
 """name -> network made from (classes, channels)"""
 SAVED_NAMES = ("model", "student")
-"""what `fit` and `train` call the networks they save"""
+"""names of the networks that `fit` and `train` save"""
 
 
 def require_known_name(spec: str) -> None:
-    """Do nothing if a spec names a network of the zoo, or one of another package, which is not looked into.
-
-    Raises:
-        SettingsError: it does not; names the nearest.
-    """
+    """Raise SettingsError unless a spec names a network here, or one of another package, which is not checked."""
     if ":" not in spec and spec not in NETWORKS:
         raise SettingsError(
             f"unknown network '{spec}'; {nearest(spec, NETWORKS)} (or torchvision:NAME, timm:NAME, my.module:factory)"
@@ -48,11 +44,9 @@ def require_known_name(spec: str) -> None:
 
 
 def saved_network(spec: str) -> Path:
-    """Return the record (.json) of a network that `fit` or `train` saved, from its own path or its run's folder.
+    """Return the record (.json) of a network that `fit` or `train` saved, from its path or its run's folder.
 
-    Raises:
-        UnfinishedError: its run is not finished.
-        NotFoundError, SettingsError: there is none; says what is missing.
+    Raises UnfinishedError if the run is not finished, and NotFoundError or SettingsError if there is none.
     """
     path = Path(spec)
     if path.suffix == ".json" and path.is_file():

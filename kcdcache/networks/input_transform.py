@@ -1,4 +1,4 @@
-"""What a network does to pixels first, and where it computes: input transform, device, threads, memory."""
+"""The input transform of networks; device, threads and errors about memory."""
 
 import math
 from collections.abc import Iterator
@@ -15,16 +15,12 @@ from torch.nn.functional import interpolate
 from kcdcache.errors import KcdcacheError, MismatchError, SettingsError
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")
-"""what torch's errors say when the device, its CPU allocator, the C++ library or cuBLAS got no memory"""
+"""in errors of torch's device and CPU allocators, the C++ library or cuBLAS"""
 
 
 @contextmanager
 def enough_memory(remedy: str) -> Iterator[None]:
-    """Turn running out of memory, the host's or the device's, into an error that says what to change.
-
-    Raises:
-        KcdcacheError: memory ran out.
-    """
+    """Raise KcdcacheError, with a remedy, if the host or the device runs out of memory."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -35,11 +31,7 @@ def enough_memory(remedy: str) -> Iterator[None]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device for 'auto', 'cpu' or 'cuda'; 'auto' takes a GPU where there is one.
-
-    Raises:
-        SettingsError: a GPU was asked for and there is none.
-    """
+    """Return the device for 'auto' (a GPU if there is one), 'cpu' or 'cuda'; raises SettingsError without a GPU."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise SettingsError("--device cuda: torch sees no GPU here; use --device cpu or install a CUDA build of torch")
@@ -47,7 +39,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def use_threads(count: int | None) -> int:
-    """Set torch's thread count where one is given; return the count in force."""
+    """Set torch's thread count if one is given; return the current one."""
     if count is not None:
         torch.set_num_threads(count)
     return torch.get_num_threads()
@@ -58,11 +50,11 @@ class InputTransform:
     """Turns pixels in [0, 1] into a network's input: (pixels - mean) / std per channel, after an optional resize."""
 
     mean: tuple[float, ...]
-    """mean per channel, in units of pixels in [0, 1]"""
+    """mean per channel of pixels in [0, 1]"""
     std: tuple[float, ...]
     """standard deviation per channel, above 0"""
     size: int | None = None
-    """side of the square input, or None to take the image as it is"""
+    """side of the square input; None to keep the image's size"""
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not self.mean:
@@ -73,11 +65,7 @@ class InputTransform:
             raise SettingsError(f"input size {self.size} should be at least 1")
 
     def __call__(self, pixels: Float32[Tensor, "b c h w"]) -> Float32[Tensor, "b c h2 w2"]:
-        """Return the network's input, computed as pixels * scale + shift with the same constants on every device.
-
-        Raises:
-            MismatchError: the pixels have another number of channels.
-        """
+        """Return pixels * scale + shift with the same constants on every device; MismatchError for other channels."""
         if pixels.shape[1] != len(self.mean):
             raise MismatchError(f"the input transform has {len(self.mean)} channels, the images {pixels.shape[1]}")
         scale, shift = _constants(self, pixels.device)
@@ -95,7 +83,7 @@ def _constants(
     transform: InputTransform, device: torch.device
 ) -> tuple[Float[Tensor, "1 c 1 1"], Float[Tensor, "1 c 1 1"]]:
     pairs = list(zip(transform.mean, transform.std, strict=True))
-    # normal tensors even if the first caller is in inference mode: a later one may train
+    # normal tensors even if the first caller is in inference mode, as later ones may train
     with torch.inference_mode(False):
         scale = torch.tensor([1 / std for _, std in pairs], dtype=torch.float32)
         shift = torch.tensor([-mean / std for mean, std in pairs], dtype=torch.float32)

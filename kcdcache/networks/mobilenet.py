@@ -11,13 +11,13 @@ STEM = 16
 STAGES = ((1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1))
 """expansion, channels, blocks, and stride of the first block, per stage; the channels are half of Table 2's"""
 LAST = 1280
-"""channels before the classifier; a width below 1 does not narrow them"""
+"""channels before the classifier, the same for widths below 1"""
 
 
 class InvertedResidual(nn.Module):
-    """A widening 1x1, a 3x3 per channel and a narrowing 1x1 convolution; nothing is activated after the last.
+    """A widening 1x1, a depthwise 3x3 and a narrowing 1x1 convolution without final activation.
 
-    The block's input is added where the shape stays the same. Source: Sandler et al. 2018, Figure 4 (d).
+    The input is added if it has the output's shape. Source: Sandler et al. 2018, Figure 4 (d).
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
@@ -36,12 +36,12 @@ class InvertedResidual(nn.Module):
         )
 
     def forward(self, features: Float[Tensor, "batch inputs h w"]) -> Float[Tensor, "batch outputs h2 w2"]:
-        """Return what the convolutions give, plus the input where it has that shape."""
+        """Return the convolutions' output, plus the input if it has that shape."""
         return features + self.conv(features) if self.residual else self.conv(features)
 
 
 class MobileNetV2(nn.Module):
-    """Inverted residual blocks between a 3x3 stem and a 1x1 convolution, 16 times smaller at the end than the image.
+    """Inverted residual blocks between a 3x3 stem and a 1x1 convolution, which divide the image's side by 16.
 
     Source: Sandler et al. 2018, "MobileNetV2", Table 2 at width 0.5; names, initialisation, ReLU in place of ReLU6 and
     stride 1 in the second stage as in RepDistiller's `models/mobilenetv2.py`.

@@ -13,7 +13,7 @@ from kcdcache.errors import SettingsError, nearest
 from kcdcache.networks import taps
 from kcdcache.networks.catalogue import NETWORKS, require_known_name
 
-# their training-only second outputs are not logits, and their default initialisation warns
+# without their training-only second outputs, and without a warning about initialisation
 TORCHVISION_OPTIONS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
@@ -21,14 +21,11 @@ TORCHVISION_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def build(spec: str, classes: int, seed: int | None = None, channels: int = 3) -> nn.Module:
-    """Return a network on the CPU whose initial weights are a function of spec, shapes and `seed` alone.
+    """Return a network on the CPU whose initial weights depend on spec, shapes and `seed` alone.
 
     `spec` is a name in `NETWORKS`, `torchvision:NAME`, `timm:NAME`, or `my.module:factory`, which is imported and
-    called with `num_classes=classes`. `seed` is in [0, 2^64); None, for networks about to be loaded, is the same as 0.
-    Torch's global generator is left as it was.
-
-    Raises:
-        SettingsError: the name is unknown, its package is missing, or it does not take these channels.
+    called with `num_classes=classes`. `seed` is in [0, 2^64), 0 if None. Torch's global generator is not changed.
+    Raises SettingsError if the name is unknown, its package is missing, or it does not take these channels.
     """
     make = _maker(spec, classes, channels)
     with torch.random.fork_rng(devices=[]):
@@ -38,16 +35,12 @@ def build(spec: str, classes: int, seed: int | None = None, channels: int = 3) -
 
 
 def require_known(spec: str, classes: int, channels: int = 3) -> None:
-    """Do nothing if `build` can make this network.
-
-    Raises:
-        SettingsError: the name is unknown, its package is missing, or it does not take these channels.
-    """
+    """Raise SettingsError unless `build` can make this network."""
     _maker(spec, classes, channels)
 
 
 def runs_foreign_code(spec: str) -> bool:
-    """Return whether building `spec` imports a module the spec names, so that it must come from the user.
+    """Return whether building `spec` imports the user's code.
 
     >>> runs_foreign_code("my.module:factory"), runs_foreign_code("timm:resnet18"), runs_foreign_code("wrn_16_2")
     (True, False, False)
@@ -86,7 +79,7 @@ def _timm(name: str, classes: int, channels: int) -> Callable[[], nn.Module]:
 
 
 PACKAGES: dict[str, Callable[[str, int, int], Callable[[], nn.Module]]] = {"torchvision": _torchvision, "timm": _timm}
-"""prefix of a spec -> how that package makes (name, classes, channels)"""
+"""prefix of a spec -> function of (name, classes, channels) that returns a maker"""
 
 
 def _factory(module_name: str, name: str, classes: int) -> Callable[[], nn.Module]:
@@ -110,17 +103,15 @@ def _factory(module_name: str, name: str, classes: int) -> Callable[[], nn.Modul
 
 
 def torch_seed(seed: int) -> int:
-    """Return the seed for torch's CPU generator that stands for a seed in [0, 2^64) of ours."""
-    # torch's CPU generator keeps only the low 32 bits of a seed, so all 64 are hashed into them
+    """Return a seed for torch's CPU generator from one in [0, 2^64), hashed as torch keeps only the low 32 bits."""
     return int.from_bytes(hashlib.sha256(f"kcdcache weights {seed}".encode()).digest()[:8], "little")
 
 
 @lru_cache(maxsize=32)
 def tap_shapes(name: str, classes: int, channels: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
-    """Return tap -> shape of one sample's value, (channels, h, w) or (size,), for images of this size.
+    """Return tap -> shape of one sample, (channels, h, w) or (size,), for images of this size.
 
-    Raises:
-        SettingsError: the network is unknown, or cannot see such images.
+    Raises SettingsError if the network is unknown or cannot take such images.
     """
     with torch.device("meta"):
         network = build(name, classes, channels=channels).eval()

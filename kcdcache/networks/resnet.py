@@ -1,4 +1,4 @@
-"""The residual networks of the paper, wide ones too, and what other families share: trunk, stages, initial weights."""
+"""The paper's residual and wide residual networks, and parts for other families: trunk, stages, initial weights."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -30,12 +30,12 @@ def initialise_classifier(classifier: nn.Linear) -> None:
 
 
 Block = Callable[[int, int, int], nn.Module]
-"""makes a block of (input channels, output channels, stride)"""
+"""(input channels, output channels, stride) -> block"""
 
 
 def stage(block: Block, inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
     """Return a row of blocks, of which the first has the stride."""
-    rest = [block(outputs, outputs, 1) for _ in range(blocks - 1)]  # drawn first, which is part of what a seed gives
+    rest = [block(outputs, outputs, 1) for _ in range(blocks - 1)]  # made first, on which a seed's weights depend
     return nn.Sequential(block(inputs, outputs, stride), *rest)
 
 
@@ -91,7 +91,7 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.downsample = _projection(inputs, outputs, stride)
-        # not in place: feature taps read what goes into it
+        # not in place: feature taps read its input
         self.relu2 = nn.ReLU()
 
     def forward(self, features: Float[Tensor, "batch inputs h w"]) -> Float[Tensor, "batch outputs h2 w2"]:
@@ -104,7 +104,7 @@ class BasicBlock(nn.Module):
 class ResNet(Trunk):
     """A residual network of `depth` = 6n + 2 layers for small images: a stem and three stages of n blocks.
 
-    `widths` are the channels of the stem and the three stages; the last two stages halve the image, whose side is free.
+    `widths` are the channels of the stem and the three stages; the last two stages halve the image.
     Source: He et al. 2016, section 4.2; names and initialisation as in RepDistiller's `models/resnet.py`.
     """
 
@@ -121,7 +121,7 @@ class ResNet(Trunk):
 
 
 EXPANSION = 4
-"""channels a bottleneck gives, in multiples of those its 3x3 convolution sees"""
+"""output channels of a bottleneck over those of its 3x3 convolution"""
 
 
 class Bottleneck(nn.Module):
@@ -142,7 +142,7 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(inner, outputs, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outputs)
         self.shortcut = _projection(inputs, outputs, stride) or nn.Sequential()
-        # not in place: feature taps read what goes into it
+        # not in place: feature taps read its input
         self.relu3 = nn.ReLU()
 
     def forward(self, features: Float[Tensor, "batch inputs h w"]) -> Float[Tensor, "batch outputs h2 w2"]:

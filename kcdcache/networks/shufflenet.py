@@ -8,9 +8,9 @@ from kcdcache.networks.resnet import Trunk
 
 STEM = 24
 BLOCKS, STRIDES = (4, 8, 4), (2, 2, 2)
-"""per stage, of which the first block halves the image"""
+"""per stage; the first block halves the image"""
 GROUPS = 3
-"""of the 1x1 convolutions of V1"""
+"""of V1's 1x1 convolutions"""
 WIDTHS_V1 = (240, 480, 960)
 """channels per stage at 3 groups"""
 WIDTHS_V2 = (116, 232, 464)
@@ -19,7 +19,7 @@ LAST_V2 = 1024
 
 
 def shuffle(features: Float[Tensor, "batch channels h w"], groups: int) -> Float[Tensor, "batch channels h w"]:
-    """Return the channels dealt out in turn from `groups` equal parts: the first of each, the second of each, ...
+    """Return the channels interleaved from `groups` equal parts: the first of each, the second of each, ...
 
     Source: Zhang et al. 2018, "ShuffleNet", section 3.1.
     """
@@ -27,7 +27,7 @@ def shuffle(features: Float[Tensor, "batch channels h w"], groups: int) -> Float
 
 
 class ShuffleBlock(nn.Module):
-    """Grouped 1x1, 3x3 per channel, grouped 1x1 beside the input, which a halving block pools and appends.
+    """Grouped 1x1, depthwise 3x3 and grouped 1x1 convolutions; the input is added, or in a halving block appended.
 
     Source: Zhang et al. 2018, Figure 2 (b) and (c); the ReLU after the 3x3 convolution as in RepDistiller's
     `models/ShuffleNetv1.py`.
@@ -37,7 +37,7 @@ class ShuffleBlock(nn.Module):
         super().__init__()
         grown = outputs - inputs if stride == 2 else outputs
         inner = grown // 4
-        # the stem has too few channels to divide
+        # the stem has too few channels for groups
         self.groups = 1 if inputs == STEM else GROUPS
         self.conv1 = nn.Conv2d(inputs, inner, 1, groups=self.groups, bias=False)
         self.bn1 = nn.BatchNorm2d(inner)
@@ -48,11 +48,11 @@ class ShuffleBlock(nn.Module):
         self.conv3 = nn.Conv2d(inner, grown, 1, groups=GROUPS, bias=False)
         self.bn3 = nn.BatchNorm2d(grown)
         self.pool = nn.AvgPool2d(3, stride=2, padding=1) if stride == 2 else None
-        # not in place: feature taps read what goes into it
+        # not in place: feature taps read its input
         self.relu3 = nn.ReLU()
 
     def forward(self, features: Float[Tensor, "batch inputs h w"]) -> Float[Tensor, "batch outputs h2 w2"]:
-        """Return the activated sum of both branches, or where the image is halved both side by side."""
+        """Return the activated sum of both branches, or both concatenated in a halving block."""
         branch = shuffle(self.relu1(self.bn1(self.conv1(features))), self.groups)
         branch = self.bn3(self.conv3(self.relu2(self.bn2(self.conv2(branch)))))
         joined = branch + features if self.pool is None else torch.cat([branch, self.pool(features)], 1)
@@ -76,7 +76,7 @@ class ShuffleV1(Trunk):
 
 
 class SplitBlock(nn.Module):
-    """1x1, 3x3 per channel and 1x1 convolutions of the second half of the channels, shuffled with the first half.
+    """1x1, depthwise 3x3 and 1x1 convolutions of the second half of the channels, shuffled with the first half.
 
     Source: Ma et al. 2018, "ShuffleNet V2", Figure 3 (c).
     """
@@ -91,7 +91,7 @@ class SplitBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(half)
         self.conv3 = nn.Conv2d(half, half, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(half)
-        # not in place: feature taps read what goes into it
+        # not in place: feature taps read its input
         self.relu3 = nn.ReLU()
 
     def forward(self, features: Float[Tensor, "batch width h w"]) -> Float[Tensor, "batch width h w"]:
@@ -99,12 +99,12 @@ class SplitBlock(nn.Module):
         kept, branch = features.chunk(2, dim=1)
         branch = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(branch)))))
         joined = torch.cat([kept, self.bn3(self.conv3(branch))], 1)
-        # the kept half is what earlier ReLUs gave, so this one leaves it as it is
+        # the kept half is activated already
         return shuffle(self.relu3(joined), 2)
 
 
 class HalvingBlock(nn.Module):
-    """Two branches that halve the image, each giving half of the outputs, with their channels shuffled.
+    """Two branches that halve the image, each with half of the output channels, shuffled.
 
     Source: Ma et al. 2018, Figure 3 (d).
     """

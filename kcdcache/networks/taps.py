@@ -1,4 +1,4 @@
-"""Feature taps: inner values of a network by names that are the same for every family."""
+"""Feature taps: inner values of a network, with the same names for every family."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,18 +18,18 @@ from kcdcache.networks.vgg import VGG
 T = TypeVar("T")
 
 FILTERS = "filters:"
-"""begins the name under which a student's own filter profile of a stage is asked for, beside its taps"""
+"""prefix of the profile of a stage's own filters, among a student's taps"""
 
 
 class Tap(NamedTuple):
-    """Where a value is read: the input or the output of one submodule ("" is the network itself)."""
+    """The input or output of one submodule ("" is the network itself)."""
 
     path: str
     side: Literal["input", "output"]
 
 
 def _layer_taps(module: Any, stem: str, relu: str, count: int = 3) -> dict[str, Tap]:
-    """Return the taps of `layer1` to `layer<count>`, of which every last block ends in the ReLU of that name."""
+    """Return the taps of `layer1` to `layer<count>`, whose last blocks end in the ReLU of that name."""
     layers = {n: len(module.get_submodule(f"layer{n}")) for n in range(1, count + 1)}
     stages = {f"stage{n}": Tap(f"layer{n}", "output") for n in layers}
     before = {f"stage{n}.pre": Tap(f"layer{n}.{blocks - 1}.{relu}", "input") for n, blocks in layers.items()}
@@ -51,7 +51,7 @@ def _vgg_taps(module: Any) -> dict[str, Tap]:
 
 def _mobilenet_taps(module: Any) -> dict[str, Tap]:
     ends = {f"stage{n}": Tap(f"blocks.{index}", "output") for n, index in enumerate((1, 2, 4, 6), start=1)}
-    # its blocks end without activation, so that RepDistiller, too, gives the same with and without
+    # its blocks end without activation; RepDistiller gives the same with and without preact, too
     return {"stage0": Tap("conv1", "output"), **ends, **{f"{name}.pre": tap for name, tap in ends.items()}}
 
 
@@ -65,13 +65,13 @@ TAPS: dict[type[nn.Module] | str, Callable[[Any], dict[str, Tap]]] = {
     ShuffleV2: partial(_layer_taps, stem="relu", relu="relu3"),
     "torchvision.models.resnet.ResNet": partial(_layer_taps, stem="maxpool", relu="relu", count=4),
 }
-"""family -> its stages: `stage0` is the stem, `stageN` what RepDistiller calls feature N with preact=False, and
-`stageN.pre` the same with preact=True: the value whose ReLU is `stageN` (ShuffleV2: `stageN` before its shuffle;
-wide networks: what the next stage starts from; MobileNetV2 activates no stage, so both are equal)"""
+"""family -> its stages: `stage0` is the stem, `stageN` RepDistiller's feature N with preact=False, and `stageN.pre` the
+same with preact=True: the value before the ReLU of `stageN` (ShuffleV2: of `stageN` before its shuffle; wide networks:
+before that of the next stage; MobileNetV2: the same, as it activates no stage)"""
 
 
 def of_family(table: Mapping[Any, T], module: nn.Module) -> T | None:
-    """Return a table's entry for a network's class; those of libraries that need not be loaded go by their names."""
+    """Return a table's entry for a network's class, or its name for classes of libraries that need not be loaded."""
     family = type(module)
     return table.get(family, table.get(f"{family.__module__}.{family.__qualname__}"))
 
@@ -79,8 +79,8 @@ def of_family(table: Mapping[Any, T], module: nn.Module) -> T | None:
 def stage_taps(module: nn.Module) -> dict[str, Tap]:
     """Return all taps of a network by name.
 
-    Every network has `logits` (its output) and, where it ends in a linear classifier, `penultimate` (the vector that
-    classifier reads: the input of the last `nn.Linear`). The families in `TAPS` have stages besides.
+    Every network has `logits` (its output) and, if it has a linear classifier, `penultimate` (the input of the last
+    `nn.Linear`). The families in `TAPS` have stages, too.
     """
     family = of_family(TAPS, module)
     stages = {} if family is None else family(module)
@@ -90,12 +90,10 @@ def stage_taps(module: nn.Module) -> dict[str, Tap]:
 
 
 def filters(module: nn.Module) -> dict[str, list[Tensor]]:
-    """Return stage -> weights of its convolutions, shortcuts included, in the order the network lists them.
+    """Return stage -> weights of its convolutions, shortcuts included, in the network's order.
 
-    A stage has all convolutions after the stage before it, up to and with the submodule that gives its value.
-
-    Raises:
-        SettingsError: the stages of this family are not known.
+    A stage has all convolutions after the previous stage, up to its own tap. Raises SettingsError for families without
+    known stages.
     """
     paths = [path for path, _ in module.named_modules()]
     ends = {
@@ -116,12 +114,10 @@ def filters(module: nn.Module) -> dict[str, list[Tensor]]:
 def run(
     module: nn.Module, pixels: Float[Tensor, "batch channels h w"], names: Sequence[str]
 ) -> dict[str, Float[Tensor, "batch ..."]]:
-    """Return the named values of one forward pass over transformed pixels, in the order asked for.
+    """Return the values of some taps in one forward pass over transformed pixels.
 
-    The values carry gradients if the pass does. The network is left without hooks, also after an exception.
-
-    Raises:
-        SettingsError: a name is not a tap of this network, or the network does not do what the tap assumes.
+    The values have gradients if the pass does. The network is left without hooks, also after an exception. Raises
+    SettingsError if a name is not a tap of this network, or the network does not fit the tap.
     """
     taps, found = stage_taps(module), dict[str, Any]()
     with ExitStack() as hooks:
@@ -139,7 +135,7 @@ def run(
 
 def _listen(module: nn.Module, side: Literal["input", "output"], name: str, found: dict[str, Any]) -> RemovableHandle:
     def keep_input(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        # in the torchvision families one in-place ReLU serves a whole block: its last call counts, and overwrites
+        # torchvision blocks share one in-place ReLU, of which the last call counts
         found[name] = inputs[0].clone() if getattr(module, "inplace", False) else inputs[0]
 
     def keep_output(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:

@@ -7,16 +7,15 @@ from kcdcache.networks.resnet import initialise_classifier, initialise_convoluti
 
 WIDTHS = (64, 128, 256, 512, 512)
 POOLED_SIDE = 64
-"""image side from which on the last block, too, comes after a pooling"""
+"""image height from which the last block comes after a pooling, too"""
 
 
 class VGG(nn.Module):
     """Five blocks of 3x3 convolutions, each normalised and activated, then one linear classifier.
 
-    `depths` are the convolutions per block. The image is halved after each of the first three blocks, so its sides are
-    at least 8, and after the fourth from a height of 64 on. Source: Simonyan and Zisserman 2015, Table 1, with batch
-    normalisation (Ioffe and Szegedy 2015); pooling, names and initialisation as in RepDistiller's `models/vgg.py`,
-    which tells only 32 and 64 apart.
+    `depths` are the convolutions per block. The image, of at least 8x8, is halved after each of the first three blocks,
+    and after the fourth from a height of 64 on. Source: Simonyan and Zisserman 2015, Table 1, with batch normalisation
+    (Ioffe and Szegedy 2015); pooling, names and initialisation as in RepDistiller's `models/vgg.py`, for 32 and 64.
     """
 
     def __init__(self, depths: tuple[int, int, int, int, int], classes: int, channels: int = 3) -> None:
@@ -46,6 +45,6 @@ def _block(inputs: int, outputs: int, depth: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for number in range(depth):
         convolution = nn.Conv2d(inputs if number == 0 else outputs, outputs, 3, padding=1)
-        # the last is not in place: feature taps read what goes into it
+        # the last is not in place: feature taps read its input
         layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=number < depth - 1)]
     return nn.Sequential(*layers)

@@ -1,4 +1,4 @@
-"""Weights on disk: read without running code, digested, matched to a network, saved with their description."""
+"""Network weights on disk: read without running code, digested, loaded into a network, saved with a record."""
 
 import hashlib
 import io
@@ -21,15 +21,15 @@ from kcdcache.files.records import Sealed, canonical_json, read_sealed, readable
 from kcdcache.networks.input_transform import InputTransform
 
 WRAPPERS = ("model", "state_dict")
-"""keys under which training scripts keep the weights in a checkpoint"""
+"""keys of the weights in checkpoints of training scripts"""
 REPLICA_PREFIX = "module."
-"""what DataParallel puts before every name"""
+"""added by DataParallel to every name"""
 MOST_HEADER_BYTES = 4 * 2**20
-"""of a safetensors file's list of tensors, which takes many times that once parsed; 10,000 tensors need 1 MB"""
+"""of a safetensors header, which takes many times that once parsed; 10,000 tensors need 1 MB"""
 
 
 class NetworkRecord(Sealed):
-    """What is saved beside a network's weights; further entries are JSON values such as its accuracy."""
+    """The record saved with a network's weights; further entries are JSON values such as its accuracy."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -38,21 +38,20 @@ class NetworkRecord(Sealed):
     """names in label order"""
     channels: int
     transform: InputTransform
-    """what it does to pixels"""
     weights_sha256: str = ""
-    """of the file of its weights, entered by `save_network`"""
+    """of the file of weights, set by `save_network`"""
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors by name in a safetensors file, or in a torch file that holds tensors and plain values only.
+    """Return the tensors by name in a safetensors file, or in a torch file of tensors and plain values only.
 
     Checkpoints that wrap the weights (see `WRAPPERS`) or prefix their names are unwrapped.
 
     Raises:
         NotFoundError: there is no such file.
-        UnsafeError: the file holds Python objects, which could run code when loaded, or is no plain file.
+        UnsafeError: the file has Python objects, which could run code when loaded, or is no plain file.
         CorruptionError: the file is damaged or of another kind.
-        MismatchError: it holds something else than weights.
+        MismatchError: it has something else than weights.
     """
     if not path.exists():
         raise NotFoundError(f"no weights file at {path}")
@@ -77,22 +76,21 @@ def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def digest_weights(state: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over names, types, shapes and bytes of all tensors; neither order nor memory layout count."""
+    """Return the SHA-256 of names, types, shapes and bytes of all tensors, in any order and memory layout."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         header = canonical_json([name, str(tensor.dtype), list(tensor.shape)])
-        # with its length, so that no header can be taken for the bytes of the tensor before it
+        # with its length, so that a header cannot be confused with the previous tensor's bytes
         digest.update(len(header).to_bytes(8, "little") + header)
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Copy weights into a network; every name and shape must agree (counters of batch normalisation may be absent).
+    """Copy weights into a network; raises MismatchError unless all names and shapes agree.
 
-    Raises:
-        MismatchError: the weights are of another architecture or another number of classes; names the first difference.
+    Counters of batch normalisation may be absent.
     """
     if reason := _difference(module, state):
         raise MismatchError(f"the weights in {where} do not fit {type(module).__name__}: {reason}")
@@ -100,12 +98,9 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], where: str) -> Non
 
 
 def save_network(folder: Path, name: str, module: nn.Module, record: NetworkRecord) -> None:
-    """Write a network as `<name>.safetensors` and, last, its record with that file's SHA-256 as `<name>.json`.
+    """Write a network as `<name>.safetensors`, then its record with that file's SHA-256 as `<name>.json`.
 
     Equal weights and records give equal bytes.
-
-    Raises:
-        NoSpaceError: the disk or quota is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # cloned, because safetensors refuses tensors that share memory
@@ -117,12 +112,12 @@ def save_network(folder: Path, name: str, module: nn.Module, record: NetworkReco
 
 
 def load_network(path: Path, name: str = "model") -> tuple[NetworkRecord, dict[str, Tensor]]:
-    """Return the record and the weights `save_network` wrote, from its folder or from the path of its JSON file.
+    """Return the record and weights written by `save_network`, from the folder or the path of the JSON file.
 
     Raises:
-        NotFoundError: there is no network of that name.
-        UnfinishedError: only its weights are there, because saving was cut short.
-        CorruptionError: the record was changed or lacks an entry, or the weights are not those it was written for.
+        NotFoundError: there is no such network.
+        UnfinishedError: there are only weights, as saving was interrupted.
+        CorruptionError: the record was changed or is incomplete, or the weights are not those of the record.
     """
     record = path if path.suffix == ".json" else path / f"{name}.json"
     weights = record.with_suffix(".safetensors")
@@ -150,10 +145,10 @@ def _parse_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
 def _parse_torch(data: bytes, path: Path) -> Any:
     try:
         with warnings.catch_warnings():
-            # torch warns of pickle protocols it may not know; then it fails, or it does not
+            # torch warns of unknown pickle protocols
             warnings.simplefilter("ignore")
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes raise whatever the parser stumbles over
+    except Exception as error:  # damaged bytes raise any kind of error
         raise _refusal(data, path, error) from None
 
 
@@ -165,7 +160,7 @@ def _refusal(data: bytes, path: Path, error: Exception) -> Exception:
             "refused. If you trust where it is from, convert it elsewhere: load it with torch, save its state dict "
             "with safetensors.torch.save_file, and give the .safetensors file here"
         )
-    # torch's text for what its unpickler refuses advises to switch the protection off
+    # torch's message for refused files advises to switch the protection off
     reason = "" if refused else f": {type(error).__name__}: {str(error)[:200]}"
     return CorruptionError(f"{path} is not a whole torch file{reason}")
 
@@ -173,12 +168,12 @@ def _refusal(data: bytes, path: Path, error: Exception) -> Exception:
 def _is_pickle(data: bytes) -> bool:
     try:
         return sum(1 for _ in pickletools.genops(data)) > 0
-    except Exception:  # as above; genops only lists the steps and runs none
+    except Exception:  # as above; genops only lists steps
         return False
 
 
 def _difference(module: nn.Module, found: Mapping[str, Tensor]) -> str | None:
-    """Return in which way weights do not fit a network; None where they do."""
+    """Return how weights differ from a network's, or None."""
     expected = module.state_dict()
     missing = [name for name in expected if name not in found and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in found if name not in expected]

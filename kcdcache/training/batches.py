@@ -1,4 +1,4 @@
-"""Manifest + data + views + store -> batches: what is in one, how points are mixed, and batches made on the host."""
+"""What batches are made from, how points are mixed, and batches made on the host."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,12 +33,12 @@ MEMORY_BYTES = 8 * 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Mixing:
-    """How a point of K_Aug is made; see settings.MethodSettings."""
+    """How a K_Aug point is made; see settings.MethodSettings."""
 
     mix: str = "convex"
     target: str = "linear_prob"
     temperature: float = 1.0
-    """T at which probabilities are made and mixed"""
+    """T of the mixed probabilities"""
 
 
 DEFAULT_MIXING = Mixing()
@@ -51,36 +51,35 @@ class Source:
     data: Dataset
     rule: rules.ViewRule
     views: int | None
-    """number of cached views V; epoch e uses view e mod V; None for an endless rule"""
+    """number V of cached views; epoch e uses view e mod V; None for an endless rule"""
     manifest: Manifest
     targets: Targets | None = None
-    """teacher outputs of single points, or None when nothing is distilled"""
+    """teacher outputs on single samples; None without distillation"""
     requeried: Targets | None = None
-    """teacher outputs of mixed points (mix_target = requery)"""
+    """teacher outputs on mixed points (mix_target = requery)"""
     mixing: Mixing = DEFAULT_MIXING
     stop: int | None = None
-    """first epoch that will not use this source, for which nothing is fetched ahead; None if that is not known"""
+    """first epoch that does not use this source, so that nothing is loaded for it; None if unknown"""
 
     def view_of(self, epoch: int) -> int:
-        """Return the number of the view that an epoch uses."""
+        """Return the number of an epoch's view."""
         return epoch if self.views is None else epoch % self.views
 
     @property
     def stored(self) -> list[StoredTargets]:
-        """Those of its targets that come from a store."""
+        """The targets that come from a store."""
         return [targets for targets in (self.targets, self.requeried) if isinstance(targets, StoredTargets)]
 
     @property
     def mixer(self) -> "Mixer":
-        """What mixes its points."""
+        """The mixer of its points."""
         own, asked = (None if targets is None else targets.gather for targets in (self.targets, self.requeried))
         return Mixer(self.mixing, own, asked)
 
     def prepare(self, epoch: int, mine: Points | None = None, later: Points | None = None) -> None:
         """Load the teacher outputs an epoch needs, and start loading the next epoch's in the background.
 
-        Only those of the points `mine`, and in the next epoch of `later` (nothing if it is not given), where one of
-        several processes needs no more.
+        With several processes, only those of the points `mine`, and of `later` in the next epoch (None: unknown).
         """
         known = epoch + 1 != self.stop and (mine is None or later is not None)
         following = self.view_of(epoch + 1) if known else None
@@ -104,14 +103,12 @@ def connect(
     folder: Path | None = None,
     cached_views: int | None = None,
 ) -> Iterator[Source]:
-    """Yield what batches are made from: a manifest's images and views with the teacher's fields for them.
+    """Yield the source of a manifest's batches: its images and views, and the teacher's fields for them.
 
-    Only the rows the manifest needs are read, one view at a time. `requeried` is a store of the teacher's outputs on
-    the manifest's mixes. Above `memory_bytes` the rows lie in unlinked memory-mapped files in `folder` (the system's
-    temporary folder unless given). `cached_views` uses only the first so many views.
-
-    Raises:
-        MismatchError: data, manifest and store were not made for each other, or a field is missing.
+    Reads only the rows the manifest needs, one view at a time. `requeried` is a store of the teacher's outputs on the
+    manifest's mixes. Rows above `memory_bytes` are kept in unlinked memory-mapped files in `folder` (default: the
+    system's temporary folder). `cached_views` limits the number of views used. Raises MismatchError if data, manifest
+    and store were not made for each other, or a field is missing.
     """
     check_data(knowledge, data)
     if knowledge.knowledge.mixes is not None:
@@ -131,10 +128,7 @@ def connect(
 
 
 def needed_rows(chosen: Manifest | Points, requeried: bool = False) -> Int64[np.ndarray, " rows"]:
-    """Return the samples whose knowledge a stage, or its points of one epoch, reads: own and partners, ascending.
-
-    Where the teacher was asked again about the mixes, no partner's own knowledge is needed.
-    """
+    """Return the samples whose knowledge some points need, ascending; not the partners' if requeried."""
     partners = chosen.partner[chosen.partner >= 0]
     return np.union1d(chosen.index, partners[:0] if requeried else partners)
 
@@ -142,11 +136,7 @@ def needed_rows(chosen: Manifest | Points, requeried: bool = False) -> Int64[np.
 def _targets_of_mixes(
     mixes: Store, manifest: Manifest, mix: str, fields: Sequence[str], memory: Mapping[str, Any]
 ) -> StoredTargets:
-    """Return the targets of the mixed points: row j of their store is the j-th K_Aug point by index.
-
-    Raises:
-        MismatchError: the store holds the outputs on other mixes, or lacks a field.
-    """
+    """Return the targets of the mixed points: row j of the store is the j-th K_Aug point by index."""
     held = mixes.knowledge.mixes or {}
     names = (f"the mixes of the store at {mixes.path}", "those asked for")
     remedy = "make them with `kcdcache precompute --manifest` for this manifest and mix"
@@ -158,34 +148,30 @@ def _targets_of_mixes(
 
 
 Gather = Callable[[Any, float, torch.device], Mapping[str, Tensor]]
-"""samples, temperature, device -> the teacher's fields of these samples in the current view, as `Targets.gather`"""
+"""samples, temperature, device -> the teacher's fields for these samples in the current view"""
 
 
 class Mixer(NamedTuple):
-    """Gives batches their targets and mixes partners into their points, wherever they are made."""
+    """Adds targets to batches and mixes partners into their points, on the host or on a device."""
 
     mixing: Mixing
     own: Gather | None
-    """gives the teacher's fields of single samples, None where nothing is distilled"""
+    """the teacher's fields of single samples; None without distillation"""
     asked: Gather | None
-    """gives those of the mixes, None where the teacher was not asked again"""
+    """the teacher's fields of the mixes; None unless requeried"""
 
     def softened(self, knowledge: Mapping[str, Tensor]) -> Float32[Tensor, "rows classes"] | None:
-        """Return the teacher's probabilities at the temperature, None where there are no logits."""
+        """Return the teacher's probabilities at the temperature, or None without logits."""
         return (knowledge["logits"] / self.mixing.temperature).softmax(1) if "logits" in knowledge else None
 
     def mixed(
         self, plain: Batch, rows: Int64[Tensor, " some"] | None, pixels: Float32[Tensor, "some c h w"],
         index: Any, partner: Any,
     ) -> Batch:  # fmt: skip
-        """Return a batch of unmixed points, which it changes, with its partners mixed in.
+        """Mix partners into a batch of unmixed points, in place where possible, and return it.
 
-        Arguments:
-            rows: the points that have a partner. None: all come with one, themselves if they are not mixed, so that
-                shapes do not depend on what is mixed.
-            pixels: the partners' views.
-            index: the samples of these points, as `own` and `asked` take them.
-            partner: their partners.
+        `rows` are the points that have a partner; with None every point has one, an unmixed point itself, so that
+        shapes are fixed. `pixels` are the partners' views; `index` and `partner` are passed to `own` and `asked`.
         """
         part = slice(None) if rows is None else rows
         epsilon, own = plain.epsilon[part], {name: values[part] for name, values in plain.knowledge.items()}
@@ -194,7 +180,7 @@ class Mixer(NamedTuple):
         known = self.softened(plain.knowledge)
         return replace(
             plain,
-            # a share of 0 leaves pixels as they are, to the bit
+            # a share of 0 leaves the bits of pixels as they are
             pixels=pixels if rows is None else _put(plain, rows, plain.pixels, pixels),
             probabilities=known if soft is None or known is None else _put(plain, rows, known, soft),
             knowledge={
@@ -206,7 +192,7 @@ class Mixer(NamedTuple):
     def _targets(
         self, own: Mapping[str, Tensor], epsilon: Float32[Tensor, " some"], index: Any, partner: Any
     ) -> tuple[Float32[Tensor, "some classes"] | None, Mapping[str, Tensor]]:
-        """Return probabilities and fields of the mixed points, as far as they are not the kept points' own."""
+        """Return the probabilities and fields of the mixed points where they are not the kept points' own."""
         mixing, device, soft = self.mixing, epsilon.device, None
         if self.asked is not None:
             found = self.asked(index, mixing.temperature, device)
@@ -222,7 +208,7 @@ class Mixer(NamedTuple):
 def _put(
     plain: Batch, rows: Tensor | None, own: Shaped[Tensor, "batch ..."], new: Shaped[Tensor, "some ..."]
 ) -> Shaped[Tensor, "batch ..."]:
-    """Return the own values with those of mixed points in their places."""
+    """Return `own` with the values of mixed points put in; changes `own` where `rows` are given."""
     if rows is None:
         return torch.where(plain.mixed.view(-1, *[1] * (own.ndim - 1)), new, own)
     own[rows] = new
@@ -231,20 +217,20 @@ def _put(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan(Points):
-    """The points of an epoch with all of their views, and of their partners', that integers decide, computed once."""
+    """The points of an epoch with the parameters of their views and their partners' views."""
 
     parameters: Int64[np.ndarray, "n k"]
     partner_parameters: Int64[np.ndarray, "n k"]
 
     def asked(self) -> Iterator[prefetch.Asked]:
-        """Yield which views it shows: those of its samples, then those of partners if there are any."""
+        """Yield the views it needs: those of its samples, then those of partners if there are any."""
         yield prefetch.Asked(self.index, self.parameters)
         if len(where := np.flatnonzero(self.partner >= 0)):
             yield prefetch.Asked(self.partner[where], self.partner_parameters[where])
 
 
 def plan_epoch(source: Source, epoch: int, points: Points) -> Plan:
-    """Return the points of an epoch with the parameters of the view it uses; a pure function of its arguments."""
+    """Return the points of an epoch with the parameters of its view."""
     view, partner = source.view_of(epoch), points.partner
     parameters = rules.parameters(source.rule, points.index, view)
     partner_parameters = np.zeros_like(parameters)
@@ -260,16 +246,12 @@ class HostBatches:
     sampler: Sampler
     device: torch.device = CPU
     workers: int | None = None
-    """threads that make views ahead where that pays, as for `prefetch.shown`"""
+    """threads that make views ahead; see `prefetch.shown`"""
     group: Group = ALONE
-    """of several processes each makes its share of every batch, and loads the teacher's outputs of that alone, unless
-    all epochs have the same view"""
+    """processes that share every batch; each loads only its own rows unless there is one view"""
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """Yield an epoch's batches from number `start` on; the last may be smaller; the same arguments, the same bytes.
-
-        What they need of the next epoch is fetched ahead, as far as it is known.
-        """
+        """Yield an epoch's batches from number `start` on, and load the next epoch's rows; the last may be smaller."""
         source = self.source
         points, parts = self._mine(number)
         plan = plan_epoch(source, number, points)
@@ -288,7 +270,7 @@ class HostBatches:
                 yield batch if self.group.world == 1 else replace(batch, shared=part.shared, idle=part.idle)
 
     def _mine(self, epoch: int) -> tuple[Points, list[Share]]:
-        """Return this process's points of an epoch, and which of them each batch takes."""
+        """Return this process's points of an epoch, and its share of each batch."""
         points = self.sampler.points(epoch)
         size = self.sampler.optimizer.batch_size
         mine, parts = deal(len(points), size, self.group.rank, self.group.world)
@@ -320,7 +302,7 @@ def make_batch(
 ) -> Batch:
     """Return the points of a plan as a batch on the device.
 
-    `planned` are the teacher's rows of an epoch and the slice of it that this is; `shown` gives the views.
+    `planned` are the teacher's rows of the epoch and the batch's slice of them; `shown` yields the views.
     """
     mixer, temperature, labels = source.mixer, source.mixing.temperature, source.data.train.labels
     views = shown or (rules.show(source.rule, source.data.train.images(i), p, device) for i, p in plan.asked())
@@ -349,7 +331,7 @@ def make_batch(
 def mixed_views(
     source: Source, rows: Int64[np.ndarray, " batch"], view: int, device: torch.device
 ) -> Float32[Tensor, "batch c h w"]:
-    """Return the mixed images of the manifest's given K_Aug rows in one view, as the student will see them."""
+    """Return the mixed images of some of the manifest's K_Aug rows in one view, as the student sees them."""
     images, kept, dropped = source.data.train, source.manifest.index[rows], source.manifest.partner[rows]
     pixels, others = (
         rules.show(source.rule, images.images(index), rules.parameters(source.rule, index, view), device)
@@ -360,10 +342,10 @@ def mixed_views(
 
 
 class KnowledgePoints(TorchDataset[dict[str, Any]]):
-    """A map-style data set of a manifest's points for one epoch, for use with torch's DataLoader.
+    """A map-style data set of a manifest's points for torch's DataLoader.
 
-    Item i is the i-th point in the epoch's order as a dict of `Batch`'s fields without the batch axis; leave shuffling
-    to it. Call `set_epoch` before each epoch: it selects the order and the view.
+    Item i is the epoch's i-th point as a dict of `Batch`'s fields without the batch axis. Do not shuffle; call
+    `set_epoch` before each epoch instead.
     """
 
     def __init__(self, source: Source, *, seed: int = 0) -> None:
@@ -372,7 +354,7 @@ class KnowledgePoints(TorchDataset[dict[str, Any]]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Select the epoch whose order and view the items have."""
+        """Select the epoch, which sets order and view."""
         self._plan = plan_epoch(self._source, epoch, self._sampler.points(epoch))
         self._source.prepare(epoch)
 
@@ -383,7 +365,7 @@ class KnowledgePoints(TorchDataset[dict[str, Any]]):
         return self.__getitems__([number])[0]
 
     def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
-        """Return several items with one gather; torch's DataLoader calls this when it exists."""
+        """Return several items with one gather; torch's DataLoader calls this."""
         batch = make_batch(self._source, self._plan.part(np.asarray(numbers)))
         rows = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
         rows |= {f"teacher_{name}": value for name, value in batch.knowledge.items()}

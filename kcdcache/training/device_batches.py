@@ -1,4 +1,4 @@
-"""Batches made where images, view parameters and knowledge lie on the device: no copy and no wait in a step."""
+"""Batches made on the device from images, view parameters and knowledge held there: no copy and no wait in a step."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,32 +11,16 @@ from torch import Tensor
 from kcdcache.data.images import Split
 from kcdcache.methods.base import Batch
 from kcdcache.store.rows import StoredTargets
-from kcdcache.training.batches import HostBatches, Mixer, Source
-from kcdcache.training.processes import ALONE, Group
+from kcdcache.training.batches import Mixer, Source
 from kcdcache.training.sampling import Sampler, everything
 from kcdcache.views import rules
-from kcdcache.views.prefetch import every_image, image_bytes, images_obstacle, room_obstacle, wanted
-
-
-def batches_of(
-    source: Source, sampler: Sampler, device: torch.device, group: Group = ALONE
-) -> "HostBatches | DeviceBatches":
-    """Return what makes a run's batches: on the device as its `resident` says, else on the host.
-
-    Raises:
-        SettingsError: resident = on, and the data cannot lie on the device; says why.
-    """
-    settings = sampler.optimizer
-    if group.world == 1 and wanted(settings.resident, obstacle(source, device), device):
-        return DeviceBatches(source, sampler, device)
-    return HostBatches(source=source, sampler=sampler, device=device, workers=settings.workers, group=group)
+from kcdcache.views.prefetch import every_image, image_bytes, images_obstacle, room_obstacle
 
 
 def obstacle(source: Source, device: torch.device, free: int | None = None) -> str | None:
-    """Return why a source's data cannot lie on the device, None if they can.
+    """Return why a source's data cannot be held on the device, or None if they can.
 
-    Arguments:
-        free: bytes that may be taken; on a GPU, a share of what is free there unless given.
+    `free` is the number of bytes allowed; by default, a share of a GPU's free memory.
     """
     if (found := images_obstacle(source.data.train, source.rule)) is not None:
         return found
@@ -46,28 +30,27 @@ def obstacle(source: Source, device: torch.device, free: int | None = None) -> s
 
 
 def bytes_of(source: Source) -> int:
-    """Return the bytes that a source's images, view parameters and knowledge of one view take on the device."""
+    """Return the bytes of a source's images, view parameters and knowledge of one view on the device."""
     images = sum(image_bytes(split, source.rule) for split in (source.data.train, source.data.test))
     rows = sum(targets.view_bytes for targets in source.stored)
     return images + rows + 64 * len(source.data.train)
 
 
 def hold(split: Split, rule: rules.ViewRule, device: torch.device) -> rules.HeldImages | None:
-    """Return a split's images on the device, or None where they cannot lie there."""
+    """Return a split's images on the device, or None if they cannot be held there."""
     if images_obstacle(split, rule) is not None:
         return None
     return rules.HeldImages(rule, every_image(split), device)
 
 
 class DeviceBatches:
-    """Batches made on one device: the bytes of `HostBatches` from the same source and sampler.
+    """Batches made on one device, with the bytes of `HostBatches` from the same source and sampler.
 
-    A batch is made from memory at fixed addresses, without the host's help, so that it can be part of a CUDA graph:
-    which samples it holds is counted on the device.
+    Memory has fixed addresses and the device counts the position in the epoch, so that CUDA graphs can record batches.
     """
 
     def __init__(self, source: Source, sampler: Sampler, device: torch.device) -> None:
-        """Hold the images of a source that has no `obstacle`."""
+        """Hold the images of a source without `obstacle`."""
         split = source.data.train
         self._source, self._sampler, self._size = source, sampler, sampler.optimizer.batch_size
         self._images = rules.HeldImages(source.rule, every_image(split), device)
@@ -75,7 +58,7 @@ class DeviceBatches:
         self._count = 0
         whole = vars(everything(sampler, 0))
         self._points = {name: torch.from_numpy(np.array(column)).to(device) for name, column in whole.items()}
-        """the points of the current epoch, in order; those behind `_count` are an earlier one's"""
+        """the points of the current epoch in order; those after `_count` are left over"""
         self._cursor = torch.zeros((), dtype=torch.int64, device=device)
         self._offsets = torch.arange(self._size, device=device)
         self._parameters = self._images.parameters(0)
@@ -85,7 +68,7 @@ class DeviceBatches:
         self._mixer = Mixer(source.mixing, *(None if one is None else one.gather for one in self._held))
 
     def begin(self, epoch: int, start: int = 0) -> list[int]:
-        """Go to batch number `start` of an epoch and load what its view needs; return the sizes of its batches."""
+        """Go to batch number `start` of an epoch and load its view; return the sizes of the remaining batches."""
         view, points = self._source.view_of(epoch), self._sampler.points(epoch)
         self._count = len(points)
         for name, column in vars(points).items():
@@ -129,7 +112,7 @@ class DeviceBatches:
 
 
 class _HeldTargets:
-    """The rows of a store's current view on the device, at the same addresses for every view."""
+    """The rows of a store's current view on the device, at fixed addresses."""
 
     def __init__(self, targets: StoredTargets, device: torch.device) -> None:
         self._targets, self._device = targets, device
@@ -138,7 +121,7 @@ class _HeldTargets:
         self._view: int | None = None
 
     def load(self, view: int) -> None:
-        """Copy the rows of the view that the targets have prepared."""
+        """Copy the rows of a view, which the targets have loaded."""
         if view == self._view:
             return
         for name, rows in self._targets.rows.items():
@@ -150,7 +133,7 @@ class _HeldTargets:
         self._view = view
 
     def gather(self, index: Int64[Tensor, " batch"], temperature: float, device: torch.device) -> dict[str, Tensor]:
-        """Return field -> float32 targets where they are held; of a sample that has no row, those of another one."""
+        """Return field -> float32 targets; a sample without a row gets those of another one."""
         place = self._place.index_select(0, index)
         taken = {name: rows.index_select(0, place) for name, rows in self._rows.items()}
         return self._targets.decode(taken, temperature)

@@ -33,13 +33,13 @@ T = TypeVar("T")
 
 
 class Stopped(Sparse):
-    """Where a run stands that was asked to stop before its end."""
+    """The state of a run that was stopped before its end."""
 
     finished: Literal[False]
     epochs_done: int
     epochs: int
     run: str
-    """its folder"""
+    """folder"""
     images_per_second: Rate | None
 
 
@@ -55,9 +55,9 @@ def run(
 ) -> Summary | Stopped:
     """Train a student through all stages into the folder `out`, or continue; return the summary.
 
-    With `until`, stops once that many epochs are finished; the same call without it continues. `material.given` is the
-    condensed set a new run starts from (reuse); for a run that stands at the start of a stage it is that stage's
-    manifest, instead of one condensed here. All processes of a `group` call this with the same arguments.
+    With `until`, stop after that many epochs; the same call without it continues. `material.given` is the condensed set
+    a new run starts from (reuse), or the manifest of the stage that a run in the folder has reached. All processes of a
+    `group` call this with the same arguments.
 
     Raises:
         SettingsError: the settings contradict each other or the run already in the folder.
@@ -92,16 +92,12 @@ def run(
 
 
 def planned(settings: TrainSettings, material: Material) -> tuple[Stage, ...]:
-    """Return the stages that a run with these settings goes through.
-
-    Raises:
-        SettingsError: epochs is no multiple of stages, or more would be kept than is given.
-    """
+    """Return a run's stages; raises SettingsError if epochs is no multiple of stages, or keep is more than is given."""
     return schedule.plan(settings.schedule, settings.epochs, settings.stages, settings.keep, _base(settings, material))
 
 
 def _base(settings: TrainSettings, material: Material) -> float:
-    """Return the share of all samples a run starts from; a set condensed to `keep` counts as exactly that."""
+    """Return the share of all samples a run starts from: exactly `keep` for a set condensed to `keep`."""
     count = material.knowledge.count
     if material.given is None:
         return 1.0
@@ -110,7 +106,7 @@ def _base(settings: TrainSettings, material: Material) -> float:
 
 
 def _all_stages(run: Run, until: int) -> Summary | Stopped:
-    """Train stage after stage up to epoch `until`; what is finished already is passed over."""
+    """Train the unfinished stages up to epoch `until`."""
     done = finished_epochs(run.folder)
     for stage in run.stages:
         if stage.start >= until:
@@ -135,13 +131,13 @@ def _all_stages(run: Run, until: int) -> Summary | Stopped:
 
 
 def finished_epochs(folder: RunFolder) -> int:
-    """Return how many epochs of a run are behind it, by its checkpoint."""
+    """Return the number of finished epochs in a run's checkpoint."""
     found = load_checkpoint(folder)
     return found[1].epoch if found else 0
 
 
 def _by_first(run: Run, work: Callable[[], T]) -> T:
-    """Return what some work gives: of several processes the first does it, and the others find it done."""
+    """Return the result of some work; the first process does it, then the others, which find it done."""
     if run.group.first:
         made = work()
         run.group.wait()
@@ -152,7 +148,7 @@ def _by_first(run: Run, work: Callable[[], T]) -> T:
 
 
 def _manifest_for(run: Run, stage: Stage) -> Manifest:
-    """Return the stage's manifest: from disk if it was made before, else given, random, full or condensed."""
+    """Return the stage's manifest from disk, or make it: given, random, full or condensed."""
     path, knowledge = run.folder.manifest(stage.number), run.material.knowledge
     if run.folder.stands(path):
         found = manifest.read(path)
@@ -163,7 +159,7 @@ def _manifest_for(run: Run, stage: Stage) -> Manifest:
         knowledge.knowledge_id, knowledge.count, data.train.labels, len(data.classes),
         knowledge.knowledge.data.digest, knowledge.skipped,
     )  # fmt: skip
-    if stage.source == "condensed":  # of the values at the end of the stage before: the E-step
+    if stage.source == "condensed":  # the E-step, from the values at the end of the previous stage
         values = value_files.read(run.folder.stage_values(before), samples.count).values
         previous = manifest.read(run.folder.manifest(before))
         made = summary.condense(values, run.settings, samples, stage=stage.number, keep=stage.keep, previous=previous)
@@ -179,7 +175,7 @@ def _manifest_for(run: Run, stage: Stage) -> Manifest:
 
 
 def _outputs_on_mixes(run: Run, stage: Stage, chosen: Manifest) -> Path | None:
-    """Run the teacher on the stage's mixes in the views it will use, unless that is done or not asked for."""
+    """Run the teacher on the stage's mixes in the views it uses, if needed; return the store, or None."""
     needs, material = identity.per_sample(run.fields), run.material
     if not needs or not chosen.mixed.any():
         return None
@@ -201,7 +197,7 @@ def _outputs_on_mixes(run: Run, stage: Stage, chosen: Manifest) -> Path | None:
 
 
 def _finish(run: Run) -> Summary:
-    """Condense once more for export (facts.md A3), then write the summary, which marks the run finished."""
+    """Condense once more for export (facts.md A3), then write the summary, which marks the run as finished."""
     if run.folder.stands(run.folder.summary):
         return read_summary(run.folder.path)
     settings, last = run.settings, run.stages[-1]
@@ -246,7 +242,7 @@ def _summary(run: Run, exported: Path) -> Summary:
 def _measured_later(
     settings: TrainSettings, material: Material, folder: RunFolder, machine: MachineSettings
 ) -> Summary:
-    """Return a finished run's summary, after measuring what is asked for now and was not then."""
+    """Return a finished run's summary; measure fidelity if it is asked for only now."""
     found, data, knowledge, teacher = read_summary(folder.path), material.data, material.knowledge, material.teacher
     sought = {"accuracy_train"} | ({"agreement_test"} if teacher is not None else set())
     if not evaluation.fidelity_wanted(settings, data, knowledge) or sought <= found.model_fields_set:
@@ -258,11 +254,7 @@ def _measured_later(
 
 
 def _checked(settings: TrainSettings, material: Material) -> tuple[str, ...]:
-    """Return the teacher's fields that a run reads.
-
-    Raises:
-        SettingsError, MismatchError: it cannot be trained from this material.
-    """
+    """Check that a run can be trained from this material; return the teacher's fields that it reads."""
     data, knowledge = material.data, material.knowledge
     check.check_data(knowledge, data)
     if material.given is not None:
@@ -274,7 +266,7 @@ def _checked(settings: TrainSettings, material: Material) -> tuple[str, ...]:
 
 
 def _within_given(settings: TrainSettings, material: Material) -> TrainSettings:
-    """Return the settings a reused set is condensed with: its own samples compete, nobody returns from outside it."""
+    """Return the settings for a reused set, of which only its own samples are candidates."""
     if material.given is None or settings.stages == 1:
         return settings
     logger.info("reuse: the candidates are the %d samples of the given set", len(material.given))
@@ -282,11 +274,7 @@ def _within_given(settings: TrainSettings, material: Material) -> TrainSettings:
 
 
 def _views(settings: TrainSettings, material: Material, folder: RunFolder) -> int:
-    """Return the number of views the run began with, or for a new one those asked for, or all there are.
-
-    Raises:
-        SettingsError: more are asked for than the store has.
-    """
+    """Return the number of views the run began with; for a new run those asked for, or all in the store."""
     held = material.knowledge.views
     if (asked := settings.cached_views) is not None and asked > held:
         raise SettingsError(
@@ -297,7 +285,7 @@ def _views(settings: TrainSettings, material: Material, folder: RunFolder) -> in
 
 
 def _inputs(material: Material, views: int, fields: tuple[str, ...]) -> Inputs:
-    """Return all but settings and environment that decides the run's bytes."""
+    """Return everything besides settings and environment that decides the run's bytes."""
     knowledge, given = material.knowledge, material.given
     return Inputs(
         knowledge_id=knowledge.knowledge_id,
@@ -311,10 +299,9 @@ def _inputs(material: Material, views: int, fields: tuple[str, ...]) -> Inputs:
 
 
 def accept(given: Manifest, knowledge: Store, transfer: bool) -> Manifest:
-    """Return a condensed set bound to a store's knowledge: as it is, or with `transfer` rebound to another teacher's.
+    """Return a condensed set for a store's knowledge; `transfer` rebinds a set made for another teacher.
 
-    Raises:
-        MismatchError: the set was made for other knowledge and transfer is off, or for other data.
+    Raises MismatchError if the set was made for other knowledge and transfer is off, or for other data.
     """
     known, wanted = knowledge.knowledge.data, knowledge.knowledge_id
     manifest.require_knowledge(given, wanted, count=known.count, data_digest=known.digest, transfer=transfer)
@@ -325,7 +312,7 @@ def accept(given: Manifest, knowledge: Store, transfer: bool) -> Manifest:
 
 
 def _sorted_out(material: Material, folder: RunFolder) -> tuple[Material, Manifest | None]:
-    """Return the material the run began with, and the manifest of its next stage if that is what was given."""
+    """Return the material the run began with, and the given manifest if it is the next stage's."""
     if material.given is None or not folder.settings.exists():
         return material, None
     began_with = read_record(folder).inputs.given
@@ -335,7 +322,7 @@ def _sorted_out(material: Material, folder: RunFolder) -> tuple[Material, Manife
 
 
 def _keep_given(run: Run, following: Manifest | None) -> None:
-    """Keep the set a run began with, of which stage 0 may train on a part only; put the next stage's in its place."""
+    """Save the set a run began with (stage 0 may train on a part only), and the next stage's manifest if given."""
     given, folder = run.material.given, run.folder
     if given is not None and not folder.stands(folder.given):
         write_manifest(folder, folder.given, given)
@@ -344,11 +331,11 @@ def _keep_given(run: Run, following: Manifest | None) -> None:
 
 
 def _place(run: Run, chosen: Manifest) -> None:
-    """Make a manifest condensed by hand the one of the stage that begins now; one placed before stays where it is.
+    """Save a manifest condensed by hand for the stage that begins now, unless a stage has it already.
 
     Raises:
         SettingsError: the run is inside a stage, or has another manifest for this one.
-        MismatchError: the manifest is of other knowledge, or was made from another stage before; prints both ids.
+        MismatchError: the manifest is for other knowledge, or was made from another previous manifest.
     """
     folder, done = run.folder, finished_epochs(run.folder)
     manifest.require_knowledge(chosen, run.material.knowledge.knowledge_id)

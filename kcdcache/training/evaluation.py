@@ -1,4 +1,4 @@
-"""Accuracy, agreement with the teacher, calibration; and what a finished student made of wrong labels (fidelity)."""
+"""Accuracy, calibration, agreement with the teacher, and how a student fits wrong labels (fidelity)."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -33,9 +33,9 @@ Marks = Bool[np.ndarray, " n"]
 def first_views(
     split: Split, rule: rules.ViewRule, device: torch.device, workers: int | None = None
 ) -> Iterator[Float[Tensor, "batch c h w"]]:
-    """Return view 0 of every sample of a split, batch by batch, on the device; `workers` is as for `prefetch.shown`.
+    """Return view 0 of every sample of a split, batch by batch, on the device (`workers`: see `prefetch.shown`).
 
-    For measurements on test images the rule should be `rules.plain` of the training rule: no augmentation.
+    For test images, give `rules.plain` of the training rule.
     """
     blocks = (np.arange(low, min(low + BATCH, len(split))) for low in range(0, len(split), BATCH))
     asked = (prefetch.Asked(block, rules.parameters(rule, block, 0)) for block in blocks)
@@ -43,7 +43,7 @@ def first_views(
 
 
 def first_views_held(held: rules.HeldImages) -> Iterator[Float[Tensor, "batch c h w"]]:
-    """Yield what `first_views` does, of images that lie on the device."""
+    """Yield the batches of `first_views` from images held on the device."""
     every = held.parameters(0)
     for block in torch.arange(len(held), device=every.device).split(BATCH):
         yield held.views(block, every)
@@ -52,13 +52,13 @@ def first_views_held(held: rules.HeldImages) -> Iterator[Float[Tensor, "batch c 
 def predict(
     network: nn.Module, transform: InputTransform, views: Iterable[Float[Tensor, "batch c h w"]]
 ) -> Float[Tensor, "n classes"]:
-    """Return the logits of some views, in eval mode, in float32, on the device."""
+    """Return the float32 logits of some views in eval mode, on the device."""
     with _evaluating(network):
         return torch.cat([network(transform(pixels)).float() for pixels in views])
 
 
 def guesses(network: nn.Module, transform: InputTransform, views: Iterable[Float[Tensor, "batch c h w"]]) -> Labels:
-    """Return the class that a network names for each view, in eval mode, in float32."""
+    """Return the predicted class of each view in eval mode, from float32 logits."""
     with _evaluating(network):
         return torch.cat([network(transform(pixels)).float().argmax(1).cpu() for pixels in views]).numpy()
 
@@ -75,11 +75,8 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def calibration_error(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"], bins: int = 15) -> float:
-    """Return the expected calibration error: mean over samples of |confidence - accuracy| per confidence bin.
-
-    Source: Guo et al. 2017, Eq. 3, with equal-width bins.
-    """
-    confidence, guess = logits.double().cpu().softmax(1).max(1)  # on a GPU index_add_ would add in any order
+    """Return the expected calibration error, with equal-width bins. Source: Guo et al. 2017, Eq. 3."""
+    confidence, guess = logits.double().cpu().softmax(1).max(1)  # on a GPU index_add_ has no fixed order
     right = (guess == labels.cpu()).double()
     which = (confidence * bins).long().clamp_max(bins - 1)
     gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, confidence - right)
@@ -97,9 +94,9 @@ def measure(logits: Float[Tensor, "n classes"], labels: Int64[np.ndarray, " n"])
 
 
 def fidelity_wanted(settings: TrainSettings, data: Dataset, knowledge: Store) -> bool:
-    """Return whether a run is measured on its training samples: asked for, or `auto` and its data are corrupted.
+    """Return whether a run is measured on its training samples: if set to on, or to auto and the data are corrupted.
 
-    An exported set holds neither all samples nor their true labels: runs on one are not.
+    Runs on an exported set are not, as it lacks samples and true labels.
     """
     asked = settings.fidelity == "on" or (settings.fidelity == "auto" and bool(data.corruption))
     return asked and knowledge.knowledge.whole
@@ -113,17 +110,16 @@ def fidelity(
     folder: RunFolder,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Return what a run's summary says of its data, and of its student on the training samples if that is wanted.
+    """Return a summary's entries on the data, and if wanted on the student's predictions for training samples.
 
-    One forward pass, in eval mode, of the saved student over view 0 of every training sample, the images that the
-    store's first outputs belong to, and one over the test split; of the teacher, if at hand, one over the latter.
-    All are shares in [0, 1]:
+    Takes one forward pass, in eval mode, of the saved student over view 0 of the training split and over the test
+    split, and of the teacher, if given, over the test split. Shares in [0, 1]:
 
-    `agreement_train`: student and teacher name the same class on view 0. `agreement_test`: on test images.
-    `accuracy_train`: the given label is named. `accuracy_true`: the true one. `accuracy_right`: of samples whose label
-    is right. `memorised`, `recovered`: of samples whose label is wrong, the given one and the true one is named. The
-    same of the teacher begins with `teacher_`. `accuracy_frequent`, `accuracy_rare`: of test images of the classes that
-    have most training samples (see `label_noise.frequent`) and of the others.
+    `agreement_train`, `agreement_test`: student and teacher predict the same class. `accuracy_train`, `accuracy_true`:
+    the student predicts the given or the true label; `accuracy_right`: the given label where it is right; `memorised`,
+    `recovered`: the given or the true label where the given one is wrong. With `teacher_`: the same for the teacher.
+    `accuracy_frequent`, `accuracy_rare`: test accuracy on the classes with most training samples (see
+    `label_noise.frequent`) and on the others.
 
     `sets` are the `compare.SetCounts` of every stage.
     """
@@ -150,7 +146,7 @@ def fidelity(
 def _saved(
     settings: TrainSettings, data: Dataset, folder: RunFolder, device: torch.device
 ) -> tuple[nn.Module, InputTransform]:
-    """Return the run's student and its input transform, as they lie on disk: a resumed run measures the same."""
+    """Return the run's saved student and its input transform, the same in a resumed run."""
     record, state = load_network(folder.path, "student")
     network = registry.build(settings.student, len(data.classes), channels=len(data.mean))
     load_into(network, state, str(folder.path))
@@ -158,7 +154,7 @@ def _saved(
 
 
 def _on_train(guess: Labels, split: Split, usable: Labels) -> dict[str, float | None]:
-    """Return how often a network names the given and the true labels of some training samples."""
+    """Return how often a network predicts the given and the true labels of some training samples."""
     given = split.labels[usable]
     found = {"accuracy_train": _share(guess == given)}
     if (marked := _wrong(split)) is None or split.clean_labels is None:
@@ -173,7 +169,7 @@ def _on_train(guess: Labels, split: Split, usable: Labels) -> dict[str, float | 
 
 
 def _on_test(data: Dataset, guess: Labels, theirs: Labels | None = None) -> dict[str, float | None]:
-    """Return how student and teacher do on test images, from the classes they name."""
+    """Return agreement and accuracies on test images from the classes that student and teacher predict."""
     found: dict[str, float | None] = {}
     if theirs is not None:
         found |= {"agreement_test": _share(guess == theirs), "teacher_accuracy": _share(theirs == data.test.labels)}
@@ -184,20 +180,20 @@ def _on_test(data: Dataset, guess: Labels, theirs: Labels | None = None) -> dict
 
 
 def _frequent(data: Dataset) -> Marks | None:
-    """Return which classes have most training samples; None where none was thinned out."""
+    """Return which classes have most training samples, or None if no class was thinned out."""
     if data.corruption.gamma is None or data.train.clean_labels is None:
         return None
     return frequent(np.bincount(data.train.clean_labels, minlength=len(data.classes)))
 
 
 def _wrong(split: Split) -> Marks | None:
-    """Return which samples have a wrong label; None where none has."""
+    """Return which samples have a wrong label, or None if none has."""
     wrong = None if split.clean_labels is None else split.labels != split.clean_labels
     return wrong if wrong is not None and wrong.any() else None
 
 
 def _sets(data: Dataset, folder: RunFolder) -> list[dict[str, Any]]:
-    """Return what became of wrong labels and rare classes in each of a run's sets, in order."""
+    """Return counts of wrong labels and rare classes in each of a run's sets, in order."""
     wrong, often, found = _wrong(data.train), _frequent(data), []
     rare = None if often is None else ~often[data.train.clean_labels]
     for number, file in folder.manifests().items():

@@ -24,7 +24,7 @@ from kcdcache.views import rules
 logger = logging.getLogger(__name__)
 
 NEUTRAL = {"checkpoint_seconds", "resident", "graphs", "workers"}
-"""settings that never change a result and so may differ when a run continues"""
+"""settings that never change a result, so they may differ when a run continues"""
 
 
 def run(
@@ -40,10 +40,10 @@ def run(
     """Train `model` on the data into the folder `out`, or continue; return the run's summary.
 
     The folder gets model.safetensors and model.json (usable as `--teacher`), metrics.jsonl and summary.json. All
-    processes of a `group` call this with the same arguments; the first of them writes.
+    processes of a `group` call this with the same arguments; the first one writes.
 
     Raises:
-        SettingsError: the folder holds a run with other settings, or several processes cannot train with these.
+        SettingsError: the folder has a run with other settings, or several processes cannot train with these.
         NonFiniteError: the loss diverged.
     """
     networks_registry.require_known(model, len(data.classes), len(data.mean))  # before a folder is made for it
@@ -59,11 +59,11 @@ def run(
         pupil = learner.new_learner(model, data, settings, run_loss.Loss(weights, {}), where, group=group)
         source = _source(data, settings)
         sampler = Sampler(manifest=source.manifest, optimizer=settings)
-        loop = Loop(
-            pupil, source, sampler, folder, details=lambda epoch: {"view": source.view_of(epoch)},
-            progress=progress,
-        )  # fmt: skip
-        loop.run(settings.epochs)
+
+        def details(epoch: int) -> dict[str, int]:
+            return {"view": source.view_of(epoch)}
+
+        Loop(pupil, source, sampler, folder, details=details, progress=progress).run(settings.epochs)
         if group.first:
             _finish(pupil, data, settings, model, folder)
         group.wait()
@@ -77,7 +77,7 @@ def _source(data: Dataset, settings: FitSettings) -> Source:
 
 
 def _finish(pupil: learner.Learner, data: Dataset, settings: FitSettings, model: str, folder: RunFolder) -> None:
-    """Write the network, then the summary, which marks the run finished."""
+    """Write the network, then the summary, which marks the run as finished."""
     summary = Summary(
         **outcome(pupil.rows, len(data.train), settings.epochs).document(),
         kind="fit",

@@ -1,4 +1,4 @@
-"""A network in training: weights, loss, optimizer, value estimate, counters; all that a resumed run needs."""
+"""A network in training: weights, loss, optimizer, values and counters, with everything a resumed run needs."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,33 +22,33 @@ from kcdcache.teacher.fields import aggregated
 from kcdcache.training.processes import ALONE, Group
 
 INPUT = "input"
-"""tap of the transformed pixels"""
+"""tap of the network's input: the transformed pixels"""
 
 
 class ValueRecord:
-    """The online value estimate of every sample while a student learns, on its device; see `condense.values`."""
+    """The values of all samples while a student learns, on its device; see `condense.values`."""
 
     def __init__(self, count: int, settings: MethodSettings, device: torch.device, *, starts: bool = False) -> None:
-        """Know nothing of `count` samples; `starts`: note where each epoch starts, for who chooses points by that."""
+        """Start without visits; with `starts`, keep the values at each epoch's start, for schemes that need them."""
         self.visits = torch.zeros(count, dtype=torch.int32, device=device)
         self.value = torch.zeros(count, dtype=torch.float32, device=device)
         self.start: dict[str, Tensor] | None = {} if starts else None
         self.pending: list[tuple[Tensor, Tensor, Tensor]] | None = None
-        """what this one of several processes saw since they last joined it: index, observation, mixed"""
+        """with several processes, what this one observed since the last `join`: index, observation, mixed"""
         self._settings = settings
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
-        """Note where the epoch starts, if its points are chosen by it."""
+        """Keep the values at the epoch's start if needed."""
         if self.start is not None:
             self.start = {"visits": self.visits.clone(), "value": self.value.clone()}
 
     def at_start(self) -> values.Values | None:
-        """Return the values at the epoch's start, None where nobody asks for them."""
+        """Return the values at the epoch's start, or None if they are not kept."""
         return None if self.start is None else values.Values(**{k: v.cpu().numpy() for k, v in self.start.items()})
 
     def now(self) -> values.Values:
-        """Return the values as they are."""
+        """Return the current values."""
         return values.Values(visits=self.visits.cpu().numpy(), value=self.value.cpu().numpy())
 
     def observe(
@@ -58,7 +58,7 @@ class ValueRecord:
         index: Int64[Tensor, " batch"],
         mixed: Bool[Tensor, " batch"],
     ) -> None:
-        """Fold in what a step showed of each sample; no extra forward pass and no host sync (Eq. 7, 12)."""
+        """Add a step's observation of each sample, without extra forward pass or host sync (Eq. 7, 12)."""
         observed = entropy(logits) if self._settings.observed == "entropy" else loss.float()
         if self.pending is None:
             self._fold(index, observed, mixed)
@@ -66,9 +66,9 @@ class ValueRecord:
             self.pending.append((index, observed, mixed))
 
     def join(self, group: Group) -> None:
-        """Fold in what all processes saw, the same in each; of one process alone nothing is left to do.
+        """Add what all processes observed, to the same values in each; nothing to do for one process.
 
-        A sample is visited at most once an epoch, so the result is that of one process with the same observations.
+        A sample is visited at most once an epoch, so one process with these observations gets the same values.
         """
         if self.pending is None:
             return
@@ -86,35 +86,33 @@ class ValueRecord:
 
 @dataclass(kw_only=True)
 class Learner:
-    """A network in training: everything that changes from step to step."""
+    """Everything that changes from step to step."""
 
     network: nn.Module
     transform: InputTransform
     loss: Loss
-    """what it minimises; its methods may train modules of their own beside the network"""
+    """may have modules to train of its own"""
     optimizer: torch.optim.Optimizer
     device: torch.device
     record: ValueRecord | None = None
     epoch: int = 0
-    """number of finished epochs"""
+    """finished epochs"""
     step: int = 0
-    """number of finished steps of the current epoch"""
+    """finished steps of the current epoch"""
     samples: int = 0
-    """student samples forwarded so far; a mixed point counts once"""
+    """samples forwarded so far; a mixed point counts once"""
     rows: list[MetricsRow] = field(default_factory=list)
-    """one row of metrics per finished epoch"""
+    """of finished epochs"""
     sums: dict[str, Tensor] = field(default_factory=dict)
     """running sums of the current epoch, float64 on the device"""
     compiled: Callable[[Tensor], Tensor] | None = None
-    """the network as torch compiled it, with the same weights"""
+    """the network compiled by torch, with the same weights"""
     group: Group = ALONE
-    """the processes that train it"""
 
     def outputs(self, pixels: Float[Tensor, "batch channels h w"]) -> dict[str, Float[Tensor, "..."]]:
-        """Return the logits of pixels in [0, 1], and the values that its loss reads, in float32.
+        """Return the logits of pixels in [0, 1], and in float32 the taps that the loss reads.
 
-        The tap `input` is what the network itself is given: the transformed pixels. A tap `filters:STAGE` is no value
-        of a sample but the profile of the stage's own filters.
+        `filters:STAGE` is not a value per sample but the profile of the stage's filters.
         """
         inputs, wanted = self.transform(pixels), self.loss.taps
         given = {INPUT: inputs} if INPUT in wanted else {}
@@ -128,7 +126,7 @@ class Learner:
         return given | {"logits": network(inputs)}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors that a resumed run needs."""
+        """Return all tensors of a checkpoint."""
         found = _named("network.", self.network.state_dict()) | _named("loss.", self.loss.state_dict())
         found |= _named("optimizer.", flattened(self.optimizer)[0]) | _named("sum.", self.sums)
         if self.record is not None:
@@ -137,25 +135,21 @@ class Learner:
         return found | self._generators()
 
     def of_processes(self) -> dict[str, Tensor]:
-        """Return what a run resumed inside an epoch needs of all processes: a row of each, in all of them.
+        """Return the tensors of all processes that a checkpoint inside an epoch needs, one row per process.
 
-        These are the sums so far, since adding them up in another order would round differently, and the generators.
+        These are the states of generators, and the sums so far, as adding in another order would round differently.
         """
         own = {f"sum.{name}": value.view(1) for name, value in self.sums.items()} | self._generators()
-        # a file's tensors come in another order in each process
+        # sorted: tensors read from a file have another order in each process
         return {name: self.group.joined(own[name]).view(-1, len(own[name])) for name in sorted(own)}
 
     def state(self) -> Checkpoint:
-        """Return the rest of what a resumed run needs."""
+        """Return the rest of a checkpoint."""
         rest = flattened(self.optimizer)[1]
         return Checkpoint(epoch=self.epoch, step=self.step, samples=self.samples, rows=self.rows, optimizer=rest)
 
     def restore(self, tensors: Mapping[str, Tensor], state: Checkpoint) -> None:
-        """Become what `tensors` and `state` describe.
-
-        Raises:
-            MismatchError: they are of an older kcdcache, which did not keep the optimizer's own state.
-        """
+        """Restore a checkpoint; raises MismatchError for an older kcdcache's, which lacks the optimizer's state."""
         if state.optimizer is None:
             raise MismatchError("the run's checkpoint is of an older kcdcache; start anew with another --out")
         self.network.load_state_dict(_section(tensors, "network."))
@@ -171,18 +165,18 @@ class Learner:
         self.rows = list(state.rows)
 
     def _own_sum(self, rows: Tensor) -> Tensor:
-        """Return this process's part of a sum; where there were more or fewer processes, all of it is the first's."""
+        """Return this process's part of a sum; if the number of processes changed, the first one gets all of it."""
         if rows.numel() == self.group.world:
             return rows.view(-1)[self.group.rank]
         return rows.sum() if self.group.first else torch.zeros_like(rows.sum())
 
     def _generators(self) -> dict[str, Tensor]:
-        """Return the states of the generators that dropout draws from."""
+        """Return the states of the random generators, which dropout uses."""
         device = {"rng_device": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
         return {"rng": torch.get_rng_state(), **device}
 
     def _draw_on(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on drawing where this process stopped; one that was not there then begins its own sequence."""
+        """Restore this process's random generators; a process that is new starts its own sequence."""
         rows = tensors["rng"].view(-1, len(torch.get_rng_state()))
         place = self.group.rank if self.group.rank < len(rows) else 0
         torch.set_rng_state(rows[place].clone())
@@ -201,10 +195,9 @@ def new_learner(
     record: ValueRecord | None = None,
     group: Group = ALONE,
 ) -> Learner:
-    """Return an untrained network on the device; its initial weights are a function of the seed alone.
+    """Return an untrained network on the device; its initial weights depend on the seed alone.
 
-    Raises:
-        SettingsError: there is no such network, or settings do not go with the method or with several processes.
+    Raises SettingsError if the network is unknown, or settings do not fit the method or several processes.
     """
     if settings.compile and loss.taps:
         raise SettingsError("--compile works with methods that read the student's logits alone; leave it out")
@@ -229,7 +222,7 @@ def new_learner(
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """Return SGD over the parameters, as CRD/RepDistiller and the paper use it; on a GPU in one kernel."""
+    """Return SGD over the parameters, as in CRD/RepDistiller and the paper; fused on a GPU."""
     trained = list(parameters)
     return torch.optim.SGD(
         trained,
@@ -242,9 +235,9 @@ def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSettin
 
 
 def flattened(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors of any optimizer's `state_dict`, by number of the parameter and name, and the rest as JSON.
+    """Return the tensors of an optimizer's `state_dict` by NUMBER.NAME of a parameter, and the rest as JSON values.
 
-    The same state gives the same names and values in the same order.
+    Equal states give equal results in the same order.
     """
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
@@ -259,20 +252,20 @@ def flattened(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict
 
 
 def restore(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    """Give an optimizer over the same parameters the state that `flattened` took apart."""
+    """Set the state of an optimizer over the same parameters from the results of `flattened`."""
     state: dict[int, dict[str, Any]] = {int(number): dict(entries) for number, entries in rest["state"].items()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in tensors.items():
         number, _, name = key.partition(".")
         parameter = parameters[int(number)]
-        if value.shape == parameter.shape:  # in the parameter's memory layout: steps then round as they did
+        if value.shape == parameter.shape:  # in the parameter's memory layout, so that steps round equally
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(int(number), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
 
 
 def save(learner: Learner, folder: RunFolder, name: str, model: str, data: Dataset, extra: dict[str, Any]) -> None:
-    """Write the network as NAME.safetensors and NAME.json into the run's folder, loadable as a teacher or student."""
+    """Write the network as NAME.safetensors and NAME.json into the run's folder."""
     record = weights.NetworkRecord(
         **extra, architecture=model, classes=data.classes, channels=len(data.mean), transform=learner.transform
     )
@@ -280,11 +273,6 @@ def save(learner: Learner, folder: RunFolder, name: str, model: str, data: Datas
 
 
 def _require_shareable(settings: OptimizerSettings, device: torch.device, loss: Loss, group: Group) -> None:
-    """Do nothing if a run of these settings can be trained by a group.
-
-    Raises:
-        SettingsError: it cannot; says why.
-    """
     if settings.sync_bn and (group.world == 1 or device.type != "cuda"):
         raise SettingsError(
             "--sync-bn joins the batch statistics of several processes on GPUs (torchrun, --device cuda)"

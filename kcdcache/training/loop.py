@@ -22,22 +22,36 @@ from kcdcache.runs.folder import RunFolder
 from kcdcache.runs.state import MetricsRow, add_timing, load_checkpoint, save_checkpoint, write_metrics
 from kcdcache.settings import OptimizerSettings
 from kcdcache.training import evaluation
-from kcdcache.training.batches import Source
-from kcdcache.training.device_batches import DeviceBatches, batches_of, hold
+from kcdcache.training.batches import HostBatches, Source
+from kcdcache.training.device_batches import DeviceBatches, hold, obstacle
 from kcdcache.training.learner import Learner
+from kcdcache.training.processes import ALONE, Group
 from kcdcache.training.sampling import Sampler
-from kcdcache.views import rules
+from kcdcache.views import prefetch, rules
 
 logger = logging.getLogger(__name__)
 
 SAVE, STOP = 1, 2
-"""what processes agree on after a step, the larger wish winning"""
+"""what processes agree on after a step: the largest wins"""
 WARM_UP = 3
-"""runs before the first recording: libraries and optimizers allocate what lasts during their first ones"""
+"""steps before the first recording, in which libraries and optimizers allocate lasting memory"""
+
+
+def batches_of(
+    source: Source, sampler: Sampler, device: torch.device, group: Group = ALONE
+) -> HostBatches | DeviceBatches:
+    """Return a run's batches, made on the device if its `resident` says so, else on the host.
+
+    Raises SettingsError if resident = on and the device cannot hold the data.
+    """
+    settings = sampler.optimizer
+    if group.world == 1 and prefetch.wanted(settings.resident, obstacle(source, device), device):
+        return DeviceBatches(source, sampler, device)
+    return HostBatches(source=source, sampler=sampler, device=device, workers=settings.workers, group=group)
 
 
 class Loop:
-    """A learner at work on a source's points, in a run's folder."""
+    """Trains a learner on a source's points in a run's folder."""
 
     def __init__(
         self,
@@ -50,14 +64,10 @@ class Loop:
         clock: Sequence[float] | None = None,
         progress: Progress = silent,
     ) -> None:
-        """Get ready to train, from the run's checkpoint on if there is one.
+        """Restore the run's checkpoint, if there is one.
 
-        Arguments:
-            details: epoch -> further entries of its metrics row, `view` among them.
-            clock: position on the learning-rate axis at the start of each epoch, in epochs; its number if None.
-
-        Raises:
-            SettingsError: as for `device_batches.batches_of`.
+        `details` maps an epoch to further entries of its metrics row, `view` among them. `clock` has the position on
+        the learning-rate axis at the start of each epoch, in epochs; None for the epoch's number.
         """
         settings = sampler.optimizer
         self.learner, self.settings, self.folder = learner, settings, folder
@@ -90,9 +100,9 @@ class Loop:
         """Train until `stop` epochs are finished, writing checkpoints and metrics.
 
         Raises:
-            NonFiniteError: the loss of an epoch is not a number; the last checkpoint is from before that epoch.
-            InterruptedRunError: a signal asked to stop; the checkpoint holds all that was done.
-            KcdcacheError: memory ran out; says what to lower.
+            NonFiniteError: the loss is not finite; the last checkpoint is from before that.
+            InterruptedRunError: a signal asked to stop; the checkpoint has everything up to there.
+            KcdcacheError: memory ran out.
         """
         learner, size, first = self.learner, self.settings.batch_size, self.learner.epoch
         remedy = f"lower --batch-size ({size} now), with another --out: a run keeps the one it began with"
@@ -110,14 +120,14 @@ class Loop:
                     self._progress("train", learner.epoch, self.settings.epochs, f"{_line(row)}, {rate} images/s")
 
     def step(self, batch: Batch) -> None:
-        """Take one step: forward pass, loss, gradient, update, and what it showed of each sample."""
+        """Take one step: forward pass, loss, gradient, update, and the record of each sample's value."""
         learner = self.learner
         logits, loss = self._forward(batch)
         learner.optimizer.zero_grad(set_to_none=True)
         weighted = loss * batch.weight
         if batch.shared is None:
             weighted.mean().backward()
-        else:  # gradients are averaged over processes: of sums over all samples of the step, by their number
+        else:  # gradients are averaged over processes, not over samples
             share = 0.0 if batch.idle else learner.group.world / batch.shared
             (weighted.sum() * share).backward()
         learner.optimizer.step()
@@ -127,7 +137,7 @@ class Loop:
             self._totals.add(_counted(logits, loss, batch))
 
     def _epoch(self) -> MetricsRow:
-        """Train an epoch to its end; return its row of metrics."""
+        """Train to the end of the epoch; return its row of metrics."""
         learner = self.learner
         self._begin_epoch()
         for count in self._steps():
@@ -163,7 +173,7 @@ class Loop:
         learner.sums = self._totals.begin(learner.sums, learner.step)
 
     def _steps(self) -> Iterator[int]:
-        """Take the epoch's remaining steps, recorded ones where that pays; yield the number of samples of each."""
+        """Take the epoch's remaining steps, replayed if possible; yield the number of samples of each."""
         learner, batches = self.learner, self.batches
         if self._replay is None or not isinstance(batches, DeviceBatches):
             for batch in batches.epoch(learner.epoch, learner.step):
@@ -178,7 +188,7 @@ class Loop:
             yield size
 
     def _save_inside(self) -> None:
-        """Write a checkpoint inside an epoch, of what all processes did."""
+        """Write a checkpoint of all processes inside an epoch."""
         learner = self.learner
         self._require_finite()
         if learner.record is not None:
@@ -194,12 +204,12 @@ class Loop:
         self._require_finite()
         if learner.record is not None:
             learner.record.join(learner.group)
-        # a resumed process has them in the order in which it read them, which is not that of the others
+        # sorted: in a resumed process they are in the order of the checkpoint
         found: dict[str, Any] = {
             name: float(learner.group.total(learner.sums[name])) / count for name in sorted(learner.sums)
         }
         due = learner.epoch + 1 == settings.epochs or (learner.epoch + 1) % settings.evaluate_every == 0
-        if due and learner.group.first:  # batch statistics are each process's own, and those of the first are kept
+        if due and learner.group.first:  # batch statistics differ between processes; the first one's are kept
             logits = evaluation.predict(learner.network, learner.transform, self._test_views())
             found |= evaluation.measure(logits, self._test.labels)
         row = MetricsRow(
@@ -215,10 +225,7 @@ class Loop:
         return row
 
     def _require_finite(self) -> None:
-        """Refuse to checkpoint a diverged network: resuming from it could not mend it.
-
-        The batch whose loss was the first that is no number is made again, since only its number is kept.
-        """
+        """Raise NonFiniteError if the network has diverged, with the samples of the first step without finite loss."""
         learner, group = self.learner, self.learner.group
         if math.isfinite(loss := float(group.total(learner.sums["loss"]))):
             return
@@ -233,9 +240,9 @@ class Loop:
         )
 
     def _timed(self, began: float, epoch: int, before: int, warm_up: bool) -> Rate:
-        """Log the clock time and the samples of an epoch, or of what was done of it before it was asked to stop.
+        """Write the time and samples of an epoch, or of its part before a stop; return the rate in images per second.
 
-        What comes first after a start is marked: data are read that later are fetched ahead, and memory is taken.
+        The first after a start is marked as warm-up: nothing was loaded ahead, and memory is allocated.
         """
         seconds, samples = time.perf_counter() - began, self.learner.samples - before
         if self.learner.group.first:
@@ -245,7 +252,7 @@ class Loop:
 
 
 class _Forward(nn.Module):
-    """A forward pass of the student and its loss over a batch, as one module, so that processes can share it."""
+    """The student's forward pass and loss over a batch as one module, which DistributedDataParallel needs."""
 
     def __init__(self, learner: Learner, precision: str) -> None:
         super().__init__()
@@ -262,7 +269,7 @@ class _Forward(nn.Module):
 
 
 class _Totals:
-    """An epoch's sums on the device, at the same addresses in every epoch; reading a number a step would stall it."""
+    """An epoch's sums, kept on the device at fixed addresses, as reading a number each step would stall it."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -270,7 +277,7 @@ class _Totals:
         self._first_step = 0
 
     def begin(self, sums: dict[str, Tensor], first_step: int) -> dict[str, Tensor]:
-        """Continue from the sums behind, none at an epoch's start; return the tensors that will hold them."""
+        """Continue from the given sums, none at an epoch's start; return the tensors that hold the sums from now on."""
         for name, held in self._sums.items():
             held.copy_(sums[name]) if name in sums else held.zero_()
         self._sums = sums | self._sums
@@ -279,7 +286,7 @@ class _Totals:
         return self._sums
 
     def add(self, parts: dict[str, Tensor]) -> None:
-        """Add a step's numbers, and note without asking the device whether the loss so far is one."""
+        """Add a step's numbers, and count steps with a finite loss without waiting for the device."""
         for name, value in parts.items():
             if name in self._sums:
                 self._sums[name] += value
@@ -288,15 +295,15 @@ class _Totals:
         self._finite += torch.isfinite(self._sums["loss"])
 
     def finite_steps(self) -> int:
-        """Return the number of steps of the epoch before the first whose loss is no number."""
+        """Return the number of the epoch's first step without finite loss."""
         return self._first_step + int(self._finite)
 
 
 class Replay:
-    """Work of fixed shapes at fixed addresses, recorded once and replayed: on a GPU as one CUDA graph.
+    """Work of fixed shapes at fixed addresses, recorded as a CUDA graph and replayed; on a CPU, simply called.
 
-    It is recorded anew when its key changes: numbers that a recording holds as constants. The work must not wait for
-    the device, and must read and write the same memory each time. On a CPU nothing is recorded: the work is called.
+    It is recorded again when the key changes (the numbers that a recording holds as constants). The work must not wait
+    for the device, and must read and write the same memory each time.
     """
 
     def __init__(self, work: Callable[[], None], device: torch.device) -> None:
@@ -318,7 +325,7 @@ class Replay:
         self._recorded()
 
     def _run_aside(self) -> None:
-        """Work on the stream that will record, as CUDA asks for, in order with the work before and after."""
+        """Work on the stream that will record, as CUDA requires, in order with the work before and after."""
         if self._stream is None:
             self._work()
             return
@@ -339,7 +346,7 @@ class Replay:
 
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """Make float32 mean float32 on a GPU (no TF32) and its convolutions repeatable; changes nothing on a CPU."""
+    """Use full float32 (no TF32) and repeatable convolutions on a GPU; no effect on a CPU."""
     matmul = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -350,12 +357,12 @@ def exact_arithmetic() -> Iterator[None]:
 
 
 def forward_precision(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Return the context a forward pass runs in: bfloat16 autocast, or nothing for float32."""
+    """Return the context of a forward pass: bfloat16 autocast, or none for float32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
 def _counted(logits: Tensor, loss: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Return what is summed over an epoch's samples: all processes have the same names, an idle one zeros."""
+    """Return what is summed over an epoch's samples; same names in all processes, zeros in an idle one."""
     rows, guess = slice(0 if batch.idle else None), logits.argmax(1)
     parts = {"loss": loss[rows].double().sum(), "train_accuracy": (guess == batch.labels)[rows].sum()}
     if batch.probabilities is not None:
@@ -364,14 +371,14 @@ def _counted(logits: Tensor, loss: Tensor, batch: Batch) -> dict[str, Tensor]:
 
 
 def _line(row: MetricsRow) -> str:
-    """Return a row of metrics for people."""
+    """Return a row of metrics as text."""
     stage = "" if row.stage is None else f"stage {row.stage}, "
     measured = "" if row.test_accuracy is None else f", test accuracy {row.test_accuracy:.4f}"
     return f"{stage}loss {row.loss:.4f}{measured}, {row.samples:,} samples, {row.samples_so_far:,} in all"
 
 
 def learning_rate(settings: OptimizerSettings, position: float) -> float:
-    """Return the learning rate at a position in [0, epochs), the number of epochs behind.
+    """Return the learning rate at a position in [0, epochs).
 
     >>> settings = OptimizerSettings(epochs=240)
     >>> [round(learning_rate(settings, epoch), 6) for epoch in (0, 149, 150, 180, 239)]

@@ -1,4 +1,4 @@
-"""The processes of one training run under `torchrun`: which of them this is, what they add up and agree on."""
+"""The processes of one training run under `torchrun`: their shares of a batch, and how they communicate."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -20,22 +20,22 @@ from kcdcache.settings import MachineSettings
 
 
 class Share(NamedTuple):
-    """What one process takes of one batch."""
+    """One process's share of one batch."""
 
     mine: slice
-    """of its own points: its first one where none of the batch is left for it"""
+    """of its own points; the first one as a stand-in if `idle`"""
     shared: int
     """points of all processes"""
     idle: bool
-    """whether none is left for this process"""
+    """whether no point is left for this process"""
 
 
 def deal(
     count: int, batch_size: int, rank: int = 0, world: int = 1
 ) -> tuple[Int64[np.ndarray, " mine"] | slice, list[Share]]:
-    """Return one process's points of an epoch of `count`: rank, rank + world, ... of each batch; and each batch's.
+    """Return one process's points of an epoch of `count` (rank, rank + world, ... of each batch) and its shares.
 
-    Every point belongs to one process. One that gets none at all is given the first point as a stand-in.
+    Every point belongs to one process. A process without any gets the first point as a stand-in.
 
     >>> points, batches = deal(5, 3, rank=2, world=3)
     >>> points.tolist(), batches[0], batches[1]
@@ -55,30 +55,27 @@ def deal(
 
 
 PATIENCE = timedelta(minutes=30)
-"""of processes for each other within an epoch and at its end, where one measures and writes"""
+"""waiting time within an epoch and at its end, where one process measures and writes"""
 LONG_PATIENCE = timedelta(hours=6)
-"""one process condenses or asks the teacher again while the others wait"""
+"""waiting time while one process condenses or runs the teacher on mixes"""
 ENDED = ("closed by peer", "reset by peer", "was likely closed", "Broken pipe", "Timed out waiting", "NCCL")
-"""what torch's errors say when another process is no longer there, or does not answer"""
+"""in torch's errors when another process is gone or does not answer"""
 
 
 class Group:
-    """The processes that train one student; of one alone, every method gives back what it is given.
-
-    All processes call the same methods in the same order.
-    """
+    """The processes that train one student. All call the same methods in the same order."""
 
     def __init__(self, rank: int = 0, world: int = 1, waiting: dist.ProcessGroup | None = None) -> None:
-        """Be number `rank` of `world` processes; `waiting` is their group for waits that may take long."""
+        """Be process `rank` of `world`; `waiting` is their group for long waits."""
         self.rank, self.world, self._waiting = rank, world, waiting
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that writes files and tells of progress."""
+        """Whether this process is the one that writes files and reports progress."""
         return self.rank == 0
 
     def total(self, values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
-        """Return the sum over all processes, the same in each."""
+        """Return the sum over all processes."""
         if self.world == 1:
             return values
         found = values.clone()
@@ -86,7 +83,7 @@ class Group:
         return found
 
     def joined(self, rows: Shaped[Tensor, " rows"]) -> Shaped[Tensor, " all"]:
-        """Return the rows of all processes, in the order of their ranks; each may have another number of them."""
+        """Return the rows of all processes in the order of their ranks; their numbers of rows may differ."""
         if self.world == 1:
             return rows
         sizes = torch.zeros(self.world, dtype=torch.int64, device=rows.device)
@@ -99,7 +96,7 @@ class Group:
         return torch.cat([part[:size] for part, size in zip(found, sizes.tolist(), strict=True)])
 
     def most(self, number: int) -> int:
-        """Return the largest of all processes' numbers; the hosts agree on it, so that no device is waited for."""
+        """Return the largest of all processes' numbers, without waiting for a device."""
         if self.world == 1:
             return number
         found = torch.tensor([number])
@@ -124,15 +121,12 @@ def session(
     machine: MachineSettings,
     group: Group,
 ) -> Iterator[torch.device | None]:
-    """Hold a run's folder while a group trains there; yield the device, or None where the run is finished already.
+    """Open a run's folder while a group trains there; yield the device, or None if the run is finished already.
 
-    The first process locks the folder and begins or continues its record.
-
-    Raises:
-        SettingsError, MismatchError, LockedError: as for `state.session`.
+    The first process locks the folder and begins or continues its record; see `state.session`.
     """
     finished = folder.stands(folder.summary)
-    group.wait()  # all have read what lies there before the first writes
+    group.wait()  # all have read the folder before the first writes
     if finished:
         if group.first:
             state.start(folder, settings, inputs)
@@ -147,10 +141,10 @@ def session(
 
 @contextmanager
 def group_of(variables: Mapping[str, str] = os.environ) -> Iterator[Group]:
-    """Yield the group that torchrun started this process in: CPU tensors by gloo, CUDA ones by NCCL.
+    """Yield the group in which torchrun started this process, with gloo for CPU tensors and NCCL for CUDA ones.
 
     Raises:
-        SettingsError: the launcher's variables are no place in a group.
+        SettingsError: the launcher's variables are invalid.
         UnfinishedError: another process has ended, or does not answer.
     """
     world, rank = variables.get("WORLD_SIZE", "1"), variables.get("RANK", "0")
@@ -177,7 +171,7 @@ def group_of(variables: Mapping[str, str] = os.environ) -> Iterator[Group]:
 
 @contextmanager
 def _others_there(rank: str) -> Iterator[None]:
-    """Turn the loss of another process into an error that says what to do."""
+    """Turn errors from the loss of another process into UnfinishedError."""
     try:
         yield
     except RuntimeError as error:

@@ -19,17 +19,16 @@ from kcdcache.training import batches
 
 @dataclass(frozen=True, kw_only=True)
 class Mixes:
-    """Which mixed images the teacher is asked about: those of a manifest's K_Aug, in some views."""
+    """The mixed images of a manifest's K_Aug in some views, and the teacher's fields wanted for them."""
 
     manifest: Manifest
     fields: Sequence[str]
-    """which of its outputs are kept"""
     views: Sequence[int]
     mix: str = "convex"
     """see settings.MethodSettings"""
 
     def held_at(self, path: Path) -> bool:
-        """Return whether a sealed store at `path` has the teacher's outputs on them, perhaps in more views."""
+        """Return whether a sealed store at `path` has the teacher's outputs on these mixes, perhaps in more views."""
         if not log.commit_path(path, 0).exists():
             return False
         held = reader.open(path)
@@ -46,13 +45,10 @@ def write(
     network: teacher.Teacher,
     progress: Progress = silent,
 ) -> None:
-    """Write the teacher's outputs on mixed images into a small store, unless they are there.
+    """Write the teacher's outputs on mixed images into a small store, unless it has them.
 
-    Row j is the j-th K_Aug point by index; place s on the view axis is views[s].
-
-    Raises:
-        MismatchError: the teacher is not the one of the store, the manifest is of other knowledge, or another store
-            lies at `path`.
+    Row j is the j-th K_Aug point by index; position s on the view axis is views[s]. Raises MismatchError if the teacher
+    is not the store's, the manifest is for other knowledge, or there is another store at `path`.
     """
     require_own(network, knowledge)
     if mixes.held_at(path):
@@ -72,26 +68,18 @@ def write(
             return teacher.outputs(network, pixels, fields)
 
         index = chosen.index[rows]
-        job = precompute.Job(
-            outputs=outputs,
-            labels=data.train.labels[index],
-            digests=data.train.digests()[index],
-            device=network.device,
-        )
+        labels, digests = data.train.labels[index], data.train.digests()[index]
+        job = precompute.Job(outputs=outputs, labels=labels, digests=digests, device=network.device)
         precompute.fill(path, replace(knowledge.knowledge, mixes=identity), plan, job, progress)
 
 
 def require_own(network: teacher.Teacher, knowledge: reader.Store) -> None:
-    """Do nothing if a teacher is the one whose outputs a store holds.
-
-    Raises:
-        MismatchError: it is another one; names the first difference.
-    """
+    """Raise MismatchError, with the first difference, unless the teacher is the store's."""
     names = (f"the teacher of {knowledge.path}", "--teacher")
     known, given = (asdict(one) for one in (knowledge.knowledge.teacher, network.identity))
     require_same(known, given, names, "give the store's own teacher, or none where no mixes are asked for")
 
 
 def path_for(file: Path) -> Path:
-    """Return where the teacher's outputs on a manifest's mixes lie: beside the manifest."""
+    """Return the path of the store of a manifest's mixes, beside the manifest."""
     return file.with_suffix(".requery")

@@ -1,4 +1,4 @@
-"""Which points of a condensed set an epoch visits, and with what weight: each scheme a pure function."""
+"""Sampling schemes: which points of a condensed set an epoch visits, and with what weight."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,11 +18,11 @@ P = TypeVar("P", bound="Points")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Points:
-    """The points that an epoch visits, in order."""
+    """The points of an epoch in order."""
 
     index: Int64[np.ndarray, " n"]
     partner: Int64[np.ndarray, " n"]
-    """sample that is mixed in, -1 where none is"""
+    """sample that is mixed in, or -1"""
     epsilon: Float32[np.ndarray, " n"]
     """the partner's share in [0, 1]"""
     weight: Float32[np.ndarray, " n"]
@@ -32,11 +32,11 @@ class Points:
         return len(self.index)
 
     def part(self: P, chosen: Int64[np.ndarray, " some"] | Bool[np.ndarray, " n"] | slice) -> P:
-        """Return some of the points, in the order given."""
+        """Return some of the points in the given order."""
         return type(self)(**{name: column[chosen] for name, column in vars(self).items()})
 
     def mixed(self) -> Int64[np.ndarray, " some"]:
-        """Return the samples that another one is mixed into, ascending."""
+        """Return the samples with a partner, ascending."""
         return np.sort(self.index[self.partner >= 0])
 
 
@@ -45,14 +45,14 @@ ALL = SamplingSettings()
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """What a scheme chooses an epoch's points from, and the scheme."""
+    """A scheme, and what it chooses an epoch's points from."""
 
     manifest: Manifest
     optimizer: OptimizerSettings
     """seed, epochs and batch size of the run"""
     settings: SamplingSettings = ALL
     started: Callable[[], Values | None] = lambda: None
-    """gives the values at the current epoch's start, for schemes that ask for them"""
+    """returns the values at the current epoch's start, for schemes that use them"""
 
     def __post_init__(self) -> None:
         if self.scheme.mixes and self.manifest.mixed.any():
@@ -63,7 +63,7 @@ class Sampler:
 
     @property
     def scheme(self) -> "Scheme":
-        """The scheme that the settings name."""
+        """The scheme in the settings."""
         return SAMPLING[self.settings.sampling]
 
     @property
@@ -72,43 +72,40 @@ class Sampler:
         return self.scheme.mixes or bool(self.manifest.mixed.any())
 
     def known(self, index: Int64[np.ndarray, " n"]) -> tuple[Bool[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
-        """Return which samples have a value at the current epoch's start, and the values; see `started`."""
+        """Return which samples have a value at the current epoch's start, and the values."""
         found = self.started()
         assert found is not None, "the record notes where each epoch starts"
         return found.visits[index] > 0, found.value[index].astype(np.float64)
 
     def points(self, epoch: int) -> Points:
-        """Return the points that an epoch visits: a pure function of what the sampler holds and of the values."""
+        """Return the points of an epoch, a pure function of the sampler and the values."""
         return self.scheme.points(self, epoch)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """A way of sampling."""
+    """A sampling scheme."""
 
     about: str
     """the idea in a few words"""
     source: str
     points: Callable[[Sampler, int], Points]
-    """(sampler, epoch) -> what it visits"""
+    """(sampler, epoch) -> points of the epoch"""
     values: bool = False
-    """whether it asks for the values at the epoch's start"""
+    """whether it uses the values at the epoch's start"""
     mixes: bool = False
-    """whether it mixes points itself, so that it takes only sets without K_Aug"""
+    """whether it mixes points itself, so that it accepts only sets without K_Aug"""
     partial: bool = False
     """whether an epoch visits only `sample_share` of the set"""
 
 
 def everything(sampler: Sampler, epoch: int) -> Points:
-    """Return every point of the set in the epoch's order.
-
-    The order is the kept indices sorted by Philox(seed, epoch, index): a subset keeps the full set's relative order.
-    """
+    """Return all points of the set, sorted by Philox(seed, epoch, index): a subset keeps the full set's order."""
     return _ordered(sampler, epoch, sampler.manifest.index)
 
 
 def _random_per_epoch(sampler: Sampler, epoch: int) -> Points:
-    """RS2: a new random subset every epoch, without repetition inside one.
+    """RS2: a new random subset in every epoch, without repetition within an epoch.
 
     Source: Okanovic et al., Repeated Random Sampling for Minimizing the Time-to-Accuracy of Learning, ICLR 2024.
     """
@@ -116,16 +113,16 @@ def _random_per_epoch(sampler: Sampler, epoch: int) -> Points:
 
 
 def _random_fixed(sampler: Sampler, epoch: int) -> Points:
-    """Return one random subset of the whole run, in every epoch's own order: static pruning at random."""
+    """Static random pruning: one random subset for the whole run, in each epoch's order."""
     chosen = _by_word(sampler.optimizer.seed, sampler.manifest.index, 0)[: _share(sampler)]
     return _ordered(sampler, epoch, np.sort(chosen))
 
 
 def _infobatch(sampler: Sampler, epoch: int) -> Points:
-    """Drop each sample whose value is below the mean with probability r; those of them that stay weigh 1 / (1 - r).
+    """Drop each sample whose value is below the mean with probability r; the others below the mean get 1 / (1 - r).
 
     The expected loss is that of all samples. Samples without a value stay; the last (1 - prune_until) of the epochs
-    visit everything. Values are what the run records: the last loss of each sample unless set otherwise.
+    visit everything.
 
     Source: Qin et al., InfoBatch: Lossless Training Speed Up by Unbiased Dynamic Data Pruning, ICLR 2024, Eq. 3 and 5.
     """
@@ -141,16 +138,16 @@ def _infobatch(sampler: Sampler, epoch: int) -> Points:
 
 
 def _unix(sampler: Sampler, epoch: int) -> Points:
-    """Of each pool of samples keep the most uncertain, the less certain the clearer, mixed with others of the pool.
+    """Keep the most uncertain samples of each pool, and mix others of the pool into them, the less the less certain.
 
-    A pool holds batch_size / sample_share samples, of which batch_size are visited. With r = 0, 1, ... the place by
-    value, highest first, P the pool's size, b = unix_clear P and l ~ U(0, 1) per pool, the share of the partner (a
-    random sample of the pool, each at most once) is l / (1 + exp(-w (r / P - (2b - 1) / 2P))).
+    A pool has batch_size / sample_share samples, of which batch_size are visited. With r = 0, 1, ... the rank by value,
+    highest first, P the pool's size, b = unix_clear P and l ~ U(0, 1) per pool, the share of the partner (a random
+    sample of the pool, each at most once) is l / (1 + exp(-w (r / P - (2b - 1) / 2P))).
 
-    An approximation: the order is that of the values recorded so far and not of a further forward pass, and the mixes'
-    targets are those of mix_target, by default mixed cached ones, where UNIX runs the teacher on the mixes.
+    An approximation: ranks are by the recorded values, not by a further forward pass, and the mixes' targets follow
+    mix_target (by default mixed cached ones), while UNIX runs the teacher on the mixes.
     Source: Xu et al., Computation-Efficient Knowledge Distillation via Uncertainty-Aware Mixup (arXiv 2012.09413) and
-    its release, whose values are batch_size 48, share 0.75, unix_clear 0.5, w = 10.
+    its release, with batch_size 48, share 0.75, unix_clear 0.5, w = 10.
     """
     whole = everything(sampler, epoch).index
     known, value = sampler.known(whole)
@@ -206,20 +203,18 @@ SAMPLING: Mapping[str, Scheme] = {
         partial=True,
     ),
 }
-"""name -> how it chooses an epoch's points"""
+"""name -> scheme"""
 
 
 def _ordered(sampler: Sampler, epoch: int, index: Int64[np.ndarray, " n"]) -> Points:
     """Return the manifest's points of some samples in the epoch's order."""
-    manifest, order = sampler.manifest, rng.epoch_order(sampler.optimizer.seed, epoch, index)
-    row = np.searchsorted(manifest.index, order)
-    return Points(
-        index=order, partner=manifest.partner[row], epsilon=manifest.epsilon[row], weight=manifest.weight[row]
-    )  # fmt: skip
+    given, order = sampler.manifest, rng.epoch_order(sampler.optimizer.seed, epoch, index)
+    row = np.searchsorted(given.index, order)
+    return Points(index=order, partner=given.partner[row], epsilon=given.epsilon[row], weight=given.weight[row])
 
 
 def _share(sampler: Sampler) -> int:
-    """Return how many points of the set an epoch visits."""
+    """Return the number of points in an epoch."""
     share, count = sampler.settings.sample_share, len(sampler.manifest.index)
     if int(share * count) < 1:
         raise SettingsError(f"sample_share {share} of {count} samples visits none; raise it to at least {1 / count:g}")
@@ -227,6 +222,6 @@ def _share(sampler: Sampler) -> int:
 
 
 def _by_word(seed: int, index: Int64[np.ndarray, " n"], draw: int) -> Int64[np.ndarray, " n"]:
-    """Return ascending indices in a random order that is not any epoch's."""
+    """Return ascending indices in a random order, independent of the epochs' orders."""
     high, low, *_ = rng.words(seed, index, rng.SAMPLE, view=draw, draw=2)
     return index[np.lexsort((np.asarray(low), np.asarray(high)))]

@@ -1,4 +1,4 @@
-"""Train a student on one manifest (the M-step): checkpoints, metrics, values out; knows nothing of condensation."""
+"""Train a student on one manifest (the M-step): writes checkpoints, metrics and values."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,23 +30,23 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """What a student learns from: open store, its data, and perhaps a given condensed set and the teacher itself."""
+    """What a student learns from: a store and its data, and perhaps a condensed set and the teacher itself."""
 
     data: Dataset
     knowledge: reader.Store
     given: Manifest | None = None
-    """condensed set of an earlier run, or None for everything"""
+    """condensed set of an earlier run; None for all samples"""
     teacher: Teacher | None = None
-    """needed for mix_target = requery, and to measure agreement on test images"""
+    """for mix_target = requery, and to measure agreement on test images"""
     requeried: tuple[Path, ...] = ()
-    """stores of the teacher's outputs on mixes, made before; used where they fit"""
+    """stores of the teacher's outputs on mixes, used where they fit"""
     baked: Path | None = None
-    """store of the targets of `given`'s mixes, made at the run's temperature; used instead of mixing"""
+    """store of targets of `given`'s mixes at the run's temperature, used instead of mixing"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One student's run while it goes on."""
+    """One student's run in progress."""
 
     settings: TrainSettings
     material: Material
@@ -54,24 +54,19 @@ class Run:
     device: torch.device
     stages: tuple[Stage, ...]
     views: int
-    """cached views the run cycles through: those of its beginning, should the store have grown since"""
+    """number of cached views when the run began; the store may have grown since"""
     fields: tuple[str, ...]
     """the teacher's fields it reads"""
     group: Group = ALONE
-    """the processes that train it; only the first of them writes"""
     progress: Progress = silent
 
 
 def run_stage(run: Run, stage: Stage, chosen: Manifest, mixes: Path | None, until: int) -> int:
-    """Train the run's student on a stage's manifest until epoch `until`; return how many epochs are finished.
+    """Train the run's student on a stage's manifest until epoch `until`; return the number of finished epochs.
 
-    Continues from the run's checkpoint. `mixes` is the store of the teacher's outputs on the manifest's mixes, if it
-    was asked for them. At the stop it writes the student's weights and the values, in the run's folder and, at the end
-    of the stage, in the stage's.
-
-    Raises:
-        MismatchError: the store lacks a field the method needs.
-        NonFiniteError: the loss diverged.
+    Continues from the run's checkpoint. `mixes` is the store of the teacher's outputs on the manifest's mixes, if any.
+    Then writes the student and the values to the run's folder, and at the end of the stage the values to the stage's.
+    Raises NonFiniteError if the loss diverged.
     """
     settings, material = run.settings, run.material
     weights = run_loss.weights_of(settings, settings.label_smoothing)
@@ -110,7 +105,7 @@ def run_stage(run: Run, stage: Stage, chosen: Manifest, mixes: Path | None, unti
 
 
 def views_used(start: int, stop: int, count: int) -> tuple[int, ...]:
-    """Return the numbers of the views that epochs [start, stop) use, ascending.
+    """Return the views that epochs [start, stop) use, ascending.
 
     >>> views_used(3, 6, 4)
     (0, 1, 3)
@@ -128,10 +123,7 @@ def _pair(run: Run, chosen: Manifest) -> Pair:
 
 
 def _details(run: Run, stage: Stage, source: batches.Source, epoch: int) -> dict[str, Any]:
-    """Return what a row of metrics says of an epoch's points.
-
-    And the store rows, and the bytes of their chunk files, that its view took all processes, and each.
-    """
+    """Return the metrics of an epoch's points, and the rows and chunk bytes that all processes, and each, read."""
     # with one view, only the stage's first epoch reads
     costs = [targets.cost for targets in source.stored] if epoch == stage.start or run.views > 1 else []
     rows, size = (run.group.joined(torch.tensor([sum(one[k] for one in costs)])).tolist() for k in (0, 1))

@@ -12,9 +12,9 @@ def mix_pixels(
     epsilon: Float32[Tensor, " batch"],
     rule: str,
 ) -> Float32[Tensor, "batch c h w"]:
-    """Return (1-eps) kept + eps dropped, or kept + eps dropped clipped to [0, 1], in pixels of view space.
+    """Return (1-eps) kept + eps dropped (convex), or kept + eps dropped clipped to [0, 1] (additive_clip).
 
-    Source: Eq. 14 and Fig. 2 of the paper (convex); its literal addition as `additive_clip`; facts.md A8, A11.
+    Source: Eq. 14 and Fig. 2 of the paper (convex), its literal addition (additive_clip); facts.md A8, A11.
     """
     if rule == "convex":
         return mix_values(kept, dropped, epsilon)
@@ -30,8 +30,7 @@ def mix_probabilities(
 ) -> Float[Tensor, "batch classes"]:
     """Return the teacher's probabilities at T for mixed points, from the logits of both.
 
-    linear_prob: (1-eps) softmax(z/T) + eps softmax(z0/T); linear_logit: softmax of the mixed logits; keep: the own.
-
+    linear_prob: (1-eps) softmax(z/T) + eps softmax(z0/T); linear_logit: that of the mixed logits; keep: softmax(z/T).
     Source: Eq. 14 read offline; facts.md A10.
     """
     own = kept / temperature

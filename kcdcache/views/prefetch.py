@@ -1,4 +1,4 @@
-"""Views decoded and made ahead of their use by a few threads, in order: the bits of `views.show`, without the wait."""
+"""Views made ahead by threads, with the bits of `rules.show`; and views of images held on a device."""
 
 import threading
 from collections import deque
@@ -20,9 +20,9 @@ from kcdcache.settings import ViewRule
 from kcdcache.views import rules
 
 BLOCK = 16
-"""images that one thread makes at a time: more would leave threads idle at the end of a batch"""
+"""images made by one thread at a time; more would leave threads idle at the end of a batch"""
 PARAMETERS = 4096
-"""samples whose view parameters are made at a time: few rows cost as many"""
+"""samples whose view parameters are computed at a time"""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,20 +34,20 @@ class Asked(NamedTuple):
     """One batch of views."""
 
     samples: Int64[np.ndarray, " batch"]
-    """their numbers, at least one"""
+    """at least one"""
     parameters: Int64[np.ndarray, "batch k"]
-    """as `views.parameters` gives them"""
+    """from `rules.parameters`"""
 
 
 def pays(split: Split, rule: ViewRule) -> bool:
-    """Return whether views are worth making ahead: images are decoded, or resized one by one."""
+    """Return whether views are worth making ahead: if images are decoded on demand, or resized one by one."""
     return split.on_demand or not rules.can_hold(rule, split.image_size)
 
 
 def ahead(work: Callable[[T], R], items: Iterable[T], workers: int, depth: int) -> Generator[R, None, None]:
-    """Yield work(item) for all items in order; up to `depth` further ones are worked on by threads, or wait, meanwhile.
+    """Yield work(item) for all items in order, computed by threads at most `depth` items ahead.
 
-    What `work` raises is raised in its turn. Once the iterator ends or is closed, no thread is left.
+    Exceptions are raised in the item's turn. No thread is left once the iterator ends or is closed.
     """
     waiting: deque[Future[R]] = deque()
     with _threads(workers) as pool:
@@ -66,19 +66,16 @@ def ahead(work: Callable[[T], R], items: Iterable[T], workers: int, depth: int) 
 def shown(
     split: Split, rule: ViewRule, asked: Iterable[Asked], device: torch.device, workers: int | None = None
 ) -> Generator[Tensor, None, None]:
-    """Yield the views (batch, c, h, w) of each batch asked for, in order, on the device.
+    """Yield the views (batch, c, h, w) of each batch in order, on the device.
 
-    Where that `pays`, about one batch, and a block per worker, is made ahead and held; `workers` is the number of
-    threads, as many as torch has unless given.
-
-    Raises:
-        CorruptionError, MismatchError, NotFoundError: as for `Split.images`, in the turn of the batch it is about.
+    If that `pays`, about one batch, and a block per thread, is made ahead by `workers` threads (default: as many as
+    torch has). Errors of `Split.images` are raised in the batch's turn.
     """
     if not pays(split, rule):
         yield from (rules.show(rule, split.images(samples), parameters, device) for samples, parameters in asked)
         return
     count = workers or torch.get_num_threads()
-    if device.type == "cuda" and device.index is None:  # the current one, which another thread would not know
+    if device.type == "cuda" and device.index is None:  # other threads do not know the current one
         device = torch.device("cuda", torch.cuda.current_device())
 
     def make(block: tuple[np.ndarray, np.ndarray, bool]) -> tuple[Tensor, bool]:
@@ -98,17 +95,17 @@ def shown(
 
 
 class RowsAhead:
-    """Views of consecutive training samples, as a teacher sees them: made ahead of its use of them if announced."""
+    """Views of consecutive samples for a teacher, made ahead if announced."""
 
     def __init__(self, split: Split, rule: ViewRule, device: torch.device, workers: int | None = None) -> None:
-        """Make views by a rule of a split's images on a device; `workers` is as for `shown`."""
+        """Make a split's views by a rule on a device; for `workers` see `shown`."""
         self._split, self._rule, self._device, self._workers = split, rule, device, workers
         self._coming: Iterator[tuple[Rows, Tensor]] | None = None
         self._view, self._first = -1, 0
         self._made = np.zeros((0, 0), np.int64)
 
     def __call__(self, view: int, start: int, stop: int) -> Tensor:
-        """Return one view of samples start to stop - 1: pixels in [0, 1], (batch, c, h, w)."""
+        """Return one view (batch, c, h, w) of samples start to stop - 1, pixels in [0, 1]."""
         if self._coming is None:
             asked = self._asked((view, start, stop))
             return rules.show(self._rule, self._split.images(asked.samples), asked.parameters, self._device)
@@ -118,13 +115,13 @@ class RowsAhead:
 
     @contextmanager
     def announced(self, rows: Iterable[Rows]) -> Iterator[None]:
-        """Make rows ahead while within; all are to be asked for in this order, until one leaves."""
+        """Within this context, make rows ahead; the calls must be for these rows in this order."""
         if not pays(self._split, self._rule):
             yield
             return
-        rows, told = tee(rows)
+        rows, named = tee(rows)
         with closing(shown(self._split, self._rule, map(self._asked, rows), self._device, self._workers)) as made:
-            self._coming = zip(told, made, strict=False)
+            self._coming = zip(named, made, strict=False)
             try:
                 yield
             finally:
@@ -140,10 +137,10 @@ class RowsAhead:
 
 @contextmanager
 def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Yield a pool whose threads compute with one core each: teams of cores would wait for each other.
+    """Yield a pool whose threads use one core each, as teams of cores would wait for each other.
 
-    torch keeps a thread count per thread and one for threads to come, which each takes over when it first asks; the
-    latter is put back once all have begun.
+    torch keeps a count per thread and one for new threads, which a thread takes when it first asks for its count; the
+    latter is restored once all threads have started.
     """
     before, ready = torch.get_num_threads(), threading.Barrier(count + 1)
 
@@ -153,7 +150,7 @@ def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
         ready.wait()
 
     with ThreadPoolExecutor(count, "kcdcache-ahead", begin) as pool:
-        for _ in range(count):  # a thread is started when something is to be done and none is free
+        for _ in range(count):  # a thread is started if there is work and no thread is free
             pool.submit(int)
         ready.wait()
         torch.set_num_threads(before)
@@ -161,7 +158,7 @@ def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def _blocks(asked: Iterable[Asked]) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-    """Yield samples and parameters of each block, and whether it ends its batch."""
+    """Yield samples and parameters of each block, and whether it is the last of its batch."""
     for index, parameters in asked:
         for low in range(0, len(index), BLOCK):
             part = slice(low, low + BLOCK)
@@ -169,14 +166,13 @@ def _blocks(asked: Iterable[Asked]) -> Iterator[tuple[np.ndarray, np.ndarray, bo
 
 
 SHARE = 0.5
-"""of a device's free memory that the data may take; the rest is for the network"""
+"""share of a device's free memory for data; the rest is for the network"""
 
 
 def wanted(asked: str, found: str | None, device: torch.device) -> bool:
-    """Return whether data shall lie on the device: asked for by 'on', or by 'auto' on a GPU, and nothing is in the way.
+    """Return whether to hold data on the device: with 'on', or with 'auto' on a GPU if there is no obstacle.
 
-    Raises:
-        SettingsError: asked for by 'on', and something is.
+    `found` is the obstacle, if any; raises SettingsError for one with 'on'.
     """
     if asked == "on" and found is not None:
         raise SettingsError(f"--resident on: batches cannot be made on the device, {found}; use --resident auto")
@@ -184,26 +180,26 @@ def wanted(asked: str, found: str | None, device: torch.device) -> bool:
 
 
 def room_obstacle(needed: int, device: torch.device, free: int | None = None) -> str | None:
-    """Return why so many bytes do not go on the device, None if they do; `free` is as for `obstacle`."""
+    """Return why so many bytes do not fit on the device, or None; `free` is by default `SHARE` of a GPU's memory."""
     if free is None:
         free = int(SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else needed
     return None if needed <= free else f"it would take {needed:,} bytes of {free:,} that may be taken"
 
 
 def images_obstacle(split: Split, rule: ViewRule) -> str | None:
-    """Return why a split's images cannot lie on a device, None if they can."""
+    """Return why a split's images cannot be held on a device, or None if they can."""
     if split.on_demand:
         return "its images are decoded on demand"
     return None if rules.can_hold(rule, split.image_size) else f"views by '{rule.name}' are resized one by one"
 
 
 def every_image(split: Split) -> UInt8[np.ndarray, "n h w c"]:
-    """Return all images of a split that has no `images_obstacle`."""
+    """Return all images of a split without `images_obstacle`."""
     return np.asarray(split.images(np.arange(len(split))))
 
 
 def image_bytes(split: Split, rule: ViewRule) -> int:
-    """Return the bytes that a split's padded images take."""
+    """Return the bytes of a split's padded images."""
     height, width = (side + 2 * rule.padding for side in rule.size)
     return len(split) * height * width * split.images(np.arange(1)).shape[3]  # type: ignore[union-attr]
 
@@ -211,12 +207,9 @@ def image_bytes(split: Split, rule: ViewRule) -> int:
 def held_views(
     asked: str, split: Split, rule: ViewRule, device: torch.device
 ) -> Callable[[int, int, int], Float32[Tensor, "batch c h w"]] | None:
-    """Return what gives one view of samples start to stop - 1, from (view, start, stop), of images on the device.
+    """Return a function of (view, start, stop) for a view of samples start to stop - 1 from images held on the device.
 
-    None where they are not to lie there, as `wanted` says.
-
-    Raises:
-        SettingsError: as for `wanted`.
+    None if the images are not to be held there, see `wanted`.
     """
     found = images_obstacle(split, rule)
     if not wanted(asked, found or room_obstacle(image_bytes(split, rule), device), device):

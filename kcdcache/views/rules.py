@@ -1,7 +1,7 @@
 """Augmented views: their parameters as a pure function of (seed, index, view), and their application to a batch.
 
-A view is float32 pixels in [0, 1], channels first, in channels_last memory. Parameters are integers computed on the
-host; applying them gives the same bits whatever the order and the split into batches, and for crops on every device.
+Views are float32 pixels in [0, 1], channels first, in channels_last memory. Their bits do not depend on the order and
+the batches, and for crops not on the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,11 +21,11 @@ Index = TypeVar("Index", np.ndarray, Tensor)
 Images = UInt8[Tensor, "batch _ _ c"] | list[UInt8[Tensor, "_ _ _"]]
 """A batch of images of one size (batch, height, width, channels), or a list of (height, width, channels)."""
 Parameters = Int64[np.ndarray, "batch _"] | Int64[Tensor, "batch _"]
-"""Integers per sample; which ones is the rule's affair."""
+"""Integers per sample, which depend on the rule."""
 Pixels = Float32[Tensor, "batch c height width"]
 """Pixels in [0, 1], in channels_last memory."""
 
-_LEVEL = float(np.float32(1 / 255))  # a product, not a quotient: CPU and GPU then round alike
+_LEVEL = float(np.float32(1 / 255))  # a factor, as CPU and GPU round quotients differently
 _ATTEMPTS = 10
 _SCALE = (0.08, 1.0)
 _RATIO = (3 / 4, 4 / 3)
@@ -33,12 +33,10 @@ _EVALUATION_SCALE = 256 / 224
 
 
 def rule_from(settings: ViewSettings, image_size: tuple[int, int] | None) -> ViewRule:
-    """Return the rule that settings ask for on images of (height, width), or of differing size (None).
+    """Return the settings' rule for images of (height, width), or of differing size (None).
 
-    Settings that a rule does not use are set to a fixed value, so that they do not tell equal views apart.
-
-    Raises:
-        SettingsError: the rule cannot work on such images; says which setting does.
+    Settings that the rule does not use get fixed values, so that equal views have equal rules. Raises SettingsError if
+    the rule cannot be used for such images.
     """
     name = settings.augment
     size = (settings.size, settings.size) if settings.size else image_size
@@ -58,15 +56,14 @@ def rule_from(settings: ViewSettings, image_size: tuple[int, int] | None) -> Vie
 
 
 def plain(rule: ViewRule) -> ViewRule:
-    """Return the rule without augmentation for views of the same size, as evaluation uses it."""
+    """Return the rule for evaluation: views of the same size without augmentation."""
     return replace(rule, rule="none", padding=0, fill="zero", seed=0)
 
 
 def cycle(rule: ViewRule, asked: int | str) -> int | None:
-    """Return how many views a run without a store cycles through; None where 'all' has no end.
+    """Return the number of views that a run without a store cycles through, or None for an endless 'all'.
 
-    Raises:
-        SettingsError: more views are asked for than the rule has.
+    Raises SettingsError if more views are asked for than the rule has.
     """
     known = count(rule)
     if asked == "all":
@@ -77,21 +74,15 @@ def cycle(rule: ViewRule, asked: int | str) -> int | None:
 
 
 def count(rule: ViewRule) -> int | None:
-    """Return how many views an image has, or None if without end.
-
-    1 for none, (2p+1)^2 for crop, 2(2p+1)^2 for crop-flip with padding p.
-    """
+    """Return the number of views: 1 for none, (2p+1)^2 for crop, 2(2p+1)^2 for crop-flip, None if endless."""
     return _kind(rule).views(rule)
 
 
 def parameters(rule: ViewRule, index: Index, view: int) -> Index:
-    """Return the integers that make view `view` of each sample: element `view` of the sample's own permutation.
+    """Return the parameters of a view of each sample: element `view` of the sample's own permutation.
 
-    From int64 (batch,) to (batch, k), as an array or as a tensor on its device, whichever `index` is. none: no column;
-    crop: dy, dx in [0, 2p]; crop-flip: dy, dx, flip in {0, 1}; resized-crop-flip: four random words.
-
-    Raises:
-        SettingsError: the rule has no such view.
+    int64 (batch, k), an array or a tensor on the device as `index` is. none: no column; crop: dy, dx in [0, 2p];
+    crop-flip: dy, dx, flip in {0, 1}; resized-crop-flip: four random words. Raises SettingsError for an unknown view.
     """
     known = count(rule)
     if view < 0 or (known is not None and view >= known):
@@ -101,14 +92,12 @@ def parameters(rule: ViewRule, index: Index, view: int) -> Index:
 
 
 def apply(rule: ViewRule, images: Images, parameters: Parameters) -> Pixels:
-    """Return the views of a batch that `parameters` describe, on the images' device.
+    """Return the views of a batch with these parameters, on the images' device.
 
-    Crops are one gather for the whole batch, without a transfer or a wait where parameters are on the device already.
-    Images of another size than the view are resized: resized-crop-flip as torchvision's RandomResizedCrop, none to
-    256/224 of the view and cropped at the centre, as ImageNet is evaluated.
-
-    Raises:
-        MismatchError: a crop was asked for and the images are not of the rule's size, or batch sizes differ.
+    Crops are one gather for the whole batch, without waiting if parameters are on the device. Images of other sizes
+    than the view are resized: by resized-crop-flip as torchvision's RandomResizedCrop, by none to 256/224 of a view
+    and cropped at the centre, as in ImageNet evaluation. Raises MismatchError if crops get images of another size than
+    the rule's, or batch sizes differ.
     """
     if len(images) != len(parameters):
         raise MismatchError(f"{len(images)} images came with parameters for {len(parameters)}")
@@ -118,20 +107,20 @@ def apply(rule: ViewRule, images: Images, parameters: Parameters) -> Pixels:
 def show(
     rule: ViewRule, images: Sequence[np.ndarray] | np.ndarray, parameters: np.ndarray, device: torch.device
 ) -> Pixels:
-    """Return `apply` on the device for images as a `Split` gives them: one array, or a list where sizes differ."""
+    """Return `apply` on the device for images from a `Split`: one array, or a list if sizes differ."""
     if isinstance(images, np.ndarray):
         return apply(rule, torch.from_numpy(images).to(device), torch.from_numpy(parameters))
     return apply(rule, [torch.from_numpy(image).to(device) for image in images], torch.from_numpy(parameters))
 
 
 class HeldImages:
-    """All images of a split on one device, padded once: views of any of them are one gather, with the bits of `apply`.
+    """All images of a split on one device, padded once, so that views are one gather, with the bits of `apply`.
 
-    Takes count x (height + 2 padding) x (width + 2 padding) x channels bytes there.
+    Takes count x (height + 2 padding) x (width + 2 padding) x channels bytes.
     """
 
     def __init__(self, rule: ViewRule, images: UInt8[np.ndarray, "n h w c"], device: torch.device) -> None:
-        """Hold the images; the rule is one that `can_hold` them."""
+        """Hold the images; `can_hold` must be true for the rule."""
         self._rule = rule
         self._pixels = FILLS[rule.fill](torch.from_numpy(images).to(device), rule.padding).contiguous()
 
@@ -139,11 +128,11 @@ class HeldImages:
         return len(self._pixels)
 
     def parameters(self, view: int) -> Int64[Tensor, "n k"]:
-        """Return what makes one view of every image, on the device."""
+        """Return the parameters of one view of every image, on the device."""
         return parameters(self._rule, torch.arange(len(self), device=self._pixels.device), view)
 
     def views(self, index: Int64[Tensor, " batch"], parameters: Int64[Tensor, "n k"]) -> Pixels:
-        """Return the views of some images that `parameters`, of all images, describe; waits for nothing."""
+        """Return the views of some images from the parameters of all, without waiting for the device."""
         chosen = parameters.index_select(0, index)
         if not chosen.shape[1]:
             chosen = chosen.new_zeros(len(index), 2)
@@ -151,7 +140,7 @@ class HeldImages:
 
 
 def can_hold(rule: ViewRule, image_size: tuple[int, int] | None) -> bool:
-    """Return whether views of such images can be made by `HeldImages`: they need no resizing."""
+    """Return whether `HeldImages` can make views of such images: if they need no resizing."""
     return rule.name != "resized-crop-flip" and image_size == rule.size
 
 
@@ -195,7 +184,7 @@ def _resized_crop_parameters(rule: ViewRule, index: Any, view: int) -> Any:
 
 
 def _scaled(pixels: UInt8[Tensor, "batch height width c"]) -> Pixels:
-    # in place: fresh memory costs more than the product
+    # in place, as new memory takes longer than the product
     return pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last).mul_(_LEVEL)
 
 
@@ -218,7 +207,7 @@ def _gathered(
     rule: ViewRule, padded: UInt8[Tensor, "n h2 w2 c"], chosen: Int64[Tensor, "batch k"],
     sample: Int64[Tensor, " batch"],
 ) -> Pixels:  # fmt: skip
-    """Return the chosen crops of samples of padded images."""
+    """Return crops of some padded images."""
     (height, width), (high, wide) = rule.size, padded.shape[1:3]
     down = torch.arange(height, device=chosen.device)
     across = torch.arange(width, device=chosen.device).expand(len(chosen), -1)
@@ -226,7 +215,7 @@ def _gathered(
         across = torch.where(chosen[:, 2:] == 1, width - 1 - across, across)
     rows = sample[:, None] * high + chosen[:, 0:1] + down
     places = rows[:, :, None] * wide + (chosen[:, 1:2] + across)[:, None, :]
-    # one gather of whole pixels: four times as fast as indexing with three broadcast tensors
+    # one gather of whole pixels is four times as fast as indexing with three broadcast tensors
     pixels = padded.reshape(-1, padded.shape[3]).index_select(0, places.reshape(-1))
     return _scaled(pixels.reshape(len(sample), height, width, padded.shape[3]))
 
@@ -259,14 +248,13 @@ def _boxes(
 ) -> tuple[Int64[np.ndarray, "batch 4"], Int64[np.ndarray, " batch"]]:
     """Return per image the crop (top, left, height, width) and whether it is flipped.
 
-    The four words of a view address ten attempts at a box of random area and aspect; the first that fits is taken.
-
+    The four words of a view give ten attempts at a box of random area and aspect; the first that fits is used.
     Source: torchvision.transforms.RandomResizedCrop.get_params.
     """
     wide = np.minimum(widths, np.round(heights * _RATIO[1]))
     high = np.minimum(heights, np.round(widths / _RATIO[0]))
     boxes = np.stack([(heights - high) // 2, (widths - wide) // 2, high, wide], axis=1).astype(np.int64)
-    for attempt in reversed(range(_ATTEMPTS)):  # backwards, so that the earliest fitting attempt is written last
+    for attempt in reversed(range(_ATTEMPTS)):  # backwards: the earliest fitting attempt is written last
         area, aspect, top, left = (rng.unit(word) for word in _attempt_words(drawn, attempt))
         target = heights * widths * (_SCALE[0] + (_SCALE[1] - _SCALE[0]) * area)
         ratio = np.exp(np.log(_RATIO[0]) + (np.log(_RATIO[1]) - np.log(_RATIO[0])) * aspect)

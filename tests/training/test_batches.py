@@ -18,7 +18,7 @@ from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.settings import OptimizerSettings, PrecomputeSettings
 from kcdcache.store import reader
 from kcdcache.teacher import precompute, teacher
-from kcdcache.training import batches, device_batches, requery
+from kcdcache.training import batches, device_batches, loop, requery
 from kcdcache.training.batches import HostBatches, KnowledgePoints, Mixing, connect, iterate
 from kcdcache.training.device_batches import DeviceBatches
 from kcdcache.training.sampling import Sampler, everything
@@ -318,8 +318,8 @@ def test_data_that_cannot_lie_on_the_device_are_refused_or_made_on_the_host(worl
         for reason, other in cases.items():
             assert device_batches.obstacle(other, CPU) == reason
             with pytest.raises(SettingsError, match=f"--resident on: .* the device, {reason}; use --resident auto"):
-                device_batches.batches_of(other, resident, CPU)
-            assert isinstance(device_batches.batches_of(other, plain, CPU), HostBatches)
+                loop.batches_of(other, resident, CPU)
+            assert isinstance(loop.batches_of(other, plain, CPU), HostBatches)
         told = device_batches.obstacle(source, CPU, needed - 1)
         assert told == f"it would take {needed:,} bytes of {needed - 1:,} that may be taken"
 
