@@ -1,4 +1,4 @@
-"""Where work is done: versions, device, threads and processes, which may change the last bits of a result."""
+"""Environment of a run: versions, device, threads and processes, which can change the last bits of results."""
 
 import platform
 import subprocess
@@ -17,7 +17,7 @@ LIBRARIES = ("kcdcache", "torch", "torchvision", "numpy", "pyarrow")
 
 
 def environment(device: torch.device, threads: int, processes: int = 1) -> dict[str, Any]:
-    """Return what may change the last bits of a result: versions, device, thread count, and where the code is from."""
+    """Return what can change the last bits of results, the git commit and the command line."""
     return {
         "python": platform.python_version(),
         "versions": {name: version(name) for name in LIBRARIES},
@@ -31,28 +31,24 @@ def environment(device: torch.device, threads: int, processes: int = 1) -> dict[
 
 
 def check_environment(known: Mapping[str, Any], now: Mapping[str, Any], allow_change: bool) -> None:
-    """Do nothing if interrupted work continues where its bytes stay the same, or a change is allowed.
-
-    Raises:
-        MismatchError: device, threads or a version differ and the change was not allowed.
-    """
+    """Raise MismatchError if a change of environment would change results and is not allowed."""
     if not allow_change:
-        was, is_now = _compared(known), _compared(now)
         names = ("the environment this was begun in", "this one")
-        require_same(was, is_now, names, "results would differ in their last bits; --allow-env-change continues anyway")
+        remedy = "results would differ in their last bits; --allow-env-change continues anyway"
+        require_same(_compared(known), _compared(now), names, remedy)
 
 
 def changed(first: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether two environments may give different last bits."""
+    """Return whether results of two environments can differ in their last bits."""
     return _compared(first) != _compared(now)
 
 
 def _compared(environment: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: environment.get(key, 1) for key in COMPARED}  # earlier commits had one process and did not say so
+    return {key: environment.get(key, 1) for key in COMPARED}  # earlier versions had one process and no entry for it
 
 
 def processor_name() -> str:
-    """Return the processor's model name, as far as the system tells."""
+    """Return the model name of the processor, or its architecture if the name is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -62,11 +58,9 @@ def processor_name() -> str:
 
 
 def _git_commit() -> str | None:
-    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     try:
-        result = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=10
-        )
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
     except OSError:
         return None
     return result.stdout.strip() or None

@@ -1,18 +1,4 @@
-"""The exceptions kcdcache raises on purpose, one leaf per exit code.
-
-KcdcacheError                    1   input/output error or a fault of ours
-├── SettingsError                2   a setting or option is unknown or out of range
-├── CorruptionError              3   bytes on disk are not what was written
-├── MismatchError                4   inputs that were not made for each other
-├── NonFiniteError               5   NaN or infinity where a number was needed
-├── LockedError                  6   another process holds or has taken it
-├── NoSpaceError                 7   the disk or quota is full
-├── UnsafeError                  8   input that could harm this machine
-├── UnfinishedError              9   written only in part so far; not usable yet
-├── NotFoundError               10   a path or name that is not there
-├── RemoteError                 11   an object store does not answer, or refuses
-└── InterruptedRunError    130/143   stopped by a signal; run it again to resume
-"""
+"""The exceptions kcdcache raises on purpose, one per exit code."""
 
 import difflib
 from collections.abc import Callable, Collection, Mapping
@@ -22,7 +8,7 @@ T = TypeVar("T")
 
 
 class KcdcacheError(Exception):
-    """The root of every error kcdcache raises on purpose; `exit_code` is what the command line ends with."""
+    """Base class, also of input/output errors; `exit_code` is the exit code of the command line."""
 
     exit_code = 1
 
@@ -34,61 +20,61 @@ class SettingsError(KcdcacheError, ValueError):
 
 
 class CorruptionError(KcdcacheError, ValueError):
-    """What lies on disk is not what was written: damaged, missing, swapped or edited."""
+    """A file is damaged, missing, swapped or edited."""
 
     exit_code = 3
 
 
 class MismatchError(KcdcacheError, ValueError):
-    """Two inputs were not made for each other; the message prints both sides and the first difference."""
+    """Two inputs do not belong together; the message gives both sides and the first difference."""
 
     exit_code = 4
 
 
 class NonFiniteError(KcdcacheError, ArithmeticError):
-    """A NaN or an infinity turned up where a finite number is required."""
+    """NaN or infinity where a finite number is required."""
 
     exit_code = 5
 
 
 class LockedError(KcdcacheError, BlockingIOError):
-    """Another process writes here, or won the race to write it first."""
+    """Another process is writing here, or has already written it."""
 
     exit_code = 6
 
 
 class NoSpaceError(KcdcacheError, OSError):
-    """The disk or the quota is full; what was finished is kept."""
+    """The disk or quota is full; finished work is kept."""
 
     exit_code = 7
 
 
 class UnsafeError(KcdcacheError, ValueError):
-    """Input that could run code, escape its folder or exhaust the machine; refused."""
+    """Refused input that could run code, escape its folder or exhaust the machine."""
 
     exit_code = 8
 
 
 class UnfinishedError(KcdcacheError, RuntimeError):
-    """Something was written only in part and is not usable yet."""
+    """Written only in part, not usable yet."""
 
     exit_code = 9
 
 
 class NotFoundError(KcdcacheError, FileNotFoundError):
-    """A path, name or record that does not exist."""
+    """A path, name or record does not exist."""
 
     exit_code = 10
 
 
 class RemoteError(KcdcacheError, ConnectionError):
-    """An object store did not answer in spite of retries, or refused; what it holds stays as it is."""
+    """An object store refused, or did not answer after retries."""
 
     exit_code = 11
 
 
 class InterruptedRunError(KcdcacheError, RuntimeError):
-    """A signal stopped the work at a clean point; the same command resumes it."""
+    """A signal (SIGINT: 130, SIGTERM: 143) stopped the work at a safe point; the same command resumes it."""
 
     exit_code = 130
 
@@ -98,7 +84,7 @@ class InterruptedRunError(KcdcacheError, RuntimeError):
 
 
 def printable(text: str) -> str:
-    """Return text in one line and without control or bidirectional characters: names from files may hold any.
+    """Return text with control, line break and bidirectional characters escaped.
 
     >>> printable("a\\x1b[31m")
     'a\\\\x1b[31m'
@@ -107,7 +93,7 @@ def printable(text: str) -> str:
 
 
 def attempt(report: Callable[[str], object], read: Callable[..., T], *arguments: Any) -> T | None:
-    """Return what `read` finds, or None where it raises an error of ours, whose message goes to `report`."""
+    """Return the result of `read`, or None if it raises a KcdcacheError, whose message is passed to `report`."""
     try:
         return read(*arguments)
     except KcdcacheError as error:
@@ -116,7 +102,7 @@ def attempt(report: Callable[[str], object], read: Callable[..., T], *arguments:
 
 
 def first_difference(expected: Any, found: Any, place: str = "") -> tuple[str, Any, Any] | None:
-    """Return (path, expected, found) of the first place where two JSON-like values differ, or None if equal.
+    """Return (path, expected, found) of the first difference between two JSON-like values, or None if equal.
 
     >>> first_difference({"views": {"padding": 4}}, {"views": {"padding": 2}})
     ('views.padding', 4, 2)
@@ -140,18 +126,14 @@ def first_difference(expected: Any, found: Any, place: str = "") -> tuple[str, A
 
 
 def require_same(expected: Any, found: Any, names: tuple[str, str], remedy: str) -> None:
-    """Do nothing if two identity documents are equal.
-
-    Raises:
-        MismatchError: they differ; prints the first difference with both sides, and the remedy.
-    """
+    """Raise MismatchError unless two JSON-like values are equal; `names` are the two sides in the message."""
     if difference := first_difference(expected, found):
         place, left, right = difference
         raise MismatchError(f"{names[0]} and {names[1]} differ in {place}: {left!r} against {right!r}; {remedy}")
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """Return a hint naming the known name closest to a wrong one, whatever the case, or all of them if none is close.
+    """Return a hint with the known name closest to a wrong one, ignoring case, or with all known names.
 
     >>> nearest("tempreture", ["temperature", "keep"])
     "did you mean 'temperature'?"

@@ -1,7 +1,4 @@
-"""Stop requests: SIGINT and SIGTERM ask for a clean stop at the next safe point; a second one aborts at once.
-
-And whether a process runs at all, and where a test may kill this one.
-"""
+"""Stop requests by SIGINT and SIGTERM: the first one stops at the next safe point, the second one aborts at once."""
 
 import errno
 import itertools
@@ -22,7 +19,7 @@ _received: list[int] = []
 
 @contextmanager
 def listening(numbers: tuple[signal.Signals, ...] = SIGNALS) -> Iterator[None]:
-    """Turn some signals into stop requests while the context lasts; outside the main thread does nothing."""
+    """Context in which signals are stop requests; has no effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -36,49 +33,44 @@ def listening(numbers: tuple[signal.Signals, ...] = SIGNALS) -> Iterator[None]:
 
 
 def requested() -> bool:
-    """Return whether a stop was asked for."""
+    """Return whether a stop was requested."""
     return bool(_received)
 
 
 def stop(done: str) -> None:
-    """Stop now, at a safe point; `done` says what is kept.
-
-    Raises:
-        InterruptedRunError: always; its exit code is 130 for SIGINT, 143 for SIGTERM.
-    """
+    """Raise InterruptedRunError with exit code 130 for SIGINT or 143 for SIGTERM; `done` says what is kept."""
     number = _received[0] if _received else signal.SIGINT
     name = signal.Signals(number).name
     raise InterruptedRunError(f"stopped by {name}: {done}; the same command resumes", 128 + number)
 
 
 def process_runs(process: int) -> bool:
-    """Return whether this machine has a process of that number."""
+    """Return whether a process with this id runs on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except OSError:
-        pass  # it runs, but is another user's
+        pass  # it belongs to another user
     return True
 
 
 def _note(number: int, frame: FrameType | None) -> None:
     if _received:
-        signal.signal(number, signal.SIG_DFL)  # the second one is not asked to wait
+        signal.signal(number, signal.SIG_DFL)  # the second one aborts
         signal.raise_signal(number)
     _received.append(number)
     os.write(2, b"stopping at the next safe point; once more aborts\n")  # print is not safe inside a handler
 
 
 CRASH_POINT = "KCDCACHE_CRASHPOINT"
-"""environment variable, for tests: `n` kills this process (SIGKILL) at the n-th step of the write protocol, `n:NAME`
-fails that step with a system error (ENOSPC, EIO, ...)"""
+"""environment variable for tests: kill this process (`n`) or raise an OSError (`n:ENOSPC`) at the n-th write step"""
 
 _steps = itertools.count(1)
 
 
 def step() -> None:
-    """Pass one point of the write protocol; die or fail here if a test asked for it."""
+    """Count a step of the write protocol; die or fail here if CRASH_POINT says so."""
     if CRASH_POINT not in os.environ:
         return
     point, number = _crash_point(os.environ[CRASH_POINT])
@@ -91,7 +83,7 @@ def step() -> None:
 
 
 def _crash_point(text: str) -> tuple[int, int | None]:
-    """Return the step of the write protocol to stop at, and the number of the system error to fail with (None: die)."""
+    """Return the number of the step and the errno to fail with, or None to kill the process."""
     match = re.fullmatch(r"([1-9][0-9]*)(?::(\w+))?", text)
     number = getattr(errno, match[2], None) if match and match[2] else None
     if match is None or (match[2] and not isinstance(number, int)):

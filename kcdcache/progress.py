@@ -1,9 +1,9 @@
-"""How long work tells how far it is: a function that it is given, and calls now and then."""
+"""Progress of long work, reported to a function that it is given."""
 
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int, str], None]
-"""called with what is being done, how much is done, how much there is, and a remark"""
+"""called with the name of the work, how much is done, the total, and a remark"""
 
 
 def silent(what: str, done: int, total: int, remark: str) -> None:

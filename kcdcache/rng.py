@@ -1,8 +1,8 @@
 """Addressed random integers: Philox4x32-10 in plain 64-bit integer arithmetic.
 
-A random number is a function of its address (seed, index, purpose, view, draw) and of nothing else: no state, no order
-of calls, no worker count. The map from address to Philox key and counter is injective: no two addresses share a block.
-The operators are those that Python integers, numpy arrays and torch tensors share, so all three give the same words.
+A random number depends on its address (seed, index, purpose, view, draw) alone, not on state, order of calls or number
+of workers. The map from address to Philox key and counter is injective: no two addresses share a block. Only operators
+common to Python integers, numpy arrays and torch tensors are used, so all three give the same words.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11, and the Random123 library.
 """
@@ -13,10 +13,9 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 ORDER, VIEW, CROP, INIT, RANKING, STAGE0, STEP, SAMPLE, NOISE = range(1, 10)
-"""The purposes an address can name; numbers are part of every store's identity and never change."""
+"""purposes of an address; the numbers are part of every store's identity and never change"""
 
 Integers = int | np.integer | Int64[Any, "..."]
-"""Python integers, int64 numpy arrays or int64 torch tensors."""
 Words = tuple[Integers, Integers, Integers, Integers]
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -29,9 +28,7 @@ _MASK = 0xFFFFFFFF
 def philox(counter: Words, key: tuple[int, int]) -> Words:
     """Return the four 32-bit words of Philox4x32-10 for a counter of four and a key of two 32-bit words.
 
-    Counters broadcast against each other; all values lie in [0, 2^32).
-
-    Source: Salmon et al., SC'11, section 3.3.
+    Counters broadcast against each other. Source: Salmon et al., SC'11, section 3.3.
 
     >>> [hex(word) for word in philox((0, 0, 0, 0), (0, 0))]
     ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
@@ -47,12 +44,10 @@ def philox(counter: Words, key: tuple[int, int]) -> Words:
 
 
 def words(seed: int, index: Integers, purpose: int, view: Integers = 0, draw: Integers = 0) -> Words:
-    """Return the four random 32-bit words at an address, each shaped like the broadcast of index, view and draw.
+    """Return the four random 32-bit words at an address, each with the broadcast shape of index, view and draw.
 
-    Key = (low, high half of seed), counter = (index, purpose, view, draw).
-
-    Raises:
-        ValueError: seed is outside [0, 2^64), another part of the address outside [0, 2^32), or an array is not 64-bit.
+    Key = (low, high half of seed), counter = (index, purpose, view, draw). Raises ValueError unless seed is in
+    [0, 2^64), the rest of the address in [0, 2^32), and all arrays are 64-bit.
     """
     if seed >> 64:
         raise ValueError(f"a seed lies in [0, 2^64); found {seed}")
@@ -62,19 +57,19 @@ def words(seed: int, index: Integers, purpose: int, view: Integers = 0, draw: In
 
 
 def below(word: Integers, n: int) -> Integers:
-    """Return a random word scaled to integers in [0, n), n <= 2^31; probabilities deviate from 1/n by at most 2^-32."""
+    """Scale random words to integers in [0, n), n <= 2^31; probabilities differ from 1/n by at most 2^-32."""
     return (word * n) >> 32
 
 
 def unit(word: Integers) -> float | Float64[Any, "..."]:
-    """Return a random word as float64 in [0, 1), a multiple of 2^-32."""
+    """Convert random words to float64 in [0, 1), multiples of 2^-32."""
     return word * 2.0**-32 if isinstance(word, int | np.ndarray | np.integer) else word.double() * 2.0**-32
 
 
 def epoch_order(seed: int, epoch: int, index: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
-    """Return the given indices in the epoch's random order: by the 64-bit word of (seed, index, epoch), ties by index.
+    """Return the indices sorted by their random 64-bit word at (seed, index, epoch), ties by index.
 
-    A subset keeps the relative order it has within the full set, whatever order it is given in.
+    A subset has the same relative order as in the full set, in whatever order it is given.
     """
     low, high, _, _ = words(seed, index, ORDER, view=epoch)
     position = (np.asarray(high).astype(np.uint64) << np.uint64(32)) | np.asarray(low).astype(np.uint64)
@@ -84,13 +79,11 @@ def epoch_order(seed: int, epoch: int, index: Int64[np.ndarray, " n"]) -> Int64[
 def permuted(seed: int, index: Integers, view: int, a: int, b: int) -> tuple[Integers, Integers]:
     """Return element `view` of the permutation of [0, a) x [0, b) keyed by (seed, index), as (left, right).
 
-    A Feistel network on mixed radices: `left` and `right` in turn are shifted, modulo a and b, by random words that the
-    other half addresses. Every round can be undone, so the a*b views of one index are all elements, each once. Over
+    A Feistel network on mixed radices: `left` and `right` are shifted in turn, modulo a and b, by random words
+    addressed by the other half. Rounds are invertible, so the a*b views of an index are all elements, each once. Over
     indices one view is uniform, and two views are uniform over pairs of distinct elements up to min(a, b)^-6 (the
-    chance that two views agree in one half in all rounds). With a or b = 1 the permutation is only a rotation.
-
-    Raises:
-        ValueError: view is outside [0, a*b).
+    probability that two views agree in one half in all rounds). With a or b = 1 the permutation is only a rotation.
+    Raises ValueError unless view is in [0, a*b).
 
     Source: Black & Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002, section 5 (generalised Feistel).
     """

@@ -11,28 +11,25 @@ CONFIDENCE = 0.95
 
 
 class Spread(NamedTuple):
-    """Repeated measurements of one thing."""
+    """Mean and spread of repeated measurements."""
 
     n: int
-    """how many"""
     mean: float | None
-    """None where there are none"""
+    """None if n = 0"""
     std: float | None
-    """sample standard deviation (n - 1); None for fewer than two"""
+    """sample standard deviation (n - 1); None if n < 2"""
 
 
 class Difference(NamedTuple):
-    """How much one thing exceeds another over paired seeds, in the unit of what was measured."""
+    """Mean difference over paired seeds with its confidence interval, in the unit of the measurements."""
 
     n: int
-    """pairs"""
+    """number of pairs"""
     mean: float
     std: float | None
-    """sample standard deviation of the pairs' differences; None for one pair"""
+    """sample standard deviation of the differences; None, like the interval, for one pair"""
     low: float | None
-    """lower end of the confidence interval of the mean; None for one pair"""
     high: float | None
-    """upper end of it"""
 
 
 def spread(numbers: Sequence[float]) -> Spread:
@@ -49,13 +46,10 @@ def spread(numbers: Sequence[float]) -> Spread:
 def difference(
     measured: Mapping[int, float], reference: Mapping[int, float], confidence: float = CONFIDENCE
 ) -> Difference | None:
-    """Return the mean of measured - reference over the seeds both have, or None if they share none.
+    """Return the mean of measured - reference over their common seeds, or None if there are none.
 
-    The interval is that of Student's t with n - 1 degrees of freedom: mean +- t std / sqrt(n). It takes differences of
-    seeds to be independent and roughly normal, and is not adjusted for the number of comparisons made.
-
-    Raises:
-        SettingsError: the confidence lies outside (0, 1).
+    The interval is Student's t with n - 1 degrees of freedom, mean +- t std / sqrt(n). It assumes independent, roughly
+    normal differences, without correction for multiple comparisons. Raises SettingsError unless 0 < confidence < 1.
     """
     from scipy import stats
 

@@ -1,21 +1,9 @@
-import re
-
 import pytest
 
 from kcdcache import errors
 from kcdcache.errors import InterruptedRunError, KcdcacheError
 
 LEAVES = [error for error in vars(errors).values() if isinstance(error, type) and KcdcacheError in error.__mro__[1:]]
-
-
-def drawn():
-    """Return what the module's picture says: class name -> exit code."""
-    found = re.findall(r"(\w+Error) +(\d+)", errors.__doc__)
-    return {name: int(code) for name, code in found}
-
-
-def test_the_picture_names_every_error_with_its_exit_code():
-    assert drawn() == {error.__name__: error.exit_code for error in (KcdcacheError, *LEAVES)}
 
 
 def test_every_leaf_has_its_own_exit_code():

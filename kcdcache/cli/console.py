@@ -1,4 +1,4 @@
-"""How results, progress and log lines are shown: by rich on a terminal, as plain lines elsewhere; nothing steers it."""
+"""Output of results, progress and log lines: with rich on a terminal, otherwise as plain lines."""
 
 import json
 import logging
@@ -18,18 +18,18 @@ from kcdcache.progress import Progress, silent
 
 SCHEMA_VERSION = 0
 LABELS = {"K_1H": "K_1H (kept as they are)", "K_Aug": "K_Aug (kept and enriched)", "K_0": "K_0 (dropped)"}
-"""entries whose names are the paper's -> what is shown"""
+"""readable labels of result entries"""
 EVERY_SECONDS = 10
-"""between two plain lines of progress"""
+"""time between plain progress lines"""
 
 
 def printable(text: str) -> str:
-    """Return `errors.printable` of text that names mirrored folders by their URLs."""
+    """Return `errors.printable` of a text, with URLs instead of the folders that mirror them."""
     return errors.printable(cloud.named(text))
 
 
 def show(result: Mapping[str, Any], as_json: bool = False) -> None:
-    """Print a result on stdout: as one JSON object, or for people."""
+    """Print a result on stdout as one JSON object or as readable text."""
     if as_json:
         click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **result}))
     elif isinstance(table := result.get("table"), TextTable) and _is_terminal(sys.stdout):
@@ -39,7 +39,7 @@ def show(result: Mapping[str, Any], as_json: bool = False) -> None:
 
 
 def readable(result: Mapping[str, Any], indent: str = "") -> str:
-    """Return a result for people: a table as it is, otherwise one line per entry, nested ones indented."""
+    """Return a result as text: its table, or else one line per entry, nested ones indented."""
     if "table" in result:
         return "\n".join(map(printable, [*str(result["table"]).split("\n"), "", _closing(result)]))
     lines = []
@@ -55,9 +55,10 @@ def readable(result: Mapping[str, Any], indent: str = "") -> str:
 
 @contextmanager
 def telling(quiet: bool) -> Iterator[Progress]:
-    """Show log lines on stderr, and yield a report of progress: a bar on a terminal, a line now and then elsewhere."""
+    """Log to stderr, and yield a progress function: bars on a terminal, otherwise occasional lines."""
     bars = LiveProgress()
-    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[_Lines(bars.line)])
+    level = logging.WARNING if quiet else logging.INFO
+    logging.basicConfig(level=level, format="%(message)s", handlers=[_Lines(bars.line)])
     try:
         yield silent if quiet else bars if _is_terminal(sys.stderr) else PlainProgress()
     finally:
@@ -65,14 +66,14 @@ def telling(quiet: bool) -> Iterator[Progress]:
 
 
 class PlainProgress:
-    """Lines of progress on stderr, the last of each kind of work and one every ten seconds."""
+    """Progress lines on stderr: one every ten seconds, and the last one of each work."""
 
     def __init__(self) -> None:
         self._began: dict[str, tuple[float, int]] = {}
         self._last = 0.0
 
     def __call__(self, what: str, done: int, total: int, remark: str) -> None:
-        """Tell of one kind of work."""
+        """Report the progress of one work."""
         now = time.monotonic()
         began, first = self._began.setdefault(what, (now, done))
         if now - self._last < EVERY_SECONDS and done < total:
@@ -86,19 +87,19 @@ class PlainProgress:
 
 
 class LiveProgress:
-    """Bars of progress, from the first report on; in another process, whose stderr is a log, lines."""
+    """Progress bars, started by the first report; pickled for another process, plain lines."""
 
     def __init__(self) -> None:
         self._bars: Any = None
         self._tasks: dict[str, Any] = {}
 
     def stop(self) -> None:
-        """Leave the bars as they are."""
+        """Stop updating the bars."""
         if self._bars is not None:
             self._bars.stop()
 
     def __call__(self, what: str, done: int, total: int, remark: str) -> None:
-        """Tell of one kind of work."""
+        """Report the progress of one work."""
         if self._bars is None:
             self._bars = _bars()
             self._bars.start()
@@ -109,7 +110,7 @@ class LiveProgress:
             self._bars.stop_task(self._tasks.pop(what))
 
     def line(self, text: str) -> None:
-        """Show a line, above the bars if there are any."""
+        """Print a line above the bars, if there are any."""
         if self._bars is None:
             click.echo(text, err=True)
         else:
@@ -129,11 +130,8 @@ def _bars() -> Any:
 
 
 class _Lines(logging.Handler):
-    """Gives log messages, made printable, to a function that shows a line."""
-
     def __init__(self, line: Callable[[str], None]) -> None:
         super().__init__()
-        self.setFormatter(logging.Formatter("%(message)s"))
         self._line = line
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -160,7 +158,6 @@ def _show_table(table: TextTable, closing: str) -> None:
 
 
 def _closing(result: Mapping[str, Any]) -> str:
-    """Return the line below a table."""
     last = f"files: {result['files']}" if "files" in result else str(result["note"])
     report = result.get("report")
     return last if report in (None, result.get("files")) else f"{last}; report: {report}"
@@ -171,5 +168,5 @@ def _entry(item: Mapping[str, Any]) -> str:
 
 
 def _brief(key: str, value: Any) -> Any:
-    """Return a number as people read it; --json has all digits, and so has what is meant to be given back."""
+    """Return floats with six digits, except those meant to be passed to another command."""
     return f"{value:.6g}" if isinstance(value, float) and key != "keep" else value

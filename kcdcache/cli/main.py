@@ -22,26 +22,26 @@ COMMANDS: Mapping[str, Command] = {
     "run": Command("run", "Run all steps of a recipe; without one, the embedded example.", "recipes.recipe:command"),
     **commands.COMMANDS,
 }
-"""name -> command, in the order of a first session"""
+"""commands by name, in the order of a first session"""
 COLLECTED = 100_000
-"""objects made between two collections of garbage: imports make many and no garbage, 0.1 s of looking for it"""
+"""threshold of garbage collection: imports create many objects but no garbage, which saves 0.1 s"""
 MOST_SHOWN = 4000
-"""characters of an error: names from files may have any length"""
+"""maximum length of an error message: names from files may have any length"""
 TOGETHER = {"fit", "train"}
-"""commands that several processes under torchrun do together"""
+"""commands that several processes run together under torchrun"""
 LONG = {"run", "fit", "precompute", "train"}
-"""commands that stop at a safe point when asked to, and resume; the others are over at once"""
+"""commands that a signal stops at a safe point, from which they resume"""
 
 
 class Commands(click.Group):
-    """Commands built when they are called, so that `--help` stays fast."""
+    """Group whose commands are built when called, so that `--help` stays fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names in the order of a first session."""
+        """Return the names of the commands."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return the command of that name; an unknown one is refused with the nearest known name."""
+        """Return the command of this name; if unknown, fail with the nearest known name."""
         if cmd_name not in COMMANDS:
             ctx.fail(f"no command '{cmd_name}'; {nearest(cmd_name, COMMANDS)}")
         return build(cmd_name)
@@ -58,13 +58,13 @@ def program() -> None:
     """Run the teacher once. Keep what matters. Teach any student.
 
     \b
-    kcdcache run                       the whole job on embedded digits, on CPU
-    kcdcache COMMAND --help            options, with their defaults, and examples
+    kcdcache run                       full example on digits, on CPU
+    kcdcache COMMAND --help            options with defaults, and examples
     """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and end the process with its exit code."""
+    """Run the command line and exit with its exit code."""
     gc.set_threshold(COLLECTED)
     sys.exit(_outcome(list(sys.argv[1:] if arguments is None else arguments)))
 
@@ -98,7 +98,7 @@ def _outcome(arguments: list[str]) -> int:
 
 
 def _misused(error: click.ClickException) -> str:
-    """Return what click would show of a wrong command line, made printable: it may hold names of files."""
+    """Return click's message for a wrong command line, made printable."""
     context = getattr(error, "ctx", None)
     usage = [] if context is None else [context.get_usage(), f"Try '{context.command_path} --help' for help.", ""]
     return "\n".join([*usage, f"Error: {printable(error.format_message())}"])
@@ -109,29 +109,28 @@ def _failed(message: str, exit_code: int, arguments: Sequence[str]) -> int:
         click.echo("\n".join(f"| {printable(line)}" for line in traceback.format_exc().splitlines()), err=True)
     shown = message if len(message) <= MOST_SHOWN else f"{message[:MOST_SHOWN]}... ({len(message)} characters)"
     first, *others = shown.split("\n")
-    # of several problems each has its line, marked as such: no line break in a name can forge one of ours
-    click.echo(
-        "\n".join([f"error: {printable(first)}", *(f"  - {printable(line.strip())}" for line in others)]), err=True
-    )
+    # further problems are marked, so that a line break in a file name cannot forge a message
+    lines = [f"error: {printable(first)}", *(f"  - {printable(line.strip())}" for line in others)]
+    click.echo("\n".join(lines), err=True)
     return exit_code
 
 
 def build(name: str) -> click.Command:
-    """Return a command whose options are the fields of its settings."""
+    """Build the click command of a name; its options are the fields of its settings."""
     from kcdcache.settings import fields, make
 
     command = COMMANDS[name]
     options: list[click.Parameter] = [option(key, field) for key, field in fields(command.takes).items()]
     if command.writes:
-        options.append(click.Option(["--dry-run"], is_flag=True, help="print what would be done, and do nothing"))
+        options.append(click.Option(["--dry-run"], is_flag=True, help="print what would be done, without doing it"))
     options += [
         click.Option(["--json", "as_json"], is_flag=True, help="print the result as one JSON object"),
-        click.Option(["--debug"], is_flag=True, help="show where an error came from"),
-        click.Option(["-q", "--quiet"], is_flag=True, help="no progress on stderr"),
+        click.Option(["--debug"], is_flag=True, help="print the traceback of an error"),
+        click.Option(["-q", "--quiet"], is_flag=True, help="do not print progress"),
     ]
 
     def callback(as_json: bool, debug: bool, quiet: bool, dry_run: bool = False, **values: Any) -> None:
-        follower = name in TOGETHER and os.environ.get("RANK", "0") != "0"  # of several processes the first one speaks
+        follower = name in TOGETHER and os.environ.get("RANK", "0") != "0"  # only the first process prints
         with telling(quiet or follower) as progress, interrupt.listening() if name in LONG else nullcontext():
             given = {key: value for key, value in values.items() if value is not None}
             here = {key: cloud.opened(value, fresh=name == "verify") for key, value in given.items()}

@@ -1,4 +1,4 @@
-"""Options and help of the command line, made from settings: flags, texts and defaults come from their own fields."""
+"""Options and help of the command line, generated from the fields of the settings."""
 
 import inspect
 import re
@@ -50,16 +50,15 @@ EXAMPLES = {
         "kcdcache verify runs/store --repair --teacher runs/teacher --data cifar100",
     ),
 }
-"""command -> how it is used"""
 INPUTS, OTHERS = "What goes in and out", "Options"
 ARTICLES = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
 class Sectioned(click.Command):
-    """A command whose help lists its options under headings, those without one last."""
+    """A command whose help groups its options under headings; options without a heading come last."""
 
     sections: Mapping[str, str] = {}
-    """name of an option's value -> its heading"""
+    """name of a parameter -> its heading"""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, section by section."""
@@ -73,18 +72,19 @@ class Sectioned(click.Command):
 
 
 def help_of(name: str, command: Command) -> str:
-    """Return the help of a command: what it does, what its arguments are, and examples."""
+    """Return the help of a command: summary, arguments and examples."""
     from kcdcache.settings import fields
 
-    told = [command.summary]
-    for field in fields(command.takes).values():
-        if isinstance(field.json_schema_extra, dict):
-            told.append(f"{str(field.json_schema_extra['argument']).strip('[].')} is {field.description}.")
-    return "\n\n".join([*told, "\b\nExamples:\n" + "\n".join(f"  {line}" for line in EXAMPLES[name])])
+    arguments = [
+        f"{str(field.json_schema_extra['argument']).strip('[].')} is {field.description}."
+        for field in fields(command.takes).values()
+        if isinstance(field.json_schema_extra, dict)
+    ]
+    return "\n\n".join([command.summary, *arguments, "\b\nExamples:\n  " + "\n  ".join(EXAMPLES[name])])
 
 
 def sections_of(model: "type[Settings]") -> dict[str, str]:
-    """Return setting -> heading: the first line of the docstring of the settings that bring it."""
+    """Return the heading of each setting: the first docstring line of the model that defines it."""
     from kcdcache.settings import parts
 
     found = dict.fromkeys(model.model_fields, INPUTS)
@@ -96,7 +96,7 @@ def sections_of(model: "type[Settings]") -> dict[str, str]:
 
 
 def option(name: str, field: "FieldInfo") -> click.Parameter:
-    """Return the option or argument for one settings field, whose values go to the settings unparsed."""
+    """Return the option or argument of a settings field; values are passed to the settings unparsed."""
     kinds = _kinds(field.annotation)
     several = any(get_origin(kind) is tuple for kind in kinds)
     if isinstance(field.json_schema_extra, dict):
@@ -120,14 +120,14 @@ def option(name: str, field: "FieldInfo") -> click.Parameter:
 
 
 def shown(default: Any) -> str:
-    """Return a default as help shows it."""
+    """Return a default as shown in help."""
     if isinstance(default, bool):
         return "on" if default else "off"
     return ",".join(str(part) for part in default) if isinstance(default, tuple) else str(default)
 
 
 def _kinds(annotation: Any) -> list[Any]:
-    """Return what an annotation allows besides None: the members of `A | B`, or itself."""
+    """Return the members of a union without None, or the annotation itself."""
     members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     return [kind for kind in members if kind is not NoneType]
 

@@ -1,4 +1,4 @@
-"""Commands on finished runs, sets and stores: inspect, diff, report, export, seal; slow imports inside functions."""
+"""Commands on finished runs, sets and stores: inspect, diff, report, export, seal. Slow imports are in functions."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +14,11 @@ from kcdcache.runs.folder import RunFolder
 from kcdcache.settings import DiffCommand, ExportCommand, InspectCommand, ReportCommand, SealCommand
 
 COLUMNS = ("kept_a", "kept_b", "both", "only_a", "only_b", "jaccard", "hamming", "rank_correlation", "parts_moved")
-"""what `diff` shows of each pair of sets"""
 RESULTS = {
     "row": "text", "model": "text", "n": "count", "accuracy_last": "percent", "accuracy_last_std": "percent",
     "accuracy_best": "percent", "relative_cost": "share", "seconds": "seconds",
 }  # fmt: skip
-"""column of a report's results that `report` shows -> its kind"""
+"""kinds of the columns of the table of `report`"""
 TERMS = (
     "(jaccard: share of what either keeps that both keep; hamming: share of all samples that only one of them keeps;",
     "rank_correlation: Spearman's, over what both keep; parts_moved: kept by both, but enriched in one only)",
@@ -27,23 +26,19 @@ TERMS = (
 
 
 def inspect(command: InspectCommand, progress: Progress = silent) -> Result:
-    """Return what lies at a path; see `report.show.inspect`."""
+    """Show the contents of a path; see `report.show.inspect`."""
     return show.inspect(command.path)
 
 
 def seal(command: SealCommand, progress: Progress = silent) -> Result:
-    """Seal a store whose parts are all written; return whether that was done now."""
+    """Seal a complete store; return whether it was sealed now or before."""
     from kcdcache.store import writer
 
     return {"store": str(command.path), "sealed": "now" if writer.seal(command.path) else "before"}
 
 
 def export(command: ExportCommand, progress: Progress = silent, dry_run: bool = False) -> Result:
-    """Write a condensed set with the knowledge it needs into one folder; see `export.write.run`.
-
-    Raises:
-        MismatchError: set or store is not what was expected, or they were not made for each other.
-    """
+    """Write a condensed set with its knowledge into one folder; see `export.write.run`."""
     from kcdcache.export import write
 
     show.require_ids((command.manifest, command.store), command.expect_id)
@@ -51,11 +46,7 @@ def export(command: ExportCommand, progress: Progress = silent, dry_run: bool = 
 
 
 def report(command: ReportCommand, progress: Progress = silent) -> Result:
-    """Write one HTML file about finished runs; return where it lies.
-
-    Raises:
-        SettingsError: of several folders none is where the report belongs.
-    """
+    """Write one HTML file about finished runs; raises SettingsError if several folders are given without --out."""
     if command.out is None and len(command.paths) > 1:
         raise SettingsError("--out is missing: of several folders none is where the report belongs; give a file")
     from kcdcache.report import page, tables
@@ -77,13 +68,13 @@ def report(command: ReportCommand, progress: Progress = silent) -> Result:
 
 
 def diff(command: DiffCommand, progress: Progress = silent) -> Result:
-    """Return how two manifests, runs or exported sets differ, as JSON values with a `table` for people.
+    """Compare two manifests, runs or exported sets, as JSON values and a `table`.
 
-    Two runs are compared stage by stage, where both have the stage; beside anything else a run stands for its last set.
+    Two runs are compared in all stages that both have; compared with anything else, a run is its last condensed set.
 
     Raises:
-        NotFoundError: nothing is there, or a run has no set yet.
-        MismatchError: one of them is something else, or they are sets of different data.
+        NotFoundError: a run has no condensed set yet, or two runs have no stage in common.
+        MismatchError: one of the paths is something else.
     """
     places = command.a, command.b
     kinds = [show.kind_of(path) for path in places]
@@ -123,7 +114,7 @@ def _manifest_of(path: Path, kind: str) -> Path:
 
 
 def _shown(first: Path, second: Path, sets: Mapping[str, Difference], heading: str = "") -> Result:
-    """Return the two paths, a table with a line for each pair of sets, and a note on the last pair."""
+    """Return both paths, a table with a row per pair of sets, and a note on the last pair."""
     rows = [[name, *(_cell(getattr(found, column)) for column in COLUMNS)] for name, found in sets.items()]
     table = TextTable((heading, *COLUMNS), rows, above=(f"a = {first}", f"b = {second}"), below=TERMS)
     return {"a": str(first), "b": str(second), "table": table, "note": _note(list(sets.values())[-1])}

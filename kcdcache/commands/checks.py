@@ -1,4 +1,4 @@
-"""What settings alone decide: unknown names and settings that contradict each other, refused without torch or data."""
+"""Checks of settings without torch or data: unknown names, and settings that contradict each other."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 from kcdcache.condense import schedule
 from kcdcache.data import spec
-from kcdcache.errors import SettingsError
+from kcdcache.errors import SettingsError, nearest
 from kcdcache.methods.catalogue import named, weights_of
 from kcdcache.networks.catalogue import require_known_name, saved_network
 from kcdcache.settings import (
@@ -16,27 +16,22 @@ from kcdcache.settings import (
     Settings,
     TrainCommand,
     VerifyCommand,
-    nearest,
     values_of,
 )
 
 ENCODINGS = ("float16", "float32", "uint8", "top")
-"""first words of the encodings that a store knows"""
+"""names of encodings, before any colon"""
 FIELDS = ("logits", "penultimate", "attention", "fsp", "maps", "pooled", "rotations", "boundary", "parameters")
-"""first words of the fields that a teacher gives"""
+"""names of fields, before any colon"""
 NOT_IMPORTED = {
     "teacher", "weights", "teacher_mean", "teacher_std", "teacher_size", "teacher_precision", "manifest", "mix",
     "views", "fields", "for_", "student", "batch_size", "budget_gb", "shard", "workers",
 }  # fmt: skip
-"""settings of `precompute` that logits made elsewhere decide or have no part in"""
+"""settings of `precompute` that do not apply to --from-logits"""
 
 
 def require_possible(command: Settings) -> None:
-    """Do nothing unless a command's settings rule out by themselves that it can be done.
-
-    Raises:
-        SettingsError: a network, method, data set, field or encoding is unknown, or settings contradict each other.
-    """
+    """Raise SettingsError if a network, method, data set, field or encoding is unknown, or settings contradict."""
     values = values_of(command)
     if values.get("data"):
         spec.parse(values["data"])
@@ -53,11 +48,7 @@ def require_possible(command: Settings) -> None:
 
 
 def require_present(command: Settings) -> None:
-    """Do nothing if the teacher that a command runs, where it is a saved one, is there.
-
-    Raises:
-        NotFoundError, UnfinishedError, SettingsError: it is not; says what is missing.
-    """
+    """Raise NotFoundError, UnfinishedError or SettingsError if the saved teacher of a command is missing."""
     if isinstance(command, PrecomputeCommand | VerifyCommand):
         named = command.teaching
         if named.teacher is not None and named.weights is None:
@@ -65,10 +56,7 @@ def require_present(command: Settings) -> None:
 
 
 def parse_share(text: str) -> float:
-    """Return a share in (0, 1] from a text such as `5%` or `0.05`.
-
-    Raises:
-        SettingsError: it is none.
+    """Parse a fraction in (0, 1] such as `5%` or `0.05`; raises SettingsError otherwise.
 
     >>> parse_share("5%")
     0.05
@@ -103,7 +91,7 @@ def _precompute(command: PrecomputeCommand) -> None:
 
 
 def _require_importable(given: set[str]) -> None:
-    """Refuse what an import cannot follow, and logits of which nobody says what view they are of."""
+    """Raise SettingsError for settings that do not apply to imported logits, or without --augment."""
     if ignored := given & NOT_IMPORTED:
         flag = f"--{min(ignored).rstrip('_').replace('_', '-')}"
         raise SettingsError(f"{flag} does nothing beside --from-logits: the file decides it; leave it out")
@@ -124,8 +112,9 @@ def _train(command: TrainCommand) -> None:
             raise SettingsError(f"--{min(ignored)} does nothing beside --condensed, which brings its own; leave it out")
         return
     if command.store is None:
-        raise SettingsError("train needs knowledge: --store with the folder of a store, or --condensed with that of an "
-                            "exported set")  # fmt: skip
+        raise SettingsError(
+            "train needs knowledge: --store with the folder of a store, or --condensed with that of an exported set"
+        )
     schedule.require_whole_stages(settings.epochs, settings.stages)
 
 
@@ -149,4 +138,4 @@ CHECKS: Mapping[type[Settings], Callable[[Any], None]] = {
     MethodsCommand: lambda command: require_known_name(command.teacher),
     VerifyCommand: _verify,
 }
-"""settings of a command -> what else is looked at before it is done"""
+"""further checks by class of settings"""

@@ -1,4 +1,4 @@
-"""`condense`: from a values file to a manifest file; of the knowledge it reads only the store's small records."""
+"""`condense`: from values to a manifest; reads only the small records of the store."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,26 +17,22 @@ from kcdcache.settings import CondenseCommand
 from kcdcache.store import identity, log
 
 BASE_BYTES, BYTES_A_ROW, SECONDS_A_MILLION, SECONDS_A_MILLION_BEYOND = 400 * 2**20, 11.5, 0.6, 1.4
-"""memory whatever the size, bytes of a manifest's row, and time on two cores of 2026; for the estimates of a dry run"""
+"""estimates of a dry run: constant memory, bytes per row of a manifest, and time on two cores of 2026"""
 BYTES_OTHERWISE = 32
-"""memory for each sample of rankings at random or by class"""
+"""memory per sample for random and stratified rankings"""
 
 
 def run(
-    command: CondenseCommand,
-    progress: Progress = silent,
-    dry_run: bool = False,
-    held: int = value_files.HELD_SAMPLES,
+    command: CondenseCommand, progress: Progress = silent, dry_run: bool = False, held: int = value_files.HELD_SAMPLES
 ) -> Result:
-    """Turn values into the next manifest; return its summary. Needs no torch, no zarr and no images.
+    """Turn values into the next manifest and return its summary, without torch, zarr or images.
 
-    Values of up to `held` samples are held in memory; of more they are read again instead. What takes more memory than
-    --memory-gb is planned by DuckDB with files beside --out. The bytes are the same in each case.
+    Values of more than `held` samples are not kept in memory but read again. If --memory-gb is not enough, DuckDB is
+    used with files next to --out. The bytes of the manifest are the same in each case.
 
     Raises:
-        MismatchError: values or previous manifest belong to other knowledge than the store's.
-        LockedError: something else lies at the place of the new manifest.
-        SettingsError: it takes more memory than --memory-gb allows, and DuckDB is missing.
+        MismatchError: the values or the previous manifest are of other knowledge than the store.
+        LockedError: --out holds another manifest.
     """
     show.require_ids((path for path in (command.store, command.values, command.previous) if path), command.expect_id)
     knowledge = identity.read_store_identity(command.store)
@@ -57,13 +53,12 @@ def run(
             excluded=log.read_skipped(command.store),
         )  # fmt: skip
         if dry_run:
-            told = _plan(command, samples, source).draft(source).summary()
-            return {"would": "condense", **told, **note, **sizes}
+            return {"would": "condense", **_plan(command, samples, source).draft(source).summary(), **note, **sizes}
         return {**_made(command, samples, source), **note}
 
 
 def estimate(command: CondenseCommand, count: int) -> Result:
-    """Return what condensing `count` samples takes: memory, bytes on the disk beside the manifest, and time."""
+    """Estimate memory, temporary disk space and time for condensing `count` samples."""
     beyond = _is_large(command, count)
     memory = max(large.LEAST_BYTES, int(command.memory_gb * 10**9)) + manifest.BYTES_A_SAMPLE * count
     spilled = large.SPILLED_A_SAMPLE * count if beyond else 0
@@ -99,12 +94,9 @@ def _plan(command: CondenseCommand, samples: Samples, source: Source) -> ranking
 
 
 def _made(command: CondenseCommand, samples: Samples, source: Source) -> Result:
-    """Plan and write a manifest, or accept that the same one lies there, put by whom and whenever.
+    """Plan and write a manifest, or accept an existing one if it is the same.
 
-    A folder beside it holds parts while they are made, and what memory does not hold.
-
-    Raises:
-        LockedError: another one lies there.
+    Parts under construction and spilled data are in a folder next to it.
     """
     out, beyond, several = command.out, _is_large(command, samples.count), samples.count > command.partition_rows
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -116,13 +108,13 @@ def _made(command: CondenseCommand, samples: Samples, source: Source) -> Result:
             if not there:
                 try:
                     draft.write(out, command.partition_rows, place)
-                except LockedError:  # another process was first, perhaps with the same
+                except LockedError:  # another process was first, perhaps with the same manifest
                     there = True
-            told = draft.summary()
+            made = draft.summary()
     atomic.remove_orphans(out)
-    if there and manifest.read_head(out, samples.count).digest != told["digest"]:
+    if there and manifest.read_head(out, samples.count).digest != made["digest"]:
         raise LockedError(f"{out} holds another manifest; manifests are never overwritten: give another --out")
-    return {**told, "already": there}
+    return {**made, "already": there}
 
 
 @contextmanager

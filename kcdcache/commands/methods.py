@@ -1,4 +1,4 @@
-"""Every method for a pair of networks: what it reads of a store, and how many bytes that takes."""
+"""`methods`: all methods for a pair of networks, with the fields they read and their bytes."""
 
 from typing import Any
 
@@ -18,13 +18,10 @@ from kcdcache.training.sampling import SAMPLING
 
 
 def run(command: MethodsCommand, progress: Progress = silent) -> Result:
-    """Return every method for a pair on square colour images, with the bytes it keeps per sample and view.
+    """Return all methods for a pair of networks on square colour images, with bytes per sample and view.
 
-    A method that this pair cannot use has the reason in place of its fields. Vectors and maps count in float16 where
-    the encoding is top:K, images of BSS as bytes.
-
-    Raises:
-        SettingsError: a network is unknown or cannot see such images.
+    A method that does not fit the pair has the reason instead of its fields. With encoding top:K, vectors and maps
+    count as float16; images of BSS count as bytes. Raises SettingsError if a network cannot process such images.
     """
     teacher, student, classes, size = command.teacher, command.student, command.classes, command.size
     pair = Pair(
@@ -75,10 +72,9 @@ def _method(name: str, pair: Pair, encoded: str) -> dict[str, Any]:
 
 
 def _row_bytes(field: str, pair: Pair, encoded: str) -> int:
-    """Return the bytes of one sample's rows of a field in one view, before padding."""
+    """Return the bytes of a field per sample and view, before padding."""
     shape = fields.row_shape(field, pair.teacher_taps, pair.image)
-    form = encoding.parse(fields.encoding_for(field, encoded), field, shape)
-    return form.row_bytes
+    return encoding.parse(fields.encoding_for(field, encoded), field, shape).row_bytes
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

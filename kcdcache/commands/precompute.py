@@ -1,4 +1,4 @@
-"""`precompute`: the teacher's outputs as a store, on the mixes of a manifest, or imported."""
+"""`precompute`: store the teacher's outputs on the data or on a manifest's mixes, or import them."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(command: PrecomputeCommand, progress: Progress = silent, dry_run: bool = False) -> Result:
-    """Run the teacher over the data into a store; return what the store holds, or with `dry_run` its plan."""
+    """Run the teacher and store its outputs; return the contents of the store, or with `dry_run` its plan."""
     data, settings, machine = load_data(command.data), command.precompute, command.machine
     if command.from_logits is not None:
         return precompute.import_logits(settings, data, command.from_logits, command.store, progress, dry_run=dry_run)
@@ -60,11 +60,7 @@ def run(command: PrecomputeCommand, progress: Progress = silent, dry_run: bool =
 
 
 def _mixes_of(file: Path, knowledge: reader.Store, fields: Sequence[str], mix: str) -> requery.Mixes:
-    """Return the mixes of a manifest's file in all cached views.
-
-    Raises:
-        MismatchError: the manifest was made for other knowledge, or has no mixes.
-    """
+    """Return the mixes of a manifest in all cached views; raises MismatchError if it has none."""
     chosen = manifest.read(file, knowledge.count)
     manifest.require_knowledge(chosen, knowledge.knowledge_id)
     if not chosen.mixed.any():

@@ -1,4 +1,4 @@
-"""`fit`: a teacher or a baseline from labels; `train`: a student from a store or an exported set (Algorithm 1)."""
+"""`fit`: train a teacher or baseline on labels. `train`: train a student from a store or exported set (Algorithm 1)."""
 
 import logging
 from pathlib import Path
@@ -27,7 +27,7 @@ FEW_VIEWS = (
 
 
 def fit(command: FitCommand, progress: Progress = silent, dry_run: bool = False) -> Result:
-    """Train a teacher or a baseline; return its summary, or with `dry_run` what would be trained."""
+    """Train a teacher or a baseline; return its summary, or with `dry_run` the plan."""
     data = load_data(command.data)
     settings = command.training.model_copy(update=data.usual_views(command.given))
     if dry_run:
@@ -53,7 +53,7 @@ def fit(command: FitCommand, progress: Progress = silent, dry_run: bool = False)
 
 
 def run(command: TrainCommand, progress: Progress = silent, dry_run: bool = False) -> Result:
-    """Run Algorithm 1, or a part of it; return the summary, or with `dry_run` the stages and their expected cost."""
+    """Run Algorithm 1 or a part of it; return the summary, or with `dry_run` the stages and their expected cost."""
     places = (command.store, command.manifest, command.condensed)
     show.require_ids((path for path in places if path), command.expect_id)
     settings = settings_of(command)
@@ -76,23 +76,19 @@ def run(command: TrainCommand, progress: Progress = silent, dry_run: bool = Fals
 
 
 def settings_of(command: TrainCommand) -> TrainSettings:
-    """Return a run's settings; where the user gave nothing, its authors' own, and one stage for exported sets."""
+    """Return a run's settings; defaults are those of the method's authors, and one stage for exported sets."""
     asked, given = command.training, command.training.model_fields_set
     authors = catalogue.recipe(asked.method, asked.student)
     changed = {key: value for key, value in authors.items() if key not in given}
     if changed:
-        told = ", ".join(f"{key} {value}" for key, value in changed.items())
-        logger.info("train: the authors' settings of %s for %s: %s", asked.method, asked.student, told)
+        listed = ", ".join(f"{key} {value}" for key, value in changed.items())
+        logger.info("train: the authors' settings of %s for %s: %s", asked.method, asked.student, listed)
     stages = {"stages": 1} if command.condensed is not None and "stages" not in given else {}
     return asked.model_copy(update=changed | stages)
 
 
 def _material(command: TrainCommand, settings: TrainSettings) -> distill.Material:
-    """Return what a student learns from: a store, perhaps with a manifest, or an exported set.
-
-    Raises:
-        SettingsError: the baked targets of an exported set do not fit.
-    """
+    """Open data and knowledge: a store, with or without a manifest, or an exported set."""
     data, given, mixes = load_data(command.data), None, None
     knowledge: reader.Store
     if command.condensed is not None:
@@ -118,7 +114,7 @@ def _material(command: TrainCommand, settings: TrainSettings) -> distill.Materia
 def _asked_teacher(
     command: TrainCommand, settings: TrainSettings, data: Dataset, knowledge: reader.Store
 ) -> Teacher | None:
-    """Return the teacher if mixed images are to be shown to it, or test images, and one is named."""
+    """Return the teacher if one is given and --mix-target requery or fidelity needs it, or None."""
     compared = evaluation.fidelity_wanted(settings, data, knowledge)
     if command.teaching.teacher is None:
         return None
@@ -140,7 +136,7 @@ def _planned_stages(settings: TrainSettings, material: distill.Material, out: Pa
     return {
         "would": "train",
         "out": str(out),
-        # of infobatch, which leaves out what turns out to be easy, the most it can be
+        # an upper bound for infobatch, which skips samples that turn out to be easy
         "relative_cost": share * schedule.expected_cost(stages, count, settings.epochs),
         "stages": [
             {

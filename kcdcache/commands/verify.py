@@ -1,4 +1,4 @@
-"""`verify`: is what lies at a path what was written, and does the teacher still say the same?"""
+"""`verify`: check files for damage, recompute teacher outputs, and repair stores."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -28,21 +28,20 @@ from kcdcache.teacher import precompute, repair, teacher
 from kcdcache.teacher.teacher import Teacher, load_named, precision_of
 
 TOLERANCE = 2e-3
-"""largest |recomputed - stored| / (1 + |stored|) that another machine or library version explains: about one unit in
-the last place of float16 where the gap to the row's maximum is largest"""
+"""largest |recomputed - stored| / (1 + |stored|) between machines or versions: about one unit in the last place of
+float16 at the largest gap to the row's maximum"""
 
 
 def run(command: VerifyCommand, progress: Progress = silent) -> Result:
-    """Return what was checked and found in order, or with --repair what was made again.
+    """Return what was checked, or with --repair what was replaced.
 
-    A store is checked against its records and listing, and as much of its chunk files as asked for; with its data,
-    whether they are those it was made from; with a teacher too, some points are computed again. Manifests, values,
-    networks and runs are read whole and checked against their digests.
+    A store is checked against its records and listing, its chunk files as far as requested, with --data against the
+    data, and with a teacher too by recomputing some points. Everything else is read and checked against its digests.
 
     Raises:
-        CorruptionError: something is not what was written; lists all of it.
-        MismatchError: it has another id than expected, or teacher or data are not the store's; nothing is repaired.
-        SettingsError: what is asked for is done for stores alone.
+        CorruptionError: damage was found; lists all of it.
+        MismatchError: the id is not the expected one, or teacher or data are not those of the store.
+        SettingsError: --data, --teacher or --repair were given for something that is not a store.
     """
     path, taught = command.path, command.teaching.teacher is not None
     show.require_ids([path], [command.expect_id] if command.expect_id else None)
@@ -61,12 +60,12 @@ def run(command: VerifyCommand, progress: Progress = silent) -> Result:
 
 
 def verify(path: Path, **given: Any) -> Result:
-    """Return what `run` finds at a path, with other settings of `kcdcache verify` by name."""
+    """Call `run` for a path; other settings of `kcdcache verify` are given by name."""
     return run(make(VerifyCommand, {"path": path, **given}))
 
 
 def _repaired(command: VerifyCommand, progress: Progress) -> Result:
-    """Make what is damaged in a store again, check all of it, and return what was replaced."""
+    """Repair a store, check all of it, and return what was replaced."""
     path = command.path
     if (kind := show.kind_of(path)) != "store":
         raise SettingsError(f"--repair makes stores again, {path} is a {kind}: {REMEDIES[kind]}")
@@ -86,18 +85,18 @@ REMEDIES: Mapping[str, str] = {
     "values": "run the command of its run again",
     "network": "run its `fit` or `train` again, or fetch the file again",
 }
-"""kind -> what to do with one that is damaged"""
+"""remedy for damage, by kind"""
 
 
 class Recheck(NamedTuple):
-    """What running the teacher again showed."""
+    """Result of running the teacher again."""
 
     points: int
-    """how many were compared"""
+    """number of compared points"""
     differing: int
-    """those that differ in any stored bit"""
+    """points that differ in any stored bit"""
     largest: float
-    """|difference| / (1 + |stored value|); 0 on the same kind of machine and versions"""
+    """largest |difference| / (1 + |stored value|); 0 on the same kind of machine and versions"""
 
 
 def _teacher(command: VerifyCommand, data: Dataset, knowledge: Knowledge) -> Teacher:
@@ -121,10 +120,10 @@ def _recompute(command: VerifyCommand, knowledge: reader.Store, data: Dataset) -
 
 
 def recheck(knowledge: reader.Store, data: Dataset, network: Teacher, *, points: int, seed: int = 0) -> Recheck:
-    """Run the teacher again on randomly chosen teacher batches and compare with the store, field by field.
+    """Run the teacher again on random teacher batches and compare every field with the store.
 
     Raises:
-        MismatchError: teacher or data are not the store's.
+        MismatchError: teacher or data are not those of the store.
         SettingsError: the store holds outputs on a manifest's mixes.
     """
     store_check.check_data(knowledge, data)
@@ -152,7 +151,7 @@ def recheck(knowledge: reader.Store, data: Dataset, network: Teacher, *, points:
 def _compared(
     knowledge: reader.Store, data: Dataset, network: Teacher, view: int, batch: Int64[np.ndarray, " batch"]
 ) -> Recheck:
-    """Compare a teacher batch; skipped samples are left out, since nothing is stored of them."""
+    """Compare a teacher batch without its skipped samples."""
     skips = np.isin(batch, knowledge.skipped)
     index, differing, largest = batch[~skips], np.zeros((~skips).sum(), bool), 0.0
     if skips.all():
@@ -173,12 +172,12 @@ def _store(command: VerifyCommand) -> Result:
     path = command.path
     found = store_check.verify(path, share=_share(command), seed=command.sample_seed)
     _require_none(path, found.problems)
-    told: Result = {"files": found.files, "files_read": found.read, "bytes_read": found.bytes, "problems": 0}
+    result: Result = {"files": found.files, "files_read": found.read, "bytes_read": found.bytes, "problems": 0}
     if not found.read:
-        told["compared"] = "records, listing and sizes; no chunk was read, --read-data reads all and --sample 5% some"
+        result["compared"] = "records, listing and sizes; no chunk was read, --read-data reads all and --sample 5% some"
     if log.growths(path, "plan") > log.growths(path, "commit"):
-        told["growth"] = "begun and not sealed; the `kcdcache precompute` that began it resumes it"
-    return told
+        result["growth"] = "begun and not sealed; the `kcdcache precompute` that began it resumes it"
+    return result
 
 
 def _run(command: VerifyCommand) -> Result:
@@ -201,7 +200,7 @@ def _network(command: VerifyCommand) -> Result:
 
 
 def _share(command: VerifyCommand) -> float:
-    """Return the share of the chunk files that is read and hashed, in [0, 1]."""
+    """Return the fraction of chunk files to read and hash, in [0, 1]."""
     return 1.0 if command.read_data else parse_share(command.sample) if command.sample else 0.0
 
 
@@ -219,4 +218,4 @@ CHECKS: Mapping[str, Callable[[VerifyCommand], Result]] = {
     "values": lambda command: {"rows": show.inspect(command.path)["samples"], "problems": 0},
     "network": _network,
 }
-"""kind -> how it is checked"""
+"""check of each kind"""

@@ -1,4 +1,4 @@
-"""Image data sets by index, named by a spec, with a digest per sample."""
+"""Image data sets, loaded by data spec."""
 
 import logging
 import os
@@ -17,17 +17,8 @@ import pyarrow.parquet as pq
 from jaxtyping import Int64, UInt8
 
 from kcdcache import rng
-from kcdcache.data import label_noise
-from kcdcache.data.images import (
-    IMAGENET,
-    DecodedImages,
-    EncodedImages,
-    Origins,
-    Split,
-    Statistics,
-    decode_once,
-    pixel_statistics,
-)
+from kcdcache.data import images, label_noise
+from kcdcache.data.images import DecodedImages, EncodedImages, Origins, Split, Statistics
 from kcdcache.data.label_noise import Corruption
 from kcdcache.data.spec import DataIdentity, DataSpec, parse
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, SettingsError, UnsafeError
@@ -37,19 +28,18 @@ from kcdcache.files.records import canonical_json, parse_json
 logger = logging.getLogger(__name__)
 
 CACHE = Path("~/.cache/kcdcache")
-"""Where downloads go unless the spec names a folder."""
+"""default folder of downloads"""
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-"""File names that `folder:` takes for images, in lower case."""
 _CIFAR = {
     "cifar10": Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": Statistics((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
 MOST_BYTES = 64 * 2**30
-"""of all arrays of an archive together"""
+"""maximum size of all arrays of an archive"""
 FREE_BYTES, MOST_RATIO = 256 * 2**20, 64
-"""what any archive may unpack to, and how many bytes more per byte of the file: deflate alone would reach 1,000"""
+"""unpacked size allowed for any archive, and further bytes per byte of the file: deflate can reach 1,000"""
 MOST_DIRECTORY_BYTES = 2**20
-"""of an archive's list of arrays"""
+"""maximum size of an archive's list of arrays"""
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _END_BYTES, _LOCATOR_BYTES, _END64_BYTES = 22, 20, 56
 
@@ -59,7 +49,7 @@ class Dataset:
     """Labelled images in a training and a test split."""
 
     name: str
-    """the spec it was loaded from"""
+    """data spec"""
     train: Split
     test: Split
     classes: tuple[str, ...]
@@ -67,24 +57,21 @@ class Dataset:
     known_statistics: Statistics | None = None
     """published mean and std; None to compute them from the training images"""
     corruption: Corruption = field(default_factory=Corruption)
-    """what its spec did to the training split, resolved"""
+    """corruption of the training split, with resolved defaults"""
 
     def usual_views(self, given: Collection[str]) -> dict[str, str | int]:
-        """Return the view settings that suit this data, less those given; none where the user chose how to augment.
-
-        A mirrored digit is no digit.
-        """
+        """Return the default view settings for digits (no flips) that are not given; none if `augment` is given."""
         usual: dict[str, str | int] = {"augment": "crop", "padding": 2} if self.name.startswith("digits") else {}
         return {} if "augment" in given else {key: value for key, value in usual.items() if key not in given}
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Mean per channel of the training pixels in [0, 1] (ImageNet's where images are decoded on demand)."""
+        """Mean per channel of the training pixels in [0, 1] (of ImageNet if images are decoded on demand)."""
         return self._statistics.mean
 
     @property
     def std(self) -> tuple[float, ...]:
-        """Standard deviation per channel of the training pixels in [0, 1] (ImageNet's, as for the mean)."""
+        """Standard deviation per channel of the training pixels in [0, 1] (of ImageNet, like the mean)."""
         return self._statistics.std
 
     @cached_property
@@ -92,11 +79,10 @@ class Dataset:
         if self.known_statistics is not None:
             return self.known_statistics
         source = self.train.source
-        return pixel_statistics(source.pixels) if isinstance(source, DecodedImages) else IMAGENET
+        return images.pixel_statistics(source.pixels) if isinstance(source, DecodedImages) else images.IMAGENET
 
     def corrupted(self) -> dict[str, Any]:
-        """Return what was done to the training split: options, number of wrong labels, the true ones' digest, sizes of
-        the classes; empty for nothing."""
+        """Return options, wrong labels, digest of the true labels and class sizes of the corruption; empty if none."""
         clean = self.train.clean_labels
         if not self.corruption or clean is None:
             return {}
@@ -108,21 +94,21 @@ class Dataset:
         }
 
     def identity(self) -> DataIdentity:
-        """Return what identifies the training split: count, classes, size and a digest over `Split.digests`."""
+        """Return the identity of the training split."""
         train = self.train
         digest = sha256_bytes(train.digests().astype("<u8").tobytes() + canonical_json(list(self.classes)))
         return DataIdentity(count=len(train), classes=self.classes, image_size=train.image_size, digest=digest)
 
 
 def load(spec: str, others: Mapping[str, Callable[[DataSpec], "Loaded"]] | None = None) -> Dataset:
-    """Return the data set a spec names (README lists them): the same spec gives the same samples in the same order.
+    """Load the data set of a spec (see the README); the same spec gives the same samples in the same order.
 
-    Only the training split is corrupted where the spec asks for it.
+    `others` are further loaders by kind.
 
     Raises:
-        SettingsError: the spec is wrong, a class has too few samples for it, or a column is unknown or ambiguous.
+        SettingsError: the spec is wrong, a class has too few samples, or a column is unknown or ambiguous.
         NotFoundError: a folder, file or split is missing or empty.
-        MismatchError: labels are not 0..C-1, or images and labels do not belong together.
+        MismatchError: labels are not 0..C-1, or images and labels do not match.
         CorruptionError: an image cannot be decoded; names file and row.
     """
     parsed = parse(spec)
@@ -139,14 +125,14 @@ def load(spec: str, others: Mapping[str, Callable[[DataSpec], "Loaded"]] | None 
     if (options.train is None and parsed.kind != "condensed") or loaded.classes is None:
         _require_all_classes(sizes, classes, spec)
     train, test = (
-        replace(split, source=decode_once(split.source)) if type(split.source) is EncodedImages else split
+        replace(split, source=images.decode_once(split.source)) if type(split.source) is EncodedImages else split
         for split in (_corrupted(train, len(classes), options.corruption, spec), test)
     )
     return Dataset(spec, train, test, classes, loaded.statistics, options.corruption.settled(sizes))
 
 
 class Loaded(NamedTuple):
-    """What a loader found: both splits, class names if it knows them, published statistics if there are any."""
+    """Result of a loader; class names and published statistics are optional."""
 
     train: Split
     test: Split
@@ -192,7 +178,7 @@ def _require_all_classes(sizes: Int64[np.ndarray, " classes"], classes: Sequence
 def _digits(spec: DataSpec) -> Loaded:
     if spec.location:
         raise SettingsError(f"data 'digits' is embedded and takes no path; found '{spec.location}'")
-    # scikit-learn's own file, read without importing scikit-learn, which would cost every command a second
+    # the file of scikit-learn, read without importing it, which takes a second
     file = str(distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz"))
     table = np.loadtxt(file, delimiter=",", dtype=np.int64)
     pixels, labels = _enlarged(table[:, :-1].reshape(-1, 8, 8)), table[:, -1]
@@ -205,12 +191,12 @@ def _digits(spec: DataSpec) -> Loaded:
     return Loaded(train, test, tuple("0123456789"))
 
 
-def _enlarged(images: Int64[np.ndarray, "n 8 8"]) -> UInt8[np.ndarray, "n 16 16 3"]:
-    """Return images of levels 0..16 twice as large (bilinear, half-pixel centres, exact integers) in uint8 RGB."""
+def _enlarged(digits: Int64[np.ndarray, "n 8 8"]) -> UInt8[np.ndarray, "n 16 16 3"]:
+    """Enlarge images of levels 0..16 twice (bilinear, half-pixel centres, exact integers) and convert to uint8 RGB."""
     target, one = np.arange(16), np.eye(8, dtype=np.int64)
     beside = np.clip((target - 1) // 2 + target % 2, 0, 7)
     weights = 3 * one[target // 2] + one[beside]
-    levels = weights @ images @ weights.T  # 0..256: each axis weighs neighbours 3 to 1
+    levels = weights @ digits @ weights.T  # 0..256: each axis weights neighbours 3 to 1
     return np.repeat(((levels * 255 + 128) // 256).astype(np.uint8)[..., None], 3, axis=3)
 
 
@@ -253,24 +239,24 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
 
 
 def _folder_split(folder: Path, classes: tuple[str, ...]) -> Split:
-    images: list[str] = []
+    files: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
         found = sorted(_plain_files(folder / name))
-        images += (file for file in found if file.lower().endswith(IMAGE_ENDINGS))
-        labels += [label] * (len(images) - len(labels))
+        files += (file for file in found if file.lower().endswith(IMAGE_ENDINGS))
+        labels += [label] * (len(files) - len(labels))
         if others := sum(not file.lower().endswith(IMAGE_ENDINGS) for file in found):
             logger.warning("%d files in %s are not images and are left out", others, folder / name)
-    return Split(np.array(labels, np.int64), EncodedImages(images))
+    return Split(np.array(labels, np.int64), EncodedImages(files))
 
 
 def _plain_files(folder: Path | str) -> Iterator[str]:
-    """Yield the files in a folder and its own folders, links to files included; links to folders are not followed."""
+    """Yield all files below a folder, including links to files; links to folders are not followed."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 yield from _plain_files(entry.path)
-            elif entry.is_symlink():  # what it leads to is judged when it is opened
+            elif entry.is_symlink():  # its target is checked when it is opened
                 yield from () if os.path.isdir(entry.path) else (entry.path,)
             elif entry.is_file():
                 yield entry.path
@@ -331,7 +317,7 @@ def _class_names(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
 
 
 def _read_rows(files: list[Path], columns: tuple[str, str], limit: int | None) -> Split:
-    """Return the rows of some files, at least `limit` of them; reads no row group beyond that."""
+    """Read the rows of parquet files, up to the row group that reaches `limit`."""
     payloads: list[bytes | None] = []
     labels, starts = [np.empty(0, np.int64)], dict[str, int]()
     for place, table in ((str(file), table) for file in files for table in _row_groups(file, *columns)):
@@ -365,13 +351,11 @@ def _arrays(spec: DataSpec) -> Loaded:
 
 
 def read_npz(file: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of a .npz file by name, as numpy reads them without pickles.
-
-    Nothing is unpacked before what the archive says it unpacks to was found within bounds.
+    """Return the arrays of a .npz file by name, without pickles; sizes are checked before anything is unpacked.
 
     Raises:
-        NotFoundError: there is no such file.
-        UnsafeError: it is no plain file, holds Python objects, or claims far more than its size could hold.
+        NotFoundError: the file does not exist.
+        UnsafeError: it is not a plain file, holds Python objects, or claims to unpack to too many bytes.
         CorruptionError: it is damaged.
     """
     with naming(file), open_plain(file) as stream:
@@ -395,7 +379,7 @@ def read_npz(file: Path) -> dict[str, np.ndarray]:
 
 
 def _require_small_directory(stream: BinaryIO) -> None:
-    """Refuse a list of members that is large in memory already; zipfile reads it whole.
+    """Raise UnsafeError if the list of members, which zipfile reads whole, is too large.
 
     Source: APPNOTE.TXT of the ZIP format, sections 4.3.14 to 4.3.16.
     """
@@ -406,7 +390,7 @@ def _require_small_directory(stream: BinaryIO) -> None:
     if end[:4] != b"PK\5\6" or end[-2:] != b"\0\0":
         raise zipfile.BadZipFile("it does not end as an archive without a comment does")
     claimed = int.from_bytes(end[12:16], "little")
-    if tail[-_END_BYTES - _LOCATOR_BYTES :][:4] == b"PK\6\7":  # an archive beyond 4 GiB, which zipfile then goes by
+    if tail[-_END_BYTES - _LOCATOR_BYTES :][:4] == b"PK\6\7":  # zip64, which zipfile then uses
         claimed = int.from_bytes(tail[40:48], "little")
     if claimed > MOST_DIRECTORY_BYTES:
         raise UnsafeError(f"its list of arrays takes {claimed} bytes, expected at most {MOST_DIRECTORY_BYTES}")
@@ -424,13 +408,13 @@ def _array_split(arrays: dict[str, np.ndarray], part: str, file: Path) -> Split:
     for name in (f"{part}_images", f"{part}_labels"):
         if name not in arrays:
             raise NotFoundError(f"no array {name} in {file}; it holds {', '.join(sorted(arrays))}")
-    images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
-    if images.dtype != np.uint8 or images.ndim != 4:
-        raise MismatchError(f"{part}_images in {file} should be uint8 (N,H,W,C); found {images.dtype} {images.shape}")
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+    pixels, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+    if pixels.dtype != np.uint8 or pixels.ndim != 4:
+        raise MismatchError(f"{part}_images in {file} should be uint8 (N,H,W,C); found {pixels.dtype} {pixels.shape}")
+    if labels.dtype.kind not in "iu" or labels.shape != pixels.shape[:1]:
         found = f"{labels.dtype} {labels.shape}"
-        raise MismatchError(f"{part}_labels in {file} should be {len(images)} integers; found {found}")
-    return Split(labels.astype(np.int64), DecodedImages(images, Origins((f"{file} {part}_images",))))
+        raise MismatchError(f"{part}_labels in {file} should be {len(pixels)} integers; found {found}")
+    return Split(labels.astype(np.int64), DecodedImages(pixels, Origins((f"{file} {part}_images",))))
 
 
 LOADERS: dict[str, Callable[[DataSpec], Loaded]] = {

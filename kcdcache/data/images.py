@@ -1,4 +1,4 @@
-"""Images and splits of them: in memory, or decoded when asked for, each file judged before it is decoded."""
+"""Splits of labelled images, in memory or decoded on demand; every file is checked before it is decoded."""
 
 import hashlib
 import io
@@ -21,25 +21,25 @@ from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFo
 from kcdcache.files.atomic import open_plain, sha256_bytes
 
 MOST_PIXELS = 64 * 10**6
-"""of one image: decoded it takes 3 bytes for each"""
+"""maximum size of a decoded image, at 3 bytes per pixel"""
 MOST_ENCODED_BYTES = 2**28
-"""of one image's file"""
+"""maximum size of an image file"""
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""what is decoded, whatever a file is called; Pillow knows more, of which some start other programs"""
+"""formats that are decoded, whatever the file name; some others of Pillow start other programs"""
 _ORIENTATION = 274
 _TURNS = {
     2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
     6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }  # fmt: skip
-"""EXIF orientation -> what turns the picture upright; one of 5 or more swaps height and width"""
+"""transpose by EXIF orientation; 5 and above swap height and width"""
 DECODED_BYTES = 4 << 30
-"""Images of one size that take up to this many bytes decoded are decoded once."""
+"""maximum size of images that are decoded once and kept in memory"""
 ImageList = list[UInt8[np.ndarray, "_ _ _"]]
-"""Images of differing sizes."""
+"""images of different sizes"""
 Check = Callable[[int, bytes], None]
-"""(position, content of the image there): raises where they do not belong together"""
-_BLOCK = 64  # images per task: a future per image would cost more than decoding a small one
-_SMALL = 64 * 64  # below this many pixels threads only fight for the interpreter's lock: measured 1.5 times slower
+"""function of position and content that raises if they do not match"""
+_BLOCK = 64  # images per task: a future per image costs more than decoding a small one
+_SMALL = 64 * 64  # for images of fewer pixels, threads are 1.5 times slower because of the interpreter lock
 
 
 class Statistics(NamedTuple):
@@ -50,25 +50,25 @@ class Statistics(NamedTuple):
 
 
 IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Statistics of ImageNet, for images that are decoded on demand."""
+"""statistics for images that are decoded on demand"""
 
 
 class Origins(NamedTuple):
-    """Where images came from: files, each with the number of its first image, in order."""
+    """Files that images came from, with the number of the first image of each."""
 
     files: tuple[str, ...]
     starts: tuple[int, ...] = (0,)
     rows: Int64[np.ndarray, " n"] | None = None
-    """position -> the image's number in the files, where some were left out"""
+    """number of the image at each position, if only some images were taken"""
 
     def place(self, position: int) -> str:
-        """Return the file and row of the image at a position, for messages."""
+        """Return file and row of an image, for messages."""
         number = position if self.rows is None else int(self.rows[position])
         file = bisect_right(self.starts, number) - 1
         return f"{self.files[file]} row {number - self.starts[file]}"
 
     def taken(self, rows: Int64[np.ndarray, " kept"]) -> "Origins":
-        """Return the origins of the images at some positions."""
+        """Return the origins of the images at the given positions."""
         return self._replace(rows=rows if self.rows is None else self.rows[rows])
 
 
@@ -88,56 +88,52 @@ class DecodedImages:
         return self.pixels.shape[1], self.pixels.shape[2]
 
     def taken(self, rows: Int64[np.ndarray, " kept"]) -> "DecodedImages":
-        """Return the images at some positions."""
+        """Return the images at the given positions."""
         return replace(self, pixels=self.pixels[rows], origins=self.origins.taken(rows))
 
     def images(self, index: Int64[np.ndarray, " batch"]) -> UInt8[np.ndarray, "batch height width channels"]:
-        """Return a fresh array of the images at the given positions."""
+        """Return a new array of the images at the given positions."""
         return np.take(self.pixels, index, axis=0)
 
     def place(self, position: int) -> str:
-        """Return where the image at a position came from, for messages."""
+        """Return file and row of an image, for messages."""
         return self.origins.place(position)
 
     def content(self, position: int) -> bytes:
-        """Return what identifies an image: its shape as three 64-bit integers and its pixels."""
+        """Return the bytes that identify an image: shape as three 64-bit integers, then pixels."""
         image = self.pixels[position]
         return np.array(image.shape, "<i8").tobytes() + image.tobytes()
 
 
 class OtherSizeError(MismatchError):
-    """An image has another size than all were said to have: numpy would spread a single pixel over the whole image."""
+    """An image does not have the size that all images should have."""
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedImages:
-    """Image files, or the bytes of image files, decoded to RGB whenever they are asked for."""
+    """Image files, or their bytes, decoded to RGB on demand."""
 
     payloads: Sequence[str | bytes | None]
-    """per image: a path, or the encoded bytes, or None where a file should hold some and does not"""
+    """per image its path or encoded bytes; None if they are missing"""
     origins: Origins | None = None
-    """where the bytes came from; None where payloads are paths"""
+    """origins of bytes; None for paths"""
     image_size: tuple[int, int] | None = None
-    """height and width if all images are known to share them"""
+    """height and width, if known to be the same for all images"""
 
     def __len__(self) -> int:
         return len(self.payloads)
 
     def taken(self, rows: Int64[np.ndarray, " kept"]) -> "EncodedImages":
-        """Return the images at some positions."""
+        """Return the images at the given positions."""
         payloads = [self.payloads[row] for row in rows.tolist()]
         return replace(self, payloads=payloads, origins=self.origins and self.origins.taken(rows))
 
     def images(
         self, index: Int64[np.ndarray, " batch"], check: Check | None = None, threads: int | None = None
     ) -> UInt8[np.ndarray, "batch height width 3"] | ImageList:
-        """Return the images at the given positions: one array if all share a size, else a list.
+        """Return the images at the given positions as an array if `image_size` is known, else as a list.
 
-        `check` sees every image's bytes before they are decoded; `threads` is as for `in_blocks`.
-
-        Raises:
-            CorruptionError: an image cannot be decoded; names file and row.
-            MismatchError: an image has another size than all had when they were listed.
+        `check` is called with the bytes of each image before decoding; `threads` as for `in_blocks`.
         """
         size, positions = self.image_size, index.tolist()
         found: Any = [None] * len(positions) if size is None else np.empty((len(positions), *size, 3), np.uint8)
@@ -149,16 +145,16 @@ class EncodedImages:
         return found
 
     def place(self, position: int) -> str:
-        """Return the file, and the row within it if it holds many, of the image at a position, for messages."""
+        """Return the file of an image, and its row if the file has several, for messages."""
         return self.origins.place(position) if self.origins else str(self.payloads[position])
 
     def content(self, position: int) -> bytes:
-        """Return what identifies an image: the bytes of its file.
+        """Return the bytes of an image file.
 
         Raises:
-            NotFoundError: the file has vanished.
-            CorruptionError: a parquet row holds no bytes.
-            UnsafeError: the file is larger than any image, or no plain file.
+            NotFoundError: the file no longer exists.
+            CorruptionError: a parquet row has no bytes.
+            UnsafeError: the file is too large, or not a plain file.
             KcdcacheError: the system cannot read the file.
         """
         place = self.place(position)
@@ -169,11 +165,7 @@ class EncodedImages:
             return stream.read(size)
 
     def image(self, position: int, check: Check | None = None) -> UInt8[np.ndarray, "_ _ 3"]:
-        """Return one image decoded to RGB; its bytes are read once, for `check` and for decoding.
-
-        Raises:
-            OtherSizeError: it has another size than all images are known to have.
-        """
+        """Return one image decoded to RGB, after `check`; raises OtherSizeError unless it has the known size."""
         content = self.content(position)
         if check is not None:
             check(position, content)
@@ -184,15 +176,11 @@ class EncodedImages:
         return image
 
     def decoded(self, position: int, content: bytes) -> UInt8[np.ndarray, "_ _ 3"]:
-        """Return the RGB image that the bytes read at a position hold; raises what `rgb` does."""
+        """Return the decoded content of the image at a position."""
         return rgb(content, self.place(position))
 
     def size(self, position: int) -> tuple[int, int]:
-        """Return an upright image's height and width from its header alone.
-
-        Raises:
-            CorruptionError: the header cannot be read; names file and row.
-        """
+        """Return height and width of an upright image from its header."""
         place = self.place(position)
         with reading(place), self._stream(position) as stream, opened(stream, place) as image:
             size = image.height, image.width
@@ -206,32 +194,30 @@ class EncodedImages:
 
 
 class Known(NamedTuple):
-    """The digest every sample should have, and who says so."""
+    """Expected digests of all samples and their source."""
 
     digests: UInt64[np.ndarray, " n"]
     where: str
-    """ends the sentence `it should be X ...`"""
+    """source, as in the message `it should be X in the store at Y`"""
 
 
 @dataclass(eq=False)
 class Split:
     """One split of a data set: labelled images in a fixed order.
 
-    Once the samples' digests are known, because `digests` computed them here or `expect` was told a store's, every
-    image that is decoded on demand is held to its digest each time it is decoded.
+    Once digests are known from `digests` or `expect`, images decoded on demand are checked each time.
     """
 
     labels: Int64[np.ndarray, " n"]
     """class per image, in [0, classes)"""
     source: DecodedImages | EncodedImages
-    """where the images come from"""
     clean_labels: Int64[np.ndarray, " n"] | None = None
-    """class per image before label noise, where the split was corrupted; for reports, never for training"""
+    """labels of a corrupted split before label noise; only for reports"""
     _known: Known | None = field(default=None, init=False, repr=False)
 
     @property
     def on_demand(self) -> bool:
-        """Whether images are read and decoded when asked for, and so may change after they were listed."""
+        """Whether images are decoded on demand."""
         return isinstance(self.source, EncodedImages)
 
     def __len__(self) -> int:
@@ -239,20 +225,20 @@ class Split:
 
     @property
     def image_size(self) -> tuple[int, int] | None:
-        """Height and width in pixels, or None where images differ."""
+        """Height and width in pixels, or None if they differ."""
         return self.source.image_size
 
     def images(
         self, index: Int64[np.ndarray, " batch"], threads: int | None = None
     ) -> UInt8[np.ndarray, "batch height width channels"] | ImageList:
-        """Return the images at the given positions: one fresh array, or a list where sizes differ.
+        """Return the images at the given positions as a new array, or as a list if sizes differ.
 
-        `threads` are used where images are decoded on demand, a few by default.
+        `threads` decode images on demand, see `in_blocks`.
 
         Raises:
             CorruptionError: an image cannot be decoded; names file and row.
-            MismatchError: a position is outside the split, or an image is not the one whose digest is known.
-            NotFoundError: the file of an image has vanished.
+            MismatchError: a position is outside the split, or an image does not have its known digest.
+            NotFoundError: an image file no longer exists.
         """
         outside = index[(index < 0) | (index >= len(self))]
         if outside.size:
@@ -263,14 +249,11 @@ class Split:
         return self.source.images(index, check, threads)
 
     def digest(self) -> str:
-        """Return the SHA-256 over images, labels and order, as `digests` gives them."""
+        """Return the SHA-256 over `digests`."""
         return sha256_bytes(self.digests().astype("<u8").tobytes())
 
     def digests(self) -> UInt64[np.ndarray, " n"]:
-        """Return per sample 64 bits of SHA-256 over image and label.
-
-        Computed once, which reads every image; or those that `expect` was told, which reads none.
-        """
+        """Return the digest of each sample, read from all images once unless given by `expect`."""
         if self._known is None:
             out = np.empty(len(self), np.uint64)
 
@@ -282,15 +265,13 @@ class Split:
         return self._known.digests
 
     def expect(self, digests: UInt64[np.ndarray, " n"], where: str) -> None:
-        """Hold every sample to a digest from now on, and keep these digests as the split's own.
+        """Expect these digests from now on; `where` is their source in messages, as in "in the store at X".
 
-        Decoded images are compared at once. Images decoded on demand are not read for it, each is compared whenever it
-        is decoded; only where other digests are known already, the first sample that they differ in is read now.
-        `where` says in messages where the digests come from, as in "in the store at X".
+        Decoded images are compared now, images decoded on demand when they are decoded; known digests are compared now.
 
         Raises:
-            MismatchError: a sample has another digest; names the first, its file and row, and both digests.
-            CorruptionError: that sample's image cannot be decoded any more.
+            MismatchError: a sample has another digest; names the first one.
+            CorruptionError: its image cannot be decoded.
         """
         known = digests if self.on_demand and self._known is None else self.digests()
         expected = Known(digests, where)
@@ -317,11 +298,7 @@ class Split:
 
 
 def decode_once(source: EncodedImages, limit_bytes: int = DECODED_BYTES) -> DecodedImages | EncodedImages:
-    """Return the images decoded if all have one size and fit the limit; else as they are, to be decoded on demand.
-
-    Raises:
-        CorruptionError: an image cannot be read; names file and row.
-    """
+    """Return the images decoded if they have one size and fit the limit, else encoded, with `image_size` if known."""
     size = source.size(0)
     alike = replace(source, image_size=size)
     if len(source) * size[0] * size[1] * 3 > limit_bytes:
@@ -335,7 +312,7 @@ def decode_once(source: EncodedImages, limit_bytes: int = DECODED_BYTES) -> Deco
 
 
 def sample_digest(content: bytes, label: np.int64) -> int:
-    """Return the first 8 bytes, little endian, of SHA-256 over an image's content and its label (64-bit)."""
+    """Return the first 8 bytes, little endian, of the SHA-256 over an image's content and 64-bit label."""
     state = hashlib.sha256(content)
     state.update(label.astype("<i8").tobytes())
     return int.from_bytes(state.digest()[:8], "little")
@@ -344,7 +321,7 @@ def sample_digest(content: bytes, label: np.int64) -> int:
 def pixel_statistics(pixels: UInt8[np.ndarray, "n height width channels"]) -> Statistics:
     """Return mean and population std per channel of pixels / 255, to 4 decimals; the std of a constant channel is 1.
 
-    Computed from exact counts of the 256 levels, so that no order of summation shows.
+    Computed from counts of the 256 levels, so that the order of summation has no effect.
     """
     level = np.arange(256) / 255
     means, stds = [], []
@@ -357,7 +334,7 @@ def pixel_statistics(pixels: UInt8[np.ndarray, "n height width channels"]) -> St
 
 
 def in_blocks(count: int, work: Callable[[int], None], threads: int | None = None) -> None:
-    """Call `work` for every position below `count`, on a few threads by default; raises the first failure in order."""
+    """Call `work` for each position below `count`, by default on up to 16 threads; raises the first error in order."""
     threads = threads or min(16, os.cpu_count() or 1)
     if threads == 1:
         for position in range(count):
@@ -375,52 +352,47 @@ def in_blocks(count: int, work: Callable[[int], None], threads: int | None = Non
 
 
 def rgb(content: bytes, place: str) -> UInt8[np.ndarray, "_ _ 3"]:
-    """Return the RGB image that some bytes hold, upright as its EXIF entry says; `place` names them in messages.
+    """Decode an image to RGB, upright by its EXIF entry; `place` is its name in messages.
 
-    Grey, palette, CMYK and other colours become RGB as Pillow converts them; transparency is left out: what lies under
-    it counts, as for torchvision's ImageFolder.
+    Other colour modes are converted by Pillow; transparency is ignored, as in torchvision's ImageFolder.
 
     Raises:
-        CorruptionError: they cannot be decoded, or end too early.
-        MismatchError: the image has more than 8 bits per channel, or is animated.
-        UnsafeError: it has more pixels than any image of a training set.
+        CorruptionError: it cannot be decoded, or is truncated.
+        MismatchError: it has more than 8 bits per channel, or is animated.
+        UnsafeError: it has too many pixels.
     """
     with reading(place), opened(io.BytesIO(content), place) as image:
         if deep := _deep(image):
             raise MismatchError(f"{place} has more than 8 bits per channel ({deep}); convert it to 8")
         turn = _TURNS.get(_orientation(image))
-        # by way of RGBA, because Pillow warns of a palette's transparency otherwise
+        # via RGBA, because Pillow warns about the transparency of a palette otherwise
         plain = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
         plain = plain if plain.mode == "RGB" else plain.convert("RGB")
         return np.array(plain if turn is None else plain.transpose(turn))
 
 
 def opened(stream: io.BytesIO | io.BufferedReader, place: str) -> Image.Image:
-    """Return an image whose header was read and found to ask for nothing unusual; nothing is decoded yet.
-
-    Raises:
-        UnsafeError, MismatchError: as for `rgb`. What Pillow raises is for `reading` to explain.
-    """
+    """Open an image and check its size and number of frames, without decoding it; errors of Pillow pass through."""
     image = Image.open(stream, formats=FORMATS)
     if image.width * image.height > MOST_PIXELS:
         raise UnsafeError(f"{place} has {image.width} x {image.height} pixels, expected at most {MOST_PIXELS} in all")
     frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # MPO: a photograph, then smaller copies of it
+    if frames > 1 and image.format != "MPO":  # MPO: a photograph with smaller copies
         raise MismatchError(f"{place} is animated: it holds {frames} images, expected one; keep only the one to learn")
     return image
 
 
 def _deep(image: Image.Image) -> str:
-    """Return what says that a channel has more than 8 bits, of which Pillow would quietly take the upper 8; else ''."""
+    """Return the mode if a channel has more than 8 bits, of which Pillow would keep the upper 8, else ''."""
     modes = [image.mode, *(str(tile[3]) for tile in getattr(image, "tile", ()))]
-    # a BMP of 16 bits a pixel (BGR;16) has 5 or 6 a channel
+    # a BMP of 16 bits per pixel (BGR;16) has 5 or 6 per channel
     return next((m for m in modes if m in ("I", "F") or (";16" in m and "BGR;16" not in m)), "")
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return an opened image's EXIF orientation, 1 to 8; 1 where there is none or it is damaged.
+    """Return the EXIF orientation of an image, 1 to 8; 1 if it is missing or damaged.
 
-    Read here, since Pillow's reader would decode a PNG for it and warns of what is damaged. Pillow turns TIFF itself.
+    Pillow's own reader would decode a PNG and warn about damage; TIFF is transposed by Pillow.
 
     Source: CIPA DC-008 (Exif 2.3), 4.6.4 and 4.6.5, tag 274; TIFF 6.0, section 2.
     """
@@ -441,11 +413,7 @@ def _orientation(image: Image.Image) -> int:
 
 @contextmanager
 def reading(place: str) -> Iterator[None]:
-    """Make errors of the system and of Pillow name the image they are about.
-
-    Raises:
-        NotFoundError, UnsafeError, CorruptionError, KcdcacheError: instead of them.
-    """
+    """Convert errors of the system and of Pillow to a KcdcacheError that names the image."""
     try:
         yield
     except FileNotFoundError:

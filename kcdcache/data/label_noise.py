@@ -1,4 +1,4 @@
-"""Label noise and class imbalance as functions of labels: which samples stay, and which label each is given."""
+"""Label noise and class imbalance, as functions of labels."""
 
 from typing import Any
 
@@ -11,30 +11,29 @@ from kcdcache.errors import SettingsError
 from kcdcache.settings import Settings
 
 NOISE_SEED = 12345
-"""seed of label noise unless another is given, as in the protocol's code"""
+"""default seed, from the code of the protocol"""
 RARE = 20
-"""how many times fewer samples the last class has than the first, unless n_min is given: 5000/250 and 500/25"""
+"""default ratio of n_max to n_min, as in 5000/250 and 500/25"""
 BOUNDS = ("n_max", "n_min")
 SETTINGS_OF = {"noise": ("noise_seed", "redraw"), "gamma": BOUNDS}
-"""what switches a corruption on -> what else decides it"""
+"""further settings of each corruption"""
 
 
 class Corruption(Settings):
-    """What a data spec does to a training split: first it thins out classes, then it changes labels."""
+    """Corruption of a training split: class imbalance first, then label noise."""
 
     noise: float = Field(default=0.0, ge=0, le=1)
-    """chance that a sample's label is drawn anew"""
+    """probability of replacing a label"""
     noise_seed: int = Field(default=NOISE_SEED, ge=0, lt=2**64)
     """seed of the noise"""
     redraw: bool = True
-    """whether the draw is over all C classes, the true one among them, so that noise (C - 1) / C of the labels become
-    wrong; else over the other classes, so that `noise` of them do"""
+    """draw from all C classes, so that noise (C - 1) / C of the labels become wrong, or only from the wrong ones"""
     gamma: float | None = Field(default=None, ge=0.001, le=20)
-    """exponent of the class sizes: the smaller, the more uneven; None leaves the classes as they are"""
+    """exponent of the class sizes: the smaller, the less balanced; None for no imbalance"""
     n_max: int | None = Field(default=None, ge=1, lt=10**18)
-    """samples of the first class; those of the smallest class if None"""
+    """size of the first class; that of the smallest class if None"""
     n_min: int | None = Field(default=None, ge=1, lt=10**18)
-    """samples of the last class; n_max / 20 if None"""
+    """size of the last class; n_max / 20 if None"""
 
     def __bool__(self) -> bool:
         return self.noise > 0 or self.gamma is not None
@@ -45,17 +44,16 @@ class Corruption(Settings):
         return n_max, max(1, round(n_max / RARE)) if self.n_min is None else self.n_min
 
     def settled(self, sizes: Int64[np.ndarray, " classes"]) -> "Corruption":
-        """Return it with n_max and n_min filled in for classes of these sizes."""
-        return (
-            self if self.gamma is None else self.model_copy(update=dict(zip(BOUNDS, self.bounds(sizes), strict=True)))
-        )
+        """Return a copy with n_max and n_min filled in for classes of these sizes."""
+        if self.gamma is None:
+            return self
+        return self.model_copy(update=dict(zip(BOUNDS, self.bounds(sizes), strict=True)))
 
     def document(self) -> dict[str, Any]:
-        """Return what is in force, as JSON values."""
+        """Return the settings that have an effect, as JSON values."""
         known = self.model_dump()
-        return {
-            name: known[name] for switch, others in SETTINGS_OF.items() if known[switch] for name in (switch, *others)
-        }
+        names = [name for switch, others in SETTINGS_OF.items() if known[switch] for name in (switch, *others)]
+        return {name: known[name] for name in names}
 
 
 def class_sizes(classes: int, gamma: float, n_max: int, n_min: int) -> Int64[np.ndarray, " classes"]:
@@ -63,7 +61,7 @@ def class_sizes(classes: int, gamma: float, n_max: int, n_min: int) -> Int64[np.
 
     gamma > 0, n_max >= n_min >= 1. b = (n_min C^gamma - n_max) / (n_max - n_min), a = n_max (1 + b).
 
-    Source: the power law of Dong et al. 2018 and Hendrycks et al. 2019 as used for "Knowledge Distillation Beyond Model
+    Source: power law of Dong et al. 2018 and Hendrycks et al. 2019, as used in "Knowledge Distillation Beyond Model
     Compression" (Sarfraz et al., arXiv 2007.01922); facts.md section 2.
 
     >>> class_sizes(10, 0.2, 5000, 250).tolist()
@@ -77,11 +75,7 @@ def class_sizes(classes: int, gamma: float, n_max: int, n_min: int) -> Int64[np.
 
 
 def first_of_each(labels: Int64[np.ndarray, " n"], sizes: Int64[np.ndarray, " classes"]) -> Int64[np.ndarray, " kept"]:
-    """Return the positions, ascending, of the first `sizes[c]` samples of every class c.
-
-    Raises:
-        SettingsError: a class has fewer; names it.
-    """
+    """Return the ascending positions of the first `sizes[c]` samples of each class; SettingsError if it has fewer."""
     held = np.bincount(labels, minlength=len(sizes))
     for short in np.flatnonzero(held < sizes)[:1].tolist():
         raise SettingsError(
@@ -98,13 +92,12 @@ def first_of_each(labels: Int64[np.ndarray, " n"], sizes: Int64[np.ndarray, " cl
 def noisy(
     labels: Int64[np.ndarray, " n"], index: Int64[np.ndarray, " n"], classes: int, asked: Corruption
 ) -> Int64[np.ndarray, " n"]:
-    """Return labels in [0, classes) of which each was drawn anew, uniformly, with probability `asked.noise`.
+    """Return labels in [0, classes), each replaced by a uniform draw with probability `asked.noise`.
 
-    `index` is each sample's number in the whole training split: what becomes of a sample depends on it and the seed
-    alone, not on which others there are.
+    The draw depends only on the seed and on `index`, the sample's number in the whole training split.
 
     Source: symmetric noise of "Knowledge Distillation Beyond Model Compression" (facts.md section 2), whose code draws
-    from one stream of random numbers where this draws by address.
+    from one random stream instead of by address.
     """
     chance, which, _, _ = rng.words(asked.noise_seed, index, rng.NOISE)
     other = rng.below(which, classes) if asked.redraw else (labels + 1 + rng.below(which, classes - 1)) % classes
@@ -114,10 +107,9 @@ def noisy(
 def applied(
     labels: Int64[np.ndarray, " n"], classes: int, corruption: Corruption
 ) -> tuple[Int64[np.ndarray, " kept"], Int64[np.ndarray, " kept"]]:
-    """Return the positions of the samples that a corruption leaves, ascending, and the labels it gives them.
+    """Return the ascending positions of the samples left by a corruption, and their labels.
 
-    Raises:
-        SettingsError: a class has fewer samples than it shall have, there is only one class, or n_min is above n_max.
+    Raises SettingsError if there is only one class, a class has too few samples, or n_min > n_max.
     """
     rows = np.arange(len(labels))
     if classes < 2:
@@ -137,7 +129,7 @@ def applied(
 
 
 def frequent(sizes: Int64[np.ndarray, " classes"]) -> Bool[np.ndarray, " classes"]:
-    """Return which classes are the largest that together hold at least half of the samples, ties by label."""
+    """Return which classes are frequent: the largest ones that hold at least half of the samples, ties by label."""
     order = np.argsort(-sizes, kind="stable")
     before = np.cumsum(sizes[order]) - sizes[order]
     found = np.zeros(len(sizes), bool)

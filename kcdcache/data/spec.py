@@ -1,4 +1,4 @@
-"""Data specs: one line of text that names a data set, how much of it is used and what is done to its labels."""
+"""Data specs: one line of text that gives a data set, limits on its size and corruption of its training split."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,33 +20,32 @@ FORMS: Mapping[str, str] = {
     "arrays": "arrays:FILE.npz",
     "condensed": "condensed:DIR",
 }
-"""kind of data -> how its spec is written"""
+"""form of the spec by kind of data"""
 LIMITS = ("train", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataIdentity:
-    """What was taught: the training split of one data set."""
+    """Identity of a training split."""
 
     count: int
-    """number of training samples N"""
+    """number of samples N"""
     classes: tuple[str, ...]
     """class names, in label order"""
     image_size: tuple[int, int] | None
-    """height and width in pixels, or None where images differ"""
+    """height and width in pixels, or None if they differ"""
     digest: str
-    """SHA-256 over the per-sample digests (image bytes and label) in order"""
+    """SHA-256 over the digests of the samples (image and label) in order"""
 
 
 class Options(Composed):
-    """What may stand behind the question mark of a data spec."""
+    """Options of a data spec, after the question mark."""
 
     train: int | None = Field(default=None, ge=1)
-    """how many of the first training images to use; all if unset"""
+    """use only the first N training images; all if unset"""
     test: int | None = Field(default=None, ge=1)
-    """how many of the first test images to use; all if unset"""
+    """use only the first N test images; all if unset"""
     corruption: Corruption
-    """what is done to the training split then"""
 
 
 class DataSpec(NamedTuple):
@@ -61,21 +60,14 @@ class DataSpec(NamedTuple):
 
     @property
     def path(self) -> Path:
-        """The location as a path.
-
-        Raises:
-            SettingsError: the spec has none.
-        """
+        """The location as a path; raises SettingsError if the spec has none."""
         if not self.location:
             raise SettingsError(f"data spec '{self.kind}' needs a path: write {FORMS[self.kind]}")
         return Path(self.location).expanduser()
 
 
 def parse(spec: str) -> DataSpec:
-    """Return the parts of a spec KIND[:LOCATION[#COLUMN]][?OPTION=VALUE[&OPTION=VALUE...]], with `Options`.
-
-    Raises:
-        SettingsError: the kind or an option is unknown, a value is out of range, or an option does nothing here.
+    """Parse a spec KIND[:LOCATION[#COLUMN]][?OPTION=VALUE[&OPTION=VALUE...]]; raises SettingsError if it is wrong.
 
     >>> parse("parquet:/d#fine_label?train=500").column, parse("digits?noise=0.4&redraw=false").options.corruption.noise
     ('fine_label', 0.4)
@@ -90,7 +82,7 @@ def parse(spec: str) -> DataSpec:
     options = make(Options, _split(query, spec), f"data spec '{spec}'")
     for switch, others in SETTINGS_OF.items():
         idle = options.given.intersection(others)
-        if idle and switch not in options.given:  # noise=0 may be one of a sweep
+        if idle and switch not in options.given:  # noise=0 may be part of a sweep
             raise SettingsError(f"{min(idle)} in data spec '{spec}' does nothing without {switch}; leave it out")
     if options.corruption and kind == "condensed":
         raise SettingsError(
@@ -100,10 +92,9 @@ def parse(spec: str) -> DataSpec:
 
 
 def extended(spec: str, options: str) -> str:
-    """Return a spec with further options `NAME=VALUE[&NAME=VALUE...]`; limits that it has already stay as they are.
+    """Return a spec with further options `NAME=VALUE[&NAME=VALUE...]`; its own limits take precedence.
 
-    Raises:
-        SettingsError: an option is unknown, or one that is no limit is given already.
+    Raises SettingsError if an option is unknown, or given twice and not a limit.
 
     >>> extended("digits?train=50", "train=4000&noise=0.4")
     'digits?train=50&noise=0.4'
@@ -117,7 +108,7 @@ def extended(spec: str, options: str) -> str:
 
 
 def _split(query: str, spec: str) -> dict[str, str]:
-    """Return options by name, all of them known and given once."""
+    """Return the options by name; raises SettingsError if one is unknown or given twice."""
     found: dict[str, str] = {}
     for name, _, value in (part.partition("=") for part in query.split("&") if query):
         if name not in fields(Options):

@@ -1,4 +1,4 @@
-"""Whether a run's folder is whole: every file is what the run wrote, and all of them belong together."""
+"""Check of a run folder: every file is as the run wrote it, and all files belong together."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,43 +22,42 @@ from kcdcache.store import reader
 T = TypeVar("T")
 NETWORKS = ("student", "model")
 SUMS = ("rows_read", "bytes_read")
-"""entries of a training's summary that are sums over its epochs"""
+"""entries of a summary that are sums over the epochs"""
 
 
 class Found(NamedTuple):
-    """What a check of a run saw."""
+    """Result of checking a run."""
 
     counts: dict[str, int]
-    """how many manifests, values files, networks and stores of mixes were read"""
+    """number of manifests, values files, networks and stores of mixes that were read"""
     unfinished: tuple[str, ...]
-    """files that a kill cut short; the run's command writes them again"""
+    """files cut short by a kill, which the run's command writes again"""
     finished: bool
     """whether the run has a summary"""
     problems: tuple[str, ...]
-    """one line per damage, each naming the file and the place in it; empty for a sound run"""
+    """one line per problem, with file and place; empty for an undamaged run"""
 
 
 class _Look:
-    """Reads file after file and keeps what is wrong with them, each complaint once."""
+    """Reads files and collects the problems with them, each once."""
 
     def __init__(self, path: Path) -> None:
         self.folder = RunFolder(path=path)
         self.problems: dict[str, None] = {}
 
     def at(self, read: Callable[..., T], *arguments: Any) -> T | None:
-        """Return what `read` finds, or None with its complaint kept."""
+        """Return the result of `read`, or None after adding its error."""
         return attempt(self.add, read, *arguments)
 
     def add(self, problem: str) -> None:
-        """Keep a complaint."""
+        """Add a problem."""
         self.problems[problem] = None
 
 
 def check(path: Path) -> Found:
-    """Read every file of a run, compare each with the run's record, and all with each other; collect all damage.
+    """Read all files of a run and compare them with its record and each other; collect all problems.
 
-    Raises:
-        LockedError: damage was found while a process trains here: what it writes changes under the eyes.
+    Raises LockedError if there are problems while a process is writing the run.
     """
     look, folder = _Look(path), RunFolder(path=path)
     record = look.at(state.read_record, folder)
@@ -90,18 +89,17 @@ def check(path: Path) -> Found:
 
 
 def _progress(look: _Look) -> list[MetricsRow]:
-    """Check the checkpoint, and that metrics.jsonl holds its rows; return those."""
+    """Check the checkpoint and metrics.jsonl against each other; return the rows of the checkpoint."""
     folder = look.folder
     found = look.at(state.load_checkpoint, folder)
     if found is None:
         if folder.metrics.exists() and not folder.pointer.exists():
-            told = f"{folder.metrics.name} tells of finished epochs; start the run anew"
-            look.add(f"{folder.pointer} is missing, but {told}")
+            look.add(f"{folder.pointer} is missing, but {folder.metrics.name} has finished epochs; start the run anew")
         return []
     rows = found[1].rows
     written = read_bytes(folder.metrics, MOST_RECORD_BYTES) if folder.metrics.exists() else b""
     behind = not folder.summary.exists() and written == state.metrics_lines(rows[:-1])
-    if written != state.metrics_lines(rows) and not behind:  # a kill may fall between a checkpoint and its metrics
+    if written != state.metrics_lines(rows) and not behind:  # a kill between the two leaves metrics an epoch behind
         look.add(f"{folder.metrics}, line {_first_difference(written, state.metrics_lines(rows))}: {_OTHER_ROWS}")
     return rows
 
@@ -116,7 +114,7 @@ def _first_difference(found: bytes, expected: bytes) -> int:
 
 
 def _values(look: _Look, sets: dict[int, Manifest]) -> dict[str, Held]:
-    """Check all values files; return those that could be read by their name in the run."""
+    """Check all values files; return the readable ones by their name in the run."""
     folder, most, found = look.folder, max((chosen.count for chosen in sets.values()), default=0), {}
     for path in (folder.values, *folder.all_stage_values()):
         if path.exists() and most and (read := look.at(value_files.read, path, most)) is not None:
@@ -125,7 +123,7 @@ def _values(look: _Look, sets: dict[int, Manifest]) -> dict[str, Held]:
 
 
 def _chain(look: _Look, inputs: Inputs, sets: dict[int, Manifest], tables: dict[str, Held]) -> None:
-    """Check that manifests and values are of the run's knowledge, and each manifest follows from the one before."""
+    """Check that manifests and values belong to the run's knowledge, and each manifest to the one before."""
     folder, knowledge = look.folder, inputs.knowledge_id
     given = look.at(manifest.read, folder.given) if folder.given.exists() else None
     if given is not None and given.digest != inputs.given:
@@ -144,7 +142,7 @@ def _links(
 ) -> Iterator[str]:
     if found.knowledge_id != knowledge:
         yield f"is for knowledge {found.knowledge_id}, the run is on {knowledge}"
-    if number == 0:  # full, random or given from elsewhere: nothing of this run comes before
+    if number == 0:  # full, random or given: it has no previous manifest
         return
     if found.stage != number:
         yield f"is for stage {found.stage}, it lies in the folder of stage {number}"
@@ -166,7 +164,7 @@ def _mixes(look: _Look, path: Path, of: Manifest | None) -> None:
 
 
 def _summary(look: _Look, rows: list[MetricsRow], record: RunRecord | None, sets: dict[int, Manifest]) -> None:
-    """Check the summary against what it sums up."""
+    """Check the summary against the other files."""
     folder = look.folder
     found = look.at(state.read_summary, folder.path)
     if found is None or record is None or not rows:
@@ -182,7 +180,7 @@ def _summary(look: _Look, rows: list[MetricsRow], record: RunRecord | None, sets
 
 
 def _exported(folder: RunFolder, summary: Summary, sets: dict[int, Manifest]) -> dict[str, Any]:
-    """Return what a summary should say of the exported set, which is the last one."""
+    """Return the expected summary entries of the final condensed set."""
     if not sets:
         raise NotFoundError(f"no readable manifest in {folder.path / 'stages'}, but a summary that names one")
     last = max(sets)

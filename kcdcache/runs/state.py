@@ -27,31 +27,8 @@ from kcdcache.errors import (
     first_difference,
     require_same,
 )
-from kcdcache.files import run_files
-from kcdcache.files.atomic import (
-    append,
-    locked,
-    read_bytes,
-    remove,
-    remove_leftovers,
-    require_no_links,
-    sha256_bytes,
-    write_atomic,
-)
-from kcdcache.files.records import (
-    MOST_RECORD_BYTES,
-    Rate,
-    Sealed,
-    Sha256,
-    Sparse,
-    canonical_json,
-    digest_of,
-    parse,
-    parse_json,
-    read_sealed,
-    readable_json,
-    sealed_json,
-)
+from kcdcache.files import atomic, records, run_files
+from kcdcache.files.records import Rate, Sealed, Sha256, Sparse, canonical_json, read_sealed, readable_json, sealed_json
 from kcdcache.networks.input_transform import resolve_device
 from kcdcache.networks.weights import MOST_HEADER_BYTES
 from kcdcache.runs.folder import RunFolder
@@ -59,11 +36,11 @@ from kcdcache.settings import MachineSettings
 
 RECORD_KEY = "kcdcache"
 VOLATILE = ("seconds", "images_per_second", "store_teacher_forwards")
-"""entries of a summary that the clock, or a store that grew, changes"""
+"""entries of a summary that depend on the clock, or change when the store grows"""
 
 
 class Environment(Sparse):
-    """Where a run, or a part of it, was done: see `environment.environment`."""
+    """Environment of a run or a part of it, see `environment.environment`."""
 
     python: str
     versions: dict[str, str]
@@ -71,78 +48,78 @@ class Environment(Sparse):
     device_name: str
     threads: int
     processes: int = 1
-    """earlier commits had one and did not say so"""
+    """absent in records of earlier versions, which had one"""
     git_commit: str | None
     command: str
 
 
 class Inputs(Sparse):
-    """What a run was made from, by digests; a `fit` has `data` and `test` alone."""
+    """Digests of a run's inputs; a `fit` has only `data` and `test`."""
 
     test: str
     """digest of the test split"""
     data: str | None = None
-    """digest of the training split, of a `fit`"""
+    """digest of the training split of a `fit`"""
     knowledge_id: str | None = None
     views: int | None = None
-    """cached views it cycles through"""
+    """number of cached views to cycle through"""
     encodings: dict[str, str] | None = None
-    """field of the store -> how it is encoded"""
+    """encoding of each field of the store"""
     teacher_batch: int | None = None
     given: str | None = None
-    """digest of the condensed set it began with, if one was given"""
+    """digest of the manifest that the run started from, if any"""
     skipped: list[int] | None = None
-    """samples the store has nothing of"""
+    """samples that the store skipped"""
 
 
 class RunRecord(Sparse):
-    """What run.json says."""
+    """Content of run.json."""
 
     settings: dict[str, Any]
-    """those of the command, without what never changes a result"""
+    """settings that affect results"""
     inputs: Inputs
     environment: Environment
     changes: list[Environment]
-    """where it went on after `--allow-env-change`"""
+    """environments in which the run continued with `--allow-env-change`"""
 
     @property
     def latest(self) -> Environment:
-        """Where it went on last."""
+        """The last environment."""
         return [self.environment, *self.changes][-1]
 
 
 class MetricsRow(Sparse):
-    """A line of metrics.jsonl: one epoch. Losses are in nats, accuracies and agreement are shares in [0, 1]."""
+    """A line of metrics.jsonl for one epoch. Losses are in nats, accuracies and agreement in [0, 1]."""
 
     epoch: int
     """from 0"""
     learning_rate: float
     samples: int
-    """forwarded by the student in this epoch"""
+    """number of samples forwarded in this epoch"""
     samples_so_far: int
     loss: float
     train_accuracy: float
     agreement: float | None = None
-    """how often student and teacher named the same class"""
+    """fraction of samples with the same prediction by student and teacher"""
     test_accuracy: float | None = None
-    """unset, as the two below, where the epoch was not evaluated"""
+    """unset, like the next two, if the epoch was not evaluated"""
     test_loss: float | None = None
     test_calibration_error: float | None = None
     view: int
     stage: int | None = None
-    """unset, as all below, in a `fit`"""
+    """unset, like all below, in a `fit`"""
     kept: int | None = None
     mixed: int | None = None
     rows_read: int | None = None
     """from the store, by all processes"""
     bytes_read: int | None = None
     rows_read_by_each: list[int] | None = None
-    """by each of several processes"""
+    """per process, if there are several"""
     bytes_read_by_each: list[int] | None = None
 
 
 class CorruptionRecord(Sparse):
-    """What a data spec did to the training split: see `label_noise.Corruption`."""
+    """Corruption of the training split, see `label_noise.Corruption`."""
 
     noise: float | None = None
     noise_seed: int = NOISE_SEED
@@ -153,43 +130,43 @@ class CorruptionRecord(Sparse):
 
 
 class Outcome(Sparse):
-    """What every summary holds, from a finished run's metrics. The last accuracy is the result; the best one was chosen
-    on the test split and is for comparison with papers that report it."""
+    """The part of a summary computed from the metrics; the best accuracy is selected on the test split."""
 
     accuracy_last: float
-    """on the test split after the last epoch, in [0, 1]"""
+    """test accuracy after the last epoch, in [0, 1]"""
     accuracy_best: float
     best_epoch: int
     calibration_error: float
     relative_cost: float
-    """C of Eq. 16, counted: student samples forwarded / (count x epochs)"""
+    """measured C of Eq. 16: student_samples / (count x epochs)"""
     student_samples: int
+    """number of samples forwarded by the student"""
     epochs: int
     count: int
-    """N, of the training split"""
+    """N of the training split"""
 
 
 class Summary(Outcome):
-    """What came of a run: summary.json. Entries that its command, data or options do not give are unset."""
+    """Content of summary.json; entries that do not apply are unset."""
 
     kind: Literal["fit", "train"]
     model: str
     teacher_forwards: int
-    """of this run alone: mixes that the teacher was asked about"""
+    """mixed samples forwarded by the teacher in this run"""
     seconds: float
     images_per_second: Rate | None = None
 
     finished: bool | None = None
-    """true of every `train`; unset, as all below to `condensed_set`, of a `fit`"""
+    """true for `train`; unset for `fit`, like all below to `condensed_set`"""
     method: str | None = None
     knowledge_id: str | None = None
     store_teacher_forwards: int | None = None
     rows_read: int | None = None
     bytes_read: int | None = None
     kept: int | None = None
-    """samples of the exported set"""
+    """size of the final condensed set"""
     condensed_set: Annotated[str, Field(pattern=r"^stages/[0-9]+/manifest\.parquet$")] | None = None
-    """its manifest, relative to the run"""
+    """its manifest, relative to the run folder"""
 
     corruption: CorruptionRecord | None = None
     mislabelled: int | None = None
@@ -197,10 +174,10 @@ class Summary(Outcome):
     """digest of the labels before label noise"""
     class_sizes: list[int] | None = None
     teacher_data: Literal["same", "other"] | None = None
-    """whether the teacher learned from the same training split"""
+    """whether the teacher was trained on the same training split"""
 
     agreement_train: float | None = None
-    """this and all below: see `evaluation.fidelity`"""
+    """see `evaluation.fidelity`, also for all below"""
     agreement_test: float | None = None
     accuracy_train: float | None = None
     accuracy_true: float | None = None
@@ -219,24 +196,24 @@ class Summary(Outcome):
 
 
 class Checkpoint(Sparse):
-    """What a checkpoint holds beside tensors."""
+    """Content of a checkpoint besides tensors."""
 
     epoch: int
     """number of finished epochs"""
     step: int
     """number of finished steps of the current epoch"""
     samples: int
-    """student samples forwarded so far"""
+    """number of samples forwarded so far"""
     rows: list[MetricsRow]
     """one per finished epoch"""
     optimizer: dict[str, Any] | None = None
-    """what is no tensor of its state; unset by an older kcdcache"""
+    """state other than tensors; unset by older versions"""
     run: Sha256 | None = Field(default=None, exclude=True)
-    """id of the run, in the file alone"""
+    """id of the run, only in the file"""
 
 
 class Pointer(Sealed):
-    """What checkpoint/latest.json says: which file is the run's checkpoint."""
+    """Content of checkpoint/latest.json: the current checkpoint."""
 
     file: Annotated[str, Field(pattern=r"^[0-9a-f]{16}\.safetensors$")]
     sha256: Sha256
@@ -254,13 +231,13 @@ def session(
 
     Raises:
         LockedError: another process trains here.
-        SettingsError, MismatchError: the folder holds another run, or this machine is not the run's.
+        SettingsError, MismatchError: the folder holds another run, or the run began in another environment.
     """
     device = resolve_device(machine.device)
-    require_no_links(folder.path)
-    with locked(folder.lock):
+    atomic.require_no_links(folder.path)
+    with atomic.locked(folder.lock):
         record = start(folder, settings, inputs)
-        _remove_other_checkpoints(folder)  # a kill may fall between a new checkpoint and the old one's removal
+        _remove_other_checkpoints(folder)  # left by a kill between saving a checkpoint and removing the old one
         before = torch.get_num_threads()
         wanted = machine.threads or (record.latest.threads if record else before)
         torch.set_num_threads(wanted)
@@ -274,7 +251,7 @@ def session(
 
 
 def _go_on(folder: RunFolder, record: RunRecord, now: Environment, allow_change: bool) -> None:
-    """Write the record of a run that begins, or goes on where it may."""
+    """Write the record of a new run, or of one that continues in another environment, if allowed."""
     known, here = record.latest.document(), now.document()
     if changed(known, here):
         check_environment(known, here, allow_change)
@@ -284,13 +261,13 @@ def _go_on(folder: RunFolder, record: RunRecord, now: Environment, allow_change:
 
 
 def start(folder: RunFolder, settings: Mapping[str, Any], inputs: Inputs) -> RunRecord | None:
-    """Return the record of the run already in this folder, or None where a new one begins.
+    """Return the record of the run in this folder, or None if the folder is empty.
 
     Raises:
         SettingsError: the folder holds a run with other settings; names the first.
-        MismatchError: the folder holds a run on other inputs, or no run but something else; names the first.
+        MismatchError: the folder holds a run with other inputs, or something else; names the first.
     """
-    remove_leftovers(folder.path)
+    atomic.remove_leftovers(folder.path)
     if not folder.settings.exists():
         if others := [p.name for p in folder.path.iterdir() if not p.name.startswith(folder.lock.name)]:
             raise MismatchError(
@@ -310,7 +287,7 @@ def start(folder: RunFolder, settings: Mapping[str, Any], inputs: Inputs) -> Run
 
 
 def outcome(rows: Sequence[MetricsRow], count: int, epochs: int) -> Outcome:
-    """Return what a finished run came to, from its rows of metrics and the number of samples and epochs."""
+    """Compute the outcome of a finished run from its metrics and the number of samples and epochs."""
     last = rows[-1]
     measured = {row.test_accuracy: row.epoch for row in reversed(rows) if row.test_accuracy is not None}  # the first
     assert last.test_accuracy is not None
@@ -329,60 +306,50 @@ def outcome(rows: Sequence[MetricsRow], count: int, epochs: int) -> Outcome:
 
 def write_record(folder: RunFolder, record: RunRecord) -> None:
     """Write run.json."""
-    write_atomic(folder.settings, sealed_json(record.document(), readable_json))
+    atomic.write_atomic(folder.settings, sealed_json(record.document(), readable_json))
 
 
 def read_record(folder: RunFolder) -> RunRecord:
-    """Return what run.json holds: settings, inputs, environment and the changes to it that were allowed.
-
-    Raises:
-        NotFoundError: there is no run.
-        CorruptionError: it is damaged, or was changed after it was written.
-    """
+    """Read run.json; raises NotFoundError if it is missing, CorruptionError if it is damaged or edited."""
     return read_sealed(folder.settings, RunRecord, readable_json)
 
 
 def write_manifest(folder: RunFolder, path: Path, made: Manifest) -> None:
-    """Write a manifest into the run and its rows, digest and SHA-256 into the run's record.
-
-    Raises:
-        LockedError: another one stands there.
-        NoSpaceError: the disk is full.
-    """
+    """Write a manifest of a run and record its rows and digests; raises LockedError if there is another one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not folder.stands(path):
-        remove(path)  # a kill fell before its record: written again, from the start
+        atomic.remove(path)  # left by a kill before it was recorded
     with run_files.writing(folder.path, {folder.name_of(path): run_files.Facts(len(made), made.digest)}):
         manifest.write(path, made)
 
 
 def save_checkpoint(folder: RunFolder, tensors: Mapping[str, Tensor], record: Checkpoint) -> None:
-    """Replace the run's checkpoint; a kill at any moment leaves the old one or the new one."""
+    """Replace the checkpoint of a run; a kill at any time leaves the old or the new one."""
     folder.checkpoints.mkdir(exist_ok=True)
     owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = canonical_json({**record.document(), "run": run_files.run_id(folder.path)})
     data = safetensors.torch.save(owned, metadata={RECORD_KEY: content.decode()})
-    digest = sha256_bytes(data)
+    digest = atomic.sha256_bytes(data)
     name = f"{digest[:16]}.safetensors"
-    write_atomic(folder.checkpoints / name, data)
-    write_atomic(folder.pointer, sealed_json(Pointer(file=name, sha256=digest).document()))
+    atomic.write_atomic(folder.checkpoints / name, data)
+    atomic.write_atomic(folder.pointer, sealed_json(Pointer(file=name, sha256=digest).document()))
     _remove_other_checkpoints(folder)
 
 
 def load_checkpoint(folder: RunFolder) -> tuple[dict[str, Tensor], Checkpoint] | None:
-    """Return the tensors and the record of the run's checkpoint, or None if there is none yet.
+    """Return the tensors and the record of a run's checkpoint, or None if there is none.
 
     Raises:
-        CorruptionError: the file is missing or does not match its SHA-256.
-        MismatchError: it is another run's; prints both ids.
-        UnsafeError: it, or the list of its tensors, is larger than any of ours.
+        CorruptionError: the file is missing or damaged.
+        MismatchError: it belongs to another run.
+        UnsafeError: its header is too large.
     """
     if not folder.pointer.exists():
         return None
     pointer = read_sealed(folder.pointer, Pointer)
     path = folder.checkpoints / pointer.file
-    data = read_bytes(path) if path.exists() else b""
-    if sha256_bytes(data) != pointer.sha256:
+    data = atomic.read_bytes(path) if path.exists() else b""
+    if atomic.sha256_bytes(data) != pointer.sha256:
         raise CorruptionError(
             f"checkpoint {path} is damaged: its SHA-256 is not the one in {folder.pointer}; start the run anew"
         )
@@ -395,34 +362,34 @@ def load_checkpoint(folder: RunFolder) -> tuple[dict[str, Tensor], Checkpoint] |
 
 
 def write_metrics(folder: RunFolder, rows: Sequence[MetricsRow]) -> None:
-    """Make metrics.jsonl hold exactly these rows, one epoch a line."""
-    write_atomic(folder.metrics, metrics_lines(rows))
+    """Write metrics.jsonl."""
+    atomic.write_atomic(folder.metrics, metrics_lines(rows))
 
 
 def metrics_lines(rows: Sequence[MetricsRow]) -> bytes:
-    """Return metrics.jsonl with these rows."""
+    """Return the content of metrics.jsonl."""
     return b"".join(canonical_json(row.document()) + b"\n" for row in rows)
 
 
 def add_timing(folder: RunFolder, row: Mapping[str, Any]) -> None:
-    """Append a line of clock times, which differ from run to run and so stand apart from the metrics."""
-    append(folder.timing, canonical_json(row) + b"\n")
+    """Append a line to timing.jsonl, which is separate from the metrics since it differs between equal runs."""
+    atomic.append(folder.timing, canonical_json(row) + b"\n")
 
 
 def write_summary(folder: RunFolder, summary: Summary) -> None:
-    """Write summary.json with a digest of its own, and that of its lasting part into the run's record."""
+    """Write summary.json and record the digest of its lasting part."""
     with run_files.writing(folder.path, {folder.summary.name: _lasting(summary)}):
-        write_atomic(folder.summary, sealed_json(summary.document(), readable_json))
+        atomic.write_atomic(folder.summary, sealed_json(summary.document(), readable_json))
 
 
 def read_summary(path: Path) -> Summary:
-    """Return a finished run's summary.
+    """Read the summary of a finished run.
 
     Raises:
         NotFoundError: there is no run.
-        UnfinishedError: the run has not ended.
-        CorruptionError: the summary is damaged, or of an older kcdcache that wrote no digest.
-        MismatchError: it is another run's.
+        UnfinishedError: the run is not finished.
+        CorruptionError: the summary is damaged.
+        MismatchError: it belongs to another run.
     """
     folder = RunFolder(path=path)
     if folder.summary.exists():
@@ -435,23 +402,17 @@ def read_summary(path: Path) -> Summary:
 
 
 def read_metrics(path: Path) -> list[MetricsRow]:
-    """Return the rows of a run's metrics.jsonl, one per epoch.
-
-    Raises:
-        NotFoundError: the run has none.
-        CorruptionError: a line holds something else; names it.
-        UnsafeError: it is no plain file, or larger than any of ours.
-    """
+    """Read metrics.jsonl, one row per epoch; raises NotFoundError if it is missing, CorruptionError for a bad line."""
     file = RunFolder(path=path).metrics
     if not file.exists():
         raise NotFoundError(f"no metrics at {file}")
-    lines = read_bytes(file, MOST_RECORD_BYTES).splitlines()
-    return [parse(MetricsRow, line, f"{file}, line {number}") for number, line in enumerate(lines, 1)]
+    lines = atomic.read_bytes(file, records.MOST_RECORD_BYTES).splitlines()
+    return [records.parse(MetricsRow, line, f"{file}, line {number}") for number, line in enumerate(lines, 1)]
 
 
 def _lasting(summary: Summary) -> run_files.Facts:
     lasting = {key: value for key, value in summary.document().items() if key not in VOLATILE}
-    return run_files.Facts(digest=digest_of(lasting))
+    return run_files.Facts(digest=records.digest_of(lasting))
 
 
 def _parse_checkpoint(data: bytes, path: Path) -> tuple[dict[str, Tensor], Checkpoint]:
@@ -461,8 +422,8 @@ def _parse_checkpoint(data: bytes, path: Path) -> tuple[dict[str, Tensor], Check
             f"checkpoint {path} lists its tensors in {length} bytes, expected at most {MOST_HEADER_BYTES}"
         )
     try:
-        header = parse_json(data[8 : 8 + length], path)
-        record = parse(Checkpoint, header["__metadata__"][RECORD_KEY].encode(), path)
+        header = records.parse_json(data[8 : 8 + length], path)
+        record = records.parse(Checkpoint, header["__metadata__"][RECORD_KEY].encode(), path)
         return safetensors.torch.load(data), record
     except (KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CorruptionError(f"checkpoint {path} is damaged: {error}; start the run anew") from None
@@ -472,15 +433,11 @@ def _remove_other_checkpoints(folder: RunFolder) -> None:
     current = read_sealed(folder.pointer, Pointer).file if folder.pointer.exists() else None
     for path in folder.checkpoints.glob("*.safetensors"):
         if path.name != current:
-            remove(path)
+            atomic.remove(path)
 
 
 def condensed_set(run: Path) -> Path:
-    """Return the manifest that a finished run exported; in a plan of a run not yet made, where its folder will be.
-
-    Raises:
-        MismatchError: the run is a `fit`, which has none.
-    """
+    """Return the final manifest of a run, or a placeholder if it is not finished; raises MismatchError for a `fit`."""
     if not (run / "summary.json").exists():
         return run / "(its condensed set)"
     if (name := read_summary(run).condensed_set) is None:
