@@ -15,7 +15,6 @@ class Spread(NamedTuple):
 
     n: int
     mean: float | None
-    """None if n = 0"""
     std: float | None
     """sample standard deviation (n - 1); None if n < 2"""
 
@@ -24,7 +23,6 @@ class Difference(NamedTuple):
     """Mean difference over paired seeds with its confidence interval, in the unit of the measurements."""
 
     n: int
-    """number of pairs"""
     mean: float
     std: float | None
     """sample standard deviation of the differences; None, like the interval, for one pair"""

@@ -18,9 +18,7 @@ from kcdcache.progress import Progress, silent
 
 SCHEMA_VERSION = 0
 LABELS = {"K_1H": "K_1H (kept as they are)", "K_Aug": "K_Aug (kept and enriched)", "K_0": "K_0 (dropped)"}
-"""readable labels of result entries"""
 EVERY_SECONDS = 10
-"""time between plain progress lines"""
 
 
 def printable(text: str) -> str:

@@ -22,7 +22,6 @@ COMMANDS: Mapping[str, Command] = {
     "run": Command("run", "Run all steps of a recipe; without one, the embedded example.", "recipes.recipe:command"),
     **commands.COMMANDS,
 }
-"""commands by name, in the order of a first session"""
 COLLECTED = 100_000
 """threshold of garbage collection: imports create many objects but no garbage, which saves 0.1 s"""
 MOST_SHOWN = 4000

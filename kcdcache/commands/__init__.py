@@ -18,13 +18,11 @@ class TextTable(str):
     """A table as text with aligned columns; it keeps its cells for display on a terminal."""
 
     above: tuple[str, ...]
-    """lines above the table"""
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     left: int
     """number of left-aligned columns; the others are right-aligned"""
     below: tuple[str, ...]
-    """lines below the table"""
 
     def __new__(
         cls,

@@ -4,20 +4,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from kcdcache import settings
 from kcdcache.condense import schedule
 from kcdcache.data import spec
 from kcdcache.errors import SettingsError, nearest
 from kcdcache.methods.catalogue import named, weights_of
 from kcdcache.networks.catalogue import require_known_name, saved_network
-from kcdcache.settings import (
-    CondenseCommand,
-    MethodsCommand,
-    PrecomputeCommand,
-    Settings,
-    TrainCommand,
-    VerifyCommand,
-    values_of,
-)
 
 ENCODINGS = ("float16", "float32", "uint8", "top")
 """names of encodings, before any colon"""
@@ -30,9 +22,9 @@ NOT_IMPORTED = {
 """settings of `precompute` that do not apply to --from-logits"""
 
 
-def require_possible(command: Settings) -> None:
+def require_possible(command: settings.Settings) -> None:
     """Raise SettingsError if a network, method, data set, field or encoding is unknown, or settings contradict."""
-    values = values_of(command)
+    values = settings.values_of(command)
     if values.get("data"):
         spec.parse(values["data"])
     for network in filter(None, map(values.get, ("model", "student", "peer"))):
@@ -47,9 +39,9 @@ def require_possible(command: Settings) -> None:
         CHECKS[type(command)](command)
 
 
-def require_present(command: Settings) -> None:
+def require_present(command: settings.Settings) -> None:
     """Raise NotFoundError, UnfinishedError or SettingsError if the saved teacher of a command is missing."""
-    if isinstance(command, PrecomputeCommand | VerifyCommand):
+    if isinstance(command, settings.PrecomputeCommand | settings.VerifyCommand):
         named = command.teaching
         if named.teacher is not None and named.weights is None:
             saved_network(named.teacher)
@@ -76,7 +68,7 @@ def _require_known(what: str, texts: Sequence[str], known: tuple[str, ...]) -> N
             raise SettingsError(f"unknown {what} '{text}'; {nearest(word, known)}")
 
 
-def _precompute(command: PrecomputeCommand) -> None:
+def _precompute(command: settings.PrecomputeCommand) -> None:
     if command.from_logits is not None:
         _require_importable(command.given)
     elif command.teaching.teacher is None:
@@ -102,11 +94,11 @@ def _require_importable(given: set[str]) -> None:
         )
 
 
-def _train(command: TrainCommand) -> None:
-    settings = command.training
-    if not settings.student:
+def _train(command: settings.TrainCommand) -> None:
+    training = command.training
+    if not training.student:
         raise SettingsError("--student is missing: name the network to train, for example --student resnet8")
-    weights_of(settings)
+    weights_of(training)
     if command.condensed is not None:
         if ignored := command.given & {"store", "manifest", "transfer"}:
             raise SettingsError(f"--{min(ignored)} does nothing beside --condensed, which brings its own; leave it out")
@@ -115,10 +107,10 @@ def _train(command: TrainCommand) -> None:
         raise SettingsError(
             "train needs knowledge: --store with the folder of a store, or --condensed with that of an exported set"
         )
-    schedule.require_whole_stages(settings.epochs, settings.stages)
+    schedule.require_whole_stages(training.epochs, training.stages)
 
 
-def _condense(command: CondenseCommand) -> None:
+def _condense(command: settings.CondenseCommand) -> None:
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise SettingsError(
             f"condense is work for one process, and torchrun has started {processes}: run `kcdcache condense` without "
@@ -126,16 +118,16 @@ def _condense(command: CondenseCommand) -> None:
         )
 
 
-def _verify(command: VerifyCommand) -> None:
+def _verify(command: settings.VerifyCommand) -> None:
     if command.sample is not None:
         parse_share(command.sample)
 
 
-CHECKS: Mapping[type[Settings], Callable[[Any], None]] = {
-    PrecomputeCommand: _precompute,
-    TrainCommand: _train,
-    CondenseCommand: _condense,
-    MethodsCommand: lambda command: require_known_name(command.teacher),
-    VerifyCommand: _verify,
+CHECKS: Mapping[type[settings.Settings], Callable[[Any], None]] = {
+    settings.PrecomputeCommand: _precompute,
+    settings.TrainCommand: _train,
+    settings.CondenseCommand: _condense,
+    settings.MethodsCommand: lambda command: require_known_name(command.teacher),
+    settings.VerifyCommand: _verify,
 }
 """further checks by class of settings"""

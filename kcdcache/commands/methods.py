@@ -72,7 +72,6 @@ def _method(name: str, pair: Pair, encoded: str) -> dict[str, Any]:
 
 
 def _row_bytes(field: str, pair: Pair, encoded: str) -> int:
-    """Return the bytes of a field per sample and view, before padding."""
     shape = fields.row_shape(field, pair.teacher_taps, pair.image)
     return encoding.parse(fields.encoding_for(field, encoded), field, shape).row_bytes
 

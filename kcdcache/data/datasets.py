@@ -28,7 +28,6 @@ from kcdcache.files.records import canonical_json, parse_json
 logger = logging.getLogger(__name__)
 
 CACHE = Path("~/.cache/kcdcache")
-"""default folder of downloads"""
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _CIFAR = {
     "cifar10": Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -49,7 +48,6 @@ class Dataset:
     """Labelled images in a training and a test split."""
 
     name: str
-    """data spec"""
     train: Split
     test: Split
     classes: tuple[str, ...]
@@ -57,7 +55,6 @@ class Dataset:
     known_statistics: Statistics | None = None
     """published mean and std; None to compute them from the training images"""
     corruption: Corruption = field(default_factory=Corruption)
-    """corruption of the training split, with resolved defaults"""
 
     def usual_views(self, given: Collection[str]) -> dict[str, str | int]:
         """Return the default view settings for digits (no flips) that are not given; none if `augment` is given."""

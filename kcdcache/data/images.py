@@ -23,7 +23,6 @@ from kcdcache.files.atomic import open_plain, sha256_bytes
 MOST_PIXELS = 64 * 10**6
 """maximum size of a decoded image, at 3 bytes per pixel"""
 MOST_ENCODED_BYTES = 2**28
-"""maximum size of an image file"""
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """formats that are decoded, whatever the file name; some others of Pillow start other programs"""
 _ORIENTATION = 274
@@ -35,7 +34,6 @@ _TURNS = {
 DECODED_BYTES = 4 << 30
 """maximum size of images that are decoded once and kept in memory"""
 ImageList = list[UInt8[np.ndarray, "_ _ _"]]
-"""images of different sizes"""
 Check = Callable[[int, bytes], None]
 """function of position and content that raises if they do not match"""
 _BLOCK = 64  # images per task: a future per image costs more than decoding a small one
@@ -50,7 +48,6 @@ class Statistics(NamedTuple):
 
 
 IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""statistics for images that are decoded on demand"""
 
 
 class Origins(NamedTuple):

@@ -25,7 +25,6 @@ class Corruption(Settings):
     noise: float = Field(default=0.0, ge=0, le=1)
     """probability of replacing a label"""
     noise_seed: int = Field(default=NOISE_SEED, ge=0, lt=2**64)
-    """seed of the noise"""
     redraw: bool = True
     """draw from all C classes, so that noise (C - 1) / C of the labels become wrong, or only from the wrong ones"""
     gamma: float | None = Field(default=None, ge=0.001, le=20)

@@ -29,7 +29,6 @@ class DataIdentity:
     """Identity of a training split."""
 
     count: int
-    """number of samples N"""
     classes: tuple[str, ...]
     """class names, in label order"""
     image_size: tuple[int, int] | None
@@ -49,13 +48,12 @@ class Options(Composed):
 
 
 class DataSpec(NamedTuple):
-    """A parsed data spec."""
+    """A parsed data spec; `column` is the label column of a parquet set."""
 
     kind: str
     location: str | None
     """folder or file"""
     column: str | None
-    """label column of a parquet set"""
     options: Options
 
     @property

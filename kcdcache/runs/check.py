@@ -33,7 +33,6 @@ class Found(NamedTuple):
     unfinished: tuple[str, ...]
     """files cut short by a kill, which the run's command writes again"""
     finished: bool
-    """whether the run has a summary"""
     problems: tuple[str, ...]
     """one line per problem, with file and place; empty for an undamaged run"""
 
@@ -46,11 +45,9 @@ class _Look:
         self.problems: dict[str, None] = {}
 
     def at(self, read: Callable[..., T], *arguments: Any) -> T | None:
-        """Return the result of `read`, or None after adding its error."""
         return attempt(self.add, read, *arguments)
 
     def add(self, problem: str) -> None:
-        """Add a problem."""
         self.problems[problem] = None
 
 
@@ -164,7 +161,6 @@ def _mixes(look: _Look, path: Path, of: Manifest | None) -> None:
 
 
 def _summary(look: _Look, rows: list[MetricsRow], record: RunRecord | None, sets: dict[int, Manifest]) -> None:
-    """Check the summary against the other files."""
     folder = look.folder
     found = look.at(state.read_summary, folder.path)
     if found is None or record is None or not rows:

@@ -31,7 +31,6 @@ class RunFolder:
     given = _File("given.parquet")
     """manifest that the run started from, if one was given"""
     metrics = _File("metrics.jsonl")
-    """one line per finished epoch"""
     timing = _File("timing.jsonl")
     """clock times, one line per epoch trained"""
     checkpoints = _File("checkpoint")

@@ -12,21 +12,12 @@ from pydantic_core import to_jsonable_python
 from safetensors import SafetensorError
 from torch import Tensor
 
+from kcdcache import errors
 from kcdcache.condense import manifest
 from kcdcache.condense.compare import SetCounts
 from kcdcache.condense.manifest import Manifest
 from kcdcache.data.label_noise import NOISE_SEED
 from kcdcache.environment import changed, check_environment, environment
-from kcdcache.errors import (
-    CorruptionError,
-    MismatchError,
-    NotFoundError,
-    SettingsError,
-    UnfinishedError,
-    UnsafeError,
-    first_difference,
-    require_same,
-)
 from kcdcache.files import atomic, records, run_files
 from kcdcache.files.records import Rate, Sealed, Sha256, Sparse, canonical_json, read_sealed, readable_json, sealed_json
 from kcdcache.networks.input_transform import resolve_device
@@ -54,22 +45,17 @@ class Environment(Sparse):
 
 
 class Inputs(Sparse):
-    """Digests of a run's inputs; a `fit` has only `data` and `test`."""
+    """A run's inputs, those that are data by digest; a `fit` has only `data` and `test`."""
 
     test: str
-    """digest of the test split"""
     data: str | None = None
-    """digest of the training split of a `fit`"""
     knowledge_id: str | None = None
     views: int | None = None
-    """number of cached views to cycle through"""
     encodings: dict[str, str] | None = None
-    """encoding of each field of the store"""
     teacher_batch: int | None = None
     given: str | None = None
     """digest of the manifest that the run started from, if any"""
     skipped: list[int] | None = None
-    """samples that the store skipped"""
 
 
 class RunRecord(Sparse):
@@ -80,7 +66,6 @@ class RunRecord(Sparse):
     inputs: Inputs
     environment: Environment
     changes: list[Environment]
-    """environments in which the run continued with `--allow-env-change`"""
 
     @property
     def latest(self) -> Environment:
@@ -130,17 +115,15 @@ class CorruptionRecord(Sparse):
 
 
 class Outcome(Sparse):
-    """The part of a summary computed from the metrics; the best accuracy is selected on the test split."""
+    """The part of a summary computed from metrics; accuracies are on the test split, which also selects the best."""
 
     accuracy_last: float
-    """test accuracy after the last epoch, in [0, 1]"""
     accuracy_best: float
     best_epoch: int
     calibration_error: float
     relative_cost: float
     """measured C of Eq. 16: student_samples / (count x epochs)"""
     student_samples: int
-    """number of samples forwarded by the student"""
     epochs: int
     count: int
     """N of the training split"""
@@ -152,7 +135,7 @@ class Summary(Outcome):
     kind: Literal["fit", "train"]
     model: str
     teacher_forwards: int
-    """mixed samples forwarded by the teacher in this run"""
+    """for mixed samples of this run"""
     seconds: float
     images_per_second: Rate | None = None
 
@@ -164,17 +147,13 @@ class Summary(Outcome):
     rows_read: int | None = None
     bytes_read: int | None = None
     kept: int | None = None
-    """size of the final condensed set"""
     condensed_set: Annotated[str, Field(pattern=r"^stages/[0-9]+/manifest\.parquet$")] | None = None
-    """its manifest, relative to the run folder"""
 
     corruption: CorruptionRecord | None = None
     mislabelled: int | None = None
     true_labels: str | None = None
-    """digest of the labels before label noise"""
     class_sizes: list[int] | None = None
     teacher_data: Literal["same", "other"] | None = None
-    """whether the teacher was trained on the same training split"""
 
     agreement_train: float | None = None
     """see `evaluation.fidelity`, also for all below"""
@@ -199,13 +178,11 @@ class Checkpoint(Sparse):
     """Content of a checkpoint besides tensors."""
 
     epoch: int
-    """number of finished epochs"""
+    """finished ones"""
     step: int
-    """number of finished steps of the current epoch"""
+    """finished ones of the current epoch"""
     samples: int
-    """number of samples forwarded so far"""
     rows: list[MetricsRow]
-    """one per finished epoch"""
     optimizer: dict[str, Any] | None = None
     """state other than tensors; unset by older versions"""
     run: Sha256 | None = Field(default=None, exclude=True)
@@ -270,19 +247,19 @@ def start(folder: RunFolder, settings: Mapping[str, Any], inputs: Inputs) -> Run
     atomic.remove_leftovers(folder.path)
     if not folder.settings.exists():
         if others := [p.name for p in folder.path.iterdir() if not p.name.startswith(folder.lock.name)]:
-            raise MismatchError(
+            raise errors.MismatchError(
                 f"{folder.path} holds {others[0]} but no run.json; give an empty or new folder as --out"
             )
         return None
     record = read_record(folder)
-    if difference := first_difference(record.settings, to_jsonable_python(settings)):
+    if difference := errors.first_difference(record.settings, to_jsonable_python(settings)):
         name, was, now = difference
-        raise SettingsError(
+        raise errors.SettingsError(
             f"{folder.path} holds a run with {name} = {was!r}, asked for now: {now!r}; "
             "give the same settings to continue it, or another --out"
         )
     names = (f"the run in {folder.path}", "what was given now")
-    require_same(record.inputs.document(), inputs.document(), names, "use another --out")
+    errors.require_same(record.inputs.document(), inputs.document(), names, "use another --out")
     return record
 
 
@@ -350,12 +327,12 @@ def load_checkpoint(folder: RunFolder) -> tuple[dict[str, Tensor], Checkpoint] |
     path = folder.checkpoints / pointer.file
     data = atomic.read_bytes(path) if path.exists() else b""
     if atomic.sha256_bytes(data) != pointer.sha256:
-        raise CorruptionError(
+        raise errors.CorruptionError(
             f"checkpoint {path} is damaged: its SHA-256 is not the one in {folder.pointer}; start the run anew"
         )
     tensors, record = _parse_checkpoint(data, path)
     if record.run != (own := run_files.run_id(folder.path)):
-        raise MismatchError(
+        raise errors.MismatchError(
             f"checkpoint {path} is of run {record.run}, {folder.settings} of {own}; put the run's own back"
         )
     return tensors, record
@@ -397,15 +374,15 @@ def read_summary(path: Path) -> Summary:
         run_files.require(folder.summary, _lasting(summary))
         return summary
     if folder.settings.exists():
-        raise UnfinishedError(f"the run in {path} is not finished; run its command again to continue it")
-    raise NotFoundError(f"no run at {path}")
+        raise errors.UnfinishedError(f"the run in {path} is not finished; run its command again to continue it")
+    raise errors.NotFoundError(f"no run at {path}")
 
 
 def read_metrics(path: Path) -> list[MetricsRow]:
     """Read metrics.jsonl, one row per epoch; raises NotFoundError if it is missing, CorruptionError for a bad line."""
     file = RunFolder(path=path).metrics
     if not file.exists():
-        raise NotFoundError(f"no metrics at {file}")
+        raise errors.NotFoundError(f"no metrics at {file}")
     lines = atomic.read_bytes(file, records.MOST_RECORD_BYTES).splitlines()
     return [records.parse(MetricsRow, line, f"{file}, line {number}") for number, line in enumerate(lines, 1)]
 
@@ -418,7 +395,7 @@ def _lasting(summary: Summary) -> run_files.Facts:
 def _parse_checkpoint(data: bytes, path: Path) -> tuple[dict[str, Tensor], Checkpoint]:
     length = int.from_bytes(data[:8], "little")
     if length > MOST_HEADER_BYTES:
-        raise UnsafeError(
+        raise errors.UnsafeError(
             f"checkpoint {path} lists its tensors in {length} bytes, expected at most {MOST_HEADER_BYTES}"
         )
     try:
@@ -426,7 +403,7 @@ def _parse_checkpoint(data: bytes, path: Path) -> tuple[dict[str, Tensor], Check
         record = records.parse(Checkpoint, header["__metadata__"][RECORD_KEY].encode(), path)
         return safetensors.torch.load(data), record
     except (KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise CorruptionError(f"checkpoint {path} is damaged: {error}; start the run anew") from None
+        raise errors.CorruptionError(f"checkpoint {path} is damaged: {error}; start the run anew") from None
 
 
 def _remove_other_checkpoints(folder: RunFolder) -> None:
@@ -441,5 +418,5 @@ def condensed_set(run: Path) -> Path:
     if not (run / "summary.json").exists():
         return run / "(its condensed set)"
     if (name := read_summary(run).condensed_set) is None:
-        raise MismatchError(f"the run in {run} is a `fit` and has no condensed set; give one that `train` made")
+        raise errors.MismatchError(f"the run in {run} is a `fit` and has no condensed set; give one that `train` made")
     return run / name
