@@ -73,7 +73,8 @@ def copy_rows(
 ) -> bool:
     """Copy the rows `wanted` of a chunk, strictly increasing, into `target` (rows, ...), which is in C order.
 
-    The whole file is read, into `scratch` memory of at least its size, and compared with its log entry.
+    The whole file is read and compared with its log entry; `scratch` is memory of at least its size. What is not
+    compressed is copied block by block, while the processor's cache still holds it.
 
     Returns:
         Whether the file is what was written; if not, `target` holds anything.
@@ -82,25 +83,28 @@ def copy_rows(
         FileNotFoundError: there is no such file.
         UnsafeError: it is a symbolic link, or was packed from another number of bytes than planned.
     """
-    size = record.bytes - CHECKSUM_BYTES
-    direct = compression == "none" and len(wanted) == array.chunk_rows
-    data = target.reshape(-1).view(np.uint8) if direct else scratch[:size]
+    size, row_bytes, packed = record.bytes - CHECKSUM_BYTES, array.row_bytes, compression != "none"
+    rows = size if packed else max(1, BLOCK_BYTES // row_bytes)
+    step, found = BLOCK_BYTES if packed else rows * row_bytes, 0
+    edges = np.searchsorted(wanted, range(0, array.chunk_rows + rows, rows)).tolist()
     with naming(path), open(path, "rb", buffering=0, opener=_open_plain) as stream:
         if os.fstat(stream.fileno()).st_size != record.bytes:
             return False
-        found = 0
-        for start in range(0, size, BLOCK_BYTES):
-            block = data[start : start + BLOCK_BYTES].data
-            if stream.readinto(block) != len(block):
+        for number, start in enumerate(range(0, size, step)):
+            length = min(step, size - start)
+            low, high = (0, 0) if packed else edges[number : number + 2]
+            whole = (high - low) * row_bytes == length  # then it needs no copy
+            block = target[low:high].reshape(-1).view(np.uint8) if whole else scratch[start if packed else 0 :][:length]
+            if stream.readinto(block.data) != len(block):
                 return False
-            found = checksums.crc32c(block, found)
+            found = checksums.crc32c(block.data, found)
+            if low < high and not whole:
+                _take(block, array, wanted[low:high] - number * rows, target[low:high])
         stored = stream.read(CHECKSUM_BYTES)
     if found != record.crc32c or stored != found.to_bytes(CHECKSUM_BYTES, "little"):
         return False
-    if not direct:
-        raw = data if compression == "none" else _unpacked(data, array.chunk_bytes, path)
-        rows = raw.view(array.dtype).reshape(array.chunk_rows, *array.row_shape)
-        np.take(rows, wanted, axis=0, out=target, mode="clip")
+    if packed:
+        _take(_unpacked(scratch[:size], array.chunk_bytes, path), array, wanted, target)
     return True
 
 
@@ -127,6 +131,10 @@ def size_problem(plan: StorePlan, chunk: Chunk, logged: FileRecord | None, found
     if found is None:
         return "is missing"
     return None if found == logged.bytes else f"has {found} bytes, {logged.bytes} were written"
+
+
+def _take(data: UInt8[np.ndarray, " bytes"], array: ArrayPlan, wanted: np.ndarray, target: np.ndarray) -> None:
+    np.take(data.view(array.dtype).reshape(-1, *array.row_shape), wanted, axis=0, out=target, mode="clip")
 
 
 def _unpacked(data: np.ndarray, size: int, path: Path) -> np.ndarray:
