@@ -102,7 +102,7 @@ def _compare(a: Path, b: Path) -> Difference:
 
 def _manifest_of(path: Path, kind: str) -> Path:
     if kind == "condensed":
-        return record.read(path).place(record.MANIFEST)
+        return record.read(path).path / record.MANIFEST
     if kind == "run":
         stages = RunFolder(path=path).manifests()
         if not stages:

@@ -87,32 +87,31 @@ def load_images(path: Path) -> datasets.Loaded:
     kinds, data = record.content.images, record.content.knowledge.data
     if kinds is None:
         raise MismatchError(f"{path} was exported without images: give the data set it was made from as --data")
-    samples = records.read_samples(record)
+    samples, file = records.read_samples(record), path / SPLITS["train"]
     some, index = _split(record, kinds, "train")
     if index[0] < 0 or index[-1] >= data.count or np.any(np.diff(index) <= 0):
-        raise CorruptionError(f"{record.place(SPLITS['train'])}: its index should ascend in 0..{data.count - 1}")
+        raise CorruptionError(f"{file}: its index should ascend in 0..{data.count - 1}")
     if not np.array_equal(some.labels, samples.label[index]):
-        raise CorruptionError(f"{record.place(SPLITS['train'])} has other labels than {SAMPLES}")
+        raise CorruptionError(f"{file} has other labels than {SAMPLES}")
     if isinstance(some.source, images.DecodedImages) and some.image_size != data.image_size:
         raise CorruptionError(f"{path} holds images of {some.image_size} pixels, its record says {data.image_size}")
     if len(wrong := np.flatnonzero(some.digests() != samples.digest[index])):  # damaged or forged
-        raise CorruptionError(
-            f"{some.source.place(int(wrong[0]))} in {path} is not the image that the teacher saw; export it again"
-        )
+        place = some.source.place(int(wrong[0]))
+        raise CorruptionError(f"{place} in {path} is not the image that the teacher saw; export it again")
     row = np.full(data.count, -1)
     row[index] = np.arange(len(index))
     train = images.Split(samples.label, PartialImages((), image_size=data.image_size, held=some.source, row=row))
     train.expect(samples.digest, f"in the exported set {path}")
     test, _ = _split(record, kinds, "test")
     if test.digest() != kinds.test_digest:
-        raise CorruptionError(f"{record.place(SPLITS['test'])} is not the test split that was exported")
+        raise CorruptionError(f"{path / SPLITS['test']} is not the test split that was exported")
     return datasets.Loaded(train, test, data.classes, images.Statistics(kinds.mean, kinds.std))
 
 
 def _split(record: Record, kinds: Images, name: str) -> tuple[images.Split, Int64[np.ndarray, " n"]]:
     """Return the images and labels of a split's file, and their positions in the whole split."""
     require_file(record, SPLITS[name])
-    path, payloads = record.place(SPLITS[name]), list[bytes]()
+    path, payloads = record.path / SPLITS[name], list[bytes]()
     try:
         with pq.ParquetFile(path) as opened:
             for group in range(opened.num_row_groups):
@@ -136,9 +135,8 @@ def _split(record: Record, kinds: Images, name: str) -> tuple[images.Split, Int6
 def _decoded(payloads: list[bytes], origins: images.Origins, channels: int) -> images.DecodedImages:
     first = images.rgb(payloads[0], origins.place(0))
     if (needed := len(payloads) * first.size) > images.DECODED_BYTES:
-        raise UnsafeError(
-            f"{origins.files[0]} would take {needed:,} bytes decoded, at most {images.DECODED_BYTES:,} are"
-        )
+        most = f"at most {images.DECODED_BYTES:,} are allowed"
+        raise UnsafeError(f"{origins.files[0]} would take {needed:,} bytes decoded, {most}")
     pixels = np.empty((len(payloads), *first.shape[:2], channels), np.uint8)
     for number, payload in enumerate(payloads):
         image = images.rgb(payload, origins.place(number))
@@ -157,7 +155,6 @@ class Condensed:
     knowledge: reader.Store
     """an excerpt, indexed as the whole data set"""
     mixes: Path | None
-    """store of the baked targets, if there are any"""
 
 
 def open(path: Path | str) -> Condensed:
@@ -173,17 +170,17 @@ def open(path: Path | str) -> Condensed:
     blank = np.zeros(len(samples.row), np.bool_)
     blank[chosen.index[chosen.mixed]] = content.baked is not None
     commits, excerpt = _commits(record), reader.Excerpt(*samples, blank, content.skipped)
-    knowledge = reader.Store(record.place(STORE), content.knowledge, commits, excerpt)
+    knowledge = reader.Store(record.path / STORE, content.knowledge, commits, excerpt)
     for name in records.OPTIONAL:
         if name in content.files:
             require_file(record, name)
-        elif record.place(name).exists():
-            raise CorruptionError(f"{record.place(name)} was not exported with the rest; delete it")
+        elif (record.path / name).exists():
+            raise CorruptionError(f"{record.path / name} was not exported with the rest; delete it")
     reader.check(knowledge)
     _require_held(knowledge, chosen, content.baked is not None)
     if content.baked is not None:
         _require_mixes(record, content.baked, chosen)
-    mixes = record.place(MIXES) if content.baked else None
+    mixes = record.path / MIXES if content.baked else None
     return Condensed(record=record, manifest=chosen, knowledge=knowledge, mixes=mixes)
 
 
@@ -242,9 +239,8 @@ def _disagreements(path: Path) -> list[str]:
 
 
 def _manifest(record: Record) -> Manifest:
-    """Read the manifest and check it against the record."""
     require_file(record, MANIFEST)
-    path = record.place(MANIFEST)
+    path = record.path / MANIFEST
     chosen = manifest.read(path, record.content.knowledge.data.count)
     if chosen.digest != record.content.manifest:
         raise CorruptionError(f"{path} holds manifest {chosen.digest}, exported was {record.content.manifest}")
@@ -257,7 +253,7 @@ def _manifest(record: Record) -> Manifest:
 def _commits(record: Record) -> list[Commit]:
     """Read the commits of the store inside, and check its identity and plan against the record."""
     require_file(record, SEALS[STORE])
-    root = record.place(STORE)
+    root = record.path / STORE
     commits = log.read_commits(root)
     subset = {"manifest": record.content.manifest, "rows": record.content.rows}
     expected = replace(record.content.knowledge, subset=subset).document()
@@ -280,9 +276,8 @@ def _require_held(knowledge: reader.Store, chosen: Manifest, baked: bool) -> Non
 
 
 def _require_mixes(record: Record, baked: Baked, chosen: Manifest) -> None:
-    """Check the store of baked targets against the record."""
     require_file(record, SEALS[MIXES])
-    mixes = reader.open(record.place(MIXES))
+    mixes = reader.open(record.path / MIXES)
     expected = replace(record.content.knowledge, mixes=mixes_of(chosen, baked, record.content.views)).document()
     names = (f"the record of {record.path}", "its store of baked targets")
     require_same(expected, mixes.knowledge.document(), names, "export it again")

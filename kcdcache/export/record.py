@@ -40,7 +40,6 @@ class Baked(records.Record):
     temperature: float = Field(gt=0)
     target: Literal["linear_prob", "linear_logit", "keep"]
     mix: Literal["convex", "additive_clip"]
-    """how the images are mixed"""
 
 
 class Images(records.Record):
@@ -59,22 +58,18 @@ class Content(records.Record):
     """The contents of an exported set; their digest is its id."""
 
     knowledge: Annotated[Knowledge, PlainSerializer(Knowledge.document)]
-    """identity of the source store"""
     knowledge_id: Sha256
     manifest: Sha256
-    """digest of the condensed set"""
     rows: Count
     """rows of knowledge in each view"""
     views: int = Field(ge=1)
     layout: PlanRecord
-    """plan of the store inside"""
     skipped: tuple[Count, ...]
     """samples without outputs in the source store"""
     baked: Baked | None
     images: Images | None
     licence: str
     files: dict[str, tuple[Count, Sha256]]
-    """name -> bytes and SHA-256"""
 
     @property
     def stores(self) -> tuple[str, ...]:
@@ -94,15 +89,10 @@ class Record:
     """The record of an exported set, condensed.json."""
 
     path: Path
-    """folder of the set"""
     id: str
     content: Content
     made: dict[str, Any]
     """versions of the libraries; not part of the id"""
-
-    def place(self, name: str) -> Path:
-        """Return the path of a file of the set."""
-        return self.path / name
 
 
 class Samples(NamedTuple):
@@ -148,7 +138,7 @@ def _problem(document: _Document) -> str | None:
     """Return the first contradiction between entries of a record, or None."""
     content, knowledge = document.content, document.content.knowledge
     # a record cannot name other files, inside or outside its folder
-    expected = {CARD, MANIFEST, SAMPLES, *map(SEALS.__getitem__, content.stores)}
+    expected = {CARD, MANIFEST, SAMPLES, *(SEALS[part] for part in content.stores)}
     expected |= set(SPLITS.values()) if content.images else set()
     if document.id != digest_of(content.document()):
         return f"its content does not have the id {document.id!r:.80}"
@@ -175,7 +165,7 @@ def read_samples(record: Record) -> Samples:
         CorruptionError: the file is missing or differs from the export.
         MismatchError, UnsafeError: it is no table of that many samples.
     """
-    path, data = record.place(SAMPLES), record.content.knowledge.data
+    path, data = record.path / SAMPLES, record.content.knowledge.data
     require_file(record, SAMPLES)
     with parquet.opened_file(path, data.count) as reader:
         parquet.require_schema(reader.schema, SCHEMA, path)
@@ -207,7 +197,7 @@ def require_file(record: Record, name: str) -> None:
 
 def problem_of(record: Record, name: str) -> str | None:
     """Return what is wrong with a file, or None; raise UnsafeError if it is too large or not a regular file."""
-    path, (size, digest) = record.place(name), record.content.files[name]
+    path, (size, digest) = record.path / name, record.content.files[name]
     try:
         found = path.stat().st_size
         if path.is_file() and found != size:

@@ -48,7 +48,6 @@ SIZES = {
 """upper end of a size category of the Hugging Face hub -> name"""
 Rows = dict[str, np.ndarray]
 GROUP_ROWS = 1000
-"""images per row group"""
 NOTHING_SPARED = (
     "export: the set's %d kept samples and their %d partners need the outputs on all %d samples: nothing is saved. "
     "Smaller are --bake (the mixed targets instead of the partners' outputs), fewer --views, and sets condensed with a "
@@ -68,7 +67,6 @@ class _Plan:
     store: StorePlan
     baked: Baked | None
     mixes: StorePlan | None
-    """plan of the baked targets"""
     data: Dataset | None
 
     @property
@@ -95,13 +93,12 @@ def run(command: ExportCommand, progress: Progress = silent, dry_run: bool = Fal
     found = _finished(plan)
     if found is None:
         _require_place(plan)
-        already, name = {}, _write(plan, progress)
     else:
         logger.info("export: %s is finished already", out)
-        already, name = {"already": True}, found.id
+    name = _write(plan, progress) if found is None else found.id
     figures["bytes"] = sum(log.stored_bytes(out / part) for part in plan.stores)  # after compression
     figures["bytes_on_disk"] = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    return {"kind": "condensed", "id": name, **figures, "out": str(out), **already}
+    return {"kind": "condensed", "id": name, **figures, "out": str(out)} | ({} if found is None else {"already": True})
 
 
 def card(content: Content, summary: Mapping[str, Any], corruption: Mapping[str, Any]) -> bytes:
@@ -116,17 +113,14 @@ def card(content: Content, summary: Mapping[str, Any], corruption: Mapping[str, 
     # Markdown, not HTML: foreign texts go through `quoted`; JSON strings are YAML strings
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.filters |= {"json": json.dumps, "quoted": _quoted}
-    return (
-        environment.from_string(CARD_TEMPLATE.read_text(encoding="utf-8"))
-        .render(
-            content=content, data=knowledge.data, teacher=knowledge.teacher, views=knowledge.views, summary=summary,
-            command=_command(content), files=files,
-            size=next((name for end, name in SIZES.items() if kept < end), "n>10M"),
-            corrupted=", ".join(f"{name} {value}" for name, value in sorted(options.items())),
-            mislabelled=corruption.get("mislabelled", 0),
-        )
-        .encode()
+    text = environment.from_string(CARD_TEMPLATE.read_text(encoding="utf-8")).render(
+        content=content, data=knowledge.data, teacher=knowledge.teacher, views=knowledge.views, summary=summary,
+        command=_command(content), files=files,
+        size=next((name for end, name in SIZES.items() if kept < end), "n>10M"),
+        corrupted=", ".join(f"{name} {value}" for name, value in sorted(options.items())),
+        mislabelled=corruption.get("mislabelled", 0),
     )  # fmt: skip
+    return text.encode()
 
 
 def _planned(command: ExportCommand) -> _Plan:
@@ -181,22 +175,16 @@ def _data(command: ExportCommand, source: reader.Store) -> Dataset | None:
         return None
     data = condensed_set.load_data(command.data)
     check.check_data(source, data)
-    for split in (data.train, data.test) if command.with_images else ():
-        _require_exportable(split)
+    for found in (data.train.source, data.test.source) if command.with_images else ():
+        if isinstance(found, condensed_set.PartialImages):
+            raise SettingsError("--with-images needs the whole data set, not the images of an exported one")
+        if isinstance(found, DecodedImages):
+            channels, size = found.pixels.shape[3], found.pixels.nbytes
+            if channels not in (1, 3):
+                raise SettingsError(f"--with-images writes PNG of 1 or 3 channels, these images have {channels}")
+            if size > DECODED_BYTES:
+                raise SettingsError(f"--with-images takes images of up to {DECODED_BYTES:,} bytes, found {size:,}")
     return data
-
-
-def _require_exportable(split: Split) -> None:
-    found = split.source
-    if isinstance(found, condensed_set.PartialImages):
-        raise SettingsError("--with-images needs the whole data set, not the images of an exported one")
-    if isinstance(found, DecodedImages):
-        if (channels := found.pixels.shape[3]) not in (1, 3):
-            raise SettingsError(f"--with-images writes PNG of 1 or 3 channels, these images have {channels}")
-        if found.pixels.nbytes > DECODED_BYTES:
-            raise SettingsError(
-                f"--with-images takes images of up to {DECODED_BYTES:,} bytes, found {found.pixels.nbytes:,}"
-            )
 
 
 def _figures(plan: _Plan) -> dict[str, Any]:
@@ -249,7 +237,6 @@ def _require_place(plan: _Plan) -> None:
 
 
 def _write(plan: _Plan, progress: Progress) -> str:
-    """Write all files, the record last; return the id."""
     out, source, chosen = plan.command.out, plan.source, plan.chosen
     out.mkdir(parents=True, exist_ok=True)
     row = np.full(source.count, -1)
@@ -294,7 +281,6 @@ def _write_optional(plan: _Plan) -> tuple[str, ...]:
 
 
 def _content(plan: _Plan, images: Images | None) -> Content:
-    """Return the contents of the record without files."""
     return Content(
         knowledge=plan.source.knowledge,
         knowledge_id=plan.source.knowledge_id,

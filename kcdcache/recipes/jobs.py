@@ -21,7 +21,6 @@ from kcdcache.errors import InterruptedRunError, KcdcacheError
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5
-"""interval of checking whether the user asked to stop"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +31,6 @@ class Outcome:
     """None if the job failed or was not started"""
     error: str = ""
     exit_code: int = 0
-    """exit code of the error, see `errors`"""
 
     @classmethod
     def of(cls, error: KcdcacheError) -> "Outcome":
@@ -110,8 +108,6 @@ def _attempted(do: Work, given: Any) -> Outcome:
 
 
 class _Processes:
-    """Jobs that run in parallel, each in its own process."""
-
     def __init__(self, work: Work, jobs: int, logs: Path, preload: Sequence[str]) -> None:
         self._work, self._jobs, self._logs = work, jobs, logs
         self._running: dict[str, tuple[ForkServerProcess, Connection]] = {}
@@ -163,7 +159,6 @@ class _Processes:
 
 
 def _child(pipe: Connection, work: Work, given: Any, log: Path) -> None:
-    """Run a job in its own process."""
     # the terminal sends Ctrl-C to all processes; the parent forwards it once
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
@@ -182,7 +177,6 @@ def _child(pipe: Connection, work: Work, given: Any, log: Path) -> None:
 
 
 def _stop_with_parent() -> None:
-    """Stop this process when its parent has ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

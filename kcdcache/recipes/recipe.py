@@ -36,7 +36,6 @@ NUMBERS = {"relative_cost": ".3f", "teacher_forwards": ",.0f", "seconds": ".1f"}
 """entries of summaries that the table averages: those shown in percent, and the formats of the others"""
 HEAD = ("", "network", "n", "accuracy %", "best %", "relative cost", "teacher forwards", "seconds")
 Entry = Mapping[str, Any]
-"""a table of a recipe's TOML"""
 
 
 class Step(Settings):
@@ -65,7 +64,6 @@ class Recipe(Settings):
     train_images: int | None = Field(default=None, ge=1)
     """use only the first `train_images` training images, except in steps whose data_options have their own `train`"""
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
-    """seeds of the steps that run per seed"""
     machine: MachineSettings = Field(default_factory=MachineSettings)
     """device and threads of every step that takes them"""
     step: tuple[Step, ...]
@@ -256,7 +254,6 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def _possible(step: Step, values: Mapping[str, Any], source: str) -> Settings:
-    """Return the checked settings of a step, as its command takes them."""
     given = settings.make(COMMANDS[step.run].takes, values, source)
     checks.require_possible(given)
     return given
@@ -275,7 +272,6 @@ def _environment(machine: Mapping[str, Any]) -> dict[str, Any]:
 def _told(
     recipe: Recipe, named: Mapping[str, Piece], outcomes: Mapping[str, Outcome]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows, runs and failures of the results."""
     found = {name: outcome.result for name, outcome in outcomes.items() if outcome.result is not None}
     runs = []
     for name, result in found.items():
@@ -399,7 +395,6 @@ def _require_reference(text: str, step: Step, known: Mapping[str, Step], place: 
 
 
 def _references(step: Step) -> dict[str, re.Match[str]]:
-    """Return setting -> reference for the settings that refer to another step."""
     texts = {key: value for key, value in step.settings.items() if isinstance(value, str)}
     return {key: match for key, text in texts.items() if (match := REFERENCE.fullmatch(text))}
 

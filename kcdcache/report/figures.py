@@ -19,12 +19,10 @@ from kcdcache.errors import printable
 from kcdcache.report.tables import Row, texts
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette"""
 STYLES = ("-", "--", ":", "-.")
 AS_IS, ENRICHED, LEFT_OUT = "#0072B2", "#56B4E9", "#D9D9D9"
 WIDTH = 9.5
 DOTS = 120
-"""per inch"""
 LONGEST = 34
 """most characters of a name in a figure"""
 LABELLED = (
@@ -32,7 +30,6 @@ LABELLED = (
     ("recovered", "wrong labels: true one predicted", COLOURS[2]),
     ("memorised", "wrong labels: given one predicted", COLOURS[1]),
 )
-"""column of the fidelity table, label, colour"""
 SCREENED = {
     "screened": (
         ("precision", "wrong", "dropped samples with wrong label (%)"),

@@ -24,9 +24,7 @@ from kcdcache.settings import ViewSettings
 from kcdcache.views import mixing, rules
 
 SHOWN = 12
-"""most images of a group"""
 PAIRS = 8
-"""most mixes shown"""
 LARGEST = 96
 """side in pixels of a shown image of a data set with large images or mixed sizes"""
 MOST_UNASKED = 200_000
@@ -39,7 +37,6 @@ class Shot(NamedTuple):
     """An image with its caption."""
 
     uri: str
-    """data URI of a PNG"""
     lines: tuple[str, ...]
 
 
@@ -48,7 +45,6 @@ class Strip(NamedTuple):
 
     title: str
     text: str
-    """what the images have in common"""
     shots: tuple[tuple[Shot, ...], ...]
     """grouped: kept image, dropped image and mix belong together"""
 

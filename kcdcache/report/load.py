@@ -46,7 +46,6 @@ class Run:
 
     path: Path
     grid: Path
-    """parent folder"""
     data: str | None
     """data spec from results.json"""
     step: str
@@ -55,18 +54,15 @@ class Run:
     seeded: bool
     """whether the folder name has the seed, as in recipes"""
     id: str | None
-    """SHA-256 of the summary"""
     summary: Summary
     record: RunRecord
     metrics: Sequence[MetricsRow]
-    """one per epoch"""
     seconds: Mapping[int, float]
     """epoch -> seconds, including work repeated after a kill"""
     stages: tuple[Stage, ...]
     classes: tuple[str, ...]
     """names in label order; empty if unknown"""
     weights: str | None
-    """SHA-256 of the network's weights"""
 
     @property
     def name(self) -> str:
@@ -118,7 +114,6 @@ class Grid(Settings):
     path: Path
     title: str
     data: str | None = None
-    """data spec"""
     rows: list[Step] = Field(default_factory=list)
     runs: list[Step] = Field(default_factory=list)
 
@@ -145,7 +140,6 @@ class Loaded(NamedTuple):
     grids: tuple[Grid, ...]
     runs: tuple[Run, ...]
     stores: tuple[StoreReport, ...]
-    """stores in the folders of runs"""
     problems: tuple[Problem, ...]
 
     def rows(self) -> dict[tuple[Path, str], tuple[Run, ...]]:

@@ -31,7 +31,6 @@ class Contents(Settings):
     points: int
     """samples x views"""
     fields: dict[str, str]
-    """name -> encoding"""
     part_rows: int
     batch_size: int
     compression: str
@@ -46,9 +45,7 @@ class StoreReport(Contents):
     """SHA-256 of the last commit; None before the first"""
     format_version: int
     sealed: bool
-    """whether anything is committed"""
     growths: int
-    """commits so far"""
     growing_to: Contents | None
     """planned contents if the store is growing"""
     parts: dict[str, int]
@@ -252,11 +249,11 @@ def _condensed(path: Path) -> dict[str, Any]:
         "samples": count,
         "baked": None if content.baked is None else content.baked.model_dump(),
         "images": content.images is not None,
-        "bytes": sum(store_report(found.place(part)).bytes for part in content.stores)
+        "bytes": sum(store_report(found.path / part).bytes for part in content.stores)
         + sum(size for size, _ in content.files.values()),
         "license": content.licence,
-        "manifest": manifest.summary(manifest.read(found.place(record.MANIFEST), count)),
-        **(_origin(found.place(record.STORE), content.knowledge) if record.ORIGIN in content.files else {}),
+        "manifest": manifest.summary(manifest.read(found.path / record.MANIFEST, count)),
+        **(_origin(found.path / record.STORE, content.knowledge) if record.ORIGIN in content.files else {}),
         "made": found.made,
         "knowledge_id": content.knowledge_id,
         "knowledge": content.knowledge.document(),
@@ -283,7 +280,6 @@ class Kind(NamedTuple):
     fits: Callable[[Path], bool]
     """whether a path has its marker"""
     contents: Callable[[Path], dict[str, Any]]
-    """what `inspect` shows"""
     id: Callable[[Path], str | None]
 
 

@@ -19,9 +19,7 @@ from kcdcache.report.load import Loaded, Run
 Named = Sequence[tuple[str, Run]]
 """(name in the figure, run) of each run"""
 MOST_LINES = 600
-"""most samples drawn in a pattern"""
 MOST_CLASSES = 24
-"""most classes whose names are shown"""
 TITLE = 38
 """characters per line of a panel's title, with two panels side by side"""
 PARTS = (("kept as they are (K_1H)", AS_IS), ("kept and enriched (K_Aug)", ENRICHED), ("dropped (K_0)", LEFT_OUT))

@@ -49,7 +49,6 @@ class Column(NamedTuple):
     name: str
     """key in rows, CSV and JSON"""
     title: str
-    """heading with the unit"""
     kind: str = "text"
     """key of SHOWN"""
 
