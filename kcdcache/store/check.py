@@ -1,4 +1,4 @@
-"""Whether the files of a store are what was written."""
+"""Check that the files of a store are what was written, and that a store belongs to the data at hand."""
 
 import math
 from dataclasses import replace
@@ -12,38 +12,32 @@ from kcdcache.data.images import sample_digest
 from kcdcache.errors import CorruptionError, MismatchError, attempt, require_same
 from kcdcache.files.atomic import sha256_file
 from kcdcache.store import identity, log
-from kcdcache.store.identity import read_store_identity
 from kcdcache.store.reader import Store, check
 
 
 class Verification(NamedTuple):
-    """What a verification looked at, and all it found wrong."""
+    """What a verification checked, and every problem it found."""
 
     files: int
-    """chunk files in the log, whose presence and size were compared"""
+    """chunk files in the log; all are checked for presence and size"""
     read: int
-    """chunk files that were read whole"""
+    """chunk files that were read and hashed"""
     bytes: int
-    """bytes of those"""
+    """size of those"""
     problems: tuple[str, ...]
-    """one line per damage, each naming file and samples; empty for a sound store"""
+    """one line per damage, with file and samples; empty for a sound store"""
 
 
 def verify(path: Path | str, *, share: float = 1.0, seed: int = 0) -> Verification:
-    """Compare records with commits, array documents with the plan, and chunk files with their sizes and SHA-256.
+    """Check records against commits, array documents against the plan, and chunk files against their sizes and SHA-256.
 
-    All damage is collected. `share` in [0, 1] of the chunk files, chosen by `seed`, is read and hashed; with 0 only
-    records, documents and sizes are compared, above 0 at least one file is read.
-
-    Raises:
-        NotFoundError: there is no store.
-        UnfinishedError: it was never sealed.
-        MismatchError: it was written by a newer format.
+    All damage is collected. A `share` in [0, 1] of the chunk files, chosen by `seed`, is hashed: at least one, unless
+    it is 0. Raises NotFoundError without a store, UnfinishedError if it was never sealed.
     """
     root, problems = Path(path), list[str]()
     report, knowledge = problems.append, None
     try:
-        knowledge = read_store_identity(root)
+        knowledge = identity.read_store_identity(root)
     except CorruptionError as error:
         report(str(error))
     commits = log.read_commits(root, report)
@@ -59,20 +53,16 @@ def verify(path: Path | str, *, share: float = 1.0, seed: int = 0) -> Verificati
     for chunk in read:
         if sha256_file(root / chunk.key) != store.files[chunk.key].sha256:
             report(f"{root}/{chunk} is not what was written: its SHA-256 differs from the log")
-    return Verification(
-        len(store.files), len(read), sum(store.files[chunk.key].bytes for chunk in read), tuple(problems)
-    )
+    size = sum(store.files[chunk.key].bytes for chunk in read)
+    return Verification(len(store.files), len(read), size, tuple(problems))
 
 
 def check_data(store: Store, data: Dataset) -> None:
-    """Do nothing if the store was made for this data, and hold `data.train` to the store's digests from then on.
+    """Raise MismatchError unless the store was made for this data; `data.train` compares its images from then on.
 
-    Count, classes, image size and labels are compared in full, and so are decoded images. Images that are decoded on
-    demand are not read here: each is compared whenever it is decoded (`Split.expect`).
-
-    Raises:
-        MismatchError: they differ; names both fingerprints, the first difference and the first differing sample.
-        CorruptionError: the store's sample digests do not belong to its identity.
+    Count, classes, image size, labels and decoded images are compared at once. Images that are decoded on demand are
+    compared whenever they are decoded (`Split.expect`). The message has both fingerprints, the first difference and the
+    first differing sample. Raises CorruptionError if the store's sample digests do not belong to its identity.
     """
     if store.knowledge.subset is not None:
         raise MismatchError(
@@ -101,11 +91,9 @@ def check_data(store: Store, data: Dataset) -> None:
 
 
 def _first_other(store: Store, data: Dataset) -> int | None:
-    """Return the first sample that differs, as far as can be told without reading images; None if none does."""
-    if data.train.on_demand:
-        held, ours = store.labels, data.train.labels
-    else:
-        held, ours = store.sample_digest, data.train.digests()
+    """Return the first sample that differs, or None; of data decoded on demand only labels are compared."""
+    train = data.train
+    held, ours = (store.labels, train.labels) if train.on_demand else (store.sample_digest, train.digests())
     shared = min(len(held), len(ours))
     differing = np.flatnonzero(held[:shared] != ours[:shared])
     if differing.size:
@@ -114,7 +102,7 @@ def _first_other(store: Store, data: Dataset) -> int | None:
 
 
 def _side_by_side(store: Store, data: Dataset, sample: int) -> str:
-    """Return file, label, class name and digest of a sample, here and in the store."""
+    """Describe a sample by file, label, class name and digest, here and in the store."""
     source, labels = data.train.source, (data.train.labels[sample], store.labels[sample])
     here, there = (f"label {label} ({data.classes[label]!r})" for label in labels)
     digest, expected = sample_digest(source.content(sample), labels[0]), int(store.sample_digest[sample])

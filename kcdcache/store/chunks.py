@@ -1,6 +1,6 @@
-"""Chunk files of Zarr version 3: written whole and durably, read with every byte checked.
+"""Chunk files of Zarr version 3: written whole and durably, every byte checked when read.
 
-What is written is what zarr writes and reads: rows in C order, little-endian, padded, then a crc32c; zstd between them.
+The format is zarr's: rows in C order, little-endian, padded, optionally zstd, then a crc32c.
 """
 
 import errno
@@ -20,19 +20,17 @@ from kcdcache.store.log import FileRecord
 from kcdcache.store.plan import CHECKSUM_BYTES, ZSTD_LEVEL, ArrayPlan, Chunk, StorePlan
 
 BLOCK_BYTES = 2**20
-"""bytes read and summed at once: small enough for the processor's cache"""
+"""bytes read and summed at once: fits the processor's cache"""
 WRITERS = 4
-"""chunks that are written at a time: most of it is waiting for the disk"""
+"""chunks written at a time: most of it is waiting for the disk"""
 
 
 def write_chunks(
     root: Path, plan: StorePlan, chunks: Sequence[Chunk], start: int, rows: Mapping[str, np.ndarray]
 ) -> tuple[FileRecord, ...]:
-    """Write chunks and return what each file became; `rows` holds each array's rows from sample `start` on.
+    """Write chunks and return their log entries; `rows` has each array's rows from sample `start` on.
 
-    Raises:
-        SettingsError: the rows have another type or shape than planned.
-        NoSpaceError: the disk or quota is full.
+    Raises SettingsError if the rows do not have the planned type and shape.
     """
     for array, stop in {chunk.array: chunk.stop for chunk in chunks}.items():
         found, shape = rows[array.name], (stop - start, *array.row_shape)
@@ -52,7 +50,7 @@ def write_chunks(
 
 
 def encoded(array: ArrayPlan, rows: np.ndarray, compression: str) -> bytes:
-    """Return a chunk's file: its rows, as many as the chunk has or fewer, and what pads them."""
+    """Return the bytes of a chunk's file; fewer rows than the chunk has are padded."""
     kind = np.dtype(array.dtype).newbyteorder("<")
     whole = np.full((array.chunk_rows, *array.row_shape), np.nan if kind.kind == "f" else 0, kind)
     whole[: len(rows)] = rows
@@ -71,17 +69,12 @@ def copy_rows(
     target: np.ndarray,
     scratch: UInt8[np.ndarray, " bytes"],
 ) -> bool:
-    """Copy the rows `wanted` of a chunk, strictly increasing, into `target` (rows, ...), which is in C order.
+    """Copy rows `wanted` of a chunk, strictly increasing, into `target` (rows, ...), in C order; return if it is sound.
 
-    The whole file is read and compared with its log entry; `scratch` is memory of at least its size. What is not
-    compressed is copied block by block, while the processor's cache still holds it.
-
-    Returns:
-        Whether the file is what was written; if not, `target` holds anything.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        UnsafeError: it is a symbolic link, or was packed from another number of bytes than planned.
+    The whole file is read, into `scratch` of at least its size, and checked against its log entry `record`; what is not
+    compressed is copied block by block, while it is in the processor's cache. If the file is not what was written, the
+    content of `target` is undefined. Raises FileNotFoundError without the file, UnsafeError if it is a symbolic link or
+    unpacks to another size than planned.
     """
     size, row_bytes, packed = record.bytes - CHECKSUM_BYTES, array.row_bytes, compression != "none"
     rows = size if packed else max(1, BLOCK_BYTES // row_bytes)
@@ -109,7 +102,7 @@ def copy_rows(
 
 
 def listed_sizes(root: Path, plan: StorePlan) -> dict[str, int]:
-    """Return key -> bytes of the plain files in every array's folder; symbolic links are not followed."""
+    """Return key -> bytes of the plain files in every array's folder; symbolic links are ignored."""
     found: dict[str, int | None] = {}
     for array in plan.arrays:
         folder = root / array.name
@@ -120,7 +113,7 @@ def listed_sizes(root: Path, plan: StorePlan) -> dict[str, int]:
 
 
 def size_problem(plan: StorePlan, chunk: Chunk, logged: FileRecord | None, found: int | None) -> str | None:
-    """Return what is wrong with a chunk file of `found` bytes (None: no plain file there), or None."""
+    """Return what is wrong with a chunk file of `found` bytes (None: no plain file), or None."""
     if logged is None:
         return "is not in the log"
     most = chunk.array.file_bytes
@@ -138,7 +131,7 @@ def _take(data: UInt8[np.ndarray, " bytes"], array: ArrayPlan, wanted: np.ndarra
 
 
 def _unpacked(data: np.ndarray, size: int, path: Path) -> np.ndarray:
-    """Return what was packed; never takes more memory than planned, whatever the data claims."""
+    """Return the unpacked bytes; never takes more memory than planned, whatever the data claims."""
     try:
         return np.frombuffer(pa.Codec("zstd").decompress(data, size), np.uint8)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""How the rows of a field are stored: each encoding with its arrays, both directions and its error bound."""
+"""How the rows of a field are stored: the encodings, with their arrays, both directions and error bounds."""
 
 import dataclasses
 import math
@@ -17,15 +17,11 @@ HALF_MAX = 65504.0
 NAMED_ROWS = 8
 FIELD_NAME = re.compile(r"[a-z][a-z0-9_]*(:[a-z0-9]+(\.[a-z]+)?)*")
 UNREADABLE = {"float32": np.nan, "float16": np.nan, "uint16": 0xFFFF, "uint8": 0xFF}
-"""element type -> what the rows of skipped samples hold, so that nobody reads a plausible number there"""
+"""element type -> content of skipped samples' rows, which cannot be taken for real values"""
 
 PLAIN: dict[str, tuple[str, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "float16": (
-        "|stored - x| <= 2^-11 |x| + 2^-25; |x| above 65,504 is refused",
-        lambda x: x.half(),
-        lambda y: y.float(),
-    ),
-    "float32": ("exact", lambda x: x, lambda y: y.clone()),
+    "float16": ("|stored - x| <= 2^-11 |x| + 2^-25; |x| above 65,504 is refused", Tensor.half, Tensor.float),
+    "float32": ("exact", lambda x: x, Tensor.clone),
     "uint8": (
         "|stored - x| <= 1/510 for x in [0, 1], exact for whole 255ths; other numbers are refused",
         lambda x: (x * 255).round().to(torch.uint8),
@@ -54,37 +50,35 @@ class ArraySpec:
 
 
 class Fault(NamedTuple):
-    """Why some rows of a field cannot be stored."""
+    """A reason why some rows of a field cannot be stored."""
 
     complaint: str
     rows: Tensor
-    """mask (batch,) of the rows it concerns"""
+    """mask (batch,) of the rows"""
     remedy: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """What the log keeps about the values of one field in one part."""
+    """The log's statistics of the values of one field in one part."""
 
     count: int
-    """number of values"""
     minimum: float
-    """smallest finite value"""
+    """of the finite values, as is the maximum"""
     maximum: float
-    """largest finite value"""
     non_finite: int
-    """number of NaNs and infinities"""
+    """NaNs and infinities"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """The stored form of one field: arrays, both directions, and the bound of what is lost between them."""
+    """The stored form of one field: its arrays, both directions, and the error bound."""
 
     name: str
     """as the user writes it, for example `top:16`"""
     field: str
     row_shape: tuple[int, ...]
-    """shape of one sample's values, (classes,) for logits"""
+    """of one sample's values, (classes,) for logits"""
     arrays: tuple[ArraySpec, ...]
     bound: str
     """the error bound, in words"""
@@ -93,11 +87,11 @@ class Encoding:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes that one row takes in all arrays."""
+        """Bytes of one row in all arrays."""
         return sum(spec.row_bytes for spec in self.arrays)
 
     def faults(self, values: Float32[Tensor, "batch ..."]) -> list[Fault]:
-        """Return every reason why rows cannot be stored, with the rows it holds for (often none)."""
+        """Return the reasons why rows cannot be stored, each with a mask of its rows, often empty."""
         found = [Fault(f"field '{self.field}' is not finite", _any(~torch.isfinite(values)))]
         if self.name == "float16" and self.field != "logits":
             beyond = _any(torch.isfinite(values) & (values.abs() > HALF_MAX))
@@ -108,18 +102,13 @@ class Encoding:
         return found
 
     def encode(
-        self,
-        values: Float32[Tensor, "batch ..."],
-        first: int = 0,
-        skipped: Bool[Tensor, " batch"] | None = None,
+        self, values: Float32[Tensor, "batch ..."], first: int = 0, skipped: Bool[Tensor, " batch"] | None = None
     ) -> dict[str, np.ndarray]:
         """Return array name -> stored rows (batch, ...); `first` is the sample index of row 0, for messages.
 
-        Rows in the mask `skipped` may hold anything; what is stored of them is NaN, or 0xFFFF in packed arrays.
-
-        Raises:
-            NonFiniteError: a value is NaN, infinite or too large for the stored form; names the samples.
-            SettingsError: the rows have another shape than planned.
+        Rows in the mask `skipped` may hold anything; they are stored as NaN, or 0xFFFF in packed arrays. Raises
+        NonFiniteError if a value is NaN, infinite or too large for the stored form, SettingsError for an unplanned
+        shape.
         """
         if tuple(values.shape[1:]) != self.row_shape:
             raise SettingsError(
@@ -131,23 +120,19 @@ class Encoding:
             if wrong := fault.rows.nonzero().flatten().tolist():
                 named = name_some([first + row for row in wrong])
                 raise NonFiniteError(f"{fault.complaint} for samples {named} (rows counted from {first}){fault.remedy}")
-        stored = self.to_stored(values)
-        rows = {
-            spec.name: tensor.cpu().numpy().view(spec.dtype) for spec, tensor in zip(self.arrays, stored, strict=True)
-        }
-        if skipped is not None:
-            for spec in self.arrays:
-                rows[spec.name][skipped.cpu().numpy()] = UNREADABLE[spec.dtype]
-        return rows
+        stored: dict[str, np.ndarray] = {}
+        for spec, tensor in zip(self.arrays, self.to_stored(values), strict=True):
+            stored[spec.name] = rows = tensor.cpu().numpy().view(spec.dtype)
+            if skipped is not None:
+                rows[skipped.cpu().numpy()] = UNREADABLE[spec.dtype]
+        return stored
 
     def decode(self, stored: Mapping[str, Tensor], temperature: float = 1.0) -> Float32[Tensor, "batch ..."]:
         """Return the values of stored rows, as a new tensor on their device.
 
-        For logits, softmax(result / temperature) is the teacher's softened output within `bound`; only `top:K`
-        depends on the temperature. `stored` may hold other fields' arrays beside the needed ones.
-
-        Raises:
-            SettingsError: the temperature is not positive.
+        For logits, softmax(result / temperature) is the teacher's softened output within `bound`; only `top:K` depends
+        on the temperature. `stored` may hold arrays of other fields too. Raises SettingsError unless the temperature is
+        positive.
         """
         if not 0 < temperature < math.inf:
             raise SettingsError(f"temperature should be a positive number, found {temperature}")
@@ -155,10 +140,7 @@ class Encoding:
 
 
 def parse(text: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
-    """Return the encoding a user named, for one field.
-
-    Raises:
-        SettingsError: unknown name, or an encoding this field cannot have.
+    """Return the encoding that the user named, for one field; raises SettingsError if it is unknown or does not fit.
 
     >>> parse("top:16", "logits", (1000,)).arrays[0].row_shape
     (35,)
@@ -183,7 +165,7 @@ def parse(text: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
 
 
 def statistics(values: Float32[Tensor, "batch ..."]) -> Statistics:
-    """Return count, finite minimum and maximum, and the number of non-finite values."""
+    """Return the statistics of some values."""
     finite = values[torch.isfinite(values)]
     if not len(finite):
         return Statistics(values.numel(), 0.0, 0.0, values.numel())
@@ -192,7 +174,7 @@ def statistics(values: Float32[Tensor, "batch ..."]) -> Statistics:
 
 
 def name_some(samples: Sequence[int]) -> str:
-    """Return the first few of some sample indices, and how many more there are.
+    """List the first few sample indices, and how many more there are.
 
     >>> name_some(range(3, 13))
     '3, 4, 5, 6, 7, 8, 9, 10 and 2 more'
@@ -206,7 +188,7 @@ def _any(wrong: Tensor) -> Tensor:
 
 
 def _plain(name: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
-    """Return an encoding of one array of the field's own shape and of the type `name`."""
+    """Return an encoding with one array of the field's own shape and of type `name`."""
     bound, to_stored, to_values = PLAIN[name]
     return Encoding(
         name=name,
@@ -270,7 +252,7 @@ def _encode_top(z: Float32[Tensor, "batch classes"], kept: int) -> Stored:
 
 
 def _tail_moments(tail: Float32[Tensor, "batch tail"]) -> Float32[Tensor, "batch 3"]:
-    """Return log sum exp, mean and variance of the tail's gaps, each within float16's range; zeros for no tail."""
+    """Return log sum exp, mean and variance of the tail's gaps, clamped to float16's range; zeros without a tail."""
     if not tail.shape[1]:
         return tail.new_zeros(len(tail), 3)
     moments = torch.stack([tail.logsumexp(dim=1), tail.mean(dim=1), tail.var(dim=1, correction=0)], dim=1)
@@ -283,10 +265,9 @@ def _decode_top(packed: Tensor, kept: int, classes: int, temperature: float) -> 
     numbers = bits[:, kept:].view(torch.float16).float()
     tail = torch.zeros_like(numbers[:, 0])
     if classes > kept:
-        log_mean = numbers[:, kept] - math.log(classes - kept)
-        tail = temperature * _tail_log_mean(
-            1 / temperature, log_mean, numbers[:, kept + 1], numbers[:, kept + 2], numbers[:, kept - 1]
-        )
+        largest, log_sum, mean, variance = numbers[:, kept - 1 :].unbind(1)
+        log_mean = log_sum - math.log(classes - kept)
+        tail = temperature * _tail_log_mean(1 / temperature, log_mean, mean, variance, largest)
     return tail[:, None].repeat(1, classes).scatter_(1, ids, numbers[:, :kept])
 
 

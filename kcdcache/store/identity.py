@@ -1,4 +1,4 @@
-"""Who made what: a store's teacher, data and views, where it came from, its teacher's filters; free of torch."""
+"""Where a store comes from: its teacher, data and views, its origin, and its teacher's filters; free of torch."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from kcdcache.files.records import (
 from kcdcache.settings import ViewRule
 
 FOLDER = Path("_kcd")
-"""where a store keeps its records"""
+"""the folder of a store's records"""
 IDENTITY_FILE = FOLDER / "identity.json"
 ORIGIN_FILE = FOLDER / "origin.json"
 PARAMETERS_FILE = FOLDER / "parameters.json"
@@ -35,7 +35,7 @@ FORMAT_VERSION = 0
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherIdentity:
-    """Who taught: one frozen network and what it does to its input."""
+    """What decides the outputs of a frozen network."""
 
     architecture: str
     """model spec"""
@@ -49,7 +49,7 @@ class TeacherIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class Knowledge:
-    """The identity of a body of knowledge; values, manifests and runs bind to its `knowledge_id`."""
+    """What decides the rows of a store; values, manifests and runs bind to its `knowledge_id`."""
 
     teacher: TeacherIdentity
     data: DataIdentity
@@ -57,7 +57,7 @@ class Knowledge:
     mixes: dict[str, Any] | None = None
     """for a requery store: the manifest's digest, the mixing rule and the view numbers; None for plain views"""
     subset: dict[str, Any] | None = None
-    """for the store inside an exported set: the manifest's digest and the number of rows; None for all samples"""
+    """for the store in an exported set: the manifest's digest and the number of rows; None for all samples"""
 
     @property
     def whole(self) -> bool:
@@ -66,7 +66,7 @@ class Knowledge:
 
     @property
     def knowledge_id(self) -> str:
-        """SHA-256 over everything above, in canonical form."""
+        """SHA-256 of the canonical form of all the above."""
         return digest_of(self.document())
 
     def document(self) -> dict[str, Any]:
@@ -78,28 +78,28 @@ class Knowledge:
 
 
 class IdentityRecord(Record):
-    """What identity.json holds."""
+    """The content of identity.json."""
 
     format_version: int = FORMAT_VERSION
     knowledge: Knowledge
     knowledge_id: str
+
+    @classmethod
+    def of(cls, knowledge: Knowledge) -> "IdentityRecord":
+        """Return the record of a store of this knowledge."""
+        return cls(knowledge=knowledge, knowledge_id=knowledge.knowledge_id)
 
     @model_serializer
     def _as_written(self) -> dict[str, Any]:
         return {**vars(self), "knowledge": self.knowledge.document()}
 
 
-def identity_record(knowledge: Knowledge) -> IdentityRecord:
-    """Return what identity.json should hold."""
-    return IdentityRecord(knowledge=knowledge, knowledge_id=knowledge.knowledge_id)
-
-
 def read_store_identity(store: Path) -> Knowledge:
-    """Return the identity of a store without opening its arrays (no torch).
+    """Return the identity of the store at a path, without opening its arrays.
 
     Raises:
-        NotFoundError: there is no store at that path.
-        MismatchError: the store was written by a newer format.
+        NotFoundError: there is no store.
+        MismatchError: it was written by a newer format.
         CorruptionError: the record does not match its own digest.
     """
     path = store / IDENTITY_FILE
@@ -116,47 +116,42 @@ def read_store_identity(store: Path) -> Knowledge:
 
 
 class Origin(Sealed):
-    """What a store says of where it came from; no part of its id, which holds digests of the same."""
+    """Where a store comes from, for people; not part of its id, which has digests of the same."""
 
     corruption: dict[str, Any]
-    """what was done to the training split, as `Dataset.corrupted` tells it; empty for nothing"""
+    """what was done to the training split (`Dataset.corrupted`); empty for nothing"""
     teacher_data: str | None
-    """digest of the training split that the teacher learned from; None where its folder does not tell"""
+    """digest of the training split that the teacher learned from; None if unknown"""
 
     def told(self, data: str) -> dict[str, Any]:
-        """Return it as a summary's entries; `data` is the digest of the store's own training split."""
+        """Return the entries of a summary; `data` is the digest of the store's own training split."""
         known = {} if self.teacher_data is None else {"teacher_data": "same" if self.teacher_data == data else "other"}
         return {**self.corruption, **known}
 
 
 def write_origin(root: Path, found: Origin) -> None:
-    """Write a store's record, or complete one that does not know yet what the teacher learned from."""
+    """Write a store's origin, or complete one without the teacher's training split."""
     held = read_origin(root)
     if held is None or (held.teacher_data is None and found.teacher_data is not None):
         write_atomic(root / ORIGIN_FILE, sealed_json(found.document()))
 
 
 def read_origin(root: Path) -> Origin | None:
-    """Return where a store came from, None where it does not say: it was made by an earlier kcdcache.
-
-    Raises:
-        CorruptionError: the record is not what was written; remedy: delete it and run `precompute` again.
-        UnsafeError: it is no plain file, or larger than any record of ours.
-    """
+    """Return the origin of a store, None if an earlier kcdcache made it; raises CorruptionError if it was changed."""
     path = root / ORIGIN_FILE
     return read_sealed(path, Origin) if path.exists() else None
 
 
 def corruption_of(root: Path) -> Mapping[str, Any]:
-    """Return what was done to the training split of a store, empty for nothing or where it does not say."""
+    """Return what was done to the training split of a store; empty for nothing, or if unknown."""
     found = read_origin(root)
     return {} if found is None else found.corruption
 
 
 PARAMETERS = "parameters"
-"""how `--fields` and messages call the record of a teacher's filters: no field, since it has no rows"""
+"""name of the record of a teacher's filters in `--fields` and messages: not a field, since it has no rows"""
 QUANTILES = 64
-"""numbers that stand for a stage's filters, whatever their count"""
+"""numbers per stage, whatever its number of filters"""
 Profiles = Mapping[str, list[float]]
 """stage -> quantiles of its filters' norms, averaged over its convolutions"""
 _REMEDY = "delete it and run `kcdcache precompute --fields parameters` again"
@@ -164,7 +159,7 @@ _Norms = Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=QUANTIL
 
 
 class ParametersRecord(Sealed):
-    """What a store keeps of its teacher's filters."""
+    """A store's record of its teacher's filters."""
 
     weights: str
     """`TeacherIdentity.weights`"""
@@ -174,27 +169,20 @@ class ParametersRecord(Sealed):
 
 
 def per_sample(names: Collection[str]) -> tuple[str, ...]:
-    """Return the names of those that are fields, with rows per sample."""
+    """Return the names that are fields, with rows per sample."""
     return tuple(name for name in names if name != PARAMETERS)
 
 
 def write_parameters(root: Path, stages: Profiles, knowledge: Knowledge) -> None:
-    """Write the record of a store's teacher, replacing one that is there; the same numbers give the same bytes.
-
-    Raises:
-        NoSpaceError: the disk is full.
-    """
+    """Write or replace the record of a teacher's filters; equal numbers give equal bytes."""
     record = ParametersRecord(weights=knowledge.teacher.weights, stages=dict(stages))
     write_atomic(root / PARAMETERS_FILE, sealed_json(record.document()))
 
 
 def read_parameters(root: Path, knowledge: Knowledge) -> dict[str, list[float]] | None:
-    """Return what a store keeps of its teacher's parameters, None if it has no record.
+    """Return a store's record of its teacher's filters, or None without one.
 
-    Raises:
-        CorruptionError: the record is not what was written.
-        MismatchError: it is of another teacher.
-        UnsafeError: it is no plain file, or larger than any record of ours.
+    Raises CorruptionError if the record was changed, MismatchError if it is of another teacher.
     """
     path = root / PARAMETERS_FILE
     if not path.exists():
@@ -209,7 +197,7 @@ def read_parameters(root: Path, knowledge: Knowledge) -> dict[str, list[float]] 
 
 
 def parameters_problem(root: Path, knowledge: Knowledge, own: Profiles | None = None) -> str | None:
-    """Return what is wrong with a store's record, None for none or a sound one; compared with its teacher's if given.
+    """Return what is wrong with a store's record of filters, or None; `own` filters are compared with it, if given.
 
     Another machine may compute other last bits: up to 1e-5 of the largest number is no difference.
     """

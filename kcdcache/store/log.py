@@ -1,4 +1,4 @@
-"""The records of a store: its plans, the log of what was finished, and the commits that seal it; touches no array."""
+"""The records of a store: its plans, the log of finished parts, and the commits that seal it; reads no array."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
@@ -13,25 +13,8 @@ from pydantic import Field, model_validator
 
 from kcdcache.errors import CorruptionError, NonFiniteError, UnfinishedError, attempt
 from kcdcache.files.atomic import create_exclusive, sha256_bytes, sha256_file
-from kcdcache.files.records import (
-    MOST_RECORD_BYTES,
-    Count,
-    Record,
-    Sealed,
-    Sha256,
-    canonical_json,
-    read_sealed,
-    sealed_json,
-)
-from kcdcache.store.identity import FOLDER as FOLDER
-from kcdcache.store.identity import (
-    FORMAT_VERSION,
-    IDENTITY_FILE,
-    IdentityRecord,
-    Knowledge,
-    identity_record,
-    read_store_identity,
-)
+from kcdcache.files.records import MOST_RECORD_BYTES, Count, Record, Sealed, Sha256, digest_of, read_sealed, sealed_json
+from kcdcache.store.identity import FOLDER, IDENTITY_FILE, IdentityRecord, Knowledge, read_store_identity
 
 SAMPLES = "samples"
 MOST_SKIPPED = 0.01
@@ -50,14 +33,14 @@ class FieldPlan(Record):
 
     name: str
     encoding: str
-    """as the user names it, such as `top:16`"""
+    """as the user wrote it, such as `top:16`"""
     row_shape: tuple[Size, ...]
     chunk_rows: dict[str, Size]
     """array -> rows of each of its chunks"""
 
 
 class PlanRecord(Sealed):
-    """What plan.N.json holds; `plan.StorePlan` is what follows from it."""
+    """The content of plan.N.json; `plan.StorePlan` adds what follows from it."""
 
     count: Size
     """number of samples N"""
@@ -78,7 +61,7 @@ class FileRecord:
     bytes: Count
     sha256: Sha256
     crc32c: Count
-    """checksum of the chunk, which the file's last four bytes hold"""
+    """checksum of the chunk, in the file's last four bytes"""
 
 
 class LogEntry(Sealed):
@@ -91,21 +74,21 @@ class LogEntry(Sealed):
     statistics: dict[str, Numbers] = Field(default_factory=dict)
     """field -> count, minimum, maximum, non_finite of its values before encoding"""
     measurements: Numbers = Field(default_factory=dict)
-    """what was counted while the part was made, such as the teacher's correct answers; may be summed over parts"""
+    """counts made along with the part, such as the teacher's correct answers; may be summed over parts"""
     skipped: tuple[Count, ...] = ()
-    """samples of the part whose outputs were not finite; their rows hold NaN and are never read"""
+    """samples of the part with outputs that are not finite; their rows hold NaN and are never read"""
 
     @property
     def name(self) -> str:
-        """The record's file name, without ending."""
+        """The record's file name, without suffix."""
         return name_of(self.view, self.part)
 
 
 class CommitRecord(Sealed):
-    """What commit.N.json holds.
+    """The content of commit.N.json.
 
-    Every small file can be made again from the others: the commit holds what identity and plan hold, and they and the
-    log records hold what the commit holds.
+    Every small file can be restored from the others: the commit has the content of identity and plan, which together
+    with the log records give the commit.
     """
 
     format_version: int
@@ -113,7 +96,7 @@ class CommitRecord(Sealed):
     identity: IdentityRecord
     plan: PlanRecord
     previous: Sha256 | None
-    """SHA-256 of the commit before"""
+    """SHA-256 of the previous commit"""
     log: tuple[tuple[Name, Sha256], ...]
     """log record and its SHA-256"""
 
@@ -125,7 +108,7 @@ class CommitRecord(Sealed):
 
 
 class Commit(NamedTuple):
-    """A sealed growth: whose knowledge it holds, the plan it ended with, and its log."""
+    """A sealed growth: its knowledge, the plan it ended with, and its log."""
 
     knowledge: Knowledge
     plan: PlanRecord
@@ -135,46 +118,37 @@ class Commit(NamedTuple):
 
 
 def name_of(view: int | None, part: int | None) -> str:
-    """Return the name of the log record of a part (view None: of what describes samples)."""
+    """Return the name of the log record of a part (view None: of the arrays that describe samples)."""
     return SAMPLES if view is None else f"v{view:05}-p{part:05}"
 
 
 def plan_path(root: Path, growth: int) -> Path:
-    """Return where the plan of a growth lies (growth 0 is the store's creation)."""
+    """Return the path of a growth's plan (growth 0 creates the store)."""
     return root / FOLDER / f"plan.{growth}.json"
 
 
 def commit_path(root: Path, growth: int) -> Path:
-    """Return where the commit record of a growth lies."""
+    """Return the path of a growth's commit."""
     return root / FOLDER / f"commit.{growth}.json"
 
 
 def record_path(root: Path, growth: int, name: str) -> Path:
-    """Return where the log record of a part lies."""
+    """Return the path of a log record."""
     return root / FOLDER / "log" / str(growth) / f"{name}.json"
 
 
 def growths(root: Path, kind: str) -> int:
-    """Return how many consecutive growths from 0 have a `plan` or a `commit` file."""
+    """Return the number of consecutive growths from 0 with a file of this kind, `plan` or `commit`."""
     return next(number for number in count() if not (root / FOLDER / f"{kind}.{number}.json").exists())
 
 
 def write_record(root: Path, entry: LogEntry) -> None:
-    """Write a part's log record, after its files are durable.
-
-    Raises:
-        LockedError: another writer logged the same part.
-    """
+    """Write a part's log record, after its files are durable; raises LockedError if another writer logged the part."""
     create_exclusive(record_path(root, entry.growth, entry.name), sealed_json(entry.document()))
 
 
 def read_record(path: Path) -> LogEntry:
-    """Return a log record.
-
-    Raises:
-        NotFoundError: there is none.
-        CorruptionError: it is damaged.
-    """
+    """Return a log record; raises CorruptionError if it is damaged."""
     entry = read_sealed(path, LogEntry)
     if entry.name != path.stem:
         raise CorruptionError(f"{path} is damaged: it is the record {entry.name}")
@@ -182,18 +156,14 @@ def read_record(path: Path) -> LogEntry:
 
 
 def read_log(root: Path, growth: int) -> list[LogEntry]:
-    """Return all log records of a growth, sealed or not, by name.
-
-    Raises:
-        CorruptionError: one is damaged.
-    """
+    """Return all log records of a growth, sealed or not, by name."""
     return [read_record(path) for path in sorted(record_path(root, growth, "").parent.glob("*.json"))]
 
 
 def sum_measurements(records: Iterable[LogEntry], view: int, count: int, part_rows: int) -> dict[str, int | float]:
-    """Return a view's measurements summed over its logged parts, and how many of the `count` samples those hold.
+    """Return a view's measurements summed over its logged parts, and how many of the `count` samples are in those.
 
-    Of a part logged twice (for a new field) the first record that has a measurement counts.
+    Of a part logged twice (for a new field) the first record with a measurement counts.
     """
     parts: dict[int, dict[str, int | float]] = {}
     for record in records:
@@ -205,16 +175,12 @@ def sum_measurements(records: Iterable[LogEntry], view: int, count: int, part_ro
 
 
 def skipped_samples(records: Iterable[LogEntry]) -> Int64[np.ndarray, " skipped"]:
-    """Return the samples that any of some records leaves out, ascending, each once."""
+    """Return the samples that any of these records skips, ascending, each once."""
     return np.array(sorted({index for record in records for index in record.skipped}), np.int64)
 
 
 def read_skipped(root: Path) -> Int64[np.ndarray, " skipped"]:
-    """Return the samples that a store leaves out: those of its sealed growths, or all logged where none is sealed.
-
-    Raises:
-        CorruptionError: a record is damaged.
-    """
+    """Return the skipped samples of a store: of its sealed growths, or of all logged parts if none is sealed."""
     try:
         return skipped_samples(record for commit in read_commits(root) for record in commit.records)
     except UnfinishedError:
@@ -222,7 +188,7 @@ def read_skipped(root: Path) -> Int64[np.ndarray, " skipped"]:
 
 
 def logged_skips(root: Path) -> set[int]:
-    """Return the samples that parts logged so far leave out, sealed or not; parts of damaged records come again."""
+    """Return the skipped samples of all logged parts, sealed or not, without those of damaged records."""
     found: set[int] = set()
     for path in (root / FOLDER / "log").glob("*/*.json"):
         with suppress(CorruptionError):
@@ -231,11 +197,7 @@ def logged_skips(root: Path) -> set[int]:
 
 
 def require_few_skipped(skipped: Collection[int], count: int) -> None:
-    """Do nothing if no more than MOST_SKIPPED of `count` samples are skipped.
-
-    Raises:
-        NonFiniteError: more are; names the first.
-    """
+    """Raise NonFiniteError if more than MOST_SKIPPED of `count` samples are skipped."""
     if len(skipped) > MOST_SKIPPED * count:
         first = ", ".join(map(str, sorted(skipped)[:8]))
         raise NonFiniteError(
@@ -245,21 +207,17 @@ def require_few_skipped(skipped: Collection[int], count: int) -> None:
 
 
 def read_plan(root: Path, growth: int) -> PlanRecord:
-    """Return the plan of a growth.
-
-    Raises:
-        NotFoundError: there is none.
-        CorruptionError: it is damaged.
-    """
+    """Return the plan of a growth."""
     return read_sealed(plan_path(root, growth), PlanRecord)
 
 
 def commit_bytes(root: Path, growth: int, names: Iterable[str]) -> bytes:
-    """Return the content of the commit that seals records of these names: the file to which all before it leads."""
+    """Return the content of the commit that seals the log records of these names."""
+    identity = IdentityRecord.of(read_store_identity(root))
     commit = CommitRecord(
-        format_version=FORMAT_VERSION,
+        format_version=identity.format_version,
         growth=growth,
-        identity=identity_record(read_store_identity(root)),
+        identity=identity,
         plan=read_plan(root, growth),
         previous=_sha256(commit_path(root, growth - 1)) if growth else None,
         log=tuple((name, _sha256(record_path(root, growth, name))) for name in names),
@@ -268,12 +226,7 @@ def commit_bytes(root: Path, growth: int, names: Iterable[str]) -> bytes:
 
 
 def read_seal(root: Path, growth: int) -> CommitRecord:
-    """Return the content of a commit, compared with nothing but its own digest.
-
-    Raises:
-        NotFoundError: the growth is not sealed.
-        CorruptionError: the commit is damaged.
-    """
+    """Return the content of a commit, checked against its own digest only; raises CorruptionError if it is damaged."""
     commit = read_sealed(commit_path(root, growth), CommitRecord)
     if commit.growth != growth:
         raise CorruptionError(f"{commit_path(root, growth)} is the commit of growth {commit.growth}")
@@ -281,29 +234,19 @@ def read_seal(root: Path, growth: int) -> CommitRecord:
 
 
 def refuse(problem: str) -> NoReturn:
-    """Report a problem by raising it, with what can be done about it.
-
-    Raises:
-        CorruptionError: always.
-    """
+    """Raise a problem as CorruptionError, with the remedy."""
     raise CorruptionError(f"{problem}; {REPAIR}")
 
 
 def stored_bytes(root: Path) -> int:
-    """Return the bytes of a sealed store's chunk files, as its commits list them.
-
-    Raises:
-        UnfinishedError, CorruptionError: as for `read_commits`.
-    """
+    """Return the total size of a sealed store's chunk files, as listed in its commits."""
     return sum(file.bytes for commit in read_commits(root) for record in commit.records for file in record.files)
 
 
 def read_commits(root: Path, report: Report = refuse) -> list[Commit]:
     """Return all sealed growths in order, each checked against the files it names; damage goes to `report`.
 
-    Raises:
-        UnfinishedError: nothing was sealed yet.
-        CorruptionError: something is damaged, unless `report` collects it.
+    Raises UnfinishedError if nothing is sealed yet.
     """
     listed = list((root / FOLDER).glob("commit.*.json"))  # first: a growth sealed meanwhile has not passed over another
     sealed = growths(root, "commit")
@@ -321,7 +264,7 @@ def read_commits(root: Path, report: Report = refuse) -> list[Commit]:
 def _read_commit(root: Path, growth: int, report: Report) -> Commit:
     path = commit_path(root, growth)
     seal = read_seal(root, growth)
-    attempt(report, _require_same, root / IDENTITY_FILE, sha256_bytes(canonical_json(seal.identity.document())), path)
+    attempt(report, _require_same, root / IDENTITY_FILE, digest_of(seal.identity.document()), path)
     attempt(report, _require_same, plan_path(root, growth), sha256_bytes(sealed_json(seal.plan.document())), path)
     if growth:
         attempt(report, _require_same, commit_path(root, growth - 1), str(seal.previous), path)

@@ -1,4 +1,4 @@
-"""The plan of a store as a plain value: parts, chunks, bytes, file names and array documents; touches no disk."""
+"""The plan of a store as a plain value: parts, chunks, sizes, file names and array documents; reads no file."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,22 +11,22 @@ from kcdcache.errors import CorruptionError, SettingsError, nearest
 from kcdcache.files.records import digest_of
 from kcdcache.store import encoding
 from kcdcache.store.encoding import ArraySpec, Encoding
-from kcdcache.store.log import FieldPlan, PlanRecord
+from kcdcache.store.log import FieldPlan, PlanRecord, name_of
 
 CHECKSUM_BYTES = 4
-"""bytes after the rows, their crc32c with the lowest byte first"""
+"""bytes after the rows: their crc32c, little-endian"""
 MOST_PART_ROWS = 16384
 CHUNK_BYTES = 8 * 2**20
-"""of a new store's chunks, unless one row takes more: small enough to be read whole and checked in the cache"""
+"""most bytes of a new store's chunks, unless one row takes more: small enough to be checked in the cache"""
 MOST_CHUNK_BYTES = 32 * 2**20
-"""of any store's chunks"""
+"""of any store"""
 MOST_PADDING = 0.02
 ROW_UNIT = 64
 SAMPLES = "labels and digests"
 MOST_SAMPLES = 10**8
-"""more than this no data set has: a store that claims more is damaged or hostile"""
+"""more than any data set has: a store that claims more is damaged or hostile"""
 MOST_PARTS = 330_000
-"""of a store: its commit names every part, and is not read with more than 10^6 values"""
+"""of a store: its commit names every part, and a record may have 10^6 values"""
 
 ZSTD_LEVEL = 1
 COMPRESSIONS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -36,7 +36,7 @@ COMPRESSIONS: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 class Part(NamedTuple):
-    """The unit of work, log and resume: some rows of one view, with the fields to write there."""
+    """The unit of work, log and resume: some samples of one view, with the fields to write."""
 
     view: int
     number: int
@@ -46,6 +46,11 @@ class Part(NamedTuple):
     """one past the last sample"""
     fields: tuple[str, ...]
 
+    @property
+    def name(self) -> str:
+        """The name of its log record."""
+        return name_of(self.view, self.number)
+
 
 @dataclass(frozen=True)
 class ArrayPlan(ArraySpec):
@@ -53,21 +58,21 @@ class ArrayPlan(ArraySpec):
 
     chunk_rows: int
     field: str | None
-    """the field it belongs to, or None for the arrays that describe samples and have no view axis"""
+    """the field it belongs to; None for the arrays that describe samples, which have no view axis"""
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of one chunk before compression and checksum."""
+        """Bytes of one chunk before compression, without its checksum."""
         return self.chunk_rows * self.row_bytes
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of one chunk's file before compression: its rows, padding included, and a checksum."""
+        """Bytes of one chunk's file before compression: its rows with padding, and a checksum."""
         return self.chunk_bytes + CHECKSUM_BYTES
 
 
 class Chunk(NamedTuple):
-    """One chunk file: its key, its view (None for arrays without views) and its samples."""
+    """One chunk file: key, array, view (None for arrays without views) and samples."""
 
     key: str
     """path inside the store"""
@@ -82,11 +87,11 @@ class Chunk(NamedTuple):
 
 
 class StorePlan(PlanRecord):
-    """Everything about a store that shapes and settings decide; printable, equal when the files will be."""
+    """Everything about a store that shapes and settings decide; equal plans give equal files."""
 
     @cached_property
     def encodings(self) -> dict[str, Encoding]:
-        """Field -> the form its rows are stored in."""
+        """Field -> encoding."""
         return {entry.name: encoding.parse(entry.encoding, entry.name, entry.row_shape) for entry in self.fields}
 
     @cached_property
@@ -117,7 +122,7 @@ class StorePlan(PlanRecord):
 
     @property
     def bytes(self) -> int:
-        """Bytes of all chunks, padding included, before compression."""
+        """Bytes of all chunks before compression, padding included."""
         return sum(self.chunks_of(array) * array.chunk_bytes for array in self.arrays)
 
     def chunks_of(self, array: ArrayPlan) -> int:
@@ -125,7 +130,7 @@ class StorePlan(PlanRecord):
         return -(-self.count // array.chunk_rows) * (1 if array.field is None else self.views)
 
     def arrays_of(self, fields: Iterable[str] | None) -> tuple[ArrayPlan, ...]:
-        """Return the arrays of some fields; None stands for the arrays that describe samples."""
+        """Return the arrays of some fields, or those that describe samples if None."""
         wanted = {None} if fields is None else set(fields)
         return tuple(array for array in self.arrays if array.field in wanted)
 
@@ -134,17 +139,15 @@ class StorePlan(PlanRecord):
         return [(at, min(at + self.batch_size, part.stop)) for at in range(part.start, part.stop, self.batch_size)]
 
     def record(self) -> PlanRecord:
-        """Return what is written of it; `plan_from` reads it."""
+        """Return the record that `plan_from` reads."""
         return PlanRecord(**{name: getattr(self, name) for name in PlanRecord.model_fields})
 
     def __str__(self) -> str:
         names = ", ".join(f"{entry.name} {entry.row_shape} as {entry.encoding}" for entry in self.fields)
-        a_view = (
-            sum(self.chunks_of(array) * array.chunk_bytes for array in self.arrays_of(self.encodings)) // self.views
-        )
+        viewed = sum(self.chunks_of(array) * array.chunk_bytes for array in self.arrays_of(self.encodings))
         return (
             f"{self.count} samples x {self.views} views; {names}; {self.parts_per_view} parts of {self.part_rows} rows "
-            f"a view, teacher batches of {self.batch_size}; {a_view} bytes a view, {self.bytes} in all "
+            f"a view, teacher batches of {self.batch_size}; {viewed // self.views} bytes a view, {self.bytes} in all "
             f"(compression {self.compression})"
         )
 
@@ -154,10 +157,8 @@ def plan_store(
 ) -> StorePlan:
     """Return the plan of a new store: parts of 4,096-16,384 rows (one part below that), chunks of at most 8 MiB.
 
-    Every array's chunk rows divide the part's rows and padding is at most 2 % of its rows.
-
-    Raises:
-        SettingsError: a number is not positive or too large, no field is there or one twice, a row exceeds 32 MiB.
+    Every array's chunk rows divide the part's rows; padding is at most 2 % of the rows. Raises SettingsError if a
+    number is not positive or too large, fields are missing or given twice, or a row exceeds 32 MiB.
     """
     if min(count, views, batch_size) < 1 or not fields:
         raise SettingsError(
@@ -167,19 +168,17 @@ def plan_store(
     if compression not in COMPRESSIONS:
         raise SettingsError(f"unknown compression {compression!r}; {nearest(compression, COMPRESSIONS)}")
     rows = _part_rows(count)
-    entries = tuple(_field_plan(form, rows) for form in fields)
-    return _sound(
-        StorePlan(
-            count=count, views=views, part_rows=rows, batch_size=batch_size, compression=compression, fields=entries
-        )
+    plans = tuple(_field_plan(form, rows) for form in fields)
+    made = StorePlan(
+        count=count, views=views, part_rows=rows, batch_size=batch_size, compression=compression, fields=plans
     )
+    return _sound(made)
 
 
 def grow_plan(plan: StorePlan, views: int, fields: Sequence[Encoding] = ()) -> StorePlan:
-    """Return the plan with `views` views in all and new fields beside the old; fields it holds already may be given.
+    """Return the plan with `views` views in all and more fields; fields that are stored already are allowed.
 
-    Raises:
-        SettingsError: there would be fewer views or too many, or a field's encoding would change.
+    Raises SettingsError if there would be fewer views or too many, or if a field's encoding would change.
     """
     if views < plan.views:
         raise SettingsError(f"a store only grows: it holds {plan.views} views, {views} were asked for")
@@ -191,11 +190,7 @@ def grow_plan(plan: StorePlan, views: int, fields: Sequence[Encoding] = ()) -> S
 
 
 def plan_from(record: PlanRecord) -> StorePlan:
-    """Return a record's plan.
-
-    Raises:
-        CorruptionError: no plan has such fields and numbers.
-    """
+    """Return the plan of a record; raises CorruptionError if no plan has such fields and numbers."""
     try:
         plan = _sound(StorePlan(**vars(record)))
     except (KeyError, ValueError) as error:
@@ -207,7 +202,7 @@ def plan_from(record: PlanRecord) -> StorePlan:
 
 
 def parts(plan: StorePlan, before: StorePlan | None = None) -> list[Part]:
-    """Return the parts of a plan, in the order of writing; with `before`, those that a growth from it adds."""
+    """Return the parts of a plan in writing order; with `before`, only those that a growth from it adds."""
     names = tuple(plan.encodings)
     old, held = (0, names) if before is None else (before.views, tuple(before.encodings))
     added = tuple(name for name in names if name not in held)
@@ -220,18 +215,17 @@ def parts(plan: StorePlan, before: StorePlan | None = None) -> list[Part]:
 
 
 def chunks(plan: StorePlan, arrays: Iterable[ArrayPlan], view: int | None, start: int, stop: int) -> list[Chunk]:
-    """Return the chunks of some arrays that hold samples start..stop-1 of a view (None: arrays without views)."""
+    """Return the chunks of some arrays with samples start..stop-1 of a view (None: arrays without views)."""
     return [
-        Chunk(
-            _key(array, view, first // array.chunk_rows), array, view, first, min(first + array.chunk_rows, plan.count)
-        )
+        Chunk(_key(array, view, first // rows), array, view, first, min(first + rows, plan.count))
         for array in arrays
-        for first in range(start - start % array.chunk_rows, stop, array.chunk_rows)
+        for rows in [array.chunk_rows]
+        for first in range(start - start % rows, stop, rows)
     ]
 
 
 def part_chunks(plan: StorePlan, part: Part | None) -> list[Chunk]:
-    """Return the chunks one part writes; None stands for those of `labels` and `sample_digest`."""
+    """Return the chunks of one part (None: those of `labels` and `sample_digest`)."""
     if part is None:
         return chunks(plan, plan.arrays_of(None), None, 0, plan.count)
     return chunks(plan, plan.arrays_of(part.fields), part.view, part.start, part.stop)
@@ -245,7 +239,7 @@ def all_chunks(plan: StorePlan) -> list[Chunk]:
 
 
 def file_bytes(plan: StorePlan) -> dict[str, int]:
-    """Return the bytes of all chunk files of each field, and of what describes samples, before compression."""
+    """Return the bytes before compression of each field's chunk files, and of the arrays that describe samples."""
     found = dict.fromkeys((*plan.encodings, SAMPLES), 0)
     for array in plan.arrays:
         found[array.field or SAMPLES] += plan.chunks_of(array) * array.file_bytes
@@ -259,23 +253,15 @@ def documents(plan: StorePlan) -> dict[str, dict[str, Any]]:
 
 
 def array_document(plan: StorePlan, array: ArrayPlan) -> dict[str, Any]:
-    """Return the `zarr.json` of an array.
-
-    Source: Zarr specification version 3, section "Array metadata".
-    """
+    """Return the `zarr.json` of an array (Zarr specification version 3, section "Array metadata")."""
     views = () if array.field is None else (plan.views,)
+    chunk_shape = [*(1 for _ in views), array.chunk_rows, *array.row_shape]
+    raw = {"name": "bytes", "configuration": {"endian": "little"}}
     return {
         "attributes": {},
-        "chunk_grid": {
-            "name": "regular",
-            "configuration": {"chunk_shape": [*(1 for _ in views), array.chunk_rows, *array.row_shape]},
-        },
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk_shape}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "codecs": [
-            {"name": "bytes", "configuration": {"endian": "little"}},
-            *COMPRESSIONS[plan.compression],
-            {"name": "crc32c"},
-        ],
+        "codecs": [raw, *COMPRESSIONS[plan.compression], {"name": "crc32c"}],
         "data_type": array.dtype,
         "dimension_names": [*("view" for _ in views), "sample", *_axes(array)],
         "fill_value": "NaN" if np.dtype(array.dtype).kind == "f" else 0,
@@ -287,13 +273,13 @@ def array_document(plan: StorePlan, array: ArrayPlan) -> dict[str, Any]:
 
 
 def _key(array: ArrayPlan, view: int | None, number: int) -> str:
-    """Return a chunk's path inside the store; separator `.` keeps all chunks of an array in one folder."""
+    """Return a chunk's path in the store; the separator `.` keeps all chunks of an array in one folder."""
     numbers = [*(() if view is None else (view,)), number, *(0 for _ in array.row_shape)]
     return f"{array.name}/c." + ".".join(map(str, numbers))
 
 
 def _axes(array: ArrayPlan) -> list[str]:
-    """Return names of a row's axes: an axis of equal name has equal length in all arrays of a store, as xarray asks."""
+    """Name a row's axes: axes of equal names have equal lengths in all arrays of a store, as xarray requires."""
     if array.name == "logits" and array.dtype != "uint16":  # those of top:K are packed
         return ["class"]
     return [f"{array.name}_{number}" for number in range(len(array.row_shape))]
@@ -314,7 +300,7 @@ def _field_plan(form: Encoding, part_rows: int) -> FieldPlan:
 
 
 def _chunk_rows(spec: ArraySpec, part_rows: int) -> int:
-    """Return the largest divisor of the part's rows whose chunk is small enough, or 1."""
+    """Return the largest divisor of the part's rows with a chunk that is small enough, or 1."""
     if spec.row_bytes > MOST_CHUNK_BYTES:
         raise SettingsError(
             f"one row of '{spec.name}' {spec.row_shape} takes {spec.row_bytes} bytes; at most 32 MiB are possible"
@@ -324,10 +310,10 @@ def _chunk_rows(spec: ArraySpec, part_rows: int) -> int:
 
 
 def _sound(plan: StorePlan) -> StorePlan:
-    """Return a plan, unless no store can be like that."""
+    """Return the plan; raise SettingsError or ValueError if no store can have it."""
     if plan.count > MOST_SAMPLES or (parts := plan.views * plan.parts_per_view) > MOST_PARTS:
-        told = f"{plan.count} samples" if plan.count > MOST_SAMPLES else f"{plan.views} views in {parts} parts"
-        raise SettingsError(f"a store takes {MOST_SAMPLES} samples and {MOST_PARTS} parts at most, found {told}")
+        size = f"{plan.count} samples" if plan.count > MOST_SAMPLES else f"{plan.views} views in {parts} parts"
+        raise SettingsError(f"a store takes {MOST_SAMPLES} samples and {MOST_PARTS} parts at most, found {size}")
     if plan.compression not in COMPRESSIONS:
         raise ValueError(f"compression {plan.compression!r:.80}")
     names = set[str]()

@@ -1,4 +1,4 @@
-"""Sealed stores, opened after a check of their records, and their rows, read chunk by chunk with every byte checked."""
+"""Sealed stores: opened after a check of their records, then read chunk by chunk with every byte checked."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,30 +23,30 @@ from kcdcache.store.log import Commit, Report, refuse
 from kcdcache.store.plan import ArrayPlan, Chunk, all_chunks, chunks, documents, plan_from
 
 SPARE_CHUNKS = 100_000
-"""chunks listed even where damage took their log records"""
+"""chunks that are checked even if their log records are damaged"""
 
 Task = tuple[Chunk, int, int]
-"""a chunk, and the range of wanted rows it holds"""
+"""a chunk, and the range of wanted rows in it"""
 
 
 class Excerpt(NamedTuple):
-    """The samples of a whole data set, of which a store holds the rows of some."""
+    """All samples of a data set, for a store with the rows of only some of them."""
 
     label: Int64[np.ndarray, " n"]
     digest: UInt64[np.ndarray, " n"]
     row: Int64[np.ndarray, " n"]
-    """sample -> its row in the store, ascending, -1 where it has none"""
+    """sample -> its row in the store, ascending; -1 for none"""
     blank: Bool[np.ndarray, " n"]
-    """samples whose own row nothing may use, since their targets were baked: NaN stands for it"""
+    """samples whose own row nothing may use, since their targets were baked; they read as NaN"""
     skipped: tuple[int, ...]
-    """samples without usable outputs in the whole store"""
+    """samples without usable outputs in the original store"""
 
 
 class Store:
-    """A sealed store: knowledge points of one teacher on one data set, read chunk by chunk and checked.
+    """A sealed store: one teacher's outputs on one data set, read chunk by chunk and checked.
 
-    With an `excerpt` it speaks of the samples of the whole data set, under their indices there, and holds rows of some;
-    asking for another one is an error. Methods may be called from several threads. Made by `open`.
+    With an `excerpt` it has the samples and indices of the whole data set, but rows of only some; asking for others is
+    an error. Methods are thread-safe. Made by `open`.
     """
 
     def __init__(
@@ -56,22 +56,22 @@ class Store:
         self.knowledge = knowledge
         self.plan = plan_from(commits[-1].plan)
         self.commits = tuple(commit.sha256 for commit in commits)
-        """SHA-256 of each commit record, the store's creation first"""
+        """SHA-256 of each commit, oldest first"""
         self.bytes_read = 0
-        """bytes of chunk files read so far"""
+        """of chunk files, so far"""
         self.rows_read = 0
-        """store rows (one view of one sample) asked for so far"""
+        """rows (one view of one sample) asked for, so far"""
         self._records = [record for commit in commits for record in commit.records]
         self._excerpt = excerpt
         self.skipped = log.skipped_samples(self._records) if excerpt is None else np.array(excerpt.skipped, np.int64)
-        """samples without usable outputs in some view or field, ascending: they are never read"""
+        """samples without usable outputs in some view or field, ascending: never read"""
         self.files = {file.path: file for record in self._records for file in record.files}
         """chunk key -> log entry"""
         self._lock = threading.Lock()
 
     @property
     def knowledge_id(self) -> str:
-        """What values, manifests and runs bind to."""
+        """The id that values, manifests and runs bind to."""
         return self.knowledge.knowledge_id
 
     @property
@@ -81,7 +81,7 @@ class Store:
 
     @property
     def held(self) -> Int64[np.ndarray, " rows"]:
-        """The samples it has rows of, ascending: row j of its arrays is of sample held[j]."""
+        """The samples with rows, ascending: row j of the arrays is of sample held[j]."""
         return np.arange(self.count) if self._excerpt is None else np.flatnonzero(self._excerpt.row >= 0)
 
     @property
@@ -91,42 +91,42 @@ class Store:
 
     @property
     def fields(self) -> dict[str, Encoding]:
-        """The stored fields by name, each with the form of its rows."""
+        """Field -> encoding."""
         return self.plan.encodings
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """Names of all that it keeps of its teacher: the fields, and `parameters` if it has that record."""
+        """The fields, and `parameters` if the store has that record."""
         return (*self.fields, *((PARAMETERS,) if (self.path / PARAMETERS_FILE).exists() else ()))
 
     @cached_property
     def labels(self) -> Int64[np.ndarray, " n"]:
-        """The class of every sample, read at first use."""
+        """The class of every sample."""
         return self._sample_array("labels") if self._excerpt is None else self._excerpt.label
 
     @cached_property
     def sample_digest(self) -> UInt64[np.ndarray, " n"]:
-        """A digest of every sample's bytes and label, read at first use."""
+        """A digest of every sample's bytes and label."""
         return self._sample_array("sample_digest") if self._excerpt is None else self._excerpt.digest
 
     @property
     def forwards(self) -> int:
-        """Number of teacher forwards that made the store; a field added later cost its own."""
+        """Number of teacher forwards that made the store; a field added later counts its own."""
         parts = [record.part for record in self._records if record.part is not None]
         rows = self.plan.part_rows
         return sum(min(rows, self.plan.count - part * rows) for part in parts)
 
     def row_bytes(self, fields: Sequence[str]) -> int:
-        """Return the bytes one row takes in the arrays `load` returns for these fields."""
+        """Return the bytes of one row in the arrays that `load` returns for these fields."""
         return sum(self.fields[name].row_bytes for name in fields)
 
     def chunk_bytes(self, rows: Int64[np.ndarray, " rows"], fields: Sequence[str]) -> int:
-        """Return the bytes of the chunk files that `load` reads for these rows of one view (of view 0, to be exact)."""
+        """Return the bytes of the chunk files that `load` reads for these rows of one view; exact for view 0."""
         tasks = self._tasks(self.plan.arrays_of(fields), 0, self._places(rows))
         return sum(self.files[chunk.key].bytes for chunk, _, _ in tasks)
 
     def measurements(self, view: int) -> dict[str, int | float]:
-        """Return what precompute counted on a view (such as `correct`), summed over its parts, with `samples`."""
+        """Return the counts of a view (such as `correct`) summed over its parts, and its number of `samples`."""
         return log.sum_measurements(self._records, view, self.plan.count, self.plan.part_rows)
 
     def load(
@@ -137,14 +137,14 @@ class Store:
         threads: int = 2,
         allocate: Callable[..., np.ndarray] = np.empty,
     ) -> dict[str, np.ndarray]:
-        """Return array name -> still encoded rows (rows, ...) of a view, for strictly increasing sample indices.
+        """Return array name -> encoded rows (rows, ...) of a view, for strictly increasing sample indices.
 
-        `allocate(shape, dtype)` makes each result array. Every chunk that holds a wanted row is read once and checked.
+        `allocate(shape, dtype)` makes each result array. Every chunk with a wanted row is read once and checked.
 
         Raises:
             SettingsError: the view, a row or a field is not in the store, or the rows are not strictly increasing.
             NonFiniteError: a row was skipped when the store was made.
-            MismatchError: the store holds nothing of a sample; names it.
+            MismatchError: an excerpt does not have a sample.
             CorruptionError: a chunk is missing, damaged or swapped; names file and samples.
         """
         self._require_rows(view, rows, fields)
@@ -162,11 +162,7 @@ class Store:
     def read(
         self, field: str, view: int, index: Int64[np.ndarray, " batch"], temperature: float = 1.0
     ) -> Float32[np.ndarray, "batch ..."]:
-        """Return decoded values (batch, ...) of samples in any order, duplicates allowed; convenient, not fast.
-
-        Raises:
-            SettingsError, NonFiniteError, CorruptionError: as for `load`.
-        """
+        """Return decoded values (batch, ...) of samples in any order, duplicates allowed; convenient, not fast."""
         rows, place = np.unique(index, return_inverse=True)
         stored = {name: torch.from_numpy(values) for name, values in self.load(view, rows, (field,)).items()}
         return self.fields[field].decode(stored, temperature).numpy()[place]
@@ -176,7 +172,7 @@ class Store:
         return self._gather([array], None, np.arange(self.plan.count), 1, np.empty)[name]
 
     def _places(self, rows: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " places"]:
-        """Return where the rows of some samples lie in the arrays, ascending as they are; blank samples have none."""
+        """Return the samples' rows in the arrays, ascending; without those of blank samples."""
         if self._excerpt is None:
             return rows
         places = self._excerpt.row[rows]
@@ -235,7 +231,7 @@ class Store:
             self._copy(chunk, rows[low:high] - chunk.start, out[chunk.array.name][low:high], scratch)
 
     def _copy(self, chunk: Chunk, wanted: np.ndarray, target: np.ndarray, scratch: np.ndarray) -> None:
-        """Copy rows out of a chunk, or refuse one that is not what its log entry says."""
+        """Copy rows out of a chunk; raise CorruptionError if it is not what was logged."""
         record, file = self.files[chunk.key], self.path / chunk.key
         what = record, chunk.array, self.plan.compression, wanted, target, scratch
         try:
@@ -253,13 +249,13 @@ class Store:
 def open(path: Path | str) -> Store:
     """Return a sealed store after checking its records, array documents and the presence and size of every file.
 
-    A growth in progress is ignored: the last sealed state is opened. No chunk is read.
+    The last sealed state is opened; a growth in progress is ignored. No chunk is read.
 
     Raises:
         NotFoundError: there is no store.
         UnfinishedError: it was never sealed.
         MismatchError: it was written by a newer format.
-        CorruptionError: a record was changed, or a file is missing, empty, cut or extended.
+        CorruptionError: a record was changed, or a file is missing or has another size.
     """
     root = Path(path)
     store = Store(root, read_store_identity(root), log.read_commits(root))
@@ -268,12 +264,9 @@ def open(path: Path | str) -> Store:
 
 
 def check(store: Store, report: Report = refuse) -> list[Chunk]:
-    """Compare a store's samples, array documents, and presence and size of every file with its records.
+    """Check a store's sample count, array documents, and presence and size of every file; return the sound chunks.
 
-    Returns the chunks whose files are there in the logged size.
-
-    Raises:
-        CorruptionError: as for `open`, unless `report` collects it.
+    Problems go to `report`.
     """
     claimed = store.knowledge.data.count
     if store.knowledge.whole and store.count != claimed:  # one of mixes, or exported, holds a part of the samples
@@ -292,7 +285,7 @@ def check(store: Store, report: Report = refuse) -> list[Chunk]:
 
 
 def _check_documents(store: Store, report: Report) -> None:
-    """Compare each `zarr.json` with the one the plan implies; while a growth is under way also with its own."""
+    """Compare each `zarr.json` with those that are allowed."""
     for name, document in documents(store.plan).items():
         file = store.path / name / "zarr.json"
         found = attempt(report, read_bytes, file, MOST_RECORD_BYTES)
@@ -301,7 +294,7 @@ def _check_documents(store: Store, report: Report) -> None:
 
 
 def _allowed(store: Store, name: str, document: dict[str, Any]) -> Iterator[bytes]:
-    """Yield what a document may be: as the plan implies, as before axes had names, or as a growth under way implies."""
+    """Yield the forms a document may have: as planned, without axis names (older stores), as a growth in progress."""
     yield canonical_json(document)
     yield canonical_json({key: value for key, value in document.items() if key != "dimension_names"})
     growing = len(store.commits)

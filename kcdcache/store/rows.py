@@ -1,4 +1,4 @@
-"""The store's rows that a stage needs, one view at a time: loaded once, the next view in the background."""
+"""The rows of a store that a stage needs, one view at a time; the next view is loaded in the background."""
 
 import math
 import tempfile
@@ -19,14 +19,14 @@ from kcdcache.store.reader import Store
 
 Rows = dict[str, np.ndarray]
 SMALL_BYTES = 16
-"""arrays with rows of at most so many bytes are looked up once for all samples of an epoch"""
+"""arrays with rows of at most this size are looked up once per epoch for all samples"""
 THREADS = 2
-"""threads that read a view somebody waits for; one fetched ahead is read by one, to leave the others to the student"""
+"""threads for a view that is waited for; one read ahead takes a single thread, to leave the others to the student"""
 
 
 @runtime_checkable
 class Targets(Protocol):
-    """Where a batch's teacher outputs come from: a store, or a live teacher in tests."""
+    """The source of a batch's teacher outputs: a store, or a live teacher in tests."""
 
     def prepare(
         self,
@@ -35,33 +35,33 @@ class Targets(Protocol):
         mine: Int64[np.ndarray, " some"] | None = None,
         later: Int64[np.ndarray, " some"] | None = None,
     ) -> None:
-        """Make `view` current, of some samples or all; `following` may be fetched ahead."""
+        """Make `view` current, for the samples `mine` or all; `following` may be loaded ahead."""
 
     def gather(self, index: Int64[np.ndarray, " batch"], temperature: float, device: torch.device) -> dict[str, Tensor]:
         """Return field -> float32 targets (batch, ...) of the current view for these samples."""
 
 
 class _Part(NamedTuple):
-    """Some of a view's rows."""
+    """Some rows of a view."""
 
     view: int
     samples: Int64[np.ndarray, " some"]
     """ascending, each once"""
 
     def same(self, other: "_Part") -> bool:
-        """Return whether another one has the same rows."""
+        """Return whether two parts have the same rows."""
         same = self.samples is other.samples or np.array_equal(self.samples, other.samples)
         return self.view == other.view and same
 
 
 class StoredTargets:
-    """The needed rows of the current view of a store, in one contiguous array per stored array.
+    """The needed rows of a store's current view, in one contiguous array per stored array.
 
-    At most two views are in memory: the current one and, while it is fetched ahead, the next. The next but one is read
-    into the arrays of the current one, because fresh memory costs more than what is copied into it. What `gather`
-    returned stays as it is for as long as it is held; what `take` returned does so until the next call of either.
+    At most two views are in memory: the current one and the next, loaded ahead. The one after that is read into the
+    arrays of the current one, since fresh memory costs more than the copy. Results of `gather` are the caller's;
+    results of `take` are valid until the next call of either.
 
-    Above the memory budget the arrays are memory-mapped files in `folder`, unlinked at once, so nothing is left
+    Above the memory budget the arrays are memory-mapped files in `folder`, unlinked at once, so that nothing is left
     behind however the process ends.
     """
 
@@ -77,13 +77,10 @@ class StoredTargets:
         slots: Mapping[int, int] | None = None,
         count: int | None = None,
     ) -> None:
-        """Serve sorted unique samples `index`, found in the store's `rows` (the same numbers unless given).
+        """Serve the sorted unique samples `index`, found in the store's `rows` (default: the same numbers).
 
-        `slots` maps a view number to its place in the store's view axis (the same number unless given). `count` is the
-        number of samples of the data set (the store's row count unless given).
-
-        Raises:
-            MismatchError: the store lacks one of the fields.
+        `slots` maps a view to its place in the store's view axis (default: the same number). `count` is the number of
+        samples of the data set (default: of the store). Raises MismatchError if the store lacks a field.
         """
         for field in fields:
             if field not in store.fields:
@@ -95,7 +92,7 @@ class StoredTargets:
         self._store, self._fields, self._folder = store, tuple(fields), folder
         self._index, self._rows, self._slots = index, index if rows is None else rows, slots
         self._every = self.positions = _numbered(index, store.count if count is None else count)
-        """number of each sample's row among `rows`, -1 where a sample has none"""
+        """sample -> its number among `rows`, -1 for none"""
         self._memory_bytes = memory_bytes
         self._spare: list[np.ndarray] = []
         self._current: tuple[_Part, Rows] | None = None
@@ -118,9 +115,9 @@ class StoredTargets:
         mine: Int64[np.ndarray, " some"] | None = None,
         later: Int64[np.ndarray, " some"] | None = None,
     ) -> None:
-        """Load `view` unless it is there, and start loading `following` in the background.
+        """Load `view` unless it is current, and start loading `following` in the background.
 
-        Of the two, only the samples `mine` and `later` are loaded (ascending, each once): all unless given.
+        Only the samples `mine` and `later` of the two are loaded (ascending, each once; default: all).
         """
         wanted = _Part(view, self._index if mine is None else mine)
         if self._current is None or not self._current[0].same(wanted):
@@ -139,35 +136,35 @@ class StoredTargets:
         return self.decoded(self.take(index), temperature, device)
 
     def decoded(self, taken: Rows, temperature: float, device: torch.device) -> dict[str, Tensor]:
-        """Return field -> float32 targets on a device, in memory of their own, of what `take` returned."""
+        """Return field -> float32 targets on a device, in memory of their own, from the result of `take`."""
         copy = device.type != "cpu"
         moved = {name: torch.from_numpy(rows).to(device, copy=copy) for name, rows in taken.items()}
         return self.decode(moved, temperature)
 
     def decode(self, taken: Mapping[str, Tensor], temperature: float) -> dict[str, Tensor]:
-        """Return field -> float32 targets, on their device, of some of `rows` (stored array -> its rows)."""
+        """Return field -> float32 targets, on their device, from stored array -> rows."""
         return {name: self._store.fields[name].decode(taken, temperature) for name in self._fields}
 
     @property
     def rows(self) -> Rows:
-        """Stored array -> the current view's rows, to be copied before another view is prepared."""
+        """Stored array -> rows of the current view; copy them before another view is prepared."""
         assert self._current is not None, "prepare comes first"
         return self._current[1]
 
     @property
     def cost(self) -> tuple[int, int]:
-        """Number of `rows`, and the bytes of the chunk files they come from, which are read and checked whole."""
+        """Number of `rows`, and bytes of the chunk files that were read for them."""
         assert self._current is not None, "prepare comes first"
         rows = self._rows_of(self._current[0])
         return len(rows), self._store.chunk_bytes(rows, self._fields)
 
     @property
     def view_bytes(self) -> int:
-        """Bytes of `rows` where all are loaded."""
+        """Bytes of `rows` if all are loaded."""
         return len(self._rows) * self._store.row_bytes(self._fields)
 
     def take(self, index: Int64[np.ndarray, " batch"]) -> Rows:
-        """Return array name -> still encoded rows (batch, ...) of the current view, in buffers the next call reuses.
+        """Return array name -> encoded rows (batch, ...) of the current view, in buffers that the next call reuses.
 
         A fresh array per batch would cost three times the copy (page faults).
         """
@@ -175,24 +172,24 @@ class StoredTargets:
         return {name: self.copied(name, rows, position) for name, rows in self.rows.items()}
 
     def places(self, index: Int64[np.ndarray, " some"]) -> Int64[np.ndarray, " some"]:
-        """Return the numbers of some samples' rows among `rows`."""
+        """Return the samples' numbers among `rows`."""
         position = self.positions.take(index)
         assert position.min(initial=0) >= 0, "only the samples asked for at the start are held"
         return position
 
     def copied(self, name: str, rows: np.ndarray, position: Int64[np.ndarray, " batch"]) -> np.ndarray:
-        """Return some rows of an array of `rows` in the buffer that belongs to it."""
+        """Return some rows of an array of `rows`, in the buffer of that array."""
         buffer = self._buffers.get(name)
         if buffer is None or len(buffer) < len(position):
             buffer = self._buffers[name] = np.empty((len(position), *rows.shape[1:]), rows.dtype)
         return rows.take(position, 0, buffer[: len(position)], "clip")
 
     def plan(self, index: Int64[np.ndarray, " epoch"]) -> "PlannedRows":
-        """Return the current view's rows of samples in an epoch's order, with all done that can be done at once."""
+        """Return the current view's rows in an epoch's order, with the lookups that can be made in advance."""
         return PlannedRows(self, self.places(index))
 
     def _turned(self, wanted: _Part) -> Rows:
-        """Return other rows than the current ones, whose arrays become spare."""
+        """Return the rows of `wanted`; the current arrays become spare."""
         if self._current is not None:
             self._spare += self._current[1].values()
             self._current = None
@@ -203,7 +200,7 @@ class StoredTargets:
         return self._load(wanted, THREADS)
 
     def _drop_next(self) -> None:
-        """Forget a view that was fetched ahead and is not wanted after all; nor is the reason why that failed."""
+        """Forget a view loaded ahead that is not wanted, and its error if loading failed."""
         if self._next is not None and self._next[1].exception() is None:
             self._spare += self._next[1].result().values()
         self._next = None
@@ -235,20 +232,20 @@ class StoredTargets:
 
 
 def _numbered(index: Int64[np.ndarray, " some"], count: int) -> Int64[np.ndarray, " samples"]:
-    """Return sample -> its number among `index`, -1 where it is none of them."""
+    """Return sample -> its position in `index`, -1 for none."""
     found = np.full(count, -1, np.int64)
     found[index] = np.arange(len(index))
     return found
 
 
 class PlannedRows:
-    """The rows of an epoch's samples in order, in the view that was current: a batch is a slice, copied in one call.
+    """The current view's rows in the order of an epoch: a batch is a slice, copied in one call.
 
-    Use it until another view is prepared.
+    Valid until another view is prepared.
     """
 
     def __init__(self, targets: StoredTargets, place: Int64[np.ndarray, " epoch"]) -> None:
-        """Look up what is small of the rows numbered `place`, such as each row's maximum."""
+        """Look up the small arrays, such as each row's maximum, for all rows numbered `place`."""
         rows = targets.rows
         small = {name for name, values in rows.items() if values[:1].nbytes <= SMALL_BYTES}
         self._targets, self._place, self._view = targets, place, rows
@@ -256,10 +253,7 @@ class PlannedRows:
         self._large = {name: values for name, values in rows.items() if name not in small}
 
     def take(self, part: slice) -> Rows:
-        """Return array name -> still encoded rows (batch, ...) of a slice of the epoch, until the next call.
-
-        They are to be read only.
-        """
+        """Return array name -> encoded rows (batch, ...) of a slice of the epoch: read-only, until the next call."""
         assert self._targets.rows is self._view, "another view was prepared since this epoch was planned"
         place = self._place[part]
         found = {name: rows[part] for name, rows in self._small.items()}

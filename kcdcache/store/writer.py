@@ -1,4 +1,4 @@
-"""Writing a store, one part after another, by one process or several that each hold a share of its parts."""
+"""Write a store part by part, in one process or several that each write a share of the parts."""
 
 import logging
 import re
@@ -12,25 +12,14 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 from kcdcache.errors import CorruptionError, LockedError, NotFoundError, SettingsError, UnfinishedError, require_same
-from kcdcache.files import cloud
-from kcdcache.files.atomic import (
-    create_exclusive,
-    holder,
-    holds,
-    is_locked,
-    lock,
-    remove,
-    remove_leftovers,
-    require_no_links,
-    sync,
-    write_atomic,
-)
+from kcdcache.files import atomic, cloud
+from kcdcache.files.atomic import lock, require_no_links, write_atomic
 from kcdcache.files.records import canonical_json, sealed_json
 from kcdcache.store import log
 from kcdcache.store.chunks import listed_sizes, size_problem, write_chunks
 from kcdcache.store.encoding import Encoding, Statistics
-from kcdcache.store.identity import FOLDER, IDENTITY_FILE, Knowledge, identity_record, read_store_identity
-from kcdcache.store.log import LogEntry, Numbers, name_of, record_path
+from kcdcache.store.identity import FOLDER, IDENTITY_FILE, IdentityRecord, Knowledge, read_store_identity
+from kcdcache.store.log import LogEntry, Numbers, record_path
 from kcdcache.store.plan import Part, StorePlan, documents, grow_plan, part_chunks, parts, plan_from
 
 logger = logging.getLogger(__name__)
@@ -53,10 +42,7 @@ WHOLE = Shard()
 
 
 def parse_shard(text: str) -> Shard:
-    """Return the shard that a text such as `0/4` names.
-
-    Raises:
-        SettingsError: it names none.
+    """Return the shard given as text such as `0/4`; raises SettingsError for other text.
 
     >>> parse_shard("1/4")
     Shard(number=1, total=4)
@@ -73,14 +59,13 @@ LAUNCHERS = (
     ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
     ("SLURM_PROCID", "SLURM_NTASKS"),
 )
-"""variables that torchrun, a SLURM array and srun set: this process's number, how many there are, the first number"""
+"""variables of torchrun, a SLURM array and srun: this process's number, how many there are, the first number"""
 
 
 def shard_of(variables: Mapping[str, str]) -> Shard:
-    """Return the shard that the environment of a launcher (torchrun, a SLURM array, srun) makes this process; else all.
+    """Return this process's shard from a launcher's environment (torchrun, a SLURM array, srun); without one, WHOLE.
 
-    Raises:
-        SettingsError: a launcher's variables name no shard.
+    Raises SettingsError if the variables name no shard.
 
     >>> shard_of({"RANK": "3", "WORLD_SIZE": "8"})
     Shard(number=3, total=8)
@@ -106,12 +91,12 @@ def shard_of(variables: Mapping[str, str]) -> Shard:
 
 @contextmanager
 def held(root: Path, begin: Callable[[bool], T], shard: Shard = WHOLE) -> Iterator[T]:
-    """Hold the parts of one shard of a store for writing; yield what `begin` returned.
+    """Hold the parts of one shard of a store for writing; yield the result of `begin`.
 
-    `begin(alone)` is called while no other process begins or leaves, with whether nobody else writes the store. What
-    killed writers left is removed by whoever begins or leaves alone. The locks lie in the store; of a mirrored one they
-    lie in the cache, and an object says who owns it, or a shard of it, against other machines. Of a shard there nobody
-    knows whether another machine begins at the same moment, so that it never counts as alone.
+    `begin(alone)` is called while no other process begins or leaves; `alone` is whether nobody else writes the store.
+    Whoever begins or leaves alone removes the leftovers of killed writers. The locks are files in the store. For a
+    mirrored store they are in the cache, and an object protects it, or one shard, from other machines; a shard there
+    never counts as alone, since another machine may begin at the same moment.
 
     Raises:
         LockedError: another process or machine holds these parts, or the store is written in another number of shards.
@@ -130,33 +115,33 @@ def held(root: Path, begin: Callable[[bool], T], shard: Shard = WHOLE) -> Iterat
                 held_now.enter_context(cloud.owned(root, cloud.ALL if shard == WHOLE else part))
                 (root / FOLDER).mkdir(parents=True, exist_ok=True)
                 if alone:
-                    remove_leftovers(root)
+                    atomic.remove_leftovers(root)
                 begun = begin(alone and (shard == WHOLE or not cloud.is_mirrored(root)))
             yield begun
         finally:
             with lock(door, what, wait=True):
                 held_now.close()
                 if not _held_by_others(door):
-                    remove_leftovers(root)
+                    atomic.remove_leftovers(root)
                     for path in door.parent.glob("lock.*"):
                         path.unlink()
 
 
 def _held_by_others(door: Path) -> list[Path]:
-    return [path for path in sorted(door.parent.glob("lock.*-*[0-9]")) if is_locked(path)]
+    return [path for path in sorted(door.parent.glob("lock.*-*[0-9]")) if atomic.is_locked(path)]
 
 
 def _require_apart(root: Path, door: Path, shard: Shard) -> bool:
-    """Refuse a shard that shares parts with one held now; return whether none is held."""
+    """Raise LockedError if another process holds some of the shard's parts; return whether none holds any."""
     others = _held_by_others(door)
     for path in others:
         total = int(path.name.rpartition("-")[2])
         if 1 in (total, shard.total):
-            raise LockedError(f"{root / FOLDER} is being written by {holder(path)}; wait for it or stop it")
+            raise LockedError(f"{root / FOLDER} is being written by {atomic.holder(path)}; wait for it or stop it")
         if total != shard.total:
             raise LockedError(
-                f"{root} is being written in another number of shards ({path.name}, by {holder(path)}), shard {shard} "
-                "would share parts with it; wait, or give the same number"
+                f"{root} is being written in another number of shards ({path.name}, by {atomic.holder(path)}), shard "
+                f"{shard} would share parts with it; wait, or give the same number"
             )
     return not others
 
@@ -165,14 +150,12 @@ REMEDY = "continue with the settings it was begun with, or write to another path
 
 
 class Writer:
-    """One growth of a store being written by this process; made by `create` and `grow`."""
+    """One growth of a store, written by this process; made by `create` and `grow`."""
 
-    def __init__(
-        self, path: Path, plan: StorePlan, growth: int, before: StorePlan | None, shard: Shard = WHOLE
-    ) -> None:
+    def __init__(self, path: Path, plan: StorePlan, growth: int, before: StorePlan | None, shard: Shard = WHOLE):
         self.path = path
         self.shard = shard
-        """which of the parts are this process's to write"""
+        """the share of the parts that this process writes"""
         self.plan = plan
         self.growth = growth
         """0 while the store is created"""
@@ -187,7 +170,7 @@ class Writer:
         return log.commit_path(self.path, self.growth).exists()
 
     def pending(self, parts: Sequence[Part] | None = None) -> list[Part]:
-        """Return which parts (the shard's unless given) are not logged, or lack a file of the logged size."""
+        """Return the parts (default: of this shard) that are not logged, or lack a file of the logged size."""
         if self.sealed:
             return []
         sizes = listed_sizes(self.path, self.plan)
@@ -201,13 +184,10 @@ class Writer:
         measurements: Numbers | None = None,
         skipped: Sequence[int] = (),
     ) -> None:
-        """Write all rows of a part (array name -> encoded rows), then log it; what was there of it is replaced.
+        """Write all rows of a part (array name -> encoded rows), then its log record; earlier ones are replaced.
 
-        `skipped` are samples of the part that have no usable outputs, ascending; they are never read.
-
-        Raises:
-            SettingsError: the part or its arrays are not those of the plan.
-            NoSpaceError: the disk or quota is full; finished parts are kept.
+        `skipped` are the samples of the part without usable outputs, ascending; they are never read. Raises
+        SettingsError if the part or its arrays are not in the plan.
         """
         if part not in self.parts:
             raise SettingsError(f"{part} is not a part of the plan of {self.path}: {self.plan}")
@@ -217,41 +197,34 @@ class Writer:
             raise SettingsError(f"{part} holds no sample {strangers[0]} that could be skipped")
         if self.sealed:
             raise SettingsError(f"the store at {self.path} is sealed; grow it to add views or fields")
-        self._write(
-            part,
-            rows,
-            statistics={name: asdict(values) for name, values in statistics.items()},
-            measurements=dict(measurements or {}),
-            skipped=tuple(skipped),
-        )
+        counted = {name: asdict(values) for name, values in statistics.items()}
+        self._write(part, rows, statistics=counted, measurements=dict(measurements or {}), skipped=tuple(skipped))
 
     def write_samples(self, labels: np.ndarray, sample_digest: np.ndarray) -> None:
-        """Write labels and digests of all samples, unless they are logged already."""
+        """Write labels and digests of all samples, unless they are logged."""
         if not self._done(None, listed_sizes(self.path, self.plan)):
             self._write(None, {"labels": labels, "sample_digest": sample_digest})
 
     def seal(self) -> None:
-        """Write the commit record that makes everything readable; does nothing on a sealed growth.
+        """Write the commit that makes the growth readable, unless it is sealed already.
 
-        Raises:
-            UnfinishedError: parts are pending, of this shard or another.
-            NonFiniteError: more samples are skipped than may be.
+        Raises UnfinishedError if parts of any shard are pending, NonFiniteError if too many samples are skipped.
         """
         if self.sealed:
             return
         if left := self.pending(self.parts):
             raise UnfinishedError(f"{len(left)} of {len(self.parts)} parts of {self.path} are not written yet")
         log.require_few_skipped(log.logged_skips(self.path), self.plan.count)
-        names = [*([] if self.growth else [log.SAMPLES]), *(name_of(part.view, part.number) for part in self.parts)]
+        names = [*([] if self.growth else [log.SAMPLES]), *(part.name for part in self.parts)]
         commit = log.commit_bytes(self.path, self.growth, names)
         try:
-            create_exclusive(log.commit_path(self.path, self.growth), commit)
+            atomic.create_exclusive(log.commit_path(self.path, self.growth), commit)
         except LockedError:
             if self.shard == WHOLE:
                 raise  # of several shards that end together one seals, with the same bytes as any other
 
     def seal_last(self) -> int:
-        """Seal if all parts of all shards are written; return how many are not."""
+        """Seal if all parts of all shards are written; return the number that are not."""
         cloud.refresh(self.path)  # what shards on other machines wrote meanwhile
         left = len(self.pending(self.parts))
         if not left:
@@ -259,15 +232,15 @@ class Writer:
         return left
 
     def _write(self, part: Part | None, rows: Mapping[str, np.ndarray], **described: Any) -> None:
-        """Write a part and then its log record; None stands for what describes samples."""
-        name = log.SAMPLES if part is None else name_of(part.view, part.number)
-        remove(record_path(self.path, self.growth, name))
+        atomic.remove(self._record(part))
         log.write_record(self.path, write_rows(self.path, self.plan, self.growth, part, rows, **described))
 
+    def _record(self, part: Part | None) -> Path:
+        return record_path(self.path, self.growth, log.SAMPLES if part is None else part.name)
+
     def _done(self, part: Part | None, sizes: Mapping[str, int]) -> bool:
-        name = log.SAMPLES if part is None else name_of(part.view, part.number)
         try:
-            record = log.read_record(record_path(self.path, self.growth, name))
+            record = log.read_record(self._record(part))
         except (NotFoundError, CorruptionError):
             return False
         files, chunks = {file.path: file for file in record.files}, part_chunks(self.plan, part)
@@ -283,12 +256,12 @@ def create(
     sample_digest: UInt64[np.ndarray, " n"],
     shard: Shard = WHOLE,
 ) -> Iterator[Writer]:
-    """Yield the writer of a new store, of the same store unfinished, or (with nothing pending) of the same one sealed.
+    """Yield the writer of a new store, or of the same store unfinished or sealed (then nothing is pending).
 
     Raises:
-        MismatchError: another store lies there; names the first difference.
-        SettingsError: the folder holds something else, or there are not N labels and digests.
-        LockedError: another process writes it, or this shard of it.
+        MismatchError: there is a store of other knowledge or plan.
+        SettingsError: the folder is not a store, or the numbers of labels and digests are not N.
+        LockedError: another process writes the store, or this shard of it.
         UnsafeError: a file or folder in it is a symbolic link.
     """
     root = Path(path)
@@ -315,10 +288,9 @@ def create(
 
 
 def missing(root: Path, knowledge: Knowledge, plan: StorePlan, shard: Shard = WHOLE) -> list[Part]:
-    """Return the shard's parts that would be pending, were this plan's store made or grown at a place; writes nothing.
+    """Return the shard's parts that would be pending if this plan's store were made or grown at `root`; writes nothing.
 
-    Raises:
-        MismatchError: a store of other knowledge lies there; names the first difference.
+    Raises MismatchError if there is a store of other knowledge.
     """
     if (root / IDENTITY_FILE).exists() and any((root / FOLDER / "log" / "0").glob("v*.json")):
         _require_same_knowledge(root, knowledge)
@@ -331,22 +303,17 @@ def missing(root: Path, knowledge: Knowledge, plan: StorePlan, shard: Shard = WH
 
 @contextmanager
 def grow(
-    path: Path | str,
-    knowledge: Knowledge,
-    *,
-    views: int | None = None,
-    fields: Sequence[Encoding] = (),
-    shard: Shard = WHOLE,
+    path: Path | str, knowledge: Knowledge, *, views: int = 0, fields: Sequence[Encoding] = (), shard: Shard = WHOLE
 ) -> Iterator[Writer]:
-    """Yield the writer that adds views (`views` in all) or fields to a sealed store, begun now or before.
+    """Yield the writer that adds views (`views` in all) or fields to a sealed store; continues a growth in progress.
 
-    The sealed state stays readable. If the store holds all that already, nothing is pending.
+    The sealed state stays readable. If the store has all that already, nothing is pending.
 
     Raises:
         NotFoundError: there is no store.
-        UnfinishedError: the store itself was never finished.
-        MismatchError: another teacher, data set, view rule, or another growth under way; names the first difference.
-        LockedError: another process writes it.
+        UnfinishedError: the store was never sealed.
+        MismatchError: the knowledge differs, or another growth is in progress.
+        LockedError: another process writes the store.
         UnsafeError: a file or folder in it is a symbolic link.
     """
     root = Path(path)
@@ -357,15 +324,10 @@ def grow(
 
 
 def seal(path: Path | str) -> bool:
-    """Seal a store or its growth under way, all parts of which are written; return whether anything was left to do.
+    """Seal a store, or its growth in progress, with all parts written; return False if it was sealed already.
 
-    Needs neither teacher nor data: for the case that the last of several processes ended before it sealed.
-
-    Raises:
-        NotFoundError: there is no store.
-        UnfinishedError: parts are not written yet.
-        LockedError: a process writes it.
-        CorruptionError: a record is damaged.
+    Needs neither teacher nor data: for the case that the last of several processes ended before it sealed. Raises
+    UnfinishedError if parts are missing, LockedError if a process writes the store.
     """
     root = Path(path)
     read_store_identity(root)
@@ -380,7 +342,7 @@ def seal(path: Path | str) -> bool:
     return True
 
 
-def _growing(root: Path, views: int | None, fields: Sequence[Encoding], shard: Shard) -> Writer:
+def _growing(root: Path, views: int, fields: Sequence[Encoding], shard: Shard) -> Writer:
     commits = log.read_commits(root)
     before = plan_from(commits[-1].plan)
     plan = grow_plan(before, views or before.views, fields)
@@ -395,12 +357,12 @@ def _begin(root: Path, knowledge: Knowledge, plan: StorePlan, alone: bool) -> No
     if alone and not any((root / FOLDER / "log" / "0").glob("v*.json")):
         # nothing was computed yet, so whoever comes next decides what this store is
         for path in (root / IDENTITY_FILE, log.plan_path(root, 0), record_path(root, 0, log.SAMPLES)):
-            remove(path)
+            atomic.remove(path)
     if (root / IDENTITY_FILE).exists():
         _require_same_knowledge(root, knowledge)
     else:
         # only where none is: shards on several machines may begin a store in a bucket at once
-        create_exclusive(root / IDENTITY_FILE, canonical_json(identity_record(knowledge).document()))
+        atomic.create_exclusive(root / IDENTITY_FILE, canonical_json(IdentityRecord.of(knowledge).document()))
     _plan_or_compare(root, 0, plan, f"the plan of the store at {root}")
 
 
@@ -422,26 +384,25 @@ def _prepare(root: Path, plan: StorePlan, growth: int) -> None:
     records.mkdir(parents=True, exist_ok=True)
     write_documents(root, plan)
     for folder in (records.parent, root / FOLDER, root, root.absolute().parent):
-        sync(folder)
+        atomic.sync(folder)
 
 
 def write_rows(
     root: Path, plan: StorePlan, growth: int, part: Part | None, rows: Mapping[str, np.ndarray], **described: Any
 ) -> LogEntry:
-    """Write the chunks of a part (None: of what describes samples); return its log record, other fields `described`."""
+    """Write the chunks of a part (None: of the arrays that describe samples); return its log entry with `described`."""
     view, number, start = (None, None, 0) if part is None else (part.view, part.number, part.start)
     files = write_chunks(root, plan, part_chunks(plan, part), start, rows)
     return LogEntry(growth=growth, view=view, part=number, files=files, **described)
 
 
 def write_documents(root: Path, plan: StorePlan) -> list[str]:
-    """Make every array's folder and document what a plan implies; return the documents that were not."""
+    """Make the folder and document of every array as planned; return the documents that were replaced."""
     replaced = []
     for name, document in documents(plan).items():
-        (root / name).mkdir(parents=True, exist_ok=True)
-        file = root / name / "zarr.json"
-        data = canonical_json(document)
-        if not holds(file, data):
+        file, data = root / name / "zarr.json", canonical_json(document)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not atomic.holds(file, data):
             write_atomic(file, data)
             replaced.append(str(file.relative_to(root)))
     return replaced
