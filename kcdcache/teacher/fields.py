@@ -1,6 +1,6 @@
-"""The teacher's fields by name: what is read from its forward pass, how it is stored, and how two of them are mixed.
+"""The teacher's fields by name: the values they are made from, their encoding, and how two of them are mixed.
 
-The reductions below are taken of the teacher's values when a store is filled, and of the student's in every step.
+The reductions below are applied to the teacher's values when a store is filled, and to the student's in every step.
 """
 
 import re
@@ -19,7 +19,7 @@ from kcdcache.store.identity import QUANTILES
 from kcdcache.views.mixing import mix_values
 
 Look = Literal["plain", "rotated", "boundary"]
-"""which images the teacher sees: a view, the view in four rotations, or a sample beyond its decision boundary"""
+"""which images the teacher sees: a view, the view in four rotations, or a sample just beyond its decision boundary"""
 
 Taps = Mapping[str, tuple[int, ...]]
 """tap of a network -> shape of one sample's value there"""
@@ -31,29 +31,26 @@ TURNS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
-    """One field: where it comes from."""
+    """How one field is made."""
 
     name: str
     look: Look = "plain"
     taps: tuple[str, ...] = ()
-    """values of the teacher's forward pass it is made from"""
+    """values of the teacher's forward pass that it is made from"""
     derive: Callable[..., Tensor] = lambda value: value
     """those values, batch first -> the field, batch first"""
     encoding: str | None = None
-    """the only encoding it may have; None where the user chooses"""
+    """the only encoding it may have; None if the user chooses"""
 
 
 def parse(name: str) -> Field:
-    """Return the field of that name.
+    """Return the field of that name; raises SettingsError if it is unknown.
 
-    `logits`; `penultimate` (the vector the classifier reads); `attention:STAGE:HxW` (the stage's normalised attention
-    map at that size); `fsp:STAGE:STAGE` (the Gram matrix of two stages); `maps:STAGE` (the whole feature map, of
-    `STAGE.pre` before its last ReLU); `pooled:STAGE` (the mean of each of its channels); `rotations:logits`,
+    `logits`; `penultimate` (the classifier's input); `attention:STAGE:HxW` (the stage's normalised attention map at
+    that size); `fsp:STAGE:STAGE` (the Gram matrix of two stages); `maps:STAGE` (the whole feature map, of `STAGE.pre`
+    before its last ReLU); `pooled:STAGE` (the mean of each of its channels); `rotations:logits`,
     `rotations:penultimate` (on the view turned by 0, 90, 180 and 270 degrees); `boundary:images`, `boundary:logits` (an
     adversarial image just beyond the decision boundary).
-
-    Raises:
-        SettingsError: there is none of that name; says which there are.
     """
     for form, described in KINDS.items():
         if match := re.fullmatch(form, name):
@@ -62,14 +59,11 @@ def parse(name: str) -> Field:
 
 
 def expand(names: Iterable[str], teacher: Callable[[], Taps]) -> tuple[str, ...]:
-    """Return field names with the short ones replaced, each once, in order.
+    """Return field names with the short ones expanded, each once, in order.
 
     Short are `rotations` and `boundary` (both parts), `attention` (every stage but the stem, at its own size), `fsp`
-    (consecutive stages), `maps` and `pooled` (every stage but the stem). `teacher` gives the teacher's taps; it is
-    called only if needed, since not every network has all that its taps promise.
-
-    Raises:
-        SettingsError: a name is unknown, or stands for stages and the teacher has none.
+    (consecutive stages), `maps` and `pooled` (every stage but the stem). `teacher` returns the teacher's taps; it is
+    called only if needed, since some networks lack some of their taps. Raises SettingsError if a name is unknown.
     """
     found: dict[str, None] = {}
     for name in names:
@@ -79,17 +73,16 @@ def expand(names: Iterable[str], teacher: Callable[[], Taps]) -> tuple[str, ...]
 
 
 def encoding_for(name: str, asked: str) -> str:
-    """Return the encoding a field is kept in: images as bytes, and only logits have a top."""
+    """Return the encoding of a field: images are stored as bytes, and `top` is for logits only."""
     if (only := parse(name).encoding) is not None:
         return only
     return "float16" if name != "logits" and asked.startswith("top") else asked
 
 
 def row_shape(name: str, taps: Taps, image: tuple[int, int, int]) -> tuple[int, ...]:
-    """Return the shape of one sample's row of a field, of a teacher with these taps on images (channels, h, w).
+    """Return the shape of one sample's row of a field, from the teacher's taps and the image (channels, h, w).
 
-    Raises:
-        SettingsError: the field is unknown, or this teacher has not what it is made from.
+    Raises SettingsError if the teacher lacks a tap that the field is made from.
     """
     field = parse(name)
     known = {**taps, "images": image} if field.look == "boundary" else taps
@@ -102,10 +95,9 @@ def row_shape(name: str, taps: Taps, image: tuple[int, int, int]) -> tuple[int, 
 
 
 def stages(taps: Taps) -> list[str]:
-    """Return a network's stages in order, its stem `stage0` first.
+    """Return a network's stages in order, starting with its stem `stage0`.
 
-    Raises:
-        SettingsError: it has none: its family is not among those whose stages are known.
+    Raises SettingsError if there are none: its family has no known stages.
     """
     names = [tap for tap in taps if re.fullmatch(r"stage\d+", tap)]
     if not names:
@@ -119,8 +111,7 @@ def stages(taps: Taps) -> list[str]:
 def rotated(pixels: Float32[Tensor, "batch c h w"]) -> Float32[Tensor, "batch4 c h w"]:
     """Return all images turned by 0, 90, 180 and 270 degrees: first all unturned, then all turned once, ...
 
-    Raises:
-        SettingsError: the images are not square.
+    Raises SettingsError unless the images are square.
     """
     if pixels.shape[2] != pixels.shape[3]:
         raise SettingsError(f"rotations need square views, found {pixels.shape[2]}x{pixels.shape[3]}; set --size")
@@ -128,7 +119,7 @@ def rotated(pixels: Float32[Tensor, "batch c h w"]) -> Float32[Tensor, "batch4 c
 
 
 def unrotated(values: Float[Tensor, "batch4 ..."]) -> Float[Tensor, "batch 4 ..."]:
-    """Return what was computed of `rotated` images with one row per image again."""
+    """Rearrange values computed on `rotated` images into one row per original image."""
     return values.reshape(TURNS, len(values) // TURNS, *values.shape[1:]).transpose(0, 1)
 
 
@@ -137,10 +128,9 @@ def mix(
 ) -> Float[Tensor, "batch ..."]:
     """Return a field of mixed points from both points' own.
 
-    Linear where it is a vector, a map or a Gram matrix; that is exact for none of them but what a network linear
-    between the two images would give, as for `linear_prob` (facts.md A10). Attention maps are normalised again, since
-    the loss compares unit vectors. A boundary sample belongs to the kept point: the mean of two adversarial images is
-    none.
+    Linear for vectors, maps and Gram matrices: not exact, but what a network linear between the two images would give,
+    as in `linear_prob` (facts.md A10). Attention maps are normalised again, since the loss compares unit vectors. A
+    boundary sample stays that of the kept point: the mean of two adversarial images is not adversarial.
     """
     kind = name.partition(":")[0]
     if kind == "boundary":
@@ -161,7 +151,7 @@ KINDS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "boundary:(logits)": lambda tap: {"look": "boundary", "taps": (tap,)},
     "boundary:(images)": lambda tap: {"look": "boundary", "taps": (tap,), "encoding": "uint8"},
 }  # fmt: skip
-"""form of a field's name -> what the field is, of the name's variable parts"""
+"""pattern of a field's name -> its `Field`, from the groups of the pattern"""
 
 EXAMPLES = (
     "logits", "penultimate", "attention:stage1:32x32", "fsp:stage0:stage1", "maps:stage1", "pooled:stage1", "rotations",
@@ -177,11 +167,11 @@ SHORT: Mapping[str, Callable[[Taps], list[str]]] = {
     "maps": lambda taps: [f"maps:{stage}" for stage in stages(taps)[1:]],
     "pooled": lambda taps: [f"pooled:{stage}" for stage in stages(taps)[1:]],
 }
-"""short name -> the fields it stands for, of a teacher's taps"""
+"""short name -> the fields it stands for, from a teacher's taps"""
 
 
 def product(left: Float[Tensor, "*stack m k"], right: Float[Tensor, "*stack k n"]) -> Float[Tensor, "*stack m n"]:
-    """Return the matrix product in float32, inside autocast too, which would otherwise round both sides to half."""
+    """Return the matrix product in float32, even inside autocast, which would round both sides to half."""
     with torch.autocast(left.device.type, enabled=False):
         return left.float() @ right.float()
 
@@ -206,8 +196,8 @@ def attention(
 ) -> Float[Tensor, "batch positions"]:
     """Return Q = q / ||q||_2 with q the mean over channels of f^2, flattened row by row; a zero map gives zeros.
 
-    `side` is (height, width) of the map wanted: the FEATURES are average-pooled to it before squaring, which differs
-    from pooling the map. A teacher's map is therefore kept at the size the student's has.
+    `side` is (height, width) of the result: the FEATURES are average-pooled to it before squaring, which differs from
+    pooling the map. So a teacher's map is stored at the student's size.
 
     Source: Zagoruyko and Komodakis 2017, Eq. 2 (p = 2), and the released loss, which takes the mean for the sum.
     """
@@ -228,10 +218,10 @@ def fsp_matrix(
 
 
 def filter_quantiles(weight: Float[Tensor, "filters ..."], count: int = QUANTILES) -> Float[Tensor, " count"]:
-    """Return `count` >= 2 quantiles of the filters' L2 norms, ascending from the smallest to the largest, in float32.
+    """Return `count` >= 2 quantiles of the filters' L2 norms, from the smallest to the largest, in float32.
 
-    Between two norms a quantile is interpolated linearly. No order of the filters counts, and networks with any numbers
-    of filters can be compared; differentiable.
+    Between two norms a quantile is interpolated linearly. The order of the filters does not matter, and networks with
+    different numbers of filters can be compared. Differentiable.
     """
     norms = torch.linalg.vector_norm(weight.float().flatten(1), dim=1).sort().values
     place = torch.linspace(0, len(norms) - 1, count, device=norms.device, dtype=torch.float32)
@@ -241,10 +231,10 @@ def filter_quantiles(weight: Float[Tensor, "filters ..."], count: int = QUANTILE
 
 
 def aggregated(layers: Sequence[Float[Tensor, "_ ..."]], count: int = QUANTILES) -> Float[Tensor, " count"]:
-    """Return the mean of the layers' filter quantiles: one profile of a group of layers, however many it has."""
+    """Return the mean of the layers' filter quantiles: one profile for a group of any number of layers."""
     return torch.stack([filter_quantiles(weight, count) for weight in layers]).mean(0)
 
 
 def pooled(value: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch channels"]:
-    """Return each channel's mean over all places."""
+    """Return each channel's mean over all positions."""
     return value.mean((2, 3))

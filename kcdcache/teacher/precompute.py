@@ -1,4 +1,4 @@
-"""Filling a store with a teacher's outputs: decide what it will hold, compute part by part, write, seal."""
+"""Fill a store with a teacher's outputs: plan it, compute part by part, write, seal."""
 
 import logging
 import shutil
@@ -36,13 +36,13 @@ logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 ENVIRONMENT, TIMING = log.FOLDER / "environment.json", log.FOLDER / "timing.jsonl"
-"""where in a store stands what it was computed with, and how fast"""
+"""files of a store: the environments it was computed in, and the time each part took"""
 TIMED_BATCHES = 8
-"""teacher batches that a dry run times, at most"""
+"""most teacher batches that a dry run times"""
 UNTIMED_BATCHES = 2
-"""teacher batches before those: what is made ahead would make the first look fast, what is set up once, slow"""
+"""teacher batches before those: prefetching makes the first look fast, setup makes it look slow"""
 MOST_SECONDS = 20.0
-"""time after which a dry run times no further batch"""
+"""time limit of a dry run's batches"""
 
 Outputs = Callable[[int, int, int], dict[str, Tensor]]
 """(view, first row, last row + 1) -> field -> float32 outputs of those rows"""
@@ -50,29 +50,29 @@ Outputs = Callable[[int, int, int], dict[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What fills a store: where its rows come from, what they should be, and where they are computed.
+    """How to fill a store: the source of its rows, what they should be, and where they are computed.
 
-    The place decides the outputs' last bits, so a store is finished where it was begun.
+    The device decides the outputs' last bits, so a store is finished where it was begun.
     """
 
     outputs: Outputs
     labels: np.ndarray
     digests: np.ndarray
     announced: Callable[[Iterable[Rows]], AbstractContextManager[None]] = lambda rows: nullcontext()
-    """told which rows' outputs will be asked for, in order; within what it returns they may be prepared ahead"""
+    """receives the rows that will be asked for, in order; within its context they may be prepared ahead"""
     least_accuracy: float = 0.0
-    """accuracy on a view below which the outputs cannot be right; 0 where none is demanded"""
+    """accuracy on a view below which the outputs cannot be right; 0 for no check"""
     truth: np.ndarray | None = None
-    """labels by which the outputs are judged, where those given are partly wrong"""
+    """labels for the accuracy, if `labels` are partly wrong"""
     may_skip: bool | None = None
-    """whether samples with outputs that cannot be stored are skipped; None where the user has no such choice"""
+    """whether samples with outputs that cannot be stored are skipped; None if the user has no such choice"""
     device: torch.device = CPU
     threads: int | None = None
-    """CPU threads asked for; those the store was begun with if None"""
+    """CPU threads; None for those the store was begun with"""
     allow_change: bool = True
-    """continue although device, threads or versions changed; recorded"""
+    """continue although device, threads or versions changed; the change is recorded"""
     shard: Shard = WHOLE
-    """which parts are computed here"""
+    """the parts computed here"""
 
 
 def run(
@@ -88,19 +88,17 @@ def run(
     images: str = "auto",
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Write the teacher's outputs on every view of every sample, or what of them is missing; return what is there.
+    """Write the missing teacher outputs on every view of every sample; return the store's summary.
 
-    With a `shard`, only its parts are written; whoever finds all parts written seals. On a sealed store of the same
-    knowledge, more views or further fields are added. Teacher batches are a fixed partition of each part, and writing
-    overlaps the forward pass; a killed run resumes to the same bytes. Views are made on the device from `images` that
-    lie there: 'on', 'off', or 'auto' for on a GPU where they fit. `dry_run` writes nothing: it measures the teacher on
-    a few batches and returns what all would cost.
+    Only the parts of `shard` are written; the process that finds all parts written seals. A sealed store of the same
+    knowledge grows by further views or fields. Teacher batches are a fixed partition of each part, so a killed run
+    resumes to the same bytes. With `images` 'on', images are on the device and views are made there; 'auto' does so on
+    a GPU where they fit. `dry_run` writes nothing: it times a few batches and returns the expected cost.
 
     Raises:
         MismatchError: the store at `path` is of other knowledge, or the teacher is barely better than chance.
-        SettingsError: the rule has fewer views than asked for, or the store would be larger than the budget.
-        NonFiniteError: the teacher gave NaN, infinity or more than the encoding holds; names the samples. With
-            on_nonfinite = skip only where more than `log.MOST_SKIPPED` of all would be skipped.
+        SettingsError: the rule has fewer views than asked for, or the store would exceed the budget.
+        NonFiniteError: an output cannot be stored; with on_nonfinite = skip, more than `log.MOST_SKIPPED` cannot.
     """
     rule = rules.rule_from(settings, data.train.image_size)
     knowledge = Knowledge(teacher=network.identity, data=data.identity(), views=rule)
@@ -134,7 +132,7 @@ def run(
 
 
 def write_origin(path: Path, data: Dataset, teacher_data: str | None) -> None:
-    """Write where a store comes from: what was done to the data's labels, and what the teacher learned from."""
+    """Write a store's origin: what was done to the data's labels, and what the teacher learned from."""
     identity.write_origin(path, identity.Origin(corruption=data.corrupted(), teacher_data=teacher_data))
 
 
@@ -149,11 +147,9 @@ def import_logits(
 ) -> dict[str, Any]:
     """Make a store of logits computed elsewhere: an .npy file of shape (views, N, C), or (N, C) for one view.
 
-    The caller vouches that view v of the file was made by view v of the rule the settings name.
-
-    Raises:
-        MismatchError: the array's shape does not fit the data, or its accuracy is barely better than chance.
-        NonFiniteError: as for `run`; a number beyond float32 counts as infinite.
+    The caller vouches that view v of the file is view v of the rule in the settings. A number beyond float32 counts as
+    infinite. Raises MismatchError if the array's shape does not fit the data, or its accuracy is barely better than
+    chance.
     """
     logits = _read_npy(file, len(data.train), len(data.classes))
     rule = rules.rule_from(settings, data.train.image_size)
@@ -186,9 +182,9 @@ def job_for(
     images: str = "auto",
     workers: int | None = None,
 ) -> Job:
-    """Return the job of a teacher's outputs on the views of a data set's training split.
+    """Return the job of computing a teacher's outputs on the views of a training split.
 
-    `images` is as for `run`; else `workers` threads make views ahead, as for `prefetch.shown`.
+    `images` is 'on', 'off' or 'auto', as in `run`; if images are not on the device, `workers` threads make views ahead.
     """
     rule = knowledge.views
     held = prefetch.held_views(images, data.train, rule, network.device)
@@ -211,12 +207,12 @@ def job_for(
 
 
 def view_pixels(data: Dataset, rule: rules.ViewRule, index: np.ndarray, view: int, device: torch.device) -> Tensor:
-    """Return one view of some training samples as the teacher sees them: pixels in [0, 1], (batch, c, h, w)."""
+    """Return a view of some training samples as the teacher sees it: pixels in [0, 1], (batch, c, h, w)."""
     return rules.show(rule, data.train.images(index), rules.parameters(rule, index, view), device)
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Return what a sealed store holds and what it cost, as JSON values."""
+    """Return a sealed store's summary: its contents and cost, as JSON values."""
     found = reader.open(path)
     measured, rate = [found.measurements(view) for view in range(found.views)], logged(path / TIMING)
     return {
@@ -235,9 +231,6 @@ def describe(path: Path) -> dict[str, Any]:
         "seconds": logged_seconds(path / TIMING),
         "images_per_second": rate and rate.document(),
     }
-
-
-# what a store will hold
 
 
 def _encodings(
@@ -262,7 +255,7 @@ def _plan(
 
 
 def _views_wanted(rule: rules.ViewRule, asked: int | str) -> int:
-    """Return the number of views to cache; refuse 'all' of an endless rule, and more views than the rule has."""
+    """Return the number of views to store; raise SettingsError for 'all' of an endless rule."""
     wanted = rules.cycle(rule, asked)
     if wanted is None:
         raise SettingsError(f"--views all: the rule {rule.name} has no end; give a number of views")
@@ -270,7 +263,7 @@ def _views_wanted(rule: rules.ViewRule, asked: int | str) -> int:
 
 
 def _least_accuracy(asked: float | None, classes: int) -> float:
-    """Return the accuracy a teacher must reach: three times chance, but at most half way from chance to perfect.
+    """Return the accuracy required of a teacher: three times chance, but at most half way from chance to perfect.
 
     >>> _least_accuracy(None, 100), _least_accuracy(None, 2), _least_accuracy(0.5, 100)
     (0.03, 0.75, 0.5)
@@ -279,21 +272,21 @@ def _least_accuracy(asked: float | None, classes: int) -> float:
 
 
 def _require_budget(plan: StorePlan, budget_gb: float) -> None:
-    """Say what a store will take, and refuse what nobody may have meant to write."""
-    told = ", ".join(f"{name} {form.row_bytes:,}" for name, form in plan.encodings.items())
-    logger.info("precompute: %s bytes in all; bytes a sample and view: %s", f"{plan.bytes:,}", told)
+    """Log the size of a store, and raise SettingsError if it exceeds the budget."""
+    rows = ", ".join(f"{name} {form.row_bytes:,}" for name, form in plan.encodings.items())
+    logger.info("precompute: %s bytes in all; bytes a sample and view: %s", f"{plan.bytes:,}", rows)
     if plan.bytes > budget_gb * 1e9:
         raise SettingsError(
             f"the store would take {plan.bytes / 1e9:,.1f} GB ({plan.count:,} samples, {plan.views} views, bytes a "
-            f"sample and view: {told}), more than --budget-gb {budget_gb:g}; keep fewer fields or views, or raise it"
+            f"sample and view: {rows}), more than --budget-gb {budget_gb:g}; keep fewer fields or views, or raise it"
         )
 
 
 def _described_plan(plan: StorePlan, knowledge: Knowledge, path: Path) -> dict[str, Any]:
-    """Return what a store will hold, as JSON values.
+    """Return the planned store's summary, as JSON values.
 
-    `bytes` are those of all its chunk files, exact for a store without compression and the most for one with; records
-    beside them take about a kilobyte a part. `free_bytes` is the room where it will lie.
+    `bytes` is the total size of its chunk files, exact without compression and an upper bound with it; records take
+    about a kilobyte a part more.
     """
     per_field = file_bytes(plan)
     return {
@@ -309,30 +302,25 @@ def _described_plan(plan: StorePlan, knowledge: Knowledge, path: Path) -> dict[s
     }
 
 
-# what it will cost
-
-
 def expected_cost(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job) -> dict[str, Any]:
-    """Return what is still to do, in all and for the job's shard, with the hours it takes at a rate measured now.
+    """Return what is left to do, in total and for the job's shard, with the hours it takes at a rate measured now.
 
     Runs the teacher on a few batches and writes nothing.
-
-    Raises:
-        MismatchError: another store is at the place.
     """
     everything = writer.missing(path, knowledge, plan)
     mine = everything if job.shard == WHOLE else writer.missing(path, knowledge, plan, job.shard)
     rate = measured(job, plan, mine)
     to_do, free = _to_do(plan, everything, rate), _free_bytes(path)
     if to_do["bytes"] > free:
-        told = f"{to_do['bytes']:,} bytes are still to be written, but {free:,} are free"
-        logger.warning("precompute: %s", told)
+        logger.warning(
+            "precompute: %s bytes are still to be written, but %s are free", f"{to_do['bytes']:,}", f"{free:,}"
+        )
     found = {"images_per_second": rate and rate.document(), "to_do": to_do}
     return found if job.shard == WHOLE else found | {f"shard {job.shard}": _to_do(plan, mine, rate)}
 
 
 def measured(job: Job, plan: StorePlan, parts: Sequence[Part]) -> Rate | None:
-    """Return the images per second of the first few teacher batches of some parts, decoding included; None of none."""
+    """Return the images per second of the first few teacher batches, decoding included; None without parts."""
     rows: list[Rows] = list(islice(_batches(plan, parts), UNTIMED_BATCHES + TIMED_BATCHES))
     untimed = min(UNTIMED_BATCHES, max(0, len(rows) - 1))
     found: list[float] = []
@@ -376,9 +364,6 @@ def _free_bytes(path: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-# filling it part by part
-
-
 def fill(
     path: Path,
     knowledge: Knowledge,
@@ -387,11 +372,11 @@ def fill(
     progress: Progress,
     finish: Callable[[], None] | None = None,
 ) -> int:
-    """Make or continue a store: write the shard's pending parts, one while the next is computed, then seal.
+    """Make or continue a store: write the shard's pending parts, each while the next is computed, then seal.
 
-    `finish` writes the records beside the parts, if the store is to have any. It is called before the seal, so that a
-    sealed store has them, and while the shard is held: who is alone in a store sweeps away temporary files of others.
-    Return the number of parts that other shards have yet to write; 0 if the store is sealed.
+    `finish` writes the records beside the parts. It is called before the seal, so that a sealed store has them, and
+    while the shard is held: a process that is alone in a store removes temporary files of others. Return the number of
+    parts left to other shards; 0 if the store is sealed.
     """
     path.mkdir(parents=True, exist_ok=True)
     remedy = (
@@ -441,22 +426,18 @@ def _write_parts(opened: Writer, pending: Sequence[Part], job: Job, progress: Pr
 
 
 class Computed(NamedTuple):
-    """One part, ready to be written: encoded arrays, and what its log record says."""
+    """A part ready to be written: its encoded arrays, and the values for its log record."""
 
     stored: dict[str, np.ndarray]
     statistics: dict[str, encoding.Statistics]
     measurements: dict[str, float]
-    """`correct`: how often the teacher was right"""
+    """`correct`: number of correct predictions of the teacher"""
     skipped: tuple[int, ...]
-    """samples whose outputs cannot be stored"""
+    """samples with outputs that cannot be stored"""
 
 
 def compute(part: Part, plan: StorePlan, job: Job) -> Computed:
-    """Return a part's arrays, and what is counted of them.
-
-    Raises:
-        NonFiniteError: outputs cannot be stored and may not be skipped; names the samples.
-    """
+    """Return a part's arrays and counts; raises NonFiniteError if an output cannot be stored and may not be skipped."""
     values, correct = _outputs_of(part, plan, job)
     mask = _unusable(part, values, plan) if job.may_skip else None
     skipped = [] if mask is None else (part.start + mask.nonzero().flatten()).tolist()
@@ -472,7 +453,7 @@ def compute(part: Part, plan: StorePlan, job: Job) -> Computed:
 
 
 def _outputs_of(part: Part, plan: StorePlan, job: Job) -> tuple[dict[str, Tensor], float]:
-    """Return a part's fields, and how often the teacher was right."""
+    """Return a part's fields, and the number of correct predictions."""
     pieces: dict[str, list[Tensor]] = {field: [] for field in part.fields}
     guesses: list[Tensor] = []
     for start, stop in plan.batches(part):
@@ -486,14 +467,13 @@ def _outputs_of(part: Part, plan: StorePlan, job: Job) -> tuple[dict[str, Tensor
     # counted once a part: a number read after every batch would stall the device
     correct = 0.0
     if guesses:
-        found = torch.cat(guesses)
-        labels = torch.from_numpy(job.truth if job.truth is not None else job.labels)[part.start : part.stop]
-        correct = float((found == labels.to(found.device)).sum())
+        found, truth = torch.cat(guesses), job.labels if job.truth is None else job.truth
+        correct = float((found == torch.from_numpy(truth[part.start : part.stop]).to(found.device)).sum())
     return {field: torch.cat(values) for field, values in pieces.items()}, correct
 
 
 def _unusable(part: Part, values: Mapping[str, Tensor], plan: StorePlan) -> Tensor | None:
-    """Return the mask (rows,) of samples of which some field cannot be stored, after saying which; None without any."""
+    """Log the samples with a field that cannot be stored; return their mask (rows,), or None without any."""
     faults = [fault for field, rows in values.items() for fault in plan.encodings[field].faults(rows)]
     for fault in faults:
         if rows := fault.rows.nonzero().flatten().tolist():
@@ -505,7 +485,7 @@ def _unusable(part: Part, values: Mapping[str, Tensor], plan: StorePlan) -> Tens
 
 
 def _require_accuracy(part: Part, correct: float, right: dict[int, tuple[float, int]], least: float) -> None:
-    """Refuse early: a wrong normalisation or class order shows in the first part."""
+    """Raise MismatchError early: a wrong normalisation or class order shows in the first part."""
     before, seen = right.get(part.view, (0.0, 0))
     before, seen = before + correct, seen + _points([part])
     right[part.view] = before, seen
@@ -517,21 +497,14 @@ def _require_accuracy(part: Part, correct: float, right: dict[int, tuple[float, 
         )
 
 
-# where it is computed
-
-
 def use_recorded_threads(path: Path) -> None:
-    """Put the thread count in force that a store was last computed with, if it is recorded."""
+    """Set the thread count that a store was last computed with, if recorded."""
     if known := _environments(path):
         torch.set_num_threads(known[-1]["threads"])
 
 
 def _settle_environment(path: Path, job: Job) -> None:
-    """Compute where the store was begun: put its thread count in force, refuse another device or other versions.
-
-    Raises:
-        MismatchError: the environment changed and that was not allowed.
-    """
+    """Set the thread count the store was begun with, compare the environment with the recorded one, and record it."""
     known = _environments(path)
     torch.set_num_threads(job.threads or (known[-1]["threads"] if known else torch.get_num_threads()))
     now = environment.environment(job.device, torch.get_num_threads())
@@ -544,9 +517,6 @@ def _settle_environment(path: Path, job: Job) -> None:
 
 def _environments(path: Path) -> list[Any]:
     return read_json(path / ENVIRONMENT) if (path / ENVIRONMENT).exists() else []
-
-
-# logits from elsewhere
 
 
 def _read_npy(file: Path, count: int, classes: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Making a damaged store whole again: copies of records first, then only the parts that are bad are computed anew."""
+"""Repair a damaged store: restore records from copies, then compute only the bad parts again."""
 
 import shutil
 from dataclasses import asdict, replace
@@ -27,20 +27,20 @@ from kcdcache.store.writer import held
 from kcdcache.teacher import precompute, teacher
 
 SCRATCH = log.FOLDER / "repair"
-"""where parts are computed anew; only files equal to what was logged leave it"""
+"""folder for parts computed again; only files equal to the log leave it"""
 _whole = partial(attempt, lambda problem: None)
-"""what a function reads; None where that is damaged or not there"""
+"""result of a reader, or None if that is damaged or missing"""
 
 
 class Means(NamedTuple):
-    """What a store can be made again from."""
+    """What a store can be made from again."""
 
     data: Dataset
     network: teacher.Teacher
 
 
 class _Piece(NamedTuple):
-    """What one log record speaks of."""
+    """What one log record describes."""
 
     growth: int
     plan: StorePlan
@@ -56,17 +56,17 @@ class _Piece(NamedTuple):
 
 
 def repair(root: Path, means: Means | None, progress: Progress = silent) -> list[str]:
-    """Make every file of a sealed store what was written; return the paths that were replaced, relative to it.
+    """Restore every file of a sealed store to what was written; return the replaced paths, relative to it.
 
-    Records are restored from each other (see `log.commit_bytes`). Chunks and log records are made again from the
-    teacher and its data, part by part, and put in place only if they equal what was logged, so that a repair ends in
-    the bytes the store had or changes nothing of that part.
+    Records are restored from each other (see `CommitRecord`). Chunks and log records are computed again from the
+    teacher and its data, part by part, and put in place only if they equal the log: each part ends with its original
+    bytes or stays unchanged.
 
     Raises:
         UnfinishedError: the store was never sealed.
         SettingsError: chunks are bad, and there are no means to make them again.
-        MismatchError: teacher or data are not the store's, or this machine computes other bytes than were written.
-        CorruptionError: two records are bad that each hold the only copy of the other.
+        MismatchError: teacher or data are not the store's, or this machine computes other bytes.
+        CorruptionError: two records are bad that could only be restored from each other.
         LockedError: another process writes the store.
     """
     with held(root, begin=lambda alone: None):
@@ -79,13 +79,13 @@ def repair(root: Path, means: Means | None, progress: Progress = silent) -> list
                 progress("repair", done + 1, len(bad), str(piece))
         finally:
             shutil.rmtree(root / SCRATCH, ignore_errors=True)
-        return replaced + _restore_told(root, means)
+        return replaced + _restore_extras(root, means)
 
 
-def _restore_told(root: Path, means: Means | None) -> list[str]:
-    """Make the records of the teacher's parameters and of the store's origin again where damaged; return their paths.
+def _restore_extras(root: Path, means: Means | None) -> list[str]:
+    """Restore the records of the teacher's filters and of the store's origin; return their paths.
 
-    An origin that is gone is told again where somebody knows it, and not missed elsewhere.
+    A missing origin is restored only if means are given.
     """
     knowledge, replaced = knowledge_of(root), list[str]()
     if bad := identity.parameters_problem(root, knowledge):
@@ -104,19 +104,14 @@ def _restore_told(root: Path, means: Means | None) -> list[str]:
 
 
 def knowledge_of(root: Path) -> Knowledge:
-    """Return whose knowledge a store holds, from a commit where the identity itself is damaged.
-
-    Raises:
-        UnfinishedError: the store was never sealed.
-        CorruptionError: both are damaged.
-    """
+    """Return the knowledge of a sealed store, from a commit if the identity file is damaged."""
     seals = (_whole(log.read_seal, root, growth) for growth in range(_sealed_growths(root)))
     known = _whole(read_store_identity, root) or next((seal.identity.knowledge for seal in seals if seal), None)
     return known or read_store_identity(root)
 
 
 def _restore_records(root: Path) -> list[str]:
-    """Make identity, plans, commits and array documents again from each other."""
+    """Restore identity, plans, commits and array documents from each other."""
     sealed = _sealed_growths(root)
     replaced: list[str] = []
     for growth in reversed(range(sealed)):  # a later commit vouches for the one before it
@@ -141,12 +136,12 @@ def _sealed_growths(root: Path) -> int:
 
 
 def _commit_again(root: Path, growth: int) -> bytes:
-    """Return a commit's content from identity, plan and records, all of which must be whole."""
+    """Return a commit's content from identity, plan and records, all of which must be undamaged."""
     try:
         before = plan_from(log.read_plan(root, growth - 1)) if growth else None
         plan = plan_from(log.read_plan(root, growth))
         names = [] if growth else [log.SAMPLES]
-        names += (log.name_of(part.view, part.number) for part in parts(plan, before))
+        names += (part.name for part in parts(plan, before))
         for name in names:
             log.read_record(log.record_path(root, growth, name))
         return log.commit_bytes(root, growth, names)
@@ -170,7 +165,7 @@ def _pieces(root: Path) -> list[_Piece]:
     for growth in range(_sealed_growths(root)):
         seal = log.read_seal(root, growth)
         plan = plan_from(seal.plan)
-        named = {log.name_of(part.view, part.number): part for part in parts(plan, before)}
+        named = {part.name: part for part in parts(plan, before)}
         found += [_Piece(growth, plan, name, digest, named.get(name)) for name, digest in seal.log]
         before = plan
     return found
@@ -192,7 +187,7 @@ def _bad_files(root: Path, record: LogEntry) -> list[FileRecord]:
 
 
 def _make_again(root: Path, piece: _Piece, means: Means | None) -> list[str]:
-    """Compute one piece in the scratch folder, and move what was bad into place if it is what was logged."""
+    """Compute one piece in the scratch folder, and move the bad files into place if it equals the log."""
     knowledge = log.read_seal(root, 0).identity.knowledge
     given = _required(means, f"{piece.name} of {root} is damaged", root, knowledge)
     made = _computed(root, piece, knowledge, given)
@@ -210,7 +205,7 @@ def _make_again(root: Path, piece: _Piece, means: Means | None) -> list[str]:
 
 
 def _required(means: Means | None, bad: str, root: Path, knowledge: Knowledge) -> Means:
-    """Return the means; refuse none, another teacher, other data, and outputs that no teacher gave on plain views."""
+    """Return the means unless they are missing, of another teacher or data, or could not have made the store."""
     if means is None:
         raise SettingsError(f"{bad}: give --teacher and --data to make it again")
     if not knowledge.whole or knowledge.teacher.architecture == "imported":
@@ -223,7 +218,7 @@ def _required(means: Means | None, bad: str, root: Path, knowledge: Knowledge) -
 
 
 def _computed(root: Path, piece: _Piece, knowledge: Knowledge, means: Means) -> LogEntry:
-    """Write a piece's chunks, computed anew, into the scratch folder, and return the log record they should have."""
+    """Write a piece's chunks, computed again, into the scratch folder; return the log record they should have."""
     part, what = piece.part, (root / SCRATCH, piece.plan, piece.growth, piece.part)
     writer.write_documents(root / SCRATCH, piece.plan)
     if part is None:

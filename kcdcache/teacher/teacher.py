@@ -1,4 +1,4 @@
-"""The teacher: a frozen network that owns its input transform, the images it is shown and the fields it gives."""
+"""The teacher: a frozen network with its input transform, the images it sees and the fields it gives."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ from kcdcache.teacher import fields
 from kcdcache.teacher.fields import aggregated
 
 STEPS, RATE, SLACK = 10, 0.3, 1e-4
-"""of the way to a boundary image"""
+"""of the search for a boundary image"""
 Scores = Callable[[Float32[Tensor, "batch c h w"]], Float32[Tensor, "batch classes"]]
 """pixels in [0, 1] -> logits, differentiable"""
 
@@ -32,17 +32,16 @@ class Teacher:
     """A frozen network with everything that decides its outputs; made by `load` or `freeze`."""
 
     module: nn.Module
-    """the network: in eval mode, without gradients, channels_last, on `device`"""
+    """in eval mode, without gradients, channels_last, on `device`"""
     transform: InputTransform
-    """what it does to pixels in [0, 1]"""
+    """applied to pixels in [0, 1]"""
     classes: tuple[str, ...]
     """class names, in the order of its logits"""
     identity: TeacherIdentity
-    """model spec, digest of the weights, transform and arithmetic; binds its knowledge to it"""
+    """model spec, digest of the weights, transform and precision"""
     device: torch.device
-    """where it runs"""
     data: str | None = None
-    """digest of the training split it learned from, where its folder tells"""
+    """digest of the training split it learned from, if known"""
 
 
 def load(
@@ -60,15 +59,13 @@ def load(
     """Return a frozen teacher for data with these classes and channels.
 
     Without `weights_path`, `spec` is the folder of a finished `fit` or `train`, or the JSON file of a saved network; it
-    brings its own architecture and input transform, and `mean`, `std` and `size` are not used. With `weights_path`,
-    `spec` is a model spec, and `weights_path` a safetensors or torch file, or such a folder of the same architecture.
+    has its own architecture and input transform, and `mean`, `std` and `size` are not used. With `weights_path`, `spec`
+    is a model spec, and `weights_path` a safetensors or torch file, or such a folder of the same architecture.
 
     Raises:
-        NotFoundError: there is nothing at a path.
         SettingsError: the model spec is unknown, or needs weights.
-        MismatchError: the weights, classes or channels are others than expected; names the first difference.
-        UnsafeError: the weights, or a saved network's spec, could run code the user did not name.
-        CorruptionError: a file is damaged.
+        MismatchError: the weights, classes or channels do not fit; names the first difference.
+        UnsafeError: the weights, or a saved network's spec, could run code that the user did not name.
     """
     learned = None
     if weights_path is None or weights_path.is_dir():
@@ -87,7 +84,7 @@ def load(
 
 
 def load_named(named: TeacherSettings, data: Dataset, precision: Precision, machine: MachineSettings) -> Teacher:
-    """Return the teacher that settings name, for this data; raises what `load` does."""
+    """Return the teacher that the settings name, for this data."""
     assert named.teacher is not None
     use_threads(machine.threads)
     return load(
@@ -104,11 +101,7 @@ def load_named(named: TeacherSettings, data: Dataset, precision: Precision, mach
 
 
 def precision_of(knowledge: Knowledge, path: Path) -> Precision:
-    """Return the arithmetic of the teacher that the store at `path` was made with.
-
-    Raises:
-        MismatchError: its logits were imported, so that no teacher here can give them again.
-    """
+    """Return the precision of the teacher that made a store; raises MismatchError if its logits were imported."""
     made_by = knowledge.teacher
     if made_by.architecture == "imported" or made_by.precision not in get_args(Precision):
         raise MismatchError(
@@ -126,7 +119,7 @@ def freeze(
     device: torch.device | str,
     precision: Precision = "float32",
 ) -> Teacher:
-    """Return a teacher made from a copy of a network; the network itself stays as it is."""
+    """Return a teacher made from a copy of a network."""
     frozen = copy.deepcopy(module).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     weights = digest_weights(module.state_dict())
     return Teacher(
@@ -145,12 +138,8 @@ def outputs(
 ) -> dict[str, Float32[Tensor, "batch ..."]]:
     """Return the named fields for a batch of pixels in [0, 1], in float32 on the teacher's device.
 
-    Each row depends on its own image alone, up to rounding. The tensors may be used in training. The names are those
-    of `fields.parse`.
-
-    Raises:
-        SettingsError: a field is unknown, or this network cannot give it.
-        MismatchError: the network gives another number of logits than the data has classes.
+    Each row depends on its own image alone, up to rounding. The tensors may be used in training. Raises SettingsError
+    if the network cannot give a field, MismatchError if it gives another number of logits than the data has classes.
     """
     wanted = {name: fields.parse(name) for name in names}
     teacher.module.eval()
@@ -177,11 +166,7 @@ def tap_shapes_of(teacher: Teacher, image: tuple[int, int, int]) -> dict[str, tu
 
 
 def filter_profiles(network: nn.Module) -> dict[str, list[float]]:
-    """Return stage -> quantiles of the norms of a network's filters (see `fields.aggregated`), computed on the CPU.
-
-    Raises:
-        SettingsError: the network's stages are not known.
-    """
+    """Return stage -> quantiles of the norms of a network's filters (see `fields.aggregated`), computed on the CPU."""
     found = taps.filters(network)
     return {stage: aggregated([weight.detach().cpu() for weight in layers]).tolist() for stage, layers in found.items()}
 
@@ -203,7 +188,7 @@ def _check_saved(record: NetworkRecord, path: Path, classes: tuple[str, ...], ch
 
 
 def _plain(teacher: Teacher, pixels: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """Return inner values of one forward pass, and the logits, which tell whether the network fits the data."""
+    """Return tap values of one forward pass, and always the logits, to check that the network fits the data."""
     with torch.inference_mode():
         values = taps.run(teacher.module, _inputs(teacher, pixels), list(dict.fromkeys(("logits", *names))))
     if values["logits"].shape[1] != len(teacher.classes):
@@ -224,7 +209,7 @@ LOOKS: Mapping[fields.Look, Callable[[Teacher, Tensor, Sequence[str]], dict[str,
     "rotated": lambda teacher, pixels, names: _plain(teacher, fields.rotated(pixels), names),
     "boundary": _boundary,
 }
-"""which images the teacher sees -> the named values on them"""
+"""look -> the tap values on the images of that look"""
 
 
 def _inputs(teacher: Teacher, pixels: Tensor) -> Tensor:
@@ -240,7 +225,7 @@ def boundary(
     normalised input (`std` per channel); gap is the absolute difference of the two scores. An image stays where its
     class first changes. The target is drawn by the teacher's probabilities of the other classes, from a hash of the
     image, so that a row depends on its own image alone. Images stay in [0, 1] and are rounded to whole 255ths before
-    the teacher looks again.
+    the final logits.
 
     Source: Heo et al., AAAI 2019 (arXiv 1805.05532), section 3.1, Eq. 4-6, and facts.md section 4; the original clips
     the normalised input at +-2.5 instead, and draws the target anew every time.
@@ -261,7 +246,7 @@ def boundary(
 def draw_target(
     logits: Float32[Tensor, "batch classes"], base: Int64[Tensor, " batch"], draw: Float32[Tensor, " batch"]
 ) -> Int64[Tensor, " batch"]:
-    """Return for each row another class than `base`, by the rows' probabilities; `draw` in [0, 1) is its chance."""
+    """Draw for each row a class other than `base` by the row's probabilities; `draw` in [0, 1) is the random number."""
     others = logits.double().scatter(1, base[:, None], -torch.inf).softmax(1)
     reached = others.cumsum(1)
     chosen = torch.searchsorted(reached, draw.double()[:, None] * reached[:, -1:], right=True)[:, 0]
@@ -285,7 +270,7 @@ def image_hash(pixels: Float32[Tensor, "batch c h w"]) -> Float32[Tensor, " batc
 def _pushed(
     scores: Scores, images: Tensor, still: Tensor, base: Tensor, target: Tensor, std: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the images one step on where they still are of their class, and which of them are."""
+    """Move the images that are still of their class by one step; return them, and a mask of those."""
     images = images.detach().requires_grad_(True)
     logits = scores(images)
     still = still & (logits.argmax(1) == base)
