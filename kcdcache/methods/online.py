@@ -73,9 +73,11 @@ class Ensemble(Term):
         super().__init__()
         self._labels = pair.settings.mix_label, pair.smoothing
         self._temperature = pair.settings.temperature or 3.0
-        self._stage, _ = _tail(pair)
+        _, *seeds = (drawn_seed() for _ in range(BRANCHES))  # the first is the student's own branch's
+        tails = [_tail(pair, seed) for seed in seeds]
+        self._stage = tails[0][0]
         self.taps = (self._stage,)
-        self.branches = nn.ModuleList(_tail(pair)[1] for _ in range(BRANCHES - 1))
+        self.branches = nn.ModuleList(tail for _, tail in tails)
         self.gate = Gate(pair.student_shape(self._stage)[0])
         constant(self, "_ramp", torch.ones(()))
 
@@ -113,9 +115,9 @@ class Gate(nn.Module):
         return normal.relu().softmax(dim=1)
 
 
-def _tail(pair: Pair) -> tuple[str, nn.Module]:
-    """Return the tap of the student's last stage but one, and a newly initialised copy of all that follows it."""
-    network = registry.build(pair.student, pair.classes, drawn_seed(), channels=pair.image[0])
+def _tail(pair: Pair, seed: int) -> tuple[str, nn.Module]:
+    """Return the tap of the student's last stage but one, and newly initialised modules of all that follows it."""
+    network = registry.build(pair.student, pair.classes, seed, channels=pair.image[0])
     if (found := of_family(TAILS, network)) is None:
         raise SettingsError(
             f"one branches off before a residual network's last stage, which '{pair.student}' does not have; take a "

@@ -5,7 +5,7 @@ from functools import partial
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kcdcache.networks.resnet import initialise_classifier, initialise_convolutions, stage
+from kcdcache.networks.resnet import initialise_classifier, initialise_convolutions, normalised, stage
 
 STEM = 16
 STAGES = ((1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1))
@@ -25,14 +25,11 @@ class InvertedResidual(nn.Module):
         inner = inputs * expansion
         self.residual = stride == 1 and inputs == outputs
         self.conv = nn.Sequential(
-            nn.Conv2d(inputs, inner, 1, bias=False),
-            nn.BatchNorm2d(inner),
+            *normalised(inputs, inner),
             nn.ReLU(inplace=True),
-            nn.Conv2d(inner, inner, 3, stride, padding=1, groups=inner, bias=False),
-            nn.BatchNorm2d(inner),
+            *normalised(inner, inner, 3, stride, groups=inner),
             nn.ReLU(inplace=True),
-            nn.Conv2d(inner, outputs, 1, bias=False),
-            nn.BatchNorm2d(outputs),
+            *normalised(inner, outputs),
         )
 
     def forward(self, features: Float[Tensor, "batch inputs h w"]) -> Float[Tensor, "batch outputs h2 w2"]:
@@ -49,13 +46,13 @@ class MobileNetV2(nn.Module):
 
     def __init__(self, classes: int, channels: int = 3) -> None:
         super().__init__()
-        self.conv1 = _activated(channels, STEM, 3, stride=2)
+        self.conv1 = nn.Sequential(*normalised(channels, STEM, 3, stride=2), nn.ReLU(inplace=True))
         self.blocks = nn.Sequential()
         width = STEM
         for expansion, outputs, blocks, stride in STAGES:
             self.blocks.append(stage(partial(InvertedResidual, expansion=expansion), width, outputs, blocks, stride))
             width = outputs
-        self.conv2 = _activated(width, LAST, 1, stride=1)
+        self.conv2 = nn.Sequential(*normalised(width, LAST), nn.ReLU(inplace=True))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         classifier = nn.Linear(LAST, classes)
         self.classifier = nn.Sequential(classifier)
@@ -66,8 +63,3 @@ class MobileNetV2(nn.Module):
         """Return the logits of transformed pixels."""
         features = self.conv2(self.blocks(self.conv1(pixels)))
         return self.classifier(self.avgpool(features).flatten(1))
-
-
-def _activated(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
-    convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))

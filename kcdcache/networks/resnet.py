@@ -29,6 +29,14 @@ def initialise_classifier(classifier: nn.Linear) -> None:
     nn.init.zeros_(classifier.bias)
 
 
+def normalised(
+    inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1
+) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    """Return a convolution padded to keep the image's size at stride 1, and the batch normalisation after it."""
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+    return convolution, nn.BatchNorm2d(outputs)
+
+
 Block = Callable[[int, int, int], nn.Module]
 """(input channels, output channels, stride) -> block"""
 
@@ -55,8 +63,7 @@ class Trunk(nn.Module):
         kernel: int = 3,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, widths[0], kernel, padding=kernel // 2, bias=False)
-        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.conv1, self.bn1 = normalised(channels, widths[0], kernel)
         self.relu = nn.ReLU(inplace=True)
         self.stages = len(blocks)
         for n, (pair, count, stride) in enumerate(zip(pairwise(widths), blocks, strides, strict=True), start=1):
@@ -74,7 +81,7 @@ class Trunk(nn.Module):
 def _projection(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
     if stride == 1 and inputs == outputs:
         return None
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+    return nn.Sequential(*normalised(inputs, outputs, stride=stride))
 
 
 class BasicBlock(nn.Module):
@@ -85,11 +92,9 @@ class BasicBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv1, self.bn1 = normalised(inputs, outputs, 3, stride)
         self.relu1 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = normalised(outputs, outputs, 3)
         self.downsample = _projection(inputs, outputs, stride)
         # not in place: feature taps read its input
         self.relu2 = nn.ReLU()
@@ -133,14 +138,11 @@ class Bottleneck(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         inner = outputs // EXPANSION
-        self.conv1 = nn.Conv2d(inputs, inner, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv1, self.bn1 = normalised(inputs, inner)
         self.relu1 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(inner, inner, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv2, self.bn2 = normalised(inner, inner, 3, stride)
         self.relu2 = nn.ReLU(inplace=True)
-        self.conv3 = nn.Conv2d(inner, outputs, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outputs)
+        self.conv3, self.bn3 = normalised(inner, outputs)
         self.shortcut = _projection(inputs, outputs, stride) or nn.Sequential()
         # not in place: feature taps read its input
         self.relu3 = nn.ReLU()

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kcdcache.networks.resnet import Trunk
+from kcdcache.networks.resnet import Trunk, normalised
 
 STEM = 24
 BLOCKS, STRIDES = (4, 8, 4), (2, 2, 2)
@@ -39,14 +39,11 @@ class ShuffleBlock(nn.Module):
         inner = grown // 4
         # the stem has too few channels for groups
         self.groups = 1 if inputs == STEM else GROUPS
-        self.conv1 = nn.Conv2d(inputs, inner, 1, groups=self.groups, bias=False)
-        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv1, self.bn1 = normalised(inputs, inner, groups=self.groups)
         self.relu1 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(inner, inner, 3, stride, padding=1, groups=inner, bias=False)
-        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv2, self.bn2 = normalised(inner, inner, 3, stride, groups=inner)
         self.relu2 = nn.ReLU(inplace=True)
-        self.conv3 = nn.Conv2d(inner, grown, 1, groups=GROUPS, bias=False)
-        self.bn3 = nn.BatchNorm2d(grown)
+        self.conv3, self.bn3 = normalised(inner, grown, groups=GROUPS)
         self.pool = nn.AvgPool2d(3, stride=2, padding=1) if stride == 2 else None
         # not in place: feature taps read its input
         self.relu3 = nn.ReLU()
@@ -84,13 +81,10 @@ class SplitBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         half = width // 2
-        self.conv1 = nn.Conv2d(half, half, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(half)
+        self.conv1, self.bn1 = normalised(half, half)
         self.relu1 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(half, half, 3, padding=1, groups=half, bias=False)
-        self.bn2 = nn.BatchNorm2d(half)
-        self.conv3 = nn.Conv2d(half, half, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(half)
+        self.conv2, self.bn2 = normalised(half, half, 3, groups=half)
+        self.conv3, self.bn3 = normalised(half, half)
         # not in place: feature taps read its input
         self.relu3 = nn.ReLU()
 
@@ -112,16 +106,11 @@ class HalvingBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         half = outputs // 2
-        self.conv1 = nn.Conv2d(inputs, inputs, 3, stride=2, padding=1, groups=inputs, bias=False)
-        self.bn1 = nn.BatchNorm2d(inputs)
-        self.conv2 = nn.Conv2d(inputs, half, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(half)
-        self.conv3 = nn.Conv2d(inputs, half, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(half)
-        self.conv4 = nn.Conv2d(half, half, 3, stride=2, padding=1, groups=half, bias=False)
-        self.bn4 = nn.BatchNorm2d(half)
-        self.conv5 = nn.Conv2d(half, half, 1, bias=False)
-        self.bn5 = nn.BatchNorm2d(half)
+        self.conv1, self.bn1 = normalised(inputs, inputs, 3, stride=2, groups=inputs)
+        self.conv2, self.bn2 = normalised(inputs, half)
+        self.conv3, self.bn3 = normalised(inputs, half)
+        self.conv4, self.bn4 = normalised(half, half, 3, stride=2, groups=half)
+        self.conv5, self.bn5 = normalised(half, half)
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, features: Float[Tensor, "batch inputs h w"]) -> Float[Tensor, "batch outputs h2 w2"]:
@@ -145,8 +134,7 @@ class ShuffleV2(Trunk):
 
     def __init__(self, classes: int, channels: int = 3) -> None:
         super().__init__(channels, (STEM, *WIDTHS_V2), _block, BLOCKS, STRIDES, kernel=1)
-        self.conv2 = nn.Conv2d(WIDTHS_V2[-1], LAST_V2, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(LAST_V2)
+        self.conv2, self.bn2 = normalised(WIDTHS_V2[-1], LAST_V2)
         self.linear = nn.Linear(LAST_V2, classes)
 
     def forward(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch classes"]:

@@ -1,5 +1,7 @@
 """The VGG networks of the paper, in the layout of the published CRD checkpoints."""
 
+from itertools import pairwise
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -20,11 +22,8 @@ class VGG(nn.Module):
 
     def __init__(self, depths: tuple[int, int, int, int, int], classes: int, channels: int = 3) -> None:
         super().__init__()
-        self.block0 = _block(channels, WIDTHS[0], depths[0])
-        self.block1 = _block(WIDTHS[0], WIDTHS[1], depths[1])
-        self.block2 = _block(WIDTHS[1], WIDTHS[2], depths[2])
-        self.block3 = _block(WIDTHS[2], WIDTHS[3], depths[3])
-        self.block4 = _block(WIDTHS[3], WIDTHS[4], depths[4])
+        for n, (pair, depth) in enumerate(zip(pairwise((channels, *WIDTHS)), depths, strict=True)):
+            self.add_module(f"block{n}", _block(*pair, depth))
         self.pool = nn.MaxPool2d(2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(WIDTHS[-1], classes)
@@ -33,12 +32,11 @@ class VGG(nn.Module):
 
     def forward(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch classes"]:
         """Return the logits of transformed pixels."""
-        features = self.pool(self.block0(pixels))
-        features = self.pool(self.block1(features))
-        features = self.block3(self.pool(self.block2(features)))
-        if pixels.shape[2] >= POOLED_SIDE:
-            features = self.pool(features)
-        return self.classifier(self.avgpool(self.block4(features)).flatten(1))
+        features, pooled = pixels, 4 if pixels.shape[2] >= POOLED_SIDE else 3
+        for n in range(len(WIDTHS)):
+            features = self.get_submodule(f"block{n}")(features)
+            features = self.pool(features) if n < pooled else features
+        return self.classifier(self.avgpool(features).flatten(1))
 
 
 def _block(inputs: int, outputs: int, depth: int) -> nn.Sequential:
