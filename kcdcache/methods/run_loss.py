@@ -17,7 +17,6 @@ from kcdcache.networks.registry import runs_foreign_code, tap_shapes, torch_seed
 from kcdcache.networks.taps import FILTERS
 from kcdcache.settings import MethodSettings
 from kcdcache.store import identity
-from kcdcache.store.identity import Knowledge
 
 
 class Loss(nn.Module):
@@ -103,7 +102,7 @@ def make_loss(weights: Weights, pair: Callable[[], Pair]) -> Loss:
 def pair_of(
     settings: MethodSettings,
     student: str,
-    knowledge: Knowledge,
+    knowledge: identity.Knowledge,
     data: Dataset,
     kept: np.ndarray,
     seed: int,
@@ -132,7 +131,7 @@ def pair_of(
     )
 
 
-def reads(settings: MethodSettings, student: str, knowledge: Knowledge, data: Dataset) -> tuple[str, ...]:
+def reads(settings: MethodSettings, student: str, knowledge: identity.Knowledge, data: Dataset) -> tuple[str, ...]:
     """Return the teacher's fields, `parameters` included, that a run with these settings reads from a store."""
     everything = np.arange(len(data.train))
     loss = make_loss(weights_of(settings), lambda: pair_of(settings, student, knowledge, data, everything, 0))

@@ -48,20 +48,18 @@ def stage(block: Block, inputs: int, outputs: int, blocks: int, stride: int) -> 
 
 
 class Trunk(nn.Module):
-    """A stem that keeps the image's size, and stages `layer1`, `layer2`, ... with the given strides.
+    """A stem that keeps the image's size, stages `layer1`, `layer2`, ... with the given strides, and a classifier.
 
     `widths` are the channels of the stem and of each stage, `blocks` the blocks of each stage.
     """
 
+    head = "linear"
+    """name of the classifier"""
+
     def __init__(
-        self,
-        channels: int,
-        widths: Sequence[int],
-        block: Block,
-        blocks: Sequence[int],
-        strides: Sequence[int],
+        self, channels: int, widths: Sequence[int], block: Block, blocks: Sequence[int], strides: Sequence[int],
         kernel: int = 3,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.conv1, self.bn1 = normalised(channels, widths[0], kernel)
         self.relu = nn.ReLU(inplace=True)
@@ -76,6 +74,10 @@ class Trunk(nn.Module):
         for n in range(1, self.stages + 1):
             features = self.get_submodule(f"layer{n}")(features)
         return features
+
+    def forward(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch classes"]:
+        """Return the logits of transformed pixels."""
+        return self.get_submodule(self.head)(self.avgpool(self.features(pixels)).flatten(1))
 
 
 def _projection(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
@@ -113,16 +115,14 @@ class ResNet(Trunk):
     Source: He et al. 2016, section 4.2; names and initialisation as in RepDistiller's `models/resnet.py`.
     """
 
+    head = "fc"
+
     def __init__(self, depth: int, widths: tuple[int, int, int, int], classes: int, channels: int = 3) -> None:
         blocks = (depth - 2) // 6
         assert depth == 6 * blocks + 2
         super().__init__(channels, widths, BasicBlock, [blocks] * 3, strides=(1, 2, 2))
         self.fc = nn.Linear(widths[-1], classes)
         initialise_convolutions(self)
-
-    def forward(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch classes"]:
-        """Return the logits of transformed pixels."""
-        return self.fc(self.avgpool(self.features(pixels)).flatten(1))
 
 
 EXPANSION = 4
@@ -164,10 +164,6 @@ class ResNet50(Trunk):
         super().__init__(channels, (64, 256, 512, 1024, 2048), Bottleneck, (3, 4, 6, 3), strides=(1, 2, 2, 2))
         self.linear = nn.Linear(2048, classes)
         initialise_convolutions(self)
-
-    def forward(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch classes"]:
-        """Return the logits of transformed pixels."""
-        return self.linear(self.avgpool(self.features(pixels)).flatten(1))
 
 
 class WideBlock(nn.Module):

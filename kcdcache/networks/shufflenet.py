@@ -67,10 +67,6 @@ class ShuffleV1(Trunk):
         super().__init__(channels, (STEM, *WIDTHS_V1), ShuffleBlock, BLOCKS, STRIDES, kernel=1)
         self.linear = nn.Linear(WIDTHS_V1[-1], classes)
 
-    def forward(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch classes"]:
-        """Return the logits of transformed pixels."""
-        return self.linear(self.avgpool(self.features(pixels)).flatten(1))
-
 
 class SplitBlock(nn.Module):
     """1x1, depthwise 3x3 and 1x1 convolutions of the second half of the channels, shuffled with the first half.
@@ -137,7 +133,6 @@ class ShuffleV2(Trunk):
         self.conv2, self.bn2 = normalised(WIDTHS_V2[-1], LAST_V2)
         self.linear = nn.Linear(LAST_V2, classes)
 
-    def forward(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch classes"]:
-        """Return the logits of transformed pixels."""
-        features = torch.relu(self.bn2(self.conv2(self.features(pixels))))
-        return self.linear(self.avgpool(features).flatten(1))
+    def features(self, pixels: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch width h2 w2"]:
+        """Return the map after the last 1x1 convolution."""
+        return torch.relu(self.bn2(self.conv2(super().features(pixels))))

@@ -9,7 +9,6 @@ from typing import Literal, TypeVar
 
 from kcdcache.condense import manifest, schedule, summary, value_files
 from kcdcache.condense.manifest import Manifest, Samples
-from kcdcache.condense.schedule import Stage
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.files import cloud
 from kcdcache.files.records import Rate, Sparse, logged, logged_seconds
@@ -19,10 +18,8 @@ from kcdcache.networks.input_transform import resolve_device
 from kcdcache.progress import Progress, silent
 from kcdcache.runs import state
 from kcdcache.runs.folder import RunFolder
-from kcdcache.runs.state import Inputs, Summary, load_checkpoint, read_record, read_summary, write_manifest
 from kcdcache.settings import MachineSettings, TrainSettings, recorded
 from kcdcache.store import check, identity, reader
-from kcdcache.store.reader import Store
 from kcdcache.training import evaluation, requery
 from kcdcache.training.processes import ALONE, DEFAULT_MACHINE, Group, session
 from kcdcache.training.stage import Material, Run, run_stage, views_used
@@ -52,7 +49,7 @@ def run(
     machine: MachineSettings = DEFAULT_MACHINE,
     group: Group = ALONE,
     progress: Progress = silent,
-) -> Summary | Stopped:
+) -> state.Summary | Stopped:
     """Train a student through all stages into the folder `out`, or continue; return the summary.
 
     With `until`, stop after that many epochs; the same call without it continues. `material.given` is the condensed set
@@ -73,7 +70,7 @@ def run(
     with session(folder, *record, machine, group) as where:
         if where is None:
             logger.info("train: %s is finished already", out)
-            return _measured_later(settings, material, folder, machine) if group.first else read_summary(out)
+            return _measured_later(settings, material, folder, machine) if group.first else state.read_summary(out)
         going = Run(
             settings=_within_given(settings, material),
             material=material,
@@ -91,7 +88,7 @@ def run(
         return _all_stages(going, settings.epochs if until is None else min(until, settings.epochs))
 
 
-def planned(settings: TrainSettings, material: Material) -> tuple[Stage, ...]:
+def planned(settings: TrainSettings, material: Material) -> tuple[schedule.Stage, ...]:
     """Return a run's stages; raises SettingsError if epochs is no multiple of stages, or keep is more than is given."""
     return schedule.plan(settings.schedule, settings.epochs, settings.stages, settings.keep, _base(settings, material))
 
@@ -105,7 +102,7 @@ def _base(settings: TrainSettings, material: Material) -> float:
     return settings.keep if exact else len(material.given) / count
 
 
-def _all_stages(run: Run, until: int) -> Summary | Stopped:
+def _all_stages(run: Run, until: int) -> state.Summary | Stopped:
     """Train the unfinished stages up to epoch `until`."""
     done = finished_epochs(run.folder)
     for stage in run.stages:
@@ -132,7 +129,7 @@ def _all_stages(run: Run, until: int) -> Summary | Stopped:
 
 def finished_epochs(folder: RunFolder) -> int:
     """Return the number of finished epochs in a run's checkpoint."""
-    found = load_checkpoint(folder)
+    found = state.load_checkpoint(folder)
     return found[1].epoch if found else 0
 
 
@@ -147,7 +144,7 @@ def _by_first(run: Run, work: Callable[[], T]) -> T:
     return work()
 
 
-def _manifest_for(run: Run, stage: Stage) -> Manifest:
+def _manifest_for(run: Run, stage: schedule.Stage) -> Manifest:
     """Return the stage's manifest from disk, or make it: given, random, full or condensed."""
     path, knowledge = run.folder.manifest(stage.number), run.material.knowledge
     if run.folder.stands(path):
@@ -170,11 +167,11 @@ def _manifest_for(run: Run, stage: Stage) -> Manifest:
         made = given
     else:
         made = manifest.full(samples)
-    write_manifest(run.folder, path, made)
+    state.write_manifest(run.folder, path, made)
     return made
 
 
-def _outputs_on_mixes(run: Run, stage: Stage, chosen: Manifest) -> Path | None:
+def _outputs_on_mixes(run: Run, stage: schedule.Stage, chosen: Manifest) -> Path | None:
     """Run the teacher on the stage's mixes in the views it uses, if needed; return the store, or None."""
     needs, material = identity.per_sample(run.fields), run.material
     if not needs or not chosen.mixed.any():
@@ -196,23 +193,23 @@ def _outputs_on_mixes(run: Run, stage: Stage, chosen: Manifest) -> Path | None:
     return path
 
 
-def _finish(run: Run) -> Summary:
+def _finish(run: Run) -> state.Summary:
     """Condense once more for export (facts.md A3), then write the summary, which marks the run as finished."""
     if run.folder.stands(run.folder.summary):
-        return read_summary(run.folder.path)
+        return state.read_summary(run.folder.path)
     settings, last = run.settings, run.stages[-1]
     keep = schedule.export_keep(settings.stages, settings.keep, _base(settings, run.material))
     exported = run.folder.manifest(last.number)
     if keep is not None:
-        closing = Stage(last.number + 1, settings.epochs, settings.epochs, keep, "condensed")
+        closing = schedule.Stage(last.number + 1, settings.epochs, settings.epochs, keep, "condensed")
         exported = run.folder.manifest(closing.number)
         _manifest_for(run, closing)
     state.write_summary(run.folder, _summary(run, exported))
-    return read_summary(run.folder.path)
+    return state.read_summary(run.folder.path)
 
 
-def _summary(run: Run, exported: Path) -> Summary:
-    found = load_checkpoint(run.folder)
+def _summary(run: Run, exported: Path) -> state.Summary:
+    found = state.load_checkpoint(run.folder)
     rows = found[1].rows if found else []
     data, knowledge, teacher = run.material.data, run.material.knowledge, run.material.teacher
     requeries = sum(
@@ -220,7 +217,7 @@ def _summary(run: Run, exported: Path) -> Summary:
         for path in sorted(run.folder.path.glob("stages/*/*.requery"))
         if path.is_dir()
     )
-    return Summary(
+    return state.Summary(
         **state.outcome(rows, knowledge.knowledge.data.count, run.settings.epochs).document(),
         kind="train",
         finished=True,
@@ -241,16 +238,17 @@ def _summary(run: Run, exported: Path) -> Summary:
 
 def _measured_later(
     settings: TrainSettings, material: Material, folder: RunFolder, machine: MachineSettings
-) -> Summary:
+) -> state.Summary:
     """Return a finished run's summary; measure fidelity if it is asked for only now."""
-    found, data, knowledge, teacher = read_summary(folder.path), material.data, material.knowledge, material.teacher
+    data, knowledge, teacher = material.data, material.knowledge, material.teacher
+    found = state.read_summary(folder.path)
     sought = {"accuracy_train"} | ({"agreement_test"} if teacher is not None else set())
     if not evaluation.fidelity_wanted(settings, data, knowledge) or sought <= found.model_fields_set:
         return found
     logger.info("train: measuring the finished student in %s", folder.path)
     measured = evaluation.fidelity(settings, data, knowledge, teacher, folder, resolve_device(machine.device))
-    state.write_summary(folder, Summary(**found.document() | measured))
-    return read_summary(folder.path)
+    state.write_summary(folder, state.Summary(**found.document() | measured))
+    return state.read_summary(folder.path)
 
 
 def _checked(settings: TrainSettings, material: Material) -> tuple[str, ...]:
@@ -280,14 +278,14 @@ def _views(settings: TrainSettings, material: Material, folder: RunFolder) -> in
         raise SettingsError(
             f"--cached-views {asked}: the store at {material.knowledge.path} has {held}; precompute more"
         )
-    began_with = read_record(folder).inputs.views if folder.settings.exists() else None
+    began_with = state.read_record(folder).inputs.views if folder.settings.exists() else None
     return min(asked or held, began_with or held)
 
 
-def _inputs(material: Material, views: int, fields: tuple[str, ...]) -> Inputs:
+def _inputs(material: Material, views: int, fields: tuple[str, ...]) -> state.Inputs:
     """Return everything besides settings and environment that decides the run's bytes."""
     knowledge, given = material.knowledge, material.given
-    return Inputs(
+    return state.Inputs(
         knowledge_id=knowledge.knowledge_id,
         views=views,
         encodings={name: knowledge.fields[name].name for name in fields if name in knowledge.fields},
@@ -298,7 +296,7 @@ def _inputs(material: Material, views: int, fields: tuple[str, ...]) -> Inputs:
     )
 
 
-def accept(given: Manifest, knowledge: Store, transfer: bool) -> Manifest:
+def accept(given: Manifest, knowledge: reader.Store, transfer: bool) -> Manifest:
     """Return a condensed set for a store's knowledge; `transfer` rebinds a set made for another teacher.
 
     Raises MismatchError if the set was made for other knowledge and transfer is off, or for other data.
@@ -315,7 +313,7 @@ def _sorted_out(material: Material, folder: RunFolder) -> tuple[Material, Manife
     """Return the material the run began with, and the given manifest if it is the next stage's."""
     if material.given is None or not folder.settings.exists():
         return material, None
-    began_with = read_record(folder).inputs.given
+    began_with = state.read_record(folder).inputs.given
     if began_with == material.given.digest:
         return material, None
     return replace(material, given=manifest.read(folder.given) if began_with else None), material.given
@@ -325,7 +323,7 @@ def _keep_given(run: Run, following: Manifest | None) -> None:
     """Save the set a run began with (stage 0 may train on a part only), and the next stage's manifest if given."""
     given, folder = run.material.given, run.folder
     if given is not None and not folder.stands(folder.given):
-        write_manifest(folder, folder.given, given)
+        state.write_manifest(folder, folder.given, given)
     if following is not None:
         _place(run, following)
 
@@ -364,4 +362,4 @@ def _place(run: Run, chosen: Manifest) -> None:
             f"the given manifest was condensed from manifest {chosen.parent}, stage {number - 1} of this run trained "
             f"on {before}; condense again with that one as --previous"
         )
-    write_manifest(folder, path, chosen)
+    state.write_manifest(folder, path, chosen)

@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 
 from kcdcache.condense import manifest
-from kcdcache.condense.manifest import Samples
 from kcdcache.data.datasets import Dataset
 from kcdcache.files import run_files
 from kcdcache.files.records import logged, logged_seconds
@@ -72,7 +71,7 @@ def run(
 
 def _source(data: Dataset, settings: FitSettings) -> Source:
     rule = rules.rule_from(settings, data.train.image_size)
-    samples = Samples(data.identity().digest, len(data.train), data.train.labels, len(data.classes))
+    samples = manifest.Samples(data.identity().digest, len(data.train), data.train.labels, len(data.classes))
     return Source(data=data, rule=rule, views=rules.cycle(rule, settings.views), manifest=manifest.full(samples))
 
 

@@ -8,7 +8,6 @@ import torch
 
 from kcdcache.condense import schedule, value_files, values
 from kcdcache.condense.manifest import Manifest
-from kcdcache.condense.schedule import Stage
 from kcdcache.data.datasets import Dataset
 from kcdcache.files import run_files
 from kcdcache.methods import run_loss
@@ -20,7 +19,6 @@ from kcdcache.store import reader
 from kcdcache.store.identity import read_parameters
 from kcdcache.teacher.teacher import Teacher
 from kcdcache.training import batches, learner
-from kcdcache.training.learner import Learner, ValueRecord
 from kcdcache.training.loop import Loop
 from kcdcache.training.processes import ALONE, Group
 from kcdcache.training.sampling import SAMPLING, Sampler
@@ -52,7 +50,7 @@ class Run:
     material: Material
     folder: RunFolder
     device: torch.device
-    stages: tuple[Stage, ...]
+    stages: tuple[schedule.Stage, ...]
     views: int
     """number of cached views when the run began; the store may have grown since"""
     fields: tuple[str, ...]
@@ -61,7 +59,7 @@ class Run:
     progress: Progress = silent
 
 
-def run_stage(run: Run, stage: Stage, chosen: Manifest, mixes: Path | None, until: int) -> int:
+def run_stage(run: Run, stage: schedule.Stage, chosen: Manifest, mixes: Path | None, until: int) -> int:
     """Train the run's student on a stage's manifest until epoch `until`; return the number of finished epochs.
 
     Continues from the run's checkpoint. `mixes` is the store of the teacher's outputs on the manifest's mixes, if any.
@@ -72,7 +70,7 @@ def run_stage(run: Run, stage: Stage, chosen: Manifest, mixes: Path | None, unti
     weights = run_loss.weights_of(settings, settings.label_smoothing)
     loss = run_loss.make_loss(weights, lambda: _pair(run, chosen))
     count, starts = material.knowledge.knowledge.data.count, SAMPLING[settings.sampling].values
-    record = ValueRecord(count, settings, run.device, starts=starts)
+    record = learner.ValueRecord(count, settings, run.device, starts=starts)
     pupil = learner.new_learner(settings.student, material.data, settings, loss, run.device, record, run.group)
     connected = batches.connect(
         material.data,
@@ -122,7 +120,7 @@ def _pair(run: Run, chosen: Manifest) -> Pair:
     )  # fmt: skip
 
 
-def _details(run: Run, stage: Stage, source: batches.Source, epoch: int) -> dict[str, Any]:
+def _details(run: Run, stage: schedule.Stage, source: batches.Source, epoch: int) -> dict[str, Any]:
     """Return the metrics of an epoch's points, and the rows and chunk bytes that all processes, and each, read."""
     # with one view, only the stage's first epoch reads
     costs = [targets.cost for targets in source.stored] if epoch == stage.start or run.views > 1 else []
@@ -138,7 +136,7 @@ def _details(run: Run, stage: Stage, source: batches.Source, epoch: int) -> dict
     return found if run.group.world == 1 else found | {"rows_read_by_each": rows, "bytes_read_by_each": size}
 
 
-def _write_results(run: Run, stage: Stage, pupil: Learner, found: values.Values) -> None:
+def _write_results(run: Run, stage: schedule.Stage, pupil: learner.Learner, found: values.Values) -> None:
     knowledge, student = run.material.knowledge, run.settings.student
     document = {"knowledge_id": knowledge.knowledge_id, "student": student, "epoch": pupil.epoch}
     tables = [run.folder.values]
