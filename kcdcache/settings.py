@@ -15,9 +15,6 @@ from pydantic.fields import FieldInfo
 
 from kcdcache.errors import NotFoundError, SettingsError, nearest
 
-Augment = Literal["none", "crop", "crop-flip", "resized-crop-flip"]
-Fill = Literal["zero", "reflect"]
-ScheduleName = Literal["end_of_stage", "alg1_shift", "paper_stage", "reference_linear", "poster"]
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -73,11 +70,11 @@ def values_of(given: Settings) -> dict[str, Any]:
 class ViewSettings(Settings):
     """Augmented views; part of the store's identity."""
 
-    augment: Augment = "crop-flip"
+    augment: Literal["none", "crop", "crop-flip", "resized-crop-flip"] = "crop-flip"
     """augmentation that generates the views"""
     padding: int = Field(default=4, ge=0, le=64)
     """padding in pixels on each side before cropping"""
-    fill: Fill = "zero"
+    fill: Literal["zero", "reflect"] = "zero"
     """padding content: zeros or the reflected image"""
     size: int | None = Field(default=None, ge=1, le=4096)
     """side of the square views in pixels; the image size if unset (required if image sizes differ)"""
@@ -87,14 +84,11 @@ class ViewSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ViewRule:
-    """Rule that generates views, as recorded in a store; equal rules generate equal views."""
+    """Rule that generates views, as recorded in a store, see `ViewSettings`; equal rules generate equal views."""
 
     rule: str
-    """one of `Augment`"""
     padding: int
-    """pixels on each side before cropping"""
     fill: str
-    """padding content: zero or reflect"""
     size: tuple[int, int]
     """height and width of a view in pixels"""
     seed: int
@@ -233,7 +227,7 @@ class ScheduleSettings(Settings):
     """keep ratio rho: fraction of all samples in the final condensed set"""
     stages: int = Field(default=6, ge=1)
     """number of stages; must divide epochs"""
-    schedule: ScheduleName = "end_of_stage"
+    schedule: Literal["end_of_stage", "alg1_shift", "paper_stage", "reference_linear", "poster"] = "end_of_stage"
     """when and how fast the condensed set shrinks"""
 
 

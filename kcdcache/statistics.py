@@ -5,10 +5,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from kcdcache.errors import SettingsError
-
-CONFIDENCE = 0.95
-
 
 class Spread(NamedTuple):
     """Mean and spread of repeated measurements."""
@@ -20,7 +16,7 @@ class Spread(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Mean difference over paired seeds with its confidence interval, in the unit of the measurements."""
+    """Mean difference over paired seeds with its 95 % confidence interval, in the unit of the measurements."""
 
     n: int
     mean: float
@@ -41,20 +37,16 @@ def spread(numbers: Sequence[float]) -> Spread:
     return Spread(len(numbers), statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None)
 
 
-def difference(
-    measured: Mapping[int, float], reference: Mapping[int, float], confidence: float = CONFIDENCE
-) -> Difference | None:
+def difference(measured: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
     """Return the mean of measured - reference over their common seeds, or None if there are none.
 
     The interval is Student's t with n - 1 degrees of freedom, mean +- t std / sqrt(n). It assumes independent, roughly
-    normal differences, without correction for multiple comparisons. Raises SettingsError unless 0 < confidence < 1.
+    normal differences, without correction for multiple comparisons.
     """
     from scipy import stats
 
-    if not 0 < confidence < 1:
-        raise SettingsError(f"a confidence lies between 0 and 1, found {confidence}; 0.95 is usual")
     n, mean, std = spread([measured[seed] - reference[seed] for seed in sorted(measured.keys() & reference.keys())])
     if mean is None or std is None:
         return None if mean is None else Difference(n, mean, None, None, None)
-    reach = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * std / math.sqrt(n)
+    reach = float(stats.t.ppf(0.975, n - 1)) * std / math.sqrt(n)
     return Difference(n, mean, std, mean - reach, mean + reach)

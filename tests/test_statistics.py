@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kcdcache import statistics
-from kcdcache.errors import SettingsError
 
 T_TWO = 4.302652729911275
 """97.5 % point of Student's t with 2 degrees of freedom: sqrt(2) * 0.95 / sqrt(1 - 0.95^2)"""
@@ -63,9 +62,3 @@ def test_spread_is_numpys_with_n_minus_1(found):
 def test_spread_of_one_and_of_none():
     assert statistics.spread([0.5]) == (1, 0.5, None)
     assert statistics.spread([]) == (0, None, None)
-
-
-@pytest.mark.parametrize("confidence", [0, 1, 95])
-def test_a_confidence_outside_0_to_1_is_refused(confidence):
-    with pytest.raises(SettingsError, match=rf"between 0 and 1, found {confidence}"):
-        statistics.difference({0: 1.0}, {0: 1.0}, confidence)

@@ -85,10 +85,9 @@ def _outcome(arguments: list[str]) -> int:
     except KcdcacheError as error:
         return _failed(str(error), error.exit_code, arguments)
     except OSError as error:
-        if error.errno in FULL:
-            remedy = "free some space and run the same command again to resume"
-            return _failed(f"{error}; {remedy}", NoSpaceError.exit_code, arguments)
-        return _failed(str(error), 1, arguments)
+        full = error.errno in FULL
+        remedy = "; free some space and run the same command again to resume" if full else ""
+        return _failed(f"{error}{remedy}", NoSpaceError.exit_code if full else 1, arguments)
     except MemoryError as error:
         return _failed(f"out of memory: {error}", 1, arguments)
     except Exception as error:

@@ -50,7 +50,7 @@ EXAMPLES = {
         "kcdcache verify runs/store --repair --teacher runs/teacher --data cifar100",
     ),
 }
-INPUTS, OTHERS = "What goes in and out", "Options"
+INPUTS, OTHERS = "Input and output", "Options"
 ARTICLES = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 

@@ -48,7 +48,7 @@ def export(command: ExportCommand, progress: Progress = silent, dry_run: bool = 
 def report(command: ReportCommand, progress: Progress = silent) -> Result:
     """Write one HTML file about finished runs; raises SettingsError if several folders are given without --out."""
     if command.out is None and len(command.paths) > 1:
-        raise SettingsError("--out is missing: of several folders none is where the report belongs; give a file")
+        raise SettingsError("--out is missing: several folders are given, name a file for the report")
     from kcdcache.report import page, tables
 
     out = command.out or command.paths[0] / "report.html"

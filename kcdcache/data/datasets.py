@@ -363,7 +363,7 @@ def read_npz(file: Path) -> dict[str, np.ndarray]:
                 _require_few_bytes(arrays.zip.infolist(), stream.seek(0, 2))
                 found = dict(arrays)
             if odd := [name for name, array in found.items() if not isinstance(array, np.ndarray)]:
-                raise ValueError(f"{odd[0]!r:.80} is no array of numpy")
+                raise ValueError(f"{odd[0]!r:.80} is not a numpy array")
             return found
         except (UnsafeError, MemoryError) as error:
             raise UnsafeError(f"{file} is refused: {error}") from None

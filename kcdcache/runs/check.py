@@ -1,13 +1,14 @@
 """Check of a run folder: every file is as the run wrote it, and all files belong together."""
 
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from kcdcache.condense import manifest, value_files
 from kcdcache.condense.manifest import Manifest
 from kcdcache.condense.value_files import Held
-from kcdcache.errors import LockedError, MismatchError, NotFoundError, attempt
+from kcdcache.errors import LockedError, attempt
 from kcdcache.files import cloud, run_files
 from kcdcache.files.atomic import is_locked, read_bytes
 from kcdcache.files.records import MOST_RECORD_BYTES, logged_seconds
@@ -15,7 +16,7 @@ from kcdcache.files.run_files import RunFiles
 from kcdcache.networks import weights
 from kcdcache.runs import state
 from kcdcache.runs.folder import RunFolder
-from kcdcache.runs.state import Inputs, MetricsRow, RunRecord, Summary
+from kcdcache.runs.state import Inputs, MetricsRow, RunRecord
 from kcdcache.store import check as store_check
 from kcdcache.store import reader
 
@@ -96,18 +97,12 @@ def _progress(look: _Look) -> list[MetricsRow]:
     rows = found[1].rows
     written = read_bytes(folder.metrics, MOST_RECORD_BYTES) if folder.metrics.exists() else b""
     behind = not folder.summary.exists() and written == state.metrics_lines(rows[:-1])
-    if written != state.metrics_lines(rows) and not behind:  # a kill between the two leaves metrics an epoch behind
-        look.add(f"{folder.metrics}, line {_first_difference(written, state.metrics_lines(rows))}: {_OTHER_ROWS}")
+    if written != (expected := state.metrics_lines(rows)) and not behind:  # a kill leaves metrics an epoch behind
+        pairs = zip_longest(written.splitlines(keepends=True), expected.splitlines(keepends=True))
+        line = next(number for number, (ours, theirs) in enumerate(pairs, 1) if ours != theirs)
+        remedy = "run the run's command again, which writes it anew"
+        look.add(f"{folder.metrics}, line {line}: not what the checkpoint has for that epoch; {remedy}")
     return rows
-
-
-_OTHER_ROWS = "not what the checkpoint has for that epoch; run the run's command again, which writes it anew"
-
-
-def _first_difference(found: bytes, expected: bytes) -> int:
-    left, right = found.splitlines(keepends=True), expected.splitlines(keepends=True)
-    same = (one == other for one, other in zip(left, right, strict=False))
-    return next((number for number, equal in enumerate(same, 1) if not equal), min(len(left), len(right)) + 1)
 
 
 def _values(look: _Look, sets: dict[int, Manifest]) -> dict[str, Held]:
@@ -169,17 +164,12 @@ def _summary(look: _Look, rows: list[MetricsRow], record: RunRecord | None, sets
     expected["seconds"] = logged_seconds(folder.timing)
     if found.condensed_set is not None:
         expected |= {name: sum(getattr(row, name) for row in rows) for name in SUMS}
-        expected |= look.at(_exported, folder, found, sets) or {}
+        if not sets:
+            look.add(f"no readable manifest in {folder.path / 'stages'}, but a summary that names one")
+        elif found.count != sets[last := max(sets)].count:
+            look.add(f"{folder.summary} counts {found.count} samples, the set {sets[last].count}")
+        else:
+            expected |= {"condensed_set": folder.name_of(folder.manifest(last)), "kept": len(sets[last])}
     for name, wanted in expected.items():
         if getattr(found, name) != wanted:
             look.add(f"{folder.summary}, {name}: {getattr(found, name)}, but the run's other files give {wanted}")
-
-
-def _exported(folder: RunFolder, summary: Summary, sets: dict[int, Manifest]) -> dict[str, Any]:
-    """Return the expected summary entries of the final condensed set."""
-    if not sets:
-        raise NotFoundError(f"no readable manifest in {folder.path / 'stages'}, but a summary that names one")
-    last = max(sets)
-    if summary.count != sets[last].count:
-        raise MismatchError(f"{folder.summary} counts {summary.count} samples, the set {sets[last].count}")
-    return {"condensed_set": folder.name_of(folder.manifest(last)), "kept": len(sets[last])}

@@ -126,7 +126,7 @@ def test_help_answers_without_the_heavy_libraries(asked):
 
 def test_help_of_train_stands_in_sections_and_offers_choices(capsys):
     out = " ".join(outcome(capsys, "train", "--help")[1].split())
-    headings = ["What goes in and out: --store", "Sampling of the condensed set in each epoch: --sampling"]
+    headings = ["Input and output: --store", "Sampling of the condensed set in each epoch: --sampling"]
     assert [heading in out for heading in headings] == [True, True]
     assert "--preset [paper|release]" in out
     assert out.index("Options: --dry-run") > max(map(out.index, headings))  # what is not of the method comes last
