@@ -137,7 +137,7 @@ def _links(
     if number == 0:  # full, random or given: it has no previous manifest
         return
     if found.stage != number:
-        yield f"is for stage {found.stage}, it lies in the folder of stage {number}"
+        yield f"is for stage {found.stage}, found in the folder of stage {number}"
     if number - 1 not in sets and not folder.manifest(number - 1).exists():
         yield f"follows a manifest that is missing: {folder.manifest(number - 1)}"
     before = sets.get(number - 1)
@@ -152,7 +152,7 @@ def _mixes(look: _Look, path: Path, of: Manifest | None) -> None:
     opened = look.at(reader.open, path) if found and not found.problems else None
     made_for = (opened.knowledge.mixes or {}).get("manifest") if opened else None
     if opened and of is not None and made_for != of.digest:
-        look.add(f"{path} holds the teacher's outputs on manifest {made_for}, beside it lies {of.digest}")
+        look.add(f"{path} holds the teacher's outputs on manifest {made_for}, next to it is {of.digest}")
 
 
 def _summary(look: _Look, rows: list[MetricsRow], record: RunRecord | None, sets: dict[int, Manifest]) -> None:

@@ -73,7 +73,7 @@ WRONG_COMMANDS = [
     ("methods --student wrn_16", "unknown network 'wrn_16'; did you mean 'wrn_16_2'?"),
     ("verify s --sample 0", "--sample takes a share above 0"),
     ("run nowhere.toml", "no recipe at nowhere.toml"),
-    ("report a b", "--out is missing: of several folders"),
+    ("report a b", "--out is missing: several folders"),
 ]
 ASKING = f"""
 import contextlib, io, json, sys

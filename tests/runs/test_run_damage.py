@@ -220,7 +220,7 @@ def test_a_summary_is_held_to_what_it_sums_up(place):
 def test_a_store_of_mixes_belongs_to_the_manifest_beside_it(place):
     shutil.rmtree(place / "run/stages/2/manifest.requery")
     shutil.copytree(place / "run/stages/1/manifest.requery", place / "run/stages/2/manifest.requery")
-    with pytest.raises(CorruptionError, match=r"the teacher's outputs on manifest \w{64}, beside it lies \w{64}"):
+    with pytest.raises(CorruptionError, match=r"the teacher's outputs on manifest \w{64}, next to it is \w{64}"):
         verify.verify(place / "run")
 
 
