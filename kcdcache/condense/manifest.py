@@ -1,4 +1,4 @@
-"""Manifests: which samples a stage trains on, as an immutable value and as a file, and the rules its rows keep."""
+"""Manifests: which samples a stage trains on, in memory and in a file, and the rules their rows keep."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +20,13 @@ from kcdcache.files.records import canonical_json, require_format
 
 METADATA_KEY = "kcdcache.manifest"
 MOST_ROWS = 10**8
-"""as many samples as a store takes"""
+"""the largest store"""
 
 ARRAYS: dict[str, type] = {
     "index": np.int64, "mixed": np.bool_, "partner": np.int64, "epsilon": np.float32,
     "rank": np.int64, "value": np.float32, "visits": np.int32, "weight": np.float32,
 }  # fmt: skip
-"""column -> its type, in the order of the digest"""
+"""column -> its type, in digest order"""
 SCHEMA = pa.schema([
     ("index", pa.int64()), ("part", pa.dictionary(pa.int32(), pa.string())), ("partner", pa.int64()),
     ("epsilon", pa.float32()), ("rank", pa.int64()), ("value", pa.float32()), ("visits", pa.int32()),
@@ -39,65 +39,60 @@ FACTS: dict[str, tuple[type, ...]] = {
     "parent": (str, NoneType), "values": (str, NoneType), "class_counts": (tuple,), "data_digest": (str, NoneType),
 }  # fmt: skip
 KEPT, MIXED = "K_1H", "K_Aug"
-"""The parts: points kept as they are, and kept points with a dropped one mixed in."""
+"""parts: samples kept as they are, and kept samples with a dropped one mixed in"""
 
 BYTES_A_SAMPLE = 1
 """memory of `Checks`"""
 Columns = Mapping[str, np.ndarray]
-"""Arrays of a condensed set by name, each of shape (rows,)."""
+"""arrays of a condensed set by name, each of shape (rows,)"""
 Rule = tuple[str, str, Bool[np.ndarray, " rows"]]
-"""(column, what is expected of it, which rows break that)."""
+"""(column, expectation, which rows break it)"""
 _DROPPED = "a dropped sample, not a kept one"
 _AS_KEPT, _AS_PARTNER, _AS_RANK = np.uint8(1), np.uint8(2), np.uint8(4)
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """All samples of a body of knowledge, as far as choosing some of them needs to know them."""
+    """All samples of a store, as far as selection needs them."""
 
     knowledge_id: str
     count: int
     """N, of the whole training split"""
     labels: Int64[np.ndarray, " n"] | None = None
     classes: int = 0
-    """number of classes, 0 where it is not known"""
+    """number of classes, 0 if unknown"""
     data_digest: str | None = None
     excluded: Int64[np.ndarray, " excluded"] = field(default_factory=lambda: np.empty(0, np.int64))
-    """those the store skipped: never kept, never mixed in"""
+    """skipped by the store: never kept, never mixed in"""
 
     def class_counts(self, index: Int64[np.ndarray, " some"]) -> tuple[int, ...]:
-        """Return how many of the given samples each class has; empty where labels are not known."""
+        """Count the given samples by class; empty if labels are unknown."""
         return () if self.labels is None else tuple(np.bincount(self.labels[index], minlength=self.classes).tolist())
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Facts:
-    """What a manifest says beside its rows.
-
-    Raises:
-        MismatchError: a fact is of another type than it should be.
-    """
+    """A manifest without its rows; raises MismatchError for a fact of the wrong type."""
 
     knowledge_id: str
-    """the knowledge it was made for"""
+    """of the store it was made for"""
     count: int
     """number of samples N in the whole training split"""
     stage: int
-    """stage that trains on it"""
     keep: float
     """share of N kept"""
     dropped: int = 0
-    """size of K_0, the dropped points the rule names, used as partners or not"""
+    """size of K_0: the dropped samples the rule selects, mixed in or not"""
     rule: dict[str, Any] = field(default_factory=dict)
     """settings of the condensation"""
     parent: str | None = None
     """digest of the previous stage's manifest"""
     values: str | None = None
-    """fingerprint of the values it was ranked by"""
+    """fingerprint of the values behind the ranking"""
     class_counts: tuple[int, ...] = ()
-    """kept samples per class, empty where labels were not known"""
+    """kept samples per class, empty if labels were unknown"""
     data_digest: str | None = None
-    """digest of the training split, which lets a transfer to another teacher check its data"""
+    """digest of the training split, checked by a transfer to another teacher"""
 
     def __post_init__(self) -> None:
         if isinstance(self.keep, int):
@@ -110,17 +105,14 @@ class Facts:
                 raise MismatchError(f"manifest field '{name}': expected {wanted}, found {found!r}")
 
     def document_of(self, rows: int) -> dict[str, Any]:
-        """Return them as JSON values, for a manifest of so many rows; without the digest."""
+        """Return the JSON values of a manifest with these facts and `rows` rows, without the digest."""
         facts = {name: getattr(self, name) for name in FACTS} | {"class_counts": list(self.class_counts)}
         return {"format_version": FORMAT_VERSION, **facts, "rows": rows}
 
     def require_fit(self, rows: int, mixed: int) -> None:
-        """Do nothing if they fit a manifest of so many rows, so many of them mixed.
+        """Raise MismatchError, naming the fact, unless these fit a manifest of `rows` rows, `mixed` of them mixed.
 
-        Fewer rows than `keep` allows are fine: where samples were skipped, fewer are left.
-
-        Raises:
-            MismatchError: one does not; names it.
+        Fewer rows than `keep` allows are fine: the store may have skipped samples.
         """
         counts, is_share = self.class_counts, 0 < self.keep <= 1
         for name, expected, good in (
@@ -140,17 +132,17 @@ class Facts:
 
 
 class Totals(NamedTuple):
-    """What a summary needs of the rows."""
+    """Sums over the rows, for a summary."""
 
     rows: int = 0
     mixed: int = 0
     unseen: int = 0
-    """rows of samples that were never visited"""
+    """rows of samples without a visit"""
     epsilon: tuple[float, float] | None = None
-    """smallest and largest share of a partner; None where nothing is mixed"""
+    """smallest and largest share of a partner; None if nothing is mixed"""
 
     def plus(self, columns: Columns) -> "Totals":
-        """Return the totals of these rows and more."""
+        """Return the totals including these rows."""
         shares = columns["epsilon"][columns["mixed"]]
         ends = [] if self.epsilon is None else [*self.epsilon]
         ends += [float(shares.min()), float(shares.max())] if len(shares) else []
@@ -162,10 +154,9 @@ class Totals(NamedTuple):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Manifest(Facts):
-    """Which samples a stage trains on and what is mixed into them; arrays are read-only and sorted by index.
+    """Which samples a stage trains on, and what is mixed into them; arrays are read-only and sorted by index.
 
-    Raises:
-        MismatchError: a row or fact breaks the rules of a manifest; names the first such row.
+    Raises MismatchError if a row or fact breaks a rule; it names the first such row.
     """
 
     index: Int64[np.ndarray, " rows"]
@@ -177,11 +168,11 @@ class Manifest(Facts):
     epsilon: Float32[np.ndarray, " rows"]
     """share of the partner in [0, 1], 0 for K_1H"""
     rank: Int64[np.ndarray, " rows"]
-    """place in the ranking of all candidates, 0 is best"""
+    """rank among all candidates, 0 is best"""
     value: Float32[np.ndarray, " rows"]
-    """value the ranking used, 0 where unseen (null in the file)"""
+    """value behind the ranking, 0 if unseen (null in the file)"""
     visits: Int32[np.ndarray, " rows"]
-    """visit count, 0 where unseen"""
+    """visit count, 0 if unseen"""
     weight: Float32[np.ndarray, " rows"]
     """weight of the sample's loss, above 0"""
 
@@ -205,64 +196,54 @@ class Manifest(Facts):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the document and all columns: equal exactly where the manifests are."""
+        """SHA-256 over the document and all columns: equal if and only if the manifests are."""
         return parquet.digest(canonical_json(self.document()), self.columns())
-
-    def draft(self) -> "Draft":
-        """Return it as rows to write."""
-        starts, columns = range(0, len(self), parquet.ROWS), self.columns()
-        blocks = ({name: column[first : first + parquet.ROWS] for name, column in columns.items()} for first in starts)
-        return Draft(self.count, blocks, lambda totals: self)
 
 
 class Draft:
-    """A condensed set on its way into a file: its rows pass once, block by block, and are checked and digested."""
+    """A condensed set on its way to a file: its rows pass once, in blocks, and are checked and digested."""
 
     def __init__(self, count: int, blocks: Iterable[Columns], facts: Callable[[Totals], Facts]) -> None:
-        """Take the rows of a set of `count` samples, in order.
-
-        `facts` is asked, when all rows have passed, for what the manifest says beside them.
-        """
+        """Take the rows of a set of `count` samples, in order; `facts` is called once all rows have passed."""
         self._count, self._blocks, self._facts = count, iter(blocks), facts
         self._checks, self._totals, self._digest = Checks(count), Totals(), parquet.Digest(ARRAYS)
 
     def write(self, path: Path, partition_rows: int | None = None, place: Path | None = None) -> None:
-        """Write the set as parquet, whole or not at all, with the same bytes for the same content.
+        """Write the set as parquet, whole or not at all; the same content gives the same bytes.
 
-        About more than `partition_rows` samples it becomes a folder of parts, each about so many of them, made in the
-        folder `place` (`atomic.beside` unless given).
+        A set of more than `partition_rows` samples becomes a folder of parts, one per `partition_rows` samples, built
+        in the folder `place` (default: `atomic.beside`).
 
         Raises:
-            MismatchError: a row or fact breaks the rules of a manifest.
-            LockedError: something is there already; manifests are never overwritten.
-            NoSpaceError: the disk is full.
+            MismatchError: a row or fact breaks a rule.
+            LockedError: the path exists; manifests are never overwritten.
         """
         if partition_rows is None or self._count <= partition_rows:
             atomic.create_exclusive(path, self._fill)
             return
         with atomic.beside(path) if place is None else nullcontext(place) as folder:
-            made = folder / "set"
+            made, waiting = folder / "set", list[Columns]()
             made.mkdir()
-            parquet.seal(made, self._parts(made, partition_rows))
+            parts = tuple(
+                parquet.write_part(made, span, SCHEMA, self._tables(_until(span.stop, self._blocks, waiting)))
+                for span in parquet.spans(self._count, partition_rows)
+            )
+            content = parquet.Seal(
+                key=METADATA_KEY, samples=self._count, partition_rows=partition_rows, document=self._ended[1],
+                parts=parts,
+            )  # fmt: skip
+            parquet.seal(made, content)
             atomic.place(made, path, parquet.SEAL)
 
     def summary(self) -> dict[str, Any]:
-        """Return what `summary` does, after the rows that were not written have passed too.
-
-        Raises:
-            MismatchError: a row or fact breaks the rules of a manifest.
-        """
+        """Return the `summary` of the set, after checking the rows that were not written."""
         for _ in self._tables(self._blocks):
             pass
         facts, document = self._ended
         return _summary(facts, self._totals, document["digest"])
 
     def held(self) -> Manifest:
-        """Return the set as a value in memory.
-
-        Raises:
-            MismatchError: a row or fact breaks the rules of a manifest.
-        """
+        """Return the set as a manifest in memory."""
         columns = _joined(list(self._blocks))
         return Manifest(**columns, **vars(self._facts(Totals().plus(columns))))
 
@@ -273,19 +254,8 @@ class Draft:
                 writer.write(table)
             writer.close({METADATA_KEY: canonical_json(self._ended[1])})
 
-    def _parts(self, folder: Path, partition_rows: int) -> parquet.Seal:
-        """Write the parts; return the record to seal their folder with."""
-        waiting: list[Columns] = []
-        parts = tuple(
-            parquet.write_part(folder, span, SCHEMA, self._tables(_until(span.stop, self._blocks, waiting)))
-            for span in parquet.spans(self._count, partition_rows)
-        )
-        return parquet.Seal(
-            key=METADATA_KEY, samples=self._count, partition_rows=partition_rows, document=self._ended[1], parts=parts
-        )
-
     def _tables(self, blocks: Iterable[Columns]) -> Iterator[pa.Table]:
-        """Yield rows as they stand in a file, by parquet.ROWS; they are checked and digested while the caller works."""
+        """Yield file rows, parquet.ROWS at a time, which are checked and digested while the caller works."""
         with ThreadPoolExecutor(2) as pool:
             for columns in parquet.regrouped(blocks, parquet.ROWS):
                 beside = [pool.submit(work, columns) for work in (self._checks.add, self._digest.add)]
@@ -296,19 +266,34 @@ class Draft:
 
     @cached_property
     def _ended(self) -> tuple[Facts, dict[str, Any]]:
-        """The facts and the document with its digest, once all rows have passed."""
+        """The facts, and the document with its digest; only after all rows have passed."""
         self._checks.end()
         facts = self._facts(self._totals)
         facts.require_fit(self._totals.rows, self._totals.mixed)
         document = facts.document_of(self._totals.rows)
         return facts, {**document, "digest": self._digest.over(canonical_json(document))}
+        return facts, {**document, "digest": self._digest.over(canonical_json(document))}
+
+
+class _Whole(Draft):
+    """A manifest in memory on its way to a file: it was checked when it was made, and knows its digest."""
+
+    def __init__(self, made: Manifest) -> None:
+        starts, columns = range(0, len(made), parquet.ROWS), made.columns()
+        blocks = ({name: column[first : first + parquet.ROWS] for name, column in columns.items()} for first in starts)
+        super().__init__(made.count, blocks, lambda totals: made)
+        self._made = made
+
+    def _tables(self, blocks: Iterable[Columns]) -> Iterator[pa.Table]:
+        return map(cells, parquet.regrouped(blocks, parquet.ROWS))
+
+    @cached_property
+    def _ended(self) -> tuple[Facts, dict[str, Any]]:
+        return self._made, {**self._made.document(), "digest": self._made.digest}
 
 
 def full(samples: Samples) -> Manifest:
-    """Return the manifest that keeps all samples as they are: what stage 0 trains on.
-
-    Those the store skipped are left out; `keep` still says 1, a share of what can be kept.
-    """
+    """Return the manifest that keeps all samples as they are, except those the store skipped; `keep` is 1 even so."""
     index = np.setdiff1d(np.arange(samples.count), samples.excluded, assume_unique=True)
     return unranked(samples, index, np.arange(len(index)), keep=1.0)
 
@@ -316,7 +301,7 @@ def full(samples: Samples) -> Manifest:
 def unranked(
     samples: Samples, index: Int64[np.ndarray, " rows"], rank: Int64[np.ndarray, " rows"], **facts: Any
 ) -> Manifest:
-    """Return the manifest of a stage 0 that no values rank: it keeps some samples as they are."""
+    """Return a manifest of stage 0 without values: some samples, kept as they are."""
     rows = len(index)
     return Manifest(
         **plain(index), rank=rank, value=np.zeros(rows, np.float32), visits=np.zeros(rows, np.int32),
@@ -326,7 +311,7 @@ def unranked(
 
 
 def plain(index: Int64[np.ndarray, " rows"]) -> dict[str, Any]:
-    """Return the columns of a set without mixes: index, mixed, partner, epsilon and weight, each of shape (rows,)."""
+    """Return index, mixed, partner, epsilon and weight of a set without mixes, each of shape (rows,)."""
     rows = len(index)
     return {
         "index": index, "mixed": np.zeros(rows, np.bool_), "partner": np.full(rows, -1),
@@ -335,24 +320,18 @@ def plain(index: Int64[np.ndarray, " rows"]) -> dict[str, Any]:
 
 
 def write(path: Path, manifest: Manifest, partition_rows: int | None = None) -> None:
-    """Write a manifest, as `Draft.write` does.
-
-    Raises:
-        LockedError, NoSpaceError: as there.
-    """
-    manifest.draft().write(path, partition_rows)
+    """Write a manifest like `Draft.write`; it is not checked or digested again."""
+    _Whole(manifest).write(path, partition_rows)
 
 
 def read(path: Path | str, most_rows: int = MOST_ROWS) -> Manifest:
-    """Return the manifest in a file, after checking its page checksums, its digest and, in a run, the run's record.
+    """Return the manifest in a file, after checking page checksums, digest, rules and, in a run, the run's record.
 
-    More than `most_rows` rows are refused before any is decoded: a few bytes of parquet can claim hundreds of millions.
+    A file of more than `most_rows` rows is refused before decoding: a few bytes of parquet can claim billions of rows.
 
     Raises:
-        NotFoundError: there is no such file.
-        CorruptionError: it is damaged or was changed after it was written, or its run has no record of it.
-        MismatchError: it is no manifest, of a newer format, not a valid one (names the first invalid row), or not the
-            one that the run wrote there (prints both digests).
+        CorruptionError: the file is damaged or was changed, or its run has no record of it.
+        MismatchError: the file is no valid manifest, has a newer format, or is not the one its run wrote there.
     """
     path = Path(path)
     with parquet.opened(path, most_rows) as reader:
@@ -364,7 +343,7 @@ def read(path: Path | str, most_rows: int = MOST_ROWS) -> Manifest:
 
 
 class Head(NamedTuple):
-    """What a manifest in a file says beside its rows."""
+    """A manifest in a file, without its rows."""
 
     facts: Facts
     rows: int
@@ -374,13 +353,10 @@ class Head(NamedTuple):
 def read_head(
     path: Path, most_rows: int = MOST_ROWS, each: Callable[[Int64[np.ndarray, " rows"]], None] | None = None
 ) -> Head:
-    """Return what the manifest in a file says beside its rows, after checking that its content has its digest.
+    """Return the head of a manifest in a file, after checking its digest, one row group at a time.
 
-    It is read one row group at a time; `each` is given the kept samples of every one.
-
-    Raises:
-        NotFoundError, CorruptionError, MismatchError: as for `read`, but the rules of a manifest are not checked: one
-            with the digest of a valid manifest is that manifest.
+    `each` is called with the kept samples of every row group. Errors are those of `read`, but the rows' rules are not
+    checked: the digest of a valid manifest vouches for them.
     """
     with parquet.opened(path, most_rows) as reader:
         document = _document(reader.schema, path)
@@ -396,11 +372,7 @@ def require_knowledge(
     manifest: Facts, knowledge_id: str, *, count: int | None = None, data_digest: str | None = None,
     transfer: bool = False,
 ) -> None:  # fmt: skip
-    """Do nothing if a manifest was made for this knowledge, or with `transfer` at least for the same data.
-
-    Raises:
-        MismatchError: it was not; prints both ids and the way out.
-    """
+    """Raise MismatchError unless a manifest fits this knowledge, or with `transfer` a store of the same data."""
     if manifest.knowledge_id == knowledge_id:
         return
     if not transfer:
@@ -418,11 +390,7 @@ def require_knowledge(
 
 
 def require_usable(manifest: Manifest, skipped: Int64[np.ndarray, " skipped"]) -> None:
-    """Do nothing if a manifest uses no sample that its store skipped.
-
-    Raises:
-        MismatchError: it keeps or mixes in one; names the first such row.
-    """
+    """Raise MismatchError, naming the row, if a manifest keeps or mixes in a sample that its store skipped."""
     for column, used in (("index", manifest.index), ("partner", manifest.partner)):
         if (bad := np.isin(used, skipped)).any():
             row = int(np.argmax(bad))
@@ -451,7 +419,7 @@ def _summary(facts: Facts, totals: Totals, digest: str) -> dict[str, Any]:
 
 
 def cells(columns: Columns) -> pa.Table:
-    """Return rows as they stand in a file."""
+    """Return rows in the file's form."""
     parts = pa.DictionaryArray.from_arrays(columns["mixed"].astype(np.int32), [KEPT, MIXED])
     found = {name: pa.array(column) for name, column in columns.items() if name != "mixed"}
     found["partner"] = pa.array(columns["partner"], mask=~columns["mixed"])
@@ -460,19 +428,17 @@ def cells(columns: Columns) -> pa.Table:
 
 
 class Checks:
-    """Holds the rows of one condensed set as they come against all rules; takes one byte for each sample of the set."""
+    """Checks the rows of one condensed set block by block against all rules; takes one byte per sample."""
 
     def __init__(self, count: int) -> None:
-        """Begin with the rows of a set of `count` samples."""
+        """Begin a set of `count` samples."""
         self._count, self._rows, self._last = count, 0, -1
         self._used = np.zeros(count, np.uint8)
 
     def add(self, columns: Columns) -> None:
-        """Take the next rows.
+        """Check the next rows.
 
-        Raises:
-            MismatchError: one of them breaks a rule; names the first that does by itself, else the first that does
-                together with another.
+        Raises MismatchError for the first row that breaks a rule alone, else the first that does with another row.
         """
         _raise_first([*_own_rules(columns, self._count, self._last)], columns, self._rows)
         index, mixed = columns["index"], columns["mixed"]
@@ -486,11 +452,7 @@ class Checks:
         self._rows, self._last = self._rows + len(index), int(index[-1]) if len(index) else self._last
 
     def end(self) -> None:
-        """Do nothing if no partner of an early row is kept by a row added later.
-
-        Raises:
-            MismatchError: one is; names it.
-        """
+        """Raise MismatchError if a later row keeps the partner of an earlier one."""
         both = _AS_KEPT | _AS_PARTNER
         for start in range(0, self._count, 2**20):
             if (bad := self._used[start : start + 2**20] & both == both).any():
@@ -499,11 +461,11 @@ class Checks:
                 )
 
     def _marked(self, places: Integer[np.ndarray, " rows"], mark: np.unsignedinteger) -> Bool[np.ndarray, " rows"]:
-        """Mark some samples or ranks; return which of them had that mark already, or stand there again."""
+        """Mark some samples or ranks; return which of them were marked before, or occur twice."""
         again: np.ndarray = self._used[places] & mark != 0
         self._used[places] |= mark
         ascending = np.sort(places)
-        if (ascending[1:] == ascending[:-1]).any():  # seldom, and where not, quickly seen
+        if (ascending[1:] == ascending[:-1]).any():  # seldom, and quickly seen
             order = np.argsort(places, kind="stable")
             again[order[1:]] |= ascending[1:] == ascending[:-1]
         return again
@@ -531,14 +493,13 @@ def _document(schema: pa.Schema, path: Path) -> dict[str, Any]:
 
 
 def _facts(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the facts in a document whose digest was checked; what they hold was not."""
-    counts = document["class_counts"]
-    known = {name: document[name] for name in FACTS}
-    return {**known, "class_counts": tuple(counts) if isinstance(counts, list) else counts}
+    """Return the facts in a document whose digest was checked, but not its content."""
+    facts, counts = {name: document[name] for name in FACTS}, document["class_counts"]
+    return {**facts, "class_counts": tuple(counts) if isinstance(counts, list) else counts}
 
 
 def _until(stop: int, blocks: Iterator[Columns], waiting: list[Columns]) -> Iterator[Columns]:
-    """Yield the rows of samples before `stop`; those of a block that goes on are left `waiting` for the next call."""
+    """Yield the rows of samples before `stop`; the rest of a block stays in `waiting` for the next call."""
     while (columns := waiting.pop() if waiting else next(blocks, None)) is not None:
         here = int(np.searchsorted(columns["index"], stop))
         yield {name: column[:here] for name, column in columns.items()}
@@ -548,7 +509,7 @@ def _until(stop: int, blocks: Iterator[Columns], waiting: list[Columns]) -> Iter
 
 
 def _checked(reader: parquet.Table, document: Mapping[str, Any], path: Path) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the columns of each row group, then hold all of them against the digest."""
+    """Yield the columns of each row group, then compare all of them with the digest."""
     rows, digest = 0, parquet.Digest(ARRAYS)
     for table in reader.groups():
         columns = {name: _column(table, name, path, rows) for name in ARRAYS}
@@ -571,11 +532,7 @@ def _joined(blocks: list[Columns]) -> dict[str, Any]:
 
 
 def _column(table: pa.Table, name: str, path: Path, first: int) -> np.ndarray:
-    """Return a column of some rows, `first` rows after the beginning of the file; `mixed` is read of `part`.
-
-    Raises:
-        CorruptionError: a cell is empty, or of an unknown part.
-    """
+    """Return a column of a row group that begins at row `first` of the file; `mixed` is read from `part`."""
     if name != "mixed":
         column = table.column(name)
         column = column.fill_null({"partner": -1, "value": 0}[name]) if name in ("partner", "value") else column
@@ -584,7 +541,7 @@ def _column(table: pa.Table, name: str, path: Path, first: int) -> np.ndarray:
         return column.to_numpy()
     part = table.column("part").unify_dictionaries().combine_chunks()
     codes = part.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    names = np.array([*part.dictionary.to_pylist(), None], object)  # whose last stands for an empty cell
+    names = np.array([*part.dictionary.to_pylist(), None], object)  # the last is an empty cell's
     mixed, known = names[codes] == MIXED, np.isin(names, [KEPT, MIXED])[codes]
     if not known.all():
         row = int(np.argmin(known))
@@ -595,7 +552,7 @@ def _column(table: pa.Table, name: str, path: Path, first: int) -> np.ndarray:
 
 
 def _own_rules(columns: Columns, count: int, last: int) -> Iterator[Rule]:
-    """Yield the rules that a row keeps or breaks by itself, or with the row before it (`last` is the index before)."""
+    """Yield the rules for a row by itself, or with the row before it (`last` is the index before the first)."""
     index, samples = columns["index"], f"a sample in [0, {count})"
     yield "index", samples, (index < 0) | (index >= count)
     yield "index", "ascending order, each sample once", np.diff(index, prepend=last) <= 0
@@ -613,7 +570,7 @@ def _own_rules(columns: Columns, count: int, last: int) -> Iterator[Rule]:
 
 
 def _raise_first(rules: list[Rule], columns: Columns, before: int) -> None:
-    """Raise for the first row that breaks a rule; `before` is the number of rows before these."""
+    """Raise for the first row that breaks a rule; `before` is the number of earlier rows."""
     broken = [(int(np.argmax(bad)), column, expected) for column, expected, bad in rules if bad.any()]
     if broken:
         row, column, expected = min(broken, key=lambda rule: rule[0])
