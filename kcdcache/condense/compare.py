@@ -1,4 +1,4 @@
-"""How condensed sets differ: two of them, those of one run over its stages, and in what they keep of marked samples."""
+"""Comparisons of condensed sets: of two, of a run's sets over its stages, and of what they keep of marked samples."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,13 +20,13 @@ FATES = {
     "joined": "not in the first set, taken up later and kept from then on",
     "never": "in no set",
 }
-"""what can become of a sample -> what that means; every sample has exactly one"""
+"""fate of a sample -> its meaning; every sample has exactly one"""
 BAND = (0.1, 0.5, 0.9)
-"""quantiles that stand for the values of many samples"""
+"""quantiles that sum up the values of many samples"""
 
 
 class Difference(Settings):
-    """How a condensed set A and a set B of the same data differ; all counts are of samples."""
+    """Differences of two condensed sets A and B of the same data; all counts are of samples."""
 
     samples: int
     """N, of the whole training split"""
@@ -39,43 +39,43 @@ class Difference(Settings):
     jaccard: float
     """|A and B| / |A or B| in [0, 1]"""
     hamming: float
-    """|A xor B| / N in [0, 1], the share of all samples that one set keeps and the other does not"""
+    """|A xor B| / N in [0, 1]"""
     rank_correlation: float | None
-    """Spearman's in [-1, 1], over the samples kept in both; None where fewer than two or all alike"""
+    """Spearman's in [-1, 1], over the samples kept in both; None if fewer than two, or all alike"""
     value_correlation: float | None
     """the same of their values, over those visited in both"""
     parts_moved: int
-    """kept by both, but enriched in one only: the sum of the two below"""
+    """kept in both, but mixed in one only: the sum of the next two"""
     K_1H_to_K_Aug: int
     K_Aug_to_K_1H: int
     mixed_in_both: int
     same_partner: int
-    """enriched in both with the same dropped sample"""
+    """mixed in both, with the same partner"""
     class_difference: list[int] | None
-    """kept in B minus kept in A of each class; None where a set does not know its classes"""
+    """kept in B minus kept in A, by class; None if a set does not know its classes"""
     same_knowledge: bool
     identical: bool
-    """whether the manifests are equal in every column and fact"""
+    """equal in every column and fact"""
 
 
 class Turnover(NamedTuple):
-    """How one set differs from the one before it, in samples."""
+    """Differences of a set and the one before it, in samples."""
 
     stayed: int
     """kept in both"""
     left: int
     """kept before, dropped now"""
     returned: int
-    """kept now and in some earlier set, but not in the one before"""
+    """kept now and in an earlier set, but not in the one before"""
     new: int
-    """kept now for the first time; in the first set that is all of it"""
+    """kept for the first time; in the first set all of it"""
 
 
 class SetCounts(Settings):
-    """How many samples a stage's set keeps, enriches, mixes in and drops, and how its values tell marked ones apart.
+    """Sizes of a stage's set, and how well its values separate marked samples.
 
-    Entries ending in `wrong` are of samples whose label is wrong, in `rare` of samples of rare classes; they are unset
-    where no sample is marked so, and those on values where the stage has none yet.
+    Entries ending in `wrong` count samples with a wrong label, in `rare` samples of rare classes. They are unset if no
+    sample is marked; those about values also before the stage has any.
     """
 
     model_config = ConfigDict(strict=True)
@@ -85,7 +85,7 @@ class SetCounts(Settings):
     enriched: int
     """K_Aug"""
     partners: int
-    """dropped samples that are mixed into those, each once"""
+    """dropped samples mixed into those"""
     dropped: int
     kept_wrong: int | None = None
     enriched_wrong: int | None = None
@@ -96,7 +96,7 @@ class SetCounts(Settings):
     partners_rare: int | None = None
     dropped_rare: int | None = None
     separation_wrong: float | None = None
-    """`separation` by the values at the stage's end, of the samples visited by then"""
+    """`separation` by the values at the stage's end, of the samples visited so far"""
     value_wrong: list[float] | None = None
     """BAND of those values"""
     value_not_wrong: list[float] | None = None
@@ -106,11 +106,7 @@ class SetCounts(Settings):
 
 
 def compare(a: Manifest, b: Manifest, names: tuple[str, str] = ("A", "B")) -> Difference:
-    """Return how two condensed sets of the same data differ; `names` are what an error calls them.
-
-    Raises:
-        MismatchError: they are sets of different data.
-    """
+    """Compare two condensed sets; raises MismatchError, with their `names`, if they are of different data."""
     _require_same_data(a, b, names)
     common, at_a, at_b = np.intersect1d(a.index, b.index, assume_unique=True, return_indices=True)
     either, both = len(a) + len(b) - len(common), len(common)
@@ -158,7 +154,7 @@ def _class_difference(a: Manifest, b: Manifest) -> list[int] | None:
 
 
 def spearman(x: Shaped[np.ndarray, " n"], y: Shaped[np.ndarray, " n"]) -> float | None:
-    """Return Spearman's rank correlation in [-1, 1], ties at their mean rank; None below two or where all are alike."""
+    """Return Spearman's rank correlation in [-1, 1], ties at their mean rank; None for fewer than two values."""
     from scipy import stats
 
     if min(len(np.unique(x)), len(np.unique(y))) < 2:
@@ -167,7 +163,7 @@ def spearman(x: Shaped[np.ndarray, " n"], y: Shaped[np.ndarray, " n"]) -> float 
 
 
 def parts(sets: Sequence[Manifest]) -> Int8[np.ndarray, "sets n"]:
-    """Return DROPPED, KEPT (as it is, K_1H) or MIXED (kept and enriched, K_Aug) for all N samples in each set."""
+    """Return DROPPED, KEPT (K_1H) or MIXED (K_Aug) for all N samples in each set."""
     found = np.full((len(sets), sets[0].count), DROPPED, np.int8)
     for row, chosen in zip(found, sets, strict=True):
         row[chosen.index] = np.where(chosen.mixed, MIXED, KEPT)
@@ -175,7 +171,7 @@ def parts(sets: Sequence[Manifest]) -> Int8[np.ndarray, "sets n"]:
 
 
 def turnover(found: Int8[np.ndarray, "sets n"]) -> list[Turnover]:
-    """Return how each set differs from the one before it."""
+    """Compare each set with the one before it."""
     kept = found > DROPPED
     ever = np.zeros(kept.shape[1], bool)
     rows = []
@@ -188,7 +184,7 @@ def turnover(found: Int8[np.ndarray, "sets n"]) -> list[Turnover]:
 
 
 def fates(found: Int8[np.ndarray, "sets n"]) -> dict[str, Bool[np.ndarray, " n"]]:
-    """Return fate -> which samples had it, in the order of FATES; every sample has exactly one."""
+    """Return fate -> the samples that had it, in the order of FATES."""
     kept = found > DROPPED
     ever, last = kept.any(axis=0), kept[-1]
     earlier = np.logical_or.accumulate(kept, axis=0)
@@ -204,7 +200,7 @@ def fates(found: Int8[np.ndarray, "sets n"]) -> dict[str, Bool[np.ndarray, " n"]
 
 
 def percentiles(score: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Return each sample's place among all by score, from 0 (least valuable) to 1 (most); ties share their mean."""
+    """Return each sample's percentile by score, from 0 (least valuable) to 1 (most); ties share their mean."""
     from scipy import stats
 
     ranks: Float[np.ndarray, " n"] = stats.rankdata(score) - 1
@@ -212,7 +208,7 @@ def percentiles(score: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
 
 
 def hamming(sets: Sequence[Manifest]) -> Float[np.ndarray, "sets sets"]:
-    """Return the share of all samples that one set keeps and the other does not, in [0, 1], for each pair of sets.
+    """Return the share of all samples that just one of two sets keeps, in [0, 1], for each pair of sets.
 
     Source: Fig. 3c of Knowledge Condensation Distillation (arXiv 2207.05409): distance of final value labels.
     """
@@ -221,7 +217,7 @@ def hamming(sets: Sequence[Manifest]) -> Float[np.ndarray, "sets sets"]:
 
 
 def by_chance(one: Manifest, other: Manifest) -> float:
-    """Return the distance to expect of two random sets of these sizes: a (1 - b) + b (1 - a) for shares a and b."""
+    """Return the expected distance of two random sets of these sizes: a (1 - b) + b (1 - a) for shares a and b."""
     a, b = len(one) / one.count, len(other) / other.count
     return a * (1 - b) + b * (1 - a)
 
@@ -232,10 +228,10 @@ def count_set(
     wrong: Bool[np.ndarray, " n"] | None,
     rare: Bool[np.ndarray, " n"] | None,
 ) -> SetCounts:
-    """Return the counts of a stage's set, in all and of the samples marked `wrong` and `rare`.
+    """Count a stage's set, in all and by samples marked `wrong` and `rare`.
 
-    `value` holds the values at the stage's end, NaN for samples that were never visited: those are counted in the set,
-    and left out of what is said of values.
+    `value` has the values at the stage's end, NaN for samples that were never visited; those count as samples, not as
+    values.
     """
     groups = {name: np.zeros(chosen.count, bool) for name in ("kept", "enriched", "partners")}
     groups["kept"][chosen.index] = True
@@ -257,7 +253,7 @@ def count_set(
 def separation(score: Float[np.ndarray, " n"], marked: Bool[np.ndarray, " n"]) -> float | None:
     """Return the chance in [0, 1] that a marked sample scores above an unmarked one, a tie counting half.
 
-    0.5 is what an unrelated score gives; None where all or no samples are marked.
+    0.5 for an unrelated score, None if all or no samples are marked.
 
     Source: the area under the ROC curve as the Mann-Whitney statistic.
     """

@@ -1,7 +1,7 @@
-"""A condensed set planned by DuckDB, which spills to a folder what memory does not hold; the rows of `summary.plan`.
+"""Condensed sets planned by DuckDB, which spills to disk what does not fit memory; the same rows as `summary.plan`.
 
-The candidates go into a table with the key they are ranked by. SQL ranks, splits and pairs them; the rows are then
-asked for range by range. Reading values and writing manifests stay ours.
+Candidates go into a table with their ranking key. SQL ranks, splits and pairs them; the rows are then read range by
+range. Values are read and manifests written by our own code.
 """
 
 import os
@@ -24,11 +24,11 @@ from kcdcache.files.atomic import FULL
 from kcdcache.settings import CondenseSettings
 
 LEAST_BYTES = 128 * 10**6
-"""what DuckDB is given at least"""
+"""least memory for DuckDB"""
 BYTES_A_THREAD = 64 * 10**6
-"""memory for each of its threads: with less it gets fewer of them"""
+"""memory for each of its threads"""
 SPILLED_A_SAMPLE = 50
-"""bytes of files for each sample at the fullest moment"""
+"""peak bytes on disk per sample"""
 
 _RANKED = """CREATE TABLE ranked AS
 SELECT * EXCLUDE key, (row_number() OVER (ORDER BY key, sample) - 1)::UINTEGER AS rank FROM candidate"""
@@ -47,12 +47,12 @@ USING (place) ORDER BY sample"""
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Tabled(ranking.Outline):
-    """A condensed set whose rows lie in a table of DuckDB."""
+    """A condensed set whose rows are in a DuckDB table."""
 
     connection: Any
 
     def columns(self, block: Block) -> dict[str, np.ndarray]:
-        """Return the rows of the kept ones among some samples, ascending, as the columns of a manifest."""
+        """Return the manifest columns of the kept samples in a block, ascending."""
         ends = [block.first, block.first + len(block.values.visits)]
         query = "SELECT * FROM chosen WHERE sample >= ? AND sample < ? ORDER BY sample"
         found = self.connection.execute(query, ends).fetchnumpy()
@@ -65,13 +65,13 @@ def planned(
     source: Source, settings: CondenseSettings, samples: Samples, *, stage: int, keep: float,
     previous: Path | None = None, before: manifest.Head | None = None, folder: Path, memory_bytes: float,
 ) -> Iterator[Tabled]:  # fmt: skip
-    """Yield what `summary.plan` returns, made with about so much memory and with files in a new `folder`.
+    """Yield the set that `summary.plan` returns, using about `memory_bytes` and a new spill `folder`.
 
     `previous` is the manifest the values were last updated on, `before` its head.
 
     Raises:
-        SettingsError, NonFiniteError: as for `summary.plan`; or DuckDB is missing, or needs more memory.
-        CorruptionError: the previous manifest was changed since its head was read.
+        SettingsError: as `summary.plan`; or DuckDB is missing, or needs more memory.
+        CorruptionError: the previous manifest changed since its head was read.
         NoSpaceError: the disk is full.
     """
     summary.require_labelled(source, settings)
@@ -82,7 +82,7 @@ def planned(
         candidates = int(connection.execute("SELECT count(*) FROM candidate").fetchone()[0])
         size = summary.size_of(keep, samples, candidates)
         used = summary.K0[settings.k0](candidates - size, (before.rows if before else samples.count) - size)
-        summary.tell(size, used, settings)
+        summary.log_sizes(size, used, settings)
         pairs = min(size, used) if settings.augment_kept else 0
         _choose(connection, settings, size, pairs)
         yield Tabled(
@@ -119,7 +119,7 @@ def _connected(folder: Path, memory_bytes: float) -> Iterator[Any]:
 
 
 def _explained(text: str, folder: Path, limit: int) -> Exception:
-    """Return as one of ours what DuckDB says where memory or disk are too small."""
+    """Return our error for DuckDB's when memory or disk are too small."""
     if "max_temp_directory_size" in text or any(os.strerror(code) in text for code in FULL):
         return NoSpaceError(f"no space left for files of {folder}: free some, or give more memory with --memory-gb")
     if "memory" in text:
@@ -128,7 +128,7 @@ def _explained(text: str, folder: Path, limit: int) -> Exception:
 
 
 def _record(connection: Any, source: Source, settings: CondenseSettings, samples: Samples, stage: int) -> None:
-    """Fill the table of candidates, which has for each the key that it is ranked by."""
+    """Fill the table of candidates, each with its ranking key."""
     key = "UBIGINT" if settings.ranking == "random" else "UINTEGER"
     label = ", label BIGINT" if settings.stratify else ""
     connection.execute(f"CREATE TABLE candidate (key {key}, sample UINTEGER{label})")
@@ -144,7 +144,7 @@ def _record(connection: Any, source: Source, settings: CondenseSettings, samples
 
 
 def _keys(block: Block, settings: CondenseSettings, stage: int) -> np.ndarray:
-    """Return for each sample of a block what the candidates are ranked by, the best having the lowest."""
+    """Return the ranking keys of a block's samples, the best having the lowest."""
     scores = score(block.values, settings.cost_exponent, settings.unseen, block.first)
     if settings.ranking == "value":
         return ranking.keys(scores)
@@ -153,7 +153,7 @@ def _keys(block: Block, settings: CondenseSettings, stage: int) -> np.ndarray:
 
 
 def _keep_within(connection: Any, previous: Path, digest: str, count: int) -> None:
-    """Leave only those candidates that a manifest keeps."""
+    """Delete the candidates that a manifest does not keep."""
     connection.execute("CREATE TABLE before (sample UINTEGER)")
     found = manifest.read_head(previous, count, lambda index: _insert(connection, "before", {"sample": index}))
     if found.digest != digest:
@@ -163,7 +163,7 @@ def _keep_within(connection: Any, previous: Path, digest: str, count: int) -> No
 
 
 def _choose(connection: Any, settings: CondenseSettings, size: int, pairs: int) -> None:
-    """Make the table of the kept samples: place among them, rank among all candidates, and what is mixed in."""
+    """Make the table of kept samples: place among them, rank among all candidates, and partner."""
     connection.execute(_RANKED)
     connection.execute("DROP TABLE candidate")
     if settings.stratify:

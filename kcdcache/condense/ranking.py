@@ -1,6 +1,6 @@
-"""Exact orders of many scores, ties by position, and the rows of a condensed set that follow from such an order.
+"""Exact rankings of many scores, ties by position, and the rows of a condensed set that follow from a ranking.
 
-Scores are packed with their positions into 64-bit words, which are sorted in place.
+Scores and positions are packed into 64-bit words, which are sorted in place.
 """
 
 from abc import ABC, abstractmethod
@@ -12,13 +12,13 @@ from jaxtyping import Float32, Float64, Int64, Integer, UInt32
 
 from kcdcache.condense.manifest import Draft, Facts, Samples, Totals, plain
 from kcdcache.condense.value_files import Block, Source
-from kcdcache.errors import MismatchError, SettingsError, nearest
+from kcdcache.errors import MismatchError
 from kcdcache.settings import CondenseSettings
 
 BYTES_A_SAMPLE = 8
 """memory of a ranker"""
 _AT_ONCE = 2**16
-"""scores packed in one go, so that what stands between stays in the processor's cache"""
+"""scores packed at a time, so that intermediate results fit the processor's cache"""
 _LOW = np.uint64(2**32 - 1)
 
 
@@ -30,15 +30,15 @@ def keys(score: Float32[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
 
 
 class Ranker:
-    """Orders the scores of up to `count` samples that come in blocks, in 8 bytes for each."""
+    """Ranks up to `count` scores that come in blocks, in 8 bytes each."""
 
     def __init__(self, count: int) -> None:
-        """Begin; `count` is below 2^32, what half a word can tell apart."""
+        """Begin; `count` is below 2^32."""
         self._words = np.empty(count, np.uint64)
         self._filled = 0
 
     def add(self, index: Integer[np.ndarray, " n"], score: Float32[np.ndarray, " n"]) -> None:
-        """Take the scores of some more samples; none is NaN."""
+        """Add the scores of more samples; none is NaN."""
         words = self._words[self._filled : self._filled + len(index)]
         self._filled += len(index)
         for start in range(0, len(words), _AT_ONCE):
@@ -48,9 +48,9 @@ class Ranker:
             words[some] |= index[some].astype(np.uint64)
 
     def ranked(self) -> tuple[UInt32[np.ndarray, " n"], UInt32[np.ndarray, " count"]]:
-        """Return the samples from the highest score to the lowest, ties by index, and room for one number for each.
+        """Return the samples from the highest score to the lowest, ties by index, and room for one number per sample.
 
-        Both lie in the memory the ranker had; it is of no use afterwards.
+        Both use the ranker's memory, so call this once.
         """
         words = self._words[: self._filled]
         words.sort()
@@ -61,7 +61,7 @@ class Ranker:
 
 
 def numbered(groups: Integer[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]:
-    """Return each row's number within its group, counted from 0; groups are 0 or more.
+    """Number the rows of each group from 0; groups are 0 or more.
 
     >>> numbered(np.array([1, 0, 1])).tolist()
     [0, 0, 1]
@@ -75,7 +75,7 @@ def numbered(groups: Integer[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Outline(ABC):
-    """A condensed set whose rows are known before they are written down: its sizes, and what it was made by."""
+    """A condensed set before its rows are written: its sizes, and what it is made from."""
 
     samples: Samples
     settings: CondenseSettings
@@ -84,26 +84,26 @@ class Outline(ABC):
     parent: str | None
     kept: int
     pairs: int
-    """kept samples with a dropped one mixed in (Eq. 14): the lowest with the best dropped ones, i-th with i-th"""
+    """kept samples with a dropped one mixed in (Eq. 14): the lowest kept with the best dropped, in order"""
     dropped: int
     """size of K_0"""
 
     @property
     def first(self) -> int:
-        """The first place into whose sample another is mixed."""
+        """First place with a partner."""
         return self.kept - self.pairs
 
     @abstractmethod
     def columns(self, block: Block) -> dict[str, np.ndarray]:
-        """Return the rows of the kept ones among some samples, ascending, as the columns of a manifest."""
+        """Return the manifest columns of the kept samples in a block, ascending."""
 
     def rows(
         self, block: Block, inside: Int64[np.ndarray, " rows"], place: Int64[np.ndarray, " rows"],
         partner: Integer[np.ndarray, " mixed"], rank: Integer[np.ndarray, " rows"],
     ) -> dict[str, np.ndarray]:  # fmt: skip
-        """Return rows as the columns of a manifest: those `inside` a block of samples, at some places.
+        """Return manifest columns of samples, given by their positions `inside` a block and places among the kept.
 
-        `partner` is what is mixed into those at places from `first` on.
+        `partner` has the partners of those at places from `first` on.
         """
         columns = plain(inside + block.first)
         columns["mixed"] = mixed = place >= self.first
@@ -117,9 +117,7 @@ class Outline(ABC):
     def draft(self, source: Source) -> Draft:
         """Return the set as rows to write; `source` holds the values it was planned by, and perhaps labels.
 
-        Raises (when the rows pass):
-            CorruptionError, NonFiniteError: the source was changed since.
-            MismatchError: so much that there are more or fewer rows than were planned.
+        While the rows pass, raises CorruptionError, NonFiniteError or MismatchError if the source was changed.
         """
         counts = np.zeros(self.samples.classes if source.labelled else 0, np.int64)
 
@@ -156,12 +154,12 @@ class Plan(Outline):
     places: UInt32[np.ndarray, " n"]
     """place of each sample among the kept ones, best first; `kept` or more for the others"""
     partner: Integer[np.ndarray, " pairs"]
-    """what is mixed into the kept samples from place `first` on"""
+    """partners of the kept samples from place `first` on"""
     rank: Int64[np.ndarray, " kept"] | None
-    """rank by place, where that is not the place itself"""
+    """rank by place; None if they are the same"""
 
     def columns(self, block: Block) -> dict[str, np.ndarray]:
-        """Return the rows of the kept ones among some samples, ascending, as the columns of a manifest."""
+        """Return the manifest columns of the kept samples in a block, ascending."""
         places = self.places[block.first : block.first + len(block.values.visits)]
         inside = np.flatnonzero(places < self.kept)
         place = places[inside].astype(np.int64)
@@ -170,18 +168,13 @@ class Plan(Outline):
 
 
 def epsilons(grid: str, eps_max: float, place: Int64[np.ndarray, " n"], count: int) -> Float32[np.ndarray, " n"]:
-    """Return the partner's share in the mixes at some places 0..count-1, growing down the ranks from 0 to eps_max.
+    """Return the partner's share at some of the places 0..count-1: it grows down the ranks from 0 to eps_max.
 
     With i = place and L = count: 'zero_based' eps_max i / L, 'one_based' eps_max (i + 1) / L, 'inclusive'
     eps_max i / (L - 1) (0 for L = 1), 'constant' eps_max.
 
-    Raises:
-        SettingsError: the grid is unknown.
-
     Source: Eq. 15 of Knowledge Condensation Distillation in the readings of facts.md A4.
     """
-    if grid not in GRIDS:
-        raise SettingsError(f"unknown eps_grid '{grid}'; {nearest(grid, GRIDS)}")
     return (eps_max * GRIDS[grid](place.astype(np.float64), count)).astype(np.float32)
 
 
@@ -191,4 +184,4 @@ GRIDS: dict[str, Callable[[Float64[np.ndarray, " count"], int], Float64[np.ndarr
     "inclusive": lambda i, count: i / max(count - 1, 1),
     "constant": lambda i, count: np.ones_like(i),
 }
-"""Shape of the mixing share over ranks in [0, 1]: (i = 0 .. L-1, L) -> share of eps_max."""
+"""grid -> share of eps_max in [0, 1] at i = 0 .. L-1 of L"""

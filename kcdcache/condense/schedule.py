@@ -1,4 +1,4 @@
-"""Keep fractions per stage, the epochs between condensations, and the relative cost to expect."""
+"""The schedule of a run: keep fractions per stage, epochs between condensations, and the expected cost."""
 
 import math
 import sys
@@ -15,10 +15,9 @@ _ROUNDING = 16 * sys.float_info.epsilon
 
 @dataclass(frozen=True)
 class Stage:
-    """Epochs [start, stop) that train on one manifest."""
+    """The epochs [start, stop) that train on one manifest."""
 
     number: int
-    """0 for the first stage"""
     start: int
     """first epoch"""
     stop: int
@@ -26,11 +25,11 @@ class Stage:
     keep: float
     """share of all N samples in the stage's manifest"""
     source: str
-    """where its manifest comes from: 'full', 'given', 'random' or 'condensed'"""
+    """origin of its manifest: 'full', 'given', 'random' or 'condensed'"""
 
 
 def kept_count(keep: float, count: int) -> int:
-    """Return floor(keep * count), the number of samples kept, free of the artefacts of binary fractions.
+    """Return floor(keep * count), the number of samples kept, without the artefacts of binary fractions.
 
     >>> kept_count(0.29, 100), int(0.29 * 100)
     (29, 28)
@@ -43,13 +42,12 @@ def kept_count(keep: float, count: int) -> int:
 
 
 def plan(schedule: str, epochs: int, stages: int, keep: float, base: float = 1.0) -> tuple[Stage, ...]:
-    """Return the stages of a run; together they cover epochs [0, epochs) without gap or overlap.
+    """Return the stages of a run; together they cover the epochs [0, epochs) without gap or overlap.
 
-    Fractions fall from `base` (the share of N in a given set; 1 where training starts on everything) to `keep`. A given
-    set with one stage is trained as it is. `export_keep` says what is condensed after the last epoch.
+    Fractions fall from `base` (the share of N in a given set; 1 if training starts on everything) to `keep`. A given
+    set with one stage is trained as it is. `export_keep` is the fraction condensed after the last epoch.
 
-    Raises:
-        SettingsError: the schedule is unknown, epochs is no multiple of stages, or keep exceeds base.
+    Raises SettingsError if the schedule is unknown, epochs is no multiple of stages, or keep exceeds base.
 
     Source: Eq. 16 and Algorithm 1 of Knowledge Condensation Distillation, its poster and the authors' code, in the
     readings of SCHEDULES.
@@ -69,22 +67,18 @@ def plan(schedule: str, epochs: int, stages: int, keep: float, base: float = 1.0
 
 
 def export_keep(stages: int, keep: float, base: float = 1.0) -> float | None:
-    """Return the keep fraction of the set condensed after the last epoch; None where a given set stays as it is."""
+    """Return the keep fraction of the set condensed after the last epoch; None if a given set stays as it is."""
     return None if base < 1 and stages == 1 else keep
 
 
 def require_whole_stages(epochs: int, stages: int) -> None:
-    """Do nothing if epochs can be dealt out to stages evenly.
-
-    Raises:
-        SettingsError: they cannot.
-    """
+    """Raise SettingsError unless epochs divide evenly into stages."""
     if stages < 1 or epochs < 1 or epochs % stages:
         raise SettingsError(f"epochs must be a multiple of stages; found {epochs} epochs in {stages} stages")
 
 
 def expected_cost(stages: Sequence[Stage], count: int, epochs: int) -> float:
-    """Return the relative cost C in (0, 1]: samples the student forwards over N times epochs, counted, not estimated.
+    """Return the relative cost C in (0, 1]: samples the student sees over N times epochs, counted, not estimated.
 
     Source: Eq. 16 of Knowledge Condensation Distillation, with counted set sizes in place of tau^t.
     """
@@ -92,10 +86,10 @@ def expected_cost(stages: Sequence[Stage], count: int, epochs: int) -> float:
 
 
 def stretched(stages: Sequence[Stage], epochs: int) -> Float64[np.ndarray, " epochs"]:
-    """Return, for each epoch, the share of all the run's samples consumed before it, times `epochs`.
+    """Return, for each epoch, the share of the run's samples seen before it, times `epochs`.
 
-    Looking learning rate milestones up at this clock gives a shrinking set the same share of steps at each rate; with
-    everything kept it is 0, 1, ..., epochs - 1.
+    With this clock for the learning rate's milestones, a shrinking set spends the same share of its steps at each rate;
+    without shrinking it is 0, 1, ..., epochs - 1.
     """
     keep = np.repeat([stage.keep for stage in stages], [stage.stop - stage.start for stage in stages])
     before = np.concatenate(([0.0], np.cumsum(keep)))
@@ -103,7 +97,7 @@ def stretched(stages: Sequence[Stage], epochs: int) -> Float64[np.ndarray, " epo
 
 
 Steps = list[tuple[int, float]]
-"""(first epoch, keep fraction) per stage."""
+"""(first epoch, keep fraction) per stage"""
 
 
 def _geometric(base: float, keep: float, exponent: float) -> float:
@@ -139,7 +133,7 @@ SCHEDULES = {
     "reference_linear": _reference_linear,
     "poster": _poster,
 }
-"""The readings of the paper's schedule: (base, keep, stages, epochs per stage) -> first epoch and fraction of each."""
+"""readings of the paper's schedule: (base, keep, stages, epochs per stage) -> first epoch and fraction of each"""
 
 
 def _require_plan(schedule: str, epochs: int, stages: int, keep: float, base: float) -> None:

@@ -1,4 +1,4 @@
-"""From values to a manifest: score, rank, partition into K_1 and K_0, pair and mix (Eq. 8, 13 to 15); pure arrays."""
+"""From values to a manifest: score, rank, partition into K_1 and K_0, pair and mix (Eq. 8, 13 to 15)."""
 
 import logging
 from collections.abc import Callable
@@ -20,33 +20,32 @@ from kcdcache.settings import CondenseSettings
 logger = logging.getLogger(__name__)
 
 STARVED = 0.1
-"""of its share of the set: a class that keeps less is told of"""
+"""a class that keeps less than this part of its share gets a warning"""
 
 
 class Partition(NamedTuple):
-    """Candidates split by rank."""
+    """Candidates, split by rank."""
 
     kept: Integer[np.ndarray, " kept"]
     """K_1, best first"""
     dropped: Integer[np.ndarray, " dropped"]
     """the others, best first"""
     rank: Int64[np.ndarray, " kept"] | None
-    """rank of each kept sample among all candidates; None where it is the place among the kept"""
+    """rank of each kept sample among all candidates; None if it is the place among the kept"""
 
 
 def condense(
     values: Values, settings: CondenseSettings, samples: Samples, *, stage: int, keep: float,
     previous: Manifest | None = None,
 ) -> Manifest:  # fmt: skip
-    """Return the manifest that `stage` trains on: the floor(keep N) best samples, dropped ones mixed into the lowest.
+    """Return the manifest for `stage`: the floor(keep N) best samples, with dropped ones mixed into the lowest.
 
-    `previous` is the manifest the values were last updated on; None stands for all samples. Those the store skipped
-    are no candidates. `keep` stays a share of all samples; where that is more than are left, all that are left are
-    kept.
+    `previous` is the manifest the values were last updated on, None for all samples. Samples the store skipped do not
+    compete; if fewer than floor(keep N) are left, all are kept.
 
     Raises:
-        MismatchError: values, labels or previous are not of as many samples as there are.
-        SettingsError: no sample or more samples than candidates would be kept, or stratify lacks labels.
+        MismatchError: values, labels or previous are of another number of samples.
+        SettingsError: no sample or more than the candidates would be kept, or stratify lacks labels.
         NonFiniteError: a visited sample's value is not finite.
 
     Source: sections 3.3 and 3.4, Eq. 8 and 13 to 15 of Knowledge Condensation Distillation (arXiv 2207.05409).
@@ -54,7 +53,7 @@ def condense(
     _require_lengths(samples, values, previous)
     source = Held(values, samples.labels)
     made = plan(source, settings, samples, stage=stage, keep=keep, previous=previous).draft(source).held()
-    _tell_starved(made.class_counts, samples.class_counts(np.arange(samples.count)), keep)
+    _warn_starved(made.class_counts, samples.class_counts(np.arange(samples.count)), keep)
     return made
 
 
@@ -62,12 +61,9 @@ def plan(
     source: Source, settings: CondenseSettings, samples: Samples, *, stage: int, keep: float,
     previous: Manifest | None = None,
 ) -> Plan:  # fmt: skip
-    """Return which samples `stage` trains on, in 8 bytes for each of all samples; arguments as for `condense`.
+    """Return the set for `stage` before its rows are made, in 8 bytes per sample; arguments and errors as `condense`.
 
-    Rankings at random and `stratify` take more memory: up to 32 bytes a sample.
-
-    Raises:
-        SettingsError, NonFiniteError: as for `condense`.
+    Random rankings and `stratify` take up to 32 bytes per sample.
     """
     require_labelled(source, settings)
     competing = previous if settings.candidates == "current" else None
@@ -76,7 +72,7 @@ def plan(
     labels = [block.labels for block in source.blocks() if block.labels is not None] if settings.stratify else None
     split = partition(order, size, np.concatenate(labels) if labels else None)
     used = K0[settings.k0](len(split.dropped), (len(previous) if previous else samples.count) - len(split.kept))
-    tell(size, used, settings)
+    log_sizes(size, used, settings)
     partner = split.dropped[: min(used, size) if settings.augment_kept else 0]
     return Plan(
         samples=samples, settings=settings, stage=stage, keep=keep, parent=previous.digest if previous else None,
@@ -86,12 +82,9 @@ def plan(
 
 
 def random_stage(samples: Samples, *, keep: float, seed: int, previous: Manifest | None = None) -> Manifest:
-    """Return the manifest of a stage 0 without any values: floor(keep N) samples at random, nothing mixed.
+    """Return a manifest of stage 0 without values: floor(keep N) random samples, nothing mixed.
 
-    Those the store skipped are never kept.
-
-    Raises:
-        SettingsError: no sample, or more than `previous` has, would be kept.
+    Raises SettingsError if no sample, or more than `previous` has, would be kept.
     """
     order = _shuffled(_candidates(samples, previous), seed, rng.STAGE0, 0)
     size = size_of(keep, samples, len(order))
@@ -110,10 +103,7 @@ def partition(
 ) -> Partition:
     """Return the `size` best of the ranked candidates or, with labels, the best of each class in equal shares.
 
-    Shares that are no whole numbers go by largest remainder, ties to the lower class, so that `size` is met exactly.
-
-    Raises:
-        SettingsError: a label is negative.
+    Shares are rounded by largest remainder, ties to the lower class, so that exactly `size` are kept.
     """
     if labels is None:
         return Partition(order[:size], order[size:], None)
@@ -127,7 +117,7 @@ K0: dict[str, Callable[[int, int], int]] = {
     "complement": lambda dropped, shrinkage: dropped,
     "stage_slice": lambda dropped, shrinkage: min(dropped, max(0, shrinkage)),
 }
-"""How many dropped points are K_0, the best of them: (how many there are, by how many the set shrinks) -> K_0."""
+"""rule -> size of K_0, the best dropped samples: (number dropped, shrinkage of the set) -> size"""
 
 
 def _require_lengths(samples: Samples, values: Values, previous: Manifest | None) -> None:
@@ -144,21 +134,13 @@ def _require_lengths(samples: Samples, values: Values, previous: Manifest | None
 
 
 def require_labelled(source: Source, settings: CondenseSettings) -> None:
-    """Do nothing if every sample has a label, or none is needed.
-
-    Raises:
-        SettingsError: labels are missing.
-    """
+    """Raise SettingsError if stratify lacks the label of a sample."""
     if settings.stratify and not source.labelled:
         raise SettingsError("stratify needs the label of every sample; give a values file with a 'label' column")
 
 
 def size_of(keep: float, samples: Samples, candidates: int) -> int:
-    """Return how many samples are kept: floor(keep N) or as many as have outputs; `candidates` compete.
-
-    Raises:
-        SettingsError: that is none, or more than compete.
-    """
+    """Return how many samples are kept, at most floor(keep N); raises SettingsError unless in [1, candidates]."""
     count = samples.count
     size = min(kept_count(keep, count), count - len(samples.excluded))
     if size < 1:
@@ -179,7 +161,7 @@ def _candidates(samples: Samples, within: Manifest | None) -> Int64[np.ndarray, 
 def _ranked(
     source: Source, settings: CondenseSettings, samples: Samples, within: Manifest | None, stage: int
 ) -> tuple[Integer[np.ndarray, " candidates"], UInt32[np.ndarray, " n"]]:
-    """Return the candidates, best first, and room for a number for each sample."""
+    """Return the candidates, best first, and room for one number per sample."""
     if settings.ranking == "random":
         order = _shuffled(_candidates(samples, within), settings.condense_seed, rng.RANKING, stage)
         return order, np.empty(samples.count, np.uint32)
@@ -197,7 +179,7 @@ def _ranked(
 
 
 def _places(kept: Integer[np.ndarray, " kept"], room: UInt32[np.ndarray, " n"]) -> UInt32[np.ndarray, " n"]:
-    """Return the place of each sample among the kept ones, written into `room`."""
+    """Return the place of each sample among the kept, written into `room`."""
     room.fill(2**32 - 1)
     for first in range(0, len(kept), 2**20):
         some = kept[first : first + 2**20]
@@ -210,30 +192,26 @@ def _shuffled(index: Int64[np.ndarray, " n"], seed: int, purpose: int, stage: in
 
 
 def random_keys(index: Int64[np.ndarray, " n"], seed: int, purpose: int, stage: int) -> UInt64[np.ndarray, " n"]:
-    """Return the random 64-bit keys by which samples are put into a random order, ties by index."""
+    """Return random 64-bit keys that order samples at random, ties by index."""
     high, low, _, _ = rng.words(seed, index, purpose, view=stage)
     return np.asarray(high).astype(np.uint64) << np.uint64(32) | np.asarray(low).astype(np.uint64)
 
 
 def require_labels(labels: Int64[np.ndarray, " some"]) -> None:
-    """Do nothing if classes can be told apart by these labels.
-
-    Raises:
-        SettingsError: one is negative.
-    """
+    """Raise SettingsError if a label is negative."""
     if len(labels) and labels.min() < 0:
         raise SettingsError("stratify needs a label of 0 or more for every sample; found a negative one")
 
 
 def quotas(counts: Int64[np.ndarray, " classes"], size: int) -> Int64[np.ndarray, " classes"]:
-    """Return how many of each class's candidates are kept: equal shares, `size` in all, by largest remainder."""
+    """Return how many candidates of each class are kept: equal shares, `size` in all, by largest remainder."""
     quota, remainder = np.divmod(counts * size, counts.sum())
     quota[np.argsort(-remainder, kind="stable")[: size - quota.sum()]] += 1
     return quota
 
 
-def _tell_starved(counts: tuple[int, ...], whole: tuple[int, ...], keep: float) -> None:
-    """Say which classes lose nearly all of their samples: a student cannot learn what it is never shown."""
+def _warn_starved(counts: tuple[int, ...], whole: tuple[int, ...], keep: float) -> None:
+    """Warn of classes that lose nearly all their samples: the student cannot learn them."""
     kept = [*counts, *(0 for _ in whole[len(counts) :])]  # classes beyond the largest kept label, where none are named
     starved = [c for c, all_ in enumerate(whole) if kept[c] < STARVED * keep * all_]
     if starved:
@@ -244,8 +222,8 @@ def _tell_starved(counts: tuple[int, ...], whole: tuple[int, ...], keep: float) 
         )  # fmt: skip
 
 
-def tell(kept: int, dropped: int, settings: CondenseSettings) -> None:
-    """Say where K_0 is larger than K_1, or empty for a reason that is not obvious."""
+def log_sizes(kept: int, dropped: int, settings: CondenseSettings) -> None:
+    """Log that K_0 is larger than K_1, or empty for a reason that is not obvious."""
     if settings.augment_kept and dropped > kept:
         logger.info("K_0 has %d points, K_1 only %d: the best %d of K_0 serve", dropped, kept, kept)
     if settings.augment_kept and not dropped and settings.k0 == "stage_slice":

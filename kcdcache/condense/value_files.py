@@ -1,4 +1,4 @@
-"""Files of values: ours written and read, other tools' read; held whole, or gone through block by block."""
+"""Files of values: our own and other tools', held in memory or streamed block by block."""
 
 import glob
 from abc import ABC, abstractmethod
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float32, Int32, Int64, Shaped
+from jaxtyping import Float32, Int32, Int64, Shaped
 
 from kcdcache.condense import manifest, values
 from kcdcache.condense.values import MOST_VISITS, Values
@@ -23,11 +23,11 @@ from kcdcache.files.records import canonical_json, require_format
 METADATA_KEY = "kcdcache.values"
 FORMAT_VERSION = 0
 COLUMNS: dict[str, type] = {"index": np.int64, "visits": np.int32, "value": np.float32, "label": np.int64}
-"""column -> its type in our files, in the order of the digest"""
+"""column -> its type in our files, in digest order"""
 FINGERPRINTED = ("visits", "value")
 REQUIRED = ("epoch", "knowledge_id", "student")
 HELD_SAMPLES = 2**23
-"""values of more samples are not held in memory while they are condensed, but read again"""
+"""values of more samples are streamed while they are condensed"""
 MOST_LABEL = 2**62
 
 
@@ -41,12 +41,12 @@ class Block(NamedTuple):
 
 
 class Source(ABC):
-    """Values that can be gone through, in order of the index, as often as need be."""
+    """Values that can be streamed in index order, as often as needed."""
 
     labelled: bool
     """whether every sample has a label"""
     document: dict[str, Any] | None = None
-    """our metadata (knowledge_id, student, epoch, digest, ...); None for values from another tool"""
+    """our metadata (knowledge_id, student, epoch, digest, ...); None for another tool's values"""
 
     @abstractmethod
     def blocks(self) -> Iterator[Block]:
@@ -54,7 +54,7 @@ class Source(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return `values.fingerprint` of them."""
+        """Return their `values.fingerprint`; "" if streamed values were not read to the end yet."""
 
 
 class Held(Source):
@@ -63,31 +63,28 @@ class Held(Source):
     def __init__(
         self, known: Values, labels: Int64[np.ndarray, " n"] | None = None, document: dict[str, Any] | None = None
     ) -> None:
-        """Take values, labels where all samples have one, and the metadata of our file."""
+        """Take values, labels if all samples have one, and the metadata of our file."""
         self.values, self.labels, self.document, self.labelled = known, labels, document, labels is not None
 
     def blocks(self) -> Iterator[Block]:
-        """Yield all samples, in views of the arrays."""
+        """Yield all samples, as views of the arrays."""
         for first in range(0, len(self.values.visits), parquet.ROWS):
             some = slice(first, first + parquet.ROWS)
             labels = None if self.labels is None else self.labels[some]
             yield Block(first, Values(self.values.visits[some], self.values.value[some]), labels)
 
     def fingerprint(self) -> str:
-        """Return `values.fingerprint` of them."""
+        """Return their `values.fingerprint`."""
         return values.fingerprint(self.values)
 
 
 def write(path: Path, known: Values, labels: Int64[np.ndarray, " n"] | None, document: Mapping[str, Any]) -> None:
-    """Write values as parquet, atomically and with the same bytes for the same content.
-
-    `document` holds JSON values, among them knowledge_id, student and epoch.
+    """Write values as parquet, atomically; the same content gives the same bytes.
 
     Raises:
-        SettingsError: the document lacks a key.
+        SettingsError: `document` (JSON values) lacks knowledge_id, student or epoch.
         MismatchError: labels and values differ in length.
         NonFiniteError: a visited sample's value is not finite.
-        NoSpaceError: the disk is full; an old file stays as it was.
     """
     count = len(known.visits)
     if missing := [key for key in REQUIRED if key not in document]:
@@ -104,15 +101,14 @@ def write(path: Path, known: Values, labels: Int64[np.ndarray, " n"] | None, doc
 
 
 def read(path: Path | str, count: int) -> Held:
-    """Return the values of `count` samples from our file or, where our metadata is absent, from another tool's.
+    """Return the values of `count` samples, from our file or another tool's file, folder of files or glob pattern.
 
-    Another tool's file, a folder of them, or a glob pattern needs `index` and `value`; `visits` (1 if absent) and
-    `label` are used where present. Rows may stand in any order and be of any number type; samples left out are unseen.
+    Other tools' files need `index` and `value`; `visits` (default 1) and `label` are optional. Rows may have any order
+    and number type; samples without a row are unseen.
 
     Raises:
-        NotFoundError: there is no such file.
         CorruptionError: the file is damaged or was changed after it was written.
-        MismatchError: it is for another number of samples, a row is unusable (named), or its run wrote another one.
+        MismatchError: it has another number of samples or an unusable row (named), or is not the one its run wrote.
         NonFiniteError: a visited sample's value is NaN or infinite; names the row.
     """
     path = Path(path)
@@ -123,13 +119,7 @@ def read(path: Path | str, count: int) -> Held:
 
 @contextmanager
 def opened(path: Path, count: int, held: int = HELD_SAMPLES) -> Iterator[Source]:
-    """Yield the values of `count` samples, checked as `read` does.
-
-    Ours of more than `held` samples are not held in memory but read one row group at a time, each time anew.
-
-    Raises:
-        NotFoundError, CorruptionError, MismatchError, NonFiniteError: as for `read`.
-    """
+    """Yield the values of `count` samples, checked like `read`; our file of more than `held` samples is streamed."""
     if count > held and _is_own(path):
         with streamed(path, count) as source:
             yield source
@@ -139,12 +129,9 @@ def opened(path: Path, count: int, held: int = HELD_SAMPLES) -> Iterator[Source]
 
 @contextmanager
 def streamed(path: Path, count: int) -> Iterator[Source]:
-    """Yield the same without ever holding them.
+    """Yield the values of `count` samples, checked like `read` but never held in memory.
 
-    Another tool's rows have to be in ascending order of the index, within each file and from file to file.
-
-    Raises:
-        NotFoundError, CorruptionError, MismatchError, NonFiniteError: as for `read`.
+    Another tool's rows must ascend by index, within each file and from file to file.
     """
     if not _is_own(path):
         yield ForeignFiles(_files_of(path), count)
@@ -157,15 +144,10 @@ def streamed(path: Path, count: int) -> Iterator[Source]:
 
 
 class OwnFile(Source):
-    """Our values file: every time it is gone through whole it is held against its digest."""
+    """Our values file; every complete pass is checked against its digest."""
 
     def __init__(self, reader: parquet.Table, path: Path, count: int) -> None:
-        """Take an open file that should be of ours, of `count` samples.
-
-        Raises:
-            CorruptionError: its metadata is damaged, or it has other columns than ours.
-            MismatchError: it is of a newer format.
-        """
+        """Take an open file; raises CorruptionError or MismatchError unless it has our metadata, format and columns."""
         self._reader, self._path, self._count = reader, path, count
         self._known = (isinstance(reader, parquet.Joined) and reader.seal.fingerprint) or ""
         self.document = parquet.document(reader.schema, METADATA_KEY, path) or {}
@@ -175,11 +157,11 @@ class OwnFile(Source):
         self._kinds = {name: kind for name, kind in COLUMNS.items() if name != "label" or self.labelled}
 
     def blocks(self) -> Iterator[Block]:
-        """Yield all samples; what was yielded counts only once all was: only then the digest was compared.
+        """Yield all samples; the digest is compared after the last one, so nothing counts before that.
 
         Raises:
             CorruptionError: the file is damaged, or its content does not match its digest.
-            MismatchError: it is of another number of samples, or a count of visits is negative; names the row.
+            MismatchError: it has another number of samples, or a negative visit count; names the row.
             NonFiniteError: a value is not finite; names the row.
         """
         digest, rows, trouble = parquet.Digest(self._kinds), 0, None
@@ -201,15 +183,11 @@ class OwnFile(Source):
             raise trouble
 
     def fingerprint(self) -> str:
-        """Return `values.fingerprint` of them, as recorded or as of the last time they were gone through; else ""."""
+        """Return their `values.fingerprint`, as recorded or of the last complete pass; "" before."""
         return self._known
 
     def require_known(self) -> None:
-        """Learn the fingerprint: from the record of a file's parts, or by going through the file.
-
-        Raises:
-            CorruptionError, MismatchError, NonFiniteError: as for `blocks`.
-        """
+        """Make the fingerprint known: from the record of a file's parts, or by a pass."""
         if self._known:
             self._require_count(self._reader.rows)
         else:
@@ -235,14 +213,10 @@ class OwnFile(Source):
 
 
 class ForeignFiles(Source):
-    """Another tool's files: their rows ascend, samples left out are unseen, nothing is held."""
+    """Another tool's files, with ascending rows; samples without a row are unseen."""
 
     def __init__(self, paths: list[Path], count: int) -> None:
-        """Look at the files' columns and first rows.
-
-        Raises:
-            MismatchError: a column is missing, or two files begin alike.
-        """
+        """Read the files' columns and first rows; raises MismatchError if a column is missing, or two begin alike."""
         self._count, self._known = count, ""
         begins, rows, self.labelled = [], 0, True
         for path in paths:
@@ -261,9 +235,9 @@ class ForeignFiles(Source):
         """Yield all samples.
 
         Raises:
-            MismatchError: indices do not ascend, or lie outside [0, count); names the file.
+            MismatchError: indices do not ascend, or are outside [0, count); names the file.
             NonFiniteError: a value is not finite; names the row.
-            CorruptionError: they are not those of the time before.
+            CorruptionError: the values differ from the pass before.
         """
         digest = parquet.Digest({name: COLUMNS[name] for name in FINGERPRINTED})
         for block in self._blocks():
@@ -276,11 +250,11 @@ class ForeignFiles(Source):
         self._known = found
 
     def fingerprint(self) -> str:
-        """Return `values.fingerprint` of them, as of the last time they were gone through whole; "" before."""
+        """Return their `values.fingerprint` of the last complete pass; "" before."""
         return self._known
 
     def _blocks(self) -> Iterator[Block]:
-        """Yield all samples: those of the files' rows, and those between and after them, which are unseen."""
+        """Yield the samples with a row and, between and after them, the unseen ones."""
         reached = 0
         for rows in self._rows():
             stop = int(rows.index[-1]) + 1
@@ -320,7 +294,7 @@ class Rows:
     label: Int64[np.ndarray, " rows"] | None
 
     def block(self, first: int, stop: int) -> Block:
-        """Return the samples from `first` to `stop`; those without a row are unseen. The rows ascend."""
+        """Return the samples from `first` to `stop`; those without a row are unseen. The rows must ascend."""
         inside = slice(*np.searchsorted(self.index, [first, stop]))
         made = values.start(stop - first)
         made.visits[self.index[inside] - first] = self.visits[inside]
@@ -329,7 +303,7 @@ class Rows:
 
 
 def _is_several(path: Path) -> bool:
-    """Return whether a path stands for several files of another tool: a folder of parquet files, or a glob pattern."""
+    """Check for a folder of parquet files or a glob pattern of another tool."""
     if path.is_dir():
         return not parquet.is_folder(path)
     return not path.exists() and glob.has_magic(str(path))
@@ -340,7 +314,7 @@ def _is_own(path: Path) -> bool:
 
 
 def _files_of(path: Path) -> list[Path]:
-    """Return the files a path stands for, by name; of a folder all parquet files in it, hidden ones left out."""
+    """Return the files at a path, by name: itself, or all parquet files of a folder or pattern but hidden ones."""
     if not _is_several(path):
         return [path]
     found = sorted(path.rglob("*.parquet") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True)))
@@ -371,7 +345,7 @@ def _read_own(path: Path, count: int) -> Held:
 
 
 def _trouble(some: Values, path: Path, first: int) -> KcdcacheError | None:
-    """Return what is wrong with some rows, `first` rows after the beginning of a file of ours."""
+    """Return the first error in rows of our file that begin at row `first`."""
     if (bad := some.visits < 0).any():
         row = int(np.argmax(bad))
         return MismatchError(f"{path}, row {first + row}: 'visits' is {some.visits[row]}, expected 0 or more")
@@ -382,7 +356,7 @@ def _trouble(some: Values, path: Path, first: int) -> KcdcacheError | None:
 
 
 def _read_foreign(path: Path, count: int) -> Held:
-    """Return the values in all files that a path stands for; their rows may stand in any order."""
+    """Return the values in all files at a path; their rows may have any order."""
     tables, rows = [], 0
     for file in _files_of(path):
         with _opened_foreign(file, count) as reader:
@@ -403,7 +377,7 @@ def _read_foreign(path: Path, count: int) -> Held:
 
 @contextmanager
 def _opened_foreign(path: Path, count: int) -> Iterator[parquet.Reader]:
-    """Open another tool's file, if it has the columns without which it holds no values."""
+    """Open another tool's file; raises unless it has the columns of values."""
     with parquet.opened_file(path, count) as reader:
         parquet.require_no_part(reader.schema, path)
         for name in ("index", "value"):
@@ -418,12 +392,17 @@ def _opened_foreign(path: Path, count: int) -> Iterator[parquet.Reader]:
 
 
 def _rows_of(table: pa.Table, path: Path, count: int, first: int, labelled: bool) -> Rows:
-    """Return rows of another tool's file, `first` rows after its beginning; indices lie below `count`."""
+    """Return rows of another tool's file that begin at row `first` of it."""
     index = _integers(table, "index", count, path, first)
     visits = np.ones(len(index), np.int64)
     if "visits" in table.column_names:
         visits = _integers(table, "visits", MOST_VISITS + 1, path, first)
-    value = _floats(table, "value", visits > 0, path, first)
+    given = _numbers(table, "value", path, first)
+    with np.errstate(over="ignore"):
+        value = np.where(visits > 0, given, 0).astype(np.float32)
+    if (bad := ~np.isfinite(value)).any():
+        row = int(np.argmax(bad))
+        raise NonFiniteError(f"{path}, row {first + row}: 'value' is {given[row]}, expected a finite float32")
     label = _integers(table, "label", MOST_LABEL, path, first) if labelled else None
     return Rows(index, visits.astype(np.int32), value, label)
 
@@ -451,16 +430,3 @@ def _integers(table: pa.Table, name: str, stop: int, path: Path, first: int) -> 
             f"{path}, row {first + row}: '{name}' is {found[row]}, expected a whole number in [0, {stop})"
         )
     return found.astype(np.int64)
-
-
-def _floats(
-    table: pa.Table, name: str, seen: Bool[np.ndarray, " rows"], path: Path, first: int
-) -> Float32[np.ndarray, " rows"]:
-    found = _numbers(table, name, path, first)
-    with np.errstate(over="ignore"):
-        narrow = np.where(seen, found, 0).astype(np.float32)
-    bad = ~np.isfinite(narrow)
-    if bad.any():
-        row = int(np.argmax(bad))
-        raise NonFiniteError(f"{path}, row {first + row}: '{name}' is {found[row]}, expected a finite float32")
-    return narrow

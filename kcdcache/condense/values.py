@@ -1,4 +1,4 @@
-"""The value estimate of every sample, in memory: start, observe, score, fingerprint; its files are in `value_files`."""
+"""The value of every sample, in memory: start, observe, score, fingerprint."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +11,13 @@ from kcdcache.files import parquet
 
 MOST_VISITS = 2**31 - 1
 UNSEEN = {"first": np.inf, "last": -np.inf}
-"""Score of samples that were never visited, by policy."""
+"""policy -> score of samples that were never visited"""
 _LOOKED_UP = 2**10
 
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """What is known of each of N samples; a sample without visits has value 0 and counts as unseen."""
+    """Visits and value of N samples; a sample without visits has value 0 and is unseen."""
 
     visits: Int32[np.ndarray, " n"]
     """visit count F, 0 or more"""
@@ -30,7 +30,7 @@ class Values:
 
 
 def start(count: int) -> Values:
-    """Return the values of `count` samples that nobody has visited yet."""
+    """Return the values of `count` unseen samples."""
     return Values(np.zeros(count, np.int32), np.zeros(count, np.float32))
 
 
@@ -41,13 +41,10 @@ def observe(
     record: str = "mean",
     decay: float = 0.9,
 ) -> tuple[Int32[Any, " batch"], Float32[Any, " batch"]]:
-    """Return visits and value after one more observation per row: F + 1, and by `record` the new estimate.
+    """Return visits and value after one more observation per row: F + 1, and the new estimate.
 
     'mean': m + (v - m) / F, the running mean; 'last': v; 'ema': decay m + (1 - decay) v, the first visit being v.
-    Works on numpy arrays and torch tensors alike, on any device, and changes none of them.
-
-    Raises:
-        SettingsError: `record` is unknown.
+    Works on numpy arrays and torch tensors on any device, and changes none. Raises SettingsError for another `record`.
 
     Source: Eq. 12 of Knowledge Condensation Distillation (arXiv 2207.05409); 'ema' is ours.
     """
@@ -59,11 +56,9 @@ def observe(
 def score(values: Values, exponent: float, unseen: str, first: int = 0) -> Float32[np.ndarray, " n"]:
     """Return value * visits^exponent per sample, unseen samples at +inf ('first') or -inf ('last'); never NaN or -0.
 
-    `first` is the index of the first sample, for errors.
-
     Raises:
         SettingsError: the policy is unknown.
-        NonFiniteError: a visited sample's value or score is not finite; names the first index.
+        NonFiniteError: a visited sample's value or score is not finite; names its index, counted from `first`.
 
     Source: Eq. 13 of Knowledge Condensation Distillation; the policy for unseen samples is ours.
     """
@@ -78,16 +73,12 @@ def score(values: Values, exponent: float, unseen: str, first: int = 0) -> Float
 
 
 def fingerprint(values: Values) -> str:
-    """Return the SHA-256 over visits and values: the same for values in memory, in our file, or from another tool."""
+    """Return the SHA-256 over visits and values, the same in memory and in any file."""
     return parquet.digest(b"", {"visits": values.visits, "value": values.value})
 
 
 def require_finite(value: Shaped[Any, " n"], found: Shaped[Any, " n"], seen: Shaped[Any, " n"], first: int = 0) -> None:
-    """Do nothing if what was found of all seen samples is finite; `first` is the index of the first one.
-
-    Raises:
-        NonFiniteError: it is not; names the first index and its value.
-    """
+    """Raise NonFiniteError unless `found` is finite for all seen samples; `first` is the index of the first sample."""
     bad = seen & ~np.isfinite(found)
     if bad.any():
         index = int(np.argmax(bad))
@@ -113,11 +104,11 @@ def _record_ema(visits: Any, mean: Any, value: Any, decay: float) -> Any:
 
 
 RECORDS = {"mean": _record_mean, "last": _record_last, "ema": _record_ema}
-"""What a value is: the mean of all observations, the latest one, or a moving average."""
+"""an estimate's rule: the mean of all observations, the latest one, or a moving average"""
 
 
 def _weights(visits: Int32[np.ndarray, " n"], exponent: float) -> Float64[np.ndarray, " n"]:
-    """Return visits^exponent, and 1 for none: looked up, because powers take longer than all the rest."""
+    """Return visits^exponent, 1 for unseen samples; looked up, because powers are slow."""
     highest = int(visits.max(initial=1))
     if highest > len(visits) + _LOOKED_UP:
         return np.maximum(visits, 1).astype(np.float64) ** exponent

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from kcdcache import rng
 from kcdcache.condense import manifest, summary, values
 from kcdcache.condense.manifest import Manifest, Samples
-from kcdcache.condense.ranking import epsilons
 from kcdcache.condense.summary import condense, partition, random_stage
 from kcdcache.condense.values import Values
 from kcdcache.errors import MismatchError, SettingsError
@@ -184,11 +183,6 @@ def test_stratify_needs_every_label() -> None:
         run(distinct(4), 0.5, stratify=True)
     with pytest.raises(SettingsError, match="found a negative one"):
         partition(np.arange(2), 1, np.array([0, -1]))
-
-
-def test_an_unknown_grid_of_shares_is_refused() -> None:
-    with pytest.raises(SettingsError, match="unknown eps_grid 'zero_base'; did you mean 'zero_based'"):
-        epsilons("zero_base", 0.3, np.arange(3), 3)
 
 
 def test_inputs_of_another_count_are_refused() -> None:
