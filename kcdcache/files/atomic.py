@@ -1,4 +1,4 @@
-"""Files that are whole or absent, read only if they are plain and of bounded size; and locks that name their holder."""
+"""Files that are whole or absent, read only if plain and of bounded size; and locks that name their holder."""
 
 import errno
 import glob
@@ -15,26 +15,19 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from kcdcache.errors import KcdcacheError, LockedError, NoSpaceError, NotFoundError, UnsafeError
+from kcdcache.errors import KcdcacheError, LockedError, NotFoundError, UnsafeError
 from kcdcache.files import cloud
-from kcdcache.interrupt import process_runs, step
+from kcdcache.interrupt import step
 
-TEMPORARY_MARK = cloud.TEMPORARY_MARK
+FULL, TEMPORARY_MARK = cloud.FULL, cloud.TEMPORARY_MARK
 MOST_FILE_BYTES = 16 * 2**30
-"""of a file read whole, such as a checkpoint"""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""what the system calls a full disk, an exhausted quota, and a file larger than allowed"""
+"""largest file read whole, such as a checkpoint"""
 LOCK = "lock"
 Content = bytes | bytearray | memoryview
 
 
 def open_plain(path: Path) -> BufferedReader:
-    """Return a plain file, opened for reading; a link is followed, but a pipe or device is never waited for or read.
-
-    Raises:
-        NotFoundError: there is no file.
-        UnsafeError: it is a pipe, a device or a socket.
-    """
+    """Open a plain file for reading, also through a link; raises UnsafeError for pipes and devices without waiting."""
     cloud.bring(path)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -58,19 +51,13 @@ def _bounded(path: Path, most: int | None) -> Iterator[BufferedReader]:
 
 
 def read_bytes(path: Path, most: int = MOST_FILE_BYTES) -> bytes:
-    """Return a file's content.
-
-    Raises:
-        NotFoundError: there is no such file.
-        UnsafeError: it is no plain file, or has more than `most` bytes (by default: than any file of ours).
-        OSError: the system refuses or fails to read it; names `path`.
-    """
+    """Return a file's content; raises UnsafeError if it has more than `most` bytes."""
     with _bounded(path, most) as stream:
         return stream.read(os.fstat(stream.fileno()).st_size)
 
 
 def holds(path: Path, data: bytes) -> bool:
-    """Return whether a plain file has exactly this content; a larger one is not read."""
+    """Check whether a plain file has exactly this content; a larger one is not read."""
     try:
         return read_bytes(path, len(data)) == data
     except (NotFoundError, UnsafeError):
@@ -83,33 +70,23 @@ def sha256_bytes(data: Content) -> str:
 
 
 def sha256_file(path: Path, most: int | None = None) -> str:
-    """Return the SHA-256 of a file's content as 64 hexadecimal digits.
-
-    Raises:
-        NotFoundError, UnsafeError, OSError: as for `read_bytes`.
-    """
+    """Return the SHA-256 of a file's content as 64 hexadecimal digits."""
     with _bounded(path, most) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_atomic(path: Path, data: Content) -> None:
-    """Write `data` to `path` so that a reader sees the old file or the whole new one, even after a power loss.
+    """Write `data` to `path` so that readers see the old file or the whole new one, even after a power loss.
 
-    Raises:
-        NoSpaceError: the disk or quota is full; the old file is untouched.
-        OSError: any other refusal of the system; names `path`.
+    Raises NoSpaceError if the disk or quota is full, other OSErrors with the path; the old file is untouched.
     """
     _place(path, data, exclusive=False)
 
 
 def create_exclusive(path: Path, content: Content | Callable[[Path], object]) -> None:
-    """Write `path` durably, only if nothing is there yet: of several racing writers exactly one succeeds.
+    """Write `path` durably if it does not exist; of several racing writers one succeeds, others get LockedError.
 
-    `content` is the bytes, or a function that writes them into the temporary file that it is given.
-
-    Raises:
-        LockedError: the file exists already.
-        NoSpaceError, OSError: as for `write_atomic`.
+    `content` is bytes, or a function that writes them to the temporary file it is given.
     """
     try:
         _place(path, content, exclusive=True)
@@ -118,18 +95,13 @@ def create_exclusive(path: Path, content: Content | Callable[[Path], object]) ->
 
 
 def move(source: Path, path: Path) -> None:
-    """Put a finished, durable file in the place of another on the same disk; the object of a mirrored one too."""
+    """Move a finished, durable file over another on the same disk, and in its bucket if mirrored."""
     cloud.place(source, path, exclusive=False)
     sync(path.parent)
 
 
 def append(path: Path, data: bytes) -> None:
-    """Add `data` to the end of a file, which is made if need be and after an error holds what it held; not durable.
-
-    Raises:
-        NoSpaceError: the disk or quota is full.
-        OSError: any other refusal of the system; names `path`.
-    """
+    """Append `data` to a file, created if missing, and unchanged after an error; not durable."""
     with naming(path, len(data)):
         descriptor = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
@@ -144,12 +116,12 @@ def append(path: Path, data: bytes) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, if there is one: of a mirrored one the object first."""
+    """Delete a file, if it exists; a mirrored file's object first."""
     cloud.remove(path)
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Delete temporary files that killed writers left anywhere under `folder`; return their paths."""
+    """Delete the temporary files under a folder that the caller holds locked; return their paths."""
     found = sorted(folder.rglob(f"*{TEMPORARY_MARK}*"))
     for path in found:
         path.unlink(missing_ok=True)
@@ -157,7 +129,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
 
 def sync(path: Path) -> None:
-    """Make a file durable, or the names in a folder, so that a rename survives a power loss."""
+    """Make a file durable, or a folder's names, so that a rename survives a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -169,13 +141,10 @@ ZEROS = memoryview(bytes(2**22))
 
 
 def reserve(descriptor: int, count: int, folder: Path) -> None:
-    """Give an open file of `folder` `count` > 0 bytes of disk, zeros written in order.
+    """Give an open file of `folder` `count` > 0 bytes of disk, as zeros written in order.
 
-    Mapped into memory without that, the file would end the process with a signal (SIGBUS) where the disk is full; and
-    pages made in the order in which threads touch them lie scattered, which makes random rows a third slower.
-
-    Raises:
-        NoSpaceError: the disk or quota is full.
+    Without that, a full disk would end the process by SIGBUS once the file is mapped into memory; and pages written in
+    the order of threads' accesses are scattered, which makes random rows a third slower.
     """
     with naming(folder / "(a temporary file)", count):
         step()
@@ -186,32 +155,22 @@ def reserve(descriptor: int, count: int, folder: Path) -> None:
 
 @contextmanager
 def naming(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Make system errors name the file they are about: those of reading, writing and syncing do not by themselves.
-
-    `needed` is the number of bytes about to be written.
-
-    Raises:
-        NoSpaceError: instead of a system error that says so.
-    """
+    """Make system errors name the file `path`, and raise NoSpaceError for a full disk; `needed` are bytes to write."""
     try:
         yield
     except KcdcacheError:
         raise
     except OSError as error:
         if error.errno in FULL:
-            told = f"{'' if needed is None else f' this write needs {needed:,} bytes,'} {_free(path)} are free"
-            remedy = "free some and run the same command again to resume"
-            raise NoSpaceError(f"no space left to write {path}: {remedy} ({error.strerror}:{told})") from error
+            needs = "" if needed is None else f" this write needs {needed:,} bytes,"
+            raise cloud.no_space(f"to write {path}", f"{error.strerror}:{needs} {_free(path)} are free") from error
         raise error if error.errno is None else OSError(error.errno, error.strerror, str(path)) from error
 
 
 def require_no_links(root: Path, files: bool = True) -> None:
-    """Do nothing if no folder (or file) under `root` is a symbolic link: writing through one would change other files.
+    """Raise UnsafeError if a folder (or file) under `root` is a symbolic link: writing through one changes other files.
 
-    Where files are only ever replaced whole, which replaces the link itself, `files` may be False.
-
-    Raises:
-        UnsafeError: one is; names it.
+    `files` may be False if files are only ever replaced whole, which replaces the link.
     """
     for folder, folders, names in os.walk(root):
         for name in (*folders, *names) if files else folders:
@@ -220,11 +179,7 @@ def require_no_links(root: Path, files: bool = True) -> None:
 
 
 def open_own(path: str | Path, flags: int) -> int:
-    """Return a descriptor for writing a plain file in place, but never through a link: it could lead anywhere.
-
-    Raises:
-        UnsafeError: it is a link, a pipe or a device.
-    """
+    """Open a plain file for writing in place; raises UnsafeError for links, pipes and devices."""
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
@@ -244,12 +199,9 @@ def open_own(path: str | Path, flags: int) -> int:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock `path`, and with it the folder it lies in.
+    """Hold the lock `path`, and with it its folder; a mirrored folder is also owned against other machines and updated.
 
-    A mirrored folder is owned against other machines too, and brought up to date.
-
-    Raises:
-        LockedError: another process holds it, or another machine owns it; names that.
+    Raises LockedError, with the name, if another process or machine holds it.
     """
     with lock(cloud.lock_file(path), str(path.parent)), cloud.owned(path.parent):
         yield
@@ -257,12 +209,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def lock(file: Path, what: str, wait: bool = False) -> Iterator[None]:
-    """Hold a lock file of this machine; `what` is written by who holds it.
-
-    Raises:
-        LockedError: another process holds it, and nobody is to `wait` for that.
-        UnsafeError: it is a link, a pipe or a device.
-    """
+    """Hold a lock file of this machine for `what`; if another process holds it, `wait` or raise LockedError."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with naming(file):
         os.close(open_own(file, os.O_RDWR | os.O_CREAT))
@@ -284,11 +231,7 @@ def lock(file: Path, what: str, wait: bool = False) -> Iterator[None]:
 
 
 def is_locked(file: Path) -> bool:
-    """Return whether a process of this machine holds a lock file; one that cannot be written is held by nobody.
-
-    Raises:
-        UnsafeError: it is a link, a pipe or a device.
-    """
+    """Check whether a process of this machine holds a lock file; one that cannot be written is not held."""
     try:
         os.close(open_own(file, os.O_RDWR))
         with FileLock(file, blocking=False):
@@ -300,7 +243,7 @@ def is_locked(file: Path) -> bool:
 
 
 def holder(file: Path) -> str:
-    """Return who holds a lock file, as it said itself."""
+    """Return the holder of a lock file, in its own words."""
     try:
         return read_bytes(_holder_file(file), 1000).decode(errors="replace").strip() or "another process"
     except (NotFoundError, UnsafeError):
@@ -316,7 +259,7 @@ def _holder_file(file: Path) -> Path:
 
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path`, which is deleted in the end; first what killed processes left there is."""
+    """Yield a new folder beside `path`, deleted at the end; leftovers of killed processes are deleted first."""
     remove_orphans(path)
     folder = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}-set")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -329,13 +272,10 @@ def beside(path: Path) -> Iterator[Path]:
 
 
 def place(folder: Path, path: Path, last: str) -> None:
-    """Give a finished folder its name, durably, unless something is there already.
+    """Rename a finished folder to `path`, durably; raises LockedError if that exists.
 
-    In an object store, where no folder can be moved, its files are put there one by one, the one named `last` at last
-    and only where none is: without it the folder is unfinished, and whoever comes next may write it.
-
-    Raises:
-        LockedError: something is.
+    In an object store, which cannot rename, its files are uploaded one by one, the one named `last` at last and only if
+    it does not exist: a folder without it is unfinished, and the next writer may complete it.
     """
     if cloud.is_mirrored(path):
         _upload(folder, path, last)
@@ -364,10 +304,9 @@ def _upload(folder: Path, path: Path, last: str) -> None:
 
 
 def remove_orphans(path: Path) -> None:
-    """Delete what killed writers of `path` left beside it; those that still run may need theirs."""
+    """Delete what killed writers of `path` left beside it, but nothing of running ones."""
     for left in path.parent.glob(f"{glob.escape(path.name)}{TEMPORARY_MARK}*"):
-        process = left.name.rpartition(TEMPORARY_MARK)[2].partition("-")[0]
-        if not process.isdecimal() or process_runs(int(process)):
+        if not cloud.is_orphan(left.name):
             continue
         if not left.is_dir():
             left.unlink(missing_ok=True)
@@ -381,7 +320,7 @@ def _taken(path: Path) -> LockedError:
 
 
 def _place(path: Path, content: Content | Callable[[Path], object], exclusive: bool) -> None:
-    """Write a temporary file beside `path`, make it durable, and put it in place, if `exclusive` only of nothing."""
+    """Write a temporary file beside `path`, make it durable, and move it there; `exclusive`: only if nothing is."""
     temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}-{threading.get_ident()}")
     if cloud.is_mirrored(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Paths in buckets: a folder of the cache shows what an object store holds; what is written below it is uploaded first.
+"""Paths in buckets: a folder of the cache mirrors what an object store holds; writes are uploaded first.
 
-CACHE/s3/BUCKET/KEY stands for s3://BUCKET/KEY, so that a path alone says where it lies and nothing is registered. A
-file there is whole, or hollow (only a name and a size) until it is read; its time stamp says of which version: `_mark`.
+CACHE/s3/BUCKET/KEY is the mirror of s3://BUCKET/KEY, so the path alone names the object and nothing is registered. A
+mirrored file is whole, or hollow (only name and size) until it is read; its time stamp says of which version: `_mark`.
 """
 
 import errno
@@ -31,57 +31,59 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FOLDER, OWNER = "KCDCACHE_CACHE", "KCDCACHE_OWNER"
-"""environment variables: where the cache is, and the name under which this machine owns what it writes"""
+"""environment variables: the cache, and the name under which this machine owns what it writes"""
 TEMPORARY_MARK = ".tmp-"
-"""in the names of files and folders that are this machine's alone, wherever they lie; the process's number follows"""
+"""in names of files and folders that this machine alone uses; a process number follows"""
 KINDS: Mapping[str, tuple[str, str, str]] = {
     "s3": ("S3Store", "AWS", "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true if it is public"),
     "gs": ("GCSStore", "GOOGLE", "GOOGLE_APPLICATION_CREDENTIALS"),
     "az": ("AzureStore", "AZURE", "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY"),
 }
-"""scheme -> its class in obstore, the beginning of its variables in the environment, and what those of access are"""
+"""scheme -> class in obstore, prefix of its environment variables, and those that give access"""
 RETRIES: dict[str, Any] = {
     "max_retries": 10,
     "retry_timeout": timedelta(minutes=3),
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=10), "base": 2},
 }
 MOST_TRIES = 10
-"""of what obstore itself does not try again: a body that ends early, a conditional write whose answer was lost"""
+"""for what obstore does not retry: truncated bodies, conditional writes whose answer was lost"""
 TIMEOUTS = {"timeout": timedelta(seconds=120), "connect_timeout": timedelta(seconds=10)}
-"""of one request, 64 MiB at 4 Mbit/s; AWS_TIMEOUT and AWS_CONNECT_TIMEOUT (GOOGLE_..., AZURE_...) are used instead"""
+"""of one request, 64 MiB at 4 Mbit/s; AWS_TIMEOUT and AWS_CONNECT_TIMEOUT (GOOGLE_..., AZURE_...) override them"""
 AT_ONCE = 16
-"""requests under way together"""
+"""parallel requests"""
 SINGLE_BYTES, MOST_CREATED = 64 * 2**20, 2**30
-"""largest object uploaded in one request: unconditionally, and only where none is (which takes a single one)"""
+"""largest object uploaded in one request: unconditionally, and only where none exists"""
 SMALL_BYTES = 2**20
-"""largest file that is fetched before it is asked for, and whose content is compared whenever it is opened"""
+"""larger files are fetched only when read, and not compared when opened"""
 MOST_OBJECTS, MOST_APPENDED, MOST_NAME = 10**6, 64 * 2**20, 240
-"""objects below what a command is given; bytes of an object that lines are added to; bytes of a file's name"""
+"""objects below a command's path; bytes of an object that lines are appended to; bytes of a file name"""
 OWNERS, ALL = ".owner", "all"
-"""folder with an object per owner, and the name of the one who owns all of a folder"""
+"""folder with one object per owner, and the name of the owner of a whole folder"""
 CHUNK = re.compile(r"c(\.\d+)+")
-"""name of a chunk file, which readers check: fetched when it is read, and not kept here when it is written"""
+"""name of a chunk file, which readers check: fetched when read, not kept here when written"""
 BESIDE = {".json": [".safetensors"], ".safetensors": [".json"], ".parquet": []}
-"""ending of a file that may be given by itself -> of what lies beside it; a run's files are compared with OF_RUN"""
+"""suffix of a file that may be given by itself -> suffixes of the files beside it; OF_RUN are checked too"""
 OF_RUN = ("run.json", "files.json")
 LOCAL = re.compile(rf"{re.escape(TEMPORARY_MARK)}|\.log$|(^|/)(_kcd/repair|{re.escape(OWNERS)})/")
-"""in the keys of what is only here or only there: temporary files, logs, parts that a repair computes anew; owners"""
+"""matches keys that are never mirrored: temporary files, logs, parts recomputed by a repair; owners"""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""system errors for a full disk, an exhausted quota, and a file larger than allowed"""
 LATEST = 2**30 * 10**9
-"""time stamps from 2004 on are the clock's"""
+"""time stamps from 2004 on are clock times"""
 _URL = re.compile(r"(?:([a-z][a-z0-9]*):)?([A-Za-z][A-Za-z0-9+.-]*)://([^?]*)(.*)", re.S)
 _VAIN = re.compile(r"status code: 4(?!08|09|29)\d\d")
-"""in answers to what it is in vain to ask again: the client's fault, not the connection's"""
+"""matches client errors, which no retry can mend"""
 _SECRET = re.compile(r"KEY|SECRET|TOKEN|SAS|PASSWORD|CREDENTIAL", re.I)
 
 WRITER = "writer"
-"""in an object's metadata: who added lines to it last"""
+"""in an object's metadata: who appended to it last"""
 Version = dict[str, str]
 Stamp = tuple[int, int, int] | None
-"""inode, time stamp and size, which tell one state of a file here from another"""
+"""inode, time stamp and size: one state of a local file"""
 
 
 class Entry(NamedTuple):
-    """An object in a listing; its tag changes whenever its content does."""
+    """A listed object; its tag changes whenever its content does."""
 
     key: str
     bytes: int
@@ -89,7 +91,7 @@ class Entry(NamedTuple):
 
 
 class Content(NamedTuple):
-    """A small object's content, version (for an upload over that alone) and, of lines added to, its last writer."""
+    """A small object: content, version (for a conditional upload) and, if lines were appended, the last writer."""
 
     data: bytes
     version: Version
@@ -97,7 +99,7 @@ class Content(NamedTuple):
 
     @classmethod
     def of(cls, data: bytes, told: Mapping[str, Any], writer: str | None) -> "Content":
-        """Return the content of a version that an answer of the store tells."""
+        """Return content with the version in an answer of the store."""
         return cls(data, {name: told[name] for name in ("e_tag", "version") if told[name] is not None}, writer)
 
     @property
@@ -106,12 +108,21 @@ class Content(NamedTuple):
         return _plain(self.version.get("e_tag"))
 
 
-def open_path(text: str, fresh: bool = False) -> Path:
-    """Return the path of a URL's mirror, brought up to date, or of anything else; `fresh`: no cached copy is trusted.
+def no_space(where: str, reason: str | None) -> NoSpaceError:
+    """Return the error for a full disk."""
+    return NoSpaceError(f"no space left {where}: free some and run the same command again to resume ({reason})")
 
-    Raises:
-        SettingsError: the scheme is unknown, the URL is none of an object, or the extra `cloud` is not installed.
-        RemoteError: the object store does not answer, or refuses.
+
+def is_orphan(name: str) -> bool:
+    """Check for the temporary name of a process that this machine no longer runs."""
+    process = name.rpartition(TEMPORARY_MARK)[2].partition("-")[0]
+    return TEMPORARY_MARK in name and process.isdecimal() and not process_runs(int(process))
+
+
+def open_path(text: str, fresh: bool = False) -> Path:
+    """Return the up-to-date mirror of a URL, or any other text as a path; with `fresh`, cached copies are not trusted.
+
+    Raises SettingsError if the URL is malformed or has an unknown scheme, or if the extra `cloud` is not installed.
 
     >>> open_path("runs/kd"), open_path("file:///data/my%20kd")
     (PosixPath('runs/kd'), PosixPath('/data/my kd'))
@@ -145,7 +156,7 @@ def open_path(text: str, fresh: bool = False) -> Path:
 
 
 def opened(value: Any, fresh: bool = False) -> Any:
-    """Return a setting's value with the paths of mirrors instead of URLs; `condensed:URL?...` stays a data spec.
+    """Return a setting's value with mirror paths in place of URLs; `condensed:URL?...` stays a data spec.
 
     >>> opened(("file:///runs/kd", 3)), opened("condensed:file:///sets/a?train=5")
     (('/runs/kd', 3), 'condensed:/sets/a?train=5')
@@ -161,14 +172,14 @@ def opened(value: Any, fresh: bool = False) -> Any:
 
 
 def named(text: str) -> str:
-    """Return a text with the URLs of mirrored files instead of their paths in the cache."""
+    """Return a text with URLs in place of mirror paths."""
     if (cache := _cache()) not in text:
         return text
     return re.sub(rf"{re.escape(cache)}/({'|'.join(KINDS)})(-[0-9a-f]{{8}})?/", r"\1://", text)
 
 
 def shown(value: Any) -> Any:
-    """Return JSON values with every text as `named` makes it."""
+    """Apply `named` to all texts in JSON values."""
     if isinstance(value, str):
         return named(value)
     if isinstance(value, dict):
@@ -177,18 +188,18 @@ def shown(value: Any) -> Any:
 
 
 def is_mirrored(path: Path | str) -> bool:
-    """Return whether a file at a path is, or would be, an object in a bucket."""
+    """Check whether a path belongs to a mirror."""
     return _bucket(path) is not None
 
 
 def bring(*paths: Path | str) -> None:
-    """Make sure that files hold their contents: in a mirror, what is hollow is fetched, several at once."""
+    """Fetch those mirrored files that are hollow, several at once."""
     wanted = [(bucket, Path(path)) for path in paths if (bucket := _bucket(path)) is not None and _is_hollow(path)]
     _together(lambda one: one[0].bring(one[1]), wanted)
 
 
 def bring_again(path: Path) -> bool:
-    """Fetch a mirrored file's content again, whatever is here; return whether the path is mirrored."""
+    """Fetch a mirrored file again; return False if the path is not mirrored."""
     if (bucket := _bucket(path)) is None:
         return False
     logger.info("%s: its copy in the cache is damaged or old, fetched again", named(str(path)))
@@ -197,16 +208,15 @@ def bring_again(path: Path) -> bool:
 
 
 def refresh(path: Path) -> None:
-    """Make a mirror show what other machines wrote or deleted below a path since."""
+    """Update a mirror with what other machines wrote or deleted below a path."""
     if (bucket := _bucket(path)) is not None:
         bucket.refresh(path)
 
 
 def place(temporary: Path, path: Path, exclusive: bool) -> None:
-    """Put a finished temporary file in place; of a mirrored path the object first, so that no file runs ahead of it.
+    """Move a finished temporary file to its path; a mirrored file is uploaded first.
 
-    Raises:
-        FileExistsError: the name is taken, and `exclusive`; in a bucket, the same bytes count as one's own.
+    With `exclusive`, raises FileExistsError if the path is taken; in a bucket, the same bytes count as one's own.
     """
     if (bucket := _bucket(path)) is None:
         (os.link if exclusive else os.replace)(temporary, path)
@@ -216,22 +226,22 @@ def place(temporary: Path, path: Path, exclusive: bool) -> None:
     if CHUNK.fullmatch(path.name):
         _make_hollow(temporary, tag, temporary.stat().st_size)
     else:
-        _set_mark(temporary, tag, _checksum(temporary, path.name))
+        _set_mark(temporary, tag, path.name)
     bucket.replace(temporary, path)
 
 
 def remove(path: Path) -> None:
-    """Delete a file, if there is one: of a mirrored one the object first."""
+    """Delete a file, if it exists; its object first."""
     if (bucket := _bucket(path)) is None:
         path.unlink(missing_ok=True)
-    elif (seen := _stamp(path)) is not None:  # what is not here was not there when this process looked
+    elif (seen := _stamp(path)) is not None:  # else the object was missing at the last look
         bucket.delete(bucket.key(path))
         step()
         bucket.replace(None, path, seen)
 
 
 def appended(path: Path, data: bytes) -> None:
-    """Add what was added to a file here (clock times, which are worth no error) to its object too, beside others'."""
+    """Append to the object of a file as well, after others' lines; failures only warn: these are clock times."""
     if (bucket := _bucket(path)) is not None:
         try:
             bucket.append(path, data)
@@ -240,7 +250,7 @@ def appended(path: Path, data: bytes) -> None:
 
 
 def lock_file(path: Path) -> Path:
-    """Return where processes of this machine lock what `path` stands for: beside the mirror, if it is mirrored."""
+    """Return the lock file of `path` on this machine: beside the mirror, if it is mirrored."""
     if (bucket := _bucket(path)) is None:
         return path
     found = bucket.locks / bucket.key(path)
@@ -250,14 +260,14 @@ def lock_file(path: Path) -> Path:
 
 @contextmanager
 def owned(folder: Path, part: str = ALL) -> Iterator[None]:
-    """Own a mirrored folder, or part I-N of it, against other machines, and see what was written there before.
+    """Own a mirrored folder, or part I-N of it, against other machines, after updating it.
 
-    The caller holds the lock that keeps this machine's processes apart. An owner that was killed stays one: its machine
-    goes on, another one takes over by its name.
+    The caller holds the lock against this machine's processes. A killed owner remains the owner: its machine goes on,
+    another takes over by using its name.
 
     Raises:
-        LockedError: another machine owns it, all of it, or a part of another split; names it.
-        RemoteError: the store makes objects where there are some already, so that nothing can be owned.
+        LockedError: another machine owns the folder, or a part of a different split; names it.
+        RemoteError: the store overwrites existing objects, so nothing can be owned.
     """
     bucket = _bucket(folder)
     with nullcontext() if bucket is None else bucket.owned(folder, part):
@@ -265,20 +275,16 @@ def owned(folder: Path, part: str = ALL) -> Iterator[None]:
 
 
 def require_free(folder: Path) -> None:
-    """Do nothing if no other machine owns a mirrored folder.
-
-    Raises:
-        LockedError: one does; names it.
-    """
+    """Raise LockedError, naming the owner, if another machine owns a mirrored folder."""
     if (bucket := _bucket(folder)) is not None:
         bucket.require_no_rival("", folder)
 
 
 class Bucket:
-    """A bucket and its mirror in the cache, which processes and threads of this machine share.
+    """A bucket and its mirror in the cache, shared by this machine's processes and threads.
 
-    Whoever compares files with a listing, or fetches one, changes only what is as it was before: see `replace`.
-    Every method raises RemoteError where the store does not answer, after trying again for minutes, or refuses.
+    Files are compared and fetched without a lock, so changes apply only to files not changed meanwhile: `replace`.
+    All methods raise RemoteError if the store refuses, or does not answer within minutes of retries.
     """
 
     def __init__(self, cache: Path, folder: str, bucket: str) -> None:
@@ -295,7 +301,7 @@ class Bucket:
         self._obstore: Any = obstore
         given = {name.upper() for name in os.environ}
         options: dict[str, Any] = {k: v for k, v in TIMEOUTS.items() if f"{variables}_{k.upper()}" not in given}
-        if "http://" in _endpoint(variables, os.environ):  # whoever names such an endpoint means it
+        if "http://" in _endpoint(variables):  # whoever names such an endpoint means it
             options["allow_http"] = True
         try:
             self._store = getattr(self._obstore.store, name)(bucket, client_options=options, retry_config=RETRIES)
@@ -311,7 +317,7 @@ class Bucket:
         return "" if path == self.base else path.relative_to(self.base).as_posix()
 
     def open(self, key: str, fresh: bool) -> Path:
-        """Return the path of a key, after bringing all below it, and what vouches for it, up to date."""
+        """Return the path of a key, after updating everything below it and the records that vouch for it."""
         self._require_keys([key] if key else [])
         path = self.base / key
         for folder in (path, self._temporaries):
@@ -329,7 +335,7 @@ class Bucket:
         return path
 
     def refresh(self, root: Path, *, fresh: bool = False, single: bool = False) -> None:
-        """Make what is here show what is there: drop, hollow out, fetch what is small; `single`: one file is meant."""
+        """Make the mirror match the listing: delete, hollow out, fetch small files; `single`: `root` is one file."""
         here = [root] if root.is_symlink() or root.is_file() else []
         here += [Path(folder, name) for folder, _, names in ([] if single else os.walk(root)) for name in names]
         seen = {path: _stamp(path) for path in here if is_mirrored(path)}  # before the listing
@@ -345,23 +351,23 @@ class Bucket:
         _together(lambda path: self.fetch(path, seen.get(path)), small)
 
     def bring(self, path: Path) -> None:
-        """Fetch the content of a hollow file."""
+        """Fetch a hollow file."""
         while _is_hollow(path):  # still, where another process of this machine changed it meanwhile
             self.fetch(path, _stamp(path))
 
     def fetch(self, path: Path, seen: Stamp) -> None:
-        """Fetch a file's content, unless it changed here since it was `seen`; drop what is not there any more."""
+        """Fetch a file unless it changed here since it was `seen`; delete it here if the object is gone."""
         with self._temporary() as temporary:
             try:
                 tag = self._tried(f"read {self.key(path)}", lambda: self._download(self.key(path), temporary))
             except FileNotFoundError:
                 self.replace(None, path, seen)
             else:
-                _set_mark(temporary, tag, _checksum(temporary, path.name))
+                _set_mark(temporary, tag, path.name)
                 self.replace(temporary, path, seen)
 
     def upload(self, temporary: Path, path: Path, exclusive: bool) -> str:
-        """Upload a file, whatever is there, or only where nothing is; return its tag."""
+        """Upload a file, with `exclusive` only if no object exists; return its tag."""
         key, size = self.key(path), temporary.stat().st_size
         if exclusive and size <= MOST_CREATED:
             try:
@@ -379,10 +385,9 @@ class Bucket:
         return _plain(made["e_tag"])
 
     def append(self, path: Path, lines: bytes) -> None:
-        """Add lines to an object that others add to as well, and show what is there then.
+        """Append lines to an object that others append to as well, and update the mirror.
 
-        Raises:
-            FileExistsError: it changes faster than it can be read and written.
+        Raises FileExistsError if the object changes faster than it can be read and written.
         """
         mine = uuid.uuid4().hex  # equal lines of others are not these
         for _ in range(MOST_TRIES):
@@ -398,11 +403,11 @@ class Bucket:
             raise FileExistsError(path)
         with self._temporary() as temporary:
             temporary.write_bytes(there.data)
-            _set_mark(temporary, there.tag, _checksum(temporary, path.name))
+            _set_mark(temporary, there.tag, path.name)
             self.replace(temporary, path)
 
     def replace(self, temporary: Path | None, path: Path, seen: Stamp | Literal["any"] = "any") -> None:
-        """Put a file in place of another, or delete that, unless it changed since it was seen."""
+        """Move a file to a path, or delete that path (None), unless it changed since it was seen."""
         with open(self.locks / ".turn", "ab") as turn:
             fcntl.flock(turn, fcntl.LOCK_EX)  # others of this machine wait
             if seen not in ("any", _stamp(path)):
@@ -418,7 +423,7 @@ class Bucket:
 
     @contextmanager
     def owned(self, folder: Path, part: str) -> Iterator[None]:
-        """Own a folder, or a part of it: see the function `owned`."""
+        """See the function `owned`."""
         self._claim(mine := self.key(folder / OWNERS / part), folder)
         try:
             self.require_no_rival(mine, folder)
@@ -434,7 +439,7 @@ class Bucket:
                 logger.warning("%s/%s could not be deleted: %s", self.url, mine, error)
 
     def _claim(self, mine: str, folder: Path) -> None:
-        """Make the object that says who owns a folder; the owner's own from before, when it was killed, will do."""
+        """Create the object that names the owner; this owner's own from a killed process will do."""
         try:
             self.create(mine, _owner(self._cache).encode())
         except FileExistsError:
@@ -452,7 +457,7 @@ class Bucket:
                 )
 
     def require_no_rival(self, mine: str, folder: Path) -> None:
-        """Refuse a folder of which another machine owns all, or a part of another split; parts of one split agree."""
+        """Raise LockedError if another machine owns all of a folder or a part of a different split."""
         for key in [entry.key for entry in self._list(self.key(folder / OWNERS))]:
             if re.split("[/-]", key)[-1] != re.split("[/-]", mine)[-1]:
                 if self._named(key) != _owner(self._cache):
@@ -461,12 +466,7 @@ class Bucket:
                     self.delete(key)  # of a process that was killed: this one holds the locks of this machine
 
     def read(self, key: str, most: int) -> Content:
-        """Return a small object.
-
-        Raises:
-            FileNotFoundError: there is none.
-            UnsafeError: it has more than `most` bytes.
-        """
+        """Return a small object; raises UnsafeError if it has more than `most` bytes."""
 
         def once() -> Content:
             result = self._obstore.get(self._store, key)
@@ -477,12 +477,9 @@ class Bucket:
         return self._tried(f"read {key}", once)
 
     def create(self, key: str, data: bytes) -> str:
-        """Upload an object only where none is; return its tag.
+        """Create an object and return its tag; raises FileExistsError if it exists with another content.
 
-        The same bytes there count as this call's own: the answer to the upload that made them may have been lost.
-
-        Raises:
-            FileExistsError: there is another content.
+        The same content counts as this call's own: the answer to its upload may have been lost.
         """
         try:
             return self._put(key, data, "create").tag
@@ -493,7 +490,7 @@ class Bucket:
             raise
 
     def _put(self, key: str, data: bytes, mode: Version | Literal["create"], writer: str | None = None) -> Content:
-        """Upload an object only where none is, or only over one version, else raise FileExistsError."""
+        """Upload an object only if none exists, or only over one version; else raise FileExistsError."""
         errors, told = self._obstore.exceptions, None if writer is None else {WRITER: writer}
         put = functools.partial(
             self._obstore.put, self._store, key, data, mode=mode, attributes=told, use_multipart=False
@@ -504,7 +501,7 @@ class Bucket:
             raise FileExistsError(key) from None
 
     def delete(self, key: str) -> None:
-        """Delete an object, if there is one."""
+        """Delete an object, if it exists."""
         with suppress(FileNotFoundError):
             self._tried(f"delete {key}", lambda: self._obstore.delete(self._store, key))
 
@@ -525,13 +522,13 @@ class Bucket:
         return Entry(key, int(one["size"]), _plain(one["e_tag"]))
 
     def _list(self, prefix: str) -> list[Entry]:
-        """Return all objects below a folder (all of the bucket for an empty one)."""
+        """List all objects below a folder; in the whole bucket for an empty prefix."""
         asked = functools.partial(self._obstore.list, self._store, prefix or None, chunk_size=1000)
         found = self._tried(f"list {prefix}", lambda: asked().collect())
         return [Entry(str(one["path"]), int(one["size"]), _plain(one["e_tag"])) for one in found]
 
     def _listing(self, prefix: str, single: bool) -> dict[Path, Entry]:
-        """Return local path -> entry of all objects at or below a key that files here stand for."""
+        """Return local path -> entry for all mirrored objects at or below a key."""
         found = [] if single else self._list(prefix)
         if len(found) > MOST_OBJECTS:
             told = f"{self.url}/{prefix} holds {len(found)} objects, expected at most {MOST_OBJECTS}"
@@ -546,7 +543,7 @@ class Bucket:
         return there
 
     def _require_keys(self, keys: Iterable[str]) -> None:
-        """Refuse keys that are no path below a folder, or that no file system takes."""
+        """Raise UnsafeError for keys that are no relative path, or that no file system takes."""
         for key in keys:
             for part in key.rstrip("/").split("/"):
                 if part in ("", ".", "..") or len(part.encode()) > MOST_NAME or not part.isprintable():
@@ -554,7 +551,7 @@ class Bucket:
                     raise UnsafeError(told)
 
     def _named(self, key: str) -> str:
-        """Return the owner that an object names, '?' if it names none."""
+        """Return the owner named in an object, '?' if there is none."""
         try:
             name = self.read(key, 200).data.decode(errors="replace")
         except (FileNotFoundError, UnsafeError):
@@ -576,15 +573,14 @@ class Bucket:
         try:
             yield made
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in FULL:
                 raise
-            remedy = "free some and run the same command again to resume"
-            raise NoSpaceError(f"no space left in the cache at {self.base}: {remedy} ({error.strerror})") from error
+            raise no_space(f"in the cache at {self.base}", error.strerror) from error
         finally:
             made.unlink(missing_ok=True)
 
     def _tried(self, what: str, work: Callable[[], T]) -> T:
-        """Return what some work gives, doing it again where a connection broke."""
+        """Return the result of `work`, repeated if the connection breaks."""
         errors, until = self._obstore.exceptions, time.monotonic() + RETRIES["retry_timeout"].total_seconds()
         remedy = "what is there stays as it is, run the same command again to resume"
         for attempt in itertools.count():
@@ -606,7 +602,7 @@ class Bucket:
 
 
 def _bucket(path: Path | str) -> Bucket | None:
-    """Return the mirror that a path lies in, or None, which is found within microseconds."""
+    """Return the bucket of a path or None, within microseconds."""
     text, cache = os.fspath(path), _cache()
     if not text.startswith(cache + os.sep):
         return None
@@ -635,22 +631,18 @@ def _cache_of(given: str | None, caches: str | None, home: str | None) -> str:
 
 def _folder_of(scheme: str) -> str:
     """Return the folder of a scheme's buckets: each endpoint or account has its own."""
-    where = _endpoint(KINDS[scheme][1], os.environ)
+    where = _endpoint(KINDS[scheme][1])
     return f"{scheme}-{sha256(where.encode()).hexdigest()[:8]}" if where else scheme
 
 
-def _endpoint(variables: str, environment: Mapping[str, str]) -> str:
-    """Return what of the environment says where buckets are, no secrets; nothing for the provider's own place.
-
-    >>> _endpoint("AWS", {"AWS_ENDPOINT_URL": "http://127.0.0.1:9000", "AWS_SECRET_ACCESS_KEY": "s"})
-    'http://127.0.0.1:9000'
-    """
+def _endpoint(variables: str) -> str:
+    """Return the environment's endpoint or account, without secrets; "" for the provider's default."""
     names = ("ENDPOINT_URL_S3", "ENDPOINT_URL", "ENDPOINT", "STORAGE_ENDPOINT", "STORAGE_ACCOUNT_NAME")
-    return " ".join(filter(None, (environment.get(f"{variables}_{name}") for name in names)))
+    return " ".join(filter(None, (os.environ.get(f"{variables}_{name}") for name in names)))
 
 
 def _owner(cache: Path) -> str:
-    """Return the name under which this machine owns what it writes: who shares the cache shares the name."""
+    """Return this machine's owner name: machines that share the cache share the name."""
     if given := os.environ.get(OWNER):
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", given):
             raise SettingsError(f"{OWNER} should be a name of letters, digits and . _ -, found {given!r:.200}")
@@ -673,28 +665,29 @@ def _stamp(path: Path | str) -> Stamp:
 
 
 def _mark(tag: str, checksum: int | None) -> int:
-    """Return the time stamp of a copy of an object's version with that CRC-32; of a hollow one (odd seconds) for None.
+    """Return the time stamp of a copy of an object's version: its CRC-32, or None if hollow (odd seconds).
 
-    It lies before 2004 and changes with tag and checksum: one in 2^58 of others is equal.
+    It is before 2004 and depends on tag and checksum; two agree by chance once in 2^58.
     """
     digest = sha256(f"{tag} {checksum}".encode()).digest()
     seconds = int.from_bytes(digest[:4], "big") >> 3 << 1 | (checksum is None)
     return seconds * 10**9 + int.from_bytes(digest[4:8], "big") % 10**9
 
 
-def _set_mark(path: Path, tag: str, checksum: int | None) -> None:
-    mark = _mark(tag, checksum)
+def _set_mark(path: Path, tag: str, name: str | None) -> None:
+    """Mark a file as the copy, later called `name`, of a version; as a hollow one for None."""
+    mark = _mark(tag, None if name is None else _checksum(path, name))
     os.utime(path, ns=(mark, mark))
 
 
 def _make_hollow(path: Path, tag: str, size: int) -> None:
     with open(path, "wb") as stream:
         stream.truncate(size)
-    _set_mark(path, tag, None if size else 0)
+    _set_mark(path, tag, None if size else "")
 
 
 def _checksum(path: Path, name: str) -> int:
-    """Return the CRC-32 of a small file; 0 for large ones and chunks, which are compared when they are used."""
+    """Return the CRC-32 of a small file; 0 for large files and chunks, which are compared when used."""
     return 0 if path.stat().st_size > SMALL_BYTES or CHUNK.fullmatch(name) else zlib.crc32(path.read_bytes())
 
 
@@ -704,18 +697,17 @@ def _is_hollow(path: Path | str) -> bool:
 
 
 def _is_copy(path: Path, entry: Entry) -> bool:
-    """Return whether a file is a copy of an object, hollow or not."""
+    """Check whether a file is a copy of an object, hollow or not."""
     if (found := _stamp(path)) is None or found[2] != entry.bytes or path.is_symlink() or not path.is_file():
         return False
     return found[1] == _mark(entry.tag, None if _is_hollow(path) else _checksum(path, path.name))
 
 
 def _clear(root: Path) -> None:
-    """Delete what killed processes of this machine left in a folder: temporary files, and empty folders."""
+    """Delete temporary files of this machine's dead processes, and empty folders."""
     for folder, _, names in os.walk(root, topdown=False):
         for name in names:
-            process = name.rpartition(TEMPORARY_MARK)[2].partition("-")[0]
-            if TEMPORARY_MARK in name and process.isdecimal() and not process_runs(int(process)):
+            if is_orphan(name):
                 Path(folder, name).unlink(missing_ok=True)
         if folder != str(root):
             with suppress(OSError):
@@ -723,19 +715,19 @@ def _clear(root: Path) -> None:
 
 
 def _together(work: Callable[[T], object], items: Sequence[T]) -> None:
-    """Do some work for each of several, several at once."""
+    """Call `work` for each item, several at once."""
     if items:
         with ThreadPoolExecutor(min(AT_ONCE, len(items)), thread_name_prefix="kcdcache-cloud") as pool:
             list(pool.map(work, items))
 
 
 def _plain(tag: str | None) -> str:
-    """Return an entity tag without its quotes, which listings and answers set differently."""
+    """Return an entity tag without quotes, which listings and answers use differently."""
     return (tag or "").strip('"')
 
 
 def _cleaned(text: str) -> str:
-    """Return an error's text in short: without queries of URLs (signatures) and secrets of the environment."""
+    """Shorten an error's text: no URL queries (signatures), no secrets of the environment."""
     text = re.sub(r"\?[^\s<>\"')]*", "?...", text.split("\n\nDebug source")[0])
     for name, value in os.environ.items():
         if len(value) >= 4 and _SECRET.search(name):
