@@ -1,7 +1,7 @@
-"""Parquet tables with deterministic bytes, in one file or in the parts of a folder: digested, written, read.
+"""Parquet tables with deterministic bytes, in one file or a folder of parts: digested, written, read.
 
-A file of unknown origin meets three guards before a row of it is decoded: its footer is small, it has no more rows than
-expected, and its columns have the expected types. Every page that carries a checksum is compared with it.
+Before a row of an unknown file is decoded, it must have a small footer, no more rows than expected, and columns of the
+expected types. Every page with a checksum is verified.
 """
 
 import hashlib
@@ -37,34 +37,34 @@ from kcdcache.settings import Settings
 ROWS = 2**20
 """rows of each row group but the last"""
 UNKNOWN_ROWS = 2**24
-"""rows allowed where the number of samples is not known: more than ImageNet-21k has"""
+"""rows allowed if the number of samples is not known: more than ImageNet-21k has"""
 ROWS_PER_BYTE = 8
-"""and so many per byte of the file, which a condensed set stays far below"""
+"""also allowed then, far above a condensed set's"""
 MOST_FOOTER_BYTES = 2 * 2**20
 MOST_ENTRIES = 20_000
-"""columns or row groups that a footer lists"""
+"""columns or row groups in a footer"""
 TEXT = "part"
-"""the column that holds texts; read as a dictionary, so that a long text named by every row stands in memory once"""
+"""the only text column; read as a dictionary, so that a long text repeated in every row is in memory once"""
 
 
 class Digest:
-    """SHA-256 of a header and columns that come in blocks of rows; how they are cut makes no difference."""
+    """SHA-256 of a header and columns that come in blocks of rows, however they are cut."""
 
     def __init__(self, kinds: Mapping[str, Any]) -> None:
-        """Begin; `kinds` holds every column's name and numpy type, in order."""
+        """Begin; `kinds` maps every column's name to its numpy type, in order."""
         self._kinds = {name: np.dtype(kind).newbyteorder("<") for name, kind in kinds.items()}
         self._states = {name: hashlib.sha256() for name in kinds}
         self._rows = dict.fromkeys(kinds, 0)
 
     def add(self, columns: Mapping[str, Shaped[np.ndarray, " rows"]]) -> None:
-        """Take the next rows of some of the columns; others in `columns` are passed over."""
+        """Add the next rows of some columns; unknown columns are ignored."""
         for name in self._kinds.keys() & columns.keys():
             little = np.ascontiguousarray(columns[name], dtype=self._kinds[name])
             self._states[name].update(little.view(np.uint8).data)
             self._rows[name] += little.size
 
     def over(self, header: bytes, names: Sequence[str] | None = None) -> str:
-        """Return the digest of a header and of the rows so far, of all columns or of those named, in that order.
+        """Return the digest of a header and the rows so far, of all or the named columns, in that order.
 
         It is the SHA-256 of the header's length (8 bytes, little endian), the header, and for each column
         `name:type:rows;` and the SHA-256 of its bytes (little endian).
@@ -83,7 +83,7 @@ def digest(header: bytes, columns: Mapping[str, Shaped[np.ndarray, " rows"]]) ->
 
 
 def regrouped(blocks: Iterable[Mapping[str, np.ndarray]], rows: int) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the rows of blocks of columns, in order, in blocks of exactly `rows` rows and a last one of the others."""
+    """Regroup blocks of columns into blocks of exactly `rows` rows and a last, smaller one."""
     held: list[Mapping[str, np.ndarray]] = []
     size = 0
     for block in blocks:
@@ -101,11 +101,10 @@ def regrouped(blocks: Iterable[Mapping[str, np.ndarray]], rows: int) -> Iterator
 
 
 class Writer:
-    """Writes a parquet file by row groups of at most ROWS rows, with the same bytes however the rows come in.
+    """Writes a parquet file in row groups of ROWS rows, with the same bytes however the rows come in.
 
-    Integers are DELTA_BINARY_PACKED and floats BYTE_STREAM_SPLIT, which other readers know for floats alone; texts
-    are dictionary encoded; zstd level 1; every page carries a checksum. The metadata stands there once: Arrow's own
-    copy of it would be a second truth.
+    Integers are DELTA_BINARY_PACKED, floats BYTE_STREAM_SPLIT (which other readers know only for floats), texts
+    dictionary encoded; zstd level 1; every page has a checksum. Metadata is stored once, without Arrow's own copy.
     """
 
     def __init__(self, sink: Any, schema: pa.Schema) -> None:
@@ -121,21 +120,17 @@ class Writer:
         )  # fmt: skip
 
     def write(self, table: pa.Table) -> None:
-        """Write the next rows; only the last call may give a number of rows that ROWS does not divide.
-
-        Raises:
-            OSError: the system refuses to write.
-        """
+        """Write the next rows; their number must be a multiple of ROWS in all calls but the last."""
         self._writer.write_table(table.replace_schema_metadata(), row_group_size=ROWS)
 
     def close(self, metadata: Mapping[Any, Any]) -> None:
-        """Write the metadata and end the file."""
+        """Write the metadata and finish the file."""
         self._writer.add_key_value_metadata(dict(metadata))
         self._writer.close()
 
 
 def encode(table: pa.Table) -> bytes:
-    """Return a table as parquet bytes, equal whenever the tables are (same pyarrow version)."""
+    """Return a table as parquet bytes, equal if the tables are (same pyarrow version)."""
     sink = pa.BufferOutputStream()
     writer = Writer(sink, table.schema)
     writer.write(table)
@@ -147,10 +142,10 @@ def encode(table: pa.Table) -> bytes:
 
 
 class Reader:
-    """A parquet file open for reading, one row group at a time."""
+    """An open parquet file, read one row group at a time."""
 
     def __init__(self, path: Path, parquet: pq.ParquetFile, group_rows: Sequence[int]) -> None:
-        """Take an open file whose row groups have so many rows."""
+        """Take an open file and the rows of its row groups."""
         self._path, self._parquet, self._group_rows = path, parquet, group_rows
         self.rows = sum(group_rows)
         self.schema: pa.Schema = parquet.schema_arrow
@@ -158,12 +153,9 @@ class Reader:
     def groups(
         self, columns: Sequence[str] | None = None, start: int = 0, stop: int | None = None
     ) -> Iterator[pa.Table]:
-        """Yield rows `start` to `stop` in order, as tables of at most one row group each.
+        """Yield rows `start` to `stop` in order, at most one row group at a time; other row groups are not read.
 
-        With `columns` only those that are there are read. Row groups without any of the rows are not even looked at.
-
-        Raises:
-            CorruptionError, MismatchError: as for `read`.
+        `columns` that do not exist are ignored.
         """
         names = _columns_to_read(self.schema, self._path, columns)
         spans = list(_pieces(self._group_rows, start, stop))
@@ -176,11 +168,7 @@ class Reader:
                 yield table.slice(low, high - low)
 
     def whole(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return all rows at once.
-
-        Raises:
-            CorruptionError, MismatchError: as for `read`.
-        """
+        """Return all rows at once."""
         names = _columns_to_read(self.schema, self._path, columns)
         return self._read([number for number, rows in enumerate(self._group_rows) if rows], names)
 
@@ -194,7 +182,7 @@ class Reader:
 
 
 def _pieces(rows: Iterable[int], start: int, stop: int | None) -> Iterator[tuple[int, int, int]]:
-    """Yield each of several blocks of so many rows that has some of those asked for: its number, and their range."""
+    """Yield (number, first row, stop row) for each block with some of the wanted rows."""
     first = 0
     for number, count in enumerate(rows):
         low, high = max(start - first, 0), count if stop is None else min(stop - first, count)
@@ -205,11 +193,7 @@ def _pieces(rows: Iterable[int], start: int, stop: int | None) -> Iterator[tuple
 
 @contextmanager
 def opened_file(path: Path, most_rows: int | None = None) -> Iterator[Reader]:
-    """Open a parquet file to read it by row groups; what replaces it meanwhile at `path` is not seen.
-
-    Raises:
-        NotFoundError, CorruptionError, MismatchError, UnsafeError: as for `read`.
-    """
+    """Open a parquet file to read it by row groups, unaffected if `path` is replaced; errors are those of `read`."""
     with naming(path):
         stream = open_plain(path)
     with stream:
@@ -224,15 +208,15 @@ def opened_file(path: Path, most_rows: int | None = None) -> Iterator[Reader]:
 
 
 def read(path: Path, most_rows: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return a parquet file's table, every page checked against its checksum where it has one.
+    """Return a parquet file's table, after verifying every page that has a checksum.
 
-    Columns hold integers, floats or booleans, and texts in `part` alone. With `columns` only those of them that are
-    there are read. Without `most_rows` 16.8 million rows are allowed, or 8 per byte.
+    Columns are integers, floats or booleans; only `part` has texts. `columns` that do not exist are ignored. Without
+    `most_rows`, 16.8 million rows or 8 per byte are allowed.
 
     Raises:
         NotFoundError: there is no such file.
         CorruptionError: the file is not parquet, or damaged.
-        MismatchError: it has more than `most_rows` rows, or a column holds something else.
+        MismatchError: it has more than `most_rows` rows, or a column of another type.
         UnsafeError: it is no plain file, or asks for more memory than there is.
     """
     with opened_file(path, most_rows) as reader:
@@ -240,11 +224,7 @@ def read(path: Path, most_rows: int | None = None, columns: Sequence[str] | None
 
 
 def document(schema: pa.Schema, key: str, path: Path) -> dict[str, Any] | None:
-    """Return the JSON object kept under a metadata key of a schema, or None where the key is absent.
-
-    Raises:
-        CorruptionError: what stands there is not a JSON object.
-    """
+    """Return the JSON object under a metadata key; None if absent. Raises CorruptionError if it is damaged."""
     text = (schema.metadata or {}).get(key.encode())
     if text is None:
         return None
@@ -255,11 +235,7 @@ def document(schema: pa.Schema, key: str, path: Path) -> dict[str, Any] | None:
 
 
 def require_schema(schema: pa.Schema, expected: pa.Schema, path: Path) -> None:
-    """Do nothing if a schema has exactly the expected columns and types.
-
-    Raises:
-        CorruptionError: a column is missing, unknown, or of another type; names the first one.
-    """
+    """Raise CorruptionError, naming the first odd column, unless a schema has the expected columns and types."""
     found, wanted = ([(field.name, str(field.type)) for field in some] for some in (schema, expected))
     if found == wanted:
         return
@@ -288,7 +264,7 @@ def _parquet_file(stream: BinaryIO, **how: Any) -> pq.ParquetFile:
 
 
 def _group_rows(metadata: pq.FileMetaData) -> list[int]:
-    """Return the rows of every row group; its columns are not asked for: those of a damaged one end the process."""
+    """Return the rows of every row group, without looking at its columns: damaged ones can crash the process."""
     rows = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
     if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
         raise ValueError(f"its footer tells of {metadata.num_rows} rows, its row groups of {sum(rows)}")
@@ -296,7 +272,7 @@ def _group_rows(metadata: pq.FileMetaData) -> list[int]:
 
 
 def _require_few_rows(rows: int, size: int, path: Path, most_rows: int | None) -> None:
-    """Hold rows against `most_rows`, or (None) against what a table of `size` bytes makes credible."""
+    """Raise MismatchError for more than `most_rows` rows, or (None) more than a file of `size` bytes can hold."""
     most = max(UNKNOWN_ROWS, ROWS_PER_BYTE * size) if most_rows is None else most_rows
     if rows > most:
         raise MismatchError(f"{path} holds {rows} rows, expected at most {most} (one per sample); give the right file")
@@ -317,7 +293,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 @contextmanager
 def _explaining(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while a parquet file is read into our errors."""
+    """Turn errors while a parquet file is read into ours."""
     with naming(path):
         try:
             yield
@@ -334,16 +310,16 @@ def _explaining(path: Path) -> Iterator[None]:
 
 
 SEAL = "_parts.json"
-"""record of a folder; other tools pass over names that begin so, and read the parquet files beside it"""
+"""record of a folder; other tools skip names that begin so, and read the parquet files beside it"""
 FORMAT_VERSION = 0
 PART_KEY = "kcdcache.part"
-"""under this key a part says that it is one"""
+"""metadata key that marks a part"""
 MOST_PARTS = 10**5
 _PATTERN = "part-*-of-*.parquet"
 
 
 class Span(NamedTuple):
-    """The samples one part is about."""
+    """The samples of one part."""
 
     number: int
     of: int
@@ -353,7 +329,7 @@ class Span(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The part's file name."""
+        """File name of the part."""
         return f"part-{self.number:05}-of-{self.of:05}.parquet"
 
 
@@ -366,25 +342,25 @@ class Part(Record):
 
 
 class Seal(Settings):
-    """What a folder holds."""
+    """The record of a folder."""
 
     model_config = ConfigDict(strict=True)
 
     key: str
-    """metadata key under which a single file of the same kind keeps its document"""
+    """metadata key of the document in a single file of the same kind"""
     samples: int = Field(ge=1)
     """of the whole data set"""
     partition_rows: int = Field(ge=1)
     """samples of each part but the last"""
     document: dict[str, Any]
-    """that of the single file with the same rows, with its digest"""
+    """that of a single file with the same rows, with its digest"""
     fingerprint: str | None = None
-    """of values, `values.fingerprint`"""
+    """`values.fingerprint`, of values"""
     parts: tuple[Part, ...] = ()
 
 
 def spans(count: int, partition_rows: int) -> list[Span]:
-    """Return the parts of a table about `count` > 0 samples: whole ranges of `partition_rows`, and the rest."""
+    """Split a table of `count` > 0 samples into ranges of `partition_rows`, the last one smaller."""
     of = -(-count // partition_rows)
     return [
         Span(number, of, number * partition_rows, min((number + 1) * partition_rows, count)) for number in range(of)
@@ -392,17 +368,12 @@ def spans(count: int, partition_rows: int) -> list[Span]:
 
 
 def is_folder(path: Path) -> bool:
-    """Return whether a path is a folder of parts, sealed or not."""
+    """Check for a folder of parts, sealed or not."""
     return path.is_dir() and ((path / SEAL).exists() or any(path.glob(_PATTERN)))
 
 
 def write_part(folder: Path, span: Span, schema: pa.Schema, blocks: Iterable[pa.Table]) -> Part:
-    """Write one part, whole or not at all; all blocks but the last have ROWS rows.
-
-    Raises:
-        LockedError: it is there already.
-        NoSpaceError: the disk is full.
-    """
+    """Write one part, whole or not at all; raises LockedError if it exists. All blocks but the last have ROWS rows."""
     path, rows = folder / span.name, []
 
     def fill(temporary: Path) -> None:
@@ -418,11 +389,7 @@ def write_part(folder: Path, span: Span, schema: pa.Schema, blocks: Iterable[pa.
 
 
 def seal(folder: Path, content: Seal) -> None:
-    """Write the record of a folder whose parts are all there: what makes it whole.
-
-    Raises:
-        NoSpaceError: the disk is full.
-    """
+    """Write the record of a folder whose parts are all there, which completes it."""
     write_atomic(folder / SEAL, sealed_json({"format_version": FORMAT_VERSION, **content.model_dump(mode="json")}))
 
 
@@ -430,9 +397,9 @@ def read_seal(folder: Path) -> Seal:
     """Return the record of a folder.
 
     Raises:
-        UnfinishedError: there is none, so the folder was never finished or not copied whole.
+        UnfinishedError: there is none: the folder was not finished, or not copied whole.
         CorruptionError: it is damaged, or a part is missing or of another size.
-        MismatchError: it is of a newer format.
+        MismatchError: it has a newer format.
     """
     file = folder / SEAL
     if not file.exists():
@@ -457,14 +424,10 @@ def read_seal(folder: Path) -> Seal:
 
 
 class Joined:
-    """The parts of a folder as one table; each is held against the record whenever it is opened."""
+    """The parts of a folder as one table; each is compared with the record whenever it is opened."""
 
     def __init__(self, path: Path) -> None:
-        """Take a folder.
-
-        Raises:
-            UnfinishedError, CorruptionError, MismatchError: as for `read_seal`.
-        """
+        """Take a folder; errors are those of `read_seal`."""
         self._path, self.seal = path, read_seal(path)
         self._spans = spans(self.seal.samples, self.seal.partition_rows)
         self.rows = sum(part.rows for part in self.seal.parts)
@@ -475,12 +438,7 @@ class Joined:
     def groups(
         self, columns: Sequence[str] | None = None, start: int = 0, stop: int | None = None
     ) -> Iterator[pa.Table]:
-        """Yield rows `start` to `stop` in order, as tables of at most one row group each; other parts stay closed.
-
-        Raises:
-            CorruptionError: a part is not the one that was written.
-            MismatchError, UnsafeError: as for `read`.
-        """
+        """Yield rows like `Reader.groups`; other parts stay closed. Raises CorruptionError if a part was changed."""
         for number, low, high in _pieces((part.rows for part in self.seal.parts), start, stop):
             with self._opened(span := self._spans[number]) as reader:
                 if not reader.schema.equals(self.schema):
@@ -490,11 +448,7 @@ class Joined:
                 yield from reader.groups(columns, low, high)
 
     def whole(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return all rows at once.
-
-        Raises:
-            CorruptionError, MismatchError, UnsafeError: as for `groups`.
-        """
+        """Return all rows at once."""
         names = [name for name in self.schema.names if columns is None or name in columns]
         empty = self.schema.remove_metadata().empty_table().select(names)
         return pa.concat_tables([empty, *self.groups(columns)])
@@ -515,16 +469,14 @@ class Joined:
 
 
 Table = Reader | Joined
-"""rows open for reading"""
+"""an open table"""
 
 
 @contextmanager
 def opened(path: Path, most_rows: int | None = None) -> Iterator[Table]:
-    """Open a table to read it by row groups, whether it is one file or a folder of parts.
+    """Open a table, one file or a folder of parts, to read it by row groups; errors are those of `read`.
 
-    Raises:
-        NotFoundError, CorruptionError, MismatchError, UnsafeError: as for `opened_file`.
-        UnfinishedError: it is a folder without its record.
+    Raises UnfinishedError for a folder without its record.
     """
     if not is_folder(path):
         with opened_file(path, most_rows) as reader:
@@ -538,11 +490,7 @@ def opened(path: Path, most_rows: int | None = None) -> Iterator[Table]:
 
 
 def metadata_keys(path: Path) -> set[str]:
-    """Return the keys of a table's metadata; no column is read.
-
-    Raises:
-        NotFoundError, CorruptionError, UnsafeError, UnfinishedError: as for `opened`.
-    """
+    """Return the keys of a table's metadata, without reading a column."""
     if is_folder(path):
         return {read_seal(path).key}
     with opened(path, sys.maxsize) as reader:
@@ -550,11 +498,7 @@ def metadata_keys(path: Path) -> set[str]:
 
 
 def require_no_part(schema: pa.Schema, path: Path) -> None:
-    """Do nothing if a file is a whole table, and not one part of several.
-
-    Raises:
-        MismatchError: it is a part; names the folder to give instead.
-    """
+    """Raise MismatchError, naming the folder to give instead, if a file is one part of several."""
     if PART_KEY.encode() in (schema.metadata or {}):
         raise MismatchError(f"{path} is one of several parts of a set; give their folder, {path.parent}")
 

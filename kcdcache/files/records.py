@@ -1,4 +1,4 @@
-"""Records: JSON in one canonical form, read by strict models, sealed by their own digest; logs of clock times."""
+"""Records: canonical JSON, read by strict models and sealed by its own digest; logs of clock times."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,39 +14,39 @@ from kcdcache.statistics import spread
 
 MOST_RECORD_BYTES = 64 * 2**20
 MOST_JSON_VALUES = 10**6
-"""values in one JSON text: in memory each takes up to some 150 bytes, however few it has in the file"""
+"""values in one JSON text: each takes up to 150 bytes of memory, however few in the file"""
 MOST_LINES = 10**6
-"""of a file of clock times"""
+"""lines in a log of clock times"""
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-"""of anything, or an index"""
+"""also an index"""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """64 hexadecimal digits"""
 
 
 class Record(BaseModel):
-    """What stands in a JSON object of ours: frozen, finite, every key known, no type guessed."""
+    """A JSON object of ours: frozen, finite, no unknown keys, no type conversions."""
 
     # built when first used: a command needs few of these
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
     def document(self) -> dict[str, Any]:
-        """Return it as JSON values."""
+        """Return the record as JSON values."""
         return self.model_dump(mode="json")
 
 
 class Sealed(Record):
-    """A record in a file of its own, which `sealed_json` writes and `read_sealed` reads."""
+    """A record in a file of its own, written by `sealed_json` and read by `read_sealed`."""
 
     digest: str = Field(default="", exclude=True, repr=False)
-    """SHA-256 of all else, in the file alone: empty here"""
+    """SHA-256 of the rest, in the file alone: empty here"""
 
 
 class Sparse(Sealed):
-    """A record whose unset entries are not written."""
+    """A sealed record whose unset entries are not written."""
 
     def document(self) -> dict[str, Any]:
-        """Return what is set of it as JSON values."""
+        """Return the set entries as JSON values."""
         return self.model_dump(mode="json", exclude_unset=True)
 
 
@@ -55,10 +55,7 @@ S = TypeVar("S", bound=Sealed)
 
 
 def canonical_json(value: Any) -> bytes:
-    """Return `value` as JSON bytes that are equal whenever the values are: sorted keys, no spaces, no NaN.
-
-    Raises:
-        ValueError: a float is not finite.
+    """Return JSON bytes, equal if the values are: sorted keys, no spaces; raises ValueError for NaN or infinity.
 
     >>> canonical_json({"b": 1, "a": [1.5, None]})
     b'{"a":[1.5,null],"b":1}'
@@ -67,26 +64,26 @@ def canonical_json(value: Any) -> bytes:
 
 
 def readable_json(value: Any) -> bytes:
-    """Return `value` as indented JSON bytes for people, with sorted keys and a closing newline."""
+    """Return indented JSON bytes for people, with sorted keys and a final newline."""
     return (json.dumps(value, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
 def digest_of(value: Any) -> str:
-    """Return the SHA-256 of a JSON value in canonical form."""
+    """Return the SHA-256 of a JSON value's canonical form."""
     return sha256_bytes(canonical_json(value))
 
 
 def sealed_json(document: Mapping[str, Any], form: Callable[[Any], bytes] = canonical_json) -> bytes:
-    """Return a document as JSON with its own SHA-256 under `digest`, so that damage shows."""
+    """Return a document as JSON with its own SHA-256 under `digest`, which reveals damage."""
     return form({**document, "digest": digest_of(document)})
 
 
 def parse_json(data: bytes, where: Path | str) -> Any:
-    """Return the value of a JSON text in UTF-8.
+    """Return the value of a UTF-8 JSON text.
 
     Raises:
-        UnsafeError: it holds more values than any record of ours.
-        CorruptionError: it is no such text, or nested too deeply.
+        UnsafeError: it has more values than any record of ours.
+        CorruptionError: it is not JSON, or nested too deeply.
     """
     _require_few_values(data, where)
     try:
@@ -98,11 +95,11 @@ def parse_json(data: bytes, where: Path | str) -> Any:
 
 
 def parse(model: type[R], data: bytes, where: Path | str) -> R:
-    """Return a JSON text as its model.
+    """Return a JSON text as a model.
 
     Raises:
-        UnsafeError: it holds more values than any record of ours.
-        CorruptionError: it is no such text, or an entry is missing, unknown, or not what it should be; names it.
+        UnsafeError: it has more values than any record of ours.
+        CorruptionError: it is not JSON, or an entry (named) is missing, unknown or invalid.
     """
     _require_few_values(data, where)
     try:
@@ -119,32 +116,17 @@ def told(error: ValidationError) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Return the JSON value in a file.
-
-    Raises:
-        NotFoundError: there is no such file.
-        CorruptionError: the file is not JSON.
-        UnsafeError: it is no plain file, or larger than any record of ours; it is not read.
-    """
+    """Return the JSON value in a file; see `parse_json`."""
     return parse_json(read_bytes(path, MOST_RECORD_BYTES), path)
 
 
 def read_object(path: Path, *keys: str) -> dict[str, Any]:
-    """Return the JSON object in a file, which has at least these keys.
-
-    Raises:
-        NotFoundError, UnsafeError: as for `read_json`.
-        CorruptionError: the file is not JSON, not an object, or lacks a key.
-    """
+    """Return the JSON object in a file; raises CorruptionError if it lacks one of the keys."""
     return _object(read_json(path), path, *keys)
 
 
 def require_format(document: Mapping[str, Any], known: int, path: Path | str) -> None:
-    """Do nothing if a document's `format_version` is the one that is `known` here.
-
-    Raises:
-        MismatchError: it is another one, or there is none.
-    """
+    """Raise MismatchError unless a document's `format_version` is `known`."""
     if (version := document.get("format_version")) != known:
         raise MismatchError(f"{path} has format {version!r:.40}, this kcdcache reads {known}; upgrade kcdcache")
 
@@ -158,13 +140,7 @@ def _object(found: Any, path: Path, *keys: str) -> dict[str, Any]:
 
 
 def read_sealed(path: Path, model: type[S], form: Callable[[Any], bytes] = canonical_json) -> S:
-    """Return the record that `sealed_json` wrote in that form, after comparing every byte with it.
-
-    Raises:
-        NotFoundError: there is no such file.
-        CorruptionError: it is not what was written.
-        UnsafeError: it is no plain file, or larger than any record of ours; it is not read.
-    """
+    """Return a record written by `sealed_json` in that form; raises CorruptionError unless every byte is as written."""
     data = read_bytes(path, MOST_RECORD_BYTES)
     found = parse(model, data, path)
     if data != sealed_json(found.document(), form):
@@ -173,11 +149,7 @@ def read_sealed(path: Path, model: type[S], form: Callable[[Any], bytes] = canon
 
 
 def read_sealed_object(path: Path, *keys: str, form: Callable[[Any], bytes] = canonical_json) -> dict[str, Any]:
-    """Return the document that `sealed_json` wrote in that form, without its digest; it has at least these keys.
-
-    Raises:
-        NotFoundError, CorruptionError, UnsafeError: as for `read_sealed`.
-    """
+    """Return a document written by `sealed_json`, without its digest; raises CorruptionError like `read_sealed`."""
     data = read_bytes(path, MOST_RECORD_BYTES)  # once: the file may change meanwhile
     found = _object(parse_json(data, path), path, *keys)
     found.pop("digest", None)
@@ -200,15 +172,15 @@ Hundredths = Annotated[float, PlainSerializer(lambda number: round(number, 2))]
 
 
 class Rate(Sparse):
-    """Images per second, over some stretches of work that count alike: epochs, parts or batches."""
+    """Images per second, over stretches of work of one kind: epochs, parts or batches."""
 
     n: int
     """number of stretches"""
     mean: Hundredths
     std: Hundredths | None
-    """sample standard deviation; None of a single stretch"""
+    """sample standard deviation; None for a single stretch"""
     warm_up: Hundredths | None = None
-    """mean of the stretches that came first, which are left out of all the above; unset if there are none"""
+    """mean of the first stretches, which are left out above; unset if there are none"""
 
     def __str__(self) -> str:
         """Return mean and spread for people.
@@ -221,7 +193,7 @@ class Rate(Sparse):
 
 
 class Timing(BaseModel):
-    """What matters here of a line of clock times."""
+    """The used entries of a line of clock times."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -232,7 +204,7 @@ class Timing(BaseModel):
 
 
 def rate_of(rates: Iterable[float]) -> Rate | None:
-    """Return mean and spread of images per second; None if there are none.
+    """Return mean and spread of images per second; None for no rates.
 
     >>> rate_of([1.0, 3.0])
     Rate(n=2, mean=2.0, std=1.4142135623730951, warm_up=None)
@@ -242,12 +214,11 @@ def rate_of(rates: Iterable[float]) -> Rate | None:
 
 
 def logged(file: Path) -> Rate | None:
-    """Return the rate that a file of clock times tells; None if it tells none.
+    """Return the rate recorded in a file of clock times, or None.
 
-    A stretch is what a line's `seconds` hold: an epoch with its evaluation and checkpoint, or what went on of one that
-    was interrupted, or a part of a store from images to encoded rows. Lines of one epoch are one stretch. Epochs marked
-    as `warm_up` are told apart where there are others. A line torn by a power loss counts nothing, and so does one
-    without seconds.
+    A stretch is the time in a line's `seconds`: an epoch with evaluation and checkpoint, the part of an interrupted
+    epoch, or a part of a store from images to encoded rows. Lines of one epoch are one stretch. Epochs marked `warm_up`
+    are kept apart if there are others.
     """
     stretches: dict[tuple[str, int], list[Timing]] = {}
     for number, line in enumerate(timings(file)):
@@ -263,12 +234,12 @@ def logged(file: Path) -> Rate | None:
 
 
 def logged_seconds(file: Path) -> float:
-    """Return the sum of `seconds` over a file of clock times; a line torn by a power loss counts nothing."""
+    """Return the sum of `seconds` in a file of clock times."""
     return sum((line.seconds for line in timings(file)), 0.0)
 
 
 def timings(file: Path) -> Iterator[Timing]:
-    """Yield the lines of a file of clock times; one torn by a power loss, or without seconds, is left out."""
+    """Yield the lines of a file of clock times, but not those without seconds or torn by a power loss."""
     if not file.exists():
         return
     for text in read_bytes(file, MOST_RECORD_BYTES).split(b"\n", MOST_LINES)[:MOST_LINES]:

@@ -1,4 +1,4 @@
-"""What a run wrote: rows, digest and SHA-256 of its files in one record, so that a swapped or stale one is refused."""
+"""The record of a run's files: rows, digest and SHA-256 of each, so that swapped or stale ones are refused."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -17,12 +17,12 @@ T = TypeVar("T")
 FILE = "files.json"
 RUN = "run.json"
 CLOCKED = ("summary.json",)
-"""files with clock times in them: their digest leaves those out, and nobody keeps a SHA-256 of them"""
+"""files with clock times: their digest leaves those out, and no SHA-256 is recorded"""
 NAMES = (
     r"(values|given)\.parquet|stages/[0-9]+/(manifest|values)\.parquet|(student|model)\.(safetensors|json)"
     r"|summary\.json"
 )
-"""what files are called that a run keeps a record of"""
+"""names of the files in the record"""
 Name = Annotated[str, Field(pattern=f"^({NAMES})$")]
 
 
@@ -30,9 +30,9 @@ class Facts(NamedTuple):
     """What is known of a file before it is written."""
 
     rows: int | None = None
-    """rows of a table"""
+    """of a table"""
     digest: str | None = None
-    """digest of what it means: of a manifest, of values, of a summary without its clock times"""
+    """of the content: a manifest, values, or a summary without its clock times"""
 
 
 class Entry(Record):
@@ -45,22 +45,18 @@ class Entry(Record):
 
 
 class RunFiles(Sealed):
-    """All of a run's files by their name in its folder."""
+    """All files of a run, by name in its folder."""
 
     run: Sha256 | None = None
     """id of the run"""
     files: Mapping[Name, Entry] = Field(default_factory=dict)
-    """finished ones"""
+    """finished files"""
     pending: tuple[Name, ...] = ()
-    """being written now, or cut short by a kill: the run's command writes them again"""
+    """being written, or cut short by a kill: the run's command writes them again"""
 
 
 def run_id(run: Path) -> str | None:
-    """Return the digest of a run's settings and inputs, or None where there is no run.
-
-    Raises:
-        CorruptionError: its run.json is damaged.
-    """
+    """Return the digest of a run's settings and inputs, or None if there is no run."""
     file = run / RUN
     if not file.exists():
         return None
@@ -69,12 +65,7 @@ def run_id(run: Path) -> str | None:
 
 
 def read(run: Path) -> RunFiles:
-    """Return the record of a run's files; an empty one where nothing was written yet.
-
-    Raises:
-        CorruptionError: the record is damaged.
-        MismatchError: it is another run's; prints both ids.
-    """
+    """Return the record of a run's files, empty before the first; raises MismatchError for another run's record."""
     file = run / FILE
     if not file.exists():
         return RunFiles()
@@ -86,13 +77,10 @@ def read(run: Path) -> RunFiles:
 
 @contextmanager
 def writing(run: Path, files: Mapping[str, Facts]) -> Iterator[None]:
-    """Announce files of a run, let the body write them, then record what lies there.
+    """Announce files of a run, let the body write them, then record them; only under the run's lock.
 
-    A kill inside leaves them announced: readers take them as they are (each is whole by itself), and the run's command
-    writes them again. One writer at a time (the run's lock).
-
-    Raises:
-        NoSpaceError: the disk is full.
+    After a kill inside they stay announced: readers accept them (each is whole), and the run's command writes them
+    again.
     """
     before = read(run)
     known, pending = {name: entry for name, entry in before.files.items() if name not in files}, set(before.pending)
@@ -104,15 +92,15 @@ def writing(run: Path, files: Mapping[str, Facts]) -> Iterator[None]:
 
 
 def cut_short(run: Path, name: str) -> bool:
-    """Return whether a kill fell between the announcement of a file and its record, so that it must be made again."""
+    """Check whether a kill fell between the announcement of a file and its record, so that it must be made again."""
     return name in read(run).pending
 
 
 def require(path: Path, facts: Facts) -> None:
-    """Do nothing if a file that was just read is the one its run wrote, or lies in no run.
+    """Check that a file just read is the one its run wrote, or belongs to no run.
 
     Raises:
-        MismatchError: it is a whole one, but another; prints both digests and row counts.
+        MismatchError: it is another valid file; prints both digests and row counts.
         CorruptionError: its bytes differ, or the run has no record of it.
     """
     run, name = _place_of(path)
@@ -134,7 +122,7 @@ def require(path: Path, facts: Facts) -> None:
 
 
 def steady(path: Path, look: Callable[[], T]) -> T:
-    """Return what `look` finds in a file, looking again where the run replaced the file meanwhile."""
+    """Return `look()`, repeated if the run replaced the file meanwhile."""
     run, name = _place_of(path)
     while True:
         before = run and read(run).files.get(name)
@@ -144,7 +132,7 @@ def steady(path: Path, look: Callable[[], T]) -> T:
 
 
 def problems(run: Path, record: RunFiles) -> dict[Path, str]:
-    """Return file -> what is wrong, for each that is missing, not recorded, or not what the run wrote."""
+    """Return file -> what is wrong, for files that are missing, not recorded, or not what the run wrote."""
     found = {run / name: _differs(run / name, entry) for name, entry in sorted(record.files.items())}
     for file in sorted(run.rglob("*")):
         name = str(file.relative_to(run))
@@ -160,7 +148,7 @@ _UNKNOWN = (
 
 
 def _place_of(path: Path) -> tuple[Path | None, str]:
-    """Return (run folder, name in it) of a file that runs keep a record of; no folder of any other."""
+    """Return (run folder, name in it) of a file that runs record, or (None, "")."""
     whole = path.resolve()
     for folder in (whole.parent, *whole.parents[2:3]):
         name = str(whole.relative_to(folder))
