@@ -203,7 +203,7 @@ class OwnFile(Source):
         found = digest.over(b"", FINGERPRINTED)
         if self._known not in ("", found):
             raise CorruptionError(
-                f"{self._path}: its values have the fingerprint {found}, its record tells {self._known}"
+                f"{self._path}: its values have the fingerprint {found}, its record says {self._known}"
             )
         self._known = found
 
@@ -369,7 +369,7 @@ def _read_foreign(path: Path, count: int) -> Held:
     again = order[1:][np.diff(found.index[order]) == 0]
     if again.size:
         row = int(again.min())
-        raise MismatchError(f"{path}, row {row}: index {found.index[row]} stands there again; expected each index once")
+        raise MismatchError(f"{path}, row {row}: index {found.index[row]} occurs again; expected each index once")
     made = values.start(count)
     made.visits[found.index], made.value[found.index] = found.visits, found.value
     return Held(made, None if found.label is None else found.label[order])  # every index is there

@@ -194,7 +194,7 @@ def open_own(path: str | Path, flags: int) -> int:
     return descriptor
 
 
-# Locks. The system frees one when its process ends, however it ends; the name of who holds it stands in a file beside.
+# Locks. The system frees one when its process ends, however it ends; the holder's name is in a file beside it.
 
 
 @contextmanager

@@ -98,9 +98,9 @@ class Content(NamedTuple):
     writer: str | None = None
 
     @classmethod
-    def of(cls, data: bytes, told: Mapping[str, Any], writer: str | None) -> "Content":
+    def of(cls, data: bytes, answer: Mapping[str, Any], writer: str | None) -> "Content":
         """Return content with the version in an answer of the store."""
-        return cls(data, {name: told[name] for name in ("e_tag", "version") if told[name] is not None}, writer)
+        return cls(data, {name: answer[name] for name in ("e_tag", "version") if answer[name] is not None}, writer)
 
     @property
     def tag(self) -> str:
@@ -131,27 +131,27 @@ def open_path(text: str, fresh: bool = False) -> Path:
         return Path(text)
     kind, scheme, place, rest = match.groups()
     bucket, _, key = place.partition("/")
-    told = re.sub(r"//[^/]*@", "//...@", f"{scheme}://{place}")
+    url = re.sub(r"//[^/]*@", "//...@", f"{scheme}://{place}")
     if kind is not None:
         remedy = "copy it here, or give condensed:URL for a set exported with its images"
         raise SettingsError(
             f"{kind}: takes a path of this machine, found a URL: data sets are read from local disks; {remedy}"
         )
     if rest:
-        raise SettingsError(f"{told}?... has a '?'; a URL here is scheme://bucket/key and nothing more")
+        raise SettingsError(f"{url}?... has a '?'; a URL here is scheme://bucket/key and nothing more")
     if scheme == "file":
         if bucket not in ("", "localhost") or not key:
-            raise SettingsError(f"{told} should be file:///PATH, an absolute path of this machine")
+            raise SettingsError(f"{url} should be file:///PATH, an absolute path of this machine")
         return Path("/" + unquote(key))
     if scheme not in KINDS:
         known = ", ".join(f"{name}://" for name in (*KINDS, "file"))
-        raise SettingsError(f"{told} has the unknown scheme {scheme}://; known: {known}")
+        raise SettingsError(f"{url} has the unknown scheme {scheme}://; known: {known}")
     if "@" in bucket:
         raise SettingsError(
-            f"{told} holds credentials, which would be shown and recorded; set in the environment {KINDS[scheme][2]}"
+            f"{url} holds credentials, which would be shown and recorded; set in the environment {KINDS[scheme][2]}"
         )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", bucket):
-        raise SettingsError(f"{told} names no bucket; write {scheme}://BUCKET/KEY")
+        raise SettingsError(f"{url} names no bucket; write {scheme}://BUCKET/KEY")
     return _opened(_cache(), _folder_of(scheme), bucket).open(key.strip("/"), fresh)
 
 
@@ -296,8 +296,9 @@ class Bucket:
             import obstore.exceptions
             import obstore.store
         except ImportError:
-            told = f'{self.url}: object stores need the extra `cloud`: pip install "kcdcache[cloud]"'
-            raise SettingsError(told) from None
+            raise SettingsError(
+                f'{self.url}: object stores need the extra `cloud`: pip install "kcdcache[cloud]"'
+            ) from None
         self._obstore: Any = obstore
         given = {name.upper() for name in os.environ}
         options: dict[str, Any] = {k: v for k, v in TIMEOUTS.items() if f"{variables}_{k.upper()}" not in given}
@@ -531,8 +532,10 @@ class Bucket:
         """Return local path -> entry for all mirrored objects at or below a key."""
         found = [] if single else self._list(prefix)
         if len(found) > MOST_OBJECTS:
-            told = f"{self.url}/{prefix} holds {len(found)} objects, expected at most {MOST_OBJECTS}"
-            raise UnsafeError(f"{told}: name the folder of a store, run or set")
+            raise UnsafeError(
+                f"{self.url}/{prefix} holds {len(found)} objects, expected at most {MOST_OBJECTS}: name the folder of a "
+                "store, run or set"
+            )
         if prefix and (one := self._head(prefix)) is not None:
             found.append(one)
         self._require_keys(entry.key for entry in found)

@@ -144,10 +144,10 @@ def encode(table: pa.Table) -> bytes:
 class Reader:
     """An open parquet file, read one row group at a time."""
 
-    def __init__(self, path: Path, parquet: pq.ParquetFile, group_rows: Sequence[int]) -> None:
-        """Take an open file and the rows of its row groups."""
-        self._path, self._parquet, self._group_rows = path, parquet, group_rows
-        self.rows = sum(group_rows)
+    def __init__(self, path: Path, parquet: pq.ParquetFile) -> None:
+        """Take an open file; raises ValueError if its footer contradicts itself."""
+        self._path, self._parquet, self._group_rows = path, parquet, _group_rows(parquet.metadata)
+        self.rows = sum(self._group_rows)
         self.schema: pa.Schema = parquet.schema_arrow
 
     def groups(
@@ -177,7 +177,7 @@ class Reader:
             table = self._parquet.read_row_groups(numbers, columns=names)
             table.validate()
             if names and table.num_rows != (rows := sum(self._group_rows[number] for number in numbers)):
-                raise ValueError(f"its pages hold {table.num_rows} rows, its footer tells of {rows}")
+                raise ValueError(f"its pages hold {table.num_rows} rows, its footer says {rows}")
             return table
 
 
@@ -202,7 +202,7 @@ def opened_file(path: Path, most_rows: int | None = None) -> Iterator[Reader]:
             parquet = _parquet_file(stream)
             if TEXT in parquet.schema_arrow.names:
                 parquet = _parquet_file(stream, metadata=parquet.metadata, read_dictionary=[TEXT])
-            reader = Reader(path, parquet, _group_rows(parquet.metadata))
+            reader = Reader(path, parquet)
         _require_few_rows(reader.rows, os.fstat(stream.fileno()).st_size, path, most_rows)
         yield reader
 
@@ -267,7 +267,7 @@ def _group_rows(metadata: pq.FileMetaData) -> list[int]:
     """Return the rows of every row group, without looking at its columns: damaged ones can crash the process."""
     rows = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
     if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
-        raise ValueError(f"its footer tells of {metadata.num_rows} rows, its row groups of {sum(rows)}")
+        raise ValueError(f"its footer says {metadata.num_rows} rows, its row groups {sum(rows)}")
     return rows
 
 
@@ -414,7 +414,7 @@ def read_seal(folder: Path) -> Seal:
     of = -(-content.samples // content.partition_rows)
     if of != len(content.parts) or of > MOST_PARTS:
         raise CorruptionError(
-            f"{file} is damaged: it tells of {len(content.parts)} parts, expected {of} (at most {MOST_PARTS})"
+            f"{file} is damaged: it lists {len(content.parts)} parts, expected {of} (at most {MOST_PARTS})"
         )
     for span, part in zip(spans(content.samples, content.partition_rows), content.parts, strict=True):
         if part.rows > span.stop - span.first:
@@ -459,12 +459,12 @@ class Joined:
         _require_size(path, part)
         if (found := sha256_file(path)) != part.sha256:
             raise CorruptionError(
-                f"{path} is not what was written: its SHA-256 is {found}, {SEAL} tells {part.sha256}; make the set "
+                f"{path} is not what was written: its SHA-256 is {found}, {SEAL} says {part.sha256}; make the set "
                 "again, or copy it again"
             )
         with opened_file(path, span.stop - span.first) as reader:
             if reader.rows != part.rows:
-                raise CorruptionError(f"{path} has {reader.rows} rows, {SEAL} tells {part.rows}; make the set again")
+                raise CorruptionError(f"{path} has {reader.rows} rows, {SEAL} says {part.rows}; make the set again")
             yield reader
 
 
@@ -505,6 +505,6 @@ def require_no_part(schema: pa.Schema, path: Path) -> None:
 
 def _require_size(path: Path, part: Part) -> None:
     if not path.is_file():
-        raise CorruptionError(f"{path} is missing, {SEAL} beside it tells of it; make or copy the set again")
+        raise CorruptionError(f"{path} is missing, {SEAL} beside it lists it; make or copy the set again")
     if (size := path.stat().st_size) != part.bytes:
-        raise CorruptionError(f"{path} has {size} bytes, {SEAL} tells {part.bytes}; make or copy the set again")
+        raise CorruptionError(f"{path} has {size} bytes, {SEAL} says {part.bytes}; make or copy the set again")

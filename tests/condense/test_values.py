@@ -197,7 +197,7 @@ def test_file_of_another_tool_is_accepted_in_any_order_and_type(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("columns", "error", "message"),
     [
-        ({"index": [0, 1, 0, 1], "value": [1.0] * 4}, MismatchError, "row 2: index 0 stands there again"),
+        ({"index": [0, 1, 0, 1], "value": [1.0] * 4}, MismatchError, "row 2: index 0 occurs again"),
         ({"index": [0, 5], "value": [1.0] * 2}, MismatchError, r"row 1: 'index' is 5, .*\[0, 5\)"),
         ({"index": [0.0, 0.5], "value": [1.0] * 2}, MismatchError, "row 1: 'index' is 0.5"),
         ({"index": [0, None], "value": [1.0] * 2}, MismatchError, "row 1: 'index' is empty"),
