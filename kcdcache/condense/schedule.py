@@ -52,10 +52,16 @@ def plan(schedule: str, epochs: int, stages: int, keep: float, base: float = 1.0
     Source: Eq. 16 and Algorithm 1 of Knowledge Condensation Distillation, its poster and the authors' code, in the
     readings of SCHEDULES.
     """
-    _require_plan(schedule, epochs, stages, keep, base)
+    if schedule not in SCHEDULES:
+        raise SettingsError(f"unknown schedule '{schedule}'; known: {', '.join(SCHEDULES)}")
+    if not 0 < base <= 1 or not 0 < keep <= 1:
+        raise SettingsError(f"keep and base are shares in (0, 1]; found keep {keep}, base {base}")
+    require_whole_stages(epochs, stages)
     first = "full" if base == 1 else "given"
     if export_keep(stages, keep, base) is None:
         return (Stage(0, 0, epochs, base, first),)
+    if keep > base:
+        raise SettingsError(f"keep {keep} exceeds the given set's share {base} of all samples; lower keep to it")
     steps = SCHEDULES[schedule](base, keep, stages, epochs // stages)
     steps = [step for step in steps if step[0] < epochs]
     stops = [start for start, _ in steps[1:]] + [epochs]
@@ -134,13 +140,3 @@ SCHEDULES = {
     "poster": _poster,
 }
 """readings of the paper's schedule: (base, keep, stages, epochs per stage) -> first epoch and fraction of each"""
-
-
-def _require_plan(schedule: str, epochs: int, stages: int, keep: float, base: float) -> None:
-    if schedule not in SCHEDULES:
-        raise SettingsError(f"unknown schedule '{schedule}'; known: {', '.join(SCHEDULES)}")
-    if not 0 < base <= 1 or not 0 < keep <= 1:
-        raise SettingsError(f"keep and base are shares in (0, 1]; found keep {keep}, base {base}")
-    require_whole_stages(epochs, stages)
-    if export_keep(stages, keep, base) is not None and keep > base:
-        raise SettingsError(f"keep {keep} exceeds the given set's share {base} of all samples; lower keep to it")

@@ -50,10 +50,19 @@ def condense(
 
     Source: sections 3.3 and 3.4, Eq. 8 and 13 to 15 of Knowledge Condensation Distillation (arXiv 2207.05409).
     """
-    _require_lengths(samples, values, previous)
+    count = samples.count
+    for name, found in (
+        ("values", len(values.visits)),
+        ("labels", count if samples.labels is None else len(samples.labels)),
+        ("the previous manifest", count if previous is None else previous.count),
+    ):
+        if found != count:
+            raise MismatchError(
+                f"expected {name} of the knowledge's {count} samples, found {found}; give those of this store"
+            )
     source = Held(values, samples.labels)
     made = plan(source, settings, samples, stage=stage, keep=keep, previous=previous).draft(source).held()
-    _warn_starved(made.class_counts, samples.class_counts(np.arange(samples.count)), keep)
+    _warn_starved(made.class_counts, samples.class_counts(np.arange(count)), keep)
     return made
 
 
@@ -118,19 +127,6 @@ K0: dict[str, Callable[[int, int], int]] = {
     "stage_slice": lambda dropped, shrinkage: min(dropped, max(0, shrinkage)),
 }
 """rule -> size of K_0, the best dropped samples: (number dropped, shrinkage of the set) -> size"""
-
-
-def _require_lengths(samples: Samples, values: Values, previous: Manifest | None) -> None:
-    count = samples.count
-    for name, found in (
-        ("values", len(values.visits)),
-        ("labels", count if samples.labels is None else len(samples.labels)),
-        ("the previous manifest", count if previous is None else previous.count),
-    ):
-        if found != count:
-            raise MismatchError(
-                f"expected {name} of the knowledge's {count} samples, found {found}; give those of this store"
-            )
 
 
 def require_labelled(source: Source, settings: CondenseSettings) -> None:

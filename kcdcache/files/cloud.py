@@ -533,8 +533,8 @@ class Bucket:
         found = [] if single else self._list(prefix)
         if len(found) > MOST_OBJECTS:
             raise UnsafeError(
-                f"{self.url}/{prefix} holds {len(found)} objects, expected at most {MOST_OBJECTS}: name the folder of a "
-                "store, run or set"
+                f"{self.url}/{prefix} holds {len(found)} objects, expected at most {MOST_OBJECTS}: "
+                "name the folder of a store, run or set"
             )
         if prefix and (one := self._head(prefix)) is not None:
             found.append(one)
