@@ -243,7 +243,7 @@ def _manifest(record: Record) -> Manifest:
     path = record.path / MANIFEST
     chosen = manifest.read(path, record.content.knowledge.data.count)
     if chosen.digest != record.content.manifest:
-        raise CorruptionError(f"{path} holds manifest {chosen.digest}, exported was {record.content.manifest}")
+        raise CorruptionError(f"{path} has the digest {chosen.digest}, but {record.content.manifest} was exported")
     manifest.require_knowledge(chosen, record.content.knowledge_id)
     if chosen.count != record.content.knowledge.data.count:
         raise CorruptionError(f"{path} counts {chosen.count} samples, its data {record.content.knowledge.data.count}")

@@ -234,7 +234,7 @@ def _count(path: Path) -> int:
 def _network(path: Path) -> dict[str, Any]:
     file = path.with_suffix(".json")
     if not file.exists():
-        raise NotFoundError(f"{path} has no {file.name} beside it that says what it is")
+        raise NotFoundError(f"{path} has no {file.name} beside it, which describes it")
     return read_object(file)
 
 

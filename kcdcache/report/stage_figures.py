@@ -22,7 +22,7 @@ MOST_LINES = 600
 MOST_CLASSES = 24
 TITLE = 38
 """characters per line of a panel's title, with two panels side by side"""
-PARTS = (("kept as they are (K_1H)", AS_IS), ("kept and enriched (K_Aug)", ENRICHED), ("dropped (K_0)", LEFT_OUT))
+PARTS = (("kept unchanged (K_1H)", AS_IS), ("kept and enriched (K_Aug)", ENRICHED), ("dropped (K_0)", LEFT_OUT))
 SHARE_OF_CLASS = "samples kept, relative to the set that keeps most of the class (%)"
 TURNS = (("left", COLOURS[1], -0.27, ""), ("returned", COLOURS[2], 0.0, "//"), ("new", COLOURS[4], 0.27, ".."))
 """change of samples, with colour, offset and hatching of its bars"""
@@ -174,7 +174,7 @@ def _movers(axes: Axes, ranks: np.ndarray, names: Sequence[str]) -> None:
         lines = axes.plot(100 * ranks[:, chosen], style, color=colour, markersize=3, alpha=0.8)
         lines[0].set_label(label)
     axes.set_xticks(range(len(names)), names)
-    axes.set(title="samples that moved most", xlabel="end of stage", ylabel="rank (100 = most valuable)")
+    axes.set(title="largest rank changes", xlabel="end of stage", ylabel="rank (100 = most valuable)")
     axes.set_ylim(-3, 103)
 
 
@@ -232,7 +232,7 @@ def distances(found: Named) -> Picture:
         for row, column in np.ndindex(count, count) if count <= 16 else ():
             colour = "white" if matrix[row, column] < 0.3 else "black"
             axes.text(column, row, f"{matrix[row, column]:.2f}", ha="center", va="center", color=colour, size=8)
-        figure.colorbar(image, ax=axes, label="share of samples kept by only one of the runs", shrink=0.8)
+        figure.colorbar(image, ax=axes, label="share of samples kept by only one run", shrink=0.8)
 
     return drawn("distances", min(11.0, 2.6 + 0.42 * count), draw)
 

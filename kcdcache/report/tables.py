@@ -277,21 +277,20 @@ def curves(loaded: Loaded) -> Sequence[Row]:
 
 def stages(loaded: Loaded) -> Sequence[Row]:
     """Return a row per set of each condensing run: sizes, and changes from the previous set."""
-    return [{"row": label, "run": run.name, **found} for label, run in condensing(loaded) for found in _sets(run)]
-
-
-def _sets(run: Run) -> Iterator[dict[str, Any]]:
-    for stage, change in zip(run.stages, compare.turnover(compare.parts(run.sets)), strict=True):
-        chosen, mixed = stage.manifest, int(stage.manifest.mixed.sum())
-        exported = stage.values is None and stage is run.stages[-1] and len(run.stages) > 1
-        yield {
-            "stage": f"{stage.number} (exported)" if exported else str(stage.number),
-            "keep": len(chosen) / chosen.count, "kept": len(chosen), "as_is": len(chosen) - mixed, "mixed": mixed,
-            "dropped": chosen.count - len(chosen), **change._asdict(),
-            "epsilon_max": float(chosen.epsilon.max()) if mixed else None,
-            "class_min": min(chosen.class_counts, default=None), "class_max": max(chosen.class_counts, default=None),
-            "digest": chosen.digest,
-        }  # fmt: skip
+    rows = []
+    for label, run in condensing(loaded):
+        for stage, change in zip(run.stages, compare.turnover(compare.parts(run.sets)), strict=True):
+            chosen, mixed = stage.manifest, int(stage.manifest.mixed.sum())
+            exported = stage.values is None and stage is run.stages[-1] and len(run.stages) > 1
+            rows.append({
+                "row": label, "run": run.name, "stage": f"{stage.number} (exported)" if exported else str(stage.number),
+                "keep": len(chosen) / chosen.count, "kept": len(chosen), "as_is": len(chosen) - mixed, "mixed": mixed,
+                "dropped": chosen.count - len(chosen), **change._asdict(), "digest": chosen.digest,
+                "epsilon_max": float(chosen.epsilon.max()) if mixed else None,
+                "class_min": min(chosen.class_counts, default=None),
+                "class_max": max(chosen.class_counts, default=None),
+            })  # fmt: skip
+    return rows
 
 
 def classes(loaded: Loaded) -> Sequence[Row]:
@@ -432,8 +431,10 @@ def screening(loaded: Loaded) -> Sequence[Row]:
     for label, runs in named_rows(loaded):
         by_stage: dict[int, list[Row]] = {}
         for run in (run for run in runs if run.condenses):
-            for stage, shares in _screened(run):
-                by_stage.setdefault(stage, []).append(shares)
+            before: dict[str, float | None] = {"separation_wrong": None, "separation_rare": None}
+            for counts in sorted(run.summary.sets or (), key=lambda one: one.stage):  # chosen from the values before
+                by_stage.setdefault(counts.stage, []).append(_shares(counts) | before)
+                before = {name: getattr(counts, name) for name in before}
         for stage, each in sorted(by_stage.items()):
             row = {"row": label, "data": corruption(runs[0]), **_group(runs[0]), "stage": stage, "n": len(each)}
             rows.append(row | {name: spread(one[name] for one in each).mean for name in each[0]})
@@ -496,14 +497,6 @@ def teachers_name(student: str) -> str:
     """
     what, colon, _ = student.rpartition(": ")
     return f"{what}: the teacher" if colon else f"teacher of {student}"
-
-
-def _screened(run: Run) -> Iterator[tuple[int, dict[str, float | None]]]:
-    """Yield (stage, shares) of a run's sets, each with the separation by the values it was chosen from."""
-    before: dict[str, float | None] = {"separation_wrong": None, "separation_rare": None}
-    for counts in sorted(run.summary.sets or (), key=lambda one: one.stage):
-        yield counts.stage, _shares(counts) | before
-        before = {name: getattr(counts, name) for name in before}
 
 
 def _shares(counts: SetCounts) -> dict[str, float | None]:

@@ -62,7 +62,7 @@ def test_rows_and_bytes_are_counted_against_the_full_store(place, tmp_path, capl
     assert "100 kept samples and their 100 partners need the outputs on all 200 samples: nothing is" in caplog.text
 
 
-def test_it_says_of_its_samples_what_the_full_store_says(place):
+def test_it_has_the_knowledge_of_the_full_store(place):
     opened = condensed_set.open(place.root / "plain")
     assert sha256_file(place.root / "plain/manifest.parquet") == sha256_file(place.file)
     ours, theirs = opened.knowledge, place.knowledge
@@ -84,7 +84,7 @@ def test_it_says_of_its_samples_what_the_full_store_says(place):
         ours.load(0, np.sort(np.append(ours.held[:3], missing[:2])), ("logits",))
 
 
-def test_a_runs_folder_stands_for_the_set_it_ended_with(place, tmp_path):
+def test_a_runs_folder_means_its_last_set(place, tmp_path):
     trained(tmp_path / "run", store=place.knowledge.path, stages=2, keep=0.5)
     exporting(place, tmp_path / "e", manifest=tmp_path / "run")
     wanted = state.read_summary(tmp_path / "run").condensed_set
@@ -170,7 +170,7 @@ def test_a_run_continues_from_it_to_the_same_bytes(place, tmp_path):
         ({"condensed": "plain", "transfer": True}, "--transfer does nothing beside --condensed"),
     ],
 )
-def test_what_to_train_from_is_said_once(place, tmp_path, given, said):
+def test_the_source_of_training_is_given_once(place, tmp_path, given, said):
     named = {key: place.root / value if isinstance(value, str) else value for key, value in given.items()}
     with pytest.raises(SettingsError, match=said):
         trained(tmp_path / "run", **named)
@@ -346,7 +346,7 @@ def test_a_killed_export_is_accepted_by_nobody_and_ends_in_the_same_bytes(place,
     assert died >= 2
 
 
-# what is told of it
+# what is shown of it
 
 
 def test_the_card_has_the_hubs_front_matter_and_nothing_that_changes(place, tmp_path):
@@ -363,7 +363,7 @@ def test_the_card_has_the_hubs_front_matter_and_nothing_that_changes(place, tmp_
     assert str(place.root) not in text
 
 
-def test_the_cards_python_runs_as_it_stands(place):
+def test_the_python_of_the_card_runs(place):
     folder = place.root / "plain"
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     names = {}
@@ -377,7 +377,7 @@ def test_the_cards_size_is_one_of_the_hubs(place, rows, said):
     assert f"size_categories:\n- {said}\n" in write.card(content, summary | {"kept": rows}, {}).decode()
 
 
-def test_it_is_told_by_inspect_and_expected_by_id(place):
+def test_inspect_shows_it_and_its_id_can_be_expected(place):
     found = show.inspect(place.root / "baked")
     assert (found["kind"], found["rows"], found["samples"]) == ("condensed", 40, 200)
     assert found["baked"] == {"temperature": 4.0, "target": "linear_prob", "mix": "convex"}

@@ -58,14 +58,14 @@ def copy(finished, tmp_path):
 
 
 def settled(folder):
-    """The files of a recipe's folder but its results, which tell of this very execution."""
+    """The files of a recipe's folder except its results, which describe one execution."""
     found = content(folder)
     del found["results.json"]
     return found
 
 
 def timeless(files):
-    """Leave out what tells of clock times and of the machine's state."""
+    """The files without those that have clock times and the state of the machine."""
     names = ("run.json", "timing.jsonl", "summary.json", "environment.json", ".lock", "lock")
     return {name: data for name, data in files.items() if Path(name).name not in names}
 
@@ -210,11 +210,11 @@ class BrokenOffError(BaseException):
 
 @pytest.mark.parametrize("reports", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 7))])
 def test_a_recipe_broken_off_anywhere_resumes_to_the_same_bytes(finished, tmp_path, reports):
-    told = []
+    seen = []
 
     def progress(what, done, total, remark):
-        told.append(what)
-        if len(told) == reports:
+        seen.append(what)
+        if len(seen) == reports:
             raise BrokenOffError
 
     tiny = recipe.load(written(tmp_path))

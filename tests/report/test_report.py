@@ -74,13 +74,13 @@ def few(place, tmp_path):
     return Path(shutil.copytree(place.folder, tmp_path / "few", ignore=left_out))
 
 
-def rows(told, table, **only):
+def rows(report, table, **only):
     """Rows of a table whose cells are these."""
-    return [row for row in told["tables"][table]["rows"] if only.items() <= row.items()]
+    return [row for row in report["tables"][table]["rows"] if only.items() <= row.items()]
 
 
 def numbers(*paths, **more):
-    """What a report of some paths would say, without its figures."""
+    """The tables of a report of some paths."""
     found = tables.every(load.read([Path(path) for path in paths]), **more)
     return {"tables": {key: table.document() for key, table in found.items()}}
 
@@ -189,9 +189,9 @@ def test_provenance_names_settings_commit_versions_and_digests(place, made):
     (row,) = rows(made[1], "runs", run="kcd-seed0")
     assert (row["commit"], row["threads"]) == (record["environment"]["git_commit"], record["environment"]["threads"])
     assert f"torch {record['environment']['versions']['torch']}" in row["versions"]
-    told = {row["setting"]: row["value"] for row in rows(made[1], "settings", row=ROWS["kcd"])}
-    assert {name: told[name] for name in ("seed", "keep")} == {"seed": "0 | 1 | 2", "keep": "0.5"}
-    assert len(told) == len(record["settings"])
+    report = {row["setting"]: row["value"] for row in rows(made[1], "settings", row=ROWS["kcd"])}
+    assert {name: report[name] for name in ("seed", "keep")} == {"seed": "0 | 1 | 2", "keep": "0.5"}
+    assert len(report) == len(record["settings"])
     ids = {row["id"] for row in rows(made[1], "identities", of="kcd-seed0")}
     network = json.loads((place.folder / "kcd-seed0" / "student.json").read_text())
     assert {record["inputs"]["knowledge_id"], record["inputs"]["test"], network["weights_sha256"]} < ids
@@ -201,9 +201,9 @@ def test_provenance_names_settings_commit_versions_and_digests(place, made):
 
 
 def test_json_and_csv_hold_the_numbers_of_the_page(made, page):
-    folder, told = made
-    assert json.loads((folder / "r.json").read_text())["tables"] == told["tables"]
-    for key, table in told["tables"].items():
+    folder, report = made
+    assert json.loads((folder / "r.json").read_text())["tables"] == report["tables"]
+    for key, table in report["tables"].items():
         written = list(csv.DictReader(io.StringIO((folder / "tables" / f"{key}.csv").read_text())))
         for row, plain in zip(table["rows"], written, strict=True):
             for name, value in row.items():
@@ -211,7 +211,7 @@ def test_json_and_csv_hold_the_numbers_of_the_page(made, page):
                 is_text = value is None or isinstance(value, str)
                 assert found == printable(value or "") if is_text else float(found) == value
     drawn_or_empty = {"troubles", "curves", "classes", "fidelity", "screening"}
-    assert {*told["tables"]} - {*page.tables} == drawn_or_empty
+    assert {*report["tables"]} - {*page.tables} == drawn_or_empty
 
 
 def test_the_page_shows_the_rounded_numbers_of_the_tables(made, page):
@@ -310,7 +310,7 @@ def test_the_images_shown_are_those_of_the_numbers_below_them(place, known):
         (None, r"no results.json that names the data; give --data"),
     ],
 )
-def test_where_there_are_no_images_it_is_said_why(known, spec, why):
+def test_a_note_says_why_there_are_no_images(known, spec, why):
     run = next(run for run in known.runs if run.name == "kcd-seed0")
     strips, (note,) = images.collected([("the run", dataclasses.replace(run, data=None))], spec)
     assert strips == []
@@ -326,8 +326,8 @@ def test_nothing_is_downloaded_and_nothing_huge_is_read_for_pictures_nobody_aske
 # what is not in the numbers
 
 
-def problems(told):
-    return {Path(row["path"]).name: (row["state"], row["error"]) for row in rows(told, "troubles")}
+def problems(report):
+    return {Path(row["path"]).name: (row["state"], row["error"]) for row in rows(report, "troubles")}
 
 
 def flip(file):
@@ -336,7 +336,7 @@ def flip(file):
     file.write_bytes(data)
 
 
-def test_unfinished_damaged_and_missing_runs_are_told_and_the_rest_stands(place, copy, tmp_path):
+def test_unfinished_damaged_and_missing_runs_are_listed_and_the_rest_is_used(place, copy, tmp_path):
     material = distill.Material(data=datasets.load(place.data), knowledge=reader.open(copy / "store"))
     distill.run(settings.TrainSettings(**SCHOOL), material, out=copy / "kcd-seed9", until=3, machine=ON_CPU)
     (copy / "kcd-seed0" / "summary.json").unlink()
@@ -344,15 +344,15 @@ def test_unfinished_damaged_and_missing_runs_are_told_and_the_rest_stands(place,
         flip(copy / name / "stages" / "1" / "values.parquet")
     shutil.rmtree(copy / "kd-seed1")
     (copy / "kd-seed0" / "metrics.jsonl").write_text("")
-    told = write([copy], tmp_path / "r.html")
-    found = problems(told)
+    report = write([copy], tmp_path / "r.html")
+    found = problems(report)
     assert {name: state for name, (state, _) in found.items()} == {
         "kcd-seed0": "damaged", "kcd-seed1": "damaged", "kcd-seed2": "damaged", "kd-seed0": "damaged",
         "kd-seed1": "missing", "kcd-seed9": "unfinished",
     }  # fmt: skip
     assert "values.parquet" in found["kcd-seed1"][1]
     assert "3 epochs are done; run its command again" in found["kcd-seed9"][1]
-    assert [(row["row"], row["n"]) for row in rows(told, "results")] == [(ROWS["base"], 1)]
+    assert [(row["row"], row["n"]) for row in rows(report, "results")] == [(ROWS["base"], 1)]
     page = Page((tmp_path / "r.html").read_text())
     assert {tuple(line[1:]) for line in page.tables["troubles"][1:]} == {
         (state, printable(error)) for state, error in found.values()
@@ -361,12 +361,12 @@ def test_unfinished_damaged_and_missing_runs_are_told_and_the_rest_stands(place,
 
 
 @pytest.mark.parametrize("results", ['{"title": "half', '{"rows": 3, "runs": [4]}'])
-def test_a_damaged_store_or_results_json_is_told_and_the_runs_stand(few, results):
+def test_a_damaged_store_or_results_json_is_listed_and_the_runs_are_used(few, results):
     (few / "results.json").write_text(results)
     flip(next((few / "store" / "_kcd").glob("plan*")))
-    told = numbers(few)
-    assert [problems(told)[name][0] for name in ("results.json", "store")] == ["damaged"] * 2
-    assert len(rows(told, "runs")) == 1
+    report = numbers(few)
+    assert [problems(report)[name][0] for name in ("results.json", "store")] == ["damaged"] * 2
+    assert len(rows(report, "runs")) == 1
 
 
 def test_without_any_sound_run_there_still_is_a_page(few, tmp_path):
@@ -375,18 +375,18 @@ def test_without_any_sound_run_there_still_is_a_page(few, tmp_path):
     record["environment"]["versions"] = ["torch"]
     del record["digest"]
     file.write_bytes(readable_json({**record, "digest": digest_of(record)}))
-    told = write([few], tmp_path / "r.html")
-    assert "environment.versions: Input should be an object" in problems(told)["base-seed0"][1]
-    assert rows(told, "runs") == []
+    report = write([few], tmp_path / "r.html")
+    assert "environment.versions: Input should be an object" in problems(report)["base-seed0"][1]
+    assert rows(report, "runs") == []
     assert "0 finished runs in 0 rows. Not included: 5 missing, 1 damaged" in (tmp_path / "r.html").read_text()
 
 
-def test_without_results_json_runs_are_found_and_rows_of_unlike_ones_are_told(copy):
+def test_without_results_json_runs_are_found_and_mixed_rows_are_noted(copy):
     (copy / "results.json").unlink()
     (copy / "kd-seed1").rename(copy / "kcd-seed7")
-    told = numbers(copy)
-    assert [(row["row"], row["n"]) for row in rows(told, "results")] == [("base", 1), ("kcd", 4), ("kd", 1)]
-    assert {row["reference"] for row in rows(told, "differences")} == {"kd"}
+    report = numbers(copy)
+    assert [(row["row"], row["n"]) for row in rows(report, "results")] == [("base", 1), ("kcd", 4), ("kd", 1)]
+    assert {row["reference"] for row in rows(report, "differences")} == {"kd"}
     unlike = tables.unlike_rows(load.read([copy]))
     assert unlike == ["the runs of 'kcd' differ in keep: their mean is of unlike runs"]
 
@@ -396,15 +396,15 @@ def test_without_results_json_runs_are_found_and_rows_of_unlike_ones_are_told(co
 
 def test_one_run_alone_and_given_twice(place):
     run = place.folder / "kcd-seed0"
-    told = numbers(run, run, run / ".." / "kcd-seed0")
-    assert [(row["row"], row["n"]) for row in rows(told, "results")] == [(ROWS["kcd"], 1)]
-    assert rows(told, "differences") == []
+    report = numbers(run, run, run / ".." / "kcd-seed0")
+    assert [(row["row"], row["n"]) for row in rows(report, "results")] == [(ROWS["kcd"], 1)]
+    assert rows(report, "differences") == []
 
 
 def test_runs_of_several_folders_are_kept_apart(place, few):
-    told = numbers(place.folder / "base-seed0", few)
+    report = numbers(place.folder / "base-seed0", few)
     names = [f"{name}: {ROWS['base']}" for name in (place.folder.name, "few")]
-    assert [row["row"] for row in rows(told, "results")] == names
+    assert [row["row"] for row in rows(report, "results")] == names
 
 
 def test_nothing_but_a_report_is_overwritten(place, tmp_path):
@@ -438,8 +438,8 @@ def test_the_command_writes_the_page_and_prints_the_table(place, tmp_path, capsy
     with pytest.raises(SystemExit):
         main.main([*arguments, "--json", "--json-file", str(tmp_path / "r.json")])
     assert (tmp_path / "r.html").read_bytes() == first  # the same runs give the same bytes
-    told = json.loads(capsys.readouterr().out)
-    assert told["tables"] == json.loads((tmp_path / "r.json").read_text())["tables"]
+    report = json.loads(capsys.readouterr().out)
+    assert report["tables"] == json.loads((tmp_path / "r.json").read_text())["tables"]
 
 
 # in a browser

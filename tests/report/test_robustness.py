@@ -141,7 +141,7 @@ def test_rows_are_compared_with_the_usual_row_of_as_many_views(known):
     }  # fmt: skip
 
 
-def test_a_set_stands_beside_how_the_values_it_was_chosen_by_tell_wrong_labels(folder, tables):
+def test_a_set_has_the_separation_of_the_values_it_was_chosen_from(folder, tables):
     rows = {row["stage"]: row for row in tables["screening"].rows if row["row"] == "noise: kcd"}
     assert rows[0].get("separation_wrong") is None
     for stage in (1, 2):
@@ -149,28 +149,28 @@ def test_a_set_stands_beside_how_the_values_it_was_chosen_by_tell_wrong_labels(f
         assert rows[stage]["separation_wrong"] == pytest.approx(statistics.fmean(before))
 
 
-def test_stores_of_one_teacher_tell_of_it_once(known, tables):
+def test_stores_of_one_teacher_list_it_once(known, tables):
     """The teacher of a second store of the same data, as one with other fields of the same network is."""
     other = {"knowledge_id": "other"}
     moved = [changed(run, inputs=other if run.step.endswith("kcd") else None) for run in known.runs]
     assert fidelity(known._replace(runs=tuple(moved))) == tables["fidelity"].rows
 
 
-def test_images_whose_label_is_wrong_tell_their_true_class(known):
+def test_images_with_a_wrong_label_show_their_true_class(known):
     run = next(run for run in known.runs if run.name == "noise-kcd-seed0")
     dataset = datasets.load(SPECS["noise"])
-    told = 0
+    wrong = 0
     for strip in images.strips(run, dataset):
         for shot in (shot for shots in strip.shots for shot in shots if not shot.lines[0].startswith("mix")):
             (number,) = [int(line[1:]) for line in shot.lines if line.startswith("#")]
             given, true = dataset.train.labels[number], dataset.train.clean_labels[number]
             assert str(given) in shot.lines
             assert [line for line in shot.lines if "truly" in line] == ([] if given == true else [f"truly {true}"])
-            told += given != true
-    assert told > 0
+            wrong += given != true
+    assert wrong > 0
 
 
-def test_precision_and_recall_stand_beside_what_chance_gives(folder, tables):
+def test_precision_and_recall_are_shown_with_those_of_chance(folder, tables):
     for stage in (1, 2):
         sets = [next(row for row in run["sets"] if row["stage"] == stage) for run in summaries(folder, "noise-kcd")]
         row = row_of(tables["screening"].rows, "noise: kcd", stage=stage)
@@ -194,11 +194,11 @@ def test_rare_classes_are_counted_beside_frequent_ones(folder, tables):
 
 
 def test_the_page_shows_tables_figures_and_the_images_of_the_corrupted_data(folder, tmp_path):
-    told = write([folder / f"{name}-seed0" for name in ("noise-ce", "noise-kcd", "gamma-kcd")], tmp_path / "r.html")
+    report = write([folder / f"{name}-seed0" for name in ("noise-ce", "noise-kcd", "gamma-kcd")], tmp_path / "r.html")
     page = Page((tmp_path / "r.html").read_text())
     assert {"fidelity", "screening"} <= page.tables.keys()
-    assert {"labelled", "screened", "thinned"} <= {figure["key"] for figure in told["figures"]}
-    assert any(strip["title"].startswith("Most valuable") for strip in told["images"])
+    assert {"labelled", "screened", "thinned"} <= {figure["key"] for figure in report["figures"]}
+    assert any(strip["title"].startswith("Most valuable") for strip in report["images"])
 
 
 def test_each_corruption_and_network_has_a_figure_of_its_own(known, tables):

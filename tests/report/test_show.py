@@ -27,7 +27,7 @@ def some_values(path, count=4):
     return path
 
 
-def test_a_sealed_store_is_told_in_full(small):
+def test_a_sealed_store_is_described(small):
     found, opened = show.store_report(small), reader.open(small)
     assert (found.sealed, found.growing_to, found.growths) == (True, None, 1)
     assert (found.samples, found.views, found.points, found.fields) == (150, 2, 300, {"logits": "float16"})
@@ -35,13 +35,13 @@ def test_a_sealed_store_is_told_in_full(small):
     assert found.teacher_accuracy == {"0": 3 / 150, "1": 6 / 150}
     chunks = [file for file in small.rglob("c.*") if file.is_file()]
     assert (found.files, found.bytes) == (len(chunks), sum(file.stat().st_size for file in chunks))
-    told = show.inspect(small)
-    assert (told["kind"], told["id"], told["layout_id"]) == ("store", show.id_of(small), found.layout_id)
-    assert digest_of(told["knowledge"]) == found.knowledge_id
-    json.dumps(told, allow_nan=False)
+    shown = show.inspect(small)
+    assert (shown["kind"], shown["id"], shown["layout_id"]) == ("store", show.id_of(small), found.layout_id)
+    assert digest_of(shown["knowledge"]) == found.knowledge_id
+    json.dumps(shown, allow_nan=False)
 
 
-def test_an_unfinished_store_tells_what_is_done_and_pending(tmp_path):
+def test_an_unfinished_store_shows_what_is_done_and_pending(tmp_path):
     with creating(tmp_path / "s", small_parts(150, 2, 64, 32)) as writing:
         write_part(writing, writing.pending()[0])
     found = show.store_report(tmp_path / "s")
@@ -49,7 +49,7 @@ def test_an_unfinished_store_tells_what_is_done_and_pending(tmp_path):
     assert found.teacher_accuracy == {"0": 1 / 64}
 
 
-def test_a_growing_store_tells_what_it_has_and_what_it_grows_to_and_can_be_finished(small):
+def test_a_growing_store_shows_both_sizes_and_can_be_finished(small):
     with writer.grow(small, knowledge(), views=3, fields=[form("penultimate")]) as growing:
         write_part(growing, growing.pending()[0])
     found = show.store_report(small)
@@ -84,7 +84,7 @@ def test_a_changed_store_is_not_described(small):
         show.inspect(small)
 
 
-def test_values_are_told_with_their_range(tmp_path):
+def test_values_are_shown_with_their_range(tmp_path):
     found = show.inspect(some_values(tmp_path / "v.parquet"))
     assert (found["kind"], found["from"], found["samples"], found["visited"]) == ("values", "kcdcache", 4, 3)
     assert (found["visits"], found["value_range"], found["value_mean"]) == ([0, 3], [0.5, 1.5], 1.0)
@@ -93,13 +93,13 @@ def test_values_are_told_with_their_range(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("index", "told"), [([2, 0, 1], (3, 3, [1, 1])), ([1000, 20], (1001, 2, [0, 1])), ([], (0, 0, None))]
+    ("index", "shown"), [([2, 0, 1], (3, 3, [1, 1])), ([1000, 20], (1001, 2, [0, 1])), ([], (0, 0, None))]
 )
-def test_values_of_another_tool_say_so(tmp_path, index, told):
+def test_values_of_another_tool_are_named_as_such(tmp_path, index, shown):
     columns = {"index": pa.array(index, pa.int64()), "value": pa.array([0.5] * len(index), pa.float32())}
     pq.write_table(pa.table(columns), tmp_path / "v.parquet")
     found = show.inspect(tmp_path / "v.parquet")
-    assert tuple(found[key] for key in ("from", "samples", "visited", "visits")) == ("another tool", *told)
+    assert tuple(found[key] for key in ("from", "samples", "visited", "visits")) == ("another tool", *shown)
     assert found["value_range"] == ([0.5, 0.5] if index else None)
 
 
@@ -110,7 +110,7 @@ def test_values_of_another_tool_with_a_wrong_index_are_refused(tmp_path, index):
         show.inspect(tmp_path / "v.parquet")
 
 
-def test_a_manifest_is_told_as_its_summary(tmp_path):
+def test_a_manifest_is_shown_as_its_summary(tmp_path):
     made = manifest.full(manifest.Samples("kk", 6, np.array([0, 1, 2, 0, 1, 0]), 3))
     manifest.write(tmp_path / "m.parquet", made)
     found = show.inspect(tmp_path / "m.parquet")
@@ -120,7 +120,7 @@ def test_a_manifest_is_told_as_its_summary(tmp_path):
     json.dumps(found, allow_nan=False)
 
 
-def test_what_is_nothing_of_ours_is_refused(tmp_path):
+def test_other_files_are_refused(tmp_path):
     with pytest.raises(NotFoundError, match=r"nothing at .*nowhere"):
         show.inspect(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("hello")
@@ -145,7 +145,7 @@ def test_damaged_records_of_a_run_or_store_are_errors_of_ours(tmp_path, content)
             show.inspect(tmp_path / file.replace("/", "-"))
 
 
-def test_a_recipes_folder_is_told_as_one(tmp_path):
+def test_a_recipes_folder_is_recognised(tmp_path):
     for name in ("kd-seed0", "kd-seed1", "teacher", "wide"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text("{}")

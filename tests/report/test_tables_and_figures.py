@@ -73,7 +73,7 @@ NAMES = st.text(st.sampled_from("ab :,…"), max_size=90)
 
 @settings(max_examples=50)
 @given(st.lists(NAMES, max_size=8))
-def test_names_that_differ_are_called_differently(names):
+def test_different_names_stay_different(names):
     called = figures.short_names(names)
     assert list(called) == list(dict.fromkeys(names))
     assert len(set(called.values())) == len(called)
@@ -92,7 +92,7 @@ def test_names_that_differ_are_called_differently(names):
         ([f"{'x' * 20}{n}{'x' * 20}" for n in "12"], [f"{'x' * 20}{n}{'x' * 20}" for n in "12"]),
     ],
 )
-def test_what_all_begin_with_is_left_out_and_the_rest_cut_in_its_middle(names, expected):
+def test_a_common_beginning_is_left_out_and_the_rest_shortened(names, expected):
     assert list(figures.short_names(names).values()) == expected
 
 
