@@ -185,13 +185,12 @@ class Weights:
     alpha: float
     """weight of the soft-label divergence"""
     temperature: float
-    """distillation temperature T"""
     parts: Mapping[str, float]
     """method -> weight of its own term; 0 without one"""
     mix_label: str
     """hard label of a mixed point: 'keep' or 'mix'"""
     smoothing: float
-    """label smoothing of the hard-label term"""
+    """of hard labels"""
 
     @property
     def terms(self) -> dict[str, float]:

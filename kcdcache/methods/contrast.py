@@ -153,16 +153,12 @@ def sinkhorn_distance(
     Source: Chen et al. 2021 (Wasserstein Contrastive Representation Distillation), LCKT; Cuturi 2013.
     """
     cost = 1 - cosines(student, teacher.detach())
-    return student.shape[0] * (_plan(cost.detach(), epsilon, iterations) * cost).sum(dim=1)
-
-
-def _plan(cost: Tensor, epsilon: float, iterations: int) -> Tensor:
-    kernel, share = -cost / epsilon, -math.log(cost.shape[0])
+    kernel, share = -cost.detach() / epsilon, -math.log(len(cost))
     rows = torch.zeros_like(kernel[:, :1])
     for _ in range(iterations):
         columns = share - torch.logsumexp(kernel + rows, dim=0, keepdim=True)
         rows = share - torch.logsumexp(kernel + columns, dim=1, keepdim=True)
-    return (kernel + rows + columns).exp()
+    return len(cost) * ((kernel + rows + columns).exp() * cost).sum(dim=1)
 
 
 class Memory(nn.Module):

@@ -50,9 +50,8 @@ class InputTransform:
     """Turns pixels in [0, 1] into a network's input: (pixels - mean) / std per channel, after an optional resize."""
 
     mean: tuple[float, ...]
-    """mean per channel of pixels in [0, 1]"""
     std: tuple[float, ...]
-    """standard deviation per channel, above 0"""
+    """above 0"""
     size: int | None = None
     """side of the square input; None to keep the image's size"""
 

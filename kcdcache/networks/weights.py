@@ -88,20 +88,14 @@ def digest_weights(state: Mapping[str, Tensor]) -> str:
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Copy weights into a network; raises MismatchError unless all names and shapes agree.
-
-    Counters of batch normalisation may be absent.
-    """
+    """Copy weights into a network; raises MismatchError unless names (but for batch counters) and shapes agree."""
     if reason := _difference(module, state):
         raise MismatchError(f"the weights in {where} do not fit {type(module).__name__}: {reason}")
     module.load_state_dict(state)
 
 
 def save_network(folder: Path, name: str, module: nn.Module, record: NetworkRecord) -> None:
-    """Write a network as `<name>.safetensors`, then its record with that file's SHA-256 as `<name>.json`.
-
-    Equal weights and records give equal bytes.
-    """
+    """Write a network as `<name>.safetensors`, then its record with that file's SHA-256 as `<name>.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     # cloned, because safetensors refuses tensors that share memory
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in module.state_dict().items()}

@@ -38,7 +38,6 @@ class Mixing:
     mix: str = "convex"
     target: str = "linear_prob"
     temperature: float = 1.0
-    """T of the mixed probabilities"""
 
 
 DEFAULT_MIXING = Mixing()

@@ -18,10 +18,7 @@ from kcdcache.views.prefetch import every_image, image_bytes, images_obstacle, r
 
 
 def obstacle(source: Source, device: torch.device, free: int | None = None) -> str | None:
-    """Return why a source's data cannot be held on the device, or None if they can.
-
-    `free` is the number of bytes allowed; by default, a share of a GPU's free memory.
-    """
+    """Return why a source's data cannot be held on the device, or None; for `free` see `prefetch.room_obstacle`."""
     if (found := images_obstacle(source.data.train, source.rule)) is not None:
         return found
     if not all(targets is None or isinstance(targets, StoredTargets) for targets in (source.targets, source.requeried)):

@@ -329,12 +329,7 @@ def _keep_given(run: Run, following: Manifest | None) -> None:
 
 
 def _place(run: Run, chosen: Manifest) -> None:
-    """Save a manifest condensed by hand for the stage that begins now, unless a stage has it already.
-
-    Raises:
-        SettingsError: the run is inside a stage, or has another manifest for this one.
-        MismatchError: the manifest is for other knowledge, or was made from another previous manifest.
-    """
+    """Save a manifest condensed by hand for the stage that begins now, unless a stage has it already."""
     folder, done = run.folder, finished_epochs(run.folder)
     manifest.require_knowledge(chosen, run.material.knowledge.knowledge_id)
     standing = [path for stage in run.stages if folder.stands(path := folder.manifest(stage.number))]

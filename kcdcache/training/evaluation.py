@@ -94,10 +94,8 @@ def measure(logits: Float[Tensor, "n classes"], labels: Int64[np.ndarray, " n"])
 
 
 def fidelity_wanted(settings: TrainSettings, data: Dataset, knowledge: Store) -> bool:
-    """Return whether a run is measured on its training samples: if set to on, or to auto and the data are corrupted.
-
-    Runs on an exported set are not, as it lacks samples and true labels.
-    """
+    """Return whether to measure a run on its training samples: if on, or auto and the data are corrupted."""
+    # an exported set lacks samples and true labels
     asked = settings.fidelity == "on" or (settings.fidelity == "auto" and bool(data.corruption))
     return asked and knowledge.knowledge.whole
 

@@ -39,11 +39,8 @@ def run(
     """Train `model` on the data into the folder `out`, or continue; return the run's summary.
 
     The folder gets model.safetensors and model.json (usable as `--teacher`), metrics.jsonl and summary.json. All
-    processes of a `group` call this with the same arguments; the first one writes.
-
-    Raises:
-        SettingsError: the folder has a run with other settings, or several processes cannot train with these.
-        NonFiniteError: the loss diverged.
+    processes of a `group` call this with the same arguments; the first one writes. Raises SettingsError if the folder
+    has a run with other settings or several processes cannot train with these, NonFiniteError if the loss diverged.
     """
     networks_registry.require_known(model, len(data.classes), len(data.mean))  # before a folder is made for it
     folder = RunFolder(path=out)
@@ -58,11 +55,7 @@ def run(
         pupil = learner.new_learner(model, data, settings, run_loss.Loss(weights, {}), where, group=group)
         source = _source(data, settings)
         sampler = Sampler(manifest=source.manifest, optimizer=settings)
-
-        def details(epoch: int) -> dict[str, int]:
-            return {"view": source.view_of(epoch)}
-
-        Loop(pupil, source, sampler, folder, details=details, progress=progress).run(settings.epochs)
+        Loop(pupil, source, sampler, folder, progress=progress).run(settings.epochs)
         if group.first:
             _finish(pupil, data, settings, model, folder)
         group.wait()

@@ -66,10 +66,7 @@ class ValueRecord:
             self.pending.append((index, observed, mixed))
 
     def join(self, group: Group) -> None:
-        """Add what all processes observed, to the same values in each; nothing to do for one process.
-
-        A sample is visited at most once an epoch, so one process with these observations gets the same values.
-        """
+        """Add the observations of all processes to each; the values are those of one process that observed all."""
         if self.pending is None:
             return
         nothing = (self.visits[:0].long(), self.value[:0], self.visits[:0].bool())
@@ -86,7 +83,7 @@ class ValueRecord:
 
 @dataclass(kw_only=True)
 class Learner:
-    """Everything that changes from step to step."""
+    """A network in training: everything that changes from step to step."""
 
     network: nn.Module
     transform: InputTransform
@@ -135,10 +132,7 @@ class Learner:
         return found | self._generators()
 
     def of_processes(self) -> dict[str, Tensor]:
-        """Return the tensors of all processes that a checkpoint inside an epoch needs, one row per process.
-
-        These are the states of generators, and the sums so far, as adding in another order would round differently.
-        """
+        """Return the generators' states and the sums so far of all processes, one row per process."""
         own = {f"sum.{name}": value.view(1) for name, value in self.sums.items()} | self._generators()
         # sorted: tensors read from a file have another order in each process
         return {name: self.group.joined(own[name]).view(-1, len(own[name])) for name in sorted(own)}

@@ -60,17 +60,17 @@ class Loop:
         sampler: Sampler,
         folder: RunFolder,
         *,
-        details: Callable[[int], dict[str, Any]],
+        details: Callable[[int], dict[str, Any]] = lambda epoch: {},
         clock: Sequence[float] | None = None,
         progress: Progress = silent,
     ) -> None:
         """Restore the run's checkpoint, if there is one.
 
-        `details` maps an epoch to further entries of its metrics row, `view` among them. `clock` has the position on
-        the learning-rate axis at the start of each epoch, in epochs; None for the epoch's number.
+        `details` maps an epoch to more entries of its metrics row. `clock` has the position on the learning-rate axis
+        at the start of each epoch, in epochs; None for the epoch's number.
         """
         settings = sampler.optimizer
-        self.learner, self.settings, self.folder = learner, settings, folder
+        self.learner, self.settings, self.folder, self._source = learner, settings, folder, source
         if (found := load_checkpoint(folder)) is not None:
             learner.restore(*found)
             if learner.group.first:
@@ -217,6 +217,7 @@ class Loop:
             learning_rate=learner.optimizer.param_groups[0]["lr"],
             samples=count,
             samples_so_far=learner.samples,
+            view=self._source.view_of(learner.epoch),
             **found | self._details(learner.epoch),
         )
         logger.info("epoch %d of %d: %s", learner.epoch + 1, settings.epochs, _line(row))
@@ -240,10 +241,7 @@ class Loop:
         )
 
     def _timed(self, began: float, epoch: int, before: int, warm_up: bool) -> Rate:
-        """Write the time and samples of an epoch, or of its part before a stop; return the rate in images per second.
-
-        The first after a start is marked as warm-up: nothing was loaded ahead, and memory is allocated.
-        """
+        """Write the time and samples of an epoch or its part before a stop; return images per second."""
         seconds, samples = time.perf_counter() - began, self.learner.samples - before
         if self.learner.group.first:
             row = {"epoch": epoch, "seconds": round(seconds, 4), "samples": samples}

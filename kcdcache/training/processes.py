@@ -143,9 +143,7 @@ def session(
 def group_of(variables: Mapping[str, str] = os.environ) -> Iterator[Group]:
     """Yield the group in which torchrun started this process, with gloo for CPU tensors and NCCL for CUDA ones.
 
-    Raises:
-        SettingsError: the launcher's variables are invalid.
-        UnfinishedError: another process has ended, or does not answer.
+    Raises SettingsError for invalid variables, and UnfinishedError if another process has ended or does not answer.
     """
     world, rank = variables.get("WORLD_SIZE", "1"), variables.get("RANK", "0")
     if world == "1":

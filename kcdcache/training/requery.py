@@ -25,7 +25,6 @@ class Mixes:
     fields: Sequence[str]
     views: Sequence[int]
     mix: str = "convex"
-    """see settings.MethodSettings"""
 
     def held_at(self, path: Path) -> bool:
         """Return whether a sealed store at `path` has the teacher's outputs on these mixes, perhaps in more views."""

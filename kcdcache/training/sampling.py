@@ -105,10 +105,7 @@ def everything(sampler: Sampler, epoch: int) -> Points:
 
 
 def _random_per_epoch(sampler: Sampler, epoch: int) -> Points:
-    """RS2: a new random subset in every epoch, without repetition within an epoch.
-
-    Source: Okanovic et al., Repeated Random Sampling for Minimizing the Time-to-Accuracy of Learning, ICLR 2024.
-    """
+    """RS2: a new random subset in every epoch, without repetition within an epoch (Okanovic et al., ICLR 2024)."""
     return everything(sampler, epoch).part(slice(_share(sampler)))
 
 
@@ -122,9 +119,7 @@ def _infobatch(sampler: Sampler, epoch: int) -> Points:
     """Drop each sample whose value is below the mean with probability r; the others below the mean get 1 / (1 - r).
 
     The expected loss is that of all samples. Samples without a value stay; the last (1 - prune_until) of the epochs
-    visit everything.
-
-    Source: Qin et al., InfoBatch: Lossless Training Speed Up by Unbiased Dynamic Data Pruning, ICLR 2024, Eq. 3 and 5.
+    visit everything. Source: Qin et al., InfoBatch, ICLR 2024, Eq. 3 and 5.
     """
     whole, settings = everything(sampler, epoch), sampler.settings
     if epoch >= settings.prune_until * sampler.optimizer.epochs:
@@ -145,9 +140,8 @@ def _unix(sampler: Sampler, epoch: int) -> Points:
     sample of the pool, each at most once) is l / (1 + exp(-w (r / P - (2b - 1) / 2P))).
 
     An approximation: ranks are by the recorded values, not by a further forward pass, and the mixes' targets follow
-    mix_target (by default mixed cached ones), while UNIX runs the teacher on the mixes.
-    Source: Xu et al., Computation-Efficient Knowledge Distillation via Uncertainty-Aware Mixup (arXiv 2012.09413) and
-    its release, with batch_size 48, share 0.75, unix_clear 0.5, w = 10.
+    mix_target (by default mixed cached ones), while UNIX runs the teacher on the mixes. Source: Xu et al. (arXiv
+    2012.09413) and its release, with batch_size 48, share 0.75, unix_clear 0.5, w = 10.
     """
     whole = everything(sampler, epoch).index
     known, value = sampler.known(whole)

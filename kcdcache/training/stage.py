@@ -1,6 +1,7 @@
 """Train a student on one manifest (the M-step): writes checkpoints, metrics and values."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def run_stage(run: Run, stage: schedule.Stage, chosen: Manifest, mixes: Path | N
             source,
             Sampler(manifest=chosen, optimizer=settings, settings=settings, started=record.at_start),
             run.folder,
-            details=lambda epoch: _details(run, stage, source, epoch),
+            details=partial(_details, run, stage, source),
             clock=schedule.stretched(run.stages, settings.epochs).tolist() if settings.clock == "samples" else None,
             progress=run.progress,
         )
@@ -127,7 +128,6 @@ def _details(run: Run, stage: schedule.Stage, source: batches.Source, epoch: int
     rows, size = (run.group.joined(torch.tensor([sum(one[k] for one in costs)])).tolist() for k in (0, 1))
     found = {
         "stage": stage.number,
-        "view": source.view_of(epoch),
         "kept": len(source.manifest.index),
         "mixed": int(source.manifest.mixed.sum()),
         "rows_read": sum(rows),

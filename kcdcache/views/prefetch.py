@@ -119,9 +119,9 @@ class RowsAhead:
         if not pays(self._split, self._rule):
             yield
             return
-        rows, named = tee(rows)
+        names, rows = tee(rows)
         with closing(shown(self._split, self._rule, map(self._asked, rows), self._device, self._workers)) as made:
-            self._coming = zip(named, made, strict=False)
+            self._coming = zip(names, made, strict=False)
             try:
                 yield
             finally:
@@ -207,10 +207,7 @@ def image_bytes(split: Split, rule: ViewRule) -> int:
 def held_views(
     asked: str, split: Split, rule: ViewRule, device: torch.device
 ) -> Callable[[int, int, int], Float32[Tensor, "batch c h w"]] | None:
-    """Return a function of (view, start, stop) for a view of samples start to stop - 1 from images held on the device.
-
-    None if the images are not to be held there, see `wanted`.
-    """
+    """Return (view, start, stop) -> view of samples start to stop - 1 of images on the device; None unless wanted."""
     found = images_obstacle(split, rule)
     if not wanted(asked, found or room_obstacle(image_bytes(split, rule), device), device):
         return None

@@ -19,11 +19,10 @@ from kcdcache.settings import ViewRule, ViewSettings
 
 Index = TypeVar("Index", np.ndarray, Tensor)
 Images = UInt8[Tensor, "batch _ _ c"] | list[UInt8[Tensor, "_ _ _"]]
-"""A batch of images of one size (batch, height, width, channels), or a list of (height, width, channels)."""
+"""a batch of images of one size, or a list of images (height, width, channels)"""
 Parameters = Int64[np.ndarray, "batch _"] | Int64[Tensor, "batch _"]
-"""Integers per sample, which depend on the rule."""
 Pixels = Float32[Tensor, "batch c height width"]
-"""Pixels in [0, 1], in channels_last memory."""
+"""in [0, 1], in channels_last memory"""
 
 _LEVEL = float(np.float32(1 / 255))  # a factor, as CPU and GPU round quotients differently
 _ATTEMPTS = 10

@@ -71,10 +71,7 @@ class Run:
         folder.mkdir(parents=True)
         self._pupil = pupil
         sampler = Sampler(manifest=source.manifest, optimizer=settings)
-        self._loop = Loop(
-            pupil, source, sampler, RunFolder(path=folder),
-            details=lambda epoch: {"view": source.view_of(epoch)},
-        )  # fmt: skip
+        self._loop = Loop(pupil, source, sampler, RunFolder(path=folder))
 
     def __call__(self):
         self._loop.run(self._pupil.epoch + 1)

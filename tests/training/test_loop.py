@@ -72,8 +72,7 @@ def train(
 
     pupil.loss.register_forward_hook(seen)
     sampler = Sampler(manifest=source.manifest, optimizer=chosen)
-    details = {"details": lambda epoch: {"view": epoch % 2}, "clock": clock}
-    Loop(pupil, source, sampler, RunFolder(path=path), **details).run(stop)
+    Loop(pupil, source, sampler, RunFolder(path=path), clock=clock).run(stop)
     return pupil
 
 

@@ -125,7 +125,7 @@ def taught_by_the_package(world, source, path):
     pupil = new_pupil(world)
     path.mkdir()
     sampler = Sampler(manifest=source.manifest, optimizer=RECIPE)
-    Loop(pupil, source, sampler, folder.RunFolder(path=path), details=lambda epoch: {"view": 0}).run(EPOCHS)
+    Loop(pupil, source, sampler, folder.RunFolder(path=path)).run(EPOCHS)
     return pupil.network.state_dict(), [row.loss for row in pupil.rows]
 
 
