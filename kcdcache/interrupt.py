@@ -6,19 +6,17 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 from kcdcache.errors import InterruptedRunError, SettingsError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
 _received: list[int] = []
 
 
 @contextmanager
-def listening(numbers: tuple[signal.Signals, ...] = SIGNALS) -> Iterator[None]:
+def listening(numbers: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)) -> Iterator[None]:
     """Context in which signals are stop requests; has no effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,7 +1,7 @@
 """`condense`: from values to a manifest; reads only the small records of the store."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from kcdcache.commands import Result
@@ -36,15 +36,16 @@ def run(
     """
     show.require_ids((path for path in (command.store, command.values, command.previous) if path), command.expect_id)
     knowledge = identity.read_store_identity(command.store)
-    count = knowledge.data.count
-    sizes = {**estimate(command, count), "out": str(command.out)}
-    if dry_run and _is_large(command, count):
+    count, values = knowledge.data.count, command.values
+    beyond, sizes = _is_large(command, count), {**estimate(command, count), "out": str(command.out)}
+    if dry_run and beyond:
         return {"would": "condense", **sizes}
-    with _values(command, count, held) as source:
+    opened = value_files.streamed(values, count) if beyond else value_files.opened(values, count, held)
+    with opened as source:
         document = source.document
         if document is not None and document["knowledge_id"] != knowledge.knowledge_id:
             raise MismatchError(
-                f"the values in {command.values} were measured on knowledge {document['knowledge_id']}, "
+                f"the values in {values} were measured on knowledge {document['knowledge_id']}, "
                 f"the store at {command.store} holds {knowledge.knowledge_id}; give the values' own store"
             )
         note = {"values_from": "another tool" if document is None else "kcdcache", "out": str(command.out)}
@@ -72,12 +73,6 @@ def estimate(command: CondenseCommand, count: int) -> Result:
 
 def _is_large(command: CondenseCommand, count: int) -> bool:
     return _bytes_of_samples(command, count) > command.memory_gb * 10**9
-
-
-def _values(command: CondenseCommand, count: int, held: int) -> AbstractContextManager[Source]:
-    if _is_large(command, count):
-        return value_files.streamed(command.values, count)
-    return value_files.opened(command.values, count, held)
 
 
 def _bytes_of_samples(command: CondenseCommand, count: int) -> int:

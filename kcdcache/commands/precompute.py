@@ -46,17 +46,9 @@ def run(command: PrecomputeCommand, progress: Progress = silent, dry_run: bool =
             return {"would": "requery", "points": points, "store": str(path)}
         requery.write(path, mixes, knowledge, data, teacher, progress)
         return precompute.describe(path)
-    return precompute.run(
-        settings,
-        data,
-        teacher,
-        command.store,
-        progress,
-        threads=machine.threads,
-        allow_env_change=machine.allow_env_change,
-        shard=shard_of(os.environ) if command.shard is None else parse_shard(command.shard),
-        dry_run=dry_run,
-    )
+    shard = shard_of(os.environ) if command.shard is None else parse_shard(command.shard)
+    more = machine.model_dump(exclude={"device"})
+    return precompute.run(settings, data, teacher, command.store, progress, shard=shard, dry_run=dry_run, **more)
 
 
 def _mixes_of(file: Path, knowledge: reader.Store, fields: Sequence[str], mix: str) -> requery.Mixes:

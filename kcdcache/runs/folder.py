@@ -64,6 +64,6 @@ class RunFolder:
         """Return the name of a file relative to the folder."""
         return path.relative_to(self.path).as_posix()
 
-    def stands(self, path: Path) -> bool:
+    def is_complete(self, path: Path) -> bool:
         """Return whether a file exists and was not cut short by a kill."""
         return path.exists() and not run_files.cut_short(self.path, self.name_of(path))

@@ -294,7 +294,7 @@ def read_record(folder: RunFolder) -> RunRecord:
 def write_manifest(folder: RunFolder, path: Path, made: Manifest) -> None:
     """Write a manifest of a run and record its rows and digests; raises LockedError if there is another one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not folder.stands(path):
+    if path.exists() and not folder.is_complete(path):
         atomic.remove(path)  # left by a kill before it was recorded
     with run_files.writing(folder.path, {folder.name_of(path): run_files.Facts(len(made), made.digest)}):
         manifest.write(path, made)

@@ -109,7 +109,7 @@ def _all_stages(run: Run, until: int) -> state.Summary | Stopped:
         if stage.start >= until:
             break
         # a kill may fall between a stage's last checkpoint and its values, which are its last file
-        if stage.stop > done or not run.folder.stands(run.folder.stage_values(stage.number)):
+        if stage.stop > done or not run.folder.is_complete(run.folder.stage_values(stage.number)):
             chosen = _by_first(run, partial(_manifest_for, run, stage))
             mixes = _by_first(run, partial(_outputs_on_mixes, run, stage, chosen))
             first, last = stage.start, stage.stop - 1
@@ -147,7 +147,7 @@ def _by_first(run: Run, work: Callable[[], T]) -> T:
 def _manifest_for(run: Run, stage: schedule.Stage) -> Manifest:
     """Return the stage's manifest from disk, or make it: given, random, full or condensed."""
     path, knowledge = run.folder.manifest(stage.number), run.material.knowledge
-    if run.folder.stands(path):
+    if run.folder.is_complete(path):
         found = manifest.read(path)
         manifest.require_knowledge(found, knowledge.knowledge_id)
         return found
@@ -195,7 +195,7 @@ def _outputs_on_mixes(run: Run, stage: schedule.Stage, chosen: Manifest) -> Path
 
 def _finish(run: Run) -> state.Summary:
     """Condense once more for export (facts.md A3), then write the summary, which marks the run as finished."""
-    if run.folder.stands(run.folder.summary):
+    if run.folder.is_complete(run.folder.summary):
         return state.read_summary(run.folder.path)
     settings, last = run.settings, run.stages[-1]
     keep = schedule.export_keep(settings.stages, settings.keep, _base(settings, run.material))
@@ -322,7 +322,7 @@ def _sorted_out(material: Material, folder: RunFolder) -> tuple[Material, Manife
 def _keep_given(run: Run, following: Manifest | None) -> None:
     """Save the set a run began with (stage 0 may train on a part only), and the next stage's manifest if given."""
     given, folder = run.material.given, run.folder
-    if given is not None and not folder.stands(folder.given):
+    if given is not None and not folder.is_complete(folder.given):
         state.write_manifest(folder, folder.given, given)
     if following is not None:
         _place(run, following)
@@ -332,7 +332,7 @@ def _place(run: Run, chosen: Manifest) -> None:
     """Save a manifest condensed by hand for the stage that begins now, unless a stage has it already."""
     folder, done = run.folder, finished_epochs(run.folder)
     manifest.require_knowledge(chosen, run.material.knowledge.knowledge_id)
-    standing = [path for stage in run.stages if folder.stands(path := folder.manifest(stage.number))]
+    standing = [path for stage in run.stages if folder.is_complete(path := folder.manifest(stage.number))]
     if any(manifest.read(path).digest == chosen.digest for path in standing):
         logger.info("train: the given set is that of a stage already")  # the same command is run again, to resume
         return

@@ -125,7 +125,7 @@ def session(
 
     The first process locks the folder and begins or continues its record; see `state.session`.
     """
-    finished = folder.stands(folder.summary)
+    finished = folder.is_complete(folder.summary)
     group.wait()  # all have read the folder before the first writes
     if finished:
         if group.first:
