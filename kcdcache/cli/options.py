@@ -103,7 +103,7 @@ def option(name: str, field: "FieldInfo") -> click.Parameter:
         metavar = str(field.json_schema_extra["argument"])
         return click.Argument([name], required=field.is_required(), nargs=-1 if several else 1, metavar=metavar)
     flag = f"--{name.rstrip('_').replace('_', '-')}"
-    default = "" if field.is_required() or field.default is None else f"  [default: {shown(field.default)}]"
+    default = "" if field.is_required() or field.default in (None, "") else f"  [default: {shown(field.default)}]"
     text = re.sub(r"\s*\n\s*", " ", field.description or "") + default
     if field.annotation is bool:
         return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)

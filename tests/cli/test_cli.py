@@ -148,7 +148,7 @@ def test_options_are_the_fields_of_the_settings_and_help_gives_text_default_and_
     for name, field in fields.items():
         if isinstance(parameters[name], click.Option):
             assert " ".join(parameters[name].help.split()).startswith(" ".join(field.description.split()))
-            if not field.is_required() and field.default is not None:
+            if not field.is_required() and field.default not in (None, ""):
                 assert parameters[name].help.endswith(f"  [default: {shown(field.default)}]")
         assert parameters[name].required == field.is_required()
 
