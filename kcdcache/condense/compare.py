@@ -62,9 +62,7 @@ class Turnover(NamedTuple):
     """Differences of a set and the one before it, in samples."""
 
     stayed: int
-    """kept in both"""
     left: int
-    """kept before, dropped now"""
     returned: int
     """kept now and in an earlier set, but not in the one before"""
     new: int

@@ -153,8 +153,9 @@ class OwnFile(Source):
         self.document = parquet.document(reader.schema, METADATA_KEY, path) or {}
         require_format(self.document, FORMAT_VERSION, path)
         self.labelled = "label" in reader.schema.names
-        parquet.require_schema(reader.schema, _schema(self.labelled), path)
         self._kinds = {name: kind for name, kind in COLUMNS.items() if name != "label" or self.labelled}
+        expected = pa.schema([(name, pa.from_numpy_dtype(kind)) for name, kind in self._kinds.items()])
+        parquet.require_schema(reader.schema, expected, path)
 
     def blocks(self) -> Iterator[Block]:
         """Yield all samples; the digest is compared after the last one, so nothing counts before that.
@@ -322,12 +323,6 @@ def _files_of(path: Path) -> list[Path]:
     if not found:
         raise NotFoundError(f"no parquet files at {path}")
     return found
-
-
-def _schema(labelled: bool) -> pa.Schema:
-    return pa.schema(
-        [(name, pa.from_numpy_dtype(kind)) for name, kind in COLUMNS.items() if name != "label" or labelled]
-    )
 
 
 def _header(document: Mapping[str, Any]) -> bytes:

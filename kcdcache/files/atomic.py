@@ -27,7 +27,10 @@ Content = bytes | bytearray | memoryview
 
 
 def open_plain(path: Path) -> BufferedReader:
-    """Open a plain file for reading, also through a link; raises UnsafeError for pipes and devices without waiting."""
+    """Open a plain file for reading, also through a link; pipes and devices are refused without waiting for them.
+
+    Raises NotFoundError if there is no file, UnsafeError if it is not plain.
+    """
     cloud.bring(path)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -121,7 +124,7 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Delete the temporary files under a folder that the caller holds locked; return their paths."""
+    """Delete all temporary files under a folder where no process is writing; return their paths."""
     found = sorted(folder.rglob(f"*{TEMPORARY_MARK}*"))
     for path in found:
         path.unlink(missing_ok=True)

@@ -20,18 +20,8 @@ from jaxtyping import Shaped
 from pydantic import ConfigDict, Field
 
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, UnfinishedError, UnsafeError
+from kcdcache.files import records
 from kcdcache.files.atomic import create_exclusive, naming, open_plain, sha256_file, write_atomic
-from kcdcache.files.records import (
-    Count,
-    Record,
-    Sha256,
-    canonical_json,
-    parse,
-    parse_json,
-    read_sealed_object,
-    require_format,
-    sealed_json,
-)
 from kcdcache.settings import Settings
 
 ROWS = 2**20
@@ -228,7 +218,7 @@ def document(schema: pa.Schema, key: str, path: Path) -> dict[str, Any] | None:
     text = (schema.metadata or {}).get(key.encode())
     if text is None:
         return None
-    found = parse_json(text, f"{path}: its metadata '{key}' is damaged or was changed; it")
+    found = records.parse_json(text, f"{path}: its metadata '{key}' is damaged or was changed; it")
     if not isinstance(found, dict):
         raise CorruptionError(f"{path}: its metadata '{key}' should be a JSON object; write the file again")
     return found
@@ -333,12 +323,12 @@ class Span(NamedTuple):
         return f"part-{self.number:05}-of-{self.of:05}.parquet"
 
 
-class Part(Record):
+class Part(records.Record):
     """A finished part."""
 
-    rows: Count
-    bytes: Count
-    sha256: Sha256
+    rows: records.Count
+    bytes: records.Count
+    sha256: records.Sha256
 
 
 class Seal(Settings):
@@ -382,7 +372,7 @@ def write_part(folder: Path, span: Span, schema: pa.Schema, blocks: Iterable[pa.
             for block in blocks:
                 writer.write(block)
                 rows.append(block.num_rows)
-            writer.close({PART_KEY: canonical_json(span._asdict())})
+            writer.close({PART_KEY: records.canonical_json(span._asdict())})
 
     create_exclusive(path, fill)
     return Part(rows=sum(rows), bytes=path.stat().st_size, sha256=sha256_file(path))
@@ -390,7 +380,9 @@ def write_part(folder: Path, span: Span, schema: pa.Schema, blocks: Iterable[pa.
 
 def seal(folder: Path, content: Seal) -> None:
     """Write the record of a folder whose parts are all there, which completes it."""
-    write_atomic(folder / SEAL, sealed_json({"format_version": FORMAT_VERSION, **content.model_dump(mode="json")}))
+    write_atomic(
+        folder / SEAL, records.sealed_json({"format_version": FORMAT_VERSION, **content.model_dump(mode="json")})
+    )
 
 
 def read_seal(folder: Path) -> Seal:
@@ -407,10 +399,10 @@ def read_seal(folder: Path) -> Seal:
             f"{folder} has parts but no {SEAL}, which is written last: it was not written or copied to its end; make "
             "or copy it again"
         )
-    found = read_sealed_object(file, "format_version")
-    require_format(found, FORMAT_VERSION, folder)
+    found = records.read_sealed_object(file, "format_version")
+    records.require_format(found, FORMAT_VERSION, folder)
     del found["format_version"]
-    content = parse(Seal, canonical_json(found), file)
+    content = records.parse(Seal, records.canonical_json(found), file)
     of = -(-content.samples // content.partition_rows)
     if of != len(content.parts) or of > MOST_PARTS:
         raise CorruptionError(
@@ -433,7 +425,7 @@ class Joined:
         self.rows = sum(part.rows for part in self.seal.parts)
         with self._opened(self._spans[0]) as reader:
             plain = reader.schema.remove_metadata()
-        self.schema: pa.Schema = plain.with_metadata({self.seal.key: canonical_json(self.seal.document)})
+        self.schema: pa.Schema = plain.with_metadata({self.seal.key: records.canonical_json(self.seal.document)})
 
     def groups(
         self, columns: Sequence[str] | None = None, start: int = 0, stop: int | None = None
