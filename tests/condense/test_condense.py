@@ -123,7 +123,7 @@ assert set(OPTIONS) == set(CondenseSettings.model_fields)
 
 
 @given(cases(), st.fixed_dictionaries(OPTIONS))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40)
 def test_condense_equals_the_slow_reference(case: dict[str, Any], options: dict[str, Any]) -> None:
     option = CondenseSettings(**options)
     competing = len(slow_order(case, option))
@@ -171,28 +171,27 @@ def test_random_stage_keeps_a_seeded_sample_without_mixes() -> None:
     assert 200 < one.class_counts[0] < 300
 
 
-def test_keeping_too_few_or_too_many_is_refused() -> None:
-    with pytest.raises(SettingsError, match=r"keep 0.05 of 10 samples keeps none; raise keep to at least 0.1"):
-        run(distinct(10), 0.05)
-    with pytest.raises(SettingsError, match=r"keep 0.9 of 10 samples asks for 9, but only 5 compete"):
-        run(distinct(10), 0.9, previous=run(distinct(10), 0.5), candidates="current")
+def four(rows: int = 4, labels: Any = None, **more: Any) -> Manifest:
+    return condense(distinct(rows), CondenseSettings(), Samples(KNOWLEDGE, 4, labels), stage=1, keep=0.5, **more)
 
 
-def test_stratify_needs_every_label() -> None:
-    with pytest.raises(SettingsError, match="stratify needs the label of every sample"):
-        run(distinct(4), 0.5, stratify=True)
-    with pytest.raises(SettingsError, match="found a negative one"):
-        partition(np.arange(2), 1, np.array([0, -1]))
-
-
-def test_inputs_of_another_count_are_refused() -> None:
-    common = {"settings": CondenseSettings(), "stage": 1, "keep": 0.5}
-    with pytest.raises(MismatchError, match="expected values of the knowledge's 4 samples, found 3"):
-        condense(distinct(3), samples=Samples(KNOWLEDGE, 4), **common)
-    with pytest.raises(MismatchError, match="expected labels of the knowledge's 4 samples, found 3"):
-        condense(distinct(4), samples=Samples(KNOWLEDGE, 4, np.arange(3)), **common)
-    with pytest.raises(MismatchError, match="expected the previous manifest of the knowledge's 4 samples, found 5"):
-        condense(distinct(4), samples=Samples(KNOWLEDGE, 4), previous=manifest.full(Samples(KNOWLEDGE, 5)), **common)
+@pytest.mark.parametrize(
+    ("ask", "error", "said"),
+    [
+        (lambda: run(distinct(10), 0.05), SettingsError, "keep 0.05 of 10 samples keeps none; raise keep to at least"),
+        (lambda: run(distinct(10), 0.9, previous=run(distinct(10), 0.5), candidates="current"), SettingsError,
+         "keep 0.9 of 10 samples asks for 9, but only 5 compete"),
+        (lambda: run(distinct(4), 0.5, stratify=True), SettingsError, "stratify needs the label of every sample"),
+        (lambda: partition(np.arange(2), 1, np.array([0, -1])), SettingsError, "found a negative one"),
+        (lambda: four(3), MismatchError, "expected values of the knowledge's 4 samples, found 3"),
+        (lambda: four(labels=np.arange(3)), MismatchError, "expected labels of the knowledge's 4 samples, found 3"),
+        (lambda: four(previous=manifest.full(Samples(KNOWLEDGE, 5))), MismatchError,
+         "expected the previous manifest of the knowledge's 4 samples, found 5"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_condensed_is_refused(ask: Any, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        ask()
 
 
 def test_a_random_stage_leaves_skipped_samples_out() -> None:

@@ -57,7 +57,7 @@ def both(path, found, option, keep, excluded=(), **more):
     st.fixed_dictionaries(OPTIONS), st.integers(0, 99), st.integers(1, COUNT), st.integers(1, 40), st.booleans(),
     st.sets(st.integers(0, COUNT - 1), max_size=5),
 )  # fmt: skip
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_row_groups_make_the_same_bytes_as_memory_under_all_settings(
     place, options, seed, group, size, second, excluded
 ):
@@ -94,14 +94,20 @@ def test_values_changed_while_they_are_condensed_are_refused(place):
 
 @pytest.mark.parametrize(
     ("row", "visits", "value", "error", "text"),
-    [(70, -1, 0, MismatchError, "row 70: 'visits' is -1"), (65, 1, math.nan, NonFiniteError, "row 65: 'value' is nan")],
+    [
+        (70, -1, 0, MismatchError, "row 70: 'visits' is -1, expected 0 or more"),
+        (65, 1, math.nan, NonFiniteError, "row 65: 'value' is nan, expected a finite float32"),
+        (33, 0, math.nan, NonFiniteError, "row 33: 'value' is nan"),
+        (90, 1, math.inf, NonFiniteError, "row 90: 'value' is inf"),
+    ],
 )
-def test_a_bad_row_of_a_late_row_group_is_named(place, row, visits, value, error, text):
+@pytest.mark.parametrize("held", [0, COUNT])
+def test_a_bad_row_of_our_own_file_is_named_however_it_is_read(place, held, row, visits, value, error, text):
     columns = {"index": np.arange(COUNT), "visits": np.ones(COUNT, np.int32), "value": np.ones(COUNT, np.float32)}
     columns["visits"][row], columns["value"][row] = visits, value
     content = DOCUMENT | {"format_version": 0, "count": COUNT}
     content["digest"] = parquet.digest(records.canonical_json(content), columns)
     table = pa.table(columns).replace_schema_metadata({value_files.METADATA_KEY: records.canonical_json(content)})
     regroup(place / "bad.parquet", table, 20)
-    with pytest.raises(error, match=text), value_files.opened(place / "bad.parquet", COUNT, held=0):
+    with pytest.raises(error, match=text), value_files.opened(place / "bad.parquet", COUNT, held=held):
         pass

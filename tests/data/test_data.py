@@ -1,6 +1,5 @@
 import hashlib
 import os
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -247,24 +246,11 @@ def test_images_above_the_memory_limit_are_decoded_on_demand():
     assert np.array_equal(source.images(np.array([2, 0])), make_pixels(3)[[2, 0]])
 
 
-def test_other_files_in_a_class_folder_are_reported(tmp_path, caplog):
-    spec = write_folder(tmp_path)
-    (tmp_path / "train/ant/notes.txt").write_text("x")
-    assert len(datasets.load(spec).train) == 4
-    assert "1 files in" in caplog.text
-
-
 def test_positions_outside_a_split_are_refused(tmp_path):
     train = datasets.load(write_npz(tmp_path / "a.npz")).train
     for position in (-1, 6):
         with pytest.raises(MismatchError, match=f"index {position} is outside this split, which has 6 samples"):
             train.images(np.array([0, position]))
-
-
-def test_a_split_travels_to_other_processes(tmp_path):
-    train = datasets.load(write_folder(tmp_path, (5, 7))).train
-    again = pickle.loads(pickle.dumps(train))
-    assert np.array_equal(again.digests(), train.digests())
 
 
 @pytest.mark.skipif(not CIFAR100.is_dir(), reason="no CIFAR-100 at hand (KCDCACHE_CIFAR100)")

@@ -80,9 +80,9 @@ def place(server, here, tmp_path):
 @pytest.fixture(scope="module")
 def chain(server, here, tmp_path_factory):
     """The chain done in a bucket of its own: every command is killed once while it writes, and then goes on as on
-    another machine, with an empty cache; every ninth request goes wrong."""
+    another machine, with an empty cache; every twentieth request goes wrong."""
     made = bucket(Server("chain", beside=server), here, tmp_path_factory.mktemp("chain"))
-    made.proxy.faults = lambda method, path, number: FAULTS[number // 9 % 5] if number % 9 == 0 else None
+    made.proxy.faults = lambda method, path, number: FAULTS[number // 20 % 5] if number % 20 == 0 else None
     draw = random.Random(1)
     made.codes = []
     for name in NAMES:

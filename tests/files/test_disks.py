@@ -108,7 +108,7 @@ def test_a_full_disk_under_mapped_memory_is_an_error_and_no_signal(here, folder)
         assert any(f"no space left to write {run}/(a temporary file): " in said for said in told)
 
 
-@pytest.mark.parametrize("name", ["precompute", "train"])
+@pytest.mark.parametrize("name", ["train", pytest.param("precompute", marks=pytest.mark.slow)])
 def test_a_file_beyond_the_limit_for_files_is_like_a_full_disk(here, folder, name):
     said = refused(here, name, folder / "it", folder / "log", limits={"file": 20_000})
     assert f"no space left to write {folder}/it" in said

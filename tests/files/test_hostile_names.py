@@ -156,8 +156,6 @@ HEADERS = {
     "endless": (2**40).to_bytes(8, "little") + b"{}",
     "long": (8 * 2**20).to_bytes(8, "little") + b" " * 8 * 2**20,
     "no record": (2).to_bytes(8, "little") + b"{}",
-    "deep": (900).to_bytes(8, "little") + b"[" * 900,
-    "short": b"{}",
 }
 
 

@@ -6,10 +6,11 @@ folder of its own name below one work folder, which is also the current one, so 
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -261,19 +262,19 @@ def state(checkout: Path) -> str:
         RuntimeError: another package would be imported than the checkout's.
     """
     where = "import kcdcache, torch, numpy; print(kcdcache.__file__, torch.__version__, numpy.__version__)"
-    found = subprocess.run(
-        [sys.executable, "-c", where], cwd="/", env=surroundings(checkout, checkout), check=True, text=True,
-        stdout=subprocess.PIPE,
-    ).stdout.split()  # fmt: skip
+    found = _answer(sys.executable, "-c", where, cwd="/", env=surroundings(checkout, checkout)).split()
     if Path(found[0]).parent != checkout / "kcdcache":
         raise RuntimeError(f"python imports {found[0]}, expected the package of {checkout}")
-    git = ["git", "-C", str(checkout)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, text=True, stdout=subprocess.PIPE).stdout.strip()
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "kcdcache"], check=True, text=True, stdout=subprocess.PIPE
-    ).stdout
-    cpu = next((line for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    return "\n".join([commit, changed, *found[1:], cpu, platform.node(), Path(__file__).read_text()])
+    commit = _answer("git", "rev-parse", "HEAD", cwd=checkout).strip()
+    changed = _answer("git", "status", "--porcelain", "kcdcache", cwd=checkout)
+    cpus = Path("/proc/cpuinfo")
+    cpu = re.search("model name.*", cpus.read_text() if cpus.exists() else "")
+    machine = [cpu[0] if cpu else platform.processor(), platform.node()]
+    return "\n".join([commit, changed, *found[1:], *machine, Path(__file__).read_text()])
+
+
+def _answer(*words: str, **how: Any) -> str:
+    return subprocess.run(words, check=True, text=True, stdout=subprocess.PIPE, **how).stdout
 
 
 def make_images(folder: Path) -> None:
@@ -299,7 +300,3 @@ def _start(words: list[str], checkout: Path, work: Path) -> "subprocess.Popen[st
     line = [sys.executable, "-m", *launcher, "kcdcache", *words, "--json", "--quiet"]
     environment = surroundings(checkout, work)
     return subprocess.Popen(line, cwd=work, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []

@@ -136,11 +136,8 @@ def told_of_store(path):
 
 def told(said):
     """Return the digest of every entry."""
-    return {"sha256": {key: sha256_bytes(canonical_json(plain(value))) for key, value in enumerated(said).items()}}
-
-
-def enumerated(said):
-    return said if isinstance(said, dict) else {str(place): value for place, value in enumerate(said)}
+    entries = said if isinstance(said, dict) else dict(enumerate(said))
+    return {"sha256": {str(key): sha256_bytes(canonical_json(plain(value))) for key, value in entries.items()}}
 
 
 def plain(value):

@@ -1,25 +1,14 @@
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from damaging import DAMAGE, flip, put, swap
-from stores import creating, make, many_chunks, plan_of, small_parts
+from stores import creating, make, plan_of, small_parts
 
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, UnfinishedError
 from kcdcache.files.records import canonical_json
 from kcdcache.store import check, reader
-
-
-@pytest.fixture(scope="module")
-def sealed(tmp_path_factory):
-    return many_chunks(tmp_path_factory.mktemp("sealed") / "store")
-
-
-@pytest.fixture
-def damaged(sealed, tmp_path):
-    return Path(shutil.copytree(sealed, tmp_path / "store"))
 
 
 def test_unfinished_and_missing_stores_are_refused_with_the_remedy(tmp_path):

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from stores import plan_of
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
-from kcdcache.errors import UnsafeError
 from kcdcache.files.atomic import sha256_bytes
 from kcdcache.store import chunks
 from kcdcache.store.log import FileRecord
@@ -86,22 +85,6 @@ def test_rows_next_to_the_target_are_left_alone(files, kind):
     assert copied(files / kind, kind, range(ROWS), target=around[1:-1])[0]
     assert np.array_equal(around[1:-1], VALUES)
     assert (around[[0, -1]] == 7).all()
-
-
-@pytest.mark.parametrize("rows", [ROWS - 1, ROWS + 1, 10 * ROWS])
-def test_what_was_packed_from_another_number_of_bytes_is_refused(tmp_path, rows):
-    data = chunks.encoded(ArrayPlan("a", (WIDTH,), "float16", rows, "a"), VALUES[:1], "zstd")
-    (tmp_path / "c").write_bytes(data)
-    with pytest.raises(UnsafeError, match=r"c does not unpack to the 600 bytes its plan implies .*not written by kcdc"):
-        copied(tmp_path / "c", "zstd", [0], record=record_of(data))
-
-
-def test_a_symbolic_link_is_refused_and_a_missing_file_told_from_a_damaged_one(tmp_path, files):
-    (tmp_path / "link").symlink_to(files / "none")
-    with pytest.raises(UnsafeError, match=r"link is a symbolic link; a store's files are plain files"):
-        copied(tmp_path / "link", "none", [0])
-    with pytest.raises(FileNotFoundError, match="gone"):
-        copied(tmp_path / "gone", "none", [0])
 
 
 @pytest.mark.parametrize("text", ["float16", "float32", "top:3"])

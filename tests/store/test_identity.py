@@ -72,7 +72,7 @@ def test_a_damaged_identity_is_refused(part, changes, said):
         read_back(document | {part: document[part] | changes})
 
 
-@settings(max_examples=30)
+@settings(max_examples=10)
 @given(VALUES, VALUES)
 def test_there_is_a_first_difference_exactly_where_values_differ(left, right):
     assert errors.first_difference(left, left) is None

@@ -1,6 +1,5 @@
 """What a store tells of where it came from: corrupted labels, the teacher's data; and who passes it on."""
 
-import json
 import re
 from dataclasses import replace
 
@@ -8,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from lessons import CPU, ON_CPU, precomputed, teacher_of
+from pupils import executed
 from torch import nn
 
-from kcdcache.cli import main
 from kcdcache.data import datasets
 from kcdcache.errors import CorruptionError, MismatchError, SettingsError
 from kcdcache.files.records import sealed_json
@@ -107,29 +106,25 @@ def test_a_run_tells_it_measured_or_not_and_is_measured_later_when_asked(tmp_pat
     assert show.inspect(tmp_path / "run")["finished"]
 
 
-def test_an_exported_set_and_its_runs_tell_of_wrong_labels(tmp_path, capsys):
-    dataset = datasets.load(NOISY)
-    knowledge = precomputed(tmp_path / "store", dataset, teacher_of(dataset), views=1)
-    words = ["--data", NOISY, "--store", str(knowledge.path), "--student", "lessons:TinyNet", "--epochs", "2"]
-    words += ["--stages", "2", "--keep", "0.5", "--k0", "stage_slice", "--device", "cpu", "-q"]
-    assert main._outcome(["train", *words, "--out", str(tmp_path / "run")]) == 0
-    made = ["export", "--manifest", str(tmp_path / "run"), "--store", str(knowledge.path), "--data", NOISY]
-    assert main._outcome([*made, "--with-images", "--out", str(tmp_path / "set"), "-q"]) == 0
+def test_an_exported_set_and_its_runs_tell_of_wrong_labels(tmp_path):
+    dataset, student = datasets.load(NOISY), {"student": "lessons:TinyNet", "device": "cpu"}
+    store = precomputed(tmp_path / "store", dataset, teacher_of(dataset), views=1).path
+    given = {"data": NOISY, "store": store, "epochs": 2, "stages": 2, "keep": 0.5, "k0": "stage_slice"}
+    executed("train", student | given | {"out": tmp_path / "run"})
+    exported = {"manifest": tmp_path / "run", "store": store, "data": NOISY, "out": tmp_path / "set"}
+    executed("export", exported | {"with_images": True})
     wrong = int((dataset.train.labels != dataset.train.clean_labels).sum())
     card = (tmp_path / "set" / "README.md").read_text()
     assert "## Corrupted on purpose" in card
     assert f"{wrong} of all its samples have a wrong label" in card
     assert show.inspect(tmp_path / "set")["mislabelled"] == wrong
-    again = ["train", "--condensed", str(tmp_path / "set"), "--data", f"condensed:{tmp_path / 'set'}", "--student"]
-    capsys.readouterr()
-    assert (
-        main._outcome([*again, "lessons:TinyNet", "--epochs", "1", "--out", str(tmp_path / "of"), "--json", "-q"]) == 0
-    )
-    told = json.loads(capsys.readouterr().out)
+    again = student | {"condensed": tmp_path / "set", "data": f"condensed:{tmp_path / 'set'}", "epochs": 1}
+    told = executed("train", again | {"out": tmp_path / "of"})
     assert (told["mislabelled"], told["corruption"]["noise"]) == (wrong, 0.4)
     file = tmp_path / "set" / "store" / identity.ORIGIN_FILE
     file.write_bytes(file.read_bytes().replace(b'"noise":0.4', b'"noise":0.1'))
-    assert main._outcome([*again, "lessons:TinyNet", "--epochs", "1", "--out", str(tmp_path / "no"), "-q"]) == 3
+    with pytest.raises(CorruptionError, match="origin"):
+        executed("train", again | {"out": tmp_path / "no"})
 
 
 class Perfect(nn.Module):

@@ -211,7 +211,7 @@ def test_condense_killed_at_any_step_leaves_nothing_or_the_whole_set(place, alon
 # ---- a run killed between a file and its record
 
 
-@pytest.mark.parametrize("point", [14, 15, *(pytest.param(n, marks=pytest.mark.slow) for n in (9, 13, 16, 19))])
+@pytest.mark.parametrize("point", [15, *(pytest.param(n, marks=pytest.mark.slow) for n in (9, 13, 14, 16, 19))])
 def test_a_run_killed_around_a_files_record_resumes_to_the_same_bytes(place, start, tmp_path, point):
     """At steps around the first manifest of a run: announced, written, recorded."""
     run = tmp_path / "run"

@@ -13,9 +13,8 @@ from pupils import distilled, school
 
 from kcdcache import rng
 from kcdcache import settings as kcdcache_settings
-from kcdcache.commands import condense as condense_command
-from kcdcache.condense import manifest, summary, value_files, values
-from kcdcache.errors import CorruptionError, MismatchError, NonFiniteError
+from kcdcache.condense import manifest, summary, values
+from kcdcache.errors import MismatchError, NonFiniteError
 from kcdcache.files import parquet
 from kcdcache.files.records import canonical_json
 from kcdcache.runs import state
@@ -102,61 +101,10 @@ def test_facts_that_do_not_fit_the_rows_are_refused(tmp_path):
         manifest.read(tmp_path / "m.parquet")
 
 
-def test_an_unknown_part_is_named_by_row(tmp_path):
-    manifest.write(tmp_path / "m.parquet", chosen(4))
-    table = pq.read_table(tmp_path / "m.parquet")
-    parts = table["part"].to_pylist()
-    parts[7] = "k_aug"
-    pq.write_table(table.set_column(1, "part", pa.array(parts)), tmp_path / "m.parquet")
-    with pytest.raises(CorruptionError, match=r"m\.parquet, row 7: expected part K_1H or K_Aug, found k_aug"):
-        manifest.read(tmp_path / "m.parquet")
-
-
 def test_a_manifest_longer_than_the_data_is_refused(tmp_path):
     manifest.write(tmp_path / "m.parquet", manifest.full(manifest.Samples("k", 50)))
     with pytest.raises(MismatchError, match="holds 50 rows, expected at most 40"):
         manifest.read(tmp_path / "m.parquet", 40)
-
-
-# ---- numbers that are none, in values
-
-
-DOCUMENT = {"knowledge_id": "k", "student": "s", "epoch": 1, "format_version": 0, "count": COUNT}
-
-
-def forge_values(path, **changed):
-    """Write a values file of ours of any content, with a digest that fits it."""
-    columns = {
-        "index": np.arange(COUNT), "visits": np.ones(COUNT, np.int32), "value": np.ones(COUNT, np.float32),
-    } | changed  # fmt: skip
-    digest = parquet.digest(canonical_json(DOCUMENT), columns)
-    metadata = {value_files.METADATA_KEY: canonical_json(DOCUMENT | {"digest": digest})}
-    path.write_bytes(parquet.encode(pa.table(columns).replace_schema_metadata(metadata)))
-
-
-def with_row(row, number, kind):
-    column = np.ones(COUNT, kind)
-    column[row] = number
-    return column
-
-
-@pytest.mark.parametrize(
-    ("number", "visits", "error", "said"),
-    [
-        (1, 1, None, ""),
-        (np.nan, 0, NonFiniteError, "'value' is nan, expected a finite float32"),
-        (np.inf, 1, NonFiniteError, "'value' is inf, expected a finite float32"),
-        (1, -3, MismatchError, "'visits' is -3, expected 0 or more"),
-    ],
-)
-def test_a_value_that_is_no_number_is_named_when_values_are_read(tmp_path, number, visits, error, said):
-    path = tmp_path / "v.parquet"
-    forge_values(path, value=with_row(11, number, np.float32), visits=with_row(11, visits, np.int32))
-    if error is None:
-        assert value_files.read(path, COUNT).values.visits.sum() == COUNT
-        return
-    with pytest.raises(error, match=rf"v\.parquet, row 11: {said}"):
-        value_files.read(path, COUNT)
 
 
 @pytest.fixture(scope="module")
@@ -164,21 +112,10 @@ def place(tmp_path_factory):
     return school(tmp_path_factory.mktemp("school"))
 
 
-@pytest.mark.parametrize(("ranking", "number"), [("value", np.nan), ("random", np.inf)])
-def test_condense_takes_no_value_that_is_no_number(place, tmp_path, ranking, number):
-    """Of another tool's file, also where the ranking does not look at values."""
-    wrong = np.ones(200)
-    wrong[33] = number
-    pq.write_table(pa.table({"index": np.arange(200), "value": wrong}), tmp_path / "v.parquet")
-    given = {"values": tmp_path / "v.parquet", "store": place.knowledge.path, "keep": 0.5, "ranking": ranking}
-    command = kcdcache_settings.make(kcdcache_settings.CondenseCommand, given | {"out": tmp_path / "m.parquet"})
-    with pytest.raises(NonFiniteError, match=rf"v\.parquet, row 33: 'value' is {number}, expected a finite float32"):
-        condense_command.run(command)
-    assert not (tmp_path / "m.parquet").exists()
-
-
 def test_a_set_of_values_that_are_no_numbers_cannot_be_made():
-    found = values.Values(np.ones(COUNT, np.int32), with_row(5, np.nan, np.float32))
+    wrong = np.ones(COUNT, np.float32)
+    wrong[5] = np.nan
+    found = values.Values(np.ones(COUNT, np.int32), wrong)
     samples, common = manifest.Samples("k", COUNT), {"stage": 1, "keep": 1.0}
     with pytest.raises(NonFiniteError, match="the value of index 5 is nan"):
         summary.condense(found, kcdcache_settings.CondenseSettings(), samples, **common)

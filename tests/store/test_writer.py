@@ -1,6 +1,4 @@
 import os
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from stores import (
     grown,
     knowledge,
     make,
-    many_chunks,
     plan_of,
     small_parts,
     values,
@@ -24,24 +21,6 @@ from stores import (
 from kcdcache.errors import MismatchError, SettingsError, UnfinishedError
 from kcdcache.report import show
 from kcdcache.store import check, log, reader, writer
-
-
-@pytest.fixture(scope="module")
-def sealed(tmp_path_factory):
-    return many_chunks(tmp_path_factory.mktemp("sealed") / "store")
-
-
-@pytest.fixture
-def damaged(sealed, tmp_path):
-    return Path(shutil.copytree(sealed, tmp_path / "store"))
-
-
-def test_parts_written_in_any_order_give_the_same_bytes(sealed, tmp_path):
-    with creating(tmp_path / "s", small_parts(150, 2, 64, 32)) as writing:
-        for part in reversed(writing.pending()):
-            write_part(writing, part)
-        writing.seal()
-    assert content(tmp_path / "s") == content(sealed)
 
 
 def test_a_half_written_part_is_written_again_to_the_same_bytes(tmp_path):
@@ -81,14 +60,18 @@ def test_a_log_record_alone_is_not_trusted(tmp_path, sealed):
     assert content(path) == content(sealed)
 
 
-def test_finished_work_is_not_done_again(damaged):
+def test_finished_work_and_a_growth_asked_for_again_are_not_done_again(damaged):
     before = content(damaged)
     with creating(damaged, small_parts(150, 2, 64, 32)) as writing:
-        assert writing.sealed
-        assert writing.pending() == []
+        assert (writing.sealed, writing.pending()) == (True, [])
         writing.seal()
         with pytest.raises(SettingsError, match="is sealed; grow it"):
             write_part(writing, writing.parts[0])
+    assert content(damaged) == before
+    grown(damaged, views=3)
+    before = content(damaged)
+    with writer.grow(damaged, knowledge(), views=3, fields=[form()]) as growing:
+        assert (growing.sealed, growing.pending()) == (True, [])
     assert content(damaged) == before
 
 
@@ -165,27 +148,21 @@ def test_growing_by_views_and_fields_keeps_what_was_there(damaged):
     assert opened.measurements(0) == {"samples": 150, "correct": 3}
 
 
-def test_the_sealed_state_stays_readable_while_growing(damaged):
-    old = reader.open(damaged).read("logits", 1, np.arange(150))
-    with writer.grow(damaged, knowledge(), views=3) as growing:
-        write_part(growing, growing.pending()[0])
-    opened = reader.open(damaged)
-    assert opened.views == 2
-    np.testing.assert_array_equal(opened.read("logits", 1, np.arange(150)), old)
+def test_while_a_store_grows_readers_see_the_sealed_state(damaged):
+    before, rows = reader.open(damaged), np.arange(150)
+    old = before.read("logits", 1, rows)
+    with writer.grow(damaged, knowledge(), views=3, fields=[form("penultimate")]) as growing:
+        for part in growing.pending():
+            write_part(growing, part)
+            for opened in (before, reader.open(damaged)):
+                assert (opened.views, list(opened.fields)) == (2, ["logits"])
+                np.testing.assert_array_equal(opened.read("logits", 1, rows), old)
     assert check.verify(damaged).problems == ()
     assert show.inspect(damaged)["growing_to"]["views"] == 3
     with pytest.raises(MismatchError, match=r"the growth under way at .* differ in views: 3 against 4"):
         grown(damaged, views=4)
-    assert grown(damaged, views=3).views == 3
-
-
-def test_a_growth_asked_for_again_is_done(damaged):
-    grown(damaged, views=3)
-    before = content(damaged)
-    with writer.grow(damaged, knowledge(), views=3, fields=[form()]) as growing:
-        assert growing.sealed
-        assert growing.pending() == []
-    assert content(damaged) == before
+    assert grown(damaged, views=3, fields=[form("penultimate")]).views == 3
+    np.testing.assert_array_equal(before.read("logits", 1, rows), old)
 
 
 def test_only_the_same_knowledge_grows_a_store(damaged, tmp_path):
