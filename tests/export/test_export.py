@@ -290,7 +290,7 @@ def words(place, out, *more):
 
 
 @pytest.mark.parametrize(
-    "steps", [(2, 60), pytest.param(range(1, 180, 7), marks=pytest.mark.slow)], ids=["some", "many"]
+    "steps", [(60,), pytest.param((2, *range(1, 180, 7)), marks=pytest.mark.slow)], ids=["one", "many"]
 )
 def test_a_killed_export_is_accepted_by_nobody_and_ends_in_the_same_bytes(place, start, tmp_path, steps):
     exporting(place, tmp_path / "whole", data=SPEC, with_images=True, bake=True, temperature=4.0)
@@ -309,7 +309,7 @@ def test_a_killed_export_is_accepted_by_nobody_and_ends_in_the_same_bytes(place,
                 look(out)
         succeeds(start, words(place, out), tmp_path / "log")
         assert content(out) == whole, step
-    assert died >= 2
+    assert died
 
 
 # what is shown of it
