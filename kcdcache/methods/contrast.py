@@ -80,10 +80,7 @@ class Contrast(_Contrasting):
 
 
 def nce(
-    positive: Float[Tensor, " batch"],
-    negatives: Float[Tensor, "batch negatives"],
-    count: int,
-    log_z: Float[Tensor, ""],
+    positive: Float[Tensor, " batch"], negatives: Float[Tensor, "batch negatives"], count: int, log_z: Float[Tensor, ""]
 ) -> Float[Tensor, " batch"]:
     """Return -log h(positive) - sum_k log(1 - h(negative_k)), in nats, at least 0, for one direction of CRD.
 

@@ -31,22 +31,19 @@ Marks = Bool[np.ndarray, " n"]
 
 
 def first_views(
-    split: Split, rule: rules.ViewRule, device: torch.device, workers: int | None = None
-) -> Iterator[Float[Tensor, "batch c h w"]]:
+    split: Split, rule: rules.ViewRule, device: torch.device, workers: int | None = None,
+    held: rules.HeldImages | None = None,
+) -> Iterator[Float[Tensor, "batch c h w"]]:  # fmt: skip
     """Return view 0 of every sample of a split, batch by batch, on the device (`workers`: see `prefetch.shown`).
 
-    For test images, give `rules.plain` of the training rule.
+    For test images, give `rules.plain` of the training rule; `held` are the split's images if the device holds them.
     """
+    if held is not None:
+        every = held.parameters(0)
+        return (held.views(block, every) for block in torch.arange(len(held), device=every.device).split(BATCH))
     blocks = (np.arange(low, min(low + BATCH, len(split))) for low in range(0, len(split), BATCH))
     asked = (prefetch.Asked(block, rules.parameters(rule, block, 0)) for block in blocks)
     return prefetch.shown(split, rule, asked, device, workers)
-
-
-def first_views_held(held: rules.HeldImages) -> Iterator[Float[Tensor, "batch c h w"]]:
-    """Yield the batches of `first_views` from images held on the device."""
-    every = held.parameters(0)
-    for block in torch.arange(len(held), device=every.device).split(BATCH):
-        yield held.views(block, every)
 
 
 def predict(

@@ -79,11 +79,7 @@ class Loop:
         self.batches = batches_of(source, sampler, learner.device, learner.group)
         self._test, rule = source.data.test, rules.plain(source.rule)
         held = hold(self._test, rule, learner.device) if isinstance(self.batches, DeviceBatches) else None
-        self._test_views = (
-            partial(evaluation.first_views, self._test, rule, learner.device, settings.workers)
-            if held is None
-            else partial(evaluation.first_views_held, held)
-        )
+        self._test_views = partial(evaluation.first_views, self._test, rule, learner.device, settings.workers, held)
         self._details, self._clock, self._progress = details, clock, progress
         self._totals = _Totals(learner.device)
         self._forward: Callable[[Batch], tuple[Tensor, Tensor]] = _Forward(learner, settings.precision)

@@ -95,7 +95,7 @@ def test_predictions_are_those_of_single_plain_images_in_eval_mode(network, spli
     monkeypatch.setattr(evaluation, "BATCH", 7)
     transform = InputTransform((0.3, 0.2, 0.1), (0.5, 0.4, 0.3))
     found = evaluation.predict(network.train(), transform, views_of(split))
-    held = evaluation.first_views_held(hold(split, RULE, CPU))
+    held = evaluation.first_views(split, RULE, CPU, held=hold(split, RULE, CPU))
     assert torch.equal(evaluation.predict(network, transform, held), found)
     assert np.array_equal(evaluation.guesses(network, transform, views_of(split)), found.argmax(1))
     network.eval()
