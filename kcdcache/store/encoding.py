@@ -59,18 +59,6 @@ class Fault(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Statistics:
-    """The log's statistics of the values of one field in one part."""
-
-    count: int
-    minimum: float
-    """of the finite values, as is the maximum"""
-    maximum: float
-    non_finite: int
-    """NaNs and infinities"""
-
-
-@dataclasses.dataclass(frozen=True)
 class Encoding:
     """The stored form of one field: its arrays, both directions, and the error bound."""
 
@@ -81,7 +69,6 @@ class Encoding:
     """of one sample's values, (classes,) for logits"""
     arrays: tuple[ArraySpec, ...]
     bound: str
-    """the error bound, in words"""
     to_stored: Callable[[Tensor], Stored] = dataclasses.field(repr=False, compare=False)
     to_values: Callable[[Stored, float], Tensor] = dataclasses.field(repr=False, compare=False)
 
@@ -164,13 +151,11 @@ def parse(text: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
     return _gaps(row_shape) if (name, field) == ("float16", "logits") else _plain(name, field, row_shape)
 
 
-def statistics(values: Float32[Tensor, "batch ..."]) -> Statistics:
-    """Return the statistics of some values."""
-    finite = values[torch.isfinite(values)]
-    if not len(finite):
-        return Statistics(values.numel(), 0.0, 0.0, values.numel())
-    low, high = torch.aminmax(finite)
-    return Statistics(values.numel(), float(low), float(high), values.numel() - len(finite))
+def statistics(values: Float32[Tensor, "batch ..."]) -> dict[str, int | float]:
+    """Return count, minimum and maximum of the finite values, and non_finite for the log."""
+    count, finite = values.numel(), values[torch.isfinite(values)]
+    low, high = map(float, torch.aminmax(finite)) if len(finite) else (0.0, 0.0)
+    return {"count": count, "minimum": low, "maximum": high, "non_finite": count - len(finite)}
 
 
 def name_some(samples: Sequence[int]) -> str:

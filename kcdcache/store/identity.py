@@ -44,7 +44,6 @@ class TeacherIdentity:
     transform: dict[str, Any]
     """the input transform: size, mean, std"""
     precision: str
-    """arithmetic of the forward pass"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +96,7 @@ class IdentityRecord(Record):
 def read_store_identity(store: Path) -> Knowledge:
     """Return the identity of the store at a path, without opening its arrays.
 
-    Raises:
-        NotFoundError: there is no store.
-        MismatchError: it was written by a newer format.
-        CorruptionError: the record does not match its own digest.
+    Raises NotFoundError without a store, MismatchError for a newer format, CorruptionError if the record was changed.
     """
     path = store / IDENTITY_FILE
     if not path.exists():
@@ -159,13 +155,11 @@ _Norms = Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=QUANTIL
 
 
 class ParametersRecord(Sealed):
-    """A store's record of its teacher's filters."""
+    """A store's record of its teacher's filters: the digest of its weights, and `Profiles`."""
 
     weights: str
-    """`TeacherIdentity.weights`"""
     quantiles: Literal[64] = 64
     stages: Annotated[dict[str, _Norms], Field(min_length=1)]
-    """`Profiles`"""
 
 
 def per_sample(names: Collection[str]) -> tuple[str, ...]:

@@ -33,7 +33,6 @@ class FieldPlan(Record):
 
     name: str
     encoding: str
-    """as the user wrote it, such as `top:16`"""
     row_shape: tuple[Size, ...]
     chunk_rows: dict[str, Size]
     """array -> rows of each of its chunks"""
@@ -98,7 +97,6 @@ class CommitRecord(Sealed):
     previous: Sha256 | None
     """SHA-256 of the previous commit"""
     log: tuple[tuple[Name, Sha256], ...]
-    """log record and its SHA-256"""
 
     @model_validator(mode="after")
     def _each_once(self) -> "CommitRecord":

@@ -19,7 +19,6 @@ MOST_PART_ROWS = 16384
 CHUNK_BYTES = 8 * 2**20
 """most bytes of a new store's chunks, unless one row takes more: small enough to be checked in the cache"""
 MOST_CHUNK_BYTES = 32 * 2**20
-"""of any store"""
 MOST_PADDING = 0.02
 ROW_UNIT = 64
 SAMPLES = "labels and digests"
@@ -36,14 +35,12 @@ COMPRESSIONS: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 class Part(NamedTuple):
-    """The unit of work, log and resume: some samples of one view, with the fields to write."""
+    """The unit of work, log and resume: samples start..stop-1 of one view, with the fields to write."""
 
     view: int
     number: int
     start: int
-    """first sample"""
     stop: int
-    """one past the last sample"""
     fields: tuple[str, ...]
 
     @property
@@ -72,10 +69,9 @@ class ArrayPlan(ArraySpec):
 
 
 class Chunk(NamedTuple):
-    """One chunk file: key, array, view (None for arrays without views) and samples."""
+    """One chunk file: path in the store, array, view (None for arrays without views) and samples."""
 
     key: str
-    """path inside the store"""
     array: ArrayPlan
     view: int | None
     start: int

@@ -249,13 +249,9 @@ class Store:
 def open(path: Path | str) -> Store:
     """Return a sealed store after checking its records, array documents and the presence and size of every file.
 
-    The last sealed state is opened; a growth in progress is ignored. No chunk is read.
-
-    Raises:
-        NotFoundError: there is no store.
-        UnfinishedError: it was never sealed.
-        MismatchError: it was written by a newer format.
-        CorruptionError: a record was changed, or a file is missing or has another size.
+    The last sealed state is opened; a growth in progress is ignored. No chunk is read. Raises NotFoundError without a
+    store, UnfinishedError if it was never sealed, MismatchError if a newer format wrote it, CorruptionError if a record
+    was changed or a file is missing or has another size.
     """
     root = Path(path)
     store = Store(root, read_store_identity(root), log.read_commits(root))

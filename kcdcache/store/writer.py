@@ -4,7 +4,6 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +16,7 @@ from kcdcache.files.atomic import lock, require_no_links, write_atomic
 from kcdcache.files.records import canonical_json, sealed_json
 from kcdcache.store import log
 from kcdcache.store.chunks import listed_sizes, size_problem, write_chunks
-from kcdcache.store.encoding import Encoding, Statistics
+from kcdcache.store.encoding import Encoding
 from kcdcache.store.identity import FOLDER, IDENTITY_FILE, IdentityRecord, Knowledge, read_store_identity
 from kcdcache.store.log import LogEntry, Numbers, record_path
 from kcdcache.store.plan import Part, StorePlan, documents, grow_plan, part_chunks, parts, plan_from
@@ -28,7 +27,7 @@ T = TypeVar("T")
 
 
 class Shard(NamedTuple):
-    """Parts number, number + total, number + 2 total, ... of a store."""
+    """Parts number, number + total, number + 2 total, ... of a store; by default all."""
 
     number: int = 0
     total: int = 1
@@ -38,7 +37,6 @@ class Shard(NamedTuple):
 
 
 WHOLE = Shard()
-"""all parts"""
 
 
 def parse_shard(text: str) -> Shard:
@@ -98,9 +96,8 @@ def held(root: Path, begin: Callable[[bool], T], shard: Shard = WHOLE) -> Iterat
     mirrored store they are in the cache, and an object protects it, or one shard, from other machines; a shard there
     never counts as alone, since another machine may begin at the same moment.
 
-    Raises:
-        LockedError: another process or machine holds these parts, or the store is written in another number of shards.
-        UnsafeError: a folder in the store is a symbolic link, through which other files could be changed.
+    Raises LockedError if another process or machine holds these parts or writes the store in another number of shards,
+    UnsafeError if a folder in the store is a symbolic link, through which other files could be changed.
     """
     require_no_links(root, files=False)
     (root / FOLDER).mkdir(parents=True, exist_ok=True)
@@ -155,14 +152,13 @@ class Writer:
     def __init__(self, path: Path, plan: StorePlan, growth: int, before: StorePlan | None, shard: Shard = WHOLE):
         self.path = path
         self.shard = shard
-        """the share of the parts that this process writes"""
         self.plan = plan
         self.growth = growth
         """0 while the store is created"""
         self.parts = tuple(parts(plan, before))
-        """all parts of this growth, in order"""
+        """all parts of this growth"""
         self.mine = self.parts[shard.number :: shard.total]
-        """the parts of this shard"""
+        """those of the shard"""
 
     @property
     def sealed(self) -> bool:
@@ -180,7 +176,7 @@ class Writer:
         self,
         part: Part,
         rows: Mapping[str, np.ndarray],
-        statistics: Mapping[str, Statistics],
+        statistics: Mapping[str, Numbers],
         measurements: Numbers | None = None,
         skipped: Sequence[int] = (),
     ) -> None:
@@ -197,8 +193,7 @@ class Writer:
             raise SettingsError(f"{part} holds no sample {strangers[0]} that could be skipped")
         if self.sealed:
             raise SettingsError(f"the store at {self.path} is sealed; grow it to add views or fields")
-        counted = {name: asdict(values) for name, values in statistics.items()}
-        self._write(part, rows, statistics=counted, measurements=dict(measurements or {}), skipped=tuple(skipped))
+        self._write(part, rows, statistics=statistics, measurements=measurements or {}, skipped=tuple(skipped))
 
     def write_samples(self, labels: np.ndarray, sample_digest: np.ndarray) -> None:
         """Write labels and digests of all samples, unless they are logged."""
@@ -258,11 +253,8 @@ def create(
 ) -> Iterator[Writer]:
     """Yield the writer of a new store, or of the same store unfinished or sealed (then nothing is pending).
 
-    Raises:
-        MismatchError: there is a store of other knowledge or plan.
-        SettingsError: the folder is not a store, or the numbers of labels and digests are not N.
-        LockedError: another process writes the store, or this shard of it.
-        UnsafeError: a file or folder in it is a symbolic link.
+    Raises MismatchError for a store of other knowledge or plan, SettingsError if the folder is something else or the
+    numbers of labels and digests are not N, LockedError if another process writes it, UnsafeError for symbolic links.
     """
     root = Path(path)
     if root.is_file() or (root.exists() and not (root / FOLDER).is_dir() and any(root.iterdir())):
@@ -307,14 +299,9 @@ def grow(
 ) -> Iterator[Writer]:
     """Yield the writer that adds views (`views` in all) or fields to a sealed store; continues a growth in progress.
 
-    The sealed state stays readable. If the store has all that already, nothing is pending.
-
-    Raises:
-        NotFoundError: there is no store.
-        UnfinishedError: the store was never sealed.
-        MismatchError: the knowledge differs, or another growth is in progress.
-        LockedError: another process writes the store.
-        UnsafeError: a file or folder in it is a symbolic link.
+    The sealed state stays readable. If the store has all that already, nothing is pending. Raises MismatchError if the
+    knowledge differs or another growth is in progress, LockedError if another process writes it, UnsafeError for
+    symbolic links.
     """
     root = Path(path)
     require_no_links(root)

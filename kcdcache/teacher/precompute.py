@@ -37,12 +37,8 @@ logger = logging.getLogger(__name__)
 CPU = torch.device("cpu")
 ENVIRONMENT, TIMING = log.FOLDER / "environment.json", log.FOLDER / "timing.jsonl"
 """files of a store: the environments it was computed in, and the time each part took"""
-TIMED_BATCHES = 8
-"""most teacher batches that a dry run times"""
-UNTIMED_BATCHES = 2
-"""teacher batches before those: prefetching makes the first look fast, setup makes it look slow"""
-MOST_SECONDS = 20.0
-"""time limit of a dry run's batches"""
+UNTIMED_BATCHES, TIMED_BATCHES, MOST_SECONDS = 2, 8, 20.0
+"""of a dry run: first teacher batches, which prefetching and setup distort, those it times, and its time limit"""
 
 Outputs = Callable[[int, int, int], dict[str, Tensor]]
 """(view, first row, last row + 1) -> field -> float32 outputs of those rows"""
@@ -72,7 +68,6 @@ class Job:
     allow_change: bool = True
     """continue although device, threads or versions changed; the change is recorded"""
     shard: Shard = WHOLE
-    """the parts computed here"""
 
 
 def run(
@@ -95,10 +90,9 @@ def run(
     resumes to the same bytes. With `images` 'on', images are on the device and views are made there; 'auto' does so on
     a GPU where they fit. `dry_run` writes nothing: it times a few batches and returns the expected cost.
 
-    Raises:
-        MismatchError: the store at `path` is of other knowledge, or the teacher is barely better than chance.
-        SettingsError: the rule has fewer views than asked for, or the store would exceed the budget.
-        NonFiniteError: an output cannot be stored; with on_nonfinite = skip, more than `log.MOST_SKIPPED` cannot.
+    Raises MismatchError if the store is of other knowledge or the teacher is barely better than chance, SettingsError
+    if the rule has fewer views than asked for or the store would exceed the budget, NonFiniteError if an output cannot
+    be stored (with on_nonfinite = skip: more than `log.MOST_SKIPPED`).
     """
     rule = rules.rule_from(settings, data.train.image_size)
     knowledge = Knowledge(teacher=network.identity, data=data.identity(), views=rule)
@@ -154,9 +148,8 @@ def import_logits(
     logits = _read_npy(file, len(data.train), len(data.classes))
     rule = rules.rule_from(settings, data.train.image_size)
     _views_wanted(rule, len(logits))
-    source = TeacherIdentity(
-        architecture="imported", weights=sha256_file(file), transform={}, precision=str(logits.dtype)
-    )
+    precision = str(logits.dtype)
+    source = TeacherIdentity(architecture="imported", weights=sha256_file(file), transform={}, precision=precision)
     knowledge = Knowledge(teacher=source, data=data.identity(), views=rule)
     forms = [encoding.parse(settings.encoding, "logits", (len(data.classes),))]
     plan = _plan(settings, len(data.train), len(logits), forms, path)
@@ -312,9 +305,7 @@ def expected_cost(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job) -
     rate = measured(job, plan, mine)
     to_do, free = _to_do(plan, everything, rate), _free_bytes(path)
     if to_do["bytes"] > free:
-        logger.warning(
-            "precompute: %s bytes are still to be written, but %s are free", f"{to_do['bytes']:,}", f"{free:,}"
-        )
+        logger.warning(f"precompute: {to_do['bytes']:,} bytes are still to be written, but {free:,} are free")
     found = {"images_per_second": rate and rate.document(), "to_do": to_do}
     return found if job.shard == WHOLE else found | {f"shard {job.shard}": _to_do(plan, mine, rate)}
 
@@ -428,12 +419,11 @@ def _write_parts(opened: Writer, pending: Sequence[Part], job: Job, progress: Pr
 class Computed(NamedTuple):
     """A part ready to be written: its encoded arrays, and the values for its log record."""
 
-    stored: dict[str, np.ndarray]
-    statistics: dict[str, encoding.Statistics]
+    rows: dict[str, np.ndarray]
+    statistics: Mapping[str, log.Numbers]
     measurements: dict[str, float]
     """`correct`: number of correct predictions of the teacher"""
     skipped: tuple[int, ...]
-    """samples with outputs that cannot be stored"""
 
 
 def compute(part: Part, plan: StorePlan, job: Job) -> Computed:

@@ -1,7 +1,7 @@
 """Repair a damaged store: restore records from copies, then compute only the bad parts again."""
 
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -62,12 +62,9 @@ def repair(root: Path, means: Means | None, progress: Progress = silent) -> list
     teacher and its data, part by part, and put in place only if they equal the log: each part ends with its original
     bytes or stays unchanged.
 
-    Raises:
-        UnfinishedError: the store was never sealed.
-        SettingsError: chunks are bad, and there are no means to make them again.
-        MismatchError: teacher or data are not the store's, or this machine computes other bytes.
-        CorruptionError: two records are bad that could only be restored from each other.
-        LockedError: another process writes the store.
+    Raises UnfinishedError if the store was never sealed, SettingsError if `means` are needed and missing, MismatchError
+    if they are not the store's or this machine computes other bytes, CorruptionError if two records are bad that could
+    only be restored from each other, LockedError if another process writes the store.
     """
     with held(root, begin=lambda alone: None):
         shutil.rmtree(root / SCRATCH, ignore_errors=True)
@@ -227,10 +224,4 @@ def _computed(root: Path, piece: _Piece, knowledge: Knowledge, means: Means) -> 
     precompute.use_recorded_threads(root)
     job = replace(precompute.job_for(means.data, means.network, knowledge, part.fields), may_skip=True)
     made = precompute.compute(part, piece.plan, job)
-    return writer.write_rows(
-        *what,
-        made.stored,
-        statistics={field: asdict(counted) for field, counted in made.statistics.items()},
-        measurements=made.measurements,
-        skipped=made.skipped,
-    )
+    return writer.write_rows(*what, **made._asdict())

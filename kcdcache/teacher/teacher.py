@@ -38,7 +38,6 @@ class Teacher:
     classes: tuple[str, ...]
     """class names, in the order of its logits"""
     identity: TeacherIdentity
-    """model spec, digest of the weights, transform and precision"""
     device: torch.device
     data: str | None = None
     """digest of the training split it learned from, if known"""
@@ -62,10 +61,8 @@ def load(
     has its own architecture and input transform, and `mean`, `std` and `size` are not used. With `weights_path`, `spec`
     is a model spec, and `weights_path` a safetensors or torch file, or such a folder of the same architecture.
 
-    Raises:
-        SettingsError: the model spec is unknown, or needs weights.
-        MismatchError: the weights, classes or channels do not fit; names the first difference.
-        UnsafeError: the weights, or a saved network's spec, could run code that the user did not name.
+    Raises SettingsError if the model spec is unknown or needs weights, MismatchError if the weights, classes or
+    channels do not fit, UnsafeError if the weights or a saved network's spec could run code that the user did not name.
     """
     learned = None
     if weights_path is None or weights_path.is_dir():
