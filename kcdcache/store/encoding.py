@@ -32,6 +32,7 @@ PLAIN: dict[str, tuple[str, Callable[[Tensor], Tensor], Callable[[Tensor], Tenso
 ENCODINGS = (*PLAIN, "top")
 
 Stored = tuple[Tensor, ...]
+Vector = Float32[Tensor, " batch"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,14 +176,15 @@ def _any(wrong: Tensor) -> Tensor:
 def _plain(name: str, field: str, row_shape: tuple[int, ...]) -> Encoding:
     """Return an encoding with one array of the field's own shape and of type `name`."""
     bound, to_stored, to_values = PLAIN[name]
+    arrays = (ArraySpec(field.replace(":", "-"), row_shape, name),)  # a folder's name too
     return Encoding(
-        name=name,
-        field=field,
-        row_shape=row_shape,
-        arrays=(ArraySpec(field.replace(":", "-"), row_shape, name),),  # a folder's name too
-        bound=bound,
-        to_stored=lambda values: (to_stored(values),),
-        to_values=lambda stored, temperature: to_values(stored[0]),
+        name,
+        field,
+        row_shape,
+        arrays,
+        bound,
+        lambda values: (to_stored(values),),
+        lambda stored, _: to_values(stored[0]),
     )
 
 
@@ -256,13 +258,7 @@ def _decode_top(packed: Tensor, kept: int, classes: int, temperature: float) -> 
     return tail[:, None].repeat(1, classes).scatter_(1, ids, numbers[:, :kept])
 
 
-def _tail_log_mean(
-    t: float,
-    log_mean: Float32[Tensor, " batch"],
-    mean: Float32[Tensor, " batch"],
-    variance: Float32[Tensor, " batch"],
-    largest: Float32[Tensor, " batch"],
-) -> Float32[Tensor, " batch"]:
+def _tail_log_mean(t: float, log_mean: Vector, mean: Vector, variance: Vector, largest: Vector) -> Vector:
     """Return K(t) = log mean exp(t x) over a row's tail of gaps x, all at most `largest` <= 0, for t = 1/T > 0.
 
     K(t) is its cumulant expansion mean t + variance t^2 / 2 + c t^3 with c such that K(1) = `log_mean` exactly, held

@@ -11,18 +11,9 @@ from pydantic_core import to_jsonable_python
 
 from kcdcache.data.spec import DataIdentity
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError
+from kcdcache.files import records
 from kcdcache.files.atomic import write_atomic
-from kcdcache.files.records import (
-    Record,
-    Sealed,
-    canonical_json,
-    digest_of,
-    parse,
-    read_object,
-    read_sealed,
-    require_format,
-    sealed_json,
-)
+from kcdcache.files.records import Record, Sealed, digest_of, read_sealed, sealed_json
 from kcdcache.settings import ViewRule
 
 FOLDER = Path("_kcd")
@@ -103,9 +94,9 @@ def read_store_identity(store: Path) -> Knowledge:
         if any(path.parent.glob("commit.*.json")):
             raise CorruptionError(f"{path} is missing; `kcdcache verify {store} --repair` makes it again")
         raise NotFoundError(f"no knowledge store at {store} (no {IDENTITY_FILE} in it); make one with `precompute`")
-    found = read_object(path, "format_version")
-    require_format(found, FORMAT_VERSION, path)
-    record = parse(IdentityRecord, canonical_json(found), path)
+    found = records.read_object(path, "format_version")
+    records.require_format(found, FORMAT_VERSION, path)
+    record = records.parse(IdentityRecord, records.canonical_json(found), path)
     if record.knowledge_id != record.knowledge.knowledge_id:
         raise CorruptionError(f"{path} was changed: its content does not match its knowledge_id")
     return record.knowledge

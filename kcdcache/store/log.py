@@ -236,6 +236,12 @@ def refuse(problem: str) -> NoReturn:
     raise CorruptionError(f"{problem}; {REPAIR}")
 
 
+def unfinished(root: Path) -> UnfinishedError:
+    """Return the error for a store without commit records."""
+    remedy = "it has no commit record; run the same `kcdcache precompute` again and it resumes"
+    return UnfinishedError(f"the store at {root} is not finished: {remedy}")
+
+
 def stored_bytes(root: Path) -> int:
     """Return the total size of a sealed store's chunk files, as listed in its commits."""
     return sum(file.bytes for commit in read_commits(root) for record in commit.records for file in record.files)
@@ -252,10 +258,7 @@ def read_commits(root: Path, report: Report = refuse) -> list[Commit]:
     if later := sorted(path.name for path in listed if path not in known):
         report(f"{root / FOLDER} holds {', '.join(later)} but not {commit_path(root, sealed).name}")
     elif not sealed:
-        raise UnfinishedError(
-            f"the store at {root} is not finished: it has no commit record; run the same `kcdcache precompute` again "
-            "and it resumes"
-        )
+        raise unfinished(root)
     return [commit for growth in range(sealed) if (commit := attempt(report, _read_commit, root, growth, report))]
 
 

@@ -25,6 +25,8 @@ from kcdcache.store.plan import ArrayPlan, Chunk, all_chunks, chunks, documents,
 SPARE_CHUNKS = 100_000
 """chunks that are checked even if their log records are damaged"""
 
+Index = Int64[np.ndarray, " rows"]
+Allocate = Callable[..., np.ndarray]
 Task = tuple[Chunk, int, int]
 """a chunk, and the range of wanted rows in it"""
 
@@ -80,7 +82,7 @@ class Store:
         return self.plan.count if self._excerpt is None else len(self._excerpt.row)
 
     @property
-    def held(self) -> Int64[np.ndarray, " rows"]:
+    def held(self) -> Index:
         """The samples with rows, ascending: row j of the arrays is of sample held[j]."""
         return np.arange(self.count) if self._excerpt is None else np.flatnonzero(self._excerpt.row >= 0)
 
@@ -120,7 +122,7 @@ class Store:
         """Return the bytes of one row in the arrays that `load` returns for these fields."""
         return sum(self.fields[name].row_bytes for name in fields)
 
-    def chunk_bytes(self, rows: Int64[np.ndarray, " rows"], fields: Sequence[str]) -> int:
+    def chunk_bytes(self, rows: Index, fields: Sequence[str]) -> int:
         """Return the bytes of the chunk files that `load` reads for these rows of one view; exact for view 0."""
         tasks = self._tasks(self.plan.arrays_of(fields), 0, self._places(rows))
         return sum(self.files[chunk.key].bytes for chunk, _, _ in tasks)
@@ -130,12 +132,7 @@ class Store:
         return log.sum_measurements(self._records, view, self.plan.count, self.plan.part_rows)
 
     def load(
-        self,
-        view: int,
-        rows: Int64[np.ndarray, " rows"],
-        fields: Sequence[str],
-        threads: int = 2,
-        allocate: Callable[..., np.ndarray] = np.empty,
+        self, view: int, rows: Index, fields: Sequence[str], threads: int = 2, allocate: Allocate = np.empty
     ) -> dict[str, np.ndarray]:
         """Return array name -> encoded rows (rows, ...) of a view, for strictly increasing sample indices.
 
@@ -171,7 +168,7 @@ class Store:
         array = next(array for array in self.plan.arrays if array.name == name)
         return self._gather([array], None, np.arange(self.plan.count), 1, np.empty)[name]
 
-    def _places(self, rows: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " places"]:
+    def _places(self, rows: Index) -> Int64[np.ndarray, " places"]:
         """Return the samples' rows in the arrays, ascending; without those of blank samples."""
         if self._excerpt is None:
             return rows
@@ -197,12 +194,7 @@ class Store:
             )
 
     def _gather(
-        self,
-        arrays: Sequence[ArrayPlan],
-        view: int | None,
-        rows: np.ndarray,
-        threads: int,
-        allocate: Callable[..., np.ndarray],
+        self, arrays: Sequence[ArrayPlan], view: int | None, rows: np.ndarray, threads: int, allocate: Allocate
     ) -> dict[str, np.ndarray]:
         out = {array.name: allocate((len(rows), *array.row_shape), np.dtype(array.dtype)) for array in arrays}
         tasks = self._tasks(arrays, view, rows)

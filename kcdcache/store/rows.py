@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,6 +17,8 @@ from kcdcache.files.atomic import reserve
 from kcdcache.store.reader import Store
 
 Rows = dict[str, np.ndarray]
+Some = Int64[np.ndarray, " some"] | None
+"""samples, ascending, each once; None for all"""
 SMALL_BYTES = 16
 """arrays with rows of at most this size are looked up once per epoch for all samples"""
 THREADS = 2
@@ -28,13 +29,7 @@ THREADS = 2
 class Targets(Protocol):
     """The source of a batch's teacher outputs: a store, or a live teacher in tests."""
 
-    def prepare(
-        self,
-        view: int,
-        following: int | None,
-        mine: Int64[np.ndarray, " some"] | None = None,
-        later: Int64[np.ndarray, " some"] | None = None,
-    ) -> None:
+    def prepare(self, view: int, following: int | None, mine: Some = None, later: Some = None) -> None:
         """Make `view` current, for the samples `mine` or all; `following` may be loaded ahead."""
 
     def gather(self, index: Int64[np.ndarray, " batch"], temperature: float, device: torch.device) -> dict[str, Tensor]:
@@ -103,21 +98,13 @@ class StoredTargets:
     def __enter__(self) -> "StoredTargets":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def prepare(
-        self,
-        view: int,
-        following: int | None,
-        mine: Int64[np.ndarray, " some"] | None = None,
-        later: Int64[np.ndarray, " some"] | None = None,
-    ) -> None:
+    def prepare(self, view: int, following: int | None, mine: Some = None, later: Some = None) -> None:
         """Load `view` unless it is current, and start loading `following` in the background.
 
-        Only the samples `mine` and `later` of the two are loaded (ascending, each once; default: all).
+        Only the samples `mine` and `later` of the two are loaded.
         """
         wanted = _Part(view, self._index if mine is None else mine)
         if self._current is None or not self._current[0].same(wanted):

@@ -136,7 +136,6 @@ def import_logits(
     file: Path,
     path: Path,
     progress: Progress = silent,
-    *,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Make a store of logits computed elsewhere: an .npy file of shape (views, N, C), or (N, C) for one view.
@@ -361,7 +360,7 @@ def fill(
     plan: StorePlan,
     job: Job,
     progress: Progress,
-    finish: Callable[[], None] | None = None,
+    finish: Callable[[], None] = lambda: None,
 ) -> int:
     """Make or continue a store: write the shard's pending parts, each while the next is computed, then seal.
 
@@ -384,8 +383,7 @@ def fill(
             _write_parts(opened, pending, job, progress)
         else:
             logger.info("precompute: %s is %s already", path, "finished" if opened.sealed else "complete")
-        if finish is not None:
-            finish()
+        finish()
         return opened.seal_last()
 
 

@@ -7,15 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kcdcache.data.datasets import Dataset
-from kcdcache.errors import (
-    CorruptionError,
-    KcdcacheError,
-    MismatchError,
-    SettingsError,
-    UnfinishedError,
-    attempt,
-    require_same,
-)
+from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, SettingsError, attempt, require_same
 from kcdcache.files.atomic import holds, move, remove, sha256_bytes, sha256_file, write_atomic
 from kcdcache.files.records import MOST_RECORD_BYTES, canonical_json, sealed_json
 from kcdcache.progress import Progress, silent
@@ -128,7 +120,7 @@ def _sealed_growths(root: Path) -> int:
     numbers = [path.name.split(".")[1] for path in (root / log.FOLDER).glob("commit.*.json")]
     sealed = 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
     if not sealed:
-        raise UnfinishedError(f"the store at {root} is not finished: run the same `kcdcache precompute` again")
+        raise log.unfinished(root)
     return sealed
 
 
