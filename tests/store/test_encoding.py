@@ -177,7 +177,7 @@ def test_decoding_gives_a_tensor_of_its_own():
 def test_statistics_count_what_is_not_finite():
     values = torch.tensor([[1.0, math.nan], [-2.0, math.inf]])
     assert tuple(encoding.statistics(values).values()) == (4, -2.0, 1.0, 2)
-    assert encoding.statistics(values[:, 1:]) == encoding.Statistics(2, 0.0, 0.0, 2)
+    assert tuple(encoding.statistics(values[:, 1:]).values()) == (2, 0.0, 0.0, 2)
 
 
 @pytest.mark.parametrize(
