@@ -84,7 +84,7 @@ def check_data(store: Store, data: Dataset) -> None:
         sample = f"sample {first} differs (image, label or order): {_side_by_side(store, data, first)}"
         raise MismatchError(f"{names[1]} is not what the teacher of {names[0]} saw: {sample}; {remedy}")
     if store.knowledge.mixes:
-        return  # its rows are mixes, for which callers have their own rules
+        return  # callers have their own rules for mixes
     train.expect(store.sample_digest, f"in the store at {store.path}")
     if data.identity() != theirs:
         raise CorruptionError(f"the sample digests in {names[0]} are not those of its identity; precompute it again")

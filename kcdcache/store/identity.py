@@ -62,7 +62,7 @@ class Knowledge:
     def document(self) -> dict[str, Any]:
         """Return the identity as JSON values."""
         document: dict[str, Any] = to_jsonable_python(self)
-        if self.subset is None:  # so that every other store keeps the id it had before there were exports
+        if self.subset is None:  # keeps the ids from before there were exports
             del document["subset"]
         return document
 

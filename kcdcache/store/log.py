@@ -100,7 +100,7 @@ class CommitRecord(Sealed):
 
     @model_validator(mode="after")
     def _each_once(self) -> "CommitRecord":
-        if len(set(self.log)) < len(self.log):  # a record read again and again would fill the memory
+        if len(set(self.log)) < len(self.log):  # reading a record again and again would fill the memory
             raise ValueError("its log names a record twice")
         return self
 
@@ -252,7 +252,7 @@ def read_commits(root: Path, report: Report = refuse) -> list[Commit]:
 
     Raises UnfinishedError if nothing is sealed yet.
     """
-    listed = list((root / FOLDER).glob("commit.*.json"))  # first: a growth sealed meanwhile has not passed over another
+    listed = list((root / FOLDER).glob("commit.*.json"))  # before counting: a growth may be sealed in between
     sealed = growths(root, "commit")
     known = {commit_path(root, growth) for growth in range(sealed)}
     if later := sorted(path.name for path in listed if path not in known):
@@ -269,7 +269,7 @@ def _read_commit(root: Path, growth: int, report: Report) -> Commit:
     attempt(report, _require_same, plan_path(root, growth), sha256_bytes(sealed_json(seal.plan.document())), path)
     if growth:
         attempt(report, _require_same, commit_path(root, growth - 1), str(seal.previous), path)
-    # one path after the other: a list of all would take ten times the memory of their names
+    # a generator: a list of all paths would take ten times the memory of their names
     logged = ((record_path(root, growth, name), digest) for name, digest in seal.log)
     records = tuple(entry for file, digest in logged if (entry := attempt(report, _read_logged, file, digest, path)))
     return Commit(seal.identity.knowledge, seal.plan, records, _sha256(path))

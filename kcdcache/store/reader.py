@@ -200,7 +200,7 @@ class Store:
         tasks = self._tasks(arrays, view, rows)
         cloud.bring(*(self.path / chunk.key for chunk, _, _ in tasks))
         shares = [tasks[start::threads] for start in range(min(threads, len(tasks)))]
-        if len(shares) == 1:  # in this thread: memory that a new one touches first costs a millisecond
+        if len(shares) == 1:  # memory first touched by a new thread costs a millisecond
             self._fill(shares[0], rows, out)
             return out
         with ThreadPoolExecutor(threads, thread_name_prefix="kcdcache-load") as pool:
@@ -257,11 +257,11 @@ def check(store: Store, report: Report = refuse) -> list[Chunk]:
     Problems go to `report`.
     """
     claimed = store.knowledge.data.count
-    if store.knowledge.whole and store.count != claimed:  # one of mixes, or exported, holds a part of the samples
+    if store.knowledge.whole and store.count != claimed:  # stores of mixes and exported ones have only some samples
         report(f"the plan of {store.path} has {store.count} samples, its identity {claimed}: get the store again")
     _check_documents(store, report)
     plan, sizes, sound = store.plan, listed_sizes(store.path, store.plan), list[Chunk]()
-    if plan.chunk_count > SPARE_CHUNKS + 2 * len(store.files):  # a hostile plan could claim any number of them
+    if plan.chunk_count > SPARE_CHUNKS + 2 * len(store.files):  # a hostile plan could claim any number
         report(f"the plan of {store.path} implies {plan.chunk_count} chunk files, its log names {len(store.files)}")
         return sound
     for chunk in all_chunks(plan):

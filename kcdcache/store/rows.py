@@ -206,7 +206,7 @@ class StoredTargets:
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         for place, array in reversed([*enumerate(self._spare)]):
             if array.shape[1:] == shape[1:] and array.dtype == dtype:
-                del self._spare[place]  # one of another length is let go: parts differ in size
+                del self._spare[place]  # an array of another length is dropped: parts differ in size
                 if len(array) == shape[0]:
                     return array
         held = 2 if self._store.views > 1 else 1

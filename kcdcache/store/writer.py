@@ -216,11 +216,11 @@ class Writer:
             atomic.create_exclusive(log.commit_path(self.path, self.growth), commit)
         except LockedError:
             if self.shard == WHOLE:
-                raise  # of several shards that end together one seals, with the same bytes as any other
+                raise  # several shards may finish together; any of them seals with the same bytes
 
     def seal_last(self) -> int:
         """Seal if all parts of all shards are written; return the number that are not."""
-        cloud.refresh(self.path)  # what shards on other machines wrote meanwhile
+        cloud.refresh(self.path)  # with the parts from other machines
         left = len(self.pending(self.parts))
         if not left:
             self.seal()
@@ -342,13 +342,13 @@ def _growing(root: Path, views: int, fields: Sequence[Encoding], shard: Shard) -
 
 def _begin(root: Path, knowledge: Knowledge, plan: StorePlan, alone: bool) -> None:
     if alone and not any((root / FOLDER / "log" / "0").glob("v*.json")):
-        # nothing was computed yet, so whoever comes next decides what this store is
+        # nothing is computed yet, so the next writer decides what this store is
         for path in (root / IDENTITY_FILE, log.plan_path(root, 0), record_path(root, 0, log.SAMPLES)):
             atomic.remove(path)
     if (root / IDENTITY_FILE).exists():
         _require_same_knowledge(root, knowledge)
     else:
-        # only where none is: shards on several machines may begin a store in a bucket at once
+        # exclusive: shards on several machines may begin a store in a bucket at once
         atomic.create_exclusive(root / IDENTITY_FILE, canonical_json(IdentityRecord.of(knowledge).document()))
     _plan_or_compare(root, 0, plan, f"the plan of the store at {root}")
 

@@ -110,7 +110,7 @@ def run(
     )
     profiles = teacher.filter_profiles(network.module) if identity.PARAMETERS in settings.fields else None
     if network.data not in (None, knowledge.data.digest):
-        logger.info("precompute: the teacher learned from other data than these; the store and its runs tell so")
+        logger.info("precompute: the teacher was trained on other data; the store and its runs record it")
     if dry_run:
         return _described_plan(plan, knowledge, path) | expected_cost(path, knowledge, plan, job)
 
@@ -181,7 +181,7 @@ def job_for(
     rule = knowledge.views
     held = prefetch.held_views(images, data.train, rule, network.device)
     shown = prefetch.RowsAhead(data.train, rule, network.device, workers)
-    # the logits cost nothing more, and tell whether the other fields can be right
+    # always with logits: they cost nothing more and give the accuracy
     wanted = list(dict.fromkeys(("logits", *names)))
 
     def outputs(view: int, start: int, stop: int) -> dict[str, Tensor]:
@@ -318,7 +318,7 @@ def measured(job: Job, plan: StorePlan, parts: Sequence[Part]) -> Rate | None:
         for number, (view, start, stop) in enumerate(rows):
             began = time.perf_counter()
             values = job.outputs(view, start, stop)
-            float(next(iter(values.values())).reshape(-1)[0])  # on a GPU the batch may only have been asked for
+            float(next(iter(values.values())).reshape(-1)[0])  # waits for the GPU
             if number >= untimed:
                 found.append((stop - start) / (time.perf_counter() - began))
             if sum(1 / rate for rate in found) * plan.batch_size > MOST_SECONDS and len(found) > 1:
@@ -452,7 +452,7 @@ def _outputs_of(part: Part, plan: StorePlan, job: Job) -> tuple[dict[str, Tensor
             logits = outputs["logits"]
             finite = torch.isfinite(logits).all(1)  # a row with a NaN has its maximum there
             guesses.append(torch.where(finite, logits.argmax(1), -1))
-    # counted once a part: a number read after every batch would stall the device
+    # counted once a part: reading a number after every batch would stall the device
     correct = 0.0
     if guesses:
         found, truth = torch.cat(guesses), job.labels if job.truth is None else job.truth

@@ -103,7 +103,7 @@ def _restore_records(root: Path) -> list[str]:
     """Restore identity, plans, commits and array documents from each other."""
     sealed = _sealed_growths(root)
     replaced: list[str] = []
-    for growth in reversed(range(sealed)):  # a later commit vouches for the one before it
+    for growth in reversed(range(sealed)):  # a later commit confirms the previous one
         commit = log.commit_path(root, growth)
         seal, following = (_whole(log.read_seal, root, number) for number in (growth, growth + 1))
         if seal is None or (following and following.previous != sha256_file(commit, MOST_RECORD_BYTES)):

@@ -151,8 +151,8 @@ def outputs(
             seen = [field for field in wanted.values() if field.look == look]
             values = LOOKS[look](teacher, pixels, list(dict.fromkeys(tap for field in seen for tap in field.taps)))
             found |= {field.name: field.derive(*(values[tap] for tap in field.taps)) for field in seen}
-    # copied outside inference mode, whose tensors autograd refuses, and laid out as rows of a store are: sums over
-    # another layout round differently
+    # copied outside inference mode, whose tensors autograd refuses, and contiguous as in a store: sums over another
+    # layout round differently
     return {name: found[name].to(torch.float32, copy=True, memory_format=torch.contiguous_format) for name in names}
 
 
@@ -248,7 +248,7 @@ def draw_target(
     reached = others.cumsum(1)
     chosen = torch.searchsorted(reached, draw.double()[:, None] * reached[:, -1:], right=True)[:, 0]
     chosen = chosen.clamp_max(logits.shape[1] - 1)
-    # a draw at the very end of rounding may land on a class of no mass, base among them
+    # rounding may let the last draws reach a class without mass, such as base
     return torch.where(others.gather(1, chosen[:, None])[:, 0] > 0, chosen, others.argmax(1))
 
 
