@@ -65,6 +65,7 @@ def _rows(table):
     return table.fetchall() if hasattr(table, "fetchall") else table.rows()
 
 
+@pytest.mark.slow
 def test_an_array_of_jobs_fills_the_store_of_one(place, tmp_path):
     for task in ("2", "1"):
         places = {"TEACHER": str(place.teacher), "STORE": str(tmp_path / "two")}

@@ -4,6 +4,7 @@ import re
 
 import executing
 import pytest
+from killing import finished
 
 FIRST, VALUES, REUSE = "01_first_look", "02_what_values_say", "03_reuse_and_transfer"
 EVERY = sorted(path.stem for path in executing.FOLDER.glob("*.ipynb"))
@@ -71,15 +72,28 @@ def check_reuse(text):
 
 
 CHECKS = {FIRST: check_first_look, VALUES: check_values, REUSE: check_reuse}
-LONG = [pytest.mark.slow, pytest.mark.timeout(1800)]
-RUN = [FIRST, pytest.param(VALUES, marks=LONG), pytest.param(REUSE, marks=LONG)]
+EPOCHS = {FIRST: 6, VALUES: 6, REUSE: 4}
+"""in place of its 12, and 100 images in place of all: enough for every call, too few for what it says of its numbers"""
 
 
 def test_every_notebook_is_run_and_checked():
     assert list(CHECKS) == EVERY
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", EVERY)
+def test_its_code_runs_on_a_few_images(start, tmp_path, name):
+    code = "\n".join(cell.source for cell in executing.codes(committed(name)))
+    small, places = re.subn(r'"digits(\?train=\d+)?"', '"digits?train=100&test=60"', code)
+    short, lengths = re.subn(r"\b(epochs\W+)12\b", rf"\g<1>{EPOCHS[name]}", small)
+    assert places * lengths > 0
+    short = short.replace("PrecomputeSettings(", "PrecomputeSettings(min_accuracy=0, ")  # it is a poor teacher
+    how = {"MPLBACKEND": "Agg", "limits": {"folder": str(tmp_path)}}
+    assert finished(start, short, tmp_path / "log", **how) == 0, (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", EVERY)
 def test_run_anew_it_prints_and_draws_in_the_same_places_nothing_on_stderr_and_what_it_says_holds(tmp_path, name):
     def places(cells):
         return [(cell.id, [output.output_type for output in cell.outputs]) for cell in cells]

@@ -90,7 +90,7 @@ def test_epoch_order_sorts_by_each_samples_own_64_bit_word(seed, epoch, chosen):
     assert rng.epoch_order(seed, epoch, np.array(list(chosen), np.int64)).tolist() == expected
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(st.integers(0, 2**64 - 1), word, st.integers(1, 6), st.integers(1, 9))
 def test_views_of_one_index_are_all_elements_once(seed, index, a, b):
     seen = {rng.permuted(seed, index, view, a, b) for view in range(a * b)}

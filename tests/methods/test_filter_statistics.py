@@ -24,7 +24,7 @@ from kcdcache.networks.registry import tap_shapes
 from kcdcache.settings import MethodSettings, OptimizerSettings, PrecomputeSettings, TrainSettings
 from kcdcache.store import check, identity
 from kcdcache.teacher import precompute, repair
-from kcdcache.teacher.fields import aggregated, filter_quantiles
+from kcdcache.teacher.fields import filter_quantiles
 from kcdcache.teacher.teacher import filter_profiles, freeze
 from kcdcache.training import distill
 from kcdcache.training.learner import Learner, make_optimizer
@@ -37,12 +37,6 @@ def test_quantiles_of_filter_norms_equal_a_plain_reference(filters):
     weight = drawn(filters, filters, 3, 3, 3)
     for count in (64, 3):
         close(filter_quantiles(tensor(weight), count), reference.quantiles(weight, count))
-
-
-def test_repeating_a_group_of_layers_leaves_its_profile_as_it_is():
-    layers = [tensor(drawn(seed, count, 2, 3, 3)) for seed, count in ((1, 4), (2, 9))]
-    close(aggregated(layers, 5), np.mean([reference.quantiles(array(x), 5) for x in layers], axis=0))
-    torch.testing.assert_close(aggregated(layers * 3, 5), aggregated(layers, 5))
 
 
 def test_profiles_are_differentiable_also_where_a_filter_is_zero():
@@ -59,16 +53,6 @@ def test_profiles_are_differentiable_also_where_a_filter_is_zero():
 
 def logs(seed, rows=5, bins=7, scale=1.0):
     return torch.log_softmax(tensor(drawn(seed, rows, bins, scale=scale)), -1)
-
-
-@pytest.mark.parametrize("scale", [0.1, 5.0])
-def test_without_a_threshold_it_is_the_divergence_and_so_the_cross_entropy_with_its_gradient(scale):
-    student, teacher = logs(2, scale=scale).requires_grad_(), logs(3, scale=scale)
-    found = recoded_divergence(student, teacher)
-    plain = (teacher.exp() * (teacher - student)).sum(-1)
-    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
-    (gradient,) = torch.autograd.grad(found.sum(), student)
-    torch.testing.assert_close(gradient, student.detach().exp() - teacher.exp(), rtol=1e-4, atol=1e-6)
 
 
 def test_the_gradients_support_shrinks_as_the_threshold_grows_and_only_within_it():

@@ -15,7 +15,7 @@ from reference import array, close, drawn, tensor
 
 from kcdcache.methods import contrast, extra_images, feature_maps, filter_statistics, losses, relations
 from kcdcache.methods.logits import decoupled, entropy_weights
-from kcdcache.methods.losses import entropy, soft_divergence
+from kcdcache.methods.losses import entropy
 from kcdcache.teacher import fields
 
 MAP, CODE, LOGITS, VIEWS, SCORES = (3, 4, 4), (6,), (5,), (4, 6), (8,)
@@ -205,13 +205,6 @@ def test_the_gradient_in_half_precision_is_that_in_float32_rounded_once(name, dt
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_rows_follow_the_order_of_the_batch(name):
-    (loss, student, teacher), order = drawn_pair(name, 2), torch.tensor([4, 2, 0, 5, 1, 3])
-    moved = loss(student[order], teacher[order], labels_of(6)[order])
-    torch.testing.assert_close(moved, loss(student, teacher)[order], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ALL)
 def test_the_gradient_is_the_slope_of_the_reference_and_flows_into_the_student_alone(name):
     loss, student, teacher = drawn_pair(name, 6)
     student.requires_grad_()
@@ -281,9 +274,7 @@ def test_extreme_variances_stay_finite(raw):
     assert torch.isfinite(mean.grad).all()
 
 
-# entropy, and the divergence from probabilities
-
-FAR = torch.tensor([[1e4, -1e4, 0.0], [0.0, -105.0, -300.0], [-1e4, -1e4, -1e4], [1e4, 1e4 - 1, 0.0]])
+# entropy
 
 
 def logits_within(limit):
@@ -292,13 +283,9 @@ def logits_within(limit):
 
 
 @settings(max_examples=30)
-@given(logits_within(1e4), st.sampled_from([0.5, 1.0, 4.0, 20.0]), st.integers(0, 99))
-def test_entropy_and_divergence_equal_a_float64_reference(z, temperature, seed):
-    rows = z.astype(np.float64)
-    close(entropy(torch.from_numpy(z)), reference.entropy(rows), atol=2e-6)
-    target = reference.softmax(drawn(seed, *z.shape, scale=3) / temperature, axis=1).astype(np.float32)
-    found = soft_divergence(torch.from_numpy(z), torch.from_numpy(target), temperature)
-    close(found, reference.soft(rows, target.astype(np.float64), temperature), atol=2e-5 * temperature**2)
+@given(logits_within(1e4))
+def test_entropy_equals_a_float64_reference(z):
+    close(entropy(torch.from_numpy(z)), reference.entropy(z.astype(np.float64)), atol=2e-6)
 
 
 @settings(max_examples=50)
@@ -313,12 +300,6 @@ def test_entropy_of_nearly_equal_logits_never_exceeds_log_classes(classes):
     z = torch.randn(200, classes, generator=torch.Generator().manual_seed(classes)) * 1e-6
     assert float(entropy(z).max()) <= np.float32(math.log(classes))
     torch.testing.assert_close(entropy(torch.zeros(1, classes)), torch.tensor([math.log(classes)]))
-
-
-def test_entropy_stays_finite_where_the_reference_code_gives_nan():
-    p = torch.softmax(FAR, dim=1)
-    assert torch.isnan(-(p * torch.log(p)).sum(1))[:2].all()
-    close(entropy(FAR), reference.entropy(array(FAR)))
 
 
 def test_a_class_ruled_out_by_minus_infinity_has_no_part_in_the_entropy():

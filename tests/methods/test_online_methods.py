@@ -148,7 +148,9 @@ ENDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (number > 1)) for number, name in enumerate(ENDS)]
+)
 def test_a_branch_is_the_students_own_end(name):
     network = networks_registry.build(name, CLASSES)
     term = term_of("one", pair(name))

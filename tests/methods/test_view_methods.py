@@ -10,7 +10,6 @@ from reference import array, close, drawn, tensor
 from kcdcache.errors import SettingsError
 from kcdcache.methods.extra_images import (
     base_weights,
-    boundary_divergence,
     rotated_divergence,
     rotation_task,
     selected,
@@ -139,17 +138,6 @@ def test_the_teachers_projection_learns_in_the_first_quarter_and_then_stands_sti
 
 
 # the loss on boundary images
-
-
-def test_the_mean_is_the_mean_over_the_base_samples_and_others_get_no_gradient():
-    student, teacher = tensor(drawn(2, 6, 4)).requires_grad_(), tensor(drawn(3, 6, 4))
-    mask = torch.tensor([True, False, False, True, True, False])
-    found = boundary_divergence(student, teacher, mask, 3.0).mean()
-    alone = boundary_divergence(student[mask], teacher[mask], torch.ones(3), 3.0)
-    torch.testing.assert_close(found, alone.mean())
-    found.backward()
-    assert (student.grad[mask] != 0).all()
-    assert torch.equal(student.grad[~mask], torch.zeros(3, 4))
 
 
 @pytest.mark.parametrize("most", [0, 1, 5, 64])

@@ -17,7 +17,7 @@ from kcdcache.recipes import recipe
 from kcdcache.store import reader
 from kcdcache.teacher import fields, teacher
 
-COUNT = 50
+COUNT = 20
 """samples of the stores"""
 WRN = tap_shapes("wrn_40_2", 100, 3, 32, 32)
 EVERY = (
@@ -222,12 +222,12 @@ def test_recipes_write_for_as_the_command_line_does(tmp_path):
 
 def test_a_store_beyond_the_budget_is_refused_before_anything_is_written(place, caplog):
     caplog.set_level("INFO")
-    # 64 channels of 4x4 in float16, 50 samples, 10 views: 1,024,000 bytes
-    with pytest.raises(SettingsError, match=r"the store would take 0\.0 GB .*maps:stage3 2,048.*--budget-gb 0\.001"):
-        precompute(place, "large", fields=("maps:stage3",), views=10, budget_gb=0.001)
+    # 64 channels of 4x4 in float16, 20 samples, 10 views: 409,600 bytes
+    with pytest.raises(SettingsError, match=r"the store would take 0\.0 GB .*maps:stage3 2,048.*--budget-gb 0\.0004"):
+        precompute(place, "large", fields=("maps:stage3",), views=10, budget_gb=0.0004)
     assert not (place.root / "large").exists()
     assert "bytes a sample and view: maps:stage3 2,048" in caplog.text
-    assert precompute(place, "large", fields=("maps:stage3",), views=10, budget_gb=0.0011)["views"] == 10
+    assert precompute(place, "large", fields=("maps:stage3",), views=10, budget_gb=0.00042)["views"] == 10
 
 
 def test_the_listing_counts_what_a_store_takes(place):

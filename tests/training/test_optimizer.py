@@ -96,7 +96,7 @@ def reached(run):
     return record["epoch"], record["step"]
 
 
-@pytest.mark.parametrize("name", ["nesterov", "plain"])
+@pytest.mark.parametrize("name", ["nesterov", pytest.param("plain", marks=pytest.mark.slow)])
 def test_killed_inside_an_epoch_with_and_without_momentum_and_run_again_gives_the_same_bytes(
     start, place, tmp_path, name
 ):

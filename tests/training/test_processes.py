@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 CE = run_loss.Loss(run_loss.weights_of(MethodSettings(method="ce")), {})
 UNEVEN = 33
 """batch size that leaves two samples of 200 to the last batch, which is none for two of four processes"""
-TRAIN = {"data": SPEC, "epochs": 4, "stages": 2, "batch_size": UNEVEN, "keep": 0.6, "threads": 1}
+TRAIN = {"data": SPEC, "epochs": 2, "stages": 2, "batch_size": UNEVEN, "keep": 0.6, "threads": 1}
 FIT = {"data": SPEC, "epochs": 2, "batch_size": UNEVEN, "threads": 1, "augment": "crop", "padding": 2}
 FILL = {"data": SPEC, "augment": "crop", "padding": 2, "views": 3, "batch_size": 16, "min_accuracy": 0, "threads": 1}
 TINY = "lessons:TinyNet"
@@ -128,18 +128,16 @@ def test_they_visit_and_keep_the_same_samples_and_each_reads_the_rows_of_its_sha
         assert "rows_read_by_each" not in alone
 
 
-def test_two_processes_run_twice_make_the_same_bytes_and_keep_almost_the_sets_of_one(start, place, tmp_path):
+def test_two_processes_keep_almost_the_sets_of_one(start, place, tmp_path):
     """Batch statistics are each process's own, so that values differ from those of one process."""
-    runs = {name: tmp_path / name for name in ("one", "two", "again")}
-    for world, name in ((1, "one"), (2, "two"), (2, "again")):
-        done(start, training(place, runs[name], TINY), world, tmp_path / f"{name}.log")
-    assert same_files(runs["two"], runs["again"])
-    stages = executed("diff", {"a": runs["one"], "b": runs["two"]})["stages"]
+    for world in (1, 2):
+        done(start, training(place, tmp_path / str(world), TINY), world, tmp_path / "log")
+    stages = executed("diff", {"a": tmp_path / "1", "b": tmp_path / "2"})["stages"]
     assert stages["0"]["jaccard"] == 1
     assert 0.2 < stages["2"]["jaccard"] < 1
 
 
-LONG = {"epochs": 12, "checkpoint_seconds": 0}
+LONG = {"epochs": 8, "checkpoint_seconds": 0}
 """long enough to be stopped inside an epoch"""
 SLOW = pytest.mark.slow
 

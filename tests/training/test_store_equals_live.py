@@ -253,13 +253,3 @@ def test_losses_with_other_encodings_differ_as_their_targets_do(world, coarser, 
             steepest = torch.log_softmax(logits.double() / TEMPERATURE, 1).abs().amax(1)
             allowed = (entropies[0] - entropies[1]).abs() + (p - q).abs().sum(1) * steepest
             assert torch.all((found - expected).abs() <= 0.9 * TEMPERATURE**2 * allowed + 1e-5)
-
-
-def test_students_of_another_encoding_learn_as_with_a_live_teacher(world, coarser, tmp_path):
-    """The first epoch's loss agrees to 1e-4; later ones drift apart as rounding does in training, here below 2 %."""
-    with connected(world, coarser["float16"]) as source:
-        _, losses = taught_by_the_package(world, source, tmp_path / "run")
-        _, expected = taught_by_a_plain_loop(world, replace(source, targets=LiveInFixedBatches(world)))
-    assert losses != expected
-    assert losses[0] == pytest.approx(expected[0], rel=1e-4)
-    assert losses == pytest.approx(expected, rel=2e-2)

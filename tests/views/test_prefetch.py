@@ -118,7 +118,7 @@ def test_a_store_and_a_test_accuracy_do_not_depend_on_the_number_of_workers(load
 
 def test_a_run_goes_on_with_another_number_of_workers_to_the_same_bytes(loaded, tmp_path):
     knowledge = precomputed(tmp_path / "store", loaded, teacher_of(loaded), views=2, **SEEN)
-    given = {"student": "resnet8", "epochs": 2, "stages": 2, "batch_size": 13, "keep": 0.6}
+    given = {"student": "lessons:TinyNet", "epochs": 2, "stages": 2, "batch_size": 13, "keep": 0.6}
     material = distill.Material(data=loaded, knowledge=knowledge)
     for name, turns in (("one", [(1, None)]), ("changed", [(3, 1), (2, None)])):
         for workers, until in turns:
