@@ -6,8 +6,8 @@ import signal
 import time
 from pathlib import Path
 
+import killing
 import pytest
-from killing import POLL, Cold
 from stores import content
 
 from kcdcache.condense import manifest
@@ -16,12 +16,12 @@ from kcdcache.progress import silent
 from kcdcache.recipes import recipe
 from kcdcache.settings import MachineSettings
 
-HEAD = 'title = "Tiny"\ndata = "digits?train=200&test=100"\nseeds = [0, 1]\n'
+HEAD = 'title = "Tiny"\ndata = "digits?train=100&test=50"\nseeds = [0, 1]\n'
 TEACHER = '[[step]]\nname = "teacher"\ntitle = "the teacher"\nrun = "fit"\nmodel = "resnet8"\nepochs = 2\n'
 STORE = '[[step]]\nname = "store"\nrun = "precompute"\nteacher = "@teacher"\nviews = 2\nmin_accuracy = 0\n'
 KCD = (
     '[[step]]\nname = "kcd"\ntitle = "condensed"\nrun = "train"\nper_seed = true\nstore = "@store"\n'
-    'student = "resnet8"\nepochs = 2\nstages = 2\nkeep = 0.5\n'
+    'student = "lessons:TinyNet"\nepochs = 2\nstages = 2\nkeep = 0.5\n'
 )
 SMALLER = (
     '[[step]]\nname = "smaller"\nrun = "condense"\nper_seed = true\nstore = "@store"\nvalues = "@kcd:values"\n'
@@ -29,7 +29,7 @@ SMALLER = (
 )
 REUSE = (
     '[[step]]\nname = "reuse"\ntitle = "second"\nrun = "train"\nper_seed = true\nstore = "@store"\n'
-    'manifest = "@smaller"\nstudent = "resnet8"\nepochs = 2\nstages = 1\n'
+    'manifest = "@smaller"\nstudent = "lessons:TinyNet"\nepochs = 2\nstages = 1\n'
 )
 PIPELINES = Path(recipe.__file__).parents[2] / "pipelines"
 SHORT = HEAD + TEACHER + STORE + KCD
@@ -122,11 +122,11 @@ def test_a_plan_resolves_references_data_and_seeds_and_writes_nothing(tmp_path):
     out = tmp_path / "out"
     plan = recipe.planned(recipe.load(written(tmp_path)), out)
     assert [entry["step"] for entry in plan] == ["teacher", "store", *["kcd"] * 2, *["smaller"] * 2, *["reuse"] * 2]
-    assert [plan[2][name] for name in ("student", "epochs", "keep")] == ["resnet8", 2, 0.5]
+    assert [plan[2][name] for name in ("student", "epochs", "keep")] == ["lessons:TinyNet", 2, 0.5]
     by_step = {(entry["step"], entry.get("seed")): entry for entry in plan}
     assert by_step["store", None]["teacher"] == str(out / "teacher")
     assert by_step["kcd", 1]["out"] == str(out / "kcd-seed1")
-    assert by_step["kcd", 1]["data"] == "digits?train=200&test=100"
+    assert by_step["kcd", 1]["data"] == "digits?train=100&test=50"
     assert by_step["reuse", 0]["manifest"] == str(out / "smaller-seed0.parquet")
     assert [entry["values"] for entry in plan if entry["step"] == "smaller"] == [
         str(out / f"kcd-seed{seed}/values.parquet") for seed in (0, 1)
@@ -158,7 +158,7 @@ def test_steps_leave_their_results_where_the_plan_says_and_build_on_each_other(f
     assert sorted(path.name for path in out.iterdir()) == [*expected, "smaller-seed1.parquet", "store", "teacher"]
     smaller = manifest.read(out / "smaller-seed1.parquet")
     run = json.loads((out / "kcd-seed1/summary.json").read_text())
-    assert (smaller.parent, len(smaller)) == (manifest.read(out / "kcd-seed1" / run["condensed_set"]).digest, 50)
+    assert (smaller.parent, len(smaller)) == (manifest.read(out / "kcd-seed1" / run["condensed_set"]).digest, 25)
     assert json.loads((out / "reuse-seed1/run.json").read_text())["inputs"]["given"] == smaller.digest
     seeds = [json.loads((out / f"kcd-seed{seed}/run.json").read_text())["settings"]["seed"] for seed in (0, 1)]
     assert seeds == results["seeds"] == [0, 1]
@@ -168,7 +168,7 @@ def test_steps_leave_their_results_where_the_plan_says_and_build_on_each_other(f
 def test_results_are_in_a_file_with_their_command_and_environment(finished):
     out, results = finished
     assert json.loads((out / "results.json").read_text()) == results
-    assert (results["command"], results["data"]) == ("kcdcache run tiny.toml", "digits?train=200&test=100")
+    assert (results["command"], results["data"]) == ("kcdcache run tiny.toml", "digits?train=100&test=50")
     assert results["environment"]["versions"]["torch"]
 
 
@@ -283,47 +283,43 @@ def test_a_wrong_grid_is_refused(tmp_path, text, message):
         recipe.load(written(tmp_path, HEAD + text))
 
 
-FAILING = TINY.replace('name = "kcd"', 'name = "kcd"\nlearning_rate = 1e30') + (
-    '[[step]]\nname = "other"\nrun = "train"\nper_seed = true\nstore = "@store"\nstudent = "resnet8"\nepochs = 1\n'
-    "stages = 1\nkeep = 1.0\n"
-)
+FAILING = TINY.replace('name = "kcd"', 'name = "kcd"\nlearning_rate = 1e30') + TEACHER.replace('"teacher"', '"other"')
 
 
-def require_only_what_needs_it_failed(folder, results):
+def test_a_failing_step_stops_none_but_those_that_need_it(tmp_path):
+    results = recipe.run(recipe.load(written(tmp_path, FAILING)), tmp_path / "out", progress=silent)
     failed = {failure["run"]: failure for failure in results["failed"]}
     assert set(failed) == {f"{name}-seed{seed}" for name in ("kcd", "smaller", "reuse") for seed in (0, 1)}
     assert failed["kcd-seed0"]["exit_code"] == 5
     assert "the training loss is nan in epoch" in failed["kcd-seed0"]["error"]
     assert failed["smaller-seed1"]["error"] == "not begun: it needs 'kcd-seed1', which failed"
-    assert {row["step"]: row["n"] for row in results["rows"] if row["step"] != "store"} == {
-        "teacher": 1, "kcd": 0, "reuse": 0, "other": 2,
-    }  # fmt: skip
-    assert (folder / "other-seed1/summary.json").exists()
-
-
-def test_a_failing_step_stops_none_but_those_that_need_it(tmp_path):
-    results = recipe.run(recipe.load(written(tmp_path, FAILING)), tmp_path / "out", progress=silent)
-    require_only_what_needs_it_failed(tmp_path / "out", results)
+    counts = {row["step"]: row["n"] for row in results["rows"] if row["step"] != "store"}
+    assert counts == {"teacher": 1, "kcd": 0, "reuse": 0, "other": 1}
     assert "failed: kcd-seed0: the training loss is nan" in recipe.table(results)
 
 
-def test_the_command_of_a_failing_recipe_ends_with_its_exit_code(tmp_path):
-    words = ["run", written(tmp_path, FAILING), "--out", tmp_path / "out", "--jobs", "2", "--threads", "1", "-q"]
-    started = Cold(words, tmp_path / "log")
-    assert started.ended(200)
-    assert started.code == 5
-    assert "failed: kcd-seed1: " in (tmp_path / "log").read_text()
-    require_only_what_needs_it_failed(tmp_path / "out", json.loads((tmp_path / "out/results.json").read_text()))
+BROKEN = HEAD + TEACHER.replace("epochs = 2", "epochs = 1\nlearning_rate = 1e30") + STORE
+"""a step that fails, and one that needs it"""
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_recipe_at_several_jobs_that_is_stopped_resumes_to_the_same_bytes(finished, tmp_path, number):
+def test_the_command_of_a_failing_recipe_ends_with_its_exit_code(start, tmp_path):
+    path = written(tmp_path, BROKEN + TEACHER.replace('"teacher"', '"other"'))
+    words = ["run", path, "--out", tmp_path / "out", "--jobs", "2", "--threads", "1", "-q"]
+    assert killing.finished(start, words, tmp_path / "log") == 5
+    assert "failed: teacher: the training loss is nan" in (tmp_path / "log").read_text()
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert [failure["run"] for failure in results["failed"]] == ["teacher", "store"]
+    assert {row["step"]: row["n"] for row in results["rows"]}["other"] == 1
+
+
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
+def test_a_recipe_at_several_jobs_that_is_stopped_resumes_to_the_same_bytes(start, finished, tmp_path, number):
     """SIGTERM to the parent, or its death: the runs under way stop too, and free their folders."""
     out, path = tmp_path / "out", written(tmp_path, SHORT)
-    started = Cold(["run", path, "--out", out, "--jobs", "2", "--threads", "1"], tmp_path / "log")
+    started = start(["run", path, "--out", out, "--jobs", "2", "--threads", "1"], tmp_path / "log")
     deadline = time.monotonic() + 120
     while not list(out.glob("kcd-seed*/checkpoint")) and time.monotonic() < deadline:
-        assert not started.ended(POLL), (tmp_path / "log").read_text()
+        assert not started.ended(killing.POLL), (tmp_path / "log").read_text()
     started.signal(number)
     assert started.ended(120)
     assert started.code == (143 if number == signal.SIGTERM else -9)

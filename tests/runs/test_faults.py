@@ -95,7 +95,7 @@ def test_other_chunks_are_written_after_a_failure_and_the_part_is_not_logged(her
     assert max(more) > 0
 
 
-LONG = {"precompute": {"views": 12}, "fit": {"epochs": 6}, "train": {"epochs": 4, "batch_size": 64}}
+LONG = {"precompute": {"views": 8}, "fit": {"epochs": 4}, "train": {"epochs": 4, "batch_size": 64}}
 """settings that give a command work to be stopped in"""
 BEGUN = {"precompute": "v00001*.json", "fit": "metrics.jsonl", "train": "metrics.jsonl", "run": "v00001*.json"}
 RECIPE = """
@@ -160,7 +160,12 @@ def same_work(left, right):
 
 @pytest.mark.parametrize(
     ("name", "number"),
-    [("precompute", signal.SIGTERM), ("fit", signal.SIGINT), ("train", signal.SIGTERM), ("run", signal.SIGINT)],
+    [
+        ("precompute", signal.SIGTERM),
+        ("fit", signal.SIGINT),
+        ("run", signal.SIGINT),
+        pytest.param("train", signal.SIGTERM, marks=pytest.mark.slow),
+    ],  # fmt: skip
 )
 def test_a_command_asked_to_stop_ends_cleanly_and_resumes(here, long_whole, tmp_path, name, number):
     command, log = long_command(here, tmp_path, name, tmp_path / "it"), tmp_path / "log"

@@ -140,6 +140,15 @@ def named_by(module, transform, dataset, split, rule):
     return found
 
 
+@pytest.fixture(scope="module")
+def named(noisy):
+    """What student and teacher name on training samples, and what both name on test samples."""
+    dataset, knowledge, network, _, run = noisy
+    pairs, rule = (student_of(run, dataset), (network.module, network.transform)), knowledge.knowledge.views
+    of_splits = ((dataset.train, rule), (dataset.test, rules.plain(rule)))
+    return [[named_by(*pair, dataset, *split) for pair in pairs] for split in of_splits]
+
+
 def student_of(run, dataset):
     module = registry.build("lessons:TinyNet", 10)
     module.load_state_dict(load_network(run, "student")[1])
@@ -151,13 +160,11 @@ def share(pairs):
     return sum(found) / len(found)
 
 
-def test_shares_on_training_samples_equal_a_plain_reference(noisy):
-    dataset, knowledge, network, summary, run = noisy
-    rule = knowledge.knowledge.views
+def test_shares_on_training_samples_equal_a_plain_reference(noisy, named):
+    dataset, _, _, summary, _ = noisy
     given_, true = dataset.train.labels.tolist(), dataset.train.clean_labels.tolist()
     wrong = [a != b for a, b in zip(given_, true, strict=True)]
-    for prefix, pair in (("", student_of(run, dataset)), ("teacher_", (network.module, network.transform))):
-        guess = named_by(*pair, dataset, dataset.train, rule)
+    for prefix, guess in zip(("", "teacher_"), named[0], strict=True):
         told = list(zip(guess, given_, true, wrong, strict=True))
         expected = {
             "accuracy_train": share((g, a) for g, a, _, _ in told),
@@ -169,12 +176,9 @@ def test_shares_on_training_samples_equal_a_plain_reference(noisy):
         assert {name: summary[f"{prefix}{name}"] for name in expected} == pytest.approx(expected, abs=0.006)
 
 
-def test_agreement_is_the_share_of_samples_on_which_both_name_the_same_class(noisy):
-    dataset, knowledge, network, summary, run = noisy
-    rule, own = knowledge.knowledge.views, student_of(run, dataset)
-    theirs = network.module, network.transform
-    on_train = [named_by(*pair, dataset, dataset.train, rule) for pair in (own, theirs)]
-    on_test = [named_by(*pair, dataset, dataset.test, rules.plain(rule)) for pair in (own, theirs)]
+def test_agreement_is_the_share_of_samples_on_which_both_name_the_same_class(noisy, named):
+    dataset, _, _, summary, _ = noisy
+    on_train, on_test = named
     assert summary["agreement_train"] == pytest.approx(share(zip(*on_train, strict=True)), abs=0.006)
     assert summary["agreement_test"] == pytest.approx(share(zip(*on_test, strict=True)), abs=0.021)
     assert summary["teacher_accuracy"] == pytest.approx(
