@@ -52,9 +52,9 @@ def trained(tmp_path_factory):
 def printed_by(folder, own):
     """What a block of Python prints on a few digits: the one that adds a method, or the own training loop."""
     code = next(text for kind, text in BLOCKS if kind == "python" and ("METHODS[" not in text) == own)
-    here = {"runs/digits/kd-seed0": folder / "run", "runs/digits/store": folder / "store", "runs": folder}
-    for there, path in {'load("digits")': f'load("{FEW}")', **here}.items():
-        code = code.replace(there, str(path))
+    code = code.replace('load("digits")', f'load("{FEW}")')
+    for there, here in {"digits/kd-seed0": "run", "digits/store": "store", "shallow": "shallow"}.items():
+        code = code.replace(f"runs/{there}", str(folder / here))
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(code, "README.md", "exec"), {})
     return printed.getvalue()

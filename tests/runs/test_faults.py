@@ -165,7 +165,7 @@ def same_work(left, right):
         ("fit", signal.SIGINT),
         ("run", signal.SIGINT),
         pytest.param("train", signal.SIGTERM, marks=pytest.mark.slow),
-    ],  # fmt: skip
+    ],
 )
 def test_a_command_asked_to_stop_ends_cleanly_and_resumes(here, long_whole, tmp_path, name, number):
     command, log = long_command(here, tmp_path, name, tmp_path / "it"), tmp_path / "log"
