@@ -97,11 +97,3 @@ def test_an_interrupted_golden_run_is_resumed(place, name):
 def same_environment(path):
     known = state.read_record(RunFolder(path=path)).latest.document()
     return not environment.changed(known, environment.environment(torch.device("cpu"), 1))
-
-
-@pytest.mark.parametrize("name", make.RUNS)
-def test_a_finished_golden_run_is_known_as_finished(place, name):
-    before = content(place / "finished" / name)
-    assert make.train(place, place / "finished" / name, name).epochs == make.EPOCHS
-    (place / "finished" / name / ".lock").unlink(missing_ok=True)
-    assert content(place / "finished" / name) == before

@@ -47,12 +47,8 @@ def test_a_dry_train_lists_the_stages_of_the_schedule(place, tmp_path):
 
 IMPORT = {"augment": "none", "from_logits": "logits.npy", "teacher": None}
 REFUSED = [
-    ("precompute", {"teacher": None}, r"--teacher is missing: a folder written by `kcdcache fit`"),
     ("precompute", {"teacher_size": 9}, r"--teacher-size does nothing here: .* brings its own input transform"),
     ("precompute", {"from_logits": "logits.npy"}, r"--from-logits needs --augment: say which views"),
-    ("precompute", {"for_": "kd"}, r"--for METHOD and --student NETWORK go together"),
-    ("precompute", {"for_": "kd", "student": "resnet8", "fields": ["logits"]}, r"works out the fields; leave --fields"),
-    ("train", {}, r"--student is missing: .*--student resnet8"),
     ("train", SCHOOL | {"condensed": "set"}, "--store does nothing beside --condensed, which brings its own"),
     *(
         ("precompute", IMPORT | {name: value}, rf"--{name.rstrip('_').replace('_', '-')} does nothing beside --from-lo")

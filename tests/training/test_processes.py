@@ -191,15 +191,6 @@ def test_what_fit_cannot_share_is_refused_before_it_trains(start, place, tmp_pat
 
 
 @SLOW
-def test_two_processes_of_torchrun_train_one_network_and_the_first_tells_of_it(place, tmp_path):
-    ran(2, [*fitting(place, tmp_path / "run", TINY, epochs=2), "--json", "--quiet"], tmp_path / "log")
-    told = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("{")]
-    assert len(told) == 1
-    assert json.loads(told[0])["epochs"] == 2
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["environment"]["processes"] == 2
-
-
-@SLOW
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("world", [2, 4])
