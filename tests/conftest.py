@@ -34,6 +34,14 @@ def run(start, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """Data, a teacher and its store, which tests leave as they are; many files have one of their own."""
+    from pupils import school
+
+    return school(tmp_path_factory.mktemp("school"))
+
+
+@pytest.fixture(scope="session")
 def server():
     """A bucket of a real server that speaks S3."""
     from cloud import Server

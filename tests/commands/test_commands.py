@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from pupils import SCHOOL, SPEC, command, executed, school
+from pupils import SCHOOL, SPEC, command, executed
 
 from kcdcache.commands import checks, train
 from kcdcache.condense import schedule
@@ -13,11 +13,6 @@ from kcdcache.runs import state
 from kcdcache.settings import TrainCommand, make
 from kcdcache.store import encoding, identity
 from kcdcache.teacher import fields, teacher
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return school(tmp_path_factory.mktemp("steps"))
 
 
 def import_from(file, out, **more):

@@ -21,11 +21,6 @@ CHANGES = {"epochs": 9, "keep": 0.5, "student": "resnet8", "seed": 1, "mix_targe
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return school(tmp_path_factory.mktemp("school"))
-
-
-@pytest.fixture(scope="module")
 def begun(place):
     """A run stopped inside its second stage."""
     distilled(place, place.root / "begun", run={"until": 3})

@@ -40,11 +40,6 @@ from kcdcache.training import batches, distill
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return school(tmp_path_factory.mktemp("school"))
-
-
-@pytest.fixture(scope="module")
 def runs(place):
     return once(place)
 

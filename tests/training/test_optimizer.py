@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from killing import finished, succeeds
-from pupils import SPEC, leftovers, lines, same_files, same_tensors, school
+from pupils import SPEC, leftovers, lines, same_files, same_tensors
 from safetensors import safe_open
 
 import kcdcache
@@ -81,11 +81,6 @@ RUN = {"student": "lessons:TinyNet", "epochs": 2, "stages": 2, "batch_size": 50,
 """a condensation between two epochs of four and three batches, and a checkpoint after every batch"""
 STEPS_OF_WRITING = (36, 140)
 """such a run dies at: inside its first epoch, and inside its second"""
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return school(tmp_path_factory.mktemp("school"), views=2)
 
 
 def reached(run):

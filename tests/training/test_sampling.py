@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lessons import TinyNet
-from pupils import command, distilled, same_files, school
+from pupils import command, distilled, same_files
 
 from kcdcache import interrupt, rng
 from kcdcache.condense import value_files
@@ -224,11 +224,6 @@ class Ringing(TinyNet):
                 BELL.clear()
                 signal.raise_signal(signal.SIGINT)
         return super().forward(pixels)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return school(tmp_path_factory.mktemp("school"))
 
 
 def chosen(name):
