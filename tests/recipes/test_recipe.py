@@ -283,7 +283,9 @@ def test_a_wrong_grid_is_refused(tmp_path, text, message):
         recipe.load(written(tmp_path, HEAD + text))
 
 
-FAILING = TINY.replace('name = "kcd"', 'name = "kcd"\nlearning_rate = 1e30') + TEACHER.replace('"teacher"', '"other"')
+FAILING = TINY.replace('name = "kcd"', 'name = "kcd"\nbatch_size = 20\nlearning_rate = 1e30') + TEACHER.replace(
+    '"teacher"', '"other"'
+)
 
 
 def test_a_failing_step_stops_none_but_those_that_need_it(tmp_path):
