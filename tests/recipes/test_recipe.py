@@ -283,7 +283,8 @@ def test_a_wrong_grid_is_refused(tmp_path, text, message):
         recipe.load(written(tmp_path, HEAD + text))
 
 
-FAILING = TINY.replace('name = "kcd"', 'name = "kcd"\nbatch_size = 20\nlearning_rate = 1e30') + TEACHER.replace(
+DIVERGING = 'name = "kcd"\nbatch_size = 20\nlearning_rate = 1e30'
+FAILING = TINY.replace('name = "kcd"', DIVERGING) + TEACHER.replace('"teacher"', '"other"')
     '"teacher"', '"other"'
 )
 
