@@ -285,8 +285,6 @@ def test_a_wrong_grid_is_refused(tmp_path, text, message):
 
 DIVERGING = 'name = "kcd"\nbatch_size = 20\nlearning_rate = 1e30'
 FAILING = TINY.replace('name = "kcd"', DIVERGING) + TEACHER.replace('"teacher"', '"other"')
-    '"teacher"', '"other"'
-)
 
 
 def test_a_failing_step_stops_none_but_those_that_need_it(tmp_path):
