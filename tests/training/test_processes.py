@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 CE = run_loss.Loss(run_loss.weights_of(MethodSettings(method="ce")), {})
 UNEVEN = 33
 """batch size that leaves two samples of 200 to the last batch, which is none for two of four processes"""
-TRAIN = {"data": SPEC, "epochs": 2, "stages": 2, "batch_size": UNEVEN, "keep": 0.6, "threads": 1}
+TRAIN = {"data": SPEC, "epochs": 4, "stages": 2, "batch_size": UNEVEN, "keep": 0.6, "threads": 1}
 FIT = {"data": SPEC, "epochs": 2, "batch_size": UNEVEN, "threads": 1, "augment": "crop", "padding": 2}
 FILL = {"data": SPEC, "augment": "crop", "padding": 2, "views": 3, "batch_size": 16, "min_accuracy": 0, "threads": 1}
 TINY = "lessons:TinyNet"
