@@ -352,6 +352,8 @@ class TeacherSettings(Settings):
     """folder written by `fit` or `train`, or name of a network, with --weights"""
     weights: Path | None = None
     """weights of a named teacher: safetensors, or a torch file that loads with weights_only"""
+    weights_key: str | None = None
+    """which weights to take of a file that has several, such as model_ema, or the prefix of their names"""
     teacher_mean: tuple[float, ...] | None = None
     """input mean per channel of a named teacher; that of the data if unset"""
     teacher_std: tuple[float, ...] | None = None
@@ -394,12 +396,20 @@ class PrecomputeCommand(Composed):
     """mixing of the manifest's images, as for train"""
     from_logits: Path | None = None
     """import logits computed elsewhere: an .npy file of shape (views, N, C) or (N, C)"""
+    from_probabilities: Path | bool | None = None
+    """the outputs of the teacher, or of the imported file, are probabilities: store their logarithm. With a PATH,
+    import them like --from-logits"""
     shard: str | None = None
     """write shard I/N of the store, such as 0/4; the last process seals. By default the rank under torchrun, srun or a
     SLURM array, otherwise 0/1, the whole store"""
     machine: MachineSettings
     teaching: TeacherSettings
     precompute: PrecomputeSettings
+
+    @property
+    def imported(self) -> Path | None:
+        """The file whose outputs are stored instead of a teacher's."""
+        return self.from_probabilities if isinstance(self.from_probabilities, Path) else self.from_logits
 
 
 class TrainCommand(Composed):
@@ -543,6 +553,8 @@ class ReportCommand(Settings):
     """data spec for the images; the recipe's if unset"""
     reference: str | None = None
     """row to compare the others with  [default: kd, or the first one trained]"""
+    across: bool = False
+    """compare also rows of unequal data, epochs or batch size"""
     json_file: Path | None = None
     """JSON file for all numbers of the report"""
     csv: Path | None = None

@@ -107,6 +107,9 @@ def option(name: str, field: "FieldInfo") -> click.Parameter:
     text = re.sub(r"\s*\n\s*", " ", field.description or "") + default
     if field.annotation is bool:
         return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)
+    if bool in kinds:  # alone or with a value
+        kind = click.UNPROCESSED
+        return click.Option([flag, name], is_flag=False, flag_value=True, type=kind, metavar="[PATH]", help=text)
     choices = get_args(kinds[0]) if len(kinds) == 1 and get_origin(kinds[0]) is Literal else None
     word = "A,B,..." if several else next((ARTICLES[kind] for kind in kinds if kind in ARTICLES), "TEXT")
     return click.Option(

@@ -16,7 +16,7 @@ from kcdcache.settings import DiffCommand, ExportCommand, InspectCommand, Report
 COLUMNS = ("kept_a", "kept_b", "both", "only_a", "only_b", "jaccard", "hamming", "rank_correlation", "parts_moved")
 RESULTS = {
     "row": "text", "model": "text", "n": "count", "accuracy_last": "percent", "accuracy_last_std": "percent",
-    "accuracy_best": "percent", "relative_cost": "share", "seconds": "seconds",
+    "accuracy_best": "percent", "relative_cost": "share", "student_samples": "count", "seconds": "seconds",
 }  # fmt: skip
 """kinds of the columns of the table of `report`"""
 TERMS = (
@@ -60,7 +60,8 @@ def report(command: ReportCommand, progress: Progress = silent) -> Result:
         left=2,
         above=(printable(written["title"]), ""),
         below=[
-            printable(f"not included: {row['path']} is {row['state']} ({row['error']})") for row in left_out["rows"]
+            *(printable(f"not included: {row['path']} is {row['state']} ({row['error']})") for row in left_out["rows"]),
+            *(printable(f"note: {note}") for note in written["notes"]),
         ],
         rule=True,
     )

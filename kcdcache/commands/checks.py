@@ -16,10 +16,10 @@ ENCODINGS = ("float16", "float32", "uint8", "top")
 FIELDS = ("logits", "penultimate", "attention", "fsp", "maps", "pooled", "rotations", "boundary", "parameters")
 """names of fields, before any colon"""
 NOT_IMPORTED = {
-    "teacher", "weights", "teacher_mean", "teacher_std", "teacher_size", "teacher_precision", "manifest", "mix",
-    "views", "fields", "for_", "student", "batch_size", "budget_gb", "shard", "workers",
+    "teacher", "weights", "weights_key", "teacher_mean", "teacher_std", "teacher_size", "teacher_precision", "manifest",
+    "mix", "views", "fields", "for_", "student", "batch_size", "budget_gb", "shard", "workers",
 }  # fmt: skip
-"""settings of `precompute` that do not apply to --from-logits"""
+"""settings of `precompute` that do not apply to imported outputs"""
 
 
 def require_possible(command: settings.Settings) -> None:
@@ -35,6 +35,9 @@ def require_possible(command: settings.Settings) -> None:
     if own and values["teacher"] is not None and values["weights"] is None:
         flag = f"--{own[0].replace('_', '-')}"
         raise SettingsError(f"{flag} does nothing here: {values['teacher']} brings its own input transform")
+    if values.get("weights_key") is not None and (values["weights"] is None or values["weights"].is_dir()):
+        what = "a saved network has one set of weights" if values["teacher"] else "it chooses among those of --weights"
+        raise SettingsError(f"--weights-key does nothing here: {what}; leave it out, or give a file as --weights")
     if type(command) in CHECKS:
         CHECKS[type(command)](command)
 
@@ -69,8 +72,8 @@ def _require_known(what: str, texts: Sequence[str], known: tuple[str, ...]) -> N
 
 
 def _precompute(command: settings.PrecomputeCommand) -> None:
-    if command.from_logits is not None:
-        _require_importable(command.given)
+    if command.imported is not None:
+        _require_importable(command)
     elif command.teaching.teacher is None:
         raise SettingsError("--teacher is missing: a folder written by `kcdcache fit`, or a network with --weights")
     if command.for_ is None and not command.student:
@@ -82,14 +85,17 @@ def _precompute(command: settings.PrecomputeCommand) -> None:
     named(command.for_)
 
 
-def _require_importable(given: set[str]) -> None:
-    """Raise SettingsError for settings that do not apply to imported logits, or without --augment."""
+def _require_importable(command: settings.PrecomputeCommand) -> None:
+    """Raise SettingsError for two files, settings that do not apply to imported outputs, or without --augment."""
+    given, source = command.given, "--from-logits" if command.from_logits is not None else "--from-probabilities"
+    if command.imported != (command.from_logits or command.imported):
+        raise SettingsError("--from-logits and --from-probabilities name two files; give one of them")
     if ignored := given & NOT_IMPORTED:
         flag = f"--{min(ignored).rstrip('_').replace('_', '-')}"
-        raise SettingsError(f"{flag} does nothing beside --from-logits: the file decides it; leave it out")
+        raise SettingsError(f"{flag} does nothing beside {source}: the file decides it; leave it out")
     if "augment" not in given:
         raise SettingsError(
-            "--from-logits needs --augment: say which views the logits belong to (--augment none for images as they "
+            f"{source} needs --augment: say which views the logits belong to (--augment none for images as they "
             "are); logits of other images than the student sees are the known failure of offline distillation"
         )
 

@@ -26,10 +26,11 @@ logger = logging.getLogger(__name__)
 def run(command: PrecomputeCommand, progress: Progress = silent, dry_run: bool = False) -> Result:
     """Run the teacher and store its outputs; return the contents of the store, or with `dry_run` its plan."""
     data, settings, machine = load_data(command.data), command.precompute, command.machine
-    if command.from_logits is not None:
-        return precompute.import_logits(settings, data, command.from_logits, command.store, progress, dry_run=dry_run)
+    probabilities = bool(command.from_probabilities)
+    if (file := command.imported) is not None:
+        return precompute.import_logits(settings, data, file, command.store, progress, dry_run, probabilities)
     settings = settings.model_copy(update=data.usual_views(command.given))
-    teacher = teachers.load_named(command.teaching, data, settings.teacher_precision, machine)
+    teacher = teachers.load_named(command.teaching, data, settings.teacher_precision, machine, probabilities)
     if command.for_ is not None:
         rule = rules.rule_from(settings, data.train.image_size)
         planned = Knowledge(teacher=teacher.identity, data=data.identity(), views=rule)

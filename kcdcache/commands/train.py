@@ -13,7 +13,7 @@ from kcdcache.progress import Progress, silent
 from kcdcache.report import show
 from kcdcache.settings import FitCommand, TrainCommand, TrainSettings
 from kcdcache.store import reader
-from kcdcache.teacher.teacher import Teacher, load_named, precision_of
+from kcdcache.teacher.teacher import Teacher, load_again
 from kcdcache.training import distill, evaluation, processes, requery
 from kcdcache.training import fit as fitting
 from kcdcache.training.sampling import SAMPLING
@@ -121,8 +121,7 @@ def _asked_teacher(
     if settings.mix_target != "requery" and not compared:
         logger.info("train: --teacher is not used; it serves --mix-target requery and --fidelity on")
         return None
-    precision = precision_of(knowledge.knowledge, knowledge.path)
-    found = load_named(command.teaching, data, precision, command.machine)
+    found = load_again(command.teaching, data, knowledge.knowledge, knowledge.path, command.machine)
     if compared:
         requery.require_own(found, knowledge)
     return found

@@ -25,7 +25,7 @@ from kcdcache.store import check as store_check
 from kcdcache.store import identity, log, plan, reader
 from kcdcache.store.identity import Knowledge
 from kcdcache.teacher import precompute, repair, teacher
-from kcdcache.teacher.teacher import Teacher, load_named, precision_of
+from kcdcache.teacher.teacher import Teacher, load_again
 
 TOLERANCE = 2e-3
 """largest |recomputed - stored| / (1 + |stored|) between machines or versions: about one unit in the last place of
@@ -98,8 +98,7 @@ class Recheck(NamedTuple):
 
 
 def _teacher(command: VerifyCommand, data: Dataset, knowledge: Knowledge) -> Teacher:
-    precision = precision_of(knowledge, command.path)
-    return load_named(command.teaching, data, precision, MachineSettings(device=command.device))
+    return load_again(command.teaching, data, knowledge, command.path, MachineSettings(device=command.device))
 
 
 def _recompute(command: VerifyCommand, knowledge: reader.Store, data: Dataset) -> Recheck:

@@ -48,6 +48,8 @@ SIZES = {
 """upper end of a size category of the Hugging Face hub -> name"""
 Rows = dict[str, np.ndarray]
 GROUP_ROWS = 1000
+LOADS, MIXED_SHARE = 4, 8
+"""of a part's mixed targets: most reads of the store, and the share of a block that float64 numbers are mixed in"""
 NOTHING_SPARED = (
     "export: the set's %d kept samples and their %d partners need the outputs on all %d samples: nothing is saved. "
     "Smaller are --bake (the mixed targets instead of the partners' outputs), fewer --views, and sets condensed with a "
@@ -317,30 +319,57 @@ def _fill(
     with writer.create(plan.command.out / name, knowledge, layout_plan, labels, digests) as writing:
         for part in writing.pending():
             stored = rows_of(part)
-            tensors = {array: torch.from_numpy(rows) for array, rows in stored.items()}
-            values = {field: layout_plan.encodings[field].decode(tensors) for field in part.fields}
-            statistics = {field: encoding.statistics(found) for field, found in values.items()}
-            measured: dict[str, float] = {}
-            if "logits" in values:
-                right = values["logits"].argmax(1).numpy() == labels[part.start : part.stop]
-                measured["correct"] = float(right.sum())
-            writing.write_part(part, stored, statistics, measured)
+            writing.write_part(part, stored, *_described(stored, part, layout_plan, labels[part.start : part.stop]))
+            del stored  # before the next part comes
             progress(f"export {name}", part.view * len(index) + part.stop, len(index) * layout_plan.views, "rows")
         writing.seal()
 
 
+def _described(
+    stored: Rows, part: Part, layout: StorePlan, labels: Int64[np.ndarray, " rows"]
+) -> tuple[dict[str, log.Numbers], dict[str, float]]:
+    """Return the statistics of a part's decoded fields, and its number of correct predictions if it has logits."""
+    tensors, statistics = {array: torch.from_numpy(rows) for array, rows in stored.items()}, dict[str, log.Numbers]()
+    measured = {"correct": 0.0} if "logits" in part.fields else {}
+    for field in part.fields:
+        form = layout.encodings[field]
+        for block in encoding.blocks(len(labels), form.row_shape):
+            values = form.decode({spec.name: tensors[spec.name][block] for spec in form.arrays})
+            found = encoding.statistics(values)
+            statistics[field] = encoding.merged(statistics[field], found) if field in statistics else found
+            if field == "logits":
+                measured["correct"] += float((values.argmax(1).numpy() == labels[block]).sum())
+    return statistics, measured
+
+
 def _mixed(plan: _Plan, baked: Baked, part: Part) -> Rows:
     """Return T log p for the mixed targets p of a part: logits whose softmax at temperature T is p."""
-    chosen = plan.chosen
-    rows = np.flatnonzero(chosen.mixed)[part.start : part.stop]
-    own, other = (
-        torch.from_numpy(plan.source.read("logits", part.view, column[rows], baked.temperature)).double()
-        for column in (chosen.index, chosen.partner)
-    )
-    epsilon = torch.from_numpy(chosen.epsilon[rows]).double()
-    mixed = mix_probabilities(own, other, epsilon, baked.target, baked.temperature)
-    values = (baked.temperature * mixed.clamp_min(torch.finfo(torch.float32).tiny).log()).float()
-    return plan.source.plan.encodings["logits"].encode(values, part.start)
+    form, rows = plan.source.plan.encodings["logits"], np.flatnonzero(plan.chosen.mixed)[part.start : part.stop]
+    stored = {spec.name: np.empty((len(rows), *spec.row_shape), spec.dtype) for spec in form.arrays}
+    loads = min(LOADS, len(list(encoding.blocks(len(rows), form.row_shape))))
+    for few in np.array_split(np.arange(len(rows)), loads):
+        for name, encoded in _mixed_rows(plan, baked, part.view, rows[few], part.start + int(few[0])).items():
+            stored[name][few[0] : few[-1] + 1] = encoded
+    return stored
+
+
+def _mixed_rows(plan: _Plan, baked: Baked, view: int, rows: Int64[np.ndarray, " rows"], first: int) -> Rows:
+    """Return the encoded targets of some points of the set, given their positions; each row is read once."""
+    chosen, form = plan.chosen, plan.source.plan.encodings["logits"]
+    pairs = np.stack([chosen.index[rows], chosen.partner[rows]])
+    index, place = np.unique(pairs, return_inverse=True)
+    held = {name: torch.from_numpy(found) for name, found in plan.source.load(view, index, ["logits"]).items()}
+    made = []
+    for block in encoding.blocks(len(rows), form.row_shape, MIXED_SHARE):
+        own, other = (
+            form.decode({name: found[torch.from_numpy(side[block])] for name, found in held.items()}, baked.temperature)
+            for side in place.reshape(pairs.shape)
+        )
+        epsilon = torch.from_numpy(chosen.epsilon[rows[block]]).double()
+        mixed = mix_probabilities(own.double(), other.double(), epsilon, baked.target, baked.temperature)
+        values = (baked.temperature * mixed.clamp_min(torch.finfo(torch.float32).tiny).log()).float()
+        made.append(form.encode(values, first + block.start))
+    return {name: np.concatenate([encoded[name] for encoded in made]) for name in held}
 
 
 def _write_images(plan: _Plan) -> Images:

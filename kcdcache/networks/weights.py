@@ -2,10 +2,11 @@
 
 import hashlib
 import io
+import logging
 import pickle
 import pickletools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,34 @@ from pydantic import ConfigDict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, UnfinishedError, UnsafeError
+from kcdcache.errors import (
+    CorruptionError,
+    MismatchError,
+    NotFoundError,
+    SettingsError,
+    UnfinishedError,
+    UnsafeError,
+    nearest,
+)
 from kcdcache.files.atomic import naming, read_bytes, sha256_bytes, write_atomic
 from kcdcache.files.records import Sealed, canonical_json, read_sealed, readable_json, sealed_json
 from kcdcache.networks.input_transform import InputTransform
 
-WRAPPERS = ("model", "state_dict")
-"""keys of the weights in checkpoints of training scripts"""
-REPLICA_PREFIX = "module."
-"""added by DataParallel to every name"""
+logger = logging.getLogger(__name__)
+
+Weights = Mapping[str, Tensor]
+USUAL = ("", "model", "state_dict", "model.state_dict")
+"""places of the weights in checkpoints of training scripts, the first that is there; "" is the checkpoint itself"""
+DEEPEST = 3
+"""levels of a checkpoint that are searched for weights"""
+PREFIXES = ("module.", "model.", "student.", "_orig_mod.")
+"""before every name in checkpoints of DataParallel, Lightning, distillation scripts and torch.compile"""
+AVERAGE_COUNT = "n_averaged"
+"""beside the weights of torch's AveragedModel"""
+AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
+"""before the names of second classifiers that inception and googlenet have in training only"""
+MOST_LISTED = 8
+"""keys of a checkpoint in a message"""
 MOST_HEADER_BYTES = 4 * 2**20
 """of a safetensors header, which takes many times that once parsed; 10,000 tensors need 1 MB"""
 
@@ -42,37 +62,100 @@ class NetworkRecord(Sealed):
     """of the file of weights, set by `save_network`"""
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
+def load_weights(path: Path, key: str | None = None) -> dict[str, Tensor]:
     """Return the tensors by name in a safetensors file, or in a torch file of tensors and plain values only.
 
-    Checkpoints that wrap the weights (see `WRAPPERS`) or prefix their names are unwrapped.
+    Of a checkpoint that holds several networks' weights, such as raw and averaged ones, those at `key` are taken: keys
+    joined by dots, or the beginning of names. Without one, those at the usual place (see `USUAL`), with a warning.
 
     Raises:
         NotFoundError: there is no such file.
         UnsafeError: the file has Python objects, which could run code when loaded, or is no plain file.
         CorruptionError: the file is damaged or of another kind.
-        MismatchError: it has something else than weights.
+        MismatchError: it has something else than weights, or several at no usual place.
+        SettingsError: it has no weights at `key`.
     """
     if not path.exists():
         raise NotFoundError(f"no weights file at {path}")
     parse = _parse_safetensors if path.suffix == ".safetensors" else _parse_torch
     with naming(path):
         data = read_bytes(path)
-    return _unwrapped(parse(data, path), path)
+    return _chosen(parse(data, path), path, key)
 
 
-def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:
-    for key in WRAPPERS:
+def _chosen(content: Any, path: Path, key: str | None) -> dict[str, Tensor]:
+    """Return the weights at `key`, or else those at the usual place; say which others there are."""
+    found = dict(_weights_in(content))
+    if not found:
+        raise _no_weights(content, path)
+    if key is not None:
+        return _asked(found, key, path)
+    most = max(map(len, found.values()))
+    rivals = [place for place, weights in found.items() if 2 * len(weights) >= most]  # else statistics or the like
+    place = next((usual for usual in USUAL if usual in rivals), rivals[0] if len(rivals) == 1 else None)
+    if place is None:
+        raise MismatchError(
+            f"{path} holds the weights of {len(rivals)} networks, at {_listed(rivals)}; name those of the teacher, for "
+            f"example --weights-key {rivals[-1]}"
+        )
+    if others := [rival for rival in rivals if rival != place]:
+        logger.warning(
+            "weights: %s holds the weights of %d networks; those at '%s' are taken; others (%s) with --weights-key %s",
+            path, len(rivals), place, _listed(others), others[0]
+        )  # fmt: skip
+    elif place not in USUAL:
+        logger.info("weights: %s holds weights at '%s' only, which are taken", path, place)
+    return dict(found[place])
+
+
+def _weights_in(content: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, Weights]]:
+    """Yield the place of every dictionary of tensors by name, and the dictionary."""
+    if not isinstance(content, Mapping) or not content:
+        return
+    if all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
+        yield place, content
+    elif depth < DEEPEST:
+        for name, value in content.items():
+            if isinstance(name, str):
+                yield from _weights_in(value, f"{place}.{name}" if place else name, depth + 1)
+
+
+def _asked(found: Mapping[str, Weights], key: str, path: Path) -> dict[str, Tensor]:
+    if key in found:
+        return dict(found[key])
+    for place, weights in found.items():
+        prefix = f"{key.removeprefix(f'{place}.')}." if place else f"{key}."
+        if inside := {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}:
+            return inside
+    known = [place for place in found if place] or sorted({name.partition(".")[0] for name in found.get("", ())})
+    hint = nearest(key, known) if len(known) < 20 else ""
+    raise SettingsError(
+        f"--weights-key {key}: {path} holds no weights there, but at {_listed(known)}; {hint}".rstrip("; ")
+    )
+
+
+def _listed(places: Sequence[str]) -> str:
+    """List some keys.
+
+    >>> _listed(["model", "model_ema"])
+    "'model', 'model_ema'"
+    """
+    more = f" and {len(places) - MOST_LISTED} more" if len(places) > MOST_LISTED else ""
+    return (", ".join(f"'{place:.80}'" for place in places[:MOST_LISTED]) or "no place") + more
+
+
+def _no_weights(content: Any, path: Path) -> MismatchError:
+    """Return the error for a checkpoint without any dictionary of tensors by name."""
+    for key in USUAL[1:3]:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not content:
         keys = f" with the keys {', '.join(map(str, list(content)[:8]))}" if isinstance(content, Mapping) else ""
-        raise MismatchError(f"{path} should hold tensors by name, it holds a {type(content).__name__}{keys}")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise MismatchError(f"{path} should hold only tensors by name; '{name}' is a {type(value).__name__}")
-    prefixed = all(name.startswith(REPLICA_PREFIX) for name in content)
-    return {name.removeprefix(REPLICA_PREFIX) if prefixed else name: value for name, value in content.items()}
+        return MismatchError(f"{path} should hold tensors by name, it holds a {type(content).__name__}{keys}")
+    name, value = next(
+        (name, value) for name, value in content.items() if not isinstance(name, str) or not isinstance(value, Tensor)
+    )
+    return MismatchError(f"{path} should hold only tensors by name; '{name!s:.80}' is a {type(value).__name__}")
 
 
 def digest_weights(state: Mapping[str, Tensor]) -> str:
@@ -87,11 +170,40 @@ def digest_weights(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_into(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Copy weights into a network; raises MismatchError unless names (but for batch counters) and shapes agree."""
-    if reason := _difference(module, state):
+def load_into(module: nn.Module, state: Weights, where: str) -> None:
+    """Copy weights into a network; raises MismatchError unless names (but for batch counters) and shapes agree.
+
+    What training adds to the names or beside the weights is left out and said, see `PREFIXES` and `AUXILIARY`.
+    """
+    fitted = _fitted(module, state, where)
+    if reason := _difference(module, fitted):
         raise MismatchError(f"the weights in {where} do not fit {type(module).__name__}: {reason}")
-    module.load_state_dict(state)
+    module.load_state_dict(fitted)
+
+
+def _fitted(module: nn.Module, state: Weights, where: str) -> Weights:
+    """Return the weights by the names that the network has for them; log what was changed."""
+    own, found, said = module.state_dict(), dict(state), list[str]()
+    if AVERAGE_COUNT not in own and found.pop(AVERAGE_COUNT, None) is not None:
+        said.append(f"they are an average, whose counter '{AVERAGE_COUNT}' is left out")
+    while prefix := next((one for one in PREFIXES if _only_theirs(one, found, own)), None):
+        found = {name.removeprefix(prefix): value for name, value in found.items()}
+        said.append(f"'{prefix}' before every name is left out")
+    if extra := [name for name in found if name.startswith(AUXILIARY) and name not in own]:
+        found = {name: value for name, value in found.items() if name not in extra}
+        heads = ", ".join(sorted({name.partition(".")[0] for name in extra}))
+        said.append(f"{len(extra)} tensors of second classifiers, which serve training only, are left out ({heads})")
+        if type(module).__module__.startswith("torchvision."):
+            said.append("torchvision's own weights of it expect --teacher-mean 0.5,0.5,0.5 --teacher-std 0.5,0.5,0.5")
+    if said:
+        logger.info("weights: %s: %s", where, "; ".join(said))
+    return found
+
+
+def _only_theirs(prefix: str, found: Weights, own: Weights) -> bool:
+    """Return whether all names that were found begin with a prefix, and not all names of the network."""
+    theirs, ours = (all(name.startswith(prefix) for name in names) for names in (found, own))
+    return bool(found) and theirs and not ours
 
 
 def save_network(folder: Path, name: str, module: nn.Module, record: NetworkRecord) -> None:

@@ -32,9 +32,9 @@ PLACE = re.compile(r"\{(\w+)\}")
 PLACES = {"fit": "out", "precompute": "store", "train": "out", "condense": "out"}
 """command -> setting for the path of its result"""
 PERCENTS = ("accuracy_last", "accuracy_best")
-NUMBERS = {"relative_cost": ".3f", "teacher_forwards": ",.0f", "seconds": ".1f"}
+NUMBERS = {"relative_cost": ".3f", "student_samples": ",.0f", "teacher_forwards": ",.0f", "seconds": ".1f"}
 """entries of summaries that the table averages: those shown in percent, and the formats of the others"""
-HEAD = ("", "network", "n", "accuracy %", "best %", "relative cost", "teacher forwards", "seconds")
+HEAD = ("", "network", "n", "accuracy %", "best %", "relative cost", "student samples", "teacher forwards", "seconds")
 Entry = Mapping[str, Any]
 
 

@@ -49,14 +49,15 @@ def write(
     *,
     data: str | None = None,
     reference: str | None = None,
+    across: bool = False,
     json_file: Path | None = None,
     csv: Path | None = None,
 ) -> dict[str, Any]:
     """Write a report to `out` and return its contents as JSON values; the same runs give the same bytes.
 
     `paths` are run folders or folders of runs, such as a recipe's. `data` is the data spec for the images (default: the
-    recipe's, if it can be loaded) and `reference` the step to compare with. `json_file` and `csv` (a folder, one file
-    per table) get the same numbers, unrounded.
+    recipe's, if it can be loaded) and `reference` the step to compare with; with `across`, also rows of unequal data,
+    epochs or batch size. `json_file` and `csv` (a folder, one file per table) get the same numbers, unrounded.
 
     Raises:
         NotFoundError, MismatchError: there is no run at a path, or a file to be written exists and is not a report.
@@ -64,9 +65,10 @@ def write(
     """
     _require_free(out, json_file, csv)
     loaded = load.read(paths)
-    made = tables.every(loaded, reference)
+    made = tables.every(loaded, reference, across)
     sections = sections_of(loaded, made, data)
-    document = _document(loaded, made, sections)
+    notes = [*tables.unlike_rows(loaded), *tables.pairing(loaded, reference, across)]
+    document = _document(loaded, made, sections, notes)
     files = {out: _html(document, made, sections).encode()}
     if json_file is not None:
         files[json_file] = readable_json(document)
@@ -139,7 +141,9 @@ def _condensation(loaded: Loaded, made: dict[str, Table], data: str | None) -> l
     ]
 
 
-def _document(loaded: Loaded, made: dict[str, Table], sections: Sequence[Section]) -> dict[str, Any]:
+def _document(
+    loaded: Loaded, made: dict[str, Table], sections: Sequence[Section], notes: Sequence[str]
+) -> dict[str, Any]:
     pictures = [picture for section in sections for picture in section.pictures if picture]
     strips = [strip for section in sections for strip in section.strips]
     return {
@@ -148,7 +152,7 @@ def _document(loaded: Loaded, made: dict[str, Table], sections: Sequence[Section
         "kcdcache": __version__,
         "title": " + ".join(dict.fromkeys(grid.title for grid in loaded.grids)),
         "summary": _summary(loaded),
-        "notes": tables.unlike_rows(loaded),
+        "notes": notes,
         "tables": {key: table.document() for key, table in made.items()},
         "figures": [{"key": p.key, "title": p.title, "caption": p.caption} for p in pictures],
         "images": [

@@ -29,6 +29,7 @@ COMPARED = {
     "accuracy_last": ("percentage points", 100.0),
     "accuracy_best": ("percentage points", 100.0),
     "relative_cost": ("of N x epochs", 1.0),
+    "student_samples": ("samples", 1.0),
 }
 """entry of a summary that is compared pair by pair -> unit of the difference, and its factor"""
 COSTS = ("student_samples", "teacher_forwards", "rows_read", "bytes_read", "seconds")
@@ -94,13 +95,16 @@ def texts() -> dict[str, Any]:
     return tomllib.loads(Path(__file__).with_name("texts.toml").read_text(encoding="utf-8"))
 
 
-def every(loaded: Loaded, reference: str | None = None) -> dict[str, Table]:
-    """Return every table of a report by its key, with titles, notes and columns from `texts`."""
+def every(loaded: Loaded, reference: str | None = None, across: bool = False) -> dict[str, Table]:
+    """Return every table of a report by its key, with titles, notes and columns from `texts`.
+
+    For `reference` and `across` see `references`.
+    """
     made = {}
     fates = "; ".join(f"{fate}: {text}" for fate, text in compare.FATES.items())
     for key, text in texts()["tables"].items():
         columns, note = tuple(Column(*column) for column in text["columns"]), text["note"].format(fates=fates)
-        rows = differences(loaded, reference) if key == "differences" else ROWS[key](loaded)
+        rows = differences(loaded, reference, across) if key == "differences" else ROWS[key](loaded)
         made[key] = Table(key=key, title=text["title"], note=note, columns=columns, rows=rows)
     return made
 
@@ -119,7 +123,7 @@ def shown(value: Any, kind: str) -> str:
 SHOWN: Mapping[str, Callable[[Any], str]] = {
     "text": lambda value: printable(str(value)),
     "percent": lambda value: f"{100 * value:.2f}",
-    "signed": lambda value: f"{value:+.3f}",
+    "signed": lambda value: f"{value:+,.3f}",
     "share": lambda value: f"{value:.3f}",
     "count": lambda value: f"{value:,.0f}",
     "number": lambda value: f"{value:.4g}",
@@ -156,8 +160,19 @@ def condensing(loaded: Loaded) -> list[tuple[str, Run]]:
     return [(name, run) for name, run in named_runs(loaded) if run.condenses]
 
 
-def references(loaded: Loaded, asked: str | None = None) -> dict[Key, Key]:
-    """Return row -> reference row of the same grid, network and training data; the references have none themselves.
+def task(run: Run) -> dict[str, Any]:
+    """Return what runs must share to be compared, by name: data, epochs and batch size."""
+    settings = run.record.settings
+    return {
+        "training data": data_of(run), "test data": run.record.inputs.test,
+        "epochs": settings.get("epochs"), "batch size": settings.get("batch_size"),
+    }  # fmt: skip
+
+
+def references(loaded: Loaded, asked: str | None = None, across: bool = False) -> dict[Key, Key]:
+    """Return row -> reference row of the same grid, network and `task`; the references have none themselves.
+
+    With `across`, the task may differ.
 
     The reference is `asked`, else the row named `kd` or ...-kd (if there are several, one with the same knowledge and
     number of views), else the first row of trained students, else the first row. Rows of another network than `asked`
@@ -166,9 +181,10 @@ def references(loaded: Loaded, asked: str | None = None) -> dict[Key, Key]:
     rows = loaded.rows()
     if asked is not None and asked not in (known := [step for _, step in rows]):
         raise SettingsError(f"no row '{asked}' to compare with; {nearest(asked, known)}")
-    alike: dict[tuple[Path, str, str | None], list[Key]] = {}
+    alike: dict[tuple[Any, ...], list[Key]] = {}
     for key, runs in rows.items():
-        alike.setdefault((key[0], runs[0].summary.model, data_of(runs[0])), []).append(key)
+        shared = () if across else tuple(task(runs[0]).values())
+        alike.setdefault((key[0], runs[0].summary.model, *shared), []).append(key)
     found: dict[Key, Key] = {}
     for own in alike.values():
         trained = [key for key in own if rows[key][0].stages]
@@ -179,6 +195,22 @@ def references(loaded: Loaded, asked: str | None = None) -> dict[Key, Key]:
                 found[key] = best[0] if key in best else near.get(knowledge_of(rows[key][0]), best[0])
             del found[best[0]]
     return found
+
+
+def pairing(loaded: Loaded, asked: str | None = None, across: bool = False) -> list[str]:
+    """Return a note for each row without any to compare with that has its task, or with `across`, another task."""
+    names, runs = labels(loaded), loaded.rows()
+    usual, wide = references(loaded, asked), references(loaded, asked, across=True)
+    notes = []
+    for key, other in wide.items():
+        ours, theirs = (task(runs[one][0]) for one in (key, other))
+        unlike = [name for name, value in ours.items() if value != theirs[name]]
+        if not unlike or (not across and (key in usual or key in usual.values())):
+            continue
+        what = ", ".join(name if "data" in name else f"{name} ({ours[name]} and {theirs[name]})" for name in unlike)
+        text = f"'{names[key]}' and '{names[other]}' differ in {what}"
+        notes.append(f"{text} and are compared all the same" if across else f"{text}: not compared without --across")
+    return notes
 
 
 def knowledge_of(run: Run) -> tuple[str | None, int | None]:
@@ -213,28 +245,31 @@ def results(loaded: Loaded) -> Sequence[Row]:
         row: dict[str, Any] = {"row": label, "n": len(runs), "seeds": ", ".join(str(run.seed) for run in runs)}
         for name in ("model", "method"):
             row[name] = ", ".join(dict.fromkeys(filter(None, (getattr(run.summary, name) for run in runs)))) or None
-        for name in ("accuracy_last", "accuracy_best", "relative_cost", "seconds", "calibration_error", "kept"):
+        for name in (*COMPARED, "seconds", "calibration_error", "kept"):
             _, row[name], row[f"{name}_std"] = spread(getattr(run.summary, name) for run in runs)
         rows.append(row)
     return rows
 
 
-def differences(loaded: Loaded, asked: str | None = None) -> Sequence[Row]:
+def differences(loaded: Loaded, asked: str | None = None, across: bool = False) -> Sequence[Row]:
     """Return a row per step and measure: mean difference from the reference over paired seeds, with its interval."""
     names, runs = labels(loaded), loaded.rows()
     return [
         {"row": names[key], "reference": names[reference], **found}
-        for key, reference in references(loaded, asked).items()
-        for found in _compared(runs[key], runs[reference])
+        for key, reference in references(loaded, asked, across).items()
+        for found in _compared(runs[key], runs[reference], across)
     ]
 
 
-def _compared(ours: Sequence[Run], theirs: Sequence[Run]) -> Iterator[dict[str, Any]]:
-    def pair(run: Run) -> tuple[Any, ...]:  # same test images, same seed from the same source
-        return run.record.inputs.test, run.seed, run.seeded
+def _compared(ours: Sequence[Run], theirs: Sequence[Run], across: bool) -> Iterator[dict[str, Any]]:
+    def pair(run: Run) -> tuple[Any, ...]:  # same task, same seed from the same source
+        return () if across else tuple(task(run).values()), run.seed, run.seeded
 
     paired = [run for run in ours if pair(run) in set(map(pair, theirs))]
+    budgets = {(run.summary.count, run.summary.epochs) for run in (*paired, *theirs)}
     for name, (unit, scale) in COMPARED.items():
+        if name == "relative_cost" and len(budgets) > 1:  # shares of unlike wholes
+            continue
         measured, against = ({run.seed: float(getattr(run.summary, name)) for run in some} for some in (paired, theirs))
         if (found := statistics.difference(measured, against)) is not None:
             scaled = {key: None if value is None else scale * value for key, value in found._asdict().items()}
@@ -242,15 +277,16 @@ def _compared(ours: Sequence[Run], theirs: Sequence[Run]) -> Iterator[dict[str, 
 
 
 def cost(loaded: Loaded) -> Sequence[Row]:
-    """Return the cost per run of each row, and the cost of each store."""
+    """Return the cost of each store, where the teacher's forwards were paid, and the cost per run of each row."""
     seconds = {grid.path / name: spent for grid in loaded.grids for name, spent in grid.seconds.items()}
     rows: list[Row] = [
         {
-            "row": f"{store.path.name} (store)", "n": 1, "teacher_forwards": store.points,
+            "row": f"{store.path.name} (store)", "n": 1, "teacher_forwards": _forwards(store),
             "bytes_written": store.bytes, "seconds": seconds.get(store.path),
         }
         for store in loaded.stores
     ]  # fmt: skip
+    rows += _stores_elsewhere(loaded)
     for label, runs in named_rows(loaded):
         speeds = [rate for run in runs if (rate := run.summary.images_per_second) is not None]
         taught = [run for run in runs if run.summary.rows_read]
@@ -261,6 +297,20 @@ def cost(loaded: Loaded) -> Sequence[Row]:
             "images_per_second_std": spread(speed.std for speed in speeds).mean,
         })  # fmt: skip
     return rows
+
+
+def _forwards(store: StoreReport) -> int:
+    return 0 if store.knowledge.teacher.imported else store.points
+
+
+def _stores_elsewhere(loaded: Loaded) -> list[Row]:
+    """Return a row for each store that runs learned from and that is in none of the folders, each once."""
+    known, found = {store.knowledge_id for store in loaded.stores}, dict[str, int]()
+    for run in loaded.runs:
+        name, paid = run.record.inputs.knowledge_id, run.summary.store_teacher_forwards
+        if name is not None and name not in known and paid is not None:
+            found[name] = max(paid, found.get(name, 0))  # a store may grow between runs
+    return [{"row": f"store {name[:12]} (elsewhere)", "n": 1, "teacher_forwards": paid} for name, paid in found.items()]
 
 
 def curves(loaded: Loaded) -> Sequence[Row]:
@@ -417,7 +467,10 @@ def fidelity(loaded: Loaded) -> Sequence[Row]:
         row |= {"accuracy": mean(runs, "accuracy_last")} | {name: mean(runs, name) for name in SHARES}
         base = None if key in plain else _plain_of(runs[0], plain)
         if base is not None:
-            ours, theirs = ({run.seed: 100 * run.summary.accuracy_last for run in side} for side in (runs, plain[base]))
+            ours, theirs = (
+                {run.seed: 100 * run.summary.accuracy_last for run in side if task(run) == task(runs[0])}
+                for side in (runs, plain[base])
+            )
             row["over"] = names[base]
             if (gain := statistics.difference(ours, theirs)) is not None:  # in percentage points
                 row |= {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high, "pairs": gain.n}
@@ -459,10 +512,10 @@ def corruption(run: Run) -> str:
 
 
 def _plain_of(run: Run, plain: Mapping[Key, Sequence[Run]]) -> Key | None:
-    """Return the row of plain training with the same network, data and epochs, and the most similar settings."""
+    """Return the row of plain training with the same network and task, and the most similar settings."""
 
-    def task(run: Run) -> tuple[Any, ...]:
-        return run.grid, run.summary.model, data_of(run), run.record.settings.get("epochs")
+    def kind(run: Run) -> tuple[Any, ...]:
+        return run.grid, run.summary.model, task(run)
 
     def alike(key: Key) -> tuple[bool, int]:
         other = plain[key][0]
@@ -470,7 +523,7 @@ def _plain_of(run: Run, plain: Mapping[Key, Sequence[Run]]) -> Key | None:
         shared = sum(name in theirs and theirs[name] == value for name, value in ours.items())
         return knowledge_of(run) == knowledge_of(other), shared
 
-    return max((key for key, runs in plain.items() if task(runs[0]) == task(run)), key=alike, default=None)
+    return max((key for key, runs in plain.items() if kind(runs[0]) == kind(run)), key=alike, default=None)
 
 
 def _is_plain(run: Run) -> bool:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,8 @@ from kcdcache.errors import NonFiniteError, SettingsError
 
 HALF_MAX = 65504.0
 NAMED_ROWS = 8
+BLOCK_BYTES = 2**25
+"""float32 values of a part that are encoded or decoded at once: those of many classes take gigabytes"""
 FIELD_NAME = re.compile(r"[a-z][a-z0-9_]*(:[a-z0-9]+(\.[a-z]+)?)*")
 UNREADABLE = {"float32": np.nan, "float16": np.nan, "uint16": 0xFFFF, "uint8": 0xFF}
 """element type -> content of skipped samples' rows, which cannot be taken for real values"""
@@ -157,6 +159,23 @@ def statistics(values: Float32[Tensor, "batch ..."]) -> dict[str, int | float]:
     count, finite = values.numel(), values[torch.isfinite(values)]
     low, high = map(float, torch.aminmax(finite)) if len(finite) else (0.0, 0.0)
     return {"count": count, "minimum": low, "maximum": high, "non_finite": count - len(finite)}
+
+
+def merged(one: Mapping[str, int | float], other: Mapping[str, int | float]) -> dict[str, int | float]:
+    """Return the `statistics` of two sets of values together."""
+    finite = [each for each in (one, other) if each["count"] > each["non_finite"]] or [one]
+    return {
+        "count": one["count"] + other["count"],
+        "minimum": min(each["minimum"] for each in finite),
+        "maximum": max(each["maximum"] for each in finite),
+        "non_finite": one["non_finite"] + other["non_finite"],
+    }
+
+
+def blocks(rows: int, row_shape: Sequence[int], share: int = 1) -> Iterator[slice]:
+    """Yield slices of consecutive rows whose float32 values take at most BLOCK_BYTES / `share`, or one row."""
+    step = max(1, BLOCK_BYTES // (4 * share * math.prod(row_shape)))
+    yield from (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def name_some(samples: Sequence[int]) -> str:

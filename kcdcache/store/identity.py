@@ -33,8 +33,13 @@ class TeacherIdentity:
     weights: str
     """SHA-256 over names, shapes, types and bytes of all tensors"""
     transform: dict[str, Any]
-    """the input transform: size, mean, std"""
+    """the input transform: size, mean, std; and `outputs` if the logits are the logarithm of probabilities"""
     precision: str
+
+    @property
+    def imported(self) -> bool:
+        """Whether the outputs were computed elsewhere."""
+        return self.architecture == "imported"
 
 
 @dataclass(frozen=True, kw_only=True)

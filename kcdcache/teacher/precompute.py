@@ -1,9 +1,10 @@
 """Fill a store with a teacher's outputs: plan it, compute part by part, write, seal."""
 
 import logging
+import mmap
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -40,6 +41,13 @@ ENVIRONMENT, TIMING = log.FOLDER / "environment.json", log.FOLDER / "timing.json
 UNTIMED_BATCHES, TIMED_BATCHES, MOST_SECONDS = 2, 8, 20.0
 """of a dry run: first teacher batches, which prefetching and setup distort, those it times, and its time limit"""
 
+STEADY_ROWS, FEW_ROWS = 32, 2
+"""samples on which a teacher is compared with itself, and those that it sees again in a batch of their own"""
+STEADY, STEADY_ALONE = 1e-3, 0.05
+"""largest change of its logits, as a share of their range: in the same batch, and in a smaller one (other rounding)"""
+MOST_PROBABLE = 0.99
+"""share of a part's rows that are probabilities above which none of them are taken for logits"""
+
 Outputs = Callable[[int, int, int], dict[str, Tensor]]
 """(view, first row, last row + 1) -> field -> float32 outputs of those rows"""
 
@@ -60,6 +68,8 @@ class Job:
     """accuracy on a view below which the outputs cannot be right; 0 for no check"""
     truth: np.ndarray | None = None
     """labels for the accuracy, if `labels` are partly wrong"""
+    if_probabilities: str | None = None
+    """what to do if the outputs are probabilities instead of logits; None if they are not checked"""
     may_skip: bool | None = None
     """whether samples with outputs that cannot be stored are skipped; None if the user has no such choice"""
     device: torch.device = CPU
@@ -92,7 +102,8 @@ def run(
 
     Raises MismatchError if the store is of other knowledge or the teacher is barely better than chance, SettingsError
     if the rule has fewer views than asked for or the store would exceed the budget, NonFiniteError if an output cannot
-    be stored (with on_nonfinite = skip: more than `log.MOST_SKIPPED`).
+    be stored (with on_nonfinite = skip: more than `log.MOST_SKIPPED`). MismatchError too if the teacher gives
+    probabilities instead of logits, or outputs that change from pass to pass or with the batch.
     """
     rule = rules.rule_from(settings, data.train.image_size)
     knowledge = Knowledge(teacher=network.identity, data=data.identity(), views=rule)
@@ -103,6 +114,10 @@ def run(
     job = replace(
         job_for(data, network, knowledge, list(plan.encodings), images=images, workers=settings.workers),
         least_accuracy=_least_accuracy(settings.min_accuracy, len(data.classes)),
+        if_probabilities=(
+            f"let {network.identity.architecture} return what goes into its softmax, or give --from-probabilities, "
+            "which takes their logarithm"
+        ),
         may_skip=settings.on_nonfinite == "skip",
         threads=threads,
         allow_change=allow_env_change,
@@ -137,25 +152,40 @@ def import_logits(
     path: Path,
     progress: Progress = silent,
     dry_run: bool = False,
+    probabilities: bool = False,
 ) -> dict[str, Any]:
     """Make a store of logits computed elsewhere: an .npy file of shape (views, N, C), or (N, C) for one view.
 
     The caller vouches that view v of the file is view v of the rule in the settings. A number beyond float32 counts as
-    infinite. Raises MismatchError if the array's shape does not fit the data, or its accuracy is barely better than
-    chance.
+    infinite. With `probabilities`, the logarithm of the file's numbers is stored. Raises MismatchError if the array's
+    shape does not fit the data, it holds probabilities instead of logits or the other way round, or its accuracy is
+    barely better than chance.
     """
-    logits = _read_npy(file, len(data.train), len(data.classes))
+    flag = "--from-probabilities" if probabilities else "--from-logits"
+    logits = _read_npy(file, len(data.train), len(data.classes), flag)
     rule = rules.rule_from(settings, data.train.image_size)
     _views_wanted(rule, len(logits))
     precision = str(logits.dtype)
-    source = TeacherIdentity(architecture="imported", weights=sha256_file(file), transform={}, precision=precision)
+    source = TeacherIdentity(
+        architecture="imported",
+        weights=sha256_file(file),
+        transform=teacher.OF_PROBABILITIES if probabilities else {},
+        precision=precision,
+    )
     knowledge = Knowledge(teacher=source, data=data.identity(), views=rule)
     forms = [encoding.parse(settings.encoding, "logits", (len(data.classes),))]
     plan = _plan(settings, len(data.train), len(logits), forms, path)
     if dry_run:
         return _described_plan(plan, knowledge, path)
+
+    def outputs(view: int, start: int, stop: int) -> dict[str, Tensor]:
+        rows = _as_float32(logits[view, start:stop])
+        logits._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]  # else all that was read stays in memory
+        return {"logits": teacher.log_probabilities(rows, str(file)) if probabilities else rows}
+
     job = Job(
-        outputs=lambda view, start, stop: {"logits": _as_float32(logits[view, start:stop])},
+        outputs=outputs,
+        if_probabilities=f"give `--from-probabilities {file}` instead of --from-logits, which takes their logarithm",
         labels=data.train.labels,
         truth=data.train.clean_labels,
         digests=data.train.digests(),
@@ -219,7 +249,7 @@ def describe(path: Path) -> dict[str, Any]:
         "layout_id": found.plan.layout_id,
         "skipped": len(found.skipped),
         "teacher_accuracy": [sums["correct"] / found.count for sums in measured if "correct" in sums],
-        "teacher_forwards": 0 if found.knowledge.teacher.architecture == "imported" else found.forwards,
+        "teacher_forwards": 0 if found.knowledge.teacher.imported else found.forwards,
         "seconds": logged_seconds(path / TIMING),
         "images_per_second": rate and rate.document(),
     }
@@ -230,7 +260,7 @@ def _encodings(
 ) -> list[encoding.Encoding]:
     asked = identity.per_sample(settings.fields) or ("logits",)
     names = fields.expand(asked, lambda: teacher.tap_shapes_of(network, image))
-    black = teacher.outputs(network, torch.zeros(1, *image), names)
+    black = teacher.outputs(network, torch.zeros(FEW_ROWS, *image), names)  # batch statistics need two
     return [
         encoding.parse(fields.encoding_for(name, settings.encoding), name, tuple(row.shape[1:]))
         for name, row in black.items()
@@ -301,6 +331,7 @@ def expected_cost(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job) -
     """
     everything = writer.missing(path, knowledge, plan)
     mine = everything if job.shard == WHOLE else writer.missing(path, knowledge, plan, job.shard)
+    _require_steady(job, plan, mine)
     rate = measured(job, plan, mine)
     to_do, free = _to_do(plan, everything, rate), _free_bytes(path)
     if to_do["bytes"] > free:
@@ -380,6 +411,7 @@ def fill(
     with begun as opened, enough_memory(remedy):
         if pending := opened.pending():
             _settle_environment(path, job)
+            _require_steady(job, opened.plan, pending)
             _write_parts(opened, pending, job, progress)
         else:
             logger.info("precompute: %s is %s already", path, "finished" if opened.sealed else "complete")
@@ -425,51 +457,119 @@ class Computed(NamedTuple):
 
 
 def compute(part: Part, plan: StorePlan, job: Job) -> Computed:
-    """Return a part's arrays and counts; raises NonFiniteError if an output cannot be stored and may not be skipped."""
-    values, correct = _outputs_of(part, plan, job)
-    mask = _unusable(part, values, plan) if job.may_skip else None
-    skipped = [] if mask is None else (part.start + mask.nonzero().flatten()).tolist()
-    stored: dict[str, np.ndarray] = {}
-    try:
+    """Return a part's arrays and counts.
+
+    Raises NonFiniteError if an output cannot be stored and may not be skipped, MismatchError for probabilities.
+    """
+    arrays = [spec for field in part.fields for spec in plan.encodings[field].arrays]
+    stored = {spec.name: np.empty((_points([part]), *spec.row_shape), spec.dtype) for spec in arrays}
+    statistics: dict[str, log.Numbers] = {}
+    correct, probable, skipped = 0.0, 0, list[int]()
+    for first, outputs in _blocks(part, plan, job):
+        if (logits := outputs.get("logits")) is not None:
+            correct += _correct(logits, first, job)
+            probable += int(teacher.probability_rows(logits).sum())
+        values = {field: outputs[field] for field in part.fields}
+        mask = _unusable(part.view, first, values, plan) if job.may_skip else None
+        skipped += [] if mask is None else (first + mask.nonzero().flatten()).tolist()
+        for name, rows in _encoded(part.view, first, values, mask, plan, job).items():
+            stored[name][first - part.start :][: len(rows)] = rows
         for field, rows in values.items():
-            stored |= plan.encodings[field].encode(rows, part.start, mask)
-    except NonFiniteError as error:
-        hint = "; `--on-nonfinite skip` leaves such samples out of the store and of all training"
-        raise NonFiniteError(f"{error}, in view {part.view}{hint if job.may_skip is False else ''}") from None
-    statistics = {field: encoding.statistics(rows) for field, rows in values.items()}
+            found = encoding.statistics(rows)
+            statistics[field] = encoding.merged(statistics[field], found) if field in statistics else found
+    _require_logits(part, probable, job)
     return Computed(stored, statistics, {"correct": correct}, tuple(skipped))
 
 
-def _outputs_of(part: Part, plan: StorePlan, job: Job) -> tuple[dict[str, Tensor], float]:
-    """Return a part's fields, and the number of correct predictions."""
-    pieces: dict[str, list[Tensor]] = {field: [] for field in part.fields}
-    guesses: list[Tensor] = []
+def _blocks(part: Part, plan: StorePlan, job: Job) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yield the first row and the outputs of some teacher batches, of which the logits if the part has them or not.
+
+    One block after the other is encoded, so that a part of many classes is never in memory as a whole; blocks are large
+    enough that a GPU is rarely waited for.
+    """
+    wanted, held, first = dict.fromkeys((*part.fields, "logits")), list[dict[str, Tensor]](), part.start
     for start, stop in plan.batches(part):
         outputs = job.outputs(part.view, start, stop)
-        for field in part.fields:
-            pieces[field].append(outputs[field])
-        if "logits" in outputs:
-            logits = outputs["logits"]
-            finite = torch.isfinite(logits).all(1)  # a row with a NaN has its maximum there
-            guesses.append(torch.where(finite, logits.argmax(1), -1))
-    # counted once a part: reading a number after every batch would stall the device
-    correct = 0.0
-    if guesses:
-        found, truth = torch.cat(guesses), job.labels if job.truth is None else job.truth
-        correct = float((found == torch.from_numpy(truth[part.start : part.stop]).to(found.device)).sum())
-    return {field: torch.cat(values) for field, values in pieces.items()}, correct
+        held.append({field: outputs[field] for field in wanted if field in outputs})
+        if stop == part.stop or sum(rows.nbytes for each in held for rows in each.values()) >= encoding.BLOCK_BYTES:
+            joined = {field: torch.cat([each[field] for each in held]) for field in held[0]}
+            held.clear()
+            yield first, joined
+            first = stop
 
 
-def _unusable(part: Part, values: Mapping[str, Tensor], plan: StorePlan) -> Tensor | None:
+def _correct(logits: Tensor, first: int, job: Job) -> float:
+    """Return the number of correct predictions among some rows; one with a NaN, whose maximum is that, is wrong."""
+    truth = (job.labels if job.truth is None else job.truth)[first : first + len(logits)]
+    right = logits.argmax(1) == torch.from_numpy(truth).to(logits.device)
+    return float((right & torch.isfinite(logits).all(1)).sum())
+
+
+def _encoded(
+    view: int, first: int, values: Mapping[str, Tensor], mask: Tensor | None, plan: StorePlan, job: Job
+) -> dict[str, np.ndarray]:
+    stored: dict[str, np.ndarray] = {}
+    try:
+        for field, rows in values.items():
+            stored |= plan.encodings[field].encode(rows, first, mask)
+    except NonFiniteError as error:
+        hint = "; `--on-nonfinite skip` leaves such samples out of the store and of all training"
+        raise NonFiniteError(f"{error}, in view {view}{hint if job.may_skip is False else ''}") from None
+    return stored
+
+
+def _unusable(view: int, first: int, values: Mapping[str, Tensor], plan: StorePlan) -> Tensor | None:
     """Log the samples with a field that cannot be stored; return their mask (rows,), or None without any."""
     faults = [fault for field, rows in values.items() for fault in plan.encodings[field].faults(rows)]
     for fault in faults:
         if rows := fault.rows.nonzero().flatten().tolist():
-            named = encoding.name_some([part.start + row for row in rows])
+            named = encoding.name_some([first + row for row in rows])
             complaint = f"{fault.complaint} for {len(rows)} samples, which are skipped: {named}{fault.remedy}"
-            logger.warning("precompute: view %d, %s", part.view, complaint)
+            logger.warning("precompute: view %d, %s", view, complaint)
     mask = torch.stack([fault.rows for fault in faults]).any(0)
     return mask if mask.any() else None
+
+
+def _require_logits(part: Part, probable: int, job: Job) -> None:
+    """Raise MismatchError if nearly all rows of a part are probabilities, whose softmax is almost uniform."""
+    if job.if_probabilities is not None and probable > MOST_PROBABLE * (rows := _points([part])):
+        raise MismatchError(
+            f"the outputs are probabilities, not logits: {probable:,} of the rows of samples {part.start} to "
+            f"{part.stop - 1} in view {part.view} ({rows:,}) have no negative number and the sum 1 (or 100), and "
+            f"students would learn from a second, almost uniform softmax of them; {job.if_probabilities}"
+        )
+
+
+def _require_steady(job: Job, plan: StorePlan, pending: Sequence[Part]) -> None:
+    """Raise MismatchError if the teacher's logits on some samples change from pass to pass, or with their batch."""
+    if job.if_probabilities is None or not pending:
+        return
+    view, start, stop = next(iter(_batches(plan, pending)))
+    stop = min(stop, start + STEADY_ROWS)
+    whole, again, few = (job.outputs(view, start, end)["logits"] for end in (stop, stop, min(stop, start + FEW_ROWS)))
+    span = f"samples {start} to {stop - 1} of view {view}"
+    if (change := _change(whole, again)) > STEADY:
+        raise MismatchError(
+            f"the teacher's logits on {span} change by {change:.1%} of their range between two passes over the same "
+            "images, so no store can hold them: dropout or noise is active; let its forward pass do without them when "
+            "`training` is off (eval() is called here)"
+        )
+    if (change := _change(whole[: len(few)], few)) > STEADY_ALONE:
+        raise MismatchError(
+            f"the teacher's logits on {span} change by {change:.1%} of their range with the other images of the batch, "
+            "so no store can hold them: it normalises by the statistics of the batch; train it with running statistics "
+            "(track_running_stats), and let its forward pass use those when `training` is off (eval() is called here)"
+        )
+
+
+def _change(one: Tensor, other: Tensor) -> float:
+    """Return the largest difference between finite logits of the same samples, as a share of their range."""
+    finite = torch.isfinite(one) & torch.isfinite(other)
+    if not finite.any():
+        return 0.0
+    known = one[finite]
+    change = (known - other[finite]).abs().max()
+    return float(change / (known.max() - known.min()).clamp_min(1e-6))
 
 
 def _require_accuracy(part: Part, correct: float, right: dict[int, tuple[float, int]], least: float) -> None:
@@ -507,14 +607,14 @@ def _environments(path: Path) -> list[Any]:
     return read_json(path / ENVIRONMENT) if (path / ENVIRONMENT).exists() else []
 
 
-def _read_npy(file: Path, count: int, classes: int) -> np.ndarray:
+def _read_npy(file: Path, count: int, classes: int, flag: str) -> np.ndarray:
     cloud.bring(file)
     try:
         logits: np.ndarray = np.lib.format.open_memmap(file, mode="r")  # not np.load, which takes archives too
     except FileNotFoundError:
-        raise NotFoundError(f"--from-logits: no file at {file}") from None
+        raise NotFoundError(f"{flag}: no file at {file}") from None
     except ValueError as error:
-        raise SettingsError(f"--from-logits: {file} is not a plain .npy array: {error}") from None
+        raise SettingsError(f"{flag}: {file} is not a plain .npy array: {error}") from None
     if logits.ndim == 2:
         logits = logits[None]
     if logits.ndim != 3 or logits.shape[1:] != (count, classes) or logits.dtype.kind != "f":

@@ -197,7 +197,7 @@ def _required(means: Means | None, bad: str, root: Path, knowledge: Knowledge) -
     """Return the means unless they are missing, of another teacher or data, or could not have made the store."""
     if means is None:
         raise SettingsError(f"{bad}: give --teacher and --data to make it again")
-    if not knowledge.whole or knowledge.teacher.architecture == "imported":
+    if not knowledge.whole or knowledge.teacher.imported:
         kind = "imported" if knowledge.whole else "of an exported set" if knowledge.subset else "on a manifest's mixes"
         raise SettingsError(f"the outputs in {root} were {kind}: delete the folder and run its `precompute` again")
     now = Knowledge(teacher=means.network.identity, data=means.data.identity(), views=knowledge.views).document()

@@ -3,11 +3,12 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
 
 from kcdcache.data.datasets import Dataset
@@ -23,6 +24,8 @@ from kcdcache.teacher.fields import aggregated
 
 STEPS, RATE, SLACK = 10, 0.3, 1e-4
 """of the search for a boundary image"""
+OF_PROBABILITIES: dict[str, Any] = {"outputs": "probabilities"}
+"""entry of a teacher's recorded transform if the logits are the logarithm of its outputs"""
 Scores = Callable[[Float32[Tensor, "batch c h w"]], Float32[Tensor, "batch classes"]]
 """pixels in [0, 1] -> logits, differentiable"""
 
@@ -54,12 +57,15 @@ def load(
     device: torch.device | str,
     precision: Precision,
     channels: int = 3,
+    weights_key: str | None = None,
+    probabilities: bool = False,
 ) -> Teacher:
     """Return a frozen teacher for data with these classes and channels.
 
     Without `weights_path`, `spec` is the folder of a finished `fit` or `train`, or the JSON file of a saved network; it
     has its own architecture and input transform, and `mean`, `std` and `size` are not used. With `weights_path`, `spec`
-    is a model spec, and `weights_path` a safetensors or torch file, or such a folder of the same architecture.
+    is a model spec, and `weights_path` a safetensors or torch file, or such a folder of the same architecture;
+    `weights_key` names the weights to take of a file that has several. For `probabilities` see `freeze`.
 
     Raises SettingsError if the model spec is unknown or needs weights, MismatchError if the weights, classes or
     channels do not fit, UnsafeError if the weights or a saved network's spec could run code that the user did not name.
@@ -72,15 +78,17 @@ def load(
         spec, transform, where = record.architecture, record.transform, str(path)
         learned = (record.model_extra or {}).get("data")
     else:
-        state, where = load_weights(weights_path), str(weights_path)
+        state, where = load_weights(weights_path, weights_key), str(weights_path)
         transform = InputTransform(mean, std, size)
     module = registry.build(spec, len(classes), channels=channels)
     load_into(module, state, where)
-    found = freeze(module, transform, spec, classes, device, precision)
+    found = freeze(module, transform, spec, classes, device, precision, probabilities)
     return replace(found, data=learned if isinstance(learned, str) else None)
 
 
-def load_named(named: TeacherSettings, data: Dataset, precision: Precision, machine: MachineSettings) -> Teacher:
+def load_named(
+    named: TeacherSettings, data: Dataset, precision: Precision, machine: MachineSettings, probabilities: bool = False
+) -> Teacher:
     """Return the teacher that the settings name, for this data."""
     assert named.teacher is not None
     use_threads(machine.threads)
@@ -94,13 +102,23 @@ def load_named(named: TeacherSettings, data: Dataset, precision: Precision, mach
         device=resolve_device(machine.device),
         precision=precision,
         channels=len(data.mean),
+        weights_key=named.weights_key,
+        probabilities=probabilities,
     )
+
+
+def load_again(
+    named: TeacherSettings, data: Dataset, knowledge: Knowledge, path: Path, machine: MachineSettings
+) -> Teacher:
+    """Return the teacher that the settings name, to run as the one that made a store; see `precision_of`."""
+    probabilities = OF_PROBABILITIES.items() <= knowledge.teacher.transform.items()
+    return load_named(named, data, precision_of(knowledge, path), machine, probabilities)
 
 
 def precision_of(knowledge: Knowledge, path: Path) -> Precision:
     """Return the precision of the teacher that made a store; raises MismatchError if its logits were imported."""
     made_by = knowledge.teacher
-    if made_by.architecture == "imported" or made_by.precision not in get_args(Precision):
+    if made_by.imported or made_by.precision not in get_args(Precision):
         raise MismatchError(
             f"the logits in {path} were imported from elsewhere ({made_by.precision}): no teacher here can give them "
             "again; use a store that `kcdcache precompute --teacher` made"
@@ -115,19 +133,50 @@ def freeze(
     classes: tuple[str, ...],
     device: torch.device | str,
     precision: Precision = "float32",
+    probabilities: bool = False,
 ) -> Teacher:
-    """Return a teacher made from a copy of a network."""
+    """Return a teacher made from a copy of a network; with `probabilities`, its logits are their logarithm."""
     frozen = copy.deepcopy(module).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    weights = digest_weights(module.state_dict())
+    weights, shown = digest_weights(module.state_dict()), transform.document()
+    if probabilities:
+        frozen.register_forward_hook(partial(_take_logarithm, architecture))
+        shown |= OF_PROBABILITIES
     return Teacher(
         module=frozen.eval().requires_grad_(False),
         transform=transform,
         classes=classes,
-        identity=TeacherIdentity(
-            architecture=architecture, weights=weights, transform=transform.document(), precision=precision
-        ),
+        identity=TeacherIdentity(architecture=architecture, weights=weights, transform=shown, precision=precision),
         device=torch.device(device),
     )
+
+
+def probability_rows(values: Float[Tensor, "batch classes"], slack: float = 1e-3) -> Bool[Tensor, " batch"]:
+    """Return which rows are probabilities or percentages: nothing below 0, and the sum 1 or 100 up to that share."""
+    total = values.sum(1)
+    return (values.amin(1) >= -1e-6) & (((total - 1).abs() <= slack) | ((total - 100).abs() <= 100 * slack))
+
+
+def log_probabilities(values: Float[Tensor, "batch classes"], source: str) -> Float32[Tensor, "batch classes"]:
+    """Return the logarithm of probabilities or percentages; that of 0 is about -87, and what is not finite is NaN.
+
+    Raises MismatchError, naming their source, if a row is neither.
+    """
+    values, finite = values.float(), torch.isfinite(values)
+    wrong = finite.all(1) & ~probability_rows(values, 1e-2)
+    if wrong.any():
+        row = values[wrong][0]
+        raise MismatchError(
+            f"--from-probabilities: {source} gives a row of numbers from {float(row.min()):.4g} to "
+            f"{float(row.max()):.4g} with the sum {float(row.sum()):.4g}, expected are numbers from 0 to 1 (or 100) "
+            "with that sum; if these are logits, give --from-logits or leave --from-probabilities out"
+        )
+    return values.clamp_min(torch.finfo(torch.float32).tiny).log().where(finite, torch.nan)
+
+
+def _take_logarithm(architecture: str, module: nn.Module, inputs: object, found: Tensor) -> Tensor:
+    """Forward hook; what is no batch of rows is refused where the network is first used."""
+    rows = isinstance(found, Tensor) and found.ndim == 2
+    return log_probabilities(found, f"the teacher {architecture}") if rows else found
 
 
 def outputs(
@@ -157,8 +206,8 @@ def outputs(
 
 
 def tap_shapes_of(teacher: Teacher, image: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
-    """Return tap -> shape of one sample's value for images (channels, h, w), by a forward pass on a black one."""
-    found = _plain(teacher, torch.zeros(1, *image, device=teacher.device), list(taps.stage_taps(teacher.module)))
+    """Return tap -> shape of one sample's value for images (channels, h, w), by a forward pass on black ones."""
+    found = _plain(teacher, torch.zeros(2, *image, device=teacher.device), list(taps.stage_taps(teacher.module)))
     return {name: tuple(value.shape[1:]) for name, value in found.items()}
 
 

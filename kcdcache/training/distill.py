@@ -225,7 +225,7 @@ def _summary(run: Run, exported: Path) -> state.Summary:
         method=run.settings.method,
         knowledge_id=knowledge.knowledge_id,
         teacher_forwards=requeries,
-        store_teacher_forwards=knowledge.count * knowledge.views,
+        store_teacher_forwards=0 if knowledge.knowledge.teacher.imported else knowledge.count * knowledge.views,
         rows_read=sum(row.rows_read or 0 for row in rows),
         bytes_read=sum(row.bytes_read or 0 for row in rows),
         kept=len(manifest.read(exported)),

@@ -19,7 +19,7 @@ from kcdcache.networks.input_transform import InputTransform
 from kcdcache.networks.weights import load_into, load_network
 from kcdcache.runs.folder import RunFolder
 from kcdcache.settings import TrainSettings
-from kcdcache.store import identity
+from kcdcache.store import encoding, identity
 from kcdcache.store.reader import Store
 from kcdcache.teacher.teacher import Teacher
 from kcdcache.views import prefetch, rules
@@ -128,7 +128,8 @@ def fidelity(
     ours = guesses(*network, first_views(data.train, rule, device, settings.workers))[usable]
     found |= _on_train(ours, data.train, usable)
     if "logits" in knowledge.fields:
-        theirs = knowledge.read("logits", 0, usable).argmax(1)
+        blocks = encoding.blocks(len(usable), knowledge.fields["logits"].row_shape)
+        theirs = np.concatenate([knowledge.read("logits", 0, usable[block]).argmax(1) for block in blocks])
         found["agreement_train"] = _share(ours == theirs)
         found |= {f"teacher_{name}": value for name, value in _on_train(theirs, data.train, usable).items()}
     if teacher is not None or data.corruption.gamma is not None:

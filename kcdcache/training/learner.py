@@ -1,5 +1,6 @@
 """A network in training: weights, loss, optimizer, values and counters, with everything a resumed run needs."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,8 @@ from kcdcache.runs.state import Checkpoint, MetricsRow
 from kcdcache.settings import MethodSettings, OptimizerSettings
 from kcdcache.teacher.fields import aggregated
 from kcdcache.training.processes import ALONE, Group
+
+logger = logging.getLogger(__name__)
 
 INPUT = "input"
 """tap of the network's input: the transformed pixels"""
@@ -197,6 +200,8 @@ def new_learner(
         raise SettingsError("--compile works with methods that read the student's logits alone; leave it out")
     _require_shareable(settings, device, loss, group)
     network = registry.build(model, len(data.classes), settings.seed, channels=len(data.mean))
+    if isinstance([*network.modules()][-1], nn.Softmax):
+        logger.warning("%s ends in a softmax: if its outputs are probabilities, let it return what goes into it", model)
     network = network.to(device).to(memory_format=torch.channels_last)  # 1.4-4.5 times faster on CPU
     if settings.sync_bn:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)

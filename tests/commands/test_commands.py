@@ -44,6 +44,11 @@ IMPORT = {"augment": "none", "from_logits": "logits.npy", "teacher": None}
 REFUSED = [
     ("precompute", {"teacher_size": 9}, r"--teacher-size does nothing here: .* brings its own input transform"),
     ("precompute", {"from_logits": "logits.npy"}, r"--from-logits needs --augment: say which views"),
+    ("precompute", {"from_probabilities": "p.npy", "teacher": None}, "--from-probabilities needs --augment: say"),
+    ("precompute", {"from_probabilities": "p.npy", "augment": "none"}, "--teacher does nothing beside --from-prob"),
+    ("precompute", {"from_probabilities": True, "teacher": None}, "--teacher is missing"),
+    ("precompute", IMPORT | {"from_probabilities": "p.npy"}, "name two files; give one of them"),
+    ("precompute", {"weights_key": "model"}, "--weights-key does nothing here: a saved network has one set of weights"),
     ("train", SCHOOL | {"condensed": "set"}, "--store does nothing beside --condensed, which brings its own"),
     *(
         ("precompute", IMPORT | {name: value}, rf"--{name.rstrip('_').replace('_', '-')} does nothing beside --from-lo")
@@ -121,7 +126,7 @@ def test_digits_are_cropped_where_no_views_are_named():
 
 def test_imported_logits_have_no_teacher_to_ask_but_a_store_has_one_of_its_precision(place, tmp_path):
     assert teacher.precision_of(place.knowledge.knowledge, place.knowledge.path) == "float32"
-    np.save(tmp_path / "logits.npy", np.eye(10, dtype=np.float32)[place.data.train.labels])
+    np.save(tmp_path / "logits.npy", 9 * np.eye(10, dtype=np.float32)[place.data.train.labels])
     imported = import_from(tmp_path / "logits.npy", tmp_path / "store")["store"]
     with pytest.raises(MismatchError, match=r"the logits in .* were imported from elsewhere \(float32\)"):
         command(place, "train", store=imported, out=tmp_path / "out", **SCHOOL | {"mix_target": "requery"})

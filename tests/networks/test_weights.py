@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from commands import failure, outcome
 from damaging import endless, flip
 from lessons import CLASSES, digits
 from pupils import SPEC, loaded, saved_teacher
@@ -20,6 +21,7 @@ from kcdcache.files.atomic import sha256_file
 from kcdcache.files.records import readable_json, sealed_json
 from kcdcache.networks import registry, weights
 from kcdcache.networks.input_transform import InputTransform
+from kcdcache.store.identity import read_store_identity
 
 TRANSFORM = InputTransform((0.5,) * 3, (0.25,) * 3)
 
@@ -38,6 +40,7 @@ WRAPPINGS = {
     "bare": lambda state: state,
     "model": lambda state: {"model": state, "epoch": 240, "accuracy": torch.tensor(75.6)},
     "state_dict": lambda state: {"state_dict": state},
+    "beside other things": lambda state: {3: "three", "net": state, "statistics": {"mean": torch.zeros(3)}},
     "parallel": lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}},
     "older than batch counters": lambda state: {k: v for k, v in state.items() if not k.endswith("_batches_tracked")},
 }
@@ -54,6 +57,125 @@ def test_checkpoint_loads_from_every_wrapping(wrapping, tmp_path):
         torch.save(WRAPPINGS[wrapping](source.state_dict()), path)
     weights.load_into(target, weights.load_weights(path), str(path))
     assert digest(target) == digest(source)
+
+
+def prefixed(prefix, state):
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def averaged(state):
+    """As torch's AveragedModel keeps them, which torchvision's training scripts store as `model_ema`."""
+    return {"n_averaged": torch.tensor(9), **prefixed("module.", state)}
+
+
+SEVERAL = {
+    "torchvision": lambda raw, ema: {"model": raw, "model_ema": averaged(ema), "optimizer": {"state": {0: {}}}},
+    "timm": lambda raw, ema: {"epoch": 3, "state_dict": raw, "state_dict_ema": ema},
+    "nested": lambda raw, ema: {"model": raw, "ema": {"decay": 0.99, "shadow": prefixed("_orig_mod.", ema)}},
+}
+KEYS = {"torchvision": "model_ema", "timm": "state_dict_ema", "nested": "ema.shadow"}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_of_raw_and_averaged_weights_the_raw_are_taken_with_a_warning_and_the_others_by_their_key(
+    kind, tmp_path, caplog
+):
+    path, (raw, ema) = tmp_path / "net.pth", (built(seed) for seed in (1, 2))
+    torch.save(SEVERAL[kind](raw.state_dict(), ema.state_dict()), path)
+    for key, wanted in ((None, raw), (KEYS[kind], ema)):
+        caplog.clear()
+        target = built(3)
+        weights.load_into(target, weights.load_weights(path, key), str(path))
+        assert digest(target) == digest(wanted)
+        said = f"holds the weights of 2 networks; those at '{'model' if kind != 'timm' else 'state_dict'}' are taken"
+        assert (said in caplog.text, f"--weights-key {KEYS[kind]}" in caplog.text) == (key is None, key is None)
+    with pytest.raises(SettingsError, match=rf"--weights-key emaa: .* no weights there, but at .*'{KEYS[kind]}'"):
+        weights.load_weights(path, "emaa")
+
+
+@pytest.mark.parametrize("content", [
+    lambda one, other: {"student": one, "teacher": other},
+    lambda one, other: {"params": one, "params_ema": other},
+])  # fmt: skip
+def test_several_networks_at_no_usual_place_must_be_named(content, tmp_path):
+    path, (one, other) = tmp_path / "net.pth", (built(seed) for seed in (1, 2))
+    torch.save(made := content(one.state_dict(), other.state_dict()), path)
+    names = ", ".join(f"'{name}'" for name in made)
+    with pytest.raises(MismatchError, match=rf"weights of 2 networks, at {names}; name .* --weights-key {[*made][1]}"):
+        weights.load_weights(path)
+    assert weights.digest_weights(weights.load_weights(path, [*made][1])) == digest(other)
+
+
+def test_a_key_may_be_the_beginning_of_names(tmp_path):
+    state = prefixed("model.", built(1).state_dict()) | prefixed("ema_model.", built(2).state_dict())
+    torch.save({"state_dict": state}, tmp_path / "net.ckpt")
+    safetensors.torch.save_file(state, tmp_path / "net.safetensors")
+    for name, key in (
+        ("net.ckpt", "ema_model"),
+        ("net.ckpt", "state_dict.ema_model"),
+        ("net.safetensors", "ema_model"),
+    ):
+        found = weights.load_weights(tmp_path / name, key)
+        assert weights.digest_weights(found) == digest(built(2))
+    with pytest.raises(SettingsError, match="no weights there, but at 'ema_model', 'model'"):
+        weights.load_weights(tmp_path / "net.safetensors", "raw")
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "model.", "student.", "_orig_mod.", "module._orig_mod.", "model.student."]
+)
+def test_a_prefix_that_all_names_share_is_left_out_and_said(prefix, tmp_path, caplog):
+    caplog.set_level("INFO")
+    torch.save({"state_dict": prefixed(prefix, built(1).state_dict())}, tmp_path / "net.pth")
+    target = built(2)
+    weights.load_into(target, weights.load_weights(tmp_path / "net.pth"), "net.pth")
+    assert digest(target) == digest(built(1))
+    assert all(f"'{part}.' before every name is left out" in caplog.text for part in prefix.split(".")[:-1])
+
+
+def test_a_prefix_of_the_networks_own_is_kept(caplog):
+    caplog.set_level("INFO")
+    own, other = (nn.ModuleDict({"model": built(seed)}) for seed in (1, 2))
+    weights.load_into(other, own.state_dict(), "own")
+    assert (digest(other), caplog.text) == (digest(own), "")
+    weights.load_into(other, prefixed("module.", own.state_dict()), "own")
+    assert digest(other) == digest(own)
+    with pytest.raises(MismatchError, match=r"do not fit ResNet: .*unexpected, first 'other\."):
+        weights.load_into(built(1), prefixed("other.", built(1).state_dict()), "net.pth")
+
+
+class Headed(nn.Module):
+    """A network with the second classifiers that inception and googlenet have while they are trained."""
+
+    def __init__(self, heads=()):
+        super().__init__()
+        self.fc = nn.Linear(2, 3)
+        for head in heads:
+            setattr(self, head, nn.Linear(2, 3))
+
+
+@pytest.mark.parametrize("heads", [("AuxLogits",), ("aux1", "aux2")])
+def test_second_classifiers_are_left_out_and_said_and_no_other_layers(heads, caplog):
+    caplog.set_level("INFO")
+    source, target = Headed(heads), Headed()
+    weights.load_into(target, prefixed("module.", source.state_dict()), "net.pth")
+    assert digest(target.fc) == digest(source.fc)
+    assert f"of second classifiers, which serve training only, are left out ({', '.join(heads)})" in caplog.text
+    weights.load_into(Headed(heads), source.state_dict(), "net.pth")  # a network that has them keeps them
+    with pytest.raises(MismatchError, match=r"2 are unexpected, first 'second\.weight'"):
+        weights.load_into(target, Headed(("second",)).state_dict(), "net.pth")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["inception_v3", "googlenet"])
+def test_torchvisions_weights_with_second_classifiers_load(name, caplog):
+    torchvision = pytest.importorskip("torchvision")
+    caplog.set_level("INFO")
+    source = torchvision.models.get_model(name, weights=None, aux_logits=True, init_weights=False, num_classes=CLASSES)
+    target = registry.build(f"torchvision:{name}", CLASSES)
+    weights.load_into(target, source.state_dict(), "net.pth")
+    assert torch.equal(target.fc.weight, source.fc.weight)
+    assert "torchvision's own weights of it expect --teacher-mean 0.5,0.5,0.5" in caplog.text
 
 
 def saved_bytes(content):
@@ -210,6 +332,25 @@ def trap(canary):
 def precompute(path, store="s"):
     """Words of a command that reads these weights."""
     return "precompute", "--data", SPEC, "--teacher", "resnet8", "--weights", path, "--store", store
+
+
+def test_the_command_says_which_weights_it_takes_and_takes_those_it_is_told_to(tmp_path, capsys, caplog):
+    raw, ema = built(1).state_dict(), averaged(built(2).state_dict())
+    torch.save({"model": raw, "model_ema": ema}, tmp_path / "t.pth")
+    made = {}
+    for name, more in (("raw", ()), ("ema", ("--weights-key", "model_ema"))):
+        words = (*precompute(tmp_path / "t.pth", tmp_path / name), "--min-accuracy", 0, *more)
+        caplog.clear()
+        assert outcome(capsys, *words)[0] == 0
+        assert ("those at 'model' are taken; others ('model_ema') with" in caplog.text) == (name == "raw")
+        made[name] = read_store_identity(tmp_path / name).teacher.weights
+    assert made == {"raw": digest(built(1)), "ema": digest(built(2))}
+    code, said = failure(capsys, *precompute(tmp_path / "t.pth", tmp_path / "s"), "--weights-key", "optimizer")
+    assert (code, "--weights-key optimizer: " in said, "'model', 'model_ema'" in said) == (2, True, True), said
+    folder = saved_teacher(tmp_path / "fit", digits())
+    words = ("precompute", "--data", SPEC, "--teacher", folder, "--store", tmp_path / "s", "--weights-key", "model")
+    code, said = failure(capsys, *words)
+    assert (code, "--weights-key does nothing here: a saved network has one set of weights" in said) == (2, True), said
 
 
 def test_the_trap_works(tmp_path):

@@ -123,10 +123,55 @@ def test_differences_are_of_paired_seeds(place, made):
     ends = [statistics.fmean(pairs) + sign * T_ONE * std / math.sqrt(2) for sign in (-1, 1)]
     assert (row["n"], row["mean"], row["std"]) == (2, pytest.approx(statistics.fmean(pairs)), pytest.approx(std))
     assert [row["low"], row["high"]] == pytest.approx(ends)
-    single = found[ROWS["base"], "relative cost"]
-    assert (single["n"], single["low"], single["unit"]) == (1, None, "of N x epochs")
-    costs = [summaries(place, step, "relative_cost")[0] for step in ("base", "kd")]
-    assert single["mean"] == costs[0] - costs[1]
+    costs, samples = (
+        [statistics.fmean(summaries(place, step, name)[:2]) for step in ("kcd", "kd")]
+        for name in ("relative_cost", "student_samples")
+    )
+    assert found[ROWS["kcd"], "relative cost"]["mean"] == pytest.approx(costs[0] - costs[1])
+    assert found[ROWS["kcd"], "student samples"]["mean"] == pytest.approx(samples[0] - samples[1])
+    assert {row["row"] for row in found.values()} == {ROWS["kcd"]}  # the baseline has other epochs
+
+
+def altered(run, settings=None, inputs=None, data=None, **summary):
+    """The run as if it had been made with other settings, inputs or data."""
+    record = run.record
+    given = {"settings": record.settings | (settings or {}), "inputs": record.inputs.model_copy(update=inputs or {})}
+    stages = tuple(
+        stage._replace(manifest=dataclasses.replace(stage.manifest, data_digest=data)) if data else stage
+        for stage in run.stages
+    )
+    return dataclasses.replace(
+        run, record=record.model_copy(update=given), stages=stages, summary=run.summary.model_copy(update=summary)
+    )
+
+
+UNLIKE = {
+    "epochs (10 and 6)": {"settings": {"epochs": 10}, "epochs": 10},
+    "batch size (64 and 32)": {"settings": {"batch_size": 64}},
+    "test data": {"inputs": {"test": "other"}},
+    "training data": {"data": "other"},
+    "training data, epochs (10 and 6)": {"data": "other", "settings": {"epochs": 10}, "count": 60},
+}
+
+
+@pytest.mark.parametrize("what", UNLIKE)
+def test_rows_of_unequal_data_epochs_or_batch_size_are_compared_only_across(known, what):
+    runs = tuple(altered(run, **UNLIKE[what]) if run.step == "kcd" else run for run in known.runs)
+    loaded = known._replace(runs=tuple(run for run in runs if run.step != "base"))
+    note = f"'{ROWS['kcd']}' and '{ROWS['kd']}' differ in {what}"
+    assert (tables.differences(loaded), tables.pairing(loaded)) == ([], [f"{note}: not compared without --across"])
+    found = {row["measure"]: row for row in tables.differences(loaded, across=True)}
+    shares = {"relative cost"} if {"epochs", "count"}.isdisjoint(UNLIKE[what]) else set()
+    assert found.keys() == {"accuracy last", "accuracy best", "student samples"} | shares
+    assert {row["n"] for row in found.values()} == {2}
+    assert tables.pairing(loaded, across=True) == [f"{note} and are compared all the same"]
+    assert tables.pairing(known, "kd")[-1].endswith("differ in epochs (2 and 6): not compared without --across")
+
+
+def test_of_a_row_of_unlike_runs_only_those_like_the_references_are_paired(known):
+    runs = tuple(altered(run, {"epochs": 10}) if run.name == "kcd-seed1" else run for run in known.runs)
+    found = {row["row"]: row["n"] for row in tables.differences(known._replace(runs=runs))}
+    assert found == {ROWS["kcd"]: 1}
 
 
 def test_rows_are_compared_with_those_of_their_own_network_and_the_reference_can_be_named(known):
@@ -135,9 +180,10 @@ def test_rows_are_compared_with_those_of_their_own_network_and_the_reference_can
         dataclasses.replace(run, summary=run.summary.model_copy(update=other if run.step == "kcd" else {}))
         for run in known.runs
     )
-    found = tables.every(known._replace(runs=runs))["differences"].rows
+    found = tables.every(known._replace(runs=runs), across=True)["differences"].rows
     assert {(row["row"], row["reference"]) for row in found} == {(ROWS["base"], ROWS["kd"])}
-    assert {row["reference"] for row in tables.every(known, "base")["differences"].rows} == {ROWS["base"]}
+    named = tables.every(known, "base", across=True)["differences"].rows
+    assert {row["reference"] for row in named} == {ROWS["base"]}
     with pytest.raises(SettingsError, match=r"no row 'kdd' to compare with; did you mean 'kd'\?"):
         tables.every(known, "kdd")
 
@@ -182,6 +228,21 @@ def test_costs_are_those_of_store_and_runs(place, made):
     for column, entry in (("images_per_second", "mean"), ("images_per_second_std", "std")):
         speeds = [speed[entry] for speed in summaries(place, "kcd", "images_per_second") if speed[entry] is not None]
         assert found[ROWS["kcd"]][column] == (pytest.approx(statistics.fmean(speeds)) if speeds else None)
+
+
+def test_a_stores_forwards_are_shown_once_where_they_were_paid(place, known):
+    def paid(report):
+        rows_ = report["tables"]["cost"]["rows"]
+        return [(row["row"], row["teacher_forwards"]) for row in rows_ if row["teacher_forwards"]]
+
+    assert paid(numbers(place.folder)) == [("store (store)", 3 * 120)]
+    runs = [place.folder / name for name in ("kd-seed0", "kd-seed1", "kcd-seed0")]
+    name = known.stores[0].knowledge_id[:12]
+    assert paid(numbers(*runs)) == [(f"store {name} (elsewhere)", 3 * 120)]
+    (store,) = known.stores
+    elsewhere = dataclasses.replace(store.knowledge.teacher, architecture="imported")
+    computed = store.model_copy(update={"knowledge": dataclasses.replace(store.knowledge, teacher=elsewhere)})
+    assert tables.cost(known._replace(stores=(computed,)))[0]["teacher_forwards"] == 0
 
 
 def test_provenance_names_settings_commit_versions_and_digests(place, made):
@@ -440,6 +501,20 @@ def test_the_command_writes_the_page_and_prints_the_table(place, tmp_path, capsy
     assert (tmp_path / "r.html").read_bytes() == first  # the same runs give the same bytes
     report = json.loads(capsys.readouterr().out)
     assert report["tables"] == json.loads((tmp_path / "r.json").read_text())["tables"]
+
+
+def test_the_command_says_what_it_does_not_compare_and_does_so_across(place, tmp_path, capsys):
+    runs = [str(place.folder / name) for name in ("base-seed0", "kd-seed0")]
+    said = f"note: '{ROWS['base']}' and '{ROWS['kd']}' differ in epochs (2 and 6)"
+    for more, end, compared in (([], ": not compared without --across", 0), (["--across"], " and are compared", 3)):
+        with pytest.raises(SystemExit) as stop:
+            main.main(["report", *runs, "--out", str(tmp_path / "r.html"), "-q", *more])
+        printed = capsys.readouterr().out
+        assert (stop.value.code, f"{said}{end}" in printed, "student samples" in printed) == (0, True, True)
+        assert f"{2 * 120:,}" in printed
+        assert f"{6 * 120:,}" in printed
+        page = Page((tmp_path / "r.html").read_text())
+        assert len(page.tables.get("differences", [None])) - 1 == compared
 
 
 # in a browser

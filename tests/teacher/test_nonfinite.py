@@ -12,7 +12,7 @@ from touchy import EVERYONE, SKIP, TRAIN, a_white_sample, live, made, place_for,
 
 from kcdcache.errors import NonFiniteError, SettingsError, UnfinishedError
 from kcdcache.report import show
-from kcdcache.store import log, reader
+from kcdcache.store import encoding, log, reader
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,12 @@ def test_a_skipped_sample_is_never_read_and_all_others_are(place):
 def test_skipping_broken_off_and_resumed_gives_the_same_bytes(place, tmp_path):
     with pytest.raises(BrokenOffError):
         made(place, tmp_path / "store", progress=stop_after(2), **SKIP)
+    made(place, tmp_path / "store", **SKIP)
+    assert same_files(place.knowledge.path, tmp_path / "store")
+
+
+def test_skipping_block_by_block_gives_the_same_bytes(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "BLOCK_BYTES", 1)
     made(place, tmp_path / "store", **SKIP)
     assert same_files(place.knowledge.path, tmp_path / "store")
 

@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from commands import failure, outcome
+from killing import finished
 from lessons import CLASSES, CPU, condensed, digits, teacher_of
 from pupils import (
     SPEC,
@@ -20,13 +22,14 @@ from pupils import (
     stop_after,
 )
 from torch import nn
+from torch.nn import functional
 
 from kcdcache.commands import verify
 from kcdcache.condense import manifest
 from kcdcache.errors import MismatchError, SettingsError, UnfinishedError
 from kcdcache.progress import silent
 from kcdcache.settings import PrecomputeSettings
-from kcdcache.store import reader
+from kcdcache.store import encoding, reader
 from kcdcache.teacher import precompute, teacher
 from kcdcache.training import requery
 from kcdcache.views import rules
@@ -265,3 +268,206 @@ def test_requery_says_what_the_teacher_says_of_the_mixes_and_changes_no_byte_whe
     manifest.write(tmp_path / "plain.parquet", replace(chosen, **manifest.plain(chosen.index)))
     with pytest.raises(MismatchError, match=r"no mixed points \(K_Aug is empty\)"):
         command(place, "precompute", manifest=tmp_path / "plain.parquet")
+
+
+# probabilities, and teachers that change their minds
+
+
+def softmax(logits):
+    return torch.from_numpy(logits).softmax(-1).numpy()
+
+
+PROBABILITIES = {
+    "a softmax": softmax,
+    "in half precision": lambda logits: softmax(logits).astype(np.float16),
+    "in percent": lambda logits: 100 * softmax(logits),
+    "one-hot": lambda logits: np.eye(CLASSES, dtype=np.float32)[logits.argmax(-1)],
+    "smoothed": lambda logits: 0.9 * softmax(logits).astype(np.float64) + 0.01,
+}
+
+
+def words(store, *more):
+    return ["precompute", "-q", "--data", SPEC, "--augment", "none", "--min-accuracy", 0, "--store", store,
+            "--encoding", "float32", *more]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PROBABILITIES)
+def test_probabilities_given_as_logits_are_refused_and_their_logarithm_is_stored_in_the_same_place(
+    place, tmp_path, capsys, kind
+):
+    file, everyone = tmp_path / "p.npy", np.arange(TRAIN)
+    given = PROBABILITIES[kind](place.knowledge.read("logits", 0, everyone))
+    np.save(file, given)
+    code, said = failure(capsys, *words(tmp_path / "store", "--from-logits", file))
+    assert (code, f"give `--from-probabilities {file}` instead" in said) == (4, True), said
+    assert "probabilities, not logits: 200 of the rows of samples 0 to 199 in view 0" in said
+    assert outcome(capsys, *words(tmp_path / "store", "--from-probabilities", file))[0] == 0
+    found = reader.open(tmp_path / "store")
+    wanted = given.astype(np.float64) / given.astype(np.float64).sum(1, keepdims=True)
+    assert softmax(found.read("logits", 0, everyone)) == pytest.approx(wanted, abs=1e-6)
+    assert outcome(capsys, *words(tmp_path / "same", "--from-logits", file, "--from-probabilities"))[0] == 0
+    assert reader.open(tmp_path / "same").knowledge_id == found.knowledge_id
+
+
+def test_what_only_looks_like_probabilities_in_some_rows_or_views_is_told_apart(place, tmp_path, capsys):
+    everyone = np.arange(TRAIN)
+    logits = place.knowledge.read("logits", 0, everyone)
+    mixed = softmax(logits)
+    mixed[:3] = logits[:3]  # 98.5 % of the rows
+    np.save(tmp_path / "mixed.npy", mixed)
+    assert outcome(capsys, *words(tmp_path / "mixed", "--from-logits", tmp_path / "mixed.npy"))[0] == 0
+    code, said = failure(capsys, *words(tmp_path / "m", "--from-probabilities", tmp_path / "mixed.npy"))
+    assert (code, "gives a row of numbers from -" in said, "give --from-logits" in said) == (4, True, True), said
+    np.save(tmp_path / "second.npy", np.stack([logits, softmax(logits)]))
+    crops = ["crop" if word == "none" else word for word in words(tmp_path / "second")]
+    code, said = failure(capsys, *crops, "--from-logits", tmp_path / "second.npy")
+    assert (code, "in view 1" in said) == (4, True), said
+    np.save(tmp_path / "logarithm.npy", np.log(softmax(logits)))
+    assert outcome(capsys, *words(tmp_path / "log", "--from-logits", tmp_path / "logarithm.npy"))[0] == 0
+
+
+def ends(module, path):
+    """A file of weights, and the words that name them with the network of this module that they are for."""
+    torch.manual_seed(0)
+    made = module(CLASSES)
+    torch.save(made.state_dict(), path)
+    return made, ("--teacher", f"test_precompute:{module.__name__}", "--weights", path)
+
+
+def soft(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, num_classes), nn.Softmax(1))
+
+
+def test_a_teacher_that_ends_in_a_softmax_is_refused_or_gives_its_logarithm_in_every_field(place, tmp_path, capsys):
+    module, named = ends(soft, tmp_path / "soft.pt")
+    asked = words(tmp_path / "store", *named, "--fields", "logits,rotations,boundary")
+    code, said = failure(capsys, *asked)
+    assert (code, "give --from-probabilities, which takes their logarithm" in said) == (4, True), said
+    assert outcome(capsys, *asked, "--from-probabilities")[0] == 0
+    found, rule = reader.open(tmp_path / "store"), rules.rule_from(PrecomputeSettings(augment="none"), (16, 16))
+    pixels = precompute.view_pixels(place.data, rule, np.arange(TRAIN), 0, CPU)
+    plain = teacher.freeze(module[:2], place.network.transform, "plain", place.data.classes, CPU)
+    for field, values in teacher.outputs(plain, pixels, ["logits", "rotations:logits"]).items():
+        read = torch.from_numpy(found.read(field, 0, np.arange(TRAIN)))
+        assert torch.allclose(read, values.log_softmax(-1), atol=1e-5), field
+    assert found.read("boundary:logits", 0, np.arange(9)).max() <= 0
+    code, out, _ = outcome(capsys, "verify", tmp_path / "store", *named, "--data", SPEC, "--points", 64)
+    assert (code, "differing: 0" in out) == (0, True), out
+
+
+class Unsteady(nn.Module):
+    """A linear network whose logits are changed by a function."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.inner, self.change, self.calls = linear(CLASSES), change, 0
+
+    def forward(self, pixels):
+        self.calls += 1
+        return self.change(self, self.inner(pixels))
+
+
+PASSES, BATCH = "between two passes over the same images", "it normalises by the statistics of the batch"
+CHANGES = {
+    "dropout": (lambda own, z: functional.dropout(z, 0.1, training=True), PASSES),
+    "noise": (lambda own, z: z + 0.1 * torch.randn_like(z), PASSES),
+    "a counter": (lambda own, z: z * own.calls, PASSES),
+    "stochastic depth": (lambda own, z: z * (1 + torch.rand(len(z), 1)), PASSES),
+    "batch statistics": (lambda own, z: functional.batch_norm(z, None, None, training=True), BATCH),
+    "the mean of the batch": (lambda own, z: z - z.mean(0), BATCH),
+    "the first of the batch": (lambda own, z: z + z.flip(0), BATCH),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_teacher_whose_outputs_change_is_refused_before_anything_is_written(place, tmp_path, change):
+    torch.manual_seed(0)
+    module = Unsteady(CHANGES[change][0])
+    network = teacher.freeze(module, place.network.transform, "unsteady", place.data.classes, CPU)
+    with pytest.raises(MismatchError, match=rf"teacher's logits on samples 0 to 31 of view 0 .*{CHANGES[change][1]}"):
+        run(place, tmp_path / "store", network, fields=("logits",))
+    assert [file.name for file in (tmp_path / "store/_kcd/log/0").glob("v*")] == []
+    run(place, tmp_path / "store", fields=("logits",))
+
+
+def dropping(num_classes):
+    return nn.Sequential(linear(num_classes), AlwaysDropout())
+
+
+class AlwaysDropout(nn.Module):
+    def forward(self, pixels):
+        return functional.dropout(pixels, 0.3, training=True)
+
+
+def test_the_command_refuses_an_unsteady_teacher_in_a_dry_run_too(tmp_path, capsys):
+    asked = words(tmp_path / "store", *ends(dropping, tmp_path / "d.pt")[1])
+    for more in ((), ("--dry-run",)):
+        code, said = failure(capsys, *asked, *more)
+        assert (code, "dropout or noise is active" in said) == (4, True), said
+
+
+def test_layers_that_look_at_one_image_alone_are_steady(place, tmp_path):
+    alone = nn.Sequential(
+        nn.InstanceNorm2d(3), nn.Dropout(0.5), nn.Flatten(), nn.Linear(768, CLASSES), nn.BatchNorm1d(10)
+    )
+    network = teacher.freeze(alone, place.network.transform, "alone", place.data.classes, CPU)
+    assert run(place, tmp_path / "store", network, fields=("logits",))["count"] == TRAIN
+
+
+# memory
+
+
+@pytest.mark.parametrize("how", [{"encoding": "float32"}, {"encoding": "top:3"}, {"encoding": "float16"}], ids=str)
+def test_a_part_encoded_in_many_blocks_has_the_same_bytes(place, tmp_path, monkeypatch, how):
+    run(place, tmp_path / "whole", **how)
+    monkeypatch.setattr(encoding, "BLOCK_BYTES", 1)
+    run(place, tmp_path / "blocks", **how)
+    assert same_files(tmp_path / "whole", tmp_path / "blocks")
+
+
+def wide(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, num_classes))
+
+
+MEASURED = """
+import resource
+from kcdcache.cli import main
+peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+code = main._outcome({words!r})
+print("PEAK", code, peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "count"), [("top:16", 20_000), ("float16", 8_000), ("--from-logits", 8_000)])
+def test_many_classes_take_three_times_a_parts_dense_rows_and_300_mb_at_most(start, tmp_path, how, count):
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (count, 8, 8, 3), np.uint8), np.arange(count)
+    arrays = {"train_images": images, "train_labels": labels, "test_images": images[:50], "test_labels": labels[:50]}
+    np.savez(tmp_path / "d.npz", **arrays)
+    torch.manual_seed(0)
+    torch.save(wide(count).state_dict(), tmp_path / "w.pt")
+    source = ["--teacher", "test_precompute:wide", "--weights", tmp_path / "w.pt", "--encoding", how]
+    if how == "--from-logits":
+        np.save(tmp_path / "z.npy", random.normal(size=(count, count)).astype(np.float16))
+        source = [how, tmp_path / "z.npy", "--encoding", "top:16"]
+    data, store, file = f"arrays:{tmp_path / 'd.npz'}", tmp_path / "store", tmp_path / "set.parquet"
+    asked = ["precompute", "--data", data, "--store", store, "--min-accuracy", 0, "--augment", "none", *source]
+    used = [peak_of(start, tmp_path, asked)]
+    knowledge = reader.open(store)
+    manifest.write(file, condensed(knowledge, keep=0.6))
+    baked = ["--bake", "--temperature", 4] if how == "float16" else []
+    export = ["export", "--manifest", file, "--store", store, "--out", tmp_path / "set", *baked]
+    used.append(peak_of(start, tmp_path, export))
+    assert max(used) < 3 * 4 * knowledge.plan.part_rows * count + 300 * 2**20, used
+
+
+def peak_of(start, folder, command):
+    """Bytes that a command takes beyond what an interpreter has after all imports."""
+    (folder / "log").unlink(missing_ok=True)
+    finished(start, MEASURED.format(words=list(map(str, command))), folder / "log")
+    said = (folder / "log").read_text()
+    _, code, peak = next(line for line in said.splitlines() if line.startswith("PEAK")).split()
+    assert code == "0", said
+    return int(peak)

@@ -7,7 +7,7 @@ import pytest
 from exports import exporting, narrowed, prepared, trained
 from lessons import condensed as condensed_set
 from lessons import precomputed
-from pupils import SPEC
+from pupils import SPEC, promised
 
 from kcdcache.commands import verify
 from kcdcache.condense import manifest
@@ -15,7 +15,7 @@ from kcdcache.data import datasets
 from kcdcache.errors import SettingsError
 from kcdcache.export import condensed_set as export_condensed_set
 from kcdcache.runs import state
-from kcdcache.store import reader
+from kcdcache.store import encoding, reader
 from kcdcache.training import batches
 
 
@@ -48,6 +48,12 @@ def test_baked_targets_are_those_that_batches_mix(place, tmp_path, rule, tempera
     assert len(found) == 3 * len(place.set)
     for point, probabilities in every_target(place.knowledge, place.set, **mixing).items():
         assert found[point] == pytest.approx(probabilities, abs=2e-6)
+
+
+def test_targets_baked_in_many_blocks_have_the_same_bytes(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "BLOCK_BYTES", 100)
+    exporting(place, tmp_path / "e", bake=True, temperature=4.0)
+    assert promised(tmp_path / "e") == promised(place.root / "baked")
 
 
 def test_a_baked_set_holds_one_row_for_each_kept_sample(place):
