@@ -472,8 +472,8 @@ def compute(part: Part, plan: StorePlan, job: Job) -> Computed:
         values = {field: outputs[field] for field in part.fields}
         mask = _unusable(part.view, first, values, plan) if job.may_skip else None
         skipped += [] if mask is None else (first + mask.nonzero().flatten()).tolist()
-        for name, rows in _encoded(part.view, first, values, mask, plan, job).items():
-            stored[name][first - part.start :][: len(rows)] = rows
+        for name, encoded in _encoded(part.view, first, values, mask, plan, job).items():
+            stored[name][first - part.start :][: len(encoded)] = encoded
         for field, rows in values.items():
             found = encoding.statistics(rows)
             statistics[field] = encoding.merged(statistics[field], found) if field in statistics else found
