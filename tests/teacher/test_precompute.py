@@ -8,7 +8,7 @@ import pytest
 import torch
 from commands import failure, outcome
 from killing import finished
-from lessons import CLASSES, CPU, condensed, digits, teacher_of
+from lessons import CLASSES, CPU, condensed, digits, teacher_of, wide
 from pupils import (
     SPEC,
     TRAIN,
@@ -425,10 +425,6 @@ def test_a_part_encoded_in_many_blocks_has_the_same_bytes(place, tmp_path, monke
     assert same_files(tmp_path / "whole", tmp_path / "blocks")
 
 
-def wide(num_classes):
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, num_classes))
-
-
 MEASURED = """
 import resource
 from kcdcache.cli import main
@@ -448,7 +444,7 @@ def test_many_classes_take_three_times_a_parts_dense_rows_and_300_mb_at_most(sta
     np.savez(tmp_path / "d.npz", **arrays)
     torch.manual_seed(0)
     torch.save(wide(count).state_dict(), tmp_path / "w.pt")
-    source = ["--teacher", "test_precompute:wide", "--weights", tmp_path / "w.pt", "--encoding", how]
+    source = ["--teacher", "lessons:wide", "--weights", tmp_path / "w.pt", "--encoding", how]
     if how == "--from-logits":
         np.save(tmp_path / "z.npy", random.normal(size=(count, count)).astype(np.float16))
         source = [how, tmp_path / "z.npy", "--encoding", "top:16"]
