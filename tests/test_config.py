@@ -1,5 +1,6 @@
 import hashlib
 import inspect
+import re
 
 import pytest
 from pydantic import ValidationError
@@ -43,6 +44,21 @@ def test_every_default_is_allowed_by_its_own_model_and_none_can_be_changed(model
     name = next(iter(model.model_fields))
     with pytest.raises(ValidationError, match="Instance is frozen"):
         setattr(made, name, getattr(made, name))
+
+
+@pytest.mark.parametrize("model", [*REQUIRED, settings.TrainSettings])
+def test_no_message_about_a_wrong_value_names_a_type_of_ours_or_pydantics(model):
+    refused = 0
+    for name in settings.fields(model):
+        for wrong in (-3, "\N{SNOWMAN}", [-3], {"a": 1}, float("inf")):
+            try:
+                settings.make(model, REQUIRED.get(model, {}) | {name.rstrip("_"): wrong})
+            except SettingsError as error:
+                refused += 1
+                for line in str(error).split("\n"):
+                    assert re.match(rf"setting '{name.rstrip('_')}_?(\.\d+)*' in the command line: [A-Z]", line), line
+                    assert not re.search(r"<class|\bPath\b|constrained|literal\[|lax-or", line), line
+    assert refused > len(settings.fields(model))
 
 
 def test_there_is_one_default_per_setting():
