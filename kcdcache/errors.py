@@ -92,6 +92,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def reason(error: OSError) -> str:
+    """Return what the system says of an error, and the paths it is about, without its number.
+
+    >>> reason(PermissionError(13, "Permission denied", "/runs"))
+    "Permission denied: '/runs'"
+    """
+    places = " and ".join(f"'{place}'" for place in (error.filename, error.filename2) if place is not None)
+    return ": ".join(filter(None, (error.strerror or str(error), places)))
+
+
 def attempt(report: Callable[[str], object], read: Callable[..., T], *arguments: Any) -> T | None:
     """Return the result of `read`, or None if it raises a KcdcacheError, whose message is passed to `report`."""
     try:

@@ -1,33 +1,107 @@
-"""Stop requests by SIGINT and SIGTERM: the first one stops at the next safe point, the second one aborts at once."""
+"""Stop requests by SIGINT and SIGTERM: the first one stops at the next safe point, the second one ends the process."""
 
+import ctypes
 import errno
 import itertools
 import os
 import re
+import select
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from kcdcache.errors import InterruptedRunError, SettingsError
 
 _received: list[int] = []
+_begun = _watching = False
+"""whether work is under way that a stop should finish up to a safe point; whether the watch is"""
+GRACE_SECONDS = 2.0
+"""for which a stop before any work leaves the main thread to end by itself; in a library's wait it cannot"""
+DONE = b"\0"
+"""what ends the watch, where a signal is a byte of its number"""
 
 
 @contextmanager
 def listening(numbers: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)) -> Iterator[None]:
-    """Context in which signals are stop requests; has no effect outside the main thread."""
+    """Context in which signals are stop requests; has no effect outside the main thread.
+
+    Before `begin` the first signal ends the command where it is, later at the next safe point; the second one ends the
+    process at once. A thread sees to both where the main thread waits in a library, and Python runs no handler.
+    """
+    global _begun
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     _received.clear()
+    _begun = False
     before = {number: signal.signal(number, _note) for number in numbers}
     try:
-        yield
+        with _watched(numbers):
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def begin() -> None:
+    """From here on a stop waits for the next safe point."""
+    global _begun
+    _begun = True
+
+
+@contextmanager
+def _watched(numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    global _watching
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    watch = threading.Thread(target=_watch, args=(reader, frozenset(numbers)), daemon=True, name="kcdcache-signals")
+    watch.start()
+    _watching = True
+    try:
+        yield
+    finally:
+        _watching = False
+        if signal.set_wakeup_fd(before) == writer:  # not so in a fork, which has no watch
+            os.write(writer, DONE)
+            watch.join()
+        os.close(writer)
+        os.close(reader)
+
+
+def _watch(reader: int, numbers: frozenset[int]) -> None:
+    """Read signals as they come, whatever the main thread does: let a second one kill, and end what has not begun."""
+    if not (first := _next_signal(reader, numbers)):
+        return
+    for number in numbers:
+        ctypes.CDLL(None).signal(number, None)  # the default, which is death: in Python only the main thread may
+    if second := _next_signal(reader, numbers, None if _begun else GRACE_SECONDS):
+        os.kill(os.getpid(), second)
+    elif second is None and not _begun:
+        _say(f"error: stopped by {signal.Signals(first).name}: nothing was begun; the same command resumes")
+        os._exit(128 + first)
+
+
+def _next_signal(reader: int, numbers: frozenset[int], seconds: float | None = None) -> int | None:
+    """Return the next signal of these, 0 when the watch is over, None after so many seconds without either."""
+    while select.select([reader], [], [], seconds)[0]:
+        number = os.read(reader, 1)[0]
+        if number in numbers or number == DONE[0]:
+            return number
+    return None
+
+
+def _leave_to_parent() -> None:
+    """In a fork: signals are its own, and none of them is told to the parent's watch."""
+    global _begun
+    _begun = True
+    if _watching and threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def requested() -> bool:
@@ -58,7 +132,14 @@ def _note(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)  # the second one aborts
         signal.raise_signal(number)
     _received.append(number)
-    os.write(2, b"stopping at the next safe point; once more aborts\n")  # print is not safe inside a handler
+    if not _begun:
+        stop("nothing was begun")
+    _say("stopping at the next safe point; once more aborts")
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # nobody may be reading
+        os.write(2, f"{text}\n".encode())  # print is not safe inside a handler
 
 
 CRASH_POINT = "KCDCACHE_CRASHPOINT"

@@ -400,8 +400,8 @@ class PrecomputeCommand(Composed):
     """the outputs of the teacher, or of the imported file, are probabilities: store their logarithm. With a PATH,
     import them like --from-logits"""
     shard: str | None = None
-    """write shard I/N of the store, such as 0/4; the last process seals. By default the rank under torchrun, srun or a
-    SLURM array, otherwise 0/1, the whole store"""
+    """write shard I/N of the store, such as 0/4, or with auto the place that torchrun, srun or a SLURM array gave; the
+    last process seals. By default the place of torchrun, otherwise the whole store"""
     machine: MachineSettings
     teaching: TeacherSettings
     precompute: PrecomputeSettings

@@ -46,6 +46,10 @@ class Forked:
             assert not self._processes[rank].ended(POLL), self.told()
         self._processes[rank].signal(number)
 
+    def ended(self, rank, seconds):
+        """Wait at most so long for one of them; return whether it has ended."""
+        return self._processes[rank].ended(seconds)
+
     def codes(self):
         """Wait for all; return how each ended."""
         assert all(process.ended(120) for process in self._processes), self.told()

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
@@ -14,6 +14,7 @@ import click
 from kcdcache import errors
 from kcdcache.commands import TextTable
 from kcdcache.files import cloud
+from kcdcache.files.cloud import FULL
 from kcdcache.progress import Progress, silent
 
 SCHEMA_VERSION = 0
@@ -24,6 +25,15 @@ EVERY_SECONDS = 10
 def printable(text: str) -> str:
     """Return `errors.printable` of a text, with URLs instead of the folders that mirror them."""
     return errors.printable(cloud.named(text))
+
+
+def say(text: str) -> None:
+    """Print a line on stderr; what nobody can read any more (a closed terminal, `2>&1 | head`) ends no work."""
+    try:
+        click.echo(text, err=True)
+    except OSError as error:
+        if error.errno not in FULL:  # a full disk may have space later
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def show(result: Mapping[str, Any], as_json: bool = False) -> None:
@@ -79,7 +89,7 @@ class PlainProgress:
         self._last = now
         rate = (done - first) / (now - began) if now > began else 0
         left = f", {(total - done) / rate:,.0f} s left" if rate > 0 and done < total else ""
-        click.echo(printable(f"{what}: {done:,} of {total:,} ({remark}{left})"), err=True)
+        say(printable(f"{what}: {done:,} of {total:,} ({remark}{left})"))
         if done >= total:
             self._began.pop(what)
 
@@ -94,7 +104,8 @@ class LiveProgress:
     def stop(self) -> None:
         """Stop updating the bars."""
         if self._bars is not None:
-            self._bars.stop()
+            with suppress(OSError):  # the terminal may be gone
+                self._bars.stop()
 
     def __call__(self, what: str, done: int, total: int, remark: str) -> None:
         """Report the progress of one work."""
@@ -110,9 +121,10 @@ class LiveProgress:
     def line(self, text: str) -> None:
         """Print a line above the bars, if there are any."""
         if self._bars is None:
-            click.echo(text, err=True)
+            say(text)
         else:
-            self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            with suppress(OSError):
+                self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def __reduce__(self) -> tuple[type[PlainProgress], tuple[()]]:
         return PlainProgress, ()

@@ -1,7 +1,9 @@
 """The command line: parse, call, print. With `console` the only module that prints or exits."""
 
+import errno
 import gc
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -11,10 +13,11 @@ from typing import Any
 import click
 
 from kcdcache import __version__, commands, interrupt
-from kcdcache.cli.console import printable, show, telling
+from kcdcache.cli.console import printable, say, show, telling
 from kcdcache.cli.options import Sectioned, help_of, option, sections_of
 from kcdcache.commands import Command
-from kcdcache.errors import KcdcacheError, NoSpaceError, nearest
+from kcdcache.environment import torchrun_place
+from kcdcache.errors import KcdcacheError, NoSpaceError, nearest, reason
 from kcdcache.files import cloud
 from kcdcache.files.atomic import FULL
 
@@ -65,7 +68,30 @@ def program() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its exit code."""
     gc.set_threshold(COLLECTED)
-    sys.exit(_outcome(list(sys.argv[1:] if arguments is None else arguments)))
+    _open_streams()
+    code = _outcome(list(sys.argv[1:] if arguments is None else arguments))
+    _close_streams()
+    sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Open the null device in place of closed standard streams: a file of ours would get their number otherwise."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+
+
+def _close_streams() -> None:
+    """Drop what a stream did not take: the interpreter would try again, and change the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _outcome(arguments: list[str]) -> int:
@@ -75,24 +101,34 @@ def _outcome(arguments: list[str]) -> int:
         click.echo(error.format_message())
         return 0
     except click.ClickException as error:
-        click.echo(_misused(error), err=True)
+        say(_misused(error))
         return error.exit_code
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; the same command resumes", err=True)
+        say("interrupted; the same command resumes")
         return 130
     except KcdcacheError as error:
         return _failed(str(error), error.exit_code, arguments)
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE  # nobody reads the result any more, as of `| head`
     except OSError as error:
-        full = error.errno in FULL
-        remedy = "; free some space and run the same command again to resume" if full else ""
-        return _failed(f"{error}{remedy}", NoSpaceError.exit_code if full else 1, arguments)
+        return _failed(
+            f"{reason(error)}{_remedy(error)}", NoSpaceError.exit_code if error.errno in FULL else 1, arguments
+        )
     except MemoryError as error:
         return _failed(f"out of memory: {error}", 1, arguments)
     except Exception as error:
         return _failed(f"internal error: {type(error).__name__}: {error} (--debug shows where)", 1, arguments)
     return code if isinstance(code, int) else 0
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in FULL:
+        return "; free some space and run the same command again to resume"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "; give a path that this user may read and write, or change its permissions"
+    return ""
 
 
 def _misused(error: click.ClickException) -> str:
@@ -104,12 +140,12 @@ def _misused(error: click.ClickException) -> str:
 
 def _failed(message: str, exit_code: int, arguments: Sequence[str]) -> int:
     if "--debug" in arguments:
-        click.echo("\n".join(f"| {printable(line)}" for line in traceback.format_exc().splitlines()), err=True)
+        say("\n".join(f"| {printable(line)}" for line in traceback.format_exc().splitlines()))
     shown = message if len(message) <= MOST_SHOWN else f"{message[:MOST_SHOWN]}... ({len(message)} characters)"
     first, *others = shown.split("\n")
     # further problems are marked, so that a line break in a file name cannot forge a message
     lines = [f"error: {printable(first)}", *(f"  - {printable(line.strip())}" for line in others)]
-    click.echo("\n".join(lines), err=True)
+    say("\n".join(lines))
     return exit_code
 
 
@@ -128,7 +164,7 @@ def build(name: str) -> click.Command:
     ]
 
     def callback(as_json: bool, debug: bool, quiet: bool, dry_run: bool = False, **values: Any) -> None:
-        follower = name in TOGETHER and os.environ.get("RANK", "0") != "0"  # only the first process prints
+        follower = name in TOGETHER and torchrun_place().number > 0  # only the first process prints
         with telling(quiet or follower) as progress, interrupt.listening() if name in LONG else nullcontext():
             given = {key: value for key, value in values.items() if value is not None}
             here = {key: cloud.opened(value, fresh=name == "verify") for key, value in given.items()}

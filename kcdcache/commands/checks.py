@@ -1,12 +1,12 @@
 """Checks of settings without torch or data: unknown names, and settings that contradict each other."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kcdcache import settings
 from kcdcache.condense import schedule
 from kcdcache.data import spec
+from kcdcache.environment import torchrun_place
 from kcdcache.errors import SettingsError, nearest
 from kcdcache.methods.catalogue import named, weights_of
 from kcdcache.networks.catalogue import require_known_name, saved_network
@@ -72,6 +72,7 @@ def _require_known(what: str, texts: Sequence[str], known: tuple[str, ...]) -> N
 
 
 def _precompute(command: settings.PrecomputeCommand) -> None:
+    _require_one_shard(command)
     if command.imported is not None:
         _require_importable(command)
     elif command.teaching.teacher is None:
@@ -83,6 +84,16 @@ def _precompute(command: settings.PrecomputeCommand) -> None:
     if "fields" in command.given:
         raise SettingsError("--for works out the fields; leave --fields out")
     named(command.for_)
+
+
+def _require_one_shard(command: settings.PrecomputeCommand) -> None:
+    """Raise SettingsError where a shard, or several processes, are given work for one."""
+    files = {"manifest": command.manifest, "from_logits": command.from_logits, "from_probabilities": command.imported}
+    for name in [name for name, file in files.items() if name in command.given and file is not None]:
+        flag = f"--{name.replace('_', '-')}"
+        if command.shard is not None:
+            raise SettingsError(f"--shard does nothing beside {flag}, which is work for one process; leave it out")
+        _alone(f"precompute {flag}")(command)
 
 
 def _require_importable(command: settings.PrecomputeCommand) -> None:
@@ -116,12 +127,17 @@ def _train(command: settings.TrainCommand) -> None:
     schedule.require_whole_stages(training.epochs, training.stages)
 
 
-def _condense(command: settings.CondenseCommand) -> None:
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise SettingsError(
-            f"condense is work for one process, and torchrun has started {processes}: run `kcdcache condense` without "
-            "torchrun; what takes more memory than --memory-gb is sorted with files on the disk"
-        )
+def _alone(name: str, remedy: str = "") -> Callable[[settings.Settings], None]:
+    """Return a check that refuses several processes of torchrun for a command that is work for one."""
+
+    def check(command: settings.Settings) -> None:
+        if (processes := torchrun_place().total) > 1:
+            raise SettingsError(
+                f"{name} is work for one process, and torchrun has started {processes}: run `kcdcache {name}` without "
+                f"torchrun{remedy}"
+            )
+
+    return check
 
 
 def _verify(command: settings.VerifyCommand) -> None:
@@ -132,7 +148,12 @@ def _verify(command: settings.VerifyCommand) -> None:
 CHECKS: Mapping[type[settings.Settings], Callable[[Any], None]] = {
     settings.PrecomputeCommand: _precompute,
     settings.TrainCommand: _train,
-    settings.CondenseCommand: _condense,
+    settings.CondenseCommand: _alone(
+        "condense", "; what takes more memory than --memory-gb is sorted with files on the disk"
+    ),
+    settings.RunCommand: _alone("run", "; --jobs N does several of its steps at once"),
+    settings.ExportCommand: _alone("export"),
+    settings.ReportCommand: _alone("report"),
     settings.MethodsCommand: lambda command: require_known_name(command.teacher),
     settings.VerifyCommand: _verify,
 }

@@ -1,7 +1,7 @@
 """`precompute`: store the teacher's outputs on the data or on a manifest's mixes, or import them."""
 
 import logging
-import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.export.condensed_set import load_data
 from kcdcache.methods import run_loss
 from kcdcache.progress import Progress, silent
-from kcdcache.settings import MethodSettings, PrecomputeCommand
+from kcdcache.settings import MethodSettings, PrecomputeCommand, values_of
 from kcdcache.store import reader
 from kcdcache.store.identity import Knowledge
-from kcdcache.store.writer import parse_shard, shard_of
+from kcdcache.store.writer import shard_of
 from kcdcache.teacher import precompute
 from kcdcache.teacher import teacher as teachers
 from kcdcache.training import requery
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 def run(command: PrecomputeCommand, progress: Progress = silent, dry_run: bool = False) -> Result:
     """Run the teacher and store its outputs; return the contents of the store, or with `dry_run` its plan."""
+    shard = shard_of(command.shard)
     data, settings, machine = load_data(command.data), command.precompute, command.machine
     probabilities = bool(command.from_probabilities)
     if (file := command.imported) is not None:
@@ -47,9 +48,23 @@ def run(command: PrecomputeCommand, progress: Progress = silent, dry_run: bool =
             return {"would": "requery", "points": points, "store": str(path)}
         requery.write(path, mixes, knowledge, data, teacher, progress)
         return precompute.describe(path)
-    shard = shard_of(os.environ) if command.shard is None else parse_shard(command.shard)
     more = machine.model_dump(exclude={"device"})
-    return precompute.run(settings, data, teacher, command.store, progress, shard=shard, dry_run=dry_run, **more)
+    made = precompute.run(settings, data, teacher, command.store, progress, shard=shard, dry_run=dry_run, **more)
+    return made if made.get("finished", True) else made | {"unsealed": _remedy(command, made["parts_left"])}
+
+
+def _remedy(command: PrecomputeCommand, left: int) -> str:
+    """Return what ends a store that one shard has left unsealed."""
+    flags: list[str] = []
+    for name, value in values_of(command).items():
+        if name in command.given - {"shard"}:
+            flag = name.rstrip("_").replace("_", "-")
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            flags += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", shown]
+    return (
+        f"{left} parts are left to the other shards, the last of which seals the store; one process ends it by "
+        f"`{shlex.join(['kcdcache', 'precompute', *flags])}`"
+    )
 
 
 def _mixes_of(file: Path, knowledge: reader.Store, fields: Sequence[str], mix: str) -> requery.Mixes:

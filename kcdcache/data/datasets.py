@@ -20,8 +20,16 @@ from kcdcache import rng
 from kcdcache.data import images, label_noise
 from kcdcache.data.images import DecodedImages, EncodedImages, Origins, Split, Statistics
 from kcdcache.data.label_noise import Corruption
-from kcdcache.data.spec import DataIdentity, DataSpec, parse
-from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, SettingsError, UnsafeError
+from kcdcache.data.spec import DataIdentity, DataSpec, at_home, parse
+from kcdcache.errors import (
+    CorruptionError,
+    KcdcacheError,
+    MismatchError,
+    NotFoundError,
+    SettingsError,
+    UnsafeError,
+    reason,
+)
 from kcdcache.files.atomic import naming, open_plain, sha256_bytes
 from kcdcache.files.records import canonical_json, parse_json
 
@@ -198,15 +206,16 @@ def _enlarged(digits: Int64[np.ndarray, "n 8 8"]) -> UInt8[np.ndarray, "n 16 16 
 
 
 def _cifar(spec: DataSpec) -> Loaded:
+    folder = at_home(spec.location or CACHE)
     from torchvision.datasets import CIFAR10, CIFAR100
 
-    folder = Path(spec.location or CACHE).expanduser()
     dataset = {"cifar10": CIFAR10, "cifar100": CIFAR100}[spec.kind]
     try:
         parts = [dataset(str(folder), train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
+        told = reason(error) if isinstance(error, OSError) else error
         raise NotFoundError(
-            f"{spec.kind} is not in {folder} and could not be downloaded ({error}); put {dataset.filename} from "
+            f"{spec.kind} is not in {folder} and could not be downloaded ({told}); put {dataset.filename} from "
             f"{dataset.url} there, or use parquet:DIR with the files of the Hugging Face hub"
         ) from None
     train, test = (

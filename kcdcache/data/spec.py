@@ -61,7 +61,18 @@ class DataSpec(NamedTuple):
         """The location as a path; raises SettingsError if the spec has none."""
         if not self.location:
             raise SettingsError(f"data spec '{self.kind}' needs a path: write {FORMS[self.kind]}")
-        return Path(self.location).expanduser()
+        return at_home(self.location)
+
+
+def at_home(location: str | Path) -> Path:
+    """Return a path with the home folder in place of `~`; raises SettingsError if this user has none."""
+    try:
+        return Path(location).expanduser()
+    except RuntimeError:
+        raise SettingsError(
+            f"{location} is in the home folder, and this user has none (HOME is unset, and no passwd entry names one); "
+            "set HOME, or give a path without ~, as in cifar100:/data/cifar100"
+        ) from None
 
 
 def parse(spec: str) -> DataSpec:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.parse import unquote
 
-from kcdcache.errors import KcdcacheError, LockedError, NoSpaceError, RemoteError, SettingsError, UnsafeError
+from kcdcache.errors import KcdcacheError, LockedError, NoSpaceError, RemoteError, SettingsError, UnsafeError, reason
 from kcdcache.interrupt import process_runs, step
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,13 @@ def open_path(text: str, fresh: bool = False) -> Path:
         )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", bucket):
         raise SettingsError(f"{url} names no bucket; write {scheme}://BUCKET/KEY")
-    return _opened(_cache(), _folder_of(scheme), bucket).open(key.strip("/"), fresh)
+    cache = _cache()
+    if f"{os.sep}~{os.sep}" in cache:
+        raise SettingsError(
+            f"{scheme}://{bucket} needs a cache on this machine, and this user has no home folder (HOME is unset, and "
+            f"no passwd entry names one); set {FOLDER} to a folder that can be written"
+        )
+    return _opened(cache, _folder_of(scheme), bucket).open(key.strip("/"), fresh)
 
 
 def opened(value: Any, fresh: bool = False) -> Any:
@@ -308,9 +314,18 @@ class Bucket:
             self._store = getattr(self._obstore.store, name)(bucket, client_options=options, retry_config=RETRIES)
         except (self._obstore.exceptions.BaseError, ValueError) as error:
             raise SettingsError(f"{self.url} cannot be reached: {_cleaned(str(error))}; set {self._access}") from None
-        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for made in (self.base, self.locks, self._temporaries):
-            made.mkdir(parents=True, exist_ok=True)
+        try:
+            cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for made in (self.base, self.locks, self._temporaries):
+                made.mkdir(parents=True, exist_ok=True)
+            trial = self._temporaries / f"try{TEMPORARY_MARK}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+            trial.touch()  # the folders may be there, and the disk read-only
+            trial.unlink()
+        except OSError as error:
+            raise SettingsError(
+                f"{self.url} needs a cache on this machine, and {cache} cannot be written ({reason(error)}); set "
+                f"{FOLDER} to a folder that can"
+            ) from None
         self._cache, self._conditional = cache, False
 
     def key(self, path: Path) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kcdcache import interrupt
-from kcdcache.errors import InterruptedRunError, KcdcacheError
+from kcdcache.errors import InterruptedRunError, KcdcacheError, reason
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,10 @@ def execute(
     `jobs` above 1, that many run at once, each in a process that has imported `preload` and logs to logs/NAME.log.
     Raises InterruptedRunError if the user asked to stop, after running jobs have stopped at a safe point.
     """
-    processes = _Processes(work, jobs, logs, preload) if jobs > 1 else None
+    processes = None
+    if jobs > 1:
+        interrupt.begin()  # a stop is passed on to them
+        processes = _Processes(work, jobs, logs, preload)
     order, found, ready = list(needs), dict[str, Outcome](), list[str]()
     sorter = TopologicalSorter(needs)
     sorter.prepare()
@@ -102,6 +105,8 @@ def _attempted(do: Work, given: Any) -> Outcome:
         raise
     except KcdcacheError as error:
         return Outcome.of(error)
+    except OSError as error:
+        return Outcome(error=reason(error), exit_code=1)
     except Exception as error:
         logger.debug("", exc_info=True)
         return Outcome(error=f"{type(error).__name__}: {error}", exit_code=1)
@@ -155,7 +160,8 @@ class _Processes:
             return outcome
         code = process.exitcode or 0
         how = f"by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"with exit code {code}"
-        return Outcome(error=f"its process ended {how}; see {self._logs / f'{name}.log'}", exit_code=1)
+        error = f"its process ended {how}; see {self._logs / f'{name}.log'}"
+        return Outcome(error=error, exit_code=code if code in (130, 143) else 1)
 
 
 def _child(pipe: Connection, work: Work, given: Any, log: Path) -> None:

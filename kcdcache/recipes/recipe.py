@@ -15,7 +15,7 @@ from pydantic import Field
 from kcdcache import settings, statistics
 from kcdcache.commands import COMMANDS, STEPS, Result, TextTable, checks
 from kcdcache.data import spec
-from kcdcache.errors import KcdcacheError, SettingsError, nearest
+from kcdcache.errors import KcdcacheError, SettingsError, UnfinishedError, nearest
 from kcdcache.files import cloud
 from kcdcache.files.atomic import write_atomic
 from kcdcache.files.records import readable_json
@@ -199,7 +199,10 @@ class Job(NamedTuple):
 def do(job: Job) -> Result:
     """Run a step; return the result of its command."""
     logger.info("%s", job.title)
-    return COMMANDS[job.command](job.given, job.progress)
+    made = COMMANDS[job.command](job.given, job.progress)
+    if "unsealed" in made:
+        raise UnfinishedError(f"the store at {made['store']} is not sealed: {made['unsealed']}")
+    return made
 
 
 def planned(recipe: Recipe, out: Path) -> list[dict[str, Any]]:

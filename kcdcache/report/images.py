@@ -3,7 +3,6 @@
 import base64
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor
 from kcdcache.condense import compare
 from kcdcache.data import datasets
 from kcdcache.data.datasets import Dataset
-from kcdcache.data.spec import parse
+from kcdcache.data.spec import at_home, parse
 from kcdcache.errors import KcdcacheError, MismatchError, NotFoundError
 from kcdcache.export import condensed_set
 from kcdcache.report.figures import short
@@ -55,7 +54,7 @@ def require_cheap(spec: str, count: int) -> None:
     if count > MOST_UNASKED:
         raise NotFoundError(f"all {count:,} images would have to be read; give --data if you want that")
     if kind in DOWNLOADED:
-        folder = Path(location or datasets.CACHE).expanduser() / DOWNLOADED[kind]
+        folder = at_home(location or datasets.CACHE) / DOWNLOADED[kind]
         if not folder.is_dir():
             raise NotFoundError(f"{folder} does not exist; give --data to download it, or to name another place")
 

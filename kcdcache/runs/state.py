@@ -1,7 +1,9 @@
 """A run's folder: settings, environment, checkpoints, manifests, metrics and summary."""
 
+import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +26,8 @@ from kcdcache.networks.input_transform import resolve_device
 from kcdcache.networks.weights import MOST_HEADER_BYTES
 from kcdcache.runs.folder import RunFolder
 from kcdcache.settings import MachineSettings
+
+logger = logging.getLogger(__name__)
 
 RECORD_KEY = "kcdcache"
 VOLATILE = ("seconds", "images_per_second", "store_teacher_forwards")
@@ -208,7 +212,8 @@ def session(
 
     Raises:
         LockedError: another process trains here.
-        SettingsError, MismatchError: the folder holds another run, or the run began in another environment.
+        SettingsError, MismatchError: the folder holds another run, or the run began in another environment; not if
+            that run ended before its first checkpoint, which is then begun anew.
     """
     device = resolve_device(machine.device)
     atomic.require_no_links(folder.path)
@@ -230,7 +235,9 @@ def session(
 def _go_on(folder: RunFolder, record: RunRecord, now: Environment, allow_change: bool) -> None:
     """Write the record of a new run, or of one that continues in another environment, if allowed."""
     known, here = record.latest.document(), now.document()
-    if changed(known, here):
+    if changed(known, here) and not has_begun(folder):
+        write_record(folder, record.model_copy(update={"environment": now, "changes": []}))
+    elif changed(known, here):
         check_environment(known, here, allow_change)
         write_record(folder, record.model_copy(update={"changes": [*record.changes, now]}))
     elif not folder.settings.exists():
@@ -239,6 +246,8 @@ def _go_on(folder: RunFolder, record: RunRecord, now: Environment, allow_change:
 
 def start(folder: RunFolder, settings: Mapping[str, Any], inputs: Inputs) -> RunRecord | None:
     """Return the record of the run in this folder, or None if the folder is empty.
+
+    Another run that has no checkpoint yet (it was refused, diverged, or was killed) is deleted, and None returned.
 
     Raises:
         SettingsError: the folder holds a run with other settings; names the first.
@@ -252,7 +261,12 @@ def start(folder: RunFolder, settings: Mapping[str, Any], inputs: Inputs) -> Run
             )
         return None
     record = read_record(folder)
-    if difference := errors.first_difference(record.settings, to_jsonable_python(settings)):
+    asked = to_jsonable_python(settings), inputs.document()
+    if (record.settings, record.inputs.document()) != asked and not has_begun(folder):
+        logger.info("%s holds another run, which ended before its first checkpoint: it is begun anew", folder.path)
+        _forget(folder)
+        return None
+    if difference := errors.first_difference(record.settings, asked[0]):
         name, was, now = difference
         raise errors.SettingsError(
             f"{folder.path} holds a run with {name} = {was!r}, asked for now: {now!r}; "
@@ -261,6 +275,28 @@ def start(folder: RunFolder, settings: Mapping[str, Any], inputs: Inputs) -> Run
     names = (f"the run in {folder.path}", "what was given now")
     errors.require_same(record.inputs.document(), inputs.document(), names, "use another --out")
     return record
+
+
+def has_begun(folder: RunFolder) -> bool:
+    """Return whether a run has a checkpoint, or anything that is written after the first one."""
+    later = (folder.pointer, folder.metrics, folder.summary, folder.values, folder.stage_values(0))
+    return any(path.exists() for path in later) or any(folder.manifests())
+
+
+def begun_record(folder: RunFolder) -> RunRecord | None:
+    """Return the record of a run that goes on from a checkpoint, or None: what is given now decides."""
+    return read_record(folder) if folder.settings.exists() and has_begun(folder) else None
+
+
+def _forget(folder: RunFolder) -> None:
+    """Delete the files of a run without checkpoint, the record last; files of others stay."""
+    mixes = [file for made in folder.path.glob("stages/*/*.requery") for file in made.rglob("*") if file.is_file()]
+    files = folder.path / run_files.FILE
+    for file in (*mixes, *folder.manifests().values(), folder.given, folder.timing, files, folder.settings):
+        atomic.remove(file)
+    for place, _, _ in os.walk(folder.path / "stages", topdown=False):
+        with suppress(OSError):  # a file of others is in it
+            os.rmdir(place)
 
 
 def outcome(rows: Sequence[MetricsRow], count: int, epochs: int) -> Outcome:

@@ -239,6 +239,7 @@ def refuse(problem: str) -> NoReturn:
 def unfinished(root: Path) -> UnfinishedError:
     """Return the error for a store without commit records."""
     remedy = "it has no commit record; run the same `kcdcache precompute` again and it resumes"
+    remedy += " (without --shard, which leaves parts to others)"
     return UnfinishedError(f"the store at {root} is not finished: {remedy}")
 
 

@@ -1,23 +1,41 @@
 """Write a store part by part, in one process or several that each write a share of the parts."""
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Int64, UInt64
 
-from kcdcache.errors import CorruptionError, LockedError, NotFoundError, SettingsError, UnfinishedError, require_same
+from kcdcache import environment
+from kcdcache.errors import (
+    CorruptionError,
+    LockedError,
+    NotFoundError,
+    SettingsError,
+    UnfinishedError,
+    attempt,
+    require_same,
+)
 from kcdcache.files import atomic, cloud
 from kcdcache.files.atomic import lock, require_no_links, write_atomic
 from kcdcache.files.records import canonical_json, sealed_json
 from kcdcache.store import log
 from kcdcache.store.chunks import listed_sizes, size_problem, write_chunks
 from kcdcache.store.encoding import Encoding
-from kcdcache.store.identity import FOLDER, IDENTITY_FILE, IdentityRecord, Knowledge, read_store_identity
+from kcdcache.store.identity import (
+    FOLDER,
+    IDENTITY_FILE,
+    ORIGIN_FILE,
+    PARAMETERS_FILE,
+    IdentityRecord,
+    Knowledge,
+    read_store_identity,
+)
 from kcdcache.store.log import LogEntry, Numbers, record_path
 from kcdcache.store.plan import Part, StorePlan, documents, grow_plan, part_chunks, parts, plan_from
 
@@ -48,43 +66,49 @@ def parse_shard(text: str) -> Shard:
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     shard = Shard(int(match[1]), int(match[2])) if match else Shard(0, 0)
     if not shard.number < shard.total:
-        raise SettingsError(f"--shard takes I/N with 0 <= I < N, such as 0/4 to 3/4; found {text!r}")
+        raise SettingsError(f"--shard takes I/N with 0 <= I < N, such as 0/4 to 3/4; found {text!r}; or --shard auto")
     return shard
 
 
-LAUNCHERS = (
-    ("RANK", "WORLD_SIZE"),
-    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
-    ("SLURM_PROCID", "SLURM_NTASKS"),
-)
-"""variables of torchrun, a SLURM array and srun: this process's number, how many there are, the first number"""
+def shard_of(text: str | None, variables: Mapping[str, str] = os.environ) -> Shard:
+    """Return the shard given as text, for `auto` this process's place under a launcher, for None under torchrun alone.
 
+    Raises SettingsError for other text, for `auto` without a launcher, and if its variables name no place.
 
-def shard_of(variables: Mapping[str, str]) -> Shard:
-    """Return this process's shard from a launcher's environment (torchrun, a SLURM array, srun); without one, WHOLE.
-
-    Raises SettingsError if the variables name no shard.
-
-    >>> shard_of({"RANK": "3", "WORLD_SIZE": "8"})
-    Shard(number=3, total=8)
+    >>> shard_of("auto", {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"})
+    Shard(number=1, total=2)
     """
-    for names in LAUNCHERS:
-        given = {name: variables[name] for name in names if name in variables}
-        number, total, *first = names
-        if number not in given or given.get(total, "1") == "1":
-            continue
-        try:
-            shard = Shard(int(given[number]) - sum(int(given.get(name, "0")) for name in first), int(given[total]))
-        except ValueError:
-            shard = Shard(0, 0)
-        if not 0 <= shard.number < shard.total:
-            raise SettingsError(
-                f"the environment has {given}, which names no shard of 0 to N - 1 (job arrays need a step of 1); give "
-                "--shard I/N yourself"
-            )
-        logger.info("shard %s, from %s and %s", shard, number, total)
-        return shard
-    return WHOLE
+    if text is not None and text != "auto":
+        return parse_shard(text)
+    place = environment.torchrun_place(variables)
+    if text is None and place == environment.ALONE:
+        environment.note_unused(variables)
+        _note_slurm(variables)
+        return WHOLE
+    if place == environment.ALONE:
+        place = environment.slurm_place(variables)
+    if place == environment.ALONE:
+        raise SettingsError(
+            "--shard auto takes the place that torchrun, srun or a SLURM array gives a process, and none did"
+            f"{_BATCH if 'SLURM_PROCID' in variables else ''}; give --shard I/N, such as --shard 0/4, or leave it out "
+            "to write the whole store"
+        )
+    logger.info("shard %d/%d, from %s", *place)
+    return Shard(*place[:2])
+
+
+_BATCH = " (SLURM_PROCID without SLURM_STEP_ID is that of the batch script itself: put srun before the command)"
+
+
+def _note_slurm(variables: Mapping[str, str]) -> None:
+    """Log that a step of srun or an array writes the whole store in each of its processes."""
+    place = attempt(logger.debug, environment.slurm_place, variables)
+    if place is not None and place.total > 1:
+        logger.info(
+            "note: the whole store is written here, although this is number %d of %d of %s; --shard auto writes its "
+            "share only",
+            *place,
+        )
 
 
 @contextmanager
@@ -143,6 +167,8 @@ def _require_apart(root: Path, door: Path, shard: Shard) -> bool:
     return not others
 
 
+REFUSED = FOLDER / "refused"
+"""marks a store whose first view the teacher failed on: other settings may begin it anew"""
 REMEDY = "continue with the settings it was begun with, or write to another path"
 
 
@@ -207,6 +233,7 @@ class Writer:
         """
         if self.sealed:
             return
+        atomic.remove(self.path / REFUSED)
         if left := self.pending(self.parts):
             raise UnfinishedError(f"{len(left)} of {len(self.parts)} parts of {self.path} are not written yet")
         log.require_few_skipped(log.logged_skips(self.path), self.plan.count)
@@ -217,6 +244,12 @@ class Writer:
         except LockedError:
             if self.shard == WHOLE:
                 raise  # several shards may finish together; any of them seals with the same bytes
+
+    def refuse(self, view: int) -> None:
+        """Leave a new store, of which only parts of this view are logged, to whoever comes with other settings."""
+        logged = record_path(self.path, 0, "").parent.glob("v*.json")
+        if not self.growth and all(path.name.startswith(f"v{view:05}-") for path in logged):
+            write_atomic(self.path / REFUSED, b"")
 
     def seal_last(self) -> int:
         """Seal if all parts of all shards are written; return the number that are not."""
@@ -284,7 +317,9 @@ def missing(root: Path, knowledge: Knowledge, plan: StorePlan, shard: Shard = WH
 
     Raises MismatchError if there is a store of other knowledge.
     """
-    if (root / IDENTITY_FILE).exists() and any((root / FOLDER / "log" / "0").glob("v*.json")):
+    if _replaceable(root, knowledge, plan):
+        return list(Writer(root, plan, 0, None, shard).mine)
+    if (root / IDENTITY_FILE).exists():
         _require_same_knowledge(root, knowledge)
     if not log.commit_path(root, 0).exists():
         return Writer(root, plan, 0, None, shard).pending()
@@ -306,7 +341,7 @@ def grow(
     root = Path(path)
     require_no_links(root)
     _require_same_knowledge(root, knowledge)
-    with held(root, lambda alone: _growing(root, views, fields, shard), shard) as writer:
+    with held(root, lambda alone: _growing(root, views, fields, shard, alone), shard) as writer:
         yield writer
 
 
@@ -329,9 +364,11 @@ def seal(path: Path | str) -> bool:
     return True
 
 
-def _growing(root: Path, views: int, fields: Sequence[Encoding], shard: Shard) -> Writer:
+def _growing(root: Path, views: int, fields: Sequence[Encoding], shard: Shard, alone: bool) -> Writer:
     commits = log.read_commits(root)
     before = plan_from(commits[-1].plan)
+    if alone and log.growths(root, "plan") > len(commits) and not _logged(root, len(commits)):
+        _forget(root, len(commits), before)
     plan = grow_plan(before, views or before.views, fields)
     if plan == before and log.growths(root, "plan") == len(commits):
         return Writer(root, plan, len(commits) - 1, None, shard)
@@ -341,16 +378,66 @@ def _growing(root: Path, views: int, fields: Sequence[Encoding], shard: Shard) -
 
 
 def _begin(root: Path, knowledge: Knowledge, plan: StorePlan, alone: bool) -> None:
-    if alone and not any((root / FOLDER / "log" / "0").glob("v*.json")):
-        # nothing is computed yet, so the next writer decides what this store is
-        for path in (root / IDENTITY_FILE, log.plan_path(root, 0), record_path(root, 0, log.SAMPLES)):
-            atomic.remove(path)
+    if alone and _replaceable(root, knowledge, plan):
+        _forget(root, 0, None)
+    atomic.remove(root / REFUSED)
     if (root / IDENTITY_FILE).exists():
         _require_same_knowledge(root, knowledge)
     else:
         # exclusive: shards on several machines may begin a store in a bucket at once
         atomic.create_exclusive(root / IDENTITY_FILE, canonical_json(IdentityRecord.of(knowledge).document()))
     _plan_or_compare(root, 0, plan, f"the plan of the store at {root}")
+
+
+def _replaceable(root: Path, knowledge: Knowledge, plan: StorePlan) -> bool:
+    """Return whether the next writer decides what a store is: nothing is computed, or it was refused and differs."""
+    if log.commit_path(root, 0).exists():
+        return False
+    if not _logged(root, 0):
+        return True
+    held = attempt(logger.debug, read_store_identity, root), attempt(logger.debug, log.read_plan, root, 0)
+    asked = knowledge.document(), plan.document()
+    return (root / REFUSED).exists() and tuple(one and one.document() for one in held) != asked
+
+
+def _logged(root: Path, growth: int) -> bool:
+    return any(record_path(root, growth, "").parent.glob("v*.json"))
+
+
+OWN = (IDENTITY_FILE, ORIGIN_FILE, PARAMETERS_FILE, FOLDER / "environment.json", FOLDER / "timing.jsonl")
+"""records of a store that tell how its first growth began"""
+
+
+def _forget(root: Path, growth: int, before: StorePlan | None) -> None:
+    """Delete what was written of a growth that is not sealed; files of others stay.
+
+    Its log goes first, so that a kill leaves nothing that counts, and its plan, which names the files, last.
+    """
+    if growth == 0 and _logged(root, 0):
+        logger.info("the store at %s was refused for its teacher's accuracy: it is begun anew", root)
+    for path in record_path(root, growth, "").parent.glob("*.json"):
+        atomic.remove(path)
+    planned = log.plan_path(root, growth)
+    if planned.exists() and (plan := attempt(logger.debug, lambda: plan_from(log.read_plan(root, growth)))) is not None:
+        for path in _files_of(root, plan, before):
+            atomic.remove(path)
+            with suppress(OSError):  # of an array of its own, when the last file goes
+                path.parent.rmdir()
+    if before is None:
+        for name in OWN:
+            atomic.remove(root / name)
+    else:
+        write_documents(root, before)
+    atomic.remove(planned)
+
+
+def _files_of(root: Path, plan: StorePlan, before: StorePlan | None) -> Iterator[Path]:
+    """Yield the files that a plan adds to those of the one before: chunks, and the documents of its own arrays."""
+    listed = listed_sizes(root, plan)
+    known = documents(before).keys() if before else {""}
+    added = [*parts(plan, before), *([] if before else [None])]
+    yield from (root / chunk.key for part in added for chunk in part_chunks(plan, part) if chunk.key in listed)
+    yield from (root / name / "zarr.json" for name in documents(plan).keys() - known)
 
 
 def _require_same_knowledge(root: Path, knowledge: Knowledge) -> None:

@@ -420,6 +420,7 @@ def fill(
 
 
 def _write_parts(opened: Writer, pending: Sequence[Part], job: Job, progress: Progress) -> None:
+    interrupt.begin()
     plan, timings = opened.plan, opened.path / TIMING
     rows = _points(opened.mine)
     if done := rows - _points(pending):
@@ -432,7 +433,11 @@ def _write_parts(opened: Writer, pending: Sequence[Part], job: Job, progress: Pr
             began = time.perf_counter()
             made = compute(part, plan, job)
             written.result()
-            _require_accuracy(part, made.measurements["correct"], right, job.least_accuracy)
+            try:
+                _require_accuracy(part, made.measurements["correct"], right, job.least_accuracy)
+            except MismatchError:
+                opened.refuse(part.view)
+                raise
             skipped |= set(made.skipped)
             log.require_few_skipped(skipped, plan.count)
             written = pool.submit(opened.write_part, part, *made)

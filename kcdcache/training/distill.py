@@ -278,8 +278,8 @@ def _views(settings: TrainSettings, material: Material, folder: RunFolder) -> in
         raise SettingsError(
             f"--cached-views {asked}: the store at {material.knowledge.path} has {held}; precompute more"
         )
-    began_with = state.read_record(folder).inputs.views if folder.settings.exists() else None
-    return min(asked or held, began_with or held)
+    begun = state.begun_record(folder)
+    return min(asked or held, (begun.inputs.views if begun else None) or held)
 
 
 def _inputs(material: Material, views: int, fields: tuple[str, ...]) -> state.Inputs:
@@ -311,9 +311,9 @@ def accept(given: Manifest, knowledge: reader.Store, transfer: bool) -> Manifest
 
 def _sorted_out(material: Material, folder: RunFolder) -> tuple[Material, Manifest | None]:
     """Return the material the run began with, and the given manifest if it is the next stage's."""
-    if material.given is None or not folder.settings.exists():
+    if material.given is None or (begun := state.begun_record(folder)) is None:
         return material, None
-    began_with = state.read_record(folder).inputs.given
+    began_with = begun.inputs.given
     if began_with == material.given.digest:
         return material, None
     return replace(material, given=manifest.read(folder.given) if began_with else None), material.given

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 SAVE, STOP = 1, 2
 """what processes agree on after a step: the largest wins"""
+ELSEWHERE = "other settings need another --out once the run has a checkpoint"
 WARM_UP = 3
 """steps before the first recording, in which libraries and optimizers allocate lasting memory"""
 
@@ -101,7 +102,8 @@ class Loop:
             KcdcacheError: memory ran out.
         """
         learner, size, first = self.learner, self.settings.batch_size, self.learner.epoch
-        remedy = f"lower --batch-size ({size} now), with another --out: a run keeps the one it began with"
+        remedy = f"lower --batch-size ({size} now); {ELSEWHERE}"
+        interrupt.begin()
         with exact_arithmetic(), enough_memory(remedy):
             while learner.epoch < stop:
                 began = time.perf_counter()
@@ -224,17 +226,19 @@ class Loop:
     def _require_finite(self) -> None:
         """Raise NonFiniteError if the network has diverged, with the samples of the first step without finite loss."""
         learner, group = self.learner, self.learner.group
-        if math.isfinite(loss := float(group.total(learner.sums["loss"]))):
-            return
-        step = -group.most(-self._totals.finite_steps())
-        batch = next(self.batches.epoch(learner.epoch, step))
-        index = sorted(group.joined(batch.index[:0] if batch.idle else batch.index).tolist())
-        shown = ", ".join(map(str, index[:16])) + (", ..." if len(index) > 16 else "")
-        raise NonFiniteError(
-            f"the training loss is {loss} in epoch {learner.epoch}, step {learner.step}; lower --learning-rate, or "
-            "look for bad images; the last checkpoint is from before that; the first such loss was that of step "
-            f"{step} (the first is 0), of these {len(index)} samples: {shown}"
-        )
+        loss, where = float(group.total(learner.sums["loss"])), f"in epoch {learner.epoch}, step {learner.step}"
+        remedy = f"lower --learning-rate, or look for bad images; {ELSEWHERE} (the last is from before that)"
+        if not math.isfinite(loss):
+            step = -group.most(-self._totals.finite_steps())
+            batch = next(self.batches.epoch(learner.epoch, step))
+            index = sorted(group.joined(batch.index[:0] if batch.idle else batch.index).tolist())
+            shown = ", ".join(map(str, index[:16])) + (", ..." if len(index) > 16 else "")
+            raise NonFiniteError(
+                f"the training loss is {loss} {where}; {remedy}; the first such loss was that of step {step} (the "
+                f"first is 0), of these {len(index)} samples: {shown}"
+            )
+        if not all(bool(torch.isfinite(weight).all()) for weight in learner.network.parameters()):
+            raise NonFiniteError(f"the network's weights are not finite any more {where}; {remedy}")
 
     def _timed(self, began: float, epoch: int, before: int, warm_up: bool) -> Rate:
         """Write the time and samples of an epoch or its part before a stop; return images per second."""

@@ -1,5 +1,6 @@
 """The processes of one training run under `torchrun`: their shares of a batch, and how they communicate."""
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,11 +13,14 @@ import torch.distributed as dist
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 
+from kcdcache import environment
 from kcdcache.errors import KcdcacheError, SettingsError, UnfinishedError
 from kcdcache.networks.input_transform import resolve_device, use_threads
 from kcdcache.runs import state
 from kcdcache.runs.folder import RunFolder
 from kcdcache.settings import MachineSettings
+
+logger = logging.getLogger(__name__)
 
 
 class Share(NamedTuple):
@@ -58,8 +62,18 @@ PATIENCE = timedelta(minutes=30)
 """waiting time within an epoch and at its end, where one process measures and writes"""
 LONG_PATIENCE = timedelta(hours=6)
 """waiting time while one process condenses or runs the teacher on mixes"""
-ENDED = ("closed by peer", "reset by peer", "was likely closed", "Broken pipe", "Timed out waiting", "NCCL")
+ENDED = (
+    "closed by peer",
+    "reset by peer",
+    "was likely closed",
+    "Broken pipe",
+    "Timed out waiting",
+    "wait timeout",
+    "NCCL",
+)
 """in torch's errors when another process is gone or does not answer"""
+ABSENT = ("failed to connect", "failed to listen", "Timed out after", "getaddrinfo")
+"""in torch's errors when processes do not meet in the first place"""
 
 
 class Group:
@@ -145,37 +159,47 @@ def group_of(variables: Mapping[str, str] = os.environ) -> Iterator[Group]:
 
     Raises SettingsError for invalid variables, and UnfinishedError if another process has ended or does not answer.
     """
-    world, rank = variables.get("WORLD_SIZE", "1"), variables.get("RANK", "0")
-    if world == "1":
+    rank, world, _ = environment.torchrun_place(variables)
+    environment.note_unused(variables)
+    if world == 1:
         yield ALONE
         return
-    if not (world.isdecimal() and rank.isdecimal() and int(rank) < int(world) and "MASTER_ADDR" in variables):
+    port = variables.get("MASTER_PORT", "")
+    if not (port.isdecimal() and 0 < int(port) < 2**16):
         raise SettingsError(
-            f"WORLD_SIZE is {world!r} and RANK {rank!r}, which is no place among processes of torchrun; start it with "
-            "`torchrun --nproc-per-node N -m kcdcache train ...`, or unset both"
+            f"MASTER_PORT is {port!r}, expected the port where the processes of torchrun meet, 1 to 65535; start them "
+            "with `torchrun --nproc-per-node N -m kcdcache train ...`"
         )
+    where = f"{variables['MASTER_ADDR']}:{port}"
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(variables.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    with _others_there(rank):
+    logger.info("process %d of %d waits for the others at %s", rank, world, where)
+    with _others_there(rank, where):
         dist.init_process_group(backend, timeout=PATIENCE)
         try:
             waiting = dist.new_group(backend="gloo", timeout=LONG_PATIENCE)
-            yield Group(int(rank), int(world), waiting if isinstance(waiting, dist.ProcessGroup) else None)
+            yield Group(rank, world, waiting if isinstance(waiting, dist.ProcessGroup) else None)
         finally:
             dist.destroy_process_group()
 
 
 @contextmanager
-def _others_there(rank: str) -> Iterator[None]:
-    """Turn errors from the loss of another process into UnfinishedError."""
+def _others_there(rank: int, where: str) -> Iterator[None]:
+    """Turn errors from the loss or absence of another process into UnfinishedError."""
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, KcdcacheError) or not any(phrase in str(error) for phrase in ENDED):
+        if isinstance(error, KcdcacheError) or not any(phrase in str(error) for phrase in (*ENDED, *ABSENT)):
             raise
+        first = str(error).splitlines()[0]
+        if any(phrase in first for phrase in ABSENT):
+            raise UnfinishedError(
+                f"process {rank} did not meet the others at {where}, which MASTER_ADDR and MASTER_PORT name: the first "
+                f"must run on that machine, and the port be free there; nothing was begun ({first})"
+            ) from error
         raise UnfinishedError(
             f"process {rank} lost another one of this run, whose own message, if it had time for one, says why; the "
-            f"same command resumes ({str(error).splitlines()[0]})"
+            f"same command resumes ({first})"
         ) from error

@@ -6,6 +6,7 @@ import os
 import pickle
 import pty
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -272,7 +273,8 @@ def test_condense_needs_neither_torch_nor_zarr(chain):
 
 
 def test_condense_is_refused_under_torchrun(capsys, chain, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "here"}.items():
+        monkeypatch.setenv(name, value)
     code, err = failure(capsys, *words(chain, "condense", out=chain / "m.parquet"))
     assert code == 2
     assert "condense is work for one process, and torchrun has started 2: run `kcdcache condense` without" in err
@@ -394,3 +396,100 @@ def test_on_a_terminal_there_are_bars_and_a_fitted_table_and_no_plain_lines():
 
 def test_in_another_process_bars_are_lines():
     assert type(pickle.loads(pickle.dumps(console.LiveProgress()))) is console.PlainProgress
+
+
+# without what a shell gives
+
+
+def without(closed, words):
+    """Python text that runs a command for a user without home or entry in passwd, and without some standard streams."""
+    return f"""
+import os, pwd
+def getpwuid(number):
+    raise KeyError(f"getpwuid(): uid not found: {{number}}")
+pwd.getpwuid = getpwuid
+for name in ("HOME", "XDG_CACHE_HOME", "KCDCACHE_CACHE", "USER", "LOGNAME"):
+    os.environ.pop(name, None)
+for number in {closed}:
+    os.close(number)
+from kcdcache.cli import main
+main.main({[str(word) for word in words]!r})
+"""
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("closed", [pytest.param((0,), marks=SLOW), pytest.param((2,), marks=SLOW), (0, 2), (0, 1, 2)])
+def test_closed_streams_and_no_home_are_no_obstacle(whole, start, tmp_path, closed):
+    """A file of ours would get the number of a closed stream, and messages would end in it."""
+    for name, result in (("fit", "teacher"), ("precompute", "store"), ("train", "run")):
+        more = {"store" if name == "precompute" else "out": tmp_path / result}
+        assert finished(start, without(closed, [*words(whole, name, **more), "--threads", 1]), tmp_path / "log") == 0
+    assert not re.search("internal error|Traceback|Errno", (tmp_path / "log").read_text())
+    assert ("accuracy_last:" in (tmp_path / "log").read_text()) == (1 not in closed)
+    assert main._outcome(["verify", str(tmp_path / "store"), "--read-data"]) == 0
+    assert main._outcome(["verify", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize(
+    "streams", ["<&- 2>&-", *(pytest.param(one, marks=SLOW) for one in ("<&-", "2>&-", "<&- >&- 2>&-"))]
+)
+def test_a_real_command_with_closed_streams(whole, streams):
+    asked = f"{sys.executable} -m kcdcache inspect {whole / 'store'} {streams}"
+    done = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, env=environment(), check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("knowledge_id" in done.stdout) == (">&- 2" not in streams)
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code"),
+    [
+        ("2>&1 >/dev/null | true", 0),
+        pytest.param("2>/dev/full", 0, marks=SLOW),
+        pytest.param("| true", 141, marks=SLOW),
+        (">/dev/full", 7),
+    ],
+)
+def test_who_no_longer_reads_ends_no_work(whole, tmp_path, redirected, code):
+    """Progress that nobody reads is not told, a result that nobody reads ends quietly, one that is lost does not."""
+    asked = [sys.executable, "-m", "kcdcache", *map(str, words(whole, "fit", out=tmp_path / "run")), "--threads", "1"]
+    line = f"{shlex.join(asked)} {redirected}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert not re.search("internal error|Errno|Exception ignored", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (
+            "fit --data cifar100 --model resnet8 --out o",
+            "~/.cache/kcdcache is in the home folder, and this user has none",
+        ),
+        ("fit --data folder:~/images --model resnet8 --out o", "~/images is in the home folder"),
+        ("inspect s3://bucket/run", "s3://bucket needs a cache on this machine, and this user has no home folder"),
+    ],
+)
+def test_where_the_home_would_matter_it_is_named(start, tmp_path, asked, said):
+    assert finished(start, without((), asked.split()), tmp_path / "log", limits={"folder": str(tmp_path)}) == 2
+    told = (tmp_path / "log").read_text()
+    assert f"error: {said}" in told
+    assert "set HOME, or give a path without ~" in told or "set KCDCACHE_CACHE to a folder" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+@pytest.mark.parametrize("where", ["a file", "read-only"])
+def test_a_cache_that_cannot_be_written_is_named(start, tmp_path, where):
+    cache = tmp_path / "cache"
+    if where == "a file":
+        cache.write_text("")
+    else:
+        cache = Path("/proc/cache")
+    given = {"KCDCACHE_CACHE": str(cache), "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "c"}
+    assert finished(start, ["inspect", "s3://bucket/run"], tmp_path / "log", **given) == 2
+    said = (tmp_path / "log").read_text()
+    assert f"error: s3://bucket needs a cache on this machine, and {cache} cannot be written (" in said
+    assert "set KCDCACHE_CACHE to a folder that can" in said
+    assert "Errno" not in said

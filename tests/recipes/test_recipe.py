@@ -336,3 +336,14 @@ def test_a_recipe_at_several_jobs_that_is_stopped_resumes_to_the_same_bytes(star
     }
     numbers = [{k: v for k, v in row.items() if "seconds" not in k} for row in resumed["rows"]]
     assert numbers == [{k: v for k, v in row.items() if "seconds" not in k} for row in finished[1]["rows"][:3]]
+
+
+def test_a_step_that_leaves_its_store_unsealed_fails_with_the_command_that_ends_it(tmp_path):
+    written(tmp_path, SHORT.replace("min_accuracy = 0", 'min_accuracy = 0\nshard = "1/2"'))
+    results = recipe.run(recipe.load(tmp_path / "tiny.toml"), tmp_path / "out", progress=silent)
+    failed = {one["run"]: one for one in results["failed"]}
+    assert failed["store"]["exit_code"] == 9
+    assert (
+        f"one process ends it by `kcdcache precompute --store {tmp_path}/out/store --data" in failed["store"]["error"]
+    )
+    assert failed["kcd-seed0"]["error"] == "not begun: it needs 'store', which failed"

@@ -1,11 +1,14 @@
 """A run's folder: continued only as itself, on the machine it began on, by one process; damage is found."""
 
 import json
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 
 import pytest
 import torch
+from commands import words
+from killing import finished, succeeds
 from lessons import on_cpu, precomputed
 from pupils import distilled, everything, promised, same_files, school, settings
 
@@ -38,7 +41,7 @@ def test_another_setting_is_refused_by_name(place, begun, name):
 
 
 def unlocked(files):
-    return {name: data for name, data in files.items() if name != ".lock"}
+    return {name: data for name, data in files.items() if name not in (".lock", ".lock.holder")}
 
 
 def test_of_trainings_racing_for_one_folder_exactly_one_goes_on(place, begun, tmp_path):
@@ -179,3 +182,59 @@ def test_a_grown_store_continues_a_run_as_it_began(place, begun, tmp_path):
     distilled(other, tmp_path / "run")
     distilled(place, tmp_path / "whole")
     assert same_files(tmp_path / "whole", tmp_path / "run")
+
+
+def requery_without_teacher(here, path):
+    """A set with mixes to start from, and nobody to ask about them: the run has kept the set when it finds out."""
+    chosen = here.root / "train" / "stages" / "1" / "manifest.parquet"
+    given = words(here.root, "train", path, manifest=chosen, stages=1)
+    place = given.index("--teacher")
+    return given[:place] + given[place + 2 :]
+
+
+ENDED = {
+    "fit diverged": ("fit", lambda here, path: words(here.root, "fit", path, learning_rate=1e30), {}, 5),
+    "train diverged": ("train", lambda here, path: words(here.root, "train", path, learning_rate=1e30), {}, 5),
+    "train refused": ("train", requery_without_teacher, {}, 2),
+    "fit killed": (
+        "fit", lambda here, path: words(here.root, "fit", path, seed=3), {"KCDCACHE_CRASHPOINT": "9"}, -signal.SIGKILL
+    ),
+    "train killed": (
+        "train", lambda here, path: words(here.root, "train", path, threads=2), {"KCDCACHE_CRASHPOINT": "9"},
+        -signal.SIGKILL,
+    ),
+}  # fmt: skip
+"""how a first run ended before its first checkpoint -> its command, its words, its environment and its exit code"""
+
+
+@pytest.mark.parametrize("how", ENDED)
+def test_a_run_that_ended_before_its_first_checkpoint_is_begun_anew_by_a_corrected_command(here, tmp_path, how):
+    name, asked, variables, code = ENDED[how]
+    path, log = tmp_path / "run", tmp_path / "log"
+    assert finished(here.start, asked(here, path), log, **variables) == code, log.read_text()
+    assert (path / "run.json").exists()
+    assert not (path / "checkpoint" / "latest.json").exists()
+    mine = [path / "notes.txt", path / "stages" / "0" / "mine.txt"]
+    for file in mine:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+    succeeds(here.start, words(here.root, name, path), log)
+    assert [file.read_text() for file in mine] == ["mine", "mine"]
+    for file in mine:
+        file.unlink()
+    assert same_files(here.root / name, path)
+    assert not state.read_record(RunFolder(path=path)).changes
+
+
+def test_a_run_with_a_checkpoint_inside_its_first_epoch_is_never_discarded(here, tmp_path):
+    path, log = tmp_path / "run", tmp_path / "log"
+    slow = {"batch_size": 8, "checkpoint_seconds": 0}
+    process = here.start(words(here.root, "fit", path, **slow), log)
+    while not process.ended(0.001) and not (path / "checkpoint" / "latest.json").exists():
+        pass
+    process.kill()
+    assert not (path / "metrics.jsonl").exists()
+    before = unlocked(everything(path))
+    assert finished(here.start, words(here.root, "fit", path, **slow, learning_rate=0.01), log) == 2
+    assert "holds a run with learning_rate = 0.05, asked for now: 0.01" in log.read_text()
+    assert unlocked(everything(path)) == before

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lessons import CPU, ON_CPU, precomputed, teacher_of
-from pupils import executed
+from pupils import executed, same_files
 from torch import nn
 
 from kcdcache.data import datasets
@@ -162,6 +162,60 @@ def test_a_teacher_is_judged_by_true_labels(tmp_path, redraw):
 class Wrong(Perfect):
     def forward(self, x):
         return -super().forward(x)
+
+
+@pytest.fixture
+def half_right(tmp_path):
+    """Data of two parts, of which `Perfect` knows the first, and what a command would do there."""
+    count = 20_000
+    labels = np.arange(count) % 10
+    images = np.zeros((count, 2, 2, 1), np.uint8)
+    images[:, 0, 0, 0] = np.round((labels + (np.arange(count) > count // 2)) % 10 * 255 / 16)
+    np.savez(
+        tmp_path / "d.npz", train_images=images, train_labels=labels, test_images=images[:9], test_labels=labels[:9]
+    )
+    dataset = datasets.load(f"arrays:{tmp_path / 'd.npz'}")
+
+    def fill(path, least, std=1.0):
+        transform = InputTransform((0.0,), (std,))
+        torch.manual_seed(0)
+        network = teacher.freeze(Perfect(), transform, "x:Perfect", dataset.classes, CPU)
+        settings = PrecomputeSettings(augment="none", views=1, fields=("logits",), min_accuracy=least)
+        return precompute.run(settings, dataset, network, path)
+
+    return fill
+
+
+def logged(path):
+    return sorted(file.name for file in path.glob("_kcd/log/0/v*.json"))
+
+
+def test_a_store_refused_in_its_first_view_is_begun_anew_by_other_settings(half_right, tmp_path):
+    """Although a part of it is logged; what it would have sealed leaves nothing behind, and files of others stay."""
+    with pytest.raises(
+        MismatchError, match=r"right on 5\d\.\d\d% of the first 20000 samples of view 0, expected at least 90"
+    ):
+        half_right(tmp_path / "store", 0.9)
+    assert len(logged(tmp_path / "store")) == 1
+    (tmp_path / "store" / "notes.txt").write_text("mine")
+    for path in ("store", "fresh"):
+        assert half_right(tmp_path / path, 0.1, std=0.999)["views"] == 1
+    assert (tmp_path / "store" / "notes.txt").read_text() == "mine"
+    (tmp_path / "store" / "notes.txt").unlink()
+    assert same_files(tmp_path / "store", tmp_path / "fresh")
+
+
+def test_a_store_refused_goes_on_with_a_lower_demand_and_then_is_nobody_elses(half_right, tmp_path):
+    path = tmp_path / "store"
+    with pytest.raises(MismatchError, match="expected at least 90"):
+        half_right(path, 0.9)
+    (first,) = (path / "_kcd/log/0").glob("v*.json")
+    before = first.stat().st_mtime_ns
+    half_right(path, 0.1)
+    assert first.stat().st_mtime_ns == before
+    assert not (path / "_kcd/refused").exists()
+    with pytest.raises(MismatchError, match=r"differ in teacher\.transform"):
+        half_right(path, 0.1, std=0.999)
 
 
 def test_parameters_that_cannot_be_told_are_refused_before_the_teacher_runs(tmp_path):

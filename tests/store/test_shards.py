@@ -1,6 +1,8 @@
 """Several processes fill one store: any split, with kills, ends in the bytes that one process writes."""
 
 import random
+import re
+import shlex
 import shutil
 import signal
 from contextlib import nullcontext
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 from commands import words
 from killing import finished, succeeds
-from pupils import leftovers, same_files
+from pupils import leftovers, lines, same_files
 from stores import content, creating, knowledge, make, plan_of, small_parts, write_part
 
 from kcdcache.errors import LockedError, MismatchError, NotFoundError, SettingsError, UnfinishedError
@@ -142,33 +144,118 @@ def test_leftovers_of_the_dead_are_removed_by_who_is_alone(tmp_path):
     assert not dead.exists()
 
 
-NO_SHARD = r"the environment has {'.*'}, which names no shard of 0 to N - 1 .*; give --shard I/N"
+NO_PLACE = r"the environment has {'.*'}, which names no place of 0 to N - 1 of (srun|a SLURM array|torchrun); "
+NO_LAUNCHER = "--shard auto takes the place that torchrun, srun or a SLURM array gives a process, and none did"
 
 
-def slurm(number, count, least):
-    return dict(
-        zip([f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "COUNT", "MIN")], (number, count, least), strict=True)
-    )
+def torchrun(rank, world):
+    return {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+
+
+def array(number, count, least, **more):
+    told = {"ID": number, "COUNT": count, "MIN": least} | more
+    return {f"SLURM_ARRAY_TASK_{name}": value for name, value in told.items()}
+
+
+BATCH = {"SLURM_JOB_ID": "9", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}
+"""of a batch script, outside any step of srun"""
+SRUN = BATCH | {"SLURM_PROCID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+WHOLE = Shard(0, 1)
 
 
 @pytest.mark.parametrize(
-    ("variables", "expected"),
+    ("variables", "unasked", "auto"),
     [
-        ({}, Shard(0, 1)),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, Shard(0, 1)),
-        ({"RANK": "2", "WORLD_SIZE": "4"}, Shard(2, 4)),
-        (slurm("7", "3", "5"), Shard(2, 3)),
-        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, Shard(1, 2)),
-        ({"WORLD_SIZE": "4"}, Shard(0, 1)),
-        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "9"}, Shard(1, 2)),
-        ({"RANK": "4", "WORLD_SIZE": "4"}, None),
-        ({"RANK": "one", "WORLD_SIZE": "2"}, None),
-        (slurm("8", "3", "4"), None),
+        ({}, WHOLE, NO_LAUNCHER),
+        (BATCH, WHOLE, r"\(SLURM_PROCID without SLURM_STEP_ID is that of the batch script itself: put srun before"),
+        (SRUN, WHOLE, Shard(1, 2)),
+        (BATCH | {"SLURM_PROCID": "3", "SLURM_STEP_ID": "0"}, WHOLE, Shard(3, 4)),
+        (array("7", "3", "5"), WHOLE, Shard(2, 3)),
+        (BATCH | array("9", "3", "5", STEP="2", MAX="9"), WHOLE, Shard(2, 3)),
+        (array("8", "3", "4"), WHOLE, NO_PLACE + "give --shard I/N"),
+        (array("2", "3", "1", STEP="1", MAX="7"), WHOLE, NO_PLACE),  # an array of 1, 2 and 7
+        (SRUN | array("0", "2", "0"), WHOLE, r"srun made this process 1 of 2, in task 0 of 2 of a SLURM array"),
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"} | array("1", "2", "0"), WHOLE, Shard(1, 2)),
+        ({"RANK": "1"}, WHOLE, NO_LAUNCHER),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, WHOLE, NO_LAUNCHER),
+        ({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "here"}, WHOLE, NO_LAUNCHER),
+        (torchrun("2", "4"), Shard(2, 4), Shard(2, 4)),
+        (torchrun("0", "1"), WHOLE, WHOLE),
+        (torchrun("1", "2") | SRUN | array("0", "9", "0"), Shard(1, 2), Shard(1, 2)),
+        (torchrun("4", "4"), NO_PLACE + "start the command with `torchrun", NO_PLACE),
+        (torchrun("one", "2"), NO_PLACE, NO_PLACE),
     ],
 )
-def test_the_shard_is_this_processs_place_under_a_launcher(variables, expected):
-    with nullcontext() if expected else pytest.raises(SettingsError, match=NO_SHARD):
-        assert shard_of(variables) == expected
+def test_a_shard_is_taken_from_torchrun_or_where_it_is_asked_for(variables, unasked, auto):
+    for text, expected in ((None, unasked), ("auto", auto)):
+        refused = pytest.raises(SettingsError, match=expected) if isinstance(expected, str) else nullcontext()
+        with refused:
+            assert shard_of(text, variables) == expected
+
+
+def test_what_is_not_used_is_said(caplog):
+    caplog.set_level("INFO")
+    for variables, said in (
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "n"},
+         "works alone: RANK=0, WORLD_SIZE=2, MASTER_ADDR=n is set, but not LOCAL_RANK"),
+        (array("1", "8", "0"), "this is number 1 of 8 of a SLURM array; --shard auto writes its share only"),
+        (SRUN, "this is number 1 of 2 of srun; --shard auto"),
+        (BATCH, ""), ({"RANK": "1"}, ""), (array("8", "3", "4"), ""),
+    ):  # fmt: skip
+        caplog.clear()
+        assert shard_of(None, variables) == WHOLE
+        assert said in caplog.text
+        assert bool(said) == bool(caplog.text)
+
+
+@pytest.mark.parametrize("variables", [BATCH, array("2", "3", "0"), {"RANK": "1"}, {"WORLD_SIZE": "2", "RANK": "1"}])
+def test_a_command_that_a_launcher_only_happens_to_surround_writes_the_whole_store(start, place, tmp_path, variables):
+    assert finished(start, precompute(place, tmp_path / "store"), tmp_path / "log", **variables) == 0
+    assert is_whole(place, tmp_path / "store")
+
+
+@pytest.mark.parametrize("variables", [{}, BATCH, {"RANK": "1"}])
+def test_a_place_that_nobody_gave_is_refused_and_writes_nothing(start, place, tmp_path, variables):
+    given, log = precompute(place, tmp_path / "store", shard="auto"), tmp_path / "log"
+    assert finished(start, given, log, **variables) == 2
+    assert f"error: {NO_LAUNCHER}" in log.read_text()
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("variables", [SRUN, array("4", "2", "3"), torchrun("1", "2"), None])
+def test_the_last_line_of_a_shard_names_the_command_that_ends_the_store(start, place, tmp_path, variables):
+    """In a task of srun, of an array, under torchrun, and as asked for."""
+    path, log = tmp_path / "the store", tmp_path / "log"
+    given = precompute(place, path, shard="1/2" if variables is None else "auto")
+    assert finished(start, given, log, **variables or {}) == 0
+    last = log.read_text().splitlines()[-1]
+    assert last.startswith(
+        "unsealed: 6 parts are left to the other shards, the last of which seals the store; one proc"
+    )
+    command = shlex.split(re.search(r"one process ends it by `(.*)`$", last)[1])
+    assert command[:2] == ["kcdcache", "precompute"]
+    succeeds(start, command[1:], log)
+    assert is_whole(place, path)
+
+
+@pytest.mark.parametrize("name", ["run", "export", "report", "condense", "precompute"])
+def test_work_for_one_process_is_refused_under_torchrun(start, place, tmp_path, name):
+    """And, for requeries and imports, a shard is: it would do nothing."""
+    given = {
+        "run": ["run", "--out", tmp_path / "new"], "report": ["report", place],
+        "export": ["export", *lines({"manifest": place, "store": place, "out": tmp_path / "new"})],
+        "condense": ["condense", *lines({"values": place, "store": place, "keep": 0.5, "out": tmp_path / "new"})],
+        "precompute": precompute(place, tmp_path / "new", manifest=place / "m"),
+    }[name]  # fmt: skip
+    log = tmp_path / "log"
+    assert finished(start, given, log, **torchrun("0", "2")) == 2
+    assert re.search(
+        rf"error: {name}( --manifest)? is work for one process, and torchrun has started 2", log.read_text()
+    )
+    if name == "precompute":
+        assert finished(start, [*given, "--shard", "0/2"], log) == 2
+        assert "--shard does nothing beside --manifest, which is work for one process" in log.read_text()
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("text", ["", "1", "2/2", "-1/2", "0/0", "a/b", "0/2/3", "1/1234567"])
@@ -177,11 +264,11 @@ def test_a_shard_is_a_shard(text):
         parse_shard(text)
 
 
-def test_processes_of_a_launcher_share_a_store_without_being_told(start, place, tmp_path):
+def test_processes_of_torchrun_share_a_store_without_being_told(start, place, tmp_path):
     path, given = tmp_path / "store", precompute(place, tmp_path / "store")
     logs = [tmp_path / f"log{rank}" for rank in range(2)]
-    all_succeed([start(given, log, RANK=str(rank), WORLD_SIZE="2") for rank, log in enumerate(logs)], logs)
-    assert all(f"shard {rank}/2, from RANK and WORLD_SIZE" in logs[rank].read_text() for rank in range(2))
+    all_succeed([start(given, log, **torchrun(str(rank), "2")) for rank, log in enumerate(logs)], logs)
+    assert all(f"shard {rank}/2, from torchrun" in logs[rank].read_text() for rank in range(2))
     assert is_whole(place, path)
 
 

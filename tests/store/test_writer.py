@@ -183,3 +183,28 @@ def test_log_records_keep_statistics_and_no_clock_or_host(sealed):
     }
     assert os.uname().nodename.encode() not in b"".join(content(sealed).values())
     assert [file.path for file in record.files] == ["logits/c.1.4.0", "logits_rowmax/c.1.4"]
+
+
+@pytest.mark.parametrize(
+    "first", [{"views": 9}, {"fields": [form("penultimate")]}, {"views": 4, "fields": [form("map")]}]
+)
+def test_a_growth_of_which_nothing_is_computed_gives_way_to_another(tmp_path, first):
+    plain, other = make(tmp_path / "plain"), make(tmp_path / "other")
+    with writer.grow(plain, knowledge(), views=3) as growing:
+        finish(growing)
+    with writer.grow(other, knowledge(), **first):
+        pass
+    with writer.grow(other, knowledge(), views=3) as growing:
+        finish(growing)
+    assert content(other) == content(plain)
+
+
+def test_a_growth_with_a_part_keeps_its_plan(tmp_path):
+    path = make(tmp_path / "s")
+    with writer.grow(path, knowledge(), views=9) as growing:
+        write_part(growing, growing.pending()[0])
+    with (
+        pytest.raises(MismatchError, match=r"the growth under way at .* differ in views"),
+        writer.grow(path, knowledge(), views=3),
+    ):
+        pass

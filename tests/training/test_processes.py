@@ -5,7 +5,9 @@ The processes are forks of one that imported all and meet by gloo; slow tests st
 
 import json
 import signal
+import socket
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -322,16 +324,87 @@ def test_what_processes_cannot_share_is_refused(change, message):
         learner.new_learner("resnet8", digits(200, 60), OptimizerSettings(**change), CE, CPU, group=Group(1, 4))
 
 
-PLACES = ({"RANK": "2", "MASTER_ADDR": "here"}, {"RANK": "-1", "MASTER_ADDR": "here"}, {"RANK": "0"})
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+PLACES = [
+    ({"RANK": "2"}, "which names no place of 0 to N - 1 of torchrun; start the command with `torchrun"),
+    ({"RANK": "-1"}, "which names no place of 0 to N - 1 of torchrun"),
+    ({}, "MASTER_PORT is '', expected the port where the processes of torchrun meet"),
+    ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http', expected the port"),
+]
 
 
-@pytest.mark.parametrize("place_of", PLACES)
-def test_a_place_that_is_none_is_refused(place_of):
-    with (
-        pytest.raises(SettingsError, match="which is no place among processes of torchrun; start it with `torchrun"),
-        processes.group_of({"WORLD_SIZE": "2"} | place_of),
-    ):
+@pytest.mark.parametrize(("changes", "message"), PLACES)
+def test_a_place_that_is_none_is_refused(changes, message):
+    with pytest.raises(SettingsError, match=message), processes.group_of(TORCHRUN | changes):
         pass
+
+
+@pytest.mark.parametrize("absent", ["LOCAL_RANK", "MASTER_ADDR", "RANK", "WORLD_SIZE"])
+def test_some_variables_of_torchrun_are_no_torchrun(absent, caplog):
+    with processes.group_of({name: value for name, value in TORCHRUN.items() if name != absent}) as group:
+        assert group is processes.ALONE
+    assert ("works alone" in caplog.text) == (absent != "WORLD_SIZE")
+
+
+def test_a_follower_of_nobody_says_what_it_has_done(start, place, tmp_path):
+    """RANK alone, left by something else: the command trains, and prints its result."""
+    process = start(fitting(place, tmp_path / "run", epochs=1), tmp_path / "log", RANK="1")
+    assert process.ended(120)
+    assert (process.code, "accuracy_last:" in (tmp_path / "log").read_text()) == (0, True)
+
+
+# waits for others that do not come
+
+
+@pytest.mark.parametrize("stage", ["fit", pytest.param("train", marks=SLOW)])
+@pytest.mark.parametrize(("rank", "number"), [("0", signal.SIGINT), ("0", signal.SIGTERM), ("1", signal.SIGTERM)])
+def test_one_signal_ends_a_process_whose_peers_never_come(start, place, tmp_path, stage, rank, number):
+    """The first waits for the other to connect; the other has connected to one that does not answer: inside torch."""
+    log, words = tmp_path / "log", STAGES[stage][0](place, tmp_path / "run")
+    log.touch()
+    with socket.socket() as other, ExitStack() as connected:
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+        if rank == "1":
+            other.listen()
+            other.settimeout(60)
+        else:
+            other.close()
+        process = start(words, log, **TORCHRUN | {"RANK": rank, "MASTER_PORT": str(port)})
+        if rank == "1":
+            connected.enter_context(other.accept()[0])
+        while rank == "0" and "waits for the others" not in log.read_text():
+            assert not process.ended(0.01), log.read_text()
+        process.signal(number)
+        assert process.ended(20)
+    assert (process.code, log.read_text().count("nothing was begun")) == (128 + number, 1)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_the_second_signal_ends_a_process_that_waits_for_a_stopped_one(start, place, tmp_path):
+    """In the middle of training, where the first would write a checkpoint if only the other were there."""
+    running = Forked(start, training(place, tmp_path / "run", TINY, epochs=400), 2, tmp_path / "log")
+    running.signal_once(lambda: len(rows_of(tmp_path / "run")) >= 1, 1, signal.SIGSTOP)
+    running.signal_once(lambda: True, 0, signal.SIGINT)
+    running.signal_once(lambda: True, 0, signal.SIGTERM)
+    assert running.ended(0, 20)
+    running.signal_once(lambda: True, 1, signal.SIGKILL)
+    assert running.codes()[0] in (-signal.SIGTERM, -signal.SIGINT)
+    assert running.codes()[1] == -signal.SIGKILL
+
+
+def test_a_port_that_others_have_is_named(start, place, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        process = start(fitting(place, tmp_path / "run"), tmp_path / "log", **TORCHRUN | {"MASTER_PORT": port})
+        assert process.ended(60)
+    told = (tmp_path / "log").read_text()
+    assert process.code == 9, told
+    assert (
+        f"error: process 0 did not meet the others at 127.0.0.1:{port}, which MASTER_ADDR and MASTER_PORT name" in told
+    )
 
 
 def test_observations_joined_are_those_of_one_process():
