@@ -630,8 +630,10 @@ def keys(model: type[BaseModel]) -> list[str]:
 
 def _explained(model: type[Settings], item: Any, source: str) -> str:
     names = [name for name in item["loc"] if name not in parts(model)]
-    # of what follows the setting's name, only places in a list: the others are names of types
-    key = ".".join(map(str, [*names[:1], *(name for name in names[1:] if isinstance(name, int))])) or "settings"
+    kind = fields(model)[names[0]].annotation if names and names[0] in fields(model) else None
+    if not (isinstance(kind, type) and issubclass(kind, BaseModel)):  # what follows are places in a list, or types
+        names = [*names[:1], *(name for name in names[1:] if isinstance(name, int))]
+    key = ".".join(map(str, names)) or "settings"
     if item["type"] == "extra_forbidden":
         return f"unknown setting '{key}' in {source}; {nearest(key, keys(model))}"
     return f"setting '{key}' in {source}: {item['msg'].partition(' for <')[0]}; found {item['input']!r}"
