@@ -142,6 +142,17 @@ def require_same(expected: Any, found: Any, names: tuple[str, str], remedy: str)
         raise MismatchError(f"{names[0]} and {names[1]} differ in {place}: {left!r} against {right!r}; {remedy}")
 
 
+def require_known(what: str, word: object, known: Collection[str]) -> None:
+    """Raise SettingsError if a word is not one of those known.
+
+    >>> require_known("mix", "convx", ("convex", "additive_clip"))
+    Traceback (most recent call last):
+    kcdcache.errors.SettingsError: unknown mix 'convx'; known: convex, additive_clip
+    """
+    if word not in tuple(known):
+        raise SettingsError(f"unknown {what} {word!r}; known: {', '.join(known)}")
+
+
 def nearest(name: str, known: Collection[str]) -> str:
     """Return a hint with the known name closest to a wrong one, ignoring case, or with all known names.
 

@@ -5,10 +5,11 @@ and the first line of a part's docstring is the heading of its options.
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -16,6 +17,9 @@ from pydantic.fields import FieldInfo
 from kcdcache.errors import NotFoundError, SettingsError, nearest
 
 Precision = Literal["float32", "bfloat16"]
+Mix = Literal["convex", "additive_clip"]
+MixTarget = Literal["linear_prob", "linear_logit", "keep", "requery"]
+Device = Literal["auto", "cpu", "cuda"]
 
 
 class Settings(BaseModel):
@@ -25,6 +29,19 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, defer_build=True
     )
+
+    def __init__(self, /, **values: Any) -> None:
+        """Check the values as the command line does; raises SettingsError for an unknown name or a wrong value."""
+        with _explaining(type(self), f"{type(self).__name__}(...)"):
+            super().__init__(**values)
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # parts are built without it
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with some other values, checked too."""
+        with _explaining(type(self), f"{type(self).__name__}.model_copy(...)"):
+            type(self).model_validate(dict(self) | dict(update or {}))
+        return super().model_copy(update=update, deep=deep)
 
 
 class Composed(Settings):
@@ -192,9 +209,9 @@ class MethodSettings(Settings):
     """weight of the method's own term; the method's default if unset (at: 1000)"""
     temperature: float | None = Field(default=None, gt=0)
     """distillation temperature; the method's default if unset (kd: 4)"""
-    mix: Literal["convex", "additive_clip"] = "convex"
+    mix: Mix = "convex"
     """mixing of K_Aug images: (1-eps) x + eps x0, or x + eps x0 clipped to [0, 1]"""
-    mix_target: Literal["linear_prob", "linear_logit", "keep", "requery"] = "linear_prob"
+    mix_target: MixTarget = "linear_prob"
     """teacher target of mixed samples: mixed probabilities or logits, the kept sample's, or the teacher on the mix"""
     mix_label: Literal["keep", "mix"] = "keep"
     """hard label of a mixed sample: the kept sample's, or mixed in the same proportion"""
@@ -337,7 +354,7 @@ def recorded(settings: TrainSettings) -> dict[str, Any]:
 class MachineSettings(Settings):
     """Device and threads."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """device; auto uses a GPU if there is one"""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads; all cores if unset. Affects the last bits of training results"""
@@ -392,7 +409,7 @@ class PrecomputeCommand(Composed):
     """student network, for --for"""
     manifest: Path | None = None
     """run the teacher on the mixed samples of this manifest and store the outputs next to it"""
-    mix: Literal["convex", "additive_clip"] = "convex"
+    mix: Mix = "convex"
     """mixing of the manifest's images, as for train"""
     from_logits: Path | None = None
     """import logits computed elsewhere: an .npy file of shape (views, N, C) or (N, C)"""
@@ -489,7 +506,7 @@ class ExportCommand(Settings):
     """distillation temperature of baked targets"""
     mix_target: Literal["linear_prob", "linear_logit", "keep"] = "linear_prob"
     """mixing of baked targets, as for train"""
-    mix: Literal["convex", "additive_clip"] = "convex"
+    mix: Mix = "convex"
     """mixing of images of baked targets, as for train"""
     compression: Literal["none", "zstd"] = "none"
     """chunk compression; zstd saves about 15 % and halves the read rate"""
@@ -580,7 +597,7 @@ class VerifyCommand(Composed):
     """repair a damaged store, with --teacher and --data"""
     expect_id: str | None = None
     """required id (see inspect)"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """device; auto uses a GPU if there is one"""
     teaching: TeacherSettings
 
@@ -607,10 +624,8 @@ def make(model: type[S], values: Mapping[str, Any], source: str = "the command l
     """Return validated settings from plain values; raises SettingsError for an unknown key or a value out of range."""
     if inner := parts(model).keys() & values.keys():
         raise SettingsError(f"unknown setting '{min(inner)}' in {source}; {nearest(min(inner), keys(model))}")
-    try:
+    with _explaining(model, source):
         return model.model_validate(dict(values))
-    except ValidationError as error:
-        raise SettingsError("\n".join(_explained(model, item, source) for item in error.errors())) from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -626,6 +641,15 @@ def read_toml(path: Path) -> dict[str, Any]:
 def keys(model: type[BaseModel]) -> list[str]:
     """Return the names of a model's settings as in recipes and flags (`for`, not `for_`)."""
     return [name.rstrip("_") for name in fields(model)]
+
+
+@contextmanager
+def _explaining(model: type[Settings], source: str) -> Iterator[None]:
+    """Raise SettingsError with what is wrong, in our words, in place of pydantic's error."""
+    try:
+        yield
+    except ValidationError as error:
+        raise SettingsError("\n".join(_explained(model, item, source) for item in error.errors())) from None
 
 
 def _explained(model: type[Settings], item: Any, source: str) -> str:

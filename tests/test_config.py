@@ -1,13 +1,24 @@
 import hashlib
 import inspect
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
 from kcdcache import settings
+from kcdcache.condense import ranking, schedule, values
+from kcdcache.condense.manifest import Samples, full
 from kcdcache.errors import NotFoundError, SettingsError
 from kcdcache.files.records import canonical_json
+from kcdcache.methods.catalogue import weights_of
+from kcdcache.networks.input_transform import InputTransform, resolve_device
+from kcdcache.store import encoding, plan
+from kcdcache.teacher import teacher
+from kcdcache.training import batches, loop, requery
+from kcdcache.views import mixing, prefetch, rules
 
 MODELS = [
     model
@@ -103,6 +114,59 @@ REFUSED = [
 def test_what_is_unknown_or_out_of_range_is_refused_with_its_rule_and_what_was_found(model, values, said):
     with pytest.raises(SettingsError, match=said):
         settings.make(model, values, "x.toml")
+
+
+@pytest.mark.parametrize(("model", "name"), FIELDS)
+def test_settings_made_in_python_refuse_what_the_command_line_refuses_in_the_same_words(model, name):
+    """Directly and as a copy: no setting takes a list that holds nothing at all."""
+    values = REQUIRED.get(model, {}) | {name: [[None]]}
+    with pytest.raises(SettingsError) as listed:
+        settings.make(model, values, f"{model.__name__}(...)")
+    with pytest.raises(SettingsError) as direct:
+        model(**values)
+    assert str(direct.value) == str(listed.value)
+    assert f"setting '{name}" in str(direct.value)
+    assert not re.search(r"pydantic|type=|validation error|input_value", str(direct.value))
+    right = settings.make(model, REQUIRED.get(model, {}))
+    with pytest.raises(SettingsError, match=f"setting '{name}.*in {model.__name__}.model_copy"):
+        right.model_copy(update={name: [[None]]})
+
+
+CPU, ONES = torch.device("cpu"), torch.ones(1)
+PIXELS, LOGITS = torch.zeros(1, 3, 4, 4), torch.zeros(1, 3)
+RULE = settings.ViewRule(rule="crop", padding=1, fill="zero", size=(4, 4), seed=0)
+WRONG_WORDS = {
+    "mix": lambda: batches.Mixing(mix="convx"),
+    "target": lambda: batches.Mixing(target="linear_pro"),
+    "temperature": lambda: batches.Mixing(temperature=0),
+    "mix of mixes": lambda: requery.Mixes(manifest=full(Samples("k", 3)), fields=("logits",), views=(0,), mix="convx"),
+    "mixed pixels": lambda: mixing.mix_pixels(PIXELS, PIXELS, ONES, "convx"),
+    "mixed probabilities": lambda: mixing.mix_probabilities(LOGITS, LOGITS, ONES, "requery", 4.0),
+    "mix_label": lambda: replace(weights_of(settings.MethodSettings()), mix_label="kep"),
+    "training": lambda: settings.TrainSettings(sampling="unx"),
+    "a flag of a part": lambda: settings.FitCommand(data="digits", model="resnet8", out="run", augment="cropp"),
+    "a view rule": lambda: rules.count(replace(RULE, rule="cropp")),
+    "its fill": lambda: rules.apply(replace(RULE, fill="refelct"), PIXELS, np.zeros((1, 2), np.int64)),
+    "held images": lambda: rules.HeldImages(replace(RULE, fill="refelct"), np.zeros((1, 4, 4, 3), np.uint8), CPU),
+    "precision": lambda: loop.forward_precision(CPU, "bf16"),
+    "teacher": lambda: teacher.freeze(torch.nn.Identity(), InputTransform((0.5,), (0.5,)), "x", ("a",), CPU, "half"),
+    "device": lambda: resolve_device("gpu"),
+    "resident": lambda: prefetch.wanted("yes", None, CPU),
+    "eps_grid": lambda: ranking.epsilons("zero", 0.3, np.arange(3), 3),
+    "schedule": lambda: schedule.plan("endstage", 6, 3, 0.5),
+    "record": lambda: values.observe(np.zeros(1, np.int32), np.zeros(1, np.float32), np.zeros(1, np.float32), "avg"),
+    "unseen": lambda: values.score(values.start(2), 0.0, "middle"),
+    "compression": lambda: plan.plan_store(3, 1, [encoding.parse("float16", "logits", (3,))], "gzip"),
+    "encoding": lambda: encoding.parse("flaot16", "logits", (3,)),
+    "method": lambda: weights_of(settings.MethodSettings(method="kdd")),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_WORDS)
+def test_a_wrong_word_given_in_python_is_refused_with_those_that_are_known(what):
+    """None goes on as another word, and none is a KeyError."""
+    with pytest.raises(SettingsError, match=r"known: |Input should be |did you mean "):
+        WRONG_WORDS[what]()
 
 
 @pytest.mark.parametrize("given", [{}, {"schedule": "poster", "mix_label": "mix"}])

@@ -5,10 +5,13 @@ import io
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import click
 import pytest
+from killing import environment
 from test_architecture import ROOMS
 
 from kcdcache.cli import main
@@ -49,12 +52,17 @@ def trained(tmp_path_factory):
     return folder
 
 
-def printed_by(folder, own):
-    """What a block of Python prints on a few digits: the one that adds a method, or the own training loop."""
-    code = next(text for kind, text in BLOCKS if kind == "python" and ("METHODS[" not in text) == own)
+def as_here(code, folder):
+    """A block with the few digits and places of these tests."""
     code = code.replace('load("digits")', f'load("{FEW}")')
     for there, here in {"digits/kd-seed0": "run", "digits/store": "store", "shallow": "shallow"}.items():
         code = code.replace(f"runs/{there}", str(folder / here))
+    return code
+
+
+def printed_by(folder, own):
+    """What a block of Python prints on a few digits: the one that adds a method, or the own training loop."""
+    code = as_here(next(text for kind, text in BLOCKS if kind == "python" and ("METHODS[" not in text) == own), folder)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(code, "README.md", "exec"), {})
     return printed.getvalue()
@@ -63,6 +71,18 @@ def printed_by(folder, own):
 def test_own_training_loop_gives_the_losses_of_train(trained):
     losses = [float(line.split()[1]) for line in printed_by(trained, own=True).splitlines()]
     assert losses == pytest.approx([row.loss for row in read_metrics(trained / "run")], rel=1e-6)
+
+
+def test_torchs_loader_gets_each_epochs_own_views_in_workers_that_stay(trained, tmp_path):
+    code = as_here(next(text for kind, text in BLOCKS if "DataLoader(" in text), trained)
+    (tmp_path / "script.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[:2] for line in lines] == [[str(epoch), "300"] for epoch in range(3)]
+    assert len({line[2] for line in lines}) == 3
 
 
 def test_a_method_and_a_network_are_added_as_the_readme_shows(trained):

@@ -11,7 +11,7 @@ from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.export.condensed_set import load_data
 from kcdcache.methods import run_loss
 from kcdcache.progress import Progress, silent
-from kcdcache.settings import MethodSettings, PrecomputeCommand, values_of
+from kcdcache.settings import MethodSettings, Mix, PrecomputeCommand, values_of
 from kcdcache.store import reader
 from kcdcache.store.identity import Knowledge
 from kcdcache.store.writer import shard_of
@@ -67,7 +67,7 @@ def _remedy(command: PrecomputeCommand, left: int) -> str:
     )
 
 
-def _mixes_of(file: Path, knowledge: reader.Store, fields: Sequence[str], mix: str) -> requery.Mixes:
+def _mixes_of(file: Path, knowledge: reader.Store, fields: Sequence[str], mix: Mix) -> requery.Mixes:
     """Return the mixes of a manifest in all cached views; raises MismatchError if it has none."""
     chosen = manifest.read(file, knowledge.count)
     manifest.require_knowledge(chosen, knowledge.knowledge_id)

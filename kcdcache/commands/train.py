@@ -35,7 +35,7 @@ def fit(command: FitCommand, progress: Progress = silent, dry_run: bool = False)
             "would": "fit",
             "model": command.model,
             "samples": len(data.train),
-            "steps": -(-len(data.train) // settings.batch_size) * settings.epochs,
+            "steps": len(processes.batch_sizes(len(data.train), settings.batch_size)) * settings.epochs,
             "out": str(command.out),
             **data.corrupted(),
         }

@@ -12,7 +12,7 @@ from jaxtyping import Float32, Float64, Int64, Integer, UInt32
 
 from kcdcache.condense.manifest import Draft, Facts, Samples, Totals, plain
 from kcdcache.condense.value_files import Block, Source
-from kcdcache.errors import MismatchError
+from kcdcache.errors import MismatchError, require_known
 from kcdcache.settings import CondenseSettings
 
 BYTES_A_SAMPLE = 8
@@ -175,6 +175,7 @@ def epsilons(grid: str, eps_max: float, place: Int64[np.ndarray, " n"], count: i
 
     Source: Eq. 15 of Knowledge Condensation Distillation in the readings of facts.md A4.
     """
+    require_known("eps_grid", grid, GRIDS)
     return (eps_max * GRIDS[grid](place.astype(np.float64), count)).astype(np.float32)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64
 
-from kcdcache.errors import SettingsError
+from kcdcache.errors import SettingsError, require_known
 
 _ROUNDING = 16 * sys.float_info.epsilon
 
@@ -52,8 +52,7 @@ def plan(schedule: str, epochs: int, stages: int, keep: float, base: float = 1.0
     Source: Eq. 16 and Algorithm 1 of Knowledge Condensation Distillation, its poster and the authors' code, in the
     readings of SCHEDULES.
     """
-    if schedule not in SCHEDULES:
-        raise SettingsError(f"unknown schedule '{schedule}'; known: {', '.join(SCHEDULES)}")
+    require_known("schedule", schedule, SCHEDULES)
     if not 0 < base <= 1 or not 0 < keep <= 1:
         raise SettingsError(f"keep and base are shares in (0, 1]; found keep {keep}, base {base}")
     require_whole_stages(epochs, stages)

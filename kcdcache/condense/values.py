@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, Int32, Shaped
 
-from kcdcache.errors import MismatchError, NonFiniteError, SettingsError
+from kcdcache.errors import MismatchError, NonFiniteError, SettingsError, require_known
 from kcdcache.files import parquet
 
 MOST_VISITS = 2**31 - 1
@@ -48,8 +48,7 @@ def observe(
 
     Source: Eq. 12 of Knowledge Condensation Distillation (arXiv 2207.05409); 'ema' is ours.
     """
-    if record not in RECORDS:
-        raise SettingsError(f"unknown record '{record}'; known: {', '.join(RECORDS)}")
+    require_known("record", record, RECORDS)
     return visits + 1, RECORDS[record](visits, mean, value, decay)
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from pkgutil import resolve_name
 from typing import Any
 
-from kcdcache.errors import SettingsError, nearest
+from kcdcache.errors import SettingsError, nearest, require_known
 from kcdcache.settings import MethodSettings
 
 LIGHT_STUDENTS = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
@@ -191,6 +191,9 @@ class Weights:
     """hard label of a mixed point: 'keep' or 'mix'"""
     smoothing: float
     """of hard labels"""
+
+    def __post_init__(self) -> None:
+        require_known("mix_label", self.mix_label, ("keep", "mix"))
 
     @property
     def terms(self) -> dict[str, float]:

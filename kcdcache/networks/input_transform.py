@@ -5,14 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from kcdcache.errors import KcdcacheError, MismatchError, SettingsError
+from kcdcache.errors import KcdcacheError, MismatchError, SettingsError, require_known
+from kcdcache.settings import Device
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")
 """in errors of torch's device and CPU allocators, the C++ library or cuBLAS"""
@@ -32,6 +33,7 @@ def enough_memory(remedy: str) -> Iterator[None]:
 
 def resolve_device(name: str) -> torch.device:
     """Return the device for 'auto' (a GPU if there is one), 'cpu' or 'cuda'; raises SettingsError without a GPU."""
+    require_known("device", name, get_args(Device))
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise SettingsError("--device cuda: torch sees no GPU here; use --device cpu or install a CUDA build of torch")

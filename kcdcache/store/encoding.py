@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -74,6 +74,10 @@ class Encoding:
     bound: str
     to_stored: Callable[[Tensor], Stored] = dataclasses.field(repr=False, compare=False)
     to_values: Callable[[Stored, float], Tensor] = dataclasses.field(repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be pickled as the words that `parse` takes: its functions have no names."""
+        return parse, (self.name, self.field, self.row_shape)
 
     @property
     def row_bytes(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kcdcache.errors import CorruptionError, SettingsError, nearest
+from kcdcache.errors import CorruptionError, SettingsError, require_known
 from kcdcache.files.records import digest_of
 from kcdcache.store import encoding
 from kcdcache.store.encoding import ArraySpec, Encoding
@@ -161,8 +161,7 @@ def plan_store(
             f"a store needs samples, views, a batch size and fields; found {count} samples, {views} views, "
             f"batch size {batch_size}, {len(fields)} fields"
         )
-    if compression not in COMPRESSIONS:
-        raise SettingsError(f"unknown compression {compression!r}; {nearest(compression, COMPRESSIONS)}")
+    require_known("compression", compression, COMPRESSIONS)
     rows = _part_rows(count)
     plans = tuple(_field_plan(form, rows) for form in fields)
     made = StorePlan(

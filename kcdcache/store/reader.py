@@ -71,6 +71,13 @@ class Store:
         """chunk key -> log entry"""
         self._lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.Lock()
+
     @property
     def knowledge_id(self) -> str:
         """The id that values, manifests and runs bind to."""

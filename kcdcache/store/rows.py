@@ -1,11 +1,13 @@
 """The rows of a store that a stage needs, one view at a time; the next view is loaded in the background."""
 
 import math
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -86,14 +88,38 @@ class StoredTargets:
                 )
         self._store, self._fields, self._folder = store, tuple(fields), folder
         self._index, self._rows, self._slots = index, index if rows is None else rows, slots
-        self._every = self.positions = _numbered(index, store.count if count is None else count)
+        self._every = _numbered(index, store.count if count is None else count)
         """sample -> its number among `rows`, -1 for none"""
         self._memory_bytes = memory_bytes
+        self._begin()
+
+    def _begin(self) -> None:
+        """Hold nothing yet."""
+        self._process = os.getpid()
+        self.positions = self._every
         self._spare: list[np.ndarray] = []
         self._current: tuple[_Part, Rows] | None = None
         self._next: tuple[_Part, Future[Rows]] | None = None
         self._buffers: Rows = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="kcdcache-prefetch")
+
+    def _begin_in_fork(self) -> None:
+        """Keep only the rows that are this process's own memory.
+
+        The threads of the parent do not run here, one of them may have held the store's lock, and it may write over
+        files that were mapped before the fork.
+        """
+        held, self._store = self._current, copy(self._store)
+        self._begin()
+        if held is not None and held[0].samples is self._index and not any(map(_is_mapped, held[1].values())):
+            self._current = held
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_spare": [], "_current": None, "_next": None, "_buffers": {}, "_pool": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
 
     def __enter__(self) -> "StoredTargets":
         return self
@@ -106,6 +132,8 @@ class StoredTargets:
 
         Only the samples `mine` and `later` of the two are loaded.
         """
+        if self._process != os.getpid():
+            self._begin_in_fork()
         wanted = _Part(view, self._index if mine is None else mine)
         if self._current is None or not self._current[0].same(wanted):
             self._current = (wanted, self._turned(wanted))
@@ -216,6 +244,10 @@ class StoredTargets:
             reserve(stream.fileno(), max(1, math.prod(shape) * dtype.itemsize), self._folder)
             mapped = np.memmap(stream, dtype=dtype, mode="r+", shape=shape)
         return np.asarray(mapped)  # a plain array costs less per batch
+
+
+def _is_mapped(rows: np.ndarray) -> bool:
+    return isinstance(rows.base, np.memmap)
 
 
 def _numbered(index: Int64[np.ndarray, " some"], count: int) -> Int64[np.ndarray, " samples"]:

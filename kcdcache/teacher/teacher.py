@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
 
 from kcdcache.data.datasets import Dataset
-from kcdcache.errors import MismatchError, UnsafeError, first_difference
+from kcdcache.errors import MismatchError, UnsafeError, first_difference, require_known
 from kcdcache.networks import registry, taps
 from kcdcache.networks.catalogue import saved_network
 from kcdcache.networks.input_transform import InputTransform, resolve_device, use_threads
@@ -135,7 +135,11 @@ def freeze(
     precision: Precision = "float32",
     probabilities: bool = False,
 ) -> Teacher:
-    """Return a teacher made from a copy of a network; with `probabilities`, its logits are their logarithm."""
+    """Return a teacher made from a copy of a network; with `probabilities`, its logits are their logarithm.
+
+    Raises SettingsError for an unknown precision.
+    """
+    require_known("precision", precision, get_args(Precision))
     frozen = copy.deepcopy(module).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     weights, shown = digest_weights(module.state_dict()), transform.document()
     if probabilities:

@@ -10,19 +10,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64, Shaped
+from pydantic import Field
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import get_worker_info
 
 from kcdcache.condense.manifest import Manifest, require_knowledge
 from kcdcache.data.datasets import Dataset
-from kcdcache.errors import MismatchError, require_same
+from kcdcache.errors import MismatchError, SettingsError, require_same
 from kcdcache.methods.base import Batch
-from kcdcache.settings import OptimizerSettings
+from kcdcache.settings import Mix, MixTarget, OptimizerSettings, Settings
 from kcdcache.store.check import check_data
 from kcdcache.store.reader import Store
 from kcdcache.store.rows import PlannedRows, StoredTargets, Targets
 from kcdcache.teacher import fields
-from kcdcache.training.processes import ALONE, Group, Share, deal
+from kcdcache.training.processes import ALONE, Group, Share, batch_sizes, deal
 from kcdcache.training.sampling import Points, Sampler
 from kcdcache.views import prefetch, rules
 from kcdcache.views.mixing import mix_pixels, mix_probabilities
@@ -31,13 +33,12 @@ CPU = torch.device("cpu")
 MEMORY_BYTES = 8 * 2**30
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mixing:
+class Mixing(Settings):
     """How a K_Aug point is made; see settings.MethodSettings."""
 
-    mix: str = "convex"
-    target: str = "linear_prob"
-    temperature: float = 1.0
+    mix: Mix = "convex"
+    target: MixTarget = "linear_prob"
+    temperature: float = Field(default=1.0, gt=0)
 
 
 DEFAULT_MIXING = Mixing()
@@ -119,6 +120,12 @@ def connect(
     if not fields:
         yield plain
         return
+    if mixing.target == "requery" and requeried is None and manifest.mixed.any():
+        raise SettingsError(
+            "Mixing(target='requery') takes the teacher's outputs on the mixes from a store of their own: give it to "
+            "`connect` as `requeried` (`kcdcache precompute --manifest` makes one), or choose another target: "
+            "linear_prob, linear_logit or keep"
+        )
     memory: dict[str, Any] = {"memory_bytes": memory_bytes, "folder": folder or Path(tempfile.gettempdir())}
     again = None if requeried is None else _targets_of_mixes(requeried, manifest, mixing.mix, fields, memory)
     rows = needed_rows(manifest, requeried is not None)
@@ -250,9 +257,12 @@ class HostBatches:
     """processes that share every batch; each loads only its own rows unless there is one view"""
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """Yield an epoch's batches from number `start` on, and load the next epoch's rows; the last may be smaller."""
+        """Yield an epoch's batches after its first `start` points, cut as in `processes.batch_sizes`.
+
+        Loads the next epoch's rows meanwhile.
+        """
         source = self.source
-        points, parts = self._mine(number)
+        points, parts = self._mine(number, start)
         plan = plan_epoch(source, number, points)
         if self.group.world == 1 or source.views == 1:
             source.prepare(number)
@@ -260,7 +270,7 @@ class HostBatches:
             foreseen = number + 1 != source.stop and not self.sampler.scheme.values
             source.prepare(number, points, self._mine(number + 1)[0] if foreseen else None)
         planned = source.targets.plan(points.index) if isinstance(source.targets, StoredTargets) else None
-        parts = parts[start:]
+        parts = parts[-(-start // self.sampler.optimizer.batch_size) :]
         asked = (one for part in parts for one in plan.part(part.mine).asked())
         with closing(prefetch.shown(source.data.train, source.rule, asked, self.device, self.workers)) as shown:
             for part in parts:
@@ -268,11 +278,11 @@ class HostBatches:
                 batch = make_batch(source, plan.part(part.mine), self.device, rows, shown)
                 yield batch if self.group.world == 1 else replace(batch, shared=part.shared, idle=part.idle)
 
-    def _mine(self, epoch: int) -> tuple[Points, list[Share]]:
+    def _mine(self, epoch: int, start: int = 0) -> tuple[Points, list[Share]]:
         """Return this process's points of an epoch, and its share of each batch."""
         points = self.sampler.points(epoch)
         size = self.sampler.optimizer.batch_size
-        mine, parts = deal(len(points), size, self.group.rank, self.group.world)
+        mine, parts = deal(len(points), size, self.group.rank, self.group.world, start)
         return points.part(mine), parts
 
 
@@ -286,10 +296,14 @@ def iterate(
     start: int = 0,
     workers: int | None = None,
 ) -> Iterator[Batch]:
-    """Yield the batches of one epoch over all points of the manifest, from number `start` on; see `HostBatches`."""
+    """Yield the batches of one epoch over all points of the manifest, from number `start` on.
+
+    The last one may be smaller, or have one point more: a single point left over joins the batch before.
+    """
     chosen = OptimizerSettings(batch_size=batch_size, seed=seed)
     sampler = Sampler(manifest=source.manifest, optimizer=chosen)
-    return HostBatches(source=source, sampler=sampler, device=device, workers=workers).epoch(epoch, start)
+    made = HostBatches(source=source, sampler=sampler, device=device, workers=workers)
+    return made.epoch(epoch, sum(batch_sizes(len(source.manifest), batch_size)[:start]))
 
 
 def make_batch(
@@ -344,28 +358,47 @@ class KnowledgePoints(TorchDataset[dict[str, Any]]):
     """A map-style data set of a manifest's points for torch's DataLoader.
 
     Item i is the epoch's i-th point as a dict of `Batch`'s fields without the batch axis. Do not shuffle; call
-    `set_epoch` before each epoch instead.
+    `set_epoch` before each epoch instead, which also reaches workers that stay (`persistent_workers`). A worker that
+    was spawned, or stays for another epoch, reads the rows of the epoch's view itself.
     """
 
     def __init__(self, source: Source, *, seed: int = 0) -> None:
         self._source = source
         self._sampler = Sampler(manifest=source.manifest, optimizer=OptimizerSettings(seed=seed))
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._made: tuple[int, Plan] | None = None
+        """the epoch that this process has prepared, and its plan"""
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Select the epoch, which sets order and view."""
-        self._plan = plan_epoch(self._source, epoch, self._sampler.points(epoch))
-        self._source.prepare(epoch)
+        """Select the epoch, which sets order and view, here and in all workers; not while one is being read."""
+        if epoch < 0:
+            raise SettingsError(f"set_epoch takes the number of an epoch, from 0 on; found {epoch}")
+        self._epoch.fill_(epoch)
+        self._plan()
+
+    def _plan(self) -> Plan:
+        """Return the plan of the epoch, with the teacher's rows loaded."""
+        epoch = int(self._epoch)
+        if self._made is None or self._made[0] != epoch:
+            self._made = epoch, plan_epoch(self._source, epoch, self._sampler.points(epoch))
+        # a worker loads nothing ahead: each would hold two views
+        source = self._source if get_worker_info() is None else replace(self._source, stop=epoch + 1)
+        source.prepare(epoch)  # at once unless another view is current: a source may have other readers
+        return self._made[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_made": None}
 
     def __len__(self) -> int:
-        return len(self._plan)
+        return len(self._source.manifest)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         return self.__getitems__([number])[0]
 
     def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
         """Return several items with one gather; torch's DataLoader calls this."""
-        batch = make_batch(self._source, self._plan.part(np.asarray(numbers)))
+        batch = make_batch(self._source, self._plan().part(np.asarray(numbers)))
         rows = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
         rows |= {f"teacher_{name}": value for name, value in batch.knowledge.items()}
         return [{name: value[row] for name, value in rows.items()} for row in range(len(numbers))]

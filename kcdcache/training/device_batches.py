@@ -12,6 +12,7 @@ from kcdcache.data.images import Split
 from kcdcache.methods.base import Batch
 from kcdcache.store.rows import StoredTargets
 from kcdcache.training.batches import Mixer, Source
+from kcdcache.training.processes import batch_sizes
 from kcdcache.training.sampling import Sampler, everything
 from kcdcache.views import rules
 from kcdcache.views.prefetch import every_image, image_bytes, images_obstacle, room_obstacle
@@ -57,7 +58,7 @@ class DeviceBatches:
         self._points = {name: torch.from_numpy(np.array(column)).to(device) for name, column in whole.items()}
         """the points of the current epoch in order; those after `_count` are left over"""
         self._cursor = torch.zeros((), dtype=torch.int64, device=device)
-        self._offsets = torch.arange(self._size, device=device)
+        self._offsets = torch.arange(self._size + 1, device=device)  # a single point left over joins the last batch
         self._parameters = self._images.parameters(0)
         self._view = 0
         held = (source.targets, source.requeried)
@@ -65,12 +66,12 @@ class DeviceBatches:
         self._mixer = Mixer(source.mixing, *(None if one is None else one.gather for one in self._held))
 
     def begin(self, epoch: int, start: int = 0) -> list[int]:
-        """Go to batch number `start` of an epoch and load its view; return the sizes of the remaining batches."""
+        """Go to an epoch's point number `start` and load its view; return the sizes of the remaining batches."""
         view, points = self._source.view_of(epoch), self._sampler.points(epoch)
         self._count = len(points)
         for name, column in vars(points).items():
             self._points[name][: self._count].copy_(torch.from_numpy(column))
-        self._cursor.fill_(start * self._size)
+        self._cursor.fill_(start)
         if view != self._view:
             self._parameters.copy_(self._images.parameters(view))
             self._view = view
@@ -78,10 +79,10 @@ class DeviceBatches:
         for held in self._held:
             if held is not None:
                 held.load(view)
-        return [min(self._size, self._count - low) for low in range(start * self._size, self._count, self._size)]
+        return batch_sizes(self._count - start, self._size)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """Yield an epoch's batches from number `start` on; the last may be smaller."""
+        """Yield an epoch's batches after its first `start` points, cut as in `processes.batch_sizes`."""
         for size in self.begin(number, start):
             yield self.batch(size)
 

@@ -22,6 +22,7 @@ from kcdcache.settings import MachineSettings, TrainSettings, recorded
 from kcdcache.store import check, identity, reader
 from kcdcache.training import evaluation, requery
 from kcdcache.training.processes import ALONE, DEFAULT_MACHINE, Group, session
+from kcdcache.training.sampling import SAMPLING, require_enough
 from kcdcache.training.stage import Material, Run, run_stage, views_used
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def run(
     material, following = _sorted_out(material, folder)
     views = _views(settings, material, folder)
     record = recorded(settings), _inputs(material, views, fields)
-    stages = planned(settings, material)
+    stages = planned(settings, material, group.world)
     with session(folder, *record, machine, group) as where:
         if where is None:
             logger.info("train: %s is finished already", out)
@@ -88,9 +89,19 @@ def run(
         return _all_stages(going, settings.epochs if until is None else min(until, settings.epochs))
 
 
-def planned(settings: TrainSettings, material: Material) -> tuple[schedule.Stage, ...]:
-    """Return a run's stages; raises SettingsError if epochs is no multiple of stages, or keep is more than is given."""
-    return schedule.plan(settings.schedule, settings.epochs, settings.stages, settings.keep, _base(settings, material))
+def planned(settings: TrainSettings, material: Material, world: int = 1) -> tuple[schedule.Stage, ...]:
+    """Return a run's stages.
+
+    Raises SettingsError if epochs is no multiple of stages, keep is more than is given, or a stage would have fewer
+    than two samples for each of `world` processes.
+    """
+    base, knowledge = _base(settings, material), material.knowledge
+    found = schedule.plan(settings.schedule, settings.epochs, settings.stages, settings.keep, base)
+    usable = knowledge.count - len(knowledge.skipped)
+    for stage in found:
+        count = min(schedule.kept_count(stage.keep, knowledge.count), usable)
+        require_enough(settings, settings.batch_size, count, world)
+    return found
 
 
 def _base(settings: TrainSettings, material: Material) -> float:
@@ -254,6 +265,12 @@ def _measured_later(
 def _checked(settings: TrainSettings, material: Material) -> tuple[str, ...]:
     """Check that a run can be trained from this material; return the teacher's fields that it reads."""
     data, knowledge = material.data, material.knowledge
+    if SAMPLING[settings.sampling].mixes and settings.mix_target == "requery":
+        raise SettingsError(
+            f"sampling '{settings.sampling}' mixes other points in every epoch, and --mix-target requery would need "
+            "the teacher's outputs on each of them; give another --mix-target (linear_prob, linear_logit, keep), or "
+            "another --sampling"
+        )
     check.check_data(knowledge, data)
     if material.given is not None:
         manifest.require_usable(material.given, knowledge.skipped)

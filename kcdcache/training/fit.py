@@ -17,7 +17,7 @@ from kcdcache.training import learner
 from kcdcache.training.batches import Source
 from kcdcache.training.loop import Loop
 from kcdcache.training.processes import ALONE, DEFAULT_MACHINE, Group, session
-from kcdcache.training.sampling import Sampler
+from kcdcache.training.sampling import ALL, Sampler, require_enough
 from kcdcache.views import rules
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ def run(
     has a run with other settings or several processes cannot train with these, NonFiniteError if the loss diverged.
     """
     networks_registry.require_known(model, len(data.classes), len(data.mean))  # before a folder is made for it
+    require_enough(ALL, settings.batch_size, len(data.train), group.world)
     folder = RunFolder(path=out)
     document = settings.model_dump(mode="json", exclude=NEUTRAL) | {"model": model}
     inputs = Inputs(data=data.identity().digest, test=data.test.digest())

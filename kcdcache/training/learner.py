@@ -109,6 +109,11 @@ class Learner:
     """the network compiled by torch, with the same weights"""
     group: Group = ALONE
 
+    @property
+    def taken(self) -> int:
+        """Samples of the current epoch forwarded so far."""
+        return self.samples - (self.rows[-1].samples_so_far if self.rows else 0)
+
     def outputs(self, pixels: Float[Tensor, "batch channels h w"]) -> dict[str, Float[Tensor, "..."]]:
         """Return the logits of pixels in [0, 1], and in float32 the taps that the loss reads.
 

@@ -6,26 +6,26 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kcdcache import interrupt, rng
-from kcdcache.errors import InterruptedRunError, NonFiniteError
+from kcdcache.errors import InterruptedRunError, NonFiniteError, SettingsError, require_known
 from kcdcache.files.records import Rate
 from kcdcache.methods.base import Batch
 from kcdcache.networks.input_transform import enough_memory
 from kcdcache.progress import Progress, silent
 from kcdcache.runs.folder import RunFolder
 from kcdcache.runs.state import MetricsRow, add_timing, load_checkpoint, save_checkpoint, write_metrics
-from kcdcache.settings import OptimizerSettings
+from kcdcache.settings import OptimizerSettings, Precision
 from kcdcache.training import evaluation
 from kcdcache.training.batches import HostBatches, Source
 from kcdcache.training.device_batches import DeviceBatches, hold, obstacle
 from kcdcache.training.learner import Learner
-from kcdcache.training.processes import ALONE, Group
+from kcdcache.training.processes import ALONE, LEAST, Group
 from kcdcache.training.sampling import Sampler
 from kcdcache.views import prefetch, rules
 
@@ -104,7 +104,7 @@ class Loop:
         learner, size, first = self.learner, self.settings.batch_size, self.learner.epoch
         remedy = f"lower --batch-size ({size} now); {ELSEWHERE}"
         interrupt.begin()
-        with exact_arithmetic(), enough_memory(remedy):
+        with exact_arithmetic(), enough_memory(remedy), _enough_samples(size):
             while learner.epoch < stop:
                 began = time.perf_counter()
                 timed = partial(self._timed, began, learner.epoch, learner.samples, learner.epoch == first)
@@ -174,11 +174,11 @@ class Loop:
         """Take the epoch's remaining steps, replayed if possible; yield the number of samples of each."""
         learner, batches = self.learner, self.batches
         if self._replay is None or not isinstance(batches, DeviceBatches):
-            for batch in batches.epoch(learner.epoch, learner.step):
+            for batch in batches.epoch(learner.epoch, learner.taken):
                 self.step(batch)
                 yield batch.shared or len(batch.index)
             return
-        for size in batches.begin(learner.epoch, learner.step):
+        for size in batches.begin(learner.epoch, learner.taken):
             if size == self.settings.batch_size:
                 self._replay(learner.optimizer.param_groups[0]["lr"])
             else:
@@ -198,7 +198,7 @@ class Loop:
 
     def _end_epoch(self) -> MetricsRow:
         learner, settings = self.learner, self.settings
-        count = learner.samples - (learner.rows[-1].samples_so_far if learner.rows else 0)
+        count = learner.taken
         self._require_finite()
         if learner.record is not None:
             learner.record.join(learner.group)
@@ -230,7 +230,7 @@ class Loop:
         remedy = f"lower --learning-rate, or look for bad images; {ELSEWHERE} (the last is from before that)"
         if not math.isfinite(loss):
             step = -group.most(-self._totals.finite_steps())
-            batch = next(self.batches.epoch(learner.epoch, step))
+            batch = next(self.batches.epoch(learner.epoch, step * self.settings.batch_size))
             index = sorted(group.joined(batch.index[:0] if batch.idle else batch.index).tolist())
             shown = ", ".join(map(str, index[:16])) + (", ..." if len(index) > 16 else "")
             raise NonFiniteError(
@@ -343,6 +343,20 @@ class Replay:
 
 
 @contextmanager
+def _enough_samples(batch_size: int) -> Iterator[None]:
+    """Raise SettingsError where torch refuses batch statistics of one value, which only small full batches lead to."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        raise SettingsError(
+            f"--batch-size {batch_size} is too small for the batch statistics of this network or method: some are of "
+            f"one sample's map of 1x1 (torch: {error}); give at least {LEAST} for each process, with another --out"
+        ) from None
+
+
+@contextmanager
 def exact_arithmetic() -> Iterator[None]:
     """Use full float32 (no TF32) and repeatable convolutions on a GPU; no effect on a CPU."""
     matmul = torch.backends.cuda.matmul.allow_tf32
@@ -356,6 +370,7 @@ def exact_arithmetic() -> Iterator[None]:
 
 def forward_precision(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """Return the context of a forward pass: bfloat16 autocast, or none for float32."""
+    require_known("precision", precision, get_args(Precision))
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 

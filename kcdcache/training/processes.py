@@ -34,28 +34,49 @@ class Share(NamedTuple):
     """whether no point is left for this process"""
 
 
+LEAST = 2
+"""samples of every batch for each process: batch statistics of one sample over a map of 1x1 do not exist"""
+
+
+def batch_sizes(count: int, batch_size: int, world: int = 1) -> list[int]:
+    """Return the sizes of the batches of `count` points: full ones, then the rest.
+
+    A rest that would leave any of `world` processes fewer than two points joins the batch before it.
+
+    >>> batch_sizes(66, 32), batch_sizes(65, 32), batch_sizes(66, 32, world=2), batch_sizes(1, 32)
+    ([32, 32, 2], [32, 33], [32, 34], [1])
+    """
+    full, rest = divmod(count, batch_size)
+    if full and 0 < rest < LEAST * world:
+        return [batch_size] * (full - 1) + [batch_size + rest]
+    return [batch_size] * full + [rest] * (rest > 0)
+
+
 def deal(
-    count: int, batch_size: int, rank: int = 0, world: int = 1
+    count: int, batch_size: int, rank: int = 0, world: int = 1, start: int = 0
 ) -> tuple[Int64[np.ndarray, " mine"] | slice, list[Share]]:
     """Return one process's points of an epoch of `count` (rank, rank + world, ... of each batch) and its shares.
 
-    Every point belongs to one process. A process without any gets the first point as a stand-in.
+    Every point belongs to one process. A process without any gets the first point as a stand-in. The first `start`
+    points were taken already, perhaps by another number of processes: then what is left may be cut in another way.
 
-    >>> points, batches = deal(5, 3, rank=2, world=3)
-    >>> points.tolist(), batches[0], batches[1]
-    ([2], Share(mine=slice(0, 1, None), shared=3, idle=False), Share(mine=slice(0, 1, None), shared=2, idle=True))
+    >>> points, batches = deal(7, 3, rank=1, world=2)
+    >>> points.tolist(), batches[1]
+    ([1, 4, 6], Share(mine=slice(1, 3, None), shared=4, idle=False))
     """
+    done = start // batch_size if start < count else 0
+    sizes = [batch_size] * done + batch_sizes(count - done * batch_size, batch_size, world)
     found, taken = [], 0
-    for low in range(0, count, batch_size):
-        size = min(batch_size, count - low)
+    for size in sizes:
         own = len(range(rank, size, world))
         found.append(Share(slice(taken, taken + own) if own else slice(0, 1), size, not own))
         taken += own
     if world == 1:
         return slice(None), found
-    every = np.arange(count)
-    mine = every[every % batch_size % world == rank]
-    return mine if len(mine) else every[:1], found
+    place, last = np.arange(count) % batch_size, sizes[-1] if sizes else 0
+    place[count - last :] = np.arange(last)
+    mine = np.flatnonzero(place % world == rank)
+    return mine if len(mine) else np.arange(count)[:1], found
 
 
 PATIENCE = timedelta(minutes=30)

@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from torch import Tensor
 
 from kcdcache.condense.manifest import Manifest
 from kcdcache.data.datasets import Dataset
-from kcdcache.errors import MismatchError, require_same
+from kcdcache.errors import MismatchError, require_known, require_same
 from kcdcache.progress import Progress, silent
+from kcdcache.settings import Mix
 from kcdcache.store import log, reader
 from kcdcache.store.plan import plan_store
 from kcdcache.teacher import precompute, teacher
@@ -24,7 +26,10 @@ class Mixes:
     manifest: Manifest
     fields: Sequence[str]
     views: Sequence[int]
-    mix: str = "convex"
+    mix: Mix = "convex"
+
+    def __post_init__(self) -> None:
+        require_known("mix", self.mix, get_args(Mix))
 
     def held_at(self, path: Path) -> bool:
         """Return whether a sealed store at `path` has the teacher's outputs on these mixes, perhaps in more views."""

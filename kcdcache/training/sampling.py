@@ -12,6 +12,7 @@ from kcdcache.condense.manifest import Manifest
 from kcdcache.condense.values import Values
 from kcdcache.errors import SettingsError
 from kcdcache.settings import OptimizerSettings, SamplingSettings
+from kcdcache.training.processes import LEAST
 
 P = TypeVar("P", bound="Points")
 
@@ -43,6 +44,10 @@ class Points:
 ALL = SamplingSettings()
 
 
+def _nothing() -> None:
+    """Return no values."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
     """A scheme, and what it chooses an epoch's points from."""
@@ -51,8 +56,10 @@ class Sampler:
     optimizer: OptimizerSettings
     """seed, epochs and batch size of the run"""
     settings: SamplingSettings = ALL
-    started: Callable[[], Values | None] = lambda: None
+    started: Callable[[], Values | None] = _nothing
     """returns the values at the current epoch's start, for schemes that use them"""
+    least: int = LEAST
+    """points that an epoch visits at least"""
 
     def __post_init__(self) -> None:
         if self.scheme.mixes and self.manifest.mixed.any():
@@ -97,6 +104,22 @@ class Scheme:
     """whether it mixes points itself, so that it accepts only sets without K_Aug"""
     partial: bool = False
     """whether an epoch visits only `sample_share` of the set"""
+    visits: Callable[[SamplingSettings, int, int], int] = lambda settings, batch_size, count: count
+    """(settings, batch size, size of the set) -> points of an epoch, at most"""
+
+
+def require_enough(settings: SamplingSettings, batch_size: int, count: int, world: int = 1) -> None:
+    """Raise SettingsError if an epoch over a set of `count` samples has fewer than two for a process."""
+    visited, needed = SAMPLING[settings.sampling].visits(settings, batch_size, count), LEAST * world
+    if visited >= needed:
+        return
+    share = f", of which sampling '{settings.sampling}' visits {visited} in an epoch" if visited < count else ""
+    each = f" for each of {world} processes" if world > 1 else ""
+    raise SettingsError(
+        f"a set of {count} sample{'s' if count != 1 else ''} to train on{share}: batch statistics need at least "
+        f"{LEAST}{each}; train on more samples{' (--sample-share)' if share else ' (--keep, or more data)'}"
+        f"{', or start fewer processes' if each else ''}"
+    )
 
 
 def everything(sampler: Sampler, epoch: int) -> Points:
@@ -118,8 +141,9 @@ def _random_fixed(sampler: Sampler, epoch: int) -> Points:
 def _infobatch(sampler: Sampler, epoch: int) -> Points:
     """Drop each sample whose value is below the mean with probability r; the others below the mean get 1 / (1 - r).
 
-    The expected loss is that of all samples. Samples without a value stay; the last (1 - prune_until) of the epochs
-    visit everything. Source: Qin et al., InfoBatch, ICLR 2024, Eq. 3 and 5.
+    The expected loss is that of all samples. Samples without a value stay; the last (1 - prune_until) of the epochs,
+    and any that would visit fewer than `least` points, visit everything. Source: Qin et al., InfoBatch, ICLR 2024,
+    Eq. 3 and 5.
     """
     whole, settings = everything(sampler, epoch), sampler.settings
     if epoch >= settings.prune_until * sampler.optimizer.epochs:
@@ -128,6 +152,8 @@ def _infobatch(sampler: Sampler, epoch: int) -> Points:
     low = known & (value < value[known].mean()) if known.any() else known
     word, *_ = rng.words(sampler.optimizer.seed, whole.index, rng.SAMPLE, view=epoch)
     dropped = low & (np.asarray(rng.unit(word)) < settings.prune_probability)
+    if len(whole) - dropped.sum() < sampler.least:
+        return whole
     weight = np.where(low, 1 / (1 - settings.prune_probability), 1.0).astype(np.float32) * whole.weight
     return replace(whole, weight=weight).part(~dropped)
 
@@ -146,7 +172,7 @@ def _unix(sampler: Sampler, epoch: int) -> Points:
     whole = everything(sampler, epoch).index
     known, value = sampler.known(whole)
     value = np.where(known, value, np.inf)
-    size = max(1, round(sampler.optimizer.batch_size / sampler.settings.sample_share))
+    size = _pool_size(sampler.settings, sampler.optimizer.batch_size)
     pools = [slice(low, low + size) for low in range(0, len(whole), size)]
     parts = [_mixed_pool(sampler, epoch, number, whole[pool], value[pool]) for number, pool in enumerate(pools)]
     index, partner, share = (np.concatenate(columns) for columns in zip(*parts, strict=True))
@@ -166,9 +192,26 @@ def _mixed_pool(
     place = np.arange(size) / size - clear / (2 * size)
     word, *_ = rng.words(seed, number, rng.SAMPLE, view=epoch, draw=1)
     share = float(rng.unit(int(word))) / (1 + np.exp(-settings.unix_slope * place))
-    kept = max(1, round(size * settings.sample_share))
+    kept = _visited_of_pool(settings, size)
     partner = _by_word(seed, np.sort(index), epoch + 1)
     return ranked[:kept], partner[:kept], share[:kept]
+
+
+def _pool_size(settings: SamplingSettings, batch_size: int) -> int:
+    return max(1, round(batch_size / settings.sample_share))
+
+
+def _visited_of_pool(settings: SamplingSettings, size: int) -> int:
+    return max(1, round(size * settings.sample_share))
+
+
+def _visited_of_pools(settings: SamplingSettings, batch_size: int, count: int) -> int:
+    size = _pool_size(settings, batch_size)
+    return sum(_visited_of_pool(settings, min(size, count - low)) for low in range(0, count, size))
+
+
+def _visited_of_share(settings: SamplingSettings, batch_size: int, count: int) -> int:
+    return int(settings.sample_share * count)
 
 
 SAMPLING: Mapping[str, Scheme] = {
@@ -178,9 +221,14 @@ SAMPLING: Mapping[str, Scheme] = {
         source="Okanovic et al., ICLR 2024 (arXiv 2305.18424)",
         points=_random_per_epoch,
         partial=True,
+        visits=_visited_of_share,
     ),
     "random_fixed": Scheme(
-        about="one random share for the whole run", source="static random pruning", points=_random_fixed, partial=True
+        about="one random share for the whole run",
+        source="static random pruning",
+        points=_random_fixed,
+        partial=True,
+        visits=_visited_of_share,
     ),
     "infobatch": Scheme(
         about="half of what is below the mean loss is left out, the rest of it weighs double",
@@ -195,6 +243,7 @@ SAMPLING: Mapping[str, Scheme] = {
         values=True,
         mixes=True,
         partial=True,
+        visits=_visited_of_pools,
     ),
 }
 """name -> scheme"""
@@ -210,9 +259,9 @@ def _ordered(sampler: Sampler, epoch: int, index: Int64[np.ndarray, " n"]) -> Po
 def _share(sampler: Sampler) -> int:
     """Return the number of points in an epoch."""
     share, count = sampler.settings.sample_share, len(sampler.manifest.index)
-    if int(share * count) < 1:
+    if (found := _visited_of_share(sampler.settings, 0, count)) < 1:
         raise SettingsError(f"sample_share {share} of {count} samples visits none; raise it to at least {1 / count:g}")
-    return int(share * count)
+    return found
 
 
 def _by_word(seed: int, index: Int64[np.ndarray, " n"], draw: int) -> Int64[np.ndarray, " n"]:

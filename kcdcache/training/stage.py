@@ -21,8 +21,8 @@ from kcdcache.store.identity import read_parameters
 from kcdcache.teacher.teacher import Teacher
 from kcdcache.training import batches, learner
 from kcdcache.training.loop import Loop
-from kcdcache.training.processes import ALONE, Group
-from kcdcache.training.sampling import SAMPLING, Sampler
+from kcdcache.training.processes import ALONE, LEAST, Group
+from kcdcache.training.sampling import SAMPLING, Sampler, require_enough
 
 GIB = 2**30
 
@@ -65,9 +65,10 @@ def run_stage(run: Run, stage: schedule.Stage, chosen: Manifest, mixes: Path | N
 
     Continues from the run's checkpoint. `mixes` is the store of the teacher's outputs on the manifest's mixes, if any.
     Then writes the student and the values to the run's folder, and at the end of the stage the values to the stage's.
-    Raises NonFiniteError if the loss diverged.
+    Raises NonFiniteError if the loss diverged, SettingsError if the manifest has too few samples.
     """
-    settings, material = run.settings, run.material
+    settings, material, world = run.settings, run.material, run.group.world
+    require_enough(settings, settings.batch_size, len(chosen), world)
     weights = run_loss.weights_of(settings, settings.label_smoothing)
     loss = run_loss.make_loss(weights, lambda: _pair(run, chosen))
     count, starts = material.knowledge.knowledge.data.count, SAMPLING[settings.sampling].values
@@ -90,7 +91,13 @@ def run_stage(run: Run, stage: schedule.Stage, chosen: Manifest, mixes: Path | N
         loop = Loop(
             pupil,
             source,
-            Sampler(manifest=chosen, optimizer=settings, settings=settings, started=record.at_start),
+            Sampler(
+                manifest=chosen,
+                optimizer=settings,
+                settings=settings,
+                started=record.at_start,
+                least=LEAST * world,
+            ),
             run.folder,
             details=partial(_details, run, stage, source),
             clock=schedule.stretched(run.stages, settings.epochs).tolist() if settings.clock == "samples" else None,

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from kcdcache.errors import require_known
+
 
 def mix_pixels(
     kept: Float32[Tensor, "batch c h w"],
@@ -16,9 +18,8 @@ def mix_pixels(
 
     Source: Eq. 14 and Fig. 2 of the paper (convex), its literal addition (additive_clip); facts.md A8, A11.
     """
-    if rule == "convex":
-        return mix_values(kept, dropped, epsilon)
-    return (kept + epsilon.view(-1, 1, 1, 1) * dropped).clamp(0, 1)
+    require_known("mix", rule, PIXEL_RULES)
+    return PIXEL_RULES[rule](kept, dropped, epsilon)
 
 
 def mix_probabilities(
@@ -33,6 +34,7 @@ def mix_probabilities(
     linear_prob: (1-eps) softmax(z/T) + eps softmax(z0/T); linear_logit: that of the mixed logits; keep: softmax(z/T).
     Source: Eq. 14 read offline; facts.md A10.
     """
+    require_known("mix target", rule, TARGET_RULES)
     own = kept / temperature
     return TARGET_RULES[rule](own.softmax(1), own, dropped / temperature, epsilon.view(-1, 1))
 
@@ -50,3 +52,9 @@ def mix_values(
     """Return (1-eps) kept + eps dropped, row by row."""
     share = epsilon.view(-1, *([1] * (kept.ndim - 1)))
     return (1 - share) * kept + share * dropped
+
+
+PIXEL_RULES: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "convex": mix_values,
+    "additive_clip": lambda kept, dropped, eps: (kept + eps.view(-1, 1, 1, 1) * dropped).clamp(0, 1),
+}

@@ -15,7 +15,7 @@ from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
 from kcdcache.data.images import Split
-from kcdcache.errors import SettingsError
+from kcdcache.errors import SettingsError, require_known
 from kcdcache.settings import ViewRule
 from kcdcache.views import rules
 
@@ -174,6 +174,7 @@ def wanted(asked: str, found: str | None, device: torch.device) -> bool:
 
     `found` is the obstacle, if any; raises SettingsError for one with 'on'.
     """
+    require_known("choice of what is held on the device", asked, ("auto", "on", "off"))
     if asked == "on" and found is not None:
         raise SettingsError(f"--resident on: batches cannot be made on the device, {found}; use --resident auto")
     return asked == "on" or (asked == "auto" and device.type == "cuda" and found is None)

@@ -14,7 +14,7 @@ from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
 from kcdcache import rng
-from kcdcache.errors import MismatchError, SettingsError, nearest
+from kcdcache.errors import MismatchError, SettingsError, nearest, require_known
 from kcdcache.settings import ViewRule, ViewSettings
 
 Index = TypeVar("Index", np.ndarray, Tensor)
@@ -120,6 +120,7 @@ class HeldImages:
 
     def __init__(self, rule: ViewRule, images: UInt8[np.ndarray, "n h w c"], device: torch.device) -> None:
         """Hold the images; `can_hold` must be true for the rule."""
+        _kind(rule)
         self._rule = rule
         self._pixels = FILLS[rule.fill](torch.from_numpy(images).to(device), rule.padding).contiguous()
 
@@ -152,6 +153,7 @@ class _Kind(NamedTuple):
 def _kind(rule: ViewRule) -> _Kind:
     if rule.name not in RULES:
         raise SettingsError(f"unknown view rule '{rule.name}'; {nearest(rule.name, list(RULES))}")
+    require_known("fill of a view rule", rule.fill, FILLS)
     return RULES[rule.name]
 
 

@@ -1,5 +1,6 @@
 import hashlib
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,22 @@ def test_arrays_keep_images_labels_and_order(tmp_path, channels):
     assert np.array_equal(loaded.train.images(np.array([4, 0])), pixels["train"][[4, 0]])
     assert loaded.test.labels.tolist() == [2, 0, 0]
     assert (loaded.classes, len(loaded.mean)) == (("x", "y", "z"), channels)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda folder: write_npz(folder / "a.npz"), write_hub, write_folder, lambda folder: write_folder(folder, (5, 6)),
+     lambda folder: "digits?train=60&test=30&noise=0.4"],
+)  # fmt: skip
+def test_data_pickled_are_the_same(tmp_path, write):
+    """As worker processes get them where they are spawned."""
+    loaded = datasets.load(write(tmp_path))
+    again = pickle.loads(pickle.dumps(loaded))
+    assert (again.identity(), again.mean, again.classes) == (loaded.identity(), loaded.mean, loaded.classes)
+    for one, other in ((again.train, loaded.train), (again.test, loaded.test)):
+        every = np.arange(len(one))
+        assert all(map(np.array_equal, one.images(every), other.images(every)))
+        assert np.array_equal(one.labels, other.labels)
 
 
 @given(st.integers(0, 100), st.integers(1, 4))

@@ -1,6 +1,7 @@
 """Exported condensed sets: what they hold, what is trained from them, and how they are written."""
 
 import json
+import pickle
 import shutil
 import signal
 from types import SimpleNamespace
@@ -61,6 +62,17 @@ def test_rows_and_bytes_are_counted_against_the_full_store(place, tmp_path, capl
     manifest.write(tmp_path / "half.parquet", halved(place.knowledge, keep=0.5))  # with the other half as partners
     exporting(place, tmp_path / "half", manifest=tmp_path / "half.parquet", dry_run=True)
     assert "100 kept samples and their 100 partners need the outputs on all 200 samples: nothing is" in caplog.text
+
+
+def test_an_opened_set_and_its_images_pickled_read_the_same(place):
+    ours, data = (
+        condensed_set.open(place.root / "pictures").knowledge,
+        condensed_set.load_data(f"condensed:{place.root / 'pictures'}"),
+    )
+    store, images = pickle.loads(pickle.dumps((ours, data)))
+    some = ours.held[[5, 0, 9]]
+    assert np.array_equal(store.read("logits", 1, some), ours.read("logits", 1, some))
+    assert np.array_equal(images.train.images(some), data.train.images(some))
 
 
 def test_it_has_the_knowledge_of_the_full_store(place):

@@ -1,4 +1,5 @@
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -204,6 +205,20 @@ def test_impossible_rows_and_temperatures_are_refused():
     for temperature in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(SettingsError, match="temperature should be a positive number"):
             form.decode({"logits": torch.zeros(1, 3)}, temperature)
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "shape"),
+    [("float16", "logits", (7,)), ("float16", "maps:stage1.pre", (3, 2, 2)), ("float32", "logits", (7,)),
+     ("uint8", "boundary:images", (3, 4, 4)), ("top:3", "logits", (7,))],
+)  # fmt: skip
+def test_an_encoding_pickled_is_the_same(text, field, shape):
+    made = encoding.parse(text, field, shape)
+    again = pickle.loads(pickle.dumps(made))
+    assert again == made
+    values = torch.rand(5, *shape)
+    stored, wanted = again.encode(values), made.encode(values)
+    assert all(np.array_equal(stored[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize(("text", "field"), [("float32", "logits"), ("float16", "logits"), ("top:2", "logits"),

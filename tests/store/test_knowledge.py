@@ -1,8 +1,10 @@
 import gc
+import pickle
 import shutil
 import time
 import tracemalloc
 import weakref
+from multiprocessing import Pipe, get_context
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,49 @@ def test_gathered_rows_and_slices_of_a_planned_epoch_are_the_stores(stores, tmp_
             assert np.array_equal(found, knowledge.read("logits", 1, order[part], 4.0))
     with holding(knowledge, tmp_path, np.arange(0), memory_bytes) as targets:
         assert gathered(targets, 0, np.arange(0))["logits"].shape == (0, 7)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_store_and_its_rows_pickled_read_the_same(stores, tmp_path, encoding):
+    knowledge = reader.open(stores[encoding])
+    again = pickle.loads(pickle.dumps(knowledge))
+    assert (again.knowledge_id, again.plan, again.commits) == (
+        knowledge.knowledge_id,
+        knowledge.plan,
+        knowledge.commits,
+    )
+    assert np.array_equal(again.labels, knowledge.labels)
+    with holding(knowledge, tmp_path) as targets:
+        wanted = gathered(targets, 1, [9, 3])
+        with pickle.loads(pickle.dumps(targets)) as copied:
+            assert torch.equal(gathered(copied, 1, [9, 3])["logits"], wanted["logits"])
+
+
+@pytest.mark.parametrize("memory_bytes", [0, PLENTY])
+def test_a_fork_reads_its_own_rows_while_its_parent_reads_others(stores, tmp_path, memory_bytes):
+    """Rows in mapped files are the parent's to overwrite; a thread of the parent may hold the store's lock for ever."""
+    knowledge, index = reader.open(stores["float32"]), EVERY_THIRD
+    wanted = [knowledge.read("logits", view, index, 4.0) for view in (0, 1)]
+    with holding(knowledge, tmp_path, memory_bytes=memory_bytes) as targets:
+        targets.prepare(0, 1)
+        asked, answered = Pipe()
+
+        def reading():
+            for view in iter(asked.recv, None):
+                asked.send(np.array_equal(gathered(targets, view, index)["logits"], wanted[view]))
+
+        with knowledge._lock:
+            child = get_context("fork").Process(target=reading)
+            child.start()
+        for ours, theirs in ((1, 0), (0, 1), (1, 0)):
+            assert np.array_equal(gathered(targets, ours, index)["logits"], wanted[ours])
+            targets.prepare(ours, 1 - ours)
+            answered.send(theirs)
+            assert answered.poll(60), "the fork waits for ever"
+            assert answered.recv()
+        answered.send(None)
+        child.join(60)
+        assert child.exitcode == 0
 
 
 def test_all_fields_of_a_batch_come_together(tmp_path):

@@ -1,5 +1,7 @@
 """Batches: each point against a slow reference, the same bytes from host and device, what is read, what is refused."""
 
+import pickle
+from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -200,7 +202,7 @@ def test_batches_made_on_the_device_have_the_bytes_of_those_made_on_the_host(wor
     chosen = case["chosen"](world) if "chosen" in case else None
     with connected(world, **(case | {"chosen": chosen})) as source:
         host, device = (made_by(way, source) for way in ("host", "device"))
-        for epoch, start in ((0, 0), (1, 0), (4, 2)):
+        for epoch, start in ((0, 0), (1, 0), (4, 2 * SIZE)):
             pairs = list(zip(device.epoch(epoch, start), host.epoch(epoch, start), strict=True))
             assert device.begin(epoch, start) == [len(batch.index) for _, batch in pairs]
             for ours, theirs in pairs:
@@ -214,11 +216,32 @@ def test_batches_made_on_the_device_have_the_bytes_of_those_made_on_the_host(wor
 def test_an_epoch_continues_exactly_where_it_was_left(world, start, epoch, way):
     with connected(world) as source:
         maker = made_by(way, source)
-        every, rest = list(maker.epoch(epoch)), list(maker.epoch(epoch, start))
+        every, rest = list(maker.epoch(epoch)), list(maker.epoch(epoch, min(start * SIZE, 90)))
     assert len(rest) == max(0, len(every) - start)
     assert [same(parts(left), parts(right)) for left, right in zip(every[start:], rest, strict=True)] == [[]] * len(
         rest
     )
+
+
+@pytest.mark.parametrize("way", ["host", "device"])
+def test_a_single_point_left_over_joins_the_batch_before_wherever_an_epoch_goes_on(world, way):
+    chosen = condensed(world.knowledge, keep=0.607)
+    assert len(chosen) == 91
+    with connected(world, chosen) as source:
+        maker = made_by(way, source, 18)
+        for epoch in (0, 4):
+            every = list(maker.epoch(epoch))
+            assert [len(batch.index) for batch in every] == [18, 18, 18, 18, 19]
+            assert sorted(collected(every)["index"].tolist()) == chosen.index.tolist()
+            for taken, rest in ((54, every[3:]), (72, every[4:]), (91, [])):
+                found = list(maker.epoch(epoch, taken))
+                assert [same(parts(left), parts(right)) for left, right in zip(found, rest, strict=True)] == [[]] * len(
+                    rest
+                )
+            # an earlier kcdcache stopped where the single point was a batch of its own
+            assert [batch.index.tolist() for batch in maker.epoch(epoch, 90)] == [every[-1].index[18:].tolist()]
+        sizes = [len(batch.index) for batch in iterate(source, 0, batch_size=18, seed=SEED, start=3)]
+    assert sizes == [18, 19]
 
 
 def test_only_kept_samples_and_partners_are_read(world):
@@ -251,6 +274,57 @@ def test_torchs_data_loader_gives_the_same_numbers_in_batches_and_alone(world, t
                 torch.testing.assert_close(found[name], value[i], atol=1e-6, rtol=1e-6)
 
 
+SLOW = pytest.mark.slow
+STARTED = [
+    ("fork", False, 8e9), ("fork", True, 8e9), ("fork", True, 0), ("spawn", True, 0),
+    *(pytest.param(how, stays, 8e9, marks=SLOW)
+      for how, stays in [("spawn", False), ("forkserver", False), ("forkserver", True)]),
+]  # fmt: skip
+"""how workers are started, whether they stay, and the memory for rows, beyond which they lie in mapped files"""
+
+
+@pytest.mark.parametrize(("how", "stays", "memory"), STARTED)
+def test_set_epoch_reaches_the_workers_however_they_are_started_and_how_long_they_stay(world, how, stays, memory):
+    """Also where epochs are passed over, and the view of an earlier one comes again."""
+    epochs = (0, 1, 3, 2)
+    with connected(world) as source:
+        expected = [[parts(batch) for batch in iterate(source, epoch, batch_size=32, seed=3)] for epoch in epochs]
+    mixing = Mixing(temperature=TEMPERATURE)
+    chosen = connect(world.data, world.knowledge, world.manifest, fields=FIELDS, mixing=mixing, memory_bytes=memory)
+    with chosen as source:
+        points = KnowledgePoints(source, seed=3)
+        loader = DataLoader(points, batch_size=32, num_workers=2, persistent_workers=stays, multiprocessing_context=how)
+        for epoch, wanted in zip(epochs, expected, strict=True):
+            points.set_epoch(epoch)
+            assert [same(*pair) for pair in zip(loader, wanted, strict=True)] == [[]] * 3
+
+
+@pytest.mark.parametrize("case", [*({"encoding": text} for text in ENCODINGS), {"target": "requery"}, {"names": ()}])
+def test_points_pickled_give_the_same_numbers(world, case):
+    with connected(world, **case) as source:
+        points = KnowledgePoints(source, seed=3)
+        points.set_epoch(1)
+        again = pickle.loads(pickle.dumps(points))
+        assert (len(again), again[7].keys()) == (len(points), points[7].keys())
+        assert same(again[7], points[7]) == []
+        with ExitStack() as ended:
+            for targets in again._source.stored:
+                ended.enter_context(targets)
+
+
+def test_points_are_those_of_their_epoch_though_another_reader_of_the_source_is_elsewhere(world):
+    with connected(world) as source:
+        points = KnowledgePoints(source, seed=3)
+        before = points[5]
+        list(iterate(source, 1, batch_size=90))
+        assert same(points[5], before) == []
+
+
+def test_an_epoch_before_the_first_is_refused(world):
+    with connected(world) as source, pytest.raises(SettingsError, match="takes the number of an epoch, from 0 on; fou"):
+        KnowledgePoints(source).set_epoch(-1)
+
+
 def test_without_fields_nothing_is_taught(world):
     knowledge = reader.open(world.knowledge.path)
     with connect(world.data, knowledge, world.manifest, fields=()) as source:
@@ -267,6 +341,11 @@ def test_sets_and_mixes_that_were_not_made_for_each_other_are_refused(world):
         "differ in mix: 'additive_clip' against 'convex'": (world.manifest, world.mixes["additive_clip"]),
         "differ in manifest: None against": (world.manifest, world.knowledge),
     }
+    with (
+        pytest.raises(SettingsError, match="takes the teacher's outputs on the mixes from a store of their own"),
+        connect(world.data, world.knowledge, world.manifest, mixing=Mixing(target="requery")),
+    ):
+        pass
     for message, (chosen, requeried) in refused.items():
         with (
             pytest.raises(MismatchError, match=message),

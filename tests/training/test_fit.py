@@ -1,14 +1,19 @@
 """Training on hard labels: a teacher or a plain baseline, as accurate as it should be."""
 
 import json
+import signal
+from dataclasses import replace
 
+import numpy as np
 import pytest
-from lessons import CPU, ON_CPU, precomputed
+from lessons import CPU, ON_CPU, Pooled, precomputed
 from pupils import digits, everything, loaded, plainly_taught, same_tensors
 from safetensors.torch import load_file
 
+from kcdcache import interrupt
 from kcdcache.data.datasets import load
-from kcdcache.errors import SettingsError
+from kcdcache.data.images import Split
+from kcdcache.errors import InterruptedRunError, SettingsError
 from kcdcache.runs.state import read_metrics
 from kcdcache.settings import FitSettings, TrainSettings
 from kcdcache.training import distill, evaluation, fit
@@ -21,6 +26,22 @@ SMALL = digits(120, 40)
 
 def fitted(out, model="lessons:TinyNet", data=SMALL, **changes):
     return fit.run(FitSettings(**(RECIPE | changes)), data=data, model=model, out=out).document()
+
+
+BELL = []
+"""steps until the student asks the process to stop, if any"""
+
+
+class Ringing(Pooled):
+    """A student during whose forward pass the user presses Ctrl-C, once."""
+
+    def forward(self, pixels):
+        if BELL and self.training:
+            BELL[0] -= 1
+            if BELL[0] == 0:
+                BELL.clear()
+                signal.raise_signal(signal.SIGINT)
+        return super().forward(pixels)
 
 
 def test_fit_is_plain_training_bit_for_bit(tmp_path):
@@ -68,6 +89,49 @@ def test_options_change_what_is_learned_and_still_learn(tmp_path, change):
     plain, other = (read_metrics(tmp_path / name) for name in ("plain", "other"))
     assert plain[-1].loss != other[-1].loss
     assert other[-1].loss < 0.9 * other[0].loss
+
+
+ONE = replace(SMALL, train=Split(SMALL.train.labels[:1], SMALL.train.source.taken(np.arange(1))))
+ONE_OVER = {"batch_size": 17, "epochs": 2}
+"""leaves one of 120 samples to the last batch"""
+
+
+@pytest.mark.parametrize("resident", ["off", "on"])
+def test_a_last_batch_of_one_sample_joins_the_one_before(tmp_path, resident):
+    """By itself it would have no batch statistics."""
+    told = fitted(tmp_path / "run", "lessons:Pooled", resident=resident, **ONE_OVER)
+    assert [row.samples for row in read_metrics(tmp_path / "run")] == [120, 120]
+    assert (told["relative_cost"], told["student_samples"]) == (1, 240)
+
+
+def test_a_run_stopped_at_any_step_before_a_joined_batch_or_after_it_goes_on_to_the_same_bytes(tmp_path):
+    fitted(tmp_path / "whole", "lessons:Pooled", **ONE_OVER)
+    for step in (5, 6, 7):
+        folder, BELL[:] = tmp_path / str(step), [step]
+        with interrupt.listening(), pytest.raises(InterruptedRunError, match=f"epoch 0, step {step} is in the check"):
+            fitted(folder, "test_fit:Ringing", **ONE_OVER)
+        with interrupt.listening():
+            fitted(folder, "test_fit:Ringing", **ONE_OVER)
+        assert same_tensors(*(load_file(run / "model.safetensors") for run in (folder, tmp_path / "whole")))
+        assert [row.samples for row in read_metrics(folder)] == [120, 120]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": ONE}, "a set of 1 sample to train on: batch statistics need at least 2"),
+        ({"batch_size": 1, "model": "lessons:Pooled"}, "--batch-size 1 is too small for the batch statistics of this"),
+    ],
+)
+def test_what_has_no_batch_statistics_is_refused(tmp_path, changes, message):
+    with pytest.raises(SettingsError, match=message):
+        fitted(tmp_path / "run", **changes)
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_a_batch_size_of_one_trains_a_network_that_has_statistics_of_it(tmp_path):
+    fitted(tmp_path / "run", batch_size=1, epochs=1, data=digits(21, 10))
+    assert [row.samples for row in read_metrics(tmp_path / "run")] == [21]
 
 
 @pytest.mark.slow

@@ -30,8 +30,8 @@ from kcdcache.training.sampling import Sampler
 
 CPU = torch.device("cpu")
 CE = run_loss.Loss(run_loss.weights_of(MethodSettings(method="ce")), {})
-UNEVEN = 33
-"""batch size that leaves two samples of 200 to the last batch, which is none for two of four processes"""
+UNEVEN = 31
+"""batch size that no number of processes divides; it leaves 14 samples of 200 to the last batch"""
 TRAIN = {"data": SPEC, "epochs": 4, "stages": 2, "batch_size": UNEVEN, "keep": 0.6, "threads": 1}
 FIT = {"data": SPEC, "epochs": 2, "batch_size": UNEVEN, "threads": 1, "augment": "crop", "padding": 2}
 FILL = {"data": SPEC, "augment": "crop", "padding": 2, "views": 3, "batch_size": 16, "min_accuracy": 0, "threads": 1}
@@ -125,7 +125,7 @@ def test_they_visit_and_keep_the_same_samples_and_each_reads_the_rows_of_its_sha
     for alone, shared in zip(rows_of(runs[1]), rows_of(runs[WORLD]), strict=True):
         each = shared["rows_read_by_each"]
         assert (len(each), sum(each)) == (WORLD, alone["rows_read"])
-        assert max(each) <= alone["rows_read"] / WORLD + 10  # batches of 33 leave one more to the first
+        assert max(each) <= alone["rows_read"] / WORLD + 10  # batches of 31 leave one more to the first
         assert shared["bytes_read"] == sum(shared["bytes_read_by_each"]) <= WORLD * alone["bytes_read"]
         assert "rows_read_by_each" not in alone
 
@@ -281,17 +281,43 @@ def test_the_next_epochs_rows_are_fetched_ahead_if_they_are_known(place, sets):
     assert knowledge.rows_read == 2 * share
 
 
-@pytest.mark.parametrize(("count", "batch_size", "world"), [(200, 33, 4), (5, 3, 3), (2, 8, 4), (64, 16, 4), (0, 4, 2)])
+DEALS = [(200, 33, 4), (200, 31, 4), (5, 3, 3), (7, 8, 4), (64, 16, 4), (0, 4, 2), (65, 32, 1), (66, 32, 1), (9, 1, 1)]
+
+
+def cut(count, batch_size, world):
+    """The batches of an epoch by a plain loop: the last joins the one before if a process had fewer than two of it."""
+    found = [list(range(low, min(low + batch_size, count))) for low in range(0, count, batch_size)]
+    if len(found) > 1 and len(found[-1]) < batch_size and len(found[-1][world - 1 :: world]) < 2:
+        found[-2:] = [found[-2] + found[-1]]
+    return found
+
+
+@pytest.mark.parametrize(("count", "batch_size", "world"), DEALS)
 def test_a_deal_gives_every_point_to_one_process(count, batch_size, world):
     dealt = [processes.deal(count, batch_size, rank, world) for rank in range(world)]
-    for step, low in enumerate(range(0, count, batch_size)):
-        whole = list(range(low, min(low + batch_size, count)))
+    batches = cut(count, batch_size, world)
+    assert [len(whole) for whole in batches] == processes.batch_sizes(count, batch_size, world)
+    for step, whole in enumerate(batches):
         for rank, (points, parts) in enumerate(dealt):
-            mine = points[parts[step].mine].tolist()
-            assert mine == (whole[rank::world] or points[:1].tolist())
+            mine = np.arange(count)[points][parts[step].mine].tolist()
+            assert mine == (whole[rank::world] or [rank])
             assert parts[step][1:] == (len(whole), not whole[rank::world])
-    if count >= world:
-        assert sorted(place for points, _ in dealt for place in points.tolist()) == list(range(count))
+    assert {len(parts) for _, parts in dealt} == {len(batches)}
+    assert sorted(place for points, _ in dealt for place in np.arange(count)[points].tolist()) == list(range(count))
+
+
+@pytest.mark.parametrize(("begun_by", "continued_by"), [(1, 4), (4, 1), (1, 2), (3, 3)])
+@pytest.mark.parametrize(("count", "batch_size"), [(65, 16), (70, 16), (64, 16)])
+def test_what_is_left_of_an_epoch_is_dealt_once_whoever_goes_on(count, batch_size, begun_by, continued_by):
+    start = 0
+    for size in processes.batch_sizes(count, batch_size, begun_by):
+        start += size
+        left = []
+        for rank in range(continued_by):
+            points, parts = processes.deal(count, batch_size, rank, continued_by, start)
+            for part in parts[-(-start // batch_size) :]:
+                left += [] if part.idle else np.arange(count)[points][part.mine].tolist()
+        assert sorted(left) == list(range(start, count))
 
 
 @pytest.mark.parametrize(("kind", "world"), [("full", 3), ("mixed", 2), ("asked again", 5)])
@@ -308,6 +334,38 @@ def test_batches_of_all_processes_together_are_those_of_one(place, sets, kind, w
                 if isinstance(value, torch.Tensor):
                     assert torch.equal(getattr(part, name), value[rank::world]), name
             assert part.idle or torch.equal(part.knowledge["logits"], batch.knowledge["logits"][rank::world])
+
+
+def test_points_too_few_for_a_batch_of_all_processes_join_the_batch_before(place, sets):
+    """Two of 200 are left over: one process makes a batch of them, four show them with the batch before."""
+    alone = shown(place, sets, 0, 1, size=33)[0]
+    each = [shown(place, sets, rank, 4, size=33)[0] for rank in range(4)]
+    assert [len(batch.index) for batch in alone] == [33] * 6 + [2]
+    for parts in each:
+        assert [batch.shared for batch in parts] == [33] * 5 + [35]
+        assert min(len(batch.index) for batch in parts) >= 8
+    together = torch.empty(35, dtype=torch.int64)
+    for rank, parts in enumerate(each):
+        together[rank::4] = parts[-1].index
+    assert together.tolist() == torch.cat([alone[5].index, alone[6].index]).tolist()
+
+
+def test_two_processes_train_a_network_that_needs_two_samples_of_every_batch(start, place, tmp_path):
+    """Of 115 samples three are left over, which is one for the second process."""
+    words = {"data": "digits?train=115&test=60", "batch_size": 16, "epochs": 1}
+    done(start, fitting(place, tmp_path / "run", "lessons:Pooled", **words), 2, tmp_path / "log")
+    assert [row["samples"] for row in rows_of(tmp_path / "run")] == [115]
+
+
+def test_a_set_too_small_for_the_processes_is_refused_before_it_trains(start, place, tmp_path):
+    few = {"schedule": "paper_stage", "keep": 0.035}
+    running = Forked(start, training(place, tmp_path / "run", **few), 4, tmp_path / "log")
+    assert running.codes() == [2] * 4
+    assert (
+        "a set of 7 samples to train on: batch statistics need at least 2 for each of 4 processes"
+        in (running.told()[0])
+    )
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

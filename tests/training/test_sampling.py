@@ -18,7 +18,7 @@ from kcdcache.condense.manifest import Samples, full, plain
 from kcdcache.condense.values import Values
 from kcdcache.errors import InterruptedRunError, SettingsError
 from kcdcache.settings import OptimizerSettings, SamplingSettings, TrainSettings, make
-from kcdcache.training.sampling import SAMPLING, Sampler
+from kcdcache.training.sampling import SAMPLING, Sampler, require_enough
 
 COUNT = 400
 NAMES = tuple(SAMPLING)
@@ -273,6 +273,61 @@ def test_cost_and_values_count_what_was_visited(whole, name):
         assert samples == [row["kept"] for row in rows]
     visits = value_files.read(whole(name) / "values.parquet", 200).values.visits
     assert visits.sum() == sum(samples)
+
+
+@settings(max_examples=15)
+@given(st.sampled_from(NAMES), st.floats(0.05, 1), st.integers(1, 120), st.integers(1, 40))
+def test_how_many_points_an_epoch_visits_is_known_before(name, share, count, batch_size):
+    """Of infobatch, at most so many, and never too few for batch statistics."""
+    asked = SamplingSettings(sampling=name, sample_share=share)
+    visited = SAMPLING[name].visits(asked, batch_size, count)
+    if visited < 2:
+        with pytest.raises(SettingsError, match=rf"a set of {count} samples? to train on.* at least 2; train on more"):
+            require_enough(asked, batch_size, count)
+        return
+    require_enough(asked, batch_size, count)
+    values = values_of(count, seed=count)
+    sizes = [
+        len(sampler_of(name, manifest_of(count), values, batch_size=batch_size, sample_share=share).points(epoch))
+        for epoch in range(8)
+    ]
+    assert all(2 <= size <= visited for size in sizes)
+    assert name == "infobatch" or set(sizes) == {visited}
+
+
+def test_infobatch_leaves_nothing_out_where_too_little_would_be_left():
+    values = Values(np.full(9, 3, np.int32), np.array([9, *[0.1] * 8], np.float32))
+    found = [
+        len(sampler_of("infobatch", manifest_of(9), values, prune_probability=0.99).points(epoch)) for epoch in range(7)
+    ]
+    assert 9 in found
+    assert 1 not in found
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "visited"),
+    [("all", 199, 200), ("infobatch", 199, 200), *((name, 33, 100) for name in NAMES if SAMPLING[name].partial)],
+)
+def test_a_last_batch_of_one_joins_the_one_before_with_every_sampling(place, tmp_path, name, size, visited):
+    given = {"keep": 1.0, "stages": 1, "epochs": 1, "sampling": name, "sample_share": 0.5, "batch_size": size}
+    told = distilled(place, tmp_path / "run", student="lessons:Pooled", **given)
+    assert told["student_samples"] == visited
+    assert visited % size == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"keep": 0.005, "schedule": "paper_stage"}, "a set of 1 sample to train on: batch statistics need at least 2"),
+        ({"sampling": "random_fixed", "sample_share": 0.005}, "of which sampling 'random_fixed' visits 1 in an epoch"),
+        ({"sampling": "unix", "sample_share": 0.001, "keep": 1.0}, "of which sampling 'unix' visits 1 in an epoch"),
+        ({"sampling": "unix", "mix_target": "requery", "keep": 1.0}, "and --mix-target requery would need the teacher"),
+    ],
+)
+def test_a_set_that_leaves_one_sample_to_an_epoch_is_refused_before_training(place, tmp_path, given, message):
+    with pytest.raises(SettingsError, match=message):
+        distilled(place, tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("name", "share"), [("all", 1), ("random_per_epoch", 0.5), ("unix", 0.5), ("infobatch", 1)])
