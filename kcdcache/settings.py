@@ -148,7 +148,7 @@ class OptimizerSettings(Settings):
     epochs: int = Field(default=240, ge=1)
     """total number of epochs"""
     batch_size: int = Field(default=64, ge=1)
-    """batch size"""
+    """batch size; a single sample left over at the end of an epoch joins the batch before it"""
     learning_rate: float = Field(default=0.05, gt=0)
     """initial learning rate; if unset, `train` uses the method's (0.01 for MobileNetV2 and ShuffleNets)"""
     momentum: float = Field(default=0.9, ge=0, lt=1)
