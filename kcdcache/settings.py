@@ -39,9 +39,12 @@ class Settings(BaseModel):
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Return a copy with some other values, checked too."""
-        with _explaining(type(self), f"{type(self).__name__}.model_copy(...)"):
-            type(self).model_validate(dict(self) | dict(update or {}))
-        return super().model_copy(update=update, deep=deep)
+        changed, own, source = dict(update or {}), type(self).model_fields, f"{type(self).__name__}.model_copy(...)"
+        for name in changed.keys() - own:
+            raise SettingsError(f"unknown setting '{name}' in {source}; {nearest(name, own)}")
+        with _explaining(type(self), source):
+            type(self).model_validate(dict(self) | changed)
+        return super().model_copy(update=changed, deep=deep)
 
 
 class Composed(Settings):

@@ -146,7 +146,7 @@ WRONG_WORDS = {
     "training": lambda: settings.TrainSettings(sampling="unx"),
     "a flag of a part": lambda: settings.FitCommand(data="digits", model="resnet8", out="run", augment="cropp"),
     "a view rule": lambda: rules.count(replace(RULE, rule="cropp")),
-    "its fill": lambda: rules.apply(replace(RULE, fill="refelct"), PIXELS, np.zeros((1, 2), np.int64)),
+    "its fill": lambda: rules.apply(replace(RULE, fill="refelct"), PIXELS.byte(), np.zeros((1, 2), np.int64)),
     "held images": lambda: rules.HeldImages(replace(RULE, fill="refelct"), np.zeros((1, 4, 4, 3), np.uint8), CPU),
     "precision": lambda: loop.forward_precision(CPU, "bf16"),
     "teacher": lambda: teacher.freeze(torch.nn.Identity(), InputTransform((0.5,), (0.5,)), "x", ("a",), CPU, "half"),
