@@ -352,7 +352,7 @@ def _enough_samples(batch_size: int) -> Iterator[None]:
             raise
         raise SettingsError(
             f"--batch-size {batch_size} is too small for the batch statistics of this network or method: some are of "
-            f"one sample's map of 1x1 (torch: {error}); give at least {LEAST} for each process, with another --out"
+            f"one sample's map of 1x1 (torch: {error}); give at least {LEAST} for each process; {ELSEWHERE}"
         ) from None
 
 
