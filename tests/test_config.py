@@ -144,7 +144,7 @@ WRONG_WORDS = {
     "mixed probabilities": lambda: mixing.mix_probabilities(LOGITS, LOGITS, ONES, "requery", 4.0),
     "mix_label": lambda: replace(weights_of(settings.MethodSettings()), mix_label="kep"),
     "training": lambda: settings.TrainSettings(sampling="unx"),
-    "a flag of a part": lambda: settings.FitCommand(**REQUIRED[settings.FitCommand], **{"augment": "cropp"}),
+    "a flag of a part": lambda: settings.FitCommand(**REQUIRED[settings.FitCommand] | {"augment": "cropp"}),
     "a view rule": lambda: rules.count(replace(RULE, rule="cropp")),
     "its fill": lambda: rules.apply(replace(RULE, fill="refelct"), PIXELS.byte(), np.zeros((1, 2), np.int64)),
     "held images": lambda: rules.HeldImages(replace(RULE, fill="refelct"), np.zeros((1, 4, 4, 3), np.uint8), CPU),
