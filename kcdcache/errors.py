@@ -1,16 +1,26 @@
 """The exceptions kcdcache raises on purpose, one per exit code."""
 
 import difflib
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_ADDRESS = re.compile(r"(<[^<>]*?) at 0x[0-9a-fA-F]+>")
+"""an object as Python shows it, with its place in memory, which messages leave out"""
 
 
 class KcdcacheError(Exception):
-    """Base class, also of input/output errors; `exit_code` is the exit code of the command line."""
+    """Base class, also of input/output errors; `exit_code` is the exit code of the command line.
+
+    >>> str(KcdcacheError("found <object object at 0x7f00>"))
+    'found <object object>'
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return _ADDRESS.sub(r"\1>", super().__str__())
 
 
 class SettingsError(KcdcacheError, ValueError):

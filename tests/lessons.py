@@ -27,7 +27,7 @@ TRAIN, TEST, CLASSES = 150, 40, 10
 
 
 def digits(train=TRAIN, test=TEST):
-    return datasets.load(f"digits?train={train}&test={test}")
+    return datasets.load(f"digits?train={train}&test={test}&order=stored")
 
 
 def opinionated(network):

@@ -4,7 +4,8 @@ import logging
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import distribution
@@ -20,7 +21,7 @@ from kcdcache import rng
 from kcdcache.data import images, label_noise
 from kcdcache.data.images import DecodedImages, EncodedImages, Origins, Split, Statistics
 from kcdcache.data.label_noise import Corruption
-from kcdcache.data.spec import DataIdentity, DataSpec, at_home, parse
+from kcdcache.data.spec import DataIdentity, DataSpec, Options, at_home, parse
 from kcdcache.errors import (
     CorruptionError,
     KcdcacheError,
@@ -36,7 +37,22 @@ from kcdcache.files.records import canonical_json, parse_json
 logger = logging.getLogger(__name__)
 
 CACHE = Path("~/.cache/kcdcache")
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+IMAGE_ENDINGS = (
+    ".avif", ".bmp", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".png",
+    ".tif", ".tiff", ".webp",
+)  # fmt: skip
+SYSTEM_FOLDERS = {
+    "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "__macosx", "__pycache__", "lost+found", "$recycle.bin",
+    "system volume information",
+}  # fmt: skip
+"""folders, in lower case, that systems put among images"""
+HIDDEN, OTHERS, AGAIN, OUTSIDE = (
+    "hidden or system files and folders", "files that are no images", "links to folders that are read already",
+    "files outside the class folders",
+)  # fmt: skip
+"""kinds of what is left out of class folders"""
+CHANNELS = (1, 3, 4)
+"""numbers of channels that need not be stated"""
 _CIFAR = {
     "cifar10": Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": Statistics((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
@@ -113,7 +129,7 @@ def load(spec: str, others: Mapping[str, Callable[[DataSpec], "Loaded"]] | None 
     Raises:
         SettingsError: the spec is wrong, a class has too few samples, or a column is unknown or ambiguous.
         NotFoundError: a folder, file or split is missing or empty.
-        MismatchError: labels are not 0..C-1, or images and labels do not match.
+        MismatchError: labels are not 0..C-1, a class has no training image, or images and labels do not match.
         CorruptionError: an image cannot be decoded; names file and row.
     """
     parsed = parse(spec)
@@ -121,14 +137,19 @@ def load(spec: str, others: Mapping[str, Callable[[DataSpec], "Loaded"]] | None 
     if parsed.kind not in known:
         raise SettingsError(f"'{spec}' is an exported set: open it with `export.condensed_set.load_data`")
     loaded = known[parsed.kind](parsed)
-    train = _first(loaded.train, options.train, f"training split of '{spec}'")
-    test = _first(loaded.test, options.test, f"test split of '{spec}'")
-    classes = loaded.classes or tuple(str(label) for label in range(int(train.labels.max()) + 1))
-    for split in (train, test):
+    for split, name in ((loaded.train, "training"), (loaded.test, "test")):
+        if len(split) == 0:
+            raise NotFoundError(f"the {name} split of '{spec}' holds no images")
+    classes = loaded.classes or _numbered(loaded.train.labels, spec)
+    for split in (loaded.train, loaded.test):
         _require_in_range(split, len(classes))
+    train = _limited(loaded.train, options.train, options.order, f"training split of '{spec}'")
+    test = _limited(loaded.test, options.test, options.order, f"test split of '{spec}'")
     sizes = np.bincount(train.labels, minlength=len(classes))
-    if (options.train is None and parsed.kind != "condensed") or loaded.classes is None:
-        _require_all_classes(sizes, classes, spec)
+    if parsed.kind != "condensed":
+        _require_all_classes(sizes, classes, spec, options)
+    if untested := _without(np.bincount(test.labels, minlength=len(classes)), classes):
+        logger.warning("'%s' has no test image of %s; test accuracy is of the others", spec, untested)
     train, test = (
         replace(split, source=images.decode_once(split.source)) if type(split.source) is EncodedImages else split
         for split in (_corrupted(train, len(classes), options.corruption, spec), test)
@@ -145,14 +166,15 @@ class Loaded(NamedTuple):
     statistics: Statistics | None = None
 
 
-def _first(split: Split, limit: int | None, what: str) -> Split:
-    if len(split) == 0:
-        raise NotFoundError(f"the {what} holds no images")
+def _limited(split: Split, limit: int | None, order: str, what: str) -> Split:
+    """Return a split with the images that a limit takes; images in parquet files are read."""
     if limit is None:
-        return split
+        unread = isinstance(split.source, ParquetImages)
+        return Split(split.labels, split.source.taken(np.arange(len(split)))) if unread else split
     if limit > len(split):
         raise SettingsError(f"the {what} has {len(split)} images; {limit} were asked for")
-    return Split(split.labels[:limit], split.source.taken(np.arange(limit)))
+    rows = np.arange(limit) if order == "stored" else label_noise.balanced(split.labels, limit)
+    return Split(split.labels[rows], split.source.taken(rows))
 
 
 def _corrupted(split: Split, classes: int, asked: Corruption, spec: str) -> Split:
@@ -172,12 +194,34 @@ def _require_in_range(split: Split, count: int) -> None:
         raise MismatchError(f"{split.source.place(int(row))} has {found}; labels must be 0..{count - 1}")
 
 
-def _require_all_classes(sizes: Int64[np.ndarray, " classes"], classes: Sequence[str], spec: str) -> None:
+def _numbered(labels: Int64[np.ndarray, " n"], spec: str) -> tuple[str, ...]:
+    """Return the names of classes that have none: their numbers."""
+    count = int(labels.max()) + 1
+    if count > len(labels):  # before a name is made for each
+        found = f"{len(labels)} images have labels up to {count - 1}"
+        raise MismatchError(f"labels of '{spec}' must be 0..C-1 without gaps; {found}")
+    return tuple(map(str, range(count)))
+
+
+def _require_all_classes(
+    sizes: Int64[np.ndarray, " classes"], classes: Sequence[str], spec: str, options: Options
+) -> None:
+    if not (missing := _without(sizes, classes)):
+        return
+    remedy = f"labels must be 0..{len(classes) - 1} without gaps: add images, or take the class out"
+    if options.train is not None:
+        remedy = "give a larger train" + (", or leave order=stored out" if options.order == "stored" else "")
+    raise MismatchError(f"'{spec}' has no training image of {missing}; {remedy}")
+
+
+def _without(sizes: Int64[np.ndarray, " classes"], classes: Sequence[str]) -> str:
+    """Return number and names of the classes of size 0; '' if there are none."""
     missing = [f"{label} ('{classes[label]}')" for label in np.flatnonzero(sizes == 0).tolist()]
-    if missing:
-        listed = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
-        first = f"labels of '{spec}' must be 0..{len(classes) - 1} without gaps"
-        raise MismatchError(f"{first}; {len(missing)} have no training image: {listed}")
+    return f"{len(missing)} of {len(classes)} classes: {_few(missing)}" if missing else ""
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def _digits(spec: DataSpec) -> Loaded:
@@ -227,10 +271,17 @@ def _cifar(spec: DataSpec) -> Loaded:
 
 def _folder(spec: DataSpec) -> Loaded:
     train, test = _split_folder(spec.path, ("train",)), _split_folder(spec.path, ("val", "test"))
-    classes = _class_folders(train)
-    if unknown := sorted(set(_class_folders(test)) - set(classes)):
-        raise MismatchError(f"{test} has class folders that {train} lacks: {', '.join(unknown[:10])}")
-    return Loaded(_folder_split(train, classes), _folder_split(test, classes), classes)
+    own, theirs = _class_folders(train), _class_folders(test)
+    classes = tuple(own)
+    if unknown := sorted(theirs.keys() - own.keys()):
+        raise MismatchError(f"{test} has class folders that {train} lacks: {_few(unknown)}")
+    walks = [_Walk(folder, [found.get(name) for name in classes]) for folder, found in ((train, own), (test, theirs))]
+    left = {
+        what: sorted(name for walk in walks for name in walk.left[what]) for what in (HIDDEN, OTHERS, AGAIN, OUTSIDE)
+    }
+    if counts := [f"{what}: {len(names)} ({_few(names)})" for what, names in left.items() if names]:
+        logger.warning("left out of %s: %s", spec.path, "; ".join(counts))
+    return Loaded(*(walk.split() for walk in walks), classes)
 
 
 def _split_folder(root: Path, names: tuple[str, ...]) -> Path:
@@ -240,45 +291,93 @@ def _split_folder(root: Path, names: tuple[str, ...]) -> Path:
     raise NotFoundError(f"no folder {' or '.join(str(root / name) for name in names)}; folder:DIR needs class folders")
 
 
-def _class_folders(folder: Path) -> tuple[str, ...]:
-    return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
+def _class_folders(folder: Path) -> dict[str, str]:
+    """Return the paths of the class folders by name, sorted."""
+    found = {e.name: e.path for e in _entries(str(folder)) if os.path.isdir(e.path) and not _hidden(e.name)}
+    return dict(sorted(found.items()))
 
 
-def _folder_split(folder: Path, classes: tuple[str, ...]) -> Split:
-    files: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = sorted(_plain_files(folder / name))
-        files += (file for file in found if file.lower().endswith(IMAGE_ENDINGS))
-        labels += [label] * (len(files) - len(labels))
-        if others := sum(not file.lower().endswith(IMAGE_ENDINGS) for file in found):
-            logger.warning("%d files in %s are not images and are left out", others, folder / name)
-    return Split(np.array(labels, np.int64), EncodedImages(files))
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise KcdcacheError(f"the folder {folder} cannot be read ({error.strerror}); see to its permissions") from None
 
 
-def _plain_files(folder: Path | str) -> Iterator[str]:
-    """Yield all files below a folder, including links to files; links to folders are not followed."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from _plain_files(entry.path)
-            elif entry.is_symlink():  # its target is checked when it is opened
-                yield from () if os.path.isdir(entry.path) else (entry.path,)
-            elif entry.is_file():
-                yield entry.path
-            else:
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
+
+
+class _Walk:
+    """The images in the class folders of a split, and what is left out.
+
+    Links to folders are followed after all folders, and each folder is read once: a link to the split, or to a folder
+    around it, leads nowhere.
+    """
+
+    def __init__(self, folder: Path, places: Sequence[str | None]) -> None:
+        self.root = folder
+        self.images: list[list[str]] = [[] for _ in places]
+        """paths by class; `places` are the class folders, None for a class that has none here"""
+        self.left = defaultdict[str, list[str]](list)
+        """names of what is left out, by kind"""
+        self._links = list[tuple[int, str]]()
+        around = folder.resolve()
+        self._seen = {_identity(str(place)) for place in (around, *around.parents)}
+        for entry in _entries(str(folder)):
+            if not (hidden := _hidden(entry.name)) and os.path.isdir(entry.path):
+                continue
+            self._leave(HIDDEN if hidden else OUTSIDE, entry.path)
+        for label, place in enumerate(places):
+            if place is not None:
+                self._enter(label, place)
+        for label, path in self._links:  # linked folders may hold further links
+            self._read(label, path)
+
+    def split(self) -> Split:
+        """Return the images as a split."""
+        labels = np.repeat(np.arange(len(self.images)), [len(paths) for paths in self.images])
+        return Split(labels, EncodedImages([path for paths in self.images for path in sorted(paths)]))
+
+    def _enter(self, label: int, folder: str) -> None:
+        if os.path.islink(folder):
+            self._links.append((label, folder))
+        else:
+            self._read(label, folder)
+
+    def _read(self, label: int, folder: str) -> None:
+        if (identity := _identity(folder)) in self._seen:
+            self._leave(AGAIN, folder)
+            return
+        self._seen.add(identity)
+        for entry in _entries(folder):
+            if _hidden(entry.name):
+                self._leave(HIDDEN, entry.path)
+            elif os.path.isdir(entry.path):
+                self._enter(label, entry.path)
+            elif not entry.is_symlink() and not entry.is_file():  # a link's target is checked when it is opened
                 raise UnsafeError(f"{entry.path} is a pipe or a device; images are plain files, remove it")
+            elif entry.name.lower().endswith(IMAGE_ENDINGS):
+                self.images[label].append(entry.path)
+            else:
+                self._leave(OTHERS, entry.path)
+
+    def _leave(self, what: str, path: str) -> None:
+        self.left[what].append(os.path.relpath(path, self.root.parent))
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
 
 
 def _parquet(spec: DataSpec) -> Loaded:
     train, test = _parquet_files(spec.path, ("train",)), _parquet_files(spec.path, ("test", "validation"))
     schema = _opened(train[0]).schema_arrow
     columns = (_image_column(schema, train[0]), _label_column(schema, spec))
-    return Loaded(
-        _read_rows(train, columns, spec.options.train),
-        _read_rows(test, columns, spec.options.test),
-        _class_names(schema, columns[1]),
-    )
+    splits = (_parquet_split(files, *columns) for files in (train, test))
+    return Loaded(*splits, _class_names(schema, columns[1]))
 
 
 def _parquet_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
@@ -322,35 +421,60 @@ def _class_names(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
     return tuple(map(str, found)) if isinstance(found, list) and found else None
 
 
-def _read_rows(files: list[Path], columns: tuple[str, str], limit: int | None) -> Split:
-    """Read the rows of parquet files, up to the row group that reaches `limit`."""
-    payloads: list[bytes | None] = []
-    labels, starts = [np.empty(0, np.int64)], dict[str, int]()
-    for place, table in ((str(file), table) for file in files for table in _row_groups(file, *columns)):
-        starts.setdefault(place, len(payloads))
-        payloads.extend(row["bytes"] if row else None for row in table[0].to_pylist())
-        labels.append(table[1].cast(pa.int64()).fill_null(-1).to_numpy())
-        if limit is not None and len(payloads) >= limit:
-            break
-    origins = Origins(tuple(starts), tuple(starts.values()))
-    return Split(np.concatenate(labels), EncodedImages(payloads, origins))
+class _Group(NamedTuple):
+    """A row group of a parquet file."""
+
+    file: Path
+    number: int
+    start: int
+    """position of its first row in the split"""
 
 
-def _row_groups(file: Path, image: str, label: str) -> Iterator[pa.Table]:
-    opened = _opened(file)
-    if missing := {image, label} - set(opened.schema_arrow.names):
-        raise MismatchError(f"{file} lacks the column {', '.join(sorted(missing))} that the first file has")
-    for group in range(opened.num_row_groups):
-        try:
-            yield opened.read_row_group(group, columns=[f"{image}.bytes", label]).select([image, label])
-        except (pa.ArrowException, OSError) as error:
-            raise CorruptionError(f"row group {group} of {file} cannot be read: {error}") from None
+@dataclass(frozen=True, eq=False)
+class ParquetImages(EncodedImages):
+    """An image column of parquet files; `taken` reads the row groups that hold the rows, which must ascend."""
+
+    column: str = field(kw_only=True)
+    groups: tuple[_Group, ...] = field(kw_only=True)
+
+    def taken(self, rows: Int64[np.ndarray, " kept"]) -> EncodedImages:
+        """Return the images of the given rows, read now."""
+        payloads: list[bytes | None] = []
+        bounds = np.searchsorted(rows, [group.start for group in self.groups] + [np.iinfo(np.int64).max]).tolist()
+        for group, low, high in zip(self.groups, bounds, bounds[1:], strict=False):
+            if low < high:
+                images = _column(group.file, group.number, f"{self.column}.bytes").take(rows[low:high] - group.start)
+                payloads.extend(row["bytes"] if row else None for row in images.to_pylist())
+        return EncodedImages(payloads, self.origins and self.origins.taken(rows))
+
+
+def _parquet_split(files: Sequence[Path], image: str, label: str) -> Split:
+    """Return the labels of parquet files, and their images, which are not read yet."""
+    labels, starts, groups, count = [np.empty(0, np.int64)], list[int](), list[_Group](), 0
+    for file in files:
+        opened = _opened(file)
+        if missing := {image, label} - set(opened.schema_arrow.names):
+            raise MismatchError(f"{file} lacks the column {', '.join(sorted(missing))} that the first file has")
+        starts.append(count)
+        for number in range(opened.num_row_groups):
+            labels.append(_column(file, number, label).cast(pa.int64()).fill_null(-1).to_numpy())
+            groups.append(_Group(file, number, count))
+            count += len(labels[-1])
+    source = ParquetImages((), Origins(tuple(map(str, files)), tuple(starts)), column=image, groups=tuple(groups))
+    return Split(np.concatenate(labels), source)
+
+
+def _column(file: Path, group: int, name: str) -> pa.ChunkedArray:
+    try:
+        return _opened(file).read_row_group(group, columns=[name])[0]
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptionError(f"row group {group} of {file} cannot be read: {error}") from None
 
 
 def _arrays(spec: DataSpec) -> Loaded:
     arrays = read_npz(spec.path)
     classes = tuple(str(name) for name in arrays["classes"]) if "classes" in arrays else None
-    train, test = (_array_split(arrays, part, spec.path) for part in ("train", "test"))
+    train, test = (_array_split(arrays, part, spec) for part in ("train", "test"))
     if arrays["train_images"].shape[1:] != arrays["test_images"].shape[1:]:
         raise MismatchError(f"training and test images in {spec.path} differ in size or channels")
     return Loaded(train, test, classes)
@@ -410,17 +534,29 @@ def _require_few_bytes(members: list[zipfile.ZipInfo], size: int) -> None:
         raise UnsafeError(f"{odd[0]!r:.80} is compressed in a way numpy never does")
 
 
-def _array_split(arrays: dict[str, np.ndarray], part: str, file: Path) -> Split:
+def _array_split(arrays: dict[str, np.ndarray], part: str, spec: DataSpec) -> Split:
+    file = spec.path
     for name in (f"{part}_images", f"{part}_labels"):
         if name not in arrays:
             raise NotFoundError(f"no array {name} in {file}; it holds {', '.join(sorted(arrays))}")
     pixels, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
     if pixels.dtype != np.uint8 or pixels.ndim != 4:
         raise MismatchError(f"{part}_images in {file} should be uint8 (N,H,W,C); found {pixels.dtype} {pixels.shape}")
+    _require_channels_last(pixels.shape, spec.options.channels, f"{part}_images in {file}")
     if labels.dtype.kind not in "iu" or labels.shape != pixels.shape[:1]:
         found = f"{labels.dtype} {labels.shape}"
         raise MismatchError(f"{part}_labels in {file} should be {len(pixels)} integers; found {found}")
     return Split(labels.astype(np.int64), DecodedImages(pixels, Origins((f"{file} {part}_images",))))
+
+
+def _require_channels_last(shape: tuple[int, ...], stated: int | None, what: str) -> None:
+    allowed = CHANNELS if stated is None else (stated,)
+    if shape[3] in allowed:
+        return
+    found = f"{what} should be (N,H,W,C) with C = {' or '.join(map(str, allowed))}; found {shape}"
+    if shape[1] in allowed:
+        raise MismatchError(f"{found}, which seems to be (N,C,H,W): save it transposed by (0, 2, 3, 1)")
+    raise MismatchError(f"{found}: transpose it, or add channels={shape[3]} to the data spec if it is right")
 
 
 LOADERS: dict[str, Callable[[DataSpec], Loaded]] = {

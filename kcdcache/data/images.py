@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt8, UInt64
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.Image import Transpose
 
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, UnsafeError
@@ -23,8 +23,20 @@ from kcdcache.files.atomic import open_plain, sha256_bytes
 MOST_PIXELS = 64 * 10**6
 """maximum size of a decoded image, at 3 bytes per pixel"""
 MOST_ENCODED_BYTES = 2**28
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
 """formats that are decoded, whatever the file name; some others of Pillow start other programs"""
+_MARKS = (
+    (4, b"ftypavi", "AVIF"), (0, b"BM", "BMP"), (0, b"GIF8", "GIF"), (0, b"\xff\xd8", "JPEG"), (0, b"\x89PNG", "PNG"),
+    (0, b"\0\0\0\x0cjP", "JPEG2000"), (0, b"\xff\x4f\xff\x51", "JPEG2000"), (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"), (8, b"WEBP", "WEBP"),
+    (4, b"ftyphe", "HEIC"), (4, b"ftypmif1", "HEIC"), (0, b"\0\0\0\x0cJXL ", "JPEG XL"), (0, b"\xff\n", "JPEG XL"),
+    (0, b"8BPS", "PSD"), (0, b"%!PS", "EPS"), (0, b"%PDF", "PDF"), (0, b"\n\5\1", "PCX"), (128, b"DICM", "DICOM"),
+    (0, b"\0\0\1\0", "ICO"), (0, b"P5", "PGM"), (0, b"P6", "PPM"), (0, b"\x93NUMPY", "a numpy array"),
+    (0, b"<", "HTML or SVG"), (0, b"version https://git-lfs", "a pointer of Git LFS (see `git lfs pull`)"),
+)  # fmt: skip
+"""(offset, bytes, name) of formats: those that are decoded, and what is found in place of images"""
+_CODESTREAM = b"\xff\x4f\xff\x51"
+"""beginning of a JPEG 2000 codestream, alone or in a box"""
 _ORIENTATION = 274
 _TURNS = {
     2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
@@ -154,12 +166,8 @@ class EncodedImages:
             UnsafeError: the file is too large, or not a plain file.
             KcdcacheError: the system cannot read the file.
         """
-        place = self.place(position)
-        with reading(place), self._stream(position) as stream:
-            if (size := stream.seek(0, os.SEEK_END)) > MOST_ENCODED_BYTES:
-                raise UnsafeError(f"{place} has {size} bytes, expected at most {MOST_ENCODED_BYTES}; it is not read")
-            stream.seek(0)
-            return stream.read(size)
+        with reading(self.place(position)), self._stream(position) as stream:
+            return stream.read(MOST_ENCODED_BYTES)
 
     def image(self, position: int, check: Check | None = None) -> UInt8[np.ndarray, "_ _ 3"]:
         """Return one image decoded to RGB, after `check`; raises OtherSizeError unless it has the known size."""
@@ -184,10 +192,15 @@ class EncodedImages:
             return size[::-1] if _orientation(image) >= 5 else size
 
     def _stream(self, position: int) -> io.BytesIO | io.BufferedReader:
-        payload = self.payloads[position]
+        payload, place = self.payloads[position], self.place(position)
         if payload is None:
-            raise CorruptionError(f"{self.place(position)} holds no image bytes")
-        return io.BytesIO(payload) if isinstance(payload, bytes) else open_plain(Path(payload))
+            raise CorruptionError(f"{place} holds no image bytes")
+        stream = io.BytesIO(payload) if isinstance(payload, bytes) else open_plain(Path(payload))
+        if (size := stream.seek(0, os.SEEK_END)) > MOST_ENCODED_BYTES:
+            stream.close()
+            raise UnsafeError(f"{place} has {size} bytes, expected at most {MOST_ENCODED_BYTES}; it is not read")
+        stream.seek(0)
+        return stream
 
 
 class Known(NamedTuple):
@@ -359,8 +372,10 @@ def rgb(content: bytes, place: str) -> UInt8[np.ndarray, "_ _ 3"]:
         UnsafeError: it has too many pixels.
     """
     with reading(place), opened(io.BytesIO(content), place) as image:
-        if deep := _deep(image):
+        if deep := _deep(image, content):
             raise MismatchError(f"{place} has more than 8 bits per channel ({deep}); convert it to 8")
+        if image.format == "JPEG2000" and not _ended(content):  # Pillow would leave tiles that are missing grey
+            raise ValueError("image file is truncated")
         turn = _TURNS.get(_orientation(image))
         # via RGBA, because Pillow warns about the transparency of a palette otherwise
         plain = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
@@ -370,7 +385,11 @@ def rgb(content: bytes, place: str) -> UInt8[np.ndarray, "_ _ 3"]:
 
 def opened(stream: io.BytesIO | io.BufferedReader, place: str) -> Image.Image:
     """Open an image and check its size and number of frames, without decoding it; errors of Pillow pass through."""
-    image = Image.open(stream, formats=FORMATS)
+    try:
+        image = Image.open(stream, formats=FORMATS)
+    except UnidentifiedImageError:  # its text has a memory address
+        stream.seek(0)
+        raise ValueError(_kind(stream.read(132))) from None
     if image.width * image.height > MOST_PIXELS:
         raise UnsafeError(f"{place} has {image.width} x {image.height} pixels, expected at most {MOST_PIXELS} in all")
     frames = getattr(image, "n_frames", 1)
@@ -379,11 +398,37 @@ def opened(stream: io.BytesIO | io.BufferedReader, place: str) -> Image.Image:
     return image
 
 
-def _deep(image: Image.Image) -> str:
-    """Return the mode if a channel has more than 8 bits, of which Pillow would keep the upper 8, else ''."""
+def _kind(head: bytes) -> str:
+    """Describe a file that Pillow does not open, from its first bytes."""
+    name = next((name for offset, mark, name in _MARKS if head.startswith(mark, offset)), "")
+    if name in FORMATS:
+        return f"it begins as {name} does, but is damaged, or Pillow was built without {name}"
+    return f"it is {name or ('of no format we know' if head else 'empty')}, read are {', '.join(FORMATS)}"
+
+
+def _deep(image: Image.Image, content: bytes) -> str:
+    """Return the mode if a channel has more than 8 bits, of which Pillow would keep the upper 8, else ''.
+
+    Source: AV1-ISOBMFF 1.2, section 2.3 (av1C); ISO/IEC 15444-1, A.5.1 (SIZ).
+    """
+    if image.format == "AVIF":
+        at = content.find(b"av1C")
+        return "AVIF of 10 or 12 bits" if content[at + 6] & 0x40 else ""
+    if image.format == "JPEG2000":
+        at = content.find(_CODESTREAM) + 42
+        depths = [(depth & 0x7F) + 1 for depth in content[at : at + 3 * content[at - 1] : 3]]
+        return f"JPEG 2000 of {max(depths)} bits" if max(depths, default=0) > 8 else ""
     modes = [image.mode, *(str(tile[3]) for tile in getattr(image, "tile", ()))]
     # a BMP of 16 bits per pixel (BGR;16) has 5 or 6 per channel
     return next((m for m in modes if m in ("I", "F") or (";16" in m and "BGR;16" not in m)), "")
+
+
+def _ended(content: bytes) -> bool:
+    """Whether a JPEG 2000 codestream has its end marker. Source: ISO/IEC 15444-1, A.4.4 (EOC), I.4 (box lengths)."""
+    start = content.find(_CODESTREAM)
+    size = int.from_bytes(content[start - 8 : start - 4]) if start > 0 else 0
+    end = start - 8 + size if size else len(content)
+    return content[end - 2 : end] == b"\xff\xd9"
 
 
 def _orientation(image: Image.Image) -> int:

@@ -1,4 +1,4 @@
-"""Label noise and class imbalance, as functions of labels."""
+"""Label noise, class imbalance and class-balanced subsets, as functions of labels."""
 
 from typing import Any
 
@@ -81,11 +81,33 @@ def first_of_each(labels: Int64[np.ndarray, " n"], sizes: Int64[np.ndarray, " cl
             f"gamma asks for {sizes[short]} samples of class {short}, which has {held[short]}; "
             "give n_max and n_min that every class can fill"
         )
+    return np.flatnonzero(_rank(labels, held) < sizes[labels])
+
+
+def balanced(labels: Int64[np.ndarray, " n"], count: int) -> Int64[np.ndarray, " kept"]:
+    """Return the ascending positions of `count` samples: of every class its share, taken from its first samples.
+
+    Labels are 0 or more. Shares are those of Webster's divisor method (of Sainte-Lague) over class sizes n_c: sample
+    r = 0, 1, ... of a class comes before another's if (2r + 1) / n_c is smaller, ties by class. Hence a smaller subset
+    is part of a larger one.
+
+    Source: Balinski and Young, "Fair Representation" (1982), appendix A.
+
+    >>> balanced(np.array([0, 0, 0, 0, 1, 1]), 3).tolist()
+    [0, 1, 4]
+    """
+    held = np.bincount(labels)
+    first = np.lexsort((labels, (2 * _rank(labels, held) + 1) / held[labels]))
+    return np.sort(first[:count])
+
+
+def _rank(labels: Int64[np.ndarray, " n"], held: Int64[np.ndarray, " classes"]) -> Int64[np.ndarray, " n"]:
+    """Return how many earlier samples have the same label; `held` are the class sizes."""
     order = np.argsort(labels, kind="stable")
     starts = np.cumsum(held) - held
     rank = np.empty(len(labels), np.int64)
     rank[order] = np.arange(len(labels)) - starts[labels[order]]
-    return np.flatnonzero(rank < sizes[labels])
+    return rank
 
 
 def noisy(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
@@ -22,6 +22,10 @@ FORMS: Mapping[str, str] = {
 }
 """form of the spec by kind of data"""
 LIMITS = ("train", "test")
+IDLE: Mapping[tuple[str, ...], tuple[str, ...]] = {LIMITS: ("order",), **{(k,): v for k, v in SETTINGS_OF.items()}}
+"""options that do nothing without one of others"""
+ONLY_FOR: Mapping[str, tuple[str, ...]] = {"channels": ("arrays",)}
+"""option -> the kinds of data that take it, if not all do"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +45,13 @@ class Options(Composed):
     """Options of a data spec, after the question mark."""
 
     train: int | None = Field(default=None, ge=1)
-    """use only the first N training images; all if unset"""
+    """use only N training images; all if unset"""
     test: int | None = Field(default=None, ge=1)
-    """use only the first N test images; all if unset"""
+    """use only N test images; all if unset"""
+    order: Literal["balanced", "stored"] = "balanced"
+    """images of a limit: every class's share, see `label_noise.balanced`, or the first in stored order"""
+    channels: int | None = Field(default=None, ge=1)
+    """channels of arrays, the length of their last axis; 1, 3 or 4 if unset"""
     corruption: Corruption
 
 
@@ -89,10 +97,15 @@ def parse(spec: str) -> DataSpec:
     if kind == "parquet":
         location, _, column = location.partition("#")
     options = make(Options, _split(query, spec), f"data spec '{spec}'")
-    for switch, others in SETTINGS_OF.items():
+    for switches, others in IDLE.items():
         idle = options.given.intersection(others)
-        if idle and switch not in options.given:  # noise=0 may be part of a sweep
-            raise SettingsError(f"{min(idle)} in data spec '{spec}' does nothing without {switch}; leave it out")
+        if idle and not options.given.intersection(switches):  # noise=0 may be part of a sweep
+            needed = " or ".join(switches)
+            raise SettingsError(f"{min(idle)} in data spec '{spec}' does nothing without {needed}; leave it out")
+    for option in sorted(options.given & ONLY_FOR.keys()):
+        if kind not in ONLY_FOR[option]:
+            told = f"{option} in data spec '{spec}' does nothing there"
+            raise SettingsError(f"{told}: it is for {' and '.join(ONLY_FOR[option])}; leave it out")
     if options.corruption and kind == "condensed":
         raise SettingsError(
             f"data spec '{spec}': an exported set has the labels and classes its students saw; leave the options out"
@@ -101,17 +114,23 @@ def parse(spec: str) -> DataSpec:
 
 
 def extended(spec: str, options: str) -> str:
-    """Return a spec with further options `NAME=VALUE[&NAME=VALUE...]`; its own limits take precedence.
+    """Return a spec with further options `NAME=VALUE[&NAME=VALUE...]`; its own limits and order take precedence.
+
+    An added order is left out if the added limits have no effect.
 
     Raises SettingsError if an option is unknown, or given twice and not a limit.
 
     >>> extended("digits?train=50", "train=4000&noise=0.4")
     'digits?train=50&noise=0.4'
+    >>> extended("digits?train=50", "train=4000&order=stored"), extended("digits?test=9", "train=4000&order=stored")
+    ('digits?train=50', 'digits?test=9&train=4000&order=stored')
     """
     body, _, query = spec.partition("?")
     held, added = _split(query, spec), _split(options, options)
-    if twice := [name for name in added if name in held and name not in LIMITS]:
+    if twice := [name for name in added if name in held and name not in (*LIMITS, "order")]:
         raise SettingsError(f"data spec '{spec}' has {twice[0]} already, and '{options}' is to be added; give it once")
+    if (limits := added.keys() & set(LIMITS)) and limits <= held.keys():
+        added.pop("order", None)
     query = "&".join(f"{name}={value}" for name, value in {**held, **added, **held}.items())
     return f"{body}?{query}" if query else body
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -62,7 +62,9 @@ class Recipe(Settings):
     data: str
     """data spec of every step that takes one"""
     train_images: int | None = Field(default=None, ge=1)
-    """use only the first `train_images` training images, except in steps whose data_options have their own `train`"""
+    """use only `train_images` training images, except in steps whose data_options have their own `train`"""
+    train_order: Literal["balanced", "stored"] = "balanced"
+    """which those are: every class's share, or the first in stored order (`order` of a data spec)"""
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     machine: MachineSettings = Field(default_factory=MachineSettings)
     """device and threads of every step that takes them"""
@@ -70,7 +72,8 @@ class Recipe(Settings):
 
     def limited(self, text: str) -> str:
         """Return a data spec limited to `train_images`, unless it has its own limit."""
-        return text if self.train_images is None else spec.extended(text, f"train={self.train_images}")
+        order = "" if self.train_order == "balanced" else f"&order={self.train_order}"
+        return text if self.train_images is None else spec.extended(text, f"train={self.train_images}{order}")
 
     def data_of(self, step: Step) -> str:
         """Return the data spec of a step; its limits are those of the recipe's spec, else the step's, else ours."""
@@ -136,6 +139,8 @@ def load(path: Path) -> Recipe:
         for number, entry in enumerate(spelled_out(content["step"], content.pop("pair"), str(path)), 1)
     )
     recipe = settings.make(Recipe, content, str(path))
+    if recipe.train_images is None and "train_order" in recipe.model_fields_set:
+        raise SettingsError(f"train_order in {path} does nothing without train_images; leave it out")
     _require_order(recipe, path)
     for step in recipe.step:  # find mistakes before hours are spent on earlier steps
         first = pieces(step, recipe)[0]

@@ -176,9 +176,8 @@ def test_any_kind_of_data_can_be_corrupted(tmp_path, write):
         ("digits?noise=0.4&n_max=5", r"n_max in data spec .* does nothing without gamma; leave it out"),
         ("digits?nois=0.4", r"unknown option 'nois' in data spec .*; did you mean 'noise'"),
         ("condensed:x?noise=0.4", r"an exported set has the labels and classes its students saw"),
-        ("digits?train=5&gamma=2", r"data spec 'digits\?train=5&gamma=2': gamma has nothing to thin out: class \d has "
-                                   r"only 0 samples"),
-        ("digits?train=30&gamma=0.6", r"class \d has only 1 samples, and n_max is the size of the smallest class"),
+        ("digits?train=10&gamma=2", r"data spec 'digits\?train=10&gamma=2': gamma has nothing to thin out: class 0 has "
+                                    r"only 1 samples, and n_max is the size of the smallest class"),
         ("digits?gamma=1&n_max=900", r"gamma asks for 900 samples of class 0, which has \d+; give n_max and"),
         ("digits?gamma=1&n_max=5&n_min=9", "class sizes run from n_max down to n_min; found n_max=5, n_min=9"),
     ],
@@ -203,6 +202,10 @@ def test_options_are_added_to_a_spec_whose_limits_stay():
     assert extended("digits", "") == "digits"
     assert extended("digits", "noise=0.4") == "digits?noise=0.4"
     assert extended("digits?test=9&train=50", "train=4000&noise=0.4") == "digits?test=9&train=50&noise=0.4"
+    assert extended("digits?train=9", "train=4000&order=stored") == "digits?train=9"
+    assert extended("digits?train=9", "test=8&order=stored") == "digits?train=9&test=8&order=stored"
+    assert extended("digits?train=9&order=stored", "train=4&order=balanced") == "digits?train=9&order=stored"
+    assert extended("digits", "order=stored") == "digits?order=stored"
     with pytest.raises(SettingsError, match=r"has noise already, and 'noise=0.4' is to be added; give it once"):
         extended("digits?noise=0.2", "noise=0.4")
 

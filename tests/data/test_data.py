@@ -1,21 +1,25 @@
 import hashlib
+import json
 import os
 import pickle
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from commands import failure, outcome
 from datasets_on_disk import make_pixels, png, write_folder, write_hub, write_npz, write_parquet
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
-from kcdcache.data import datasets, images
+from kcdcache.data import datasets, images, label_noise
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, UnsafeError
 
 CIFAR100 = Path(os.environ.get("KCDCACHE_CIFAR100", Path(__file__).parents[3] / "shared/data/cifar100"))
+SPLITS = {"train": 6, "test": 3}
 
 
 def test_digits_are_the_real_ones_split_once():
@@ -112,13 +116,96 @@ def test_parquet_reads_files_in_order_with_class_names(tmp_path):
     assert datasets.load(f"{two_columns(tmp_path / 'two')}#fine").train.labels.tolist() == [0, 1]
 
 
-def test_a_limited_load_is_a_prefix_that_reads_only_the_files_it_needs_and_may_lack_classes(tmp_path):
-    spec = write_hub(tmp_path)
-    (tmp_path / "train-00001-of-00002.parquet").write_bytes(b"not parquet")
-    loaded = datasets.load(f"{spec}?train=4&test=1")
-    assert (len(loaded.train), len(loaded.test)) == (4, 1)
-    loaded = datasets.load(f"{spec}?train=2")
-    assert (loaded.train.labels.tolist(), loaded.classes) == ([0, 1], ("cat", "dog", "owl"))
+def webster(labels, count):
+    """Seats one by one, each for the class with the largest size per (2 seats + 1), ties by class."""
+    held = {label: labels.count(label) for label in sorted(set(labels))}
+    seats = dict.fromkeys(held, 0)
+    for _ in range(count):
+        winner = max(held, key=lambda label: (Fraction(held[label], 2 * seats[label] + 1), -label))
+        seats[winner] += 1
+    return [row for row, label in enumerate(labels) if labels[:row].count(label) < seats[label]]
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.data())
+def test_a_balanced_subset_gives_every_class_its_share_and_is_part_of_a_larger_one(labels, data):
+    count = data.draw(st.integers(1, len(labels)))
+    found = label_noise.balanced(np.array(labels), count).tolist()
+    assert found == webster(labels, count)
+    if count < len(labels):
+        assert set(found) < set(label_noise.balanced(np.array(labels), count + 1).tolist())
+
+
+def sorted_arrays(folder):
+    return write_npz(folder / "a.npz", train_labels=np.repeat(np.arange(3), 2), test_labels=np.array([0, 0, 2]))
+
+
+def sorted_hub(folder):
+    write_parquet(folder / "train-0.parquet", [png(i) for i in make_pixels(6)], label=[0, 0, 1, 1, 2, 2])
+    write_parquet(folder / "test-0.parquet", [png(i) for i in make_pixels(3, seed=1)], label=[0, 0, 2])
+    return f"parquet:{folder}"
+
+
+@pytest.mark.parametrize("make", [sorted_arrays, sorted_hub])
+def test_a_limit_takes_every_class_or_the_first_in_stored_order(tmp_path, make):
+    spec = make(tmp_path)
+    loaded = datasets.load(f"{spec}?train=4&test=2")
+    assert (loaded.train.labels.tolist(), loaded.test.labels.tolist()) == ([0, 0, 1, 2], [0, 2])
+    assert np.array_equal(loaded.train.images(np.arange(4)), make_pixels(6)[[0, 1, 2, 4]])
+    assert loaded.train.source.place(3).endswith("row 4")
+    loaded = datasets.load(f"{spec}?train=5&test=2&order=stored")
+    assert (loaded.train.labels.tolist(), loaded.test.labels.tolist()) == ([0, 0, 1, 1, 2], [0, 0])
+    assert np.array_equal(loaded.train.images(np.arange(5)), make_pixels(6)[:5])
+    every = datasets.load(f"{spec}?train=6&test=3")
+    assert (
+        every.identity() == datasets.load(spec).identity() == datasets.load(f"{spec}?train=6&order=stored").identity()
+    )
+
+
+@pytest.mark.parametrize("make", [sorted_arrays, sorted_hub, write_hub, lambda folder: "digits"])
+@pytest.mark.parametrize("order", ["", "&order=stored"])
+def test_a_limit_that_leaves_a_class_without_images_is_refused(tmp_path, make, order):
+    """As without a limit; classes that have no names are counted in the whole split."""
+    spec = make(tmp_path)
+    remedy = "give a larger train, or leave order=stored out$" if order else "give a larger train$"
+    with pytest.raises(MismatchError, match=rf"has no training image of \d of \d+ classes: .*; {remedy}"):
+        datasets.load(f"{spec}?train=2{order}")
+
+
+def test_a_limit_reads_only_the_row_groups_that_it_needs(tmp_path):
+    spec, file = write_hub(tmp_path), tmp_path / "train-00001-of-00002.parquet"
+    with pq.ParquetFile(file) as opened:
+        chunk = opened.metadata.row_group(0).column(0)
+    content = bytearray(file.read_bytes())
+    content[chunk.data_page_offset : chunk.data_page_offset + 8] = b"\xff" * 8
+    file.write_bytes(content)
+    for order in ("", "&order=stored"):
+        assert datasets.load(f"{spec}?train=4{order}").train.labels.tolist() == [0, 1, 2, 0]
+    with pytest.raises(CorruptionError, match=r"row group 0 of .*train-00001-of-00002\.parquet cannot be read"):
+        datasets.load(f"{spec}?train=5")
+
+
+def test_commands_learn_from_every_class_of_sorted_data(capsys, tmp_path):
+    spec = f"{sorted_arrays(tmp_path)}?train=3&test=2"
+    words = ["fit", "--data", spec, "--model", "resnet8", "--out", tmp_path / "f", "--dry-run", "--json", "-q"]
+    code, out, said = outcome(capsys, *words)
+    assert (code, "no test image of 1 of 3 classes: 1 ('1')" in said) == (0, True)
+    assert json.loads(out)["samples"] == 3
+    words[2] = f"{spec}&order=stored"
+    code, said = failure(capsys, *words)
+    assert (code, "has no training image of 1 of 3 classes: 2 ('2'); give a larger train" in said) == (4, True)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_arrays_whose_channels_are_not_last_are_refused_with_the_remedy(capsys, tmp_path, axis):
+    """(N, C, H, W), and (N, H, C, W); whatever is stated is taken."""
+    images = {f"{part}_images": np.moveaxis(make_pixels(count, 8, 9), 3, axis) for part, count in SPLITS.items()}
+    spec = write_npz(tmp_path / "a.npz", **images)
+    code, said = failure(capsys, "fit", "--data", spec, "--model", "resnet8", "--out", tmp_path / "f")
+    remedy = "save it transposed by (0, 2, 3, 1)" if axis == 1 else "transpose it, or add channels=9 to the data spec"
+    assert (code, "should be (N,H,W,C) with C = 1 or 3 or 4; found (6, " in said, remedy in said) == (4, True, True)
+    assert len(datasets.load(f"{spec}?channels=9").mean) == 9
+    with pytest.raises(MismatchError, match=r"\(N,H,W,C\) with C = 8; found \(6, .*add channels=9 to the data spec"):
+        datasets.load(f"{spec}?channels=8")
 
 
 def test_a_corrupt_image_is_named_by_file_and_row(tmp_path):
@@ -188,7 +275,9 @@ def in_the_way(folder):
 
 REFUSED = [
     (arrays(train_labels=np.array([0, 1, 4, 4, 1, 0])), MismatchError,
-     r"must be 0..4 without gaps; 2 have no training image: 2 \('2'\), 3"),
+     r"has no training image of 2 of 5 classes: 2 \('2'\), 3 \('3'\); labels must be 0..4 without gaps: add images"),
+    (arrays(train_labels=np.array([0, 1, 2, 0, 1, 2**60])), MismatchError,
+     r"must be 0..C-1 without gaps; 6 images have labels up to 1152921504606846976"),
     (arrays(train_labels=np.array([0, 1, 2, -1, 1, 0])), MismatchError, r"a.npz train_images row 3 has label -1"),
     (arrays(test_labels=np.array([0, 3, 0])), MismatchError, r"a.npz test_images row 1 has label 3 .* must be 0..2"),
     (arrays(test_labels=np.array([0, 1])), MismatchError,
@@ -220,6 +309,13 @@ REFUSED = [
     (lambda folder: "digits:x", SettingsError, "'digits' is embedded and takes no path"),
     (lambda folder: "digits?trian=5", SettingsError,
      r"unknown option 'trian' in data spec 'digits\?trian=5'; did you mean 'train'"),
+    (lambda folder: "digits?order=stored", SettingsError,
+     r"order in data spec .* does nothing without train or test; leave it out"),
+    (lambda folder: "digits?train=50&order=sorted", SettingsError, r"'order' in .*'balanced' or 'stored'"),
+    (lambda folder: "digits?channels=3", SettingsError,
+     r"channels in data spec .* does nothing there: it is for arrays; leave it out"),
+    (arrays(train_images=make_pixels(6, 8, 9)[..., 0]), MismatchError,
+     r"should be uint8 \(N,H,W,C\); found uint8 \(6, 8, 9\)"),
     (lambda folder: "digits?train=0", SettingsError,
      r"setting 'train' in data spec 'digits\?train=0': .* greater than or equal to 1; found '0'"),
 ]  # fmt: skip
@@ -273,6 +369,7 @@ def test_positions_outside_a_split_are_refused(tmp_path):
 @pytest.mark.skipif(not CIFAR100.is_dir(), reason="no CIFAR-100 at hand (KCDCACHE_CIFAR100)")
 def test_cifar100_of_the_hub_loads():
     loaded = datasets.load(f"parquet:{CIFAR100}#fine_label?train=500&test=100")
+    assert np.bincount(loaded.train.labels).tolist() == [5] * 100
     assert (len(loaded.train), len(loaded.test), loaded.train.image_size) == (500, 100, (32, 32))
     assert loaded.classes[:3] == ("apple", "aquarium_fish", "baby")
     assert np.abs(np.array(loaded.mean) - (0.5071, 0.4867, 0.4408)).max() < 0.02

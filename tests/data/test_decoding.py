@@ -42,7 +42,7 @@ def deep_png(mode):
     )
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_are_turned_upright_as_pillow_turns_them(orientation, kind):
     entry = Image.Exif()
@@ -90,6 +90,13 @@ CONVERTED = {
     "a palette with alpha": (palette_picture(transparency=b"\x00\x80\xff\x10"), PALETTE[GREY % 4]),
     "transparency": (of_arrays(COLOURS, ALPHA), COLOURS),
     "transparent grey": (of_arrays(GREY[..., None], ALPHA), np.repeat(GREY[..., None], 3, -1)),
+    "JPEG 2000": (saved(Image.fromarray(COLOURS), "JPEG2000"), COLOURS),
+    "a codestream of JPEG 2000": (saved(Image.fromarray(COLOURS), "JPEG2000", no_jp2=True), COLOURS),
+    "transparent JPEG 2000": (saved(Image.fromarray(np.concatenate([COLOURS, ALPHA], -1)), "JPEG2000"), COLOURS),
+    "grey JPEG 2000": (saved(Image.fromarray(GREY), "JPEG2000"), np.repeat(GREY[..., None], 3, -1)),
+    "AVIF": (saved(Image.fromarray(SMOOTH), "AVIF", quality=95, subsampling="4:4:4"), SMOOTH),
+    "transparent AVIF": (saved(Image.fromarray(np.concatenate([SMOOTH, ALPHA], -1)), "AVIF", quality=95,
+                               subsampling="4:4:4"), SMOOTH),
     "black and white": (saved(Image.fromarray(GREY > 100), "PNG"), np.repeat((GREY > 100)[..., None] * 255, 3, -1)),
 }  # fmt: skip
 """what files hold -> the RGB image they become, JPEGs about"""
@@ -99,7 +106,16 @@ CONVERTED = {
 def test_every_kind_of_colour_becomes_rgb(kind):
     content, expected = CONVERTED[kind]
     off = np.abs(images.rgb(content, "a").astype(int) - expected).max()
-    assert off <= (8 if content[:2] == b"\xff\xd8" else 0)
+    assert off <= (8 if content[:2] == b"\xff\xd8" or b"ftypavif" in content[:16] else 0)
+
+
+def deepened(kind, **changes):
+    """An image of a format that Pillow writes with 8 bits only, which says that it has more."""
+    content = saved(Image.fromarray(COLOURS), kind)
+    for before, after in changes.values():
+        assert before in content
+        content = content.replace(before, after)
+    return content
 
 
 DEEP = {
@@ -108,6 +124,12 @@ DEEP = {
     "TIFF of integers": saved(Image.fromarray(GREY.astype(np.int32)), "TIFF"),
     "TIFF of floats": saved(Image.fromarray(GREY.astype(np.float32)), "TIFF"),
     "colour PNG": deep_png(2),
+    "grey JPEG 2000": saved(Image.fromarray(GREY.astype(np.uint16) * 200), "JPEG2000"),
+    "colour JPEG 2000": deepened("JPEG2000", siz=(b"\x07\x01\x01", b"\x0b\x01\x01")),
+    "one deep channel of JPEG 2000": deepened("JPEG2000", siz=(b"\x07\x01\x01\xff", b"\x0f\x01\x01\xff")),
+    "AVIF of 10 bits": deepened(
+        "AVIF", av1c=(b"av1C\x81\x00\x0c", b"av1C\x81\x00\x4c"), pixi=(b"\3\x08\x08\x08", b"\3\x0a\x0a\x0a")
+    ),
     "grey PNG with alpha": deep_png(4),
 }
 
@@ -126,7 +148,18 @@ def test_a_bitmap_of_16_bits_a_pixel_is_not_deep():
     assert images.rgb(content, "a.bmp").tolist() == [[[255, 255, 255]]]
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("options", [{}, {"no_jp2": True}, {"tile_size": (16, 16)}])
+def test_a_jpeg_2000_that_ends_too_early_anywhere_is_refused(options):
+    """Also between tiles, where its decoder would leave the others grey; boxes may follow the picture."""
+    content = saved(Image.fromarray(np.resize(COLOURS, (40, 40, 3))), "JPEG2000", **options)
+    for length in range(150, len(content)):
+        with pytest.raises(CorruptionError, match=r"a\.jp2 is not a readable image"):
+            images.rgb(content[:length], "a.jp2")
+    further = b"" if options.get("no_jp2") else b"\0\0\0\x0cxml <a/>"
+    assert np.array_equal(images.rgb(content + further, "a.jp2"), np.resize(COLOURS, (40, 40, 3)))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "AVIF", "JPEG2000"])
 def test_a_file_that_ends_too_early_is_refused_by_name(kind):
     content = saved(Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)), kind)
     with pytest.raises(CorruptionError, match=r"bee/1\.jpg is not a readable image \(.*; replace or remove it"):

@@ -147,7 +147,8 @@ class Tree:
     def plain(self, value: Any) -> Any:
         """Return a JSON value without what two equal trees differ in: their paths, sizes that fit a file's SHA-256."""
         if isinstance(value, str):
-            return SHARD.sub("--shard I/", CHECKPOINT.sub("*.safetensors", value.replace(str(self.root), "WORK")))
+            shown = value.replace(str(self.root), "WORK").replace(chains.STORED, "")
+            return SHARD.sub("--shard I/", CHECKPOINT.sub("*.safetensors", shown))
         if isinstance(value, dict):
             fits = "bytes" in value and self._fits(value["bytes"], value.get("sha256"))
             return {key: self.plain(inner) for key, inner in value.items()} | ({"bytes": "fits"} if fits else {})

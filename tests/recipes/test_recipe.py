@@ -11,6 +11,7 @@ import pytest
 from stores import content
 
 from kcdcache.condense import manifest
+from kcdcache.data.spec import parse
 from kcdcache.errors import SettingsError
 from kcdcache.progress import silent
 from kcdcache.recipes import recipe
@@ -108,6 +109,10 @@ def test_every_recipe_of_the_project_can_be_planned(tmp_path, path):
         (HEAD + "[machine]\ncores = 3", r"unknown setting 'machine.cores' in .*tiny.toml"),
         ("data = 1", r"setting 'title' in .*Field required"),
         ("data = ", r"tiny.toml is not valid TOML"),
+        (TINY.replace("seeds =", 'train_order = "stored"\nseeds ='),
+         r"train_order in .*tiny.toml does nothing without train_images; leave it out"),
+        (TINY.replace("seeds =", 'train_images = 50\ntrain_order = "sorted"\nseeds ='),
+         r"setting 'train_order' in .*'balanced' or 'stored'; found 'sorted'"),
     ],
 )  # fmt: skip
 def test_a_wrong_recipe_is_refused_before_anything_runs(tmp_path, text, message):
@@ -147,6 +152,20 @@ def test_train_images_limit_the_data_unless_it_limits_itself(tmp_path, spec, exp
     text = TINY.replace("seeds =", "train_images = 50\nseeds =")
     plan = recipe.planned(recipe.load(written(tmp_path, text)).model_copy(update={"data": spec}), tmp_path)
     assert {entry.get("data") for entry in plan} == {expected, None}
+    ours = spec != expected
+    stored = recipe.load(written(tmp_path, text.replace("seeds =", 'train_order = "stored"\nseeds =')))
+    plan = recipe.planned(stored.model_copy(update={"data": spec}), tmp_path)
+    assert {entry.get("data") for entry in plan} == {expected + "&order=stored" * ours, None}
+
+
+def test_published_small_recipes_take_the_first_images_as_they_did():
+    limits = []
+    for path in sorted(PIPELINES.glob("*_small.toml")):
+        planned = recipe.planned(recipe.load(path), path.parent)
+        limits += [parse(entry["data"]).options for entry in planned if "data" in entry]
+    assert {(options.train, options.order) for options in limits if options.train or options.test} == {
+        (4000, "stored"), (10000, "stored")
+    }  # fmt: skip
 
 
 # running
