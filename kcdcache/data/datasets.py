@@ -281,7 +281,7 @@ def _folder(spec: DataSpec) -> Loaded:
     }
     if counts := [f"{what}: {len(names)} ({_few(names)})" for what, names in left.items() if names]:
         logger.warning("left out of %s: %s", spec.path, "; ".join(counts))
-    return Loaded(*(walk.split() for walk in walks), classes)
+    return Loaded(walks[0].split(), walks[1].split(), classes)
 
 
 def _split_folder(root: Path, names: tuple[str, ...]) -> Path:
@@ -376,8 +376,7 @@ def _parquet(spec: DataSpec) -> Loaded:
     train, test = _parquet_files(spec.path, ("train",)), _parquet_files(spec.path, ("test", "validation"))
     schema = _opened(train[0]).schema_arrow
     columns = (_image_column(schema, train[0]), _label_column(schema, spec))
-    splits = (_parquet_split(files, *columns) for files in (train, test))
-    return Loaded(*splits, _class_names(schema, columns[1]))
+    return Loaded(_parquet_split(train, *columns), _parquet_split(test, *columns), _class_names(schema, columns[1]))
 
 
 def _parquet_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
