@@ -39,7 +39,7 @@ def found(root, caplog):
         data = datasets.load(f"folder:{root}")
     pixels = {}
     for name, split in (("train", data.train), ("val", data.test)):
-        levels = split.images(np.arange(len(split)))[:, 0, 0, 0].tolist()
+        levels = np.array(split.images(np.arange(len(split))))[:, 0, 0, 0].tolist()
         pixels[name] = sorted(zip(split.labels.tolist(), levels, strict=True))
     return data.classes, pixels, caplog.messages
 
