@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
@@ -112,6 +113,25 @@ def reason(error: OSError) -> str:
     return ": ".join(filter(None, (error.strerror or str(error), places)))
 
 
+def spelled(name: str) -> str:
+    """Return a name in quotes, with its spelling in ASCII if it could be taken for another.
+
+    >>> spelled("cow"), spelled("caf\u00e9")
+    ("'cow'", "'caf\u00e9' (spelled 'caf\\\\xe9')")
+    """
+    return f"'{name}'" if name.isascii() else f"'{name}' (spelled {name!a})"
+
+
+def against(left: Any, right: Any) -> str:
+    """Return two differing values for a message, spelled in ASCII if they look alike.
+
+    >>> against(4, 2), against("caf\u00e9", "cafe\u0301")
+    ('4 against 2', "'caf\\\\xe9' against 'cafe\\\\u0301'")
+    """
+    alike = unicodedata.normalize("NFKC", repr(left)) == unicodedata.normalize("NFKC", repr(right))
+    return f"{left!a} against {right!a}" if alike else f"{left!r} against {right!r}"
+
+
 def attempt(report: Callable[[str], object], read: Callable[..., T], *arguments: Any) -> T | None:
     """Return the result of `read`, or None if it raises a KcdcacheError, whose message is passed to `report`."""
     try:
@@ -149,7 +169,7 @@ def require_same(expected: Any, found: Any, names: tuple[str, str], remedy: str)
     """Raise MismatchError unless two JSON-like values are equal; `names` are the two sides in the message."""
     if difference := first_difference(expected, found):
         place, left, right = difference
-        raise MismatchError(f"{names[0]} and {names[1]} differ in {place}: {left!r} against {right!r}; {remedy}")
+        raise MismatchError(f"{names[0]} and {names[1]} differ in {place}: {against(left, right)}; {remedy}")
 
 
 def require_known(what: str, word: object, known: Collection[str]) -> None:

@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Int64, UInt8
 
 from kcdcache import rng
-from kcdcache.data import images, label_noise
+from kcdcache.data import images, label_noise, tables
 from kcdcache.data.images import DecodedImages, EncodedImages, Origins, Split, Statistics
 from kcdcache.data.label_noise import Corruption
 from kcdcache.data.spec import DataIdentity, DataSpec, Options, at_home, parse
@@ -30,9 +28,10 @@ from kcdcache.errors import (
     SettingsError,
     UnsafeError,
     reason,
+    spelled,
 )
 from kcdcache.files.atomic import naming, open_plain, sha256_bytes
-from kcdcache.files.records import canonical_json, parse_json
+from kcdcache.files.records import canonical_json
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +140,7 @@ def load(spec: str, others: Mapping[str, Callable[[DataSpec], "Loaded"]] | None 
         if len(split) == 0:
             raise NotFoundError(f"the {name} split of '{spec}' holds no images")
     classes = loaded.classes or _numbered(loaded.train.labels, spec)
+    _require_texts(classes, spec)
     for split in (loaded.train, loaded.test):
         _require_in_range(split, len(classes))
     train = _limited(loaded.train, options.train, options.order, f"training split of '{spec}'")
@@ -169,7 +169,7 @@ class Loaded(NamedTuple):
 def _limited(split: Split, limit: int | None, order: str, what: str) -> Split:
     """Return a split with the images that a limit takes; images in parquet files are read."""
     if limit is None:
-        unread = isinstance(split.source, ParquetImages)
+        unread = isinstance(split.source, tables.ParquetImages)
         return Split(split.labels, split.source.taken(np.arange(len(split)))) if unread else split
     if limit > len(split):
         raise SettingsError(f"the {what} has {len(split)} images; {limit} were asked for")
@@ -186,6 +186,12 @@ def _corrupted(split: Split, classes: int, asked: Corruption, spec: str) -> Spli
         raise SettingsError(f"data spec '{spec}': {error}") from None
     source = split.source if len(rows) == len(split) else split.source.taken(rows)
     return Split(labels, source, split.labels[rows])
+
+
+def _require_texts(classes: Sequence[str], spec: str) -> None:
+    """Raise MismatchError for a class name that cannot be recorded: half of a character, as of a name not in UTF-8."""
+    if odd := [name for name in classes if any("\ud800" <= letter <= "\udfff" for letter in name)]:
+        raise MismatchError(f"the class name {odd[0]!a} in '{spec}' is no text in UTF-8; rename it")
 
 
 def _require_in_range(split: Split, count: int) -> None:
@@ -270,12 +276,18 @@ def _cifar(spec: DataSpec) -> Loaded:
 
 
 def _folder(spec: DataSpec) -> Loaded:
-    train, test = _split_folder(spec.path, ("train",)), _split_folder(spec.path, ("val", "test"))
+    asked = (spec.options.train_split, spec.options.test_split)
+    train, test = (
+        _split_folder(spec.path, (name,) if name else usual)
+        for name, usual in zip(asked, (("train",), ("val", "test")), strict=True)
+    )
     own, theirs = _class_folders(train), _class_folders(test)
     classes = tuple(own)
-    if unknown := sorted(theirs.keys() - own.keys()):
-        raise MismatchError(f"{test} has class folders that {train} lacks: {_few(unknown)}")
-    walks = [_Walk(folder, [found.get(name) for name in classes]) for folder, found in ((train, own), (test, theirs))]
+    numbers = tables.numbered(list(theirs), classes)
+    if unknown := [spelled(name) for name, number in zip(theirs, numbers, strict=True) if number < 0]:
+        raise MismatchError(f"{test} has class folders that {train} lacks: {_few(unknown)}; remove or rename them")
+    tested = dict(zip(numbers, theirs.values(), strict=True))
+    walks = [_Walk(train, [*own.values()]), _Walk(test, [tested.get(number) for number in range(len(classes))])]
     left = {
         what: sorted(name for walk in walks for name in walk.left[what]) for what in (HIDDEN, OTHERS, AGAIN, OUTSIDE)
     }
@@ -292,9 +304,21 @@ def _split_folder(root: Path, names: tuple[str, ...]) -> Path:
 
 
 def _class_folders(folder: Path) -> dict[str, str]:
-    """Return the paths of the class folders by name, sorted."""
-    found = {e.name: e.path for e in _entries(str(folder)) if os.path.isdir(e.path) and not _hidden(e.name)}
+    """Return the paths of the class folders by name, sorted; names are UTF-8 in any locale."""
+    places = [entry for entry in _entries(str(folder)) if os.path.isdir(entry.path) and not _hidden(entry.name)]
+    found = {_utf8(entry.name, folder): entry.path for entry in places}
+    tables.require_distinct(list(found), f"the class folders in {folder}")
     return dict(sorted(found.items()))
+
+
+def _utf8(name: str, folder: Path) -> str:
+    raw = os.fsencode(name)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise MismatchError(
+            f"the class folder {str(raw)[1:]} in {folder} has no name in UTF-8, which classes need; rename it"
+        ) from None
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
@@ -373,101 +397,7 @@ def _identity(folder: str) -> tuple[int, int]:
 
 
 def _parquet(spec: DataSpec) -> Loaded:
-    train, test = _parquet_files(spec.path, ("train",)), _parquet_files(spec.path, ("test", "validation"))
-    schema = _opened(train[0]).schema_arrow
-    columns = (_image_column(schema, train[0]), _label_column(schema, spec))
-    return Loaded(_parquet_split(train, *columns), _parquet_split(test, *columns), _class_names(schema, columns[1]))
-
-
-def _parquet_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
-    for name in names:
-        if files := sorted(folder.glob(f"{name}-*.parquet")):
-            return files
-    found = ", ".join(sorted(path.name for path in folder.glob("*"))[:10]) or "nothing"
-    raise NotFoundError(f"no {' or '.join(f'{name}-*.parquet' for name in names)} in {folder}; it holds {found}")
-
-
-def _opened(file: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
-        raise CorruptionError(f"{file} is not a readable parquet file: {error}") from None
-
-
-def _image_column(schema: pa.Schema, file: Path) -> str:
-    found = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
-    if len(found) != 1:
-        listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
-        raise SettingsError(f"{file} should have one struct column with image `bytes`; found {len(found)} in: {listed}")
-    return found[0]
-
-
-def _label_column(schema: pa.Schema, spec: DataSpec) -> str:
-    known = [field.name for field in schema if pa.types.is_integer(field.type)]
-    if spec.column is None and len(known) == 1:
-        return known[0]
-    if spec.column in known:
-        return str(spec.column)
-    listed = ", ".join(known) or "none"
-    found = f"'{spec.column}' is none of them" if spec.column else "choose one"
-    raise SettingsError(f"integer columns of {spec.path}: {listed}; {found}: write parquet:{spec.location}#COLUMN")
-
-
-def _class_names(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
-    found = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"), "the parquet metadata 'huggingface'")
-    for key in ("info", "features", label, "names"):
-        found = found.get(key) if isinstance(found, dict) else None
-    return tuple(map(str, found)) if isinstance(found, list) and found else None
-
-
-class _Group(NamedTuple):
-    """A row group of a parquet file."""
-
-    file: Path
-    number: int
-    start: int
-    """position of its first row in the split"""
-
-
-@dataclass(frozen=True, eq=False)
-class ParquetImages(EncodedImages):
-    """An image column of parquet files; `taken` reads the row groups that hold the rows, which must ascend."""
-
-    column: str = field(kw_only=True)
-    groups: tuple[_Group, ...] = field(kw_only=True)
-
-    def taken(self, rows: Int64[np.ndarray, " kept"]) -> EncodedImages:
-        """Return the images of the given rows, read now."""
-        payloads: list[bytes | None] = []
-        bounds = np.searchsorted(rows, [group.start for group in self.groups] + [np.iinfo(np.int64).max]).tolist()
-        for group, low, high in zip(self.groups, bounds, bounds[1:], strict=False):
-            if low < high:
-                images = _column(group.file, group.number, f"{self.column}.bytes").take(rows[low:high] - group.start)
-                payloads.extend(row["bytes"] if row else None for row in images.to_pylist())
-        return EncodedImages(payloads, self.origins and self.origins.taken(rows))
-
-
-def _parquet_split(files: Sequence[Path], image: str, label: str) -> Split:
-    """Return the labels of parquet files, and their images, which are not read yet."""
-    labels, starts, groups, count = [np.empty(0, np.int64)], list[int](), list[_Group](), 0
-    for file in files:
-        opened = _opened(file)
-        if missing := {image, label} - set(opened.schema_arrow.names):
-            raise MismatchError(f"{file} lacks the column {', '.join(sorted(missing))} that the first file has")
-        starts.append(count)
-        for number in range(opened.num_row_groups):
-            labels.append(_column(file, number, label).cast(pa.int64()).fill_null(-1).to_numpy())
-            groups.append(_Group(file, number, count))
-            count += len(labels[-1])
-    source = ParquetImages((), Origins(tuple(map(str, files)), tuple(starts)), column=image, groups=tuple(groups))
-    return Split(np.concatenate(labels), source)
-
-
-def _column(file: Path, group: int, name: str) -> pa.ChunkedArray:
-    try:
-        return _opened(file).read_row_group(group, columns=[name])[0]
-    except (pa.ArrowException, OSError) as error:
-        raise CorruptionError(f"row group {group} of {file} cannot be read: {error}") from None
+    return Loaded(*tables.load(spec))
 
 
 def _arrays(spec: DataSpec) -> Loaded:

@@ -24,7 +24,10 @@ FORMS: Mapping[str, str] = {
 LIMITS = ("train", "test")
 IDLE: Mapping[tuple[str, ...], tuple[str, ...]] = {LIMITS: ("order",), **{(k,): v for k, v in SETTINGS_OF.items()}}
 """options that do nothing without one of others"""
-ONLY_FOR: Mapping[str, tuple[str, ...]] = {"channels": ("arrays",)}
+ONLY_FOR: Mapping[str, tuple[str, ...]] = {
+    "channels": ("arrays",), "image": ("parquet",), "train_split": ("folder", "parquet"),
+    "test_split": ("folder", "parquet"),
+}  # fmt: skip
 """option -> the kinds of data that take it, if not all do"""
 
 
@@ -52,6 +55,12 @@ class Options(Composed):
     """images of a limit: every class's share, see `label_noise.balanced`, or the first in stored order"""
     channels: int | None = Field(default=None, ge=1)
     """channels of arrays, the length of their last axis; 1, 3 or 4 if unset"""
+    image: str | None = Field(default=None, min_length=1)
+    """image column of a parquet set"""
+    train_split: str | None = Field(default=None, min_length=1)
+    """split to train on; train if unset"""
+    test_split: str | None = Field(default=None, min_length=1)
+    """split to test on; test or validation if unset"""
     corruption: Corruption
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 from pydantic_core import from_json
 
-from kcdcache.errors import CorruptionError, MismatchError, UnsafeError
+from kcdcache.errors import CorruptionError, MismatchError, SettingsError, UnsafeError
 from kcdcache.files.atomic import read_bytes, sha256_bytes
 from kcdcache.statistics import spread
 
@@ -60,12 +60,24 @@ def canonical_json(value: Any) -> bytes:
     >>> canonical_json({"b": 1, "a": [1.5, None]})
     b'{"a":[1.5,null],"b":1}'
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+    return _encoded(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False))
 
 
 def readable_json(value: Any) -> bytes:
     """Return indented JSON bytes for people, with sorted keys and a final newline."""
-    return (json.dumps(value, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
+    return _encoded(json.dumps(value, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def _encoded(text: str) -> bytes:
+    """Return a text as UTF-8; raises SettingsError for a name that was not text in this process's locale."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        first, last = text.rfind('"', 0, error.start) + 1, text.find('"', error.end)
+        raise SettingsError(
+            f"the name {text[first:last]!a} cannot be recorded, as it or this locale is not UTF-8; rename it, or "
+            "set LC_ALL=C.UTF-8"
+        ) from None
 
 
 def digest_of(value: Any) -> str:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
 
 from kcdcache.data.datasets import Dataset
-from kcdcache.errors import MismatchError, UnsafeError, first_difference, require_known
+from kcdcache.errors import MismatchError, UnsafeError, against, first_difference, require_known
 from kcdcache.networks import registry, taps
 from kcdcache.networks.catalogue import saved_network
 from kcdcache.networks.input_transform import InputTransform, resolve_device, use_threads
@@ -234,7 +234,7 @@ def _check_saved(record: NetworkRecord, path: Path, classes: tuple[str, ...], ch
         raise MismatchError(f"the network in {path} sees {record.channels} channels, the images have {channels}")
     if difference := first_difference(list(classes), list(record.classes), "classes"):
         place, data, network = difference
-        raise MismatchError(f"the data and the network in {path} differ in {place}: {data!r} against {network!r}")
+        raise MismatchError(f"the data and the network in {path} differ in {place}: {against(data, network)}")
 
 
 def _plain(teacher: Teacher, pixels: Tensor, names: Sequence[str]) -> dict[str, Tensor]:

@@ -1,0 +1,134 @@
+"""Values, condensed sets and stores open in the tools that people have, with the numbers that we wrote."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import readers
+from condensing import condensed, labels, prepared, some_values
+from stores import make, small_parts
+
+from kcdcache.condense import manifest
+from kcdcache.store import reader
+
+OFFLINE = ("NewConnectionError", "NameResolutionError", "ProxyError", "ConnectTimeoutError", "Temporary failure")
+EXAMPLE = Path(__file__).parent.parent / "pipelines" / "examples" / "read_with_duckdb.py"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Values and a condensed set in the places where a run leaves them; both also in parts."""
+    root = prepared(tmp_path_factory.mktemp("run"))
+    (root / "stages" / "0").mkdir(parents=True)
+    condensed(root, root / "stages" / "0" / "manifest.parquet", {"values": "values.parquet"})
+    condensed(root, root / "set.parts", {"values": "values.parquet", "partition_rows": 40})
+    return root
+
+
+def written(run):
+    """File -> its columns, as we hold them."""
+    known, one = some_values(), manifest.read(run / "stages/0/manifest.parquet")
+    assert one.mixed.any()
+    values = {"index": np.arange(len(known.value)), "visits": known.visits, "value": known.value, "label": labels()}
+    kept = {name: getattr(one, name) for name in manifest.ARRAYS if name != "mixed"}
+    return {
+        "values.parquet": values,
+        "stages/0/manifest.parquet": kept | {"part": np.where(one.mixed, "K_Aug", "K_1H")},
+    }
+
+
+def assert_same(found, columns, library=""):
+    if library == "fastparquet":
+        columns = {name: column for name, column in columns.items() if name not in readers.FLOATS}
+    assert found.keys() == columns.keys()
+    for name, column in columns.items():
+        missing = -1 if name == "partner" else 0  # of a sample without a partner, or never seen
+        known = [missing if value is None else value for value in found[name]]
+        assert np.array_equal(np.asarray(known).astype(column.dtype), column), name
+
+
+@pytest.mark.parametrize("file", ["values.parquet", "stages/0/manifest.parquet"])
+@pytest.mark.parametrize("library", ["duckdb", "polars", "fastparquet", "pandas", "pyarrow"])
+def test_a_library_reads_every_column_that_we_wrote(run, library, file):
+    pytest.importorskip(library)
+    assert_same(getattr(readers, library)(run / file), written(run)[file], library)
+
+
+@pytest.mark.parametrize("library", ["duckdb", "polars"])
+def test_a_library_reads_a_set_in_parts_as_one(run, library):
+    pytest.importorskip(library)
+    found, columns = getattr(readers, library)(run / "set.parts" / "*.parquet"), written(run)
+    order = np.argsort(found["index"])
+    sorted_columns = {name: np.asarray(column)[order] for name, column in found.items()}
+    whole = columns["stages/0/manifest.parquet"]
+    assert_same(sorted_columns, {name: column[np.argsort(whole["index"])] for name, column in whole.items()})
+
+
+def digests(root):
+    """Array -> SHA-256 of its numbers, as we read them."""
+    opened, found = reader.open(root), {}
+    for array in opened.plan.arrays:
+        rows = np.arange(opened.count)
+        views = (
+            [opened.load(view, rows, [array.field])[array.name] for view in range(opened.views)] if array.field else []
+        )
+        numbers = np.stack(views) if views else getattr(opened, array.name)
+        found[array.name] = hashlib.sha256(numbers.tobytes()).hexdigest()
+    return found
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_xarray_opens_a_store(tmp_path, compression):
+    pytest.importorskip("xarray")
+    root = make(tmp_path / "s", small_parts(150, 2, 64, 32, "top:3", compression))
+    assert readers.xarray(root) == digests(root)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """Runs Python in an environment of its own, with DuckDB 1 and readers that kcdcache does not bring."""
+    python = tmp_path_factory.mktemp("other") / "env" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
+    wanted = ["duckdb>=1,<2", "fastparquet", "pandas", "xarray", "zarr>=3"]
+    done = subprocess.run(
+        [str(python), "-m", "pip", "install", "-q", "--retries", "0", *wanted],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode and any(word in done.stderr for word in OFFLINE):
+        pytest.skip("no network to install other readers from")
+    assert done.returncode == 0, done.stderr
+
+    def start(*words):
+        return subprocess.run([str(python), *map(str, words)], capture_output=True, text=True, check=False)
+
+    return start
+
+
+@pytest.mark.slow
+def test_duckdb_1_fastparquet_and_xarray_read_what_we_wrote(run, other, tmp_path):
+    version = other("-c", "import duckdb; print(duckdb.__version__)").stdout
+    assert version.startswith("1.")
+    for library in ("duckdb", "fastparquet"):
+        for file, columns in written(run).items():
+            done = other(readers.__file__, library, run / file)
+            assert done.returncode == 0, done.stderr
+            assert_same(json.loads(done.stdout), columns, library)
+    assert other(EXAMPLE, run).returncode == 0
+    for compression in ("none", "zstd"):
+        root = make(tmp_path / compression, small_parts(150, 2, 64, 32, "top:3", compression))
+        done = other(readers.__file__, "xarray", root)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout) == digests(root)
+    odd = {"use_dictionary": False, "column_encoding": {"visits": "BYTE_STREAM_SPLIT"}}
+    pq.write_table(pa.table({"visits": np.arange(9, dtype=np.int32)}), tmp_path / "odd.parquet", **odd)
+    assert "BYTE_STREAM_SPLIT" in other(readers.__file__, "duckdb", tmp_path / "odd.parquet").stderr.upper().replace(
+        " ", "_"
+    )
