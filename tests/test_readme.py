@@ -54,7 +54,7 @@ def trained(tmp_path_factory):
 
 def as_here(code, folder):
     """A block with the few digits and places of these tests."""
-    code = code.replace('load("digits")', f'load("{FEW}")')
+    code = code.replace('load("digits?train=320")', f'load("{FEW}")')
     for there, here in {"digits/kd-seed0": "run", "digits/store": "store", "shallow": "shallow"}.items():
         code = code.replace(f"runs/{there}", str(folder / here))
     return code

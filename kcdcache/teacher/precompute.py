@@ -425,7 +425,7 @@ def _write_parts(opened: Writer, pending: Sequence[Part], job: Job, progress: Pr
     rows = _points(opened.mine)
     if done := rows - _points(pending):
         logger.info("precompute: resuming at %d of %d points", done, rows)
-    right: dict[int, tuple[float, int]] = {}
+    right = _right_so_far(opened, pending)
     skipped = log.logged_skips(opened.path)
     with ThreadPoolExecutor(1) as pool, job.announced(_batches(plan, pending)):
         written: Future[None] = pool.submit(lambda: None)
@@ -575,6 +575,16 @@ def _change(one: Tensor, other: Tensor) -> float:
     known = one[finite]
     change = (known - other[finite]).abs().max()
     return float(change / (known.max() - known.min()).clamp_min(1e-6))
+
+
+def _right_so_far(opened: Writer, pending: Sequence[Part]) -> dict[int, tuple[float, int]]:
+    """Return view -> (correct predictions, samples) of the parts that are written already."""
+    right: dict[int, tuple[float, int]] = {}
+    for part in sorted({*opened.mine} - {*pending}):
+        correct = log.read_record(log.record_path(opened.path, opened.growth, part.name)).measurements.get("correct", 0.0)
+        before, seen = right.get(part.view, (0.0, 0))
+        right[part.view] = before + correct, seen + _points([part])
+    return right
 
 
 def _require_accuracy(part: Part, correct: float, right: dict[int, tuple[float, int]], least: float) -> None:
