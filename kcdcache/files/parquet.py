@@ -93,8 +93,9 @@ def regrouped(blocks: Iterable[Mapping[str, np.ndarray]], rows: int) -> Iterator
 class Writer:
     """Writes a parquet file in row groups of ROWS rows, with the same bytes however the rows come in.
 
-    Integers are DELTA_BINARY_PACKED, floats BYTE_STREAM_SPLIT (which other readers know only for floats), texts
-    dictionary encoded; zstd level 1; every page has a checksum. Metadata is stored once, without Arrow's own copy.
+    Integers are DELTA_BINARY_PACKED, floats PLAIN (fastparquet and Spark 3.5 cannot read BYTE_STREAM_SPLIT, which saves
+    nothing here), texts dictionary encoded; zstd level 1; every page has a checksum. Metadata is stored once, without
+    Arrow's own copy.
     """
 
     def __init__(self, sink: Any, schema: pa.Schema) -> None:
@@ -104,7 +105,7 @@ class Writer:
             sink, schema.remove_metadata(), compression="zstd", compression_level=1, write_page_checksum=True,
             store_schema=False, use_dictionary=[name for name in schema.names if name not in numbers],
             column_encoding={
-                name: "BYTE_STREAM_SPLIT" if pa.types.is_floating(kind) else "DELTA_BINARY_PACKED"
+                name: "PLAIN" if pa.types.is_floating(kind) else "DELTA_BINARY_PACKED"
                 for name, kind in numbers.items()
             },
         )  # fmt: skip

@@ -581,7 +581,9 @@ def _right_so_far(opened: Writer, pending: Sequence[Part]) -> dict[int, tuple[fl
     """Return view -> (correct predictions, samples) of the parts that are written already."""
     right: dict[int, tuple[float, int]] = {}
     for part in sorted({*opened.mine} - {*pending}):
-        correct = log.read_record(log.record_path(opened.path, opened.growth, part.name)).measurements.get("correct", 0.0)
+        correct = log.read_record(log.record_path(opened.path, opened.growth, part.name)).measurements.get(
+            "correct", 0.0
+        )
         before, seen = right.get(part.view, (0.0, 0))
         right[part.view] = before + correct, seen + _points([part])
     return right

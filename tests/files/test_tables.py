@@ -57,12 +57,13 @@ def test_a_table_reads_back_texts_as_a_dictionary(tmp_path):
     assert parquet.read(tmp_path / "t.parquet").equals(table)
 
 
-def test_integers_are_in_no_encoding_that_other_readers_refuse(tmp_path):
+def test_numbers_are_in_no_encoding_that_other_readers_refuse(tmp_path):
     kinds = {"a": np.int32, "b": np.int64, "c": np.uint64, "d": np.float32}
     written(tmp_path / "t.parquet", **{name: np.arange(9, dtype=kind) for name, kind in kinds.items()})
     group = pq.read_metadata(tmp_path / "t.parquet").row_group(0)
     found = {group.column(place).path_in_schema: group.column(place).encodings for place in range(4)}
-    assert {name for name, known in found.items() if "BYTE_STREAM_SPLIT" in known} == {"d"}
+    assert {name for name, known in found.items() if "DELTA_BINARY_PACKED" in known} == {"a", "b", "c"}
+    assert not any("BYTE_STREAM_SPLIT" in known for known in found.values())
 
 
 def test_any_flipped_byte_of_the_pages_is_found(tmp_path):

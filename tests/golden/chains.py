@@ -251,7 +251,8 @@ def make(name: str, checkout: Path, work: Path) -> str:
 
 
 def _as_known(text: str, checkout: Path) -> str:
-    return text if "order:" in (checkout / "kcdcache/data/spec.py").read_text() else text.replace(STORED, "")
+    spec = checkout / "kcdcache/data/spec.py"
+    return text if spec.exists() and "order:" in spec.read_text() else text.replace(STORED, "")
 
 
 def surroundings(checkout: Path, work: Path) -> dict[str, str]:
