@@ -15,6 +15,7 @@ from pupils import distilled
 
 from kcdcache.condense import manifest, value_files
 from kcdcache.data import datasets
+from kcdcache.errors import SettingsError
 from kcdcache.methods.losses import cross_entropy, entropy, soft_divergence
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform
@@ -105,7 +106,7 @@ def few(root, count, classes):
     return SimpleNamespace(data=dataset, knowledge=precomputed(root / "store", dataset, network))
 
 
-@pytest.mark.parametrize(("count", "classes", "keep"), [(1, 1, 1.0), (3, 2, 0.4), (40, 1, 0.5)])
+@pytest.mark.parametrize(("count", "classes", "keep"), [(2, 1, 1.0), (5, 2, 0.4), (40, 1, 0.5)])
 def test_a_whole_run_on_hardly_anything_ends_with_numbers(tmp_path, count, classes, keep):
     """Fewer samples than a batch or a chunk holds; of one class, whose losses and values are all zero."""
     place = few(tmp_path, count, classes)
@@ -121,3 +122,11 @@ def test_a_whole_run_on_hardly_anything_ends_with_numbers(tmp_path, count, class
         assert (found.value == 0).all()
         last = manifest.read(tmp_path / "run" / summary["condensed_set"])
         assert last.index.tolist() == list(range(len(last)))
+
+
+@pytest.mark.parametrize(("count", "keep"), [(1, 1.0), (3, 0.4)])
+def test_a_set_of_one_sample_is_refused_before_training(tmp_path, count, keep):
+    place = few(tmp_path, count, 1)
+    with pytest.raises(SettingsError, match="a set of 1 sample to train on: batch statistics need at least 2"):
+        distilled(place, tmp_path / "run", keep=keep, epochs=2, stages=2)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -20,8 +20,9 @@ SMALL = {
 """command -> flags that make it small; CIFAR's own views are its usual ones, arrays have none"""
 NAMES = {
     "cifar100": "arrays:tiny.npz", "wrn_40_2": "resnet14", "wrn_16_2": "resnet8", "resnet8x4": "resnet8", "40": "2",
+    "auto": "0/1",
 }  # fmt: skip
-"""word of the README -> a smaller one: data, networks, and views"""
+"""word of the README -> a smaller one: data, networks, views, and the place of a task in an array"""
 
 
 def tiny(file):
