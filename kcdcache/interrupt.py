@@ -77,6 +77,8 @@ def _watch(reader: int, numbers: frozenset[int]) -> None:
         return
     for number in numbers:
         ctypes.CDLL(None).signal(number, None)  # the default, which is death: in Python only the main thread may
+    if _begun:  # said here: of two signals at once, the second may kill before the main thread says anything
+        _say("stopping at the next safe point; once more aborts")
     if second := _next_signal(reader, numbers, None if _begun else GRACE_SECONDS):
         os.kill(os.getpid(), second)
     elif second is None and not _begun:
@@ -95,10 +97,11 @@ def _next_signal(reader: int, numbers: frozenset[int], seconds: float | None = N
 
 def _leave_to_parent() -> None:
     """In a fork: signals are its own, and none of them is told to the parent's watch."""
-    global _begun
+    global _begun, _watching
     _begun = True
     if _watching and threading.current_thread() is threading.main_thread():
         signal.set_wakeup_fd(-1)
+    _watching = False
 
 
 os.register_at_fork(after_in_child=_leave_to_parent)
@@ -128,13 +131,12 @@ def process_runs(process: int) -> bool:
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    if _received:
-        signal.signal(number, signal.SIG_DFL)  # the second one aborts
+    if _received and not _watching:  # the watch, where there is one, says what happens before the second one aborts
+        signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
     _received.append(number)
-    if not _begun:
+    if not _begun and len(_received) == 1:
         stop("nothing was begun")
-    _say("stopping at the next safe point; once more aborts")
 
 
 def _say(text: str) -> None:
