@@ -1,4 +1,4 @@
-"""`python -m tests` runs all that CI runs: format, lint, spelling, types, the documentation site, tests. Arguments go to pytest."""
+"""`python -m tests` runs all that CI runs: format, lint, spelling, types, site, tests. Arguments go to pytest."""
 
 import os
 import subprocess
