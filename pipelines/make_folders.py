@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from kcdcache import rng
-from kcdcache.data import datasets
+from kcdcache.datasets import datasets
 
 LEAST, MOST = 64, 80
 """pixels of a side: images are enlarged (bicubic) to the most, then cut to sides drawn between the two"""

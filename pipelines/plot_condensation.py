@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from kcdcache.condense import manifest
+from kcdcache.condensation import manifest
 from kcdcache.runs import state
 
 # Okabe and Ito's palette: told apart with any colour vision

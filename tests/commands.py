@@ -8,7 +8,7 @@ from killing import environment, succeeds
 from pupils import SPEC, digits, lines, promised, same_files, saved_teacher
 
 from kcdcache.cli import main
-from kcdcache.condense import manifest
+from kcdcache.condensation import manifest
 from kcdcache.errors import NotFoundError, UnfinishedError
 from kcdcache.files.atomic import sha256_file
 from kcdcache.runs.state import read_summary

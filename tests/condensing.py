@@ -11,7 +11,7 @@ from stores import knowledge
 
 from kcdcache import settings
 from kcdcache.commands import condense as condense_command
-from kcdcache.condense import manifest, value_files, values
+from kcdcache.condensation import manifest, value_files, values
 from kcdcache.files import parquet, records
 
 COUNT = 150

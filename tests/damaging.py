@@ -7,7 +7,7 @@ from dataclasses import astuple
 import numpy as np
 import pytest
 
-from kcdcache.condense import manifest, value_files
+from kcdcache.condensation import manifest, value_files
 from kcdcache.files import run_files
 from kcdcache.networks.weights import load_network
 from kcdcache.runs import state

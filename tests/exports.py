@@ -3,9 +3,9 @@
 import numpy as np
 from pupils import SCHOOL, SPEC, executed, school
 
-from kcdcache.condense import manifest, summary
-from kcdcache.condense.manifest import Samples
-from kcdcache.condense.values import Values
+from kcdcache.condensation import manifest, summary
+from kcdcache.condensation.manifest import Samples
+from kcdcache.condensation.values import Values
 from kcdcache.files.atomic import sha256_file
 from kcdcache.settings import CondenseSettings
 

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from kcdcache.condense import summary
-from kcdcache.condense.manifest import Samples
-from kcdcache.condense.values import Values
-from kcdcache.data import datasets
+from kcdcache.condensation import summary
+from kcdcache.condensation.manifest import Samples
+from kcdcache.condensation.values import Values
+from kcdcache.datasets import datasets
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.progress import silent

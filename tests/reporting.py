@@ -9,7 +9,7 @@ from lessons import CPU, ON_CPU, opinionated, precomputed
 from PIL import Image
 
 from kcdcache import settings
-from kcdcache.data import datasets
+from kcdcache.datasets import datasets
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.store import reader

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from kcdcache.data.spec import DataIdentity
+from kcdcache.datasets.spec import DataIdentity
 from kcdcache.files.records import canonical_json, parse
 from kcdcache.settings import ViewRule
 from kcdcache.store import encoding, reader, writer

@@ -14,20 +14,21 @@ import kcdcache
 PACKAGE = Path(kcdcache.__file__).parent
 ROOMS = [
     "",  # the files at the top
-    "files", "data", "networks", "views", "store", "teacher", "condense", "methods", "runs", "training", "export",
-    "report", "commands", "recipes", "cli",
+    "files", "datasets", "networks", "views", "store", "teacher", "condensation", "methods", "runs", "training",
+    "export", "report", "commands", "recipes", "cli",
 ]  # fmt: skip
 """a room imports only from itself and from rooms before it"""
 DOORS = {
-    "filelock": "files", "obstore": "files", "click": "cli", "rich": "cli", "sklearn": "data", "matplotlib": "report",
-    "jinja2": "export report", "duckdb": "condense", "scipy": "top condense methods report",
+    "filelock": "files", "obstore": "files", "click": "cli", "rich": "cli", "sklearn": "datasets",
+    "matplotlib": "report", "jinja2": "export report", "duckdb": "condensation",
+    "scipy": "top condensation methods report",
 }  # fmt: skip
 """library -> the rooms that may import it, `top` for the files at the top"""
 LIGHT = (
     "kcdcache",
     "kcdcache.settings",
     "kcdcache.cli.main",
-    "kcdcache.condense.summary",
+    "kcdcache.condensation.summary",
     "kcdcache.commands.condense",
 )
 
@@ -80,7 +81,7 @@ def test_the_rooms_are_those_that_there_are():
         (upward, "kcdcache.errors", "from kcdcache.files.atomic import locked"),
         (upward, "kcdcache.views.rules", "def f():\n    import kcdcache.store.reader"),
         (upward, "kcdcache.report.page", "from kcdcache.cli import main"),
-        (through_other_doors, "kcdcache.data.images", "from filelock import FileLock"),
+        (through_other_doors, "kcdcache.datasets.images", "from filelock import FileLock"),
     ],
 )
 def test_each_rule_finds_what_breaks_it(rule, name, text):

@@ -9,8 +9,8 @@ import torch
 from pydantic import ValidationError
 
 from kcdcache import settings
-from kcdcache.condense import ranking, schedule, values
-from kcdcache.condense.manifest import Samples, full
+from kcdcache.condensation import ranking, schedule, values
+from kcdcache.condensation.manifest import Samples, full
 from kcdcache.errors import NotFoundError, SettingsError
 from kcdcache.files.records import canonical_json
 from kcdcache.methods.catalogue import weights_of

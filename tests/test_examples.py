@@ -10,7 +10,7 @@ import pytest
 from killing import environment
 from pupils import PYTHON, SPEC, command, distilled, same_files, school
 
-from kcdcache.condense import manifest
+from kcdcache.condensation import manifest
 from kcdcache.runs.state import read_summary
 from kcdcache.store import reader
 

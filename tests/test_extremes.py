@@ -13,8 +13,8 @@ from hypothesis.extra.numpy import arrays
 from lessons import CPU, opinionated, precomputed
 from pupils import distilled
 
-from kcdcache.condense import manifest, value_files
-from kcdcache.data import datasets
+from kcdcache.condensation import manifest, value_files
+from kcdcache.datasets import datasets
 from kcdcache.errors import SettingsError
 from kcdcache.methods.losses import cross_entropy, entropy, soft_divergence
 from kcdcache.networks import registry

@@ -14,7 +14,7 @@ import readers
 from condensing import condensed, labels, prepared, some_values
 from stores import make, small_parts
 
-from kcdcache.condense import manifest
+from kcdcache.condensation import manifest
 from kcdcache.store import reader
 
 OFFLINE = ("NewConnectionError", "NameResolutionError", "ProxyError", "ConnectTimeoutError", "Temporary failure")

@@ -15,7 +15,7 @@ from killing import environment
 from test_architecture import ROOMS
 
 from kcdcache.cli import main
-from kcdcache.data import datasets
+from kcdcache.datasets import datasets
 from kcdcache.methods.catalogue import METHODS
 from kcdcache.networks import registry
 from kcdcache.networks.catalogue import NETWORKS

@@ -7,7 +7,7 @@ import torch
 from lessons import CLASSES, CPU, digits, precomputed
 from torch import nn
 
-from kcdcache.data import datasets
+from kcdcache.datasets import datasets
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.settings import PrecomputeSettings
 from kcdcache.teacher import precompute, teacher

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kcdcache.commands import Result, TextTable
-from kcdcache.condense import manifest
-from kcdcache.condense.compare import Difference, compare
+from kcdcache.condensation import manifest
+from kcdcache.condensation.compare import Difference, compare
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError, printable
 from kcdcache.export import record
 from kcdcache.progress import Progress, silent

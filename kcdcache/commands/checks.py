@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kcdcache import settings
-from kcdcache.condense import schedule
-from kcdcache.data import spec
+from kcdcache.condensation import schedule
+from kcdcache.datasets import spec
 from kcdcache.environment import torchrun_place
 from kcdcache.errors import SettingsError, nearest
 from kcdcache.methods.catalogue import named, weights_of

@@ -5,10 +5,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from kcdcache.commands import Result
-from kcdcache.condense import large, manifest, ranking, summary, value_files
-from kcdcache.condense.manifest import Samples
-from kcdcache.condense.schedule import kept_count
-from kcdcache.condense.value_files import Source
+from kcdcache.condensation import large, manifest, ranking, summary, value_files
+from kcdcache.condensation.manifest import Samples
+from kcdcache.condensation.schedule import kept_count
+from kcdcache.condensation.value_files import Source
 from kcdcache.errors import LockedError, MismatchError
 from kcdcache.files import atomic, parquet
 from kcdcache.progress import Progress, silent

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kcdcache.commands import Result
-from kcdcache.condense import manifest
+from kcdcache.condensation import manifest
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.export.condensed_set import load_data
 from kcdcache.methods import run_loss

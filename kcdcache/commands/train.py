@@ -4,8 +4,8 @@ import logging
 from pathlib import Path
 
 from kcdcache.commands import Result
-from kcdcache.condense import manifest, schedule
-from kcdcache.data.datasets import Dataset
+from kcdcache.condensation import manifest, schedule
+from kcdcache.datasets.datasets import Dataset
 from kcdcache.export import condensed_set
 from kcdcache.export.condensed_set import load_data
 from kcdcache.methods import catalogue

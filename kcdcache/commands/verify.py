@@ -11,8 +11,8 @@ from jaxtyping import Int64
 
 from kcdcache.commands import Result
 from kcdcache.commands.checks import parse_share
-from kcdcache.condense import manifest
-from kcdcache.data.datasets import Dataset
+from kcdcache.condensation import manifest
+from kcdcache.datasets.datasets import Dataset
 from kcdcache.errors import CorruptionError, SettingsError, require_same
 from kcdcache.export import condensed_set
 from kcdcache.export.condensed_set import load_data

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int64, UInt8
 
-from kcdcache.condense import manifest
-from kcdcache.condense.manifest import Manifest
-from kcdcache.data import datasets, images
+from kcdcache.condensation import manifest
+from kcdcache.condensation.manifest import Manifest
+from kcdcache.datasets import datasets, images
 from kcdcache.errors import CorruptionError, MismatchError, SettingsError, UnsafeError, attempt, require_same
 from kcdcache.export import record as records
 from kcdcache.export.record import MANIFEST, MIXES, SAMPLES, SEALS, SPLITS, STORE, Baked, Images, Record, require_file

@@ -19,10 +19,10 @@ import torch
 from jaxtyping import Int64
 from PIL import Image
 
-from kcdcache.condense import manifest
-from kcdcache.condense.manifest import Manifest
-from kcdcache.data.datasets import Dataset
-from kcdcache.data.images import DECODED_BYTES, DecodedImages, Split
+from kcdcache.condensation import manifest
+from kcdcache.condensation.manifest import Manifest
+from kcdcache.datasets.datasets import Dataset
+from kcdcache.datasets.images import DECODED_BYTES, DecodedImages, Split
 from kcdcache.environment import LIBRARIES
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.export import condensed_set, record

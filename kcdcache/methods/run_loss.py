@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from kcdcache.data.datasets import Dataset
+from kcdcache.datasets.datasets import Dataset
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.methods import losses
 from kcdcache.methods.base import Batch, Outputs, Pair, Term, constant, hard_term

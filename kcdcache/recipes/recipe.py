@@ -14,7 +14,7 @@ from pydantic import Field
 
 from kcdcache import settings, statistics
 from kcdcache.commands import COMMANDS, STEPS, Result, TextTable, checks
-from kcdcache.data import spec
+from kcdcache.datasets import spec
 from kcdcache.errors import KcdcacheError, SettingsError, UnfinishedError, nearest
 from kcdcache.files import cloud
 from kcdcache.files.atomic import write_atomic

@@ -11,10 +11,10 @@ from jaxtyping import Float32, Int64
 from PIL import Image
 from torch import Tensor
 
-from kcdcache.condense import compare
-from kcdcache.data import datasets
-from kcdcache.data.datasets import Dataset
-from kcdcache.data.spec import at_home, parse
+from kcdcache.condensation import compare
+from kcdcache.datasets import datasets
+from kcdcache.datasets.datasets import Dataset
+from kcdcache.datasets.spec import at_home, parse
 from kcdcache.errors import KcdcacheError, MismatchError, NotFoundError
 from kcdcache.export import condensed_set
 from kcdcache.report.figures import short

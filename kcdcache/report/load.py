@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from pydantic import ConfigDict, Field
 
-from kcdcache.condense import manifest, value_files, values
-from kcdcache.condense.manifest import Manifest
-from kcdcache.condense.values import Values
+from kcdcache.condensation import manifest, value_files, values
+from kcdcache.condensation.manifest import Manifest
+from kcdcache.condensation.values import Values
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, UnfinishedError
 from kcdcache.files.atomic import read_bytes
 from kcdcache.files.records import MOST_RECORD_BYTES, canonical_json, parse, read_object, timings

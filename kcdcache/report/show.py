@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from pydantic import InstanceOf
 
-from kcdcache.condense import manifest, value_files
+from kcdcache.condensation import manifest, value_files
 from kcdcache.errors import MismatchError, NotFoundError, UnfinishedError
 from kcdcache.export import record
 from kcdcache.files import parquet

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Patch, Rectangle
 
-from kcdcache.condense import compare
+from kcdcache.condensation import compare
 from kcdcache.report import tables
 from kcdcache.report.figures import AS_IS, COLOURS, ENRICHED, LEFT_OUT, Picture, drawn, legend_below, short, short_names
 from kcdcache.report.load import Loaded, Run

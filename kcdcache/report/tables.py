@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kcdcache import statistics
-from kcdcache.condense import compare
-from kcdcache.condense.compare import SetCounts
-from kcdcache.data.label_noise import NOISE_SEED
+from kcdcache.condensation import compare
+from kcdcache.condensation.compare import SetCounts
+from kcdcache.datasets.label_noise import NOISE_SEED
 from kcdcache.errors import SettingsError, nearest, printable
 from kcdcache.report.load import Loaded, Run
 from kcdcache.report.show import StoreReport

@@ -5,9 +5,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from kcdcache.condense import manifest, value_files
-from kcdcache.condense.manifest import Manifest
-from kcdcache.condense.value_files import Held
+from kcdcache.condensation import manifest, value_files
+from kcdcache.condensation.manifest import Manifest
+from kcdcache.condensation.value_files import Held
 from kcdcache.errors import LockedError, attempt
 from kcdcache.files import cloud, run_files
 from kcdcache.files.atomic import is_locked, read_bytes

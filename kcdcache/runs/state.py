@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from kcdcache import errors
-from kcdcache.condense import manifest
-from kcdcache.condense.compare import SetCounts
-from kcdcache.condense.manifest import Manifest
-from kcdcache.data.label_noise import NOISE_SEED
+from kcdcache.condensation import manifest
+from kcdcache.condensation.compare import SetCounts
+from kcdcache.condensation.manifest import Manifest
+from kcdcache.datasets.label_noise import NOISE_SEED
 from kcdcache.environment import changed, check_environment, environment
 from kcdcache.files import atomic, records, run_files
 from kcdcache.files.records import Rate, Sealed, Sha256, Sparse, canonical_json, read_sealed, readable_json, sealed_json

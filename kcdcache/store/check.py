@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kcdcache.data.datasets import Dataset
-from kcdcache.data.images import sample_digest
+from kcdcache.datasets.datasets import Dataset
+from kcdcache.datasets.images import sample_digest
 from kcdcache.errors import CorruptionError, MismatchError, attempt, require_same
 from kcdcache.files.atomic import sha256_file
 from kcdcache.store import identity, log

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field, model_serializer
 from pydantic_core import to_jsonable_python
 
-from kcdcache.data.spec import DataIdentity
+from kcdcache.datasets.spec import DataIdentity
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError
 from kcdcache.files import records
 from kcdcache.files.atomic import write_atomic

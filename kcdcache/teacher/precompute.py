@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kcdcache import environment, interrupt
-from kcdcache.data.datasets import Dataset
+from kcdcache.datasets.datasets import Dataset
 from kcdcache.errors import MismatchError, NonFiniteError, NotFoundError, SettingsError
 from kcdcache.files import cloud
 from kcdcache.files.atomic import append, sha256_file, write_atomic

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from kcdcache.data.datasets import Dataset
+from kcdcache.datasets.datasets import Dataset
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, SettingsError, attempt, require_same
 from kcdcache.files.atomic import holds, move, remove, sha256_bytes, sha256_file, write_atomic
 from kcdcache.files.records import MOST_RECORD_BYTES, canonical_json, sealed_json

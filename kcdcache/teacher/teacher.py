@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
 
-from kcdcache.data.datasets import Dataset
+from kcdcache.datasets.datasets import Dataset
 from kcdcache.errors import MismatchError, UnsafeError, against, first_difference, require_known
 from kcdcache.networks import registry, taps
 from kcdcache.networks.catalogue import saved_network

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import get_worker_info
 
-from kcdcache.condense.manifest import Manifest, require_knowledge
-from kcdcache.data.datasets import Dataset
+from kcdcache.condensation.manifest import Manifest, require_knowledge
+from kcdcache.datasets.datasets import Dataset
 from kcdcache.errors import MismatchError, SettingsError, require_same
 from kcdcache.methods.base import Batch
 from kcdcache.settings import Mix, MixTarget, OptimizerSettings, Settings

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from kcdcache.data.images import Split
+from kcdcache.datasets.images import Split
 from kcdcache.methods.base import Batch
 from kcdcache.store.rows import StoredTargets
 from kcdcache.training.batches import Mixer, Source

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from kcdcache.condense import manifest, schedule, summary, value_files
-from kcdcache.condense.manifest import Manifest, Samples
+from kcdcache.condensation import manifest, schedule, summary, value_files
+from kcdcache.condensation.manifest import Manifest, Samples
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.files import cloud
 from kcdcache.files.records import Rate, Sparse, logged, logged_seconds

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
-from kcdcache.condense import compare, manifest, value_files
-from kcdcache.data.datasets import Dataset
-from kcdcache.data.images import Split
-from kcdcache.data.label_noise import frequent
+from kcdcache.condensation import compare, manifest, value_files
+from kcdcache.datasets.datasets import Dataset
+from kcdcache.datasets.images import Split
+from kcdcache.datasets.label_noise import frequent
 from kcdcache.methods.losses import cross_entropy
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform

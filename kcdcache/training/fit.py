@@ -3,8 +3,8 @@
 import logging
 from pathlib import Path
 
-from kcdcache.condense import manifest
-from kcdcache.data.datasets import Dataset
+from kcdcache.condensation import manifest
+from kcdcache.datasets.datasets import Dataset
 from kcdcache.files import run_files
 from kcdcache.files.records import logged, logged_seconds
 from kcdcache.methods import run_loss

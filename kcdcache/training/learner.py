@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from kcdcache.condense import values
-from kcdcache.data.datasets import Dataset
+from kcdcache.condensation import values
+from kcdcache.datasets.datasets import Dataset
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.methods.losses import entropy
 from kcdcache.methods.run_loss import Loss

@@ -8,8 +8,8 @@ from typing import get_args
 import numpy as np
 from torch import Tensor
 
-from kcdcache.condense.manifest import Manifest
-from kcdcache.data.datasets import Dataset
+from kcdcache.condensation.manifest import Manifest
+from kcdcache.datasets.datasets import Dataset
 from kcdcache.errors import MismatchError, require_known, require_same
 from kcdcache.progress import Progress, silent
 from kcdcache.settings import Mix

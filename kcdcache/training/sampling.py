@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 
 from kcdcache import rng
-from kcdcache.condense.manifest import Manifest
-from kcdcache.condense.values import Values
+from kcdcache.condensation.manifest import Manifest
+from kcdcache.condensation.values import Values
 from kcdcache.errors import SettingsError
 from kcdcache.settings import OptimizerSettings, SamplingSettings
 from kcdcache.training.processes import LEAST

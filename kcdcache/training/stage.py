@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from kcdcache.condense import schedule, value_files, values
-from kcdcache.condense.manifest import Manifest
-from kcdcache.data.datasets import Dataset
+from kcdcache.condensation import schedule, value_files, values
+from kcdcache.condensation.manifest import Manifest
+from kcdcache.datasets.datasets import Dataset
 from kcdcache.files import run_files
 from kcdcache.methods import run_loss
 from kcdcache.methods.base import Pair

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
-from kcdcache.data.images import Split
+from kcdcache.datasets.images import Split
 from kcdcache.errors import SettingsError, require_known
 from kcdcache.settings import ViewRule
 from kcdcache.views import rules

@@ -19,7 +19,7 @@ from reading import BATCH, kept_rows, raw_read
 from trust import make
 
 from kcdcache import settings
-from kcdcache.condense import manifest, summary, values
+from kcdcache.condensation import manifest, summary, values
 from kcdcache.files import parquet
 from kcdcache.store import reader
 

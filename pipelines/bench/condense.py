@@ -19,8 +19,8 @@ import numpy as np
 from launch import measured
 from measure import alternating, median, ratio, started, write
 
-from kcdcache.condense import ranking, value_files
-from kcdcache.data.spec import DataIdentity
+from kcdcache.condensation import ranking, value_files
+from kcdcache.datasets.spec import DataIdentity
 from kcdcache.files import parquet
 from kcdcache.files.atomic import sha256_file, write_atomic
 from kcdcache.files.records import canonical_json

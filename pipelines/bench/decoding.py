@@ -18,7 +18,7 @@ import torch
 from measure import started, write
 from PIL import Image
 
-from kcdcache.data import images
+from kcdcache.datasets import images
 from kcdcache.settings import ViewSettings
 from kcdcache.views import prefetch, rules
 

@@ -14,7 +14,7 @@ from made import CPU, Run, half_mixed, images, mixing, store_of, whole
 from measure import alternating, median, ratio, started, write
 from torch.nn import functional
 
-from kcdcache.condense import manifest
+from kcdcache.condensation import manifest
 from kcdcache.methods import run_loss
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from measure import alternating, median, ratio, started, write
 
 from kcdcache import settings
-from kcdcache.condense import manifest, summary, values
+from kcdcache.condensation import manifest, summary, values
 from kcdcache.files import parquet
 
 COUNT, KEEPS = 1_280_000, (0.7, 0.5)  # of the second every row is mixed: two more numbers in each

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from measure import median, started, write
 
-from kcdcache.data.spec import DataIdentity
+from kcdcache.datasets.spec import DataIdentity
 from kcdcache.errors import KcdcacheError
 from kcdcache.settings import ViewRule
 from kcdcache.store import encoding, log, reader, writer

@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from kcdcache.condense import manifest, summary
-from kcdcache.condense.values import Values
-from kcdcache.data.datasets import Dataset
-from kcdcache.data.images import DecodedImages, Origins, Split
+from kcdcache.condensation import manifest, summary
+from kcdcache.condensation.values import Values
+from kcdcache.datasets.datasets import Dataset
+from kcdcache.datasets.images import DecodedImages, Origins, Split
 from kcdcache.runs.folder import RunFolder
 from kcdcache.settings import CondenseSettings, ViewSettings
 from kcdcache.store import encoding, reader, writer

@@ -16,7 +16,7 @@ import numpy as np
 from launch import measured
 
 from kcdcache import settings
-from kcdcache.condense import value_files
+from kcdcache.condensation import value_files
 from kcdcache.files import parquet
 from kcdcache.files.atomic import write_atomic
 from kcdcache.files.records import canonical_json

@@ -20,8 +20,8 @@ def material(folder, count):
     """A store of `count` tiny images and values of all of them."""
     from made import images, store_of
 
-    from kcdcache.condense import value_files
-    from kcdcache.condense.values import Values
+    from kcdcache.condensation import value_files
+    from kcdcache.condensation.values import Values
 
     dataset = images(count, side=1)
     held = store_of(dataset, folder / "store", 1)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from measure import alternating, median, ratio, started, write
 
-from kcdcache.data.spec import DataIdentity
+from kcdcache.datasets.spec import DataIdentity
 from kcdcache.settings import ViewRule
 from kcdcache.store import encoding, log, reader, writer
 from kcdcache.store.identity import Knowledge, TeacherIdentity

@@ -5,7 +5,7 @@ import pytest
 from pupils import SCHOOL, SPEC, command, executed
 
 from kcdcache.commands import checks, train
-from kcdcache.condense import schedule
+from kcdcache.condensation import schedule
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError
 from kcdcache.export import condensed_set
 from kcdcache.methods import catalogue

@@ -8,8 +8,8 @@ from exports import exporting, prepared
 from pupils import SPEC, executed
 
 from kcdcache.commands import artifacts
-from kcdcache.condense import manifest
-from kcdcache.condense.compare import compare
+from kcdcache.condensation import manifest
+from kcdcache.condensation.compare import compare
 from kcdcache.errors import NotFoundError
 
 

@@ -12,7 +12,7 @@ from pupils import SCHOOL, SPEC, digits, distilled, everything, lines, saved_tea
 
 from kcdcache.cli import main
 from kcdcache.commands import verify
-from kcdcache.condense import manifest
+from kcdcache.condensation import manifest
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, SettingsError
 from kcdcache.report import show
 

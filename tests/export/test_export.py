@@ -19,8 +19,8 @@ from pupils import SPEC, executed, lines
 from stores import content
 
 from kcdcache.commands import verify
-from kcdcache.condense import manifest
-from kcdcache.data import datasets
+from kcdcache.condensation import manifest
+from kcdcache.datasets import datasets
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError, UnfinishedError
 from kcdcache.export import condensed_set, write
 from kcdcache.export import record as records

@@ -10,7 +10,7 @@ from commands import words
 from killing import finished, succeeds
 from pupils import SPEC, lines, promised
 
-from kcdcache.condense import manifest
+from kcdcache.condensation import manifest
 
 NAMES = ("fit", "precompute", "train", "condense.parquet", "export", "reuse")
 """the chain's commands by the place of what they make"""

@@ -11,8 +11,8 @@ from PIL import Image
 from pupils import distilled, school
 from stores import creating, finish, make, plan_of
 
-from kcdcache.condense import manifest
-from kcdcache.data.spec import DataIdentity
+from kcdcache.condensation import manifest
+from kcdcache.datasets.spec import DataIdentity
 from kcdcache.errors import CorruptionError, MismatchError, UnsafeError
 from kcdcache.files import run_files
 from kcdcache.files.atomic import sha256_file

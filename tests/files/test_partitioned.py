@@ -22,7 +22,7 @@ from pupils import SCHOOL, command, executed, leftovers, school
 from stores import content
 
 from kcdcache.commands import verify
-from kcdcache.condense import manifest, value_files, values
+from kcdcache.condensation import manifest, value_files, values
 from kcdcache.errors import (
     CorruptionError,
     LockedError,

@@ -251,7 +251,7 @@ def make(name: str, checkout: Path, work: Path) -> str:
 
 
 def _as_known(text: str, checkout: Path) -> str:
-    spec = checkout / "kcdcache/data/spec.py"
+    spec = checkout / "kcdcache/datasets/spec.py"
     return text if spec.exists() and "order:" in spec.read_text() else text.replace(STORED, "")
 
 

@@ -22,8 +22,8 @@ from damaging import files_of, read_manifest, read_run, read_store, read_values
 from lessons import CPU, condensed, digits, on_cpu, precomputed
 from stores import creating, finish, form, knowledge, make, small_parts, write_part
 
-from kcdcache.condense import manifest, value_files
-from kcdcache.condense import values as condense_values
+from kcdcache.condensation import manifest, value_files
+from kcdcache.condensation import values as condense_values
 from kcdcache.files.atomic import sha256_bytes
 from kcdcache.files.records import canonical_json
 from kcdcache.networks.weights import load_network

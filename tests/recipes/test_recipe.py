@@ -10,8 +10,8 @@ import killing
 import pytest
 from stores import content
 
-from kcdcache.condense import manifest
-from kcdcache.data.spec import parse
+from kcdcache.condensation import manifest
+from kcdcache.datasets.spec import parse
 from kcdcache.errors import SettingsError
 from kcdcache.progress import silent
 from kcdcache.recipes import recipe

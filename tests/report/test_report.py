@@ -22,7 +22,7 @@ from stores import content
 
 from kcdcache import settings
 from kcdcache.cli import main
-from kcdcache.data import datasets
+from kcdcache.datasets import datasets
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError, printable
 from kcdcache.files.records import digest_of, readable_json
 from kcdcache.report import images, load, tables

@@ -9,7 +9,7 @@ import pytest
 from lessons import CPU, ON_CPU, opinionated, precomputed
 from reporting import Page
 
-from kcdcache.data import datasets
+from kcdcache.datasets import datasets
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.report import figures, images, load

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from stores import creating, finish, form, grown, knowledge, many_chunks, small_parts, write_part
 
-from kcdcache.condense import manifest, value_files, values
+from kcdcache.condensation import manifest, value_files, values
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, UnfinishedError
 from kcdcache.files.records import digest_of
 from kcdcache.report import show

@@ -15,7 +15,7 @@ from killing import finished, succeeds
 from pupils import leftovers, lines, promised, saved_teacher
 from stores import content, creating, finish, make, small_parts
 
-from kcdcache.data import datasets
+from kcdcache.datasets import datasets
 from kcdcache.errors import KcdcacheError
 from kcdcache.networks.input_transform import enough_memory
 from kcdcache.store import reader
@@ -225,8 +225,8 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import DataLoader
 from pupils import SPEC
-from kcdcache.condense import manifest
-from kcdcache.data import datasets
+from kcdcache.condensation import manifest
+from kcdcache.datasets import datasets
 from kcdcache.store import reader
 from kcdcache.training import batches
 

@@ -9,7 +9,7 @@ from damaging import flip, read_manifest
 from pupils import SCHOOL, command, distilled, school
 
 from kcdcache.commands import verify
-from kcdcache.condense import manifest, value_files, values
+from kcdcache.condensation import manifest, value_files, values
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError
 from kcdcache.files.records import sealed_json
 from kcdcache.runs import check, state

@@ -38,7 +38,7 @@ from pupils import distilled, school
 from stores import creating, finish, form, grown, make, plan_of, small_parts
 
 from kcdcache.commands import verify as verify_
-from kcdcache.condense import manifest
+from kcdcache.condensation import manifest
 from kcdcache.errors import KcdcacheError, UnfinishedError
 from kcdcache.runs import check as runs_check
 from kcdcache.store import check as store_check

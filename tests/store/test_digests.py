@@ -18,9 +18,9 @@ from pupils import same_files
 from stores import finish, form
 
 from kcdcache.cli import main
-from kcdcache.condense import manifest
-from kcdcache.data import datasets
-from kcdcache.data.images import EncodedImages, decode_once, sample_digest
+from kcdcache.condensation import manifest
+from kcdcache.datasets import datasets
+from kcdcache.datasets.images import EncodedImages, decode_once, sample_digest
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError
 from kcdcache.export import condensed_set
 from kcdcache.networks import registry

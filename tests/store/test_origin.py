@@ -10,7 +10,7 @@ from lessons import CPU, ON_CPU, precomputed, teacher_of
 from pupils import executed, same_files
 from torch import nn
 
-from kcdcache.data import datasets
+from kcdcache.datasets import datasets
 from kcdcache.errors import CorruptionError, MismatchError, SettingsError
 from kcdcache.files.records import sealed_json
 from kcdcache.networks.input_transform import InputTransform

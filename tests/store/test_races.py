@@ -13,7 +13,7 @@ from commands import words
 from killing import finished, succeeds
 from pupils import leftovers
 
-from kcdcache.condense import manifest, value_files
+from kcdcache.condensation import manifest, value_files
 from kcdcache.errors import LockedError, NotFoundError, UnfinishedError
 from kcdcache.report import show
 from kcdcache.store import identity, reader

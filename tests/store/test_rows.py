@@ -13,7 +13,7 @@ from pupils import distilled, school
 
 from kcdcache import rng
 from kcdcache import settings as kcdcache_settings
-from kcdcache.condense import manifest, summary, values
+from kcdcache.condensation import manifest, summary, values
 from kcdcache.errors import MismatchError, NonFiniteError
 from kcdcache.files import parquet
 from kcdcache.files.records import canonical_json

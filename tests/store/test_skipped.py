@@ -13,7 +13,7 @@ from touchy import EVERYONE, SKIP, TRAIN, made, place_for, white_place, whole_in
 
 from kcdcache.cli import main
 from kcdcache.commands import verify
-from kcdcache.condense import manifest, schedule, value_files
+from kcdcache.condensation import manifest, schedule, value_files
 from kcdcache.errors import MismatchError
 from kcdcache.runs.state import read_metrics, read_summary
 from kcdcache.store import log, reader

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 from kcdcache.commands import verify
-from kcdcache.condense import manifest
+from kcdcache.condensation import manifest
 from kcdcache.errors import MismatchError, SettingsError, UnfinishedError
 from kcdcache.progress import silent
 from kcdcache.settings import PrecomputeSettings

@@ -10,8 +10,8 @@ from lessons import precomputed
 from pupils import SPEC, promised
 
 from kcdcache.commands import verify
-from kcdcache.condense import manifest
-from kcdcache.data import datasets
+from kcdcache.condensation import manifest
+from kcdcache.datasets import datasets
 from kcdcache.errors import SettingsError
 from kcdcache.export import condensed_set as export_condensed_set
 from kcdcache.runs import state

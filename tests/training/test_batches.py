@@ -14,8 +14,8 @@ from lessons import CPU, TRAIN, condensed, digits, precomputed, teacher_of
 from pupils import same_files
 from torch.utils.data import DataLoader
 
-from kcdcache.condense import manifest
-from kcdcache.data.images import EncodedImages, Split
+from kcdcache.condensation import manifest
+from kcdcache.datasets.images import EncodedImages, Split
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.settings import OptimizerSettings, PrecomputeSettings
 from kcdcache.store import reader

@@ -28,8 +28,8 @@ from pupils import (
 )
 from safetensors.torch import load_file
 
-from kcdcache.condense import manifest, value_files
-from kcdcache.condense.schedule import expected_cost, kept_count, plan
+from kcdcache.condensation import manifest, value_files
+from kcdcache.condensation.schedule import expected_cost, kept_count, plan
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.methods import run_loss
 from kcdcache.networks import registry, weights

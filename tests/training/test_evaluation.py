@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from lessons import CPU, ON_CPU, TinyNet, digits, precomputed, teacher_of
 from torch import nn
 
-from kcdcache.condense import compare, manifest, value_files
-from kcdcache.data import datasets
+from kcdcache.condensation import compare, manifest, value_files
+from kcdcache.datasets import datasets
 from kcdcache.methods.losses import cross_entropy
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform

@@ -11,8 +11,8 @@ from pupils import digits, everything, loaded, plainly_taught, same_tensors
 from safetensors.torch import load_file
 
 from kcdcache import interrupt
-from kcdcache.data.datasets import load
-from kcdcache.data.images import Split
+from kcdcache.datasets.datasets import load
+from kcdcache.datasets.images import Split
 from kcdcache.errors import InterruptedRunError, SettingsError
 from kcdcache.runs.state import read_metrics
 from kcdcache.settings import FitSettings, TrainSettings

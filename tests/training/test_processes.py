@@ -18,7 +18,7 @@ from pupils import SPEC, digits, executed, lines, loaded, precomputed, same_file
 from ranks import PLAIN, Forked, PlainNet, launched, ran, stopped
 from safetensors.torch import load_file
 
-from kcdcache.condense import manifest, value_files
+from kcdcache.condensation import manifest, value_files
 from kcdcache.errors import SettingsError
 from kcdcache.methods import run_loss
 from kcdcache.settings import MethodSettings, OptimizerSettings

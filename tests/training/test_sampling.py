@@ -13,9 +13,9 @@ from lessons import TinyNet
 from pupils import command, distilled, same_files
 
 from kcdcache import interrupt, rng
-from kcdcache.condense import value_files
-from kcdcache.condense.manifest import Samples, full, plain
-from kcdcache.condense.values import Values
+from kcdcache.condensation import value_files
+from kcdcache.condensation.manifest import Samples, full, plain
+from kcdcache.condensation.values import Values
 from kcdcache.errors import InterruptedRunError, SettingsError
 from kcdcache.settings import OptimizerSettings, SamplingSettings, TrainSettings, make
 from kcdcache.training.sampling import SAMPLING, Sampler, require_enough

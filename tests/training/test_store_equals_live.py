@@ -13,7 +13,7 @@ from lessons import CPU, TRAIN, condensed, digits, precomputed, teacher_of
 from torch.nn import functional
 
 from kcdcache import rng, settings
-from kcdcache.condense import manifest
+from kcdcache.condensation import manifest
 from kcdcache.methods import run_loss
 from kcdcache.runs import folder
 from kcdcache.settings import OptimizerSettings

@@ -11,8 +11,8 @@ from lessons import CPU, ON_CPU, condensed, opinionated, precomputed
 from PIL import Image
 from pupils import same_files
 
-from kcdcache.condense import manifest
-from kcdcache.data import datasets
+from kcdcache.condensation import manifest
+from kcdcache.datasets import datasets
 from kcdcache.errors import CorruptionError, MismatchError
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform

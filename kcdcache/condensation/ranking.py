@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, Float64, Int64, Integer, UInt32
 
-from kcdcache.condense.manifest import Draft, Facts, Samples, Totals, plain
-from kcdcache.condense.value_files import Block, Source
+from kcdcache.condensation.manifest import Draft, Facts, Samples, Totals, plain
+from kcdcache.condensation.value_files import Block, Source
 from kcdcache.errors import MismatchError, require_known
 from kcdcache.settings import CondenseSettings
 

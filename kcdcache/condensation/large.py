@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 
 from kcdcache import rng
-from kcdcache.condense import manifest, ranking, summary
-from kcdcache.condense.manifest import Samples
-from kcdcache.condense.value_files import Block, Source
-from kcdcache.condense.values import score
+from kcdcache.condensation import manifest, ranking, summary
+from kcdcache.condensation.manifest import Samples
+from kcdcache.condensation.value_files import Block, Source
+from kcdcache.condensation.values import score
 from kcdcache.errors import CorruptionError, NoSpaceError, SettingsError
 from kcdcache.files.atomic import FULL
 from kcdcache.settings import CondenseSettings

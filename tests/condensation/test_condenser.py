@@ -7,7 +7,7 @@ from stores import content, knowledge
 
 from kcdcache import settings
 from kcdcache.commands import condense as condense_command
-from kcdcache.condense import large, manifest, summary, value_files
+from kcdcache.condensation import large, manifest, summary, value_files
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError
 
 

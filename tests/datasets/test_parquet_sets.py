@@ -10,7 +10,7 @@ import pytest
 from commands import failure
 from datasets_on_disk import make_pixels, png
 
-from kcdcache.data import datasets
+from kcdcache.datasets import datasets
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError
 
 ANT, BEE, CAT = NAMES = ["ant", "bee", "cat"]

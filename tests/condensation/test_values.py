@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kcdcache.condense import manifest, value_files, values
-from kcdcache.condense.values import Values
+from kcdcache.condensation import manifest, value_files, values
+from kcdcache.condensation.values import Values
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NonFiniteError, NotFoundError, SettingsError
 
 DOCUMENT = {"knowledge_id": "k" * 64, "student": "resnet8", "epoch": 4}

@@ -12,7 +12,7 @@ from datasets_on_disk import make_pixels, png, write_npz
 from killing import environment
 
 from kcdcache.cli import main
-from kcdcache.data import datasets
+from kcdcache.datasets import datasets
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.files import records
 from kcdcache.networks.weights import load_network
@@ -101,7 +101,7 @@ def test_a_record_of_a_name_that_is_no_text_is_a_named_error(form):
 CODE = """
 import sys
 from kcdcache.cli import main
-from kcdcache.data import datasets
+from kcdcache.datasets import datasets
 found = datasets.load(sys.argv[1])
 print(ascii(found.classes), found.identity().digest, found.test.digest())
 """

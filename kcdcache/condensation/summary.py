@@ -8,12 +8,12 @@ import numpy as np
 from jaxtyping import Int64, Integer, UInt32, UInt64
 
 from kcdcache import rng
-from kcdcache.condense import ranking
-from kcdcache.condense.manifest import Manifest, Samples, unranked
-from kcdcache.condense.ranking import Plan, numbered
-from kcdcache.condense.schedule import kept_count
-from kcdcache.condense.value_files import Held, Source
-from kcdcache.condense.values import Values, score
+from kcdcache.condensation import ranking
+from kcdcache.condensation.manifest import Manifest, Samples, unranked
+from kcdcache.condensation.ranking import Plan, numbered
+from kcdcache.condensation.schedule import kept_count
+from kcdcache.condensation.value_files import Held, Source
+from kcdcache.condensation.values import Values, score
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.settings import CondenseSettings
 

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Int32, Int64, Shaped
 
-from kcdcache.condense import manifest, values
-from kcdcache.condense.values import MOST_VISITS, Values
+from kcdcache.condensation import manifest, values
+from kcdcache.condensation.values import MOST_VISITS, Values
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NonFiniteError, NotFoundError, SettingsError
 from kcdcache.files import parquet, run_files
 from kcdcache.files.atomic import write_atomic

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
-from kcdcache.data import datasets, images, label_noise
+from kcdcache.datasets import datasets, images, label_noise
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, UnsafeError
 
 CIFAR100 = Path(os.environ.get("KCDCACHE_CIFAR100", Path(__file__).parents[3] / "shared/data/cifar100"))

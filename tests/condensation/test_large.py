@@ -18,8 +18,8 @@ from pupils import leftovers
 from stores import content
 from test_condense import OPTIONS
 
-from kcdcache.condense import large, manifest, summary, value_files, values
-from kcdcache.condense.manifest import Samples
+from kcdcache.condensation import large, manifest, summary, value_files, values
+from kcdcache.condensation.manifest import Samples
 from kcdcache.errors import CorruptionError, MismatchError, NonFiniteError, SettingsError
 from kcdcache.settings import CondenseSettings
 

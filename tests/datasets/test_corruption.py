@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kcdcache.cli import main
-from kcdcache.data import datasets
-from kcdcache.data.label_noise import Corruption, applied, class_sizes, first_of_each, frequent, noisy
-from kcdcache.data.spec import FORMS, extended, parse
+from kcdcache.datasets import datasets
+from kcdcache.datasets.label_noise import Corruption, applied, class_sizes, first_of_each, frequent, noisy
+from kcdcache.datasets.spec import FORMS, extended, parse
 from kcdcache.errors import SettingsError
 from kcdcache.recipes import recipe
 

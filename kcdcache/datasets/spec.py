@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from kcdcache.data.label_noise import SETTINGS_OF, Corruption
+from kcdcache.datasets.label_noise import SETTINGS_OF, Corruption
 from kcdcache.errors import SettingsError, nearest
 from kcdcache.settings import Composed, fields, make
 

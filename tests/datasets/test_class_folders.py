@@ -10,7 +10,7 @@ from commands import failure, outcome
 from datasets_on_disk import write_hub, write_npz
 from PIL import Image
 
-from kcdcache.data import datasets
+from kcdcache.datasets import datasets
 from kcdcache.errors import KcdcacheError, MismatchError, UnsafeError
 
 CLASSES = ("ant", "bee", "cat")

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from jaxtyping import Int64
 from PIL import Image
 
-from kcdcache.data.images import EncodedImages, Origins, Split
-from kcdcache.data.spec import DataSpec
+from kcdcache.datasets.images import EncodedImages, Origins, Split
+from kcdcache.datasets.spec import DataSpec
 from kcdcache.errors import (
     CorruptionError,
     KcdcacheError,

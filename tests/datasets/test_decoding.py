@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from kcdcache.data import images
+from kcdcache.datasets import images
 from kcdcache.errors import CorruptionError, MismatchError
 
 HIGH, WIDE = 9, 6

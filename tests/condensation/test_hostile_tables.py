@@ -7,7 +7,7 @@ import pytest
 from forging import DICTIONARY, RLE_DICTIONARY, ZSTD, column, footer, one_column, page, parquet
 from numcodecs import Zstd
 
-from kcdcache.condense import manifest
+from kcdcache.condensation import manifest
 from kcdcache.errors import MismatchError
 from kcdcache.files import parquet as files_parquet
 

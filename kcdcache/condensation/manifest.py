@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float32, Int32, Int64, Integer
 
-from kcdcache.condense.schedule import kept_count
+from kcdcache.condensation.schedule import kept_count
 from kcdcache.errors import CorruptionError, MismatchError
 from kcdcache.files import atomic, parquet, run_files
 from kcdcache.files.records import canonical_json, require_format

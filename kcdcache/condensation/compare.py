@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int8, Shaped
 from pydantic import ConfigDict
 
-from kcdcache.condense.manifest import Manifest
+from kcdcache.condensation.manifest import Manifest
 from kcdcache.errors import MismatchError
 from kcdcache.settings import Settings
 

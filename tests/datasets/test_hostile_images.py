@@ -8,7 +8,7 @@ import pytest
 from damaging import endless
 from PIL import Image
 
-from kcdcache.data import datasets, images
+from kcdcache.datasets import datasets, images
 from kcdcache.errors import CorruptionError, MismatchError, UnsafeError
 
 

@@ -10,8 +10,8 @@ from condensing import COUNT, OPTIONS, labels, some_values
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kcdcache.condense import manifest, summary, value_files
-from kcdcache.condense.manifest import Samples
+from kcdcache.condensation import manifest, summary, value_files
+from kcdcache.condensation.manifest import Samples
 from kcdcache.errors import CorruptionError, MismatchError, NonFiniteError
 from kcdcache.files import parquet, records
 from kcdcache.settings import CondenseSettings

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kcdcache.condense import schedule
-from kcdcache.condense.schedule import kept_count, plan
+from kcdcache.condensation import schedule
+from kcdcache.condensation.schedule import kept_count, plan
 from kcdcache.errors import SettingsError
 
 ROOT = 0.7 ** (1 / 6)

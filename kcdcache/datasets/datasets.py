@@ -16,10 +16,10 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from kcdcache import rng
-from kcdcache.data import images, label_noise, tables
-from kcdcache.data.images import DecodedImages, EncodedImages, Origins, Split, Statistics
-from kcdcache.data.label_noise import Corruption
-from kcdcache.data.spec import DataIdentity, DataSpec, Options, at_home, parse
+from kcdcache.datasets import images, label_noise, tables
+from kcdcache.datasets.images import DecodedImages, EncodedImages, Origins, Split, Statistics
+from kcdcache.datasets.label_noise import Corruption
+from kcdcache.datasets.spec import DataIdentity, DataSpec, Options, at_home, parse
 from kcdcache.errors import (
     CorruptionError,
     KcdcacheError,

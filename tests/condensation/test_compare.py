@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kcdcache.condense import compare, manifest, summary
-from kcdcache.condense.manifest import Samples
-from kcdcache.condense.values import Values
+from kcdcache.condensation import compare, manifest, summary
+from kcdcache.condensation.manifest import Samples
+from kcdcache.condensation.values import Values
 from kcdcache.errors import MismatchError
 from kcdcache.settings import CondenseSettings
 

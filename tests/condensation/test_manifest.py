@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kcdcache.condense import manifest, value_files, values
-from kcdcache.condense.manifest import Manifest, Samples
+from kcdcache.condensation import manifest, value_files, values
+from kcdcache.condensation.manifest import Manifest, Samples
 from kcdcache.errors import CorruptionError, LockedError, MismatchError, NotFoundError
 from kcdcache.files import parquet
 
@@ -179,9 +179,7 @@ def test_wrong_types_and_lengths_are_refused(changes: dict[str, Any], message: s
 
 
 def test_values_of_two_lengths_are_refused_without_run_time_type_checks() -> None:
-    text = (
-        "import numpy as np; from kcdcache.condense import values; values.Values(np.zeros(2, 'i4'), np.zeros(1, 'f4'))"
-    )
+    text = "import numpy as np\nfrom kcdcache.condensation.values import Values\nValues(np.zeros(2, 'i4'), np.zeros(1, 'f4'))"
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
     assert "values need one row per sample: 2 visits, 1 values" in done.stderr
 

@@ -9,10 +9,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kcdcache import rng
-from kcdcache.condense import manifest, summary, values
-from kcdcache.condense.manifest import Manifest, Samples
-from kcdcache.condense.summary import condense, partition, random_stage
-from kcdcache.condense.values import Values
+from kcdcache.condensation import manifest, summary, values
+from kcdcache.condensation.manifest import Manifest, Samples
+from kcdcache.condensation.summary import condense, partition, random_stage
+from kcdcache.condensation.values import Values
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.settings import CondenseSettings
 
