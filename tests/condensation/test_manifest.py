@@ -179,7 +179,7 @@ def test_wrong_types_and_lengths_are_refused(changes: dict[str, Any], message: s
 
 
 def test_values_of_two_lengths_are_refused_without_run_time_type_checks() -> None:
-    text = "import numpy as np\nfrom kcdcache.condensation.values import Values\nValues(np.zeros(2, 'i4'), np.zeros(1, 'f4'))"
+    text = "from kcdcache.condensation.values import Values as V, np; V(np.zeros(2, 'i4'), np.zeros(1, 'f4'))"
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
     assert "values need one row per sample: 2 visits, 1 values" in done.stderr
 
