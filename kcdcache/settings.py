@@ -20,6 +20,7 @@ Precision = Literal["float32", "bfloat16"]
 Mix = Literal["convex", "additive_clip"]
 MixTarget = Literal["linear_prob", "linear_logit", "keep", "requery"]
 Device = Literal["auto", "cpu", "cuda"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Settings(BaseModel):
@@ -145,9 +146,15 @@ class PrecomputeSettings(ViewSettings):
     """samples with NaN, infinite or too large outputs: refuse, or skip them in all training (at most 1 % of samples)"""
 
 
+OPTIMIZER_PRESETS: dict[str, dict[str, Any]] = {"adamw": {"learning_rate": 1e-3, "weight_decay": 1e-2}}
+"""defaults that an optimizer changes: those of torch.optim.AdamW"""
+
+
 class OptimizerSettings(Settings):
     """Optimizer; defaults are the CIFAR recipe of CRD/RepDistiller, as in the paper."""
 
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """optimizer; adamw sets --learning-rate 0.001 and --weight-decay 0.01 (torch's defaults) unless they are given"""
     epochs: int = Field(default=240, ge=1)
     """total number of epochs"""
     batch_size: int = Field(default=64, ge=1)
@@ -158,8 +165,19 @@ class OptimizerSettings(Settings):
     """SGD momentum"""
     nesterov: bool = False
     """Nesterov momentum"""
+    adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """adamw: decay rates of the averages of gradient and squared gradient"""
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """adamw: term added to the denominator"""
     weight_decay: float = Field(default=5e-4, ge=0)
-    """weight decay, on all parameters"""
+    """weight decay; of SGD added to the gradient, of AdamW decoupled from it"""
+    decay_norms: bool = True
+    """apply weight decay to norms and biases (parameters of at most one dimension) too"""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """maximum norm of the gradient of all trained parameters together; no clipping if unset"""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """keep an exponential moving average of the weights with this decay per step, at most (1+n)/(10+n) at step n;
+    evaluated in every row and saved in the folder `ema` of the run"""
     decay: Literal["milestones", "cosine", "constant"] = "milestones"
     """learning rate schedule"""
     milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.625, 0.75, 0.875)
@@ -190,6 +208,13 @@ class OptimizerSettings(Settings):
     """use torch.compile (needs a C++ compiler); affects the last bits"""
     sync_bn: bool = False
     """synchronise batch normalisation over all processes under torchrun on GPUs"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_optimizer(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        return OPTIMIZER_PRESETS.get(str(values.get("optimizer")), {}) | dict(values)
 
 
 class FitSettings(OptimizerSettings, ViewSettings):
@@ -343,15 +368,21 @@ class TrainSettings(OptimizerSettings, MethodSettings, ScheduleSettings, Condens
 
 NEUTRAL = {"checkpoint_seconds", "memory_gb", "resident", "graphs", "workers", "fidelity"}
 """settings that do not affect results and may change when a run continues"""
-SINCE_RECORDS = ("kr_lambda", "kr_temperature", "kr_schedule")
+OF_OPTIMIZER = {"sgd": {"momentum", "nesterov"}, "adamw": {"adam_betas", "adam_epsilon"}}
+"""settings that do nothing with another optimizer"""
+SINCE_RECORDS = (
+    "kr_lambda", "kr_temperature", "kr_schedule", "optimizer", "adam_betas", "adam_epsilon", "decay_norms", "clip_norm",
+    "ema_decay",
+)  # fmt: skip
 """settings added later: left out of records at their defaults, so that older runs can continue"""
 
 
-def recorded(settings: TrainSettings) -> dict[str, Any]:
+def recorded(settings: OptimizerSettings) -> dict[str, Any]:
     """Return the settings that run.json records: all that affect results."""
     fields = type(settings).model_fields
-    idle = {name for name in SINCE_RECORDS if getattr(settings, name) == fields[name].default}
-    return settings.model_dump(mode="json", exclude=NEUTRAL | idle)
+    idle = {name for name in SINCE_RECORDS if name in fields and getattr(settings, name) == fields[name].default}
+    others = set().union(*(names for name, names in OF_OPTIMIZER.items() if name != settings.optimizer))
+    return settings.model_dump(mode="json", exclude=NEUTRAL | idle | others)
 
 
 class MachineSettings(Settings):

@@ -111,8 +111,20 @@ def _require_importable(command: settings.PrecomputeCommand) -> None:
         )
 
 
+def _optimizer(command: settings.FitCommand | settings.TrainCommand) -> None:
+    """Raise SettingsError for settings of another optimizer than the chosen one."""
+    chosen, given = command.training.optimizer, command.given
+    for optimizer, names in settings.OF_OPTIMIZER.items():
+        if optimizer != chosen and (idle := sorted(names & given)):
+            flag = f"--{idle[0].replace('_', '-')}"
+            raise SettingsError(
+                f"{flag} does nothing with --optimizer {chosen}; leave it out, or give --optimizer {optimizer}"
+            )
+
+
 def _train(command: settings.TrainCommand) -> None:
     training = command.training
+    _optimizer(command)
     if not training.student:
         raise SettingsError("--student is missing: name the network to train, for example --student resnet8")
     weights_of(training)
@@ -147,6 +159,7 @@ def _verify(command: settings.VerifyCommand) -> None:
 
 CHECKS: Mapping[type[settings.Settings], Callable[[Any], None]] = {
     settings.PrecomputeCommand: _precompute,
+    settings.FitCommand: _optimizer,
     settings.TrainCommand: _train,
     settings.CondenseCommand: _alone(
         "condense", "; what takes more memory than --memory-gb is sorted with files on the disk"

@@ -19,7 +19,7 @@ RUN = "run.json"
 CLOCKED = ("summary.json",)
 """files with clock times: their digest leaves those out, and no SHA-256 is recorded"""
 NAMES = (
-    r"(values|given)\.parquet|stages/[0-9]+/(manifest|values)\.parquet|(student|model)\.(safetensors|json)"
+    r"(values|given)\.parquet|stages/[0-9]+/(manifest|values)\.parquet|(ema/)?(student|model)\.(safetensors|json)"
     r"|summary\.json"
 )
 """names of the files in the record"""
@@ -150,7 +150,7 @@ _UNKNOWN = (
 def _place_of(path: Path) -> tuple[Path | None, str]:
     """Return (run folder, name in it) of a file that runs record, or (None, "")."""
     whole = path.resolve()
-    for folder in (whole.parent, *whole.parents[2:3]):
+    for folder in whole.parents[:3]:
         name = str(whole.relative_to(folder))
         if re.fullmatch(NAMES, name) and (folder / RUN).exists():
             return folder, name

@@ -30,6 +30,8 @@ class RunFolder:
     """values at the last stop"""
     given = _File("given.parquet")
     """manifest that the run started from, if one was given"""
+    averaged = _File("ema")
+    """folder of the network with averaged weights, if the run averages them"""
     metrics = _File("metrics.jsonl")
     timing = _File("timing.jsonl")
     """clock times, one line per epoch trained"""

@@ -94,6 +94,10 @@ class MetricsRow(Sparse):
     """unset, like the next two, if the epoch was not evaluated"""
     test_loss: float | None = None
     test_calibration_error: float | None = None
+    ema_test_accuracy: float | None = None
+    """of the averaged weights, like the next two; unset without --ema-decay"""
+    ema_test_loss: float | None = None
+    ema_test_calibration_error: float | None = None
     view: int
     stage: int | None = None
     """unset, like all below, in a `fit`"""
@@ -124,6 +128,8 @@ class Outcome(Sparse):
     accuracy_last: float
     accuracy_best: float
     best_epoch: int
+    accuracy_ema: float | None = None
+    """of the averaged weights after the last epoch; unset without --ema-decay"""
     calibration_error: float
     relative_cost: float
     """measured C of Eq. 16: student_samples / (count x epochs)"""
@@ -305,7 +311,9 @@ def outcome(rows: Sequence[MetricsRow], count: int, epochs: int) -> Outcome:
     measured = {row.test_accuracy: row.epoch for row in reversed(rows) if row.test_accuracy is not None}  # the first
     assert last.test_accuracy is not None
     assert last.test_calibration_error is not None
+    averaged = {} if last.ema_test_accuracy is None else {"accuracy_ema": last.ema_test_accuracy}
     return Outcome(
+        **averaged,
         accuracy_last=last.test_accuracy,
         accuracy_best=max(measured),
         best_epoch=measured[max(measured)],

@@ -12,7 +12,7 @@ from kcdcache.networks import registry as networks_registry
 from kcdcache.progress import Progress, silent
 from kcdcache.runs.folder import RunFolder
 from kcdcache.runs.state import Inputs, Summary, outcome, read_summary, write_summary
-from kcdcache.settings import FitSettings, MachineSettings, MethodSettings
+from kcdcache.settings import FitSettings, MachineSettings, MethodSettings, recorded
 from kcdcache.training import learner
 from kcdcache.training.batches import Source
 from kcdcache.training.loop import Loop
@@ -21,9 +21,6 @@ from kcdcache.training.sampling import ALL, Sampler, require_enough
 from kcdcache.views import rules
 
 logger = logging.getLogger(__name__)
-
-NEUTRAL = {"checkpoint_seconds", "resident", "graphs", "workers"}
-"""settings that never change a result, so they may differ when a run continues"""
 
 
 def run(
@@ -45,7 +42,7 @@ def run(
     networks_registry.require_known(model, len(data.classes), len(data.mean))  # before a folder is made for it
     require_enough(ALL, settings.batch_size, len(data.train), group.world)
     folder = RunFolder(path=out)
-    document = settings.model_dump(mode="json", exclude=NEUTRAL) | {"model": model}
+    document = recorded(settings) | {"model": model}
     inputs = Inputs(data=data.identity().digest, test=data.test.digest())
     with session(folder, document, inputs, machine, group) as where:
         if where is None:
@@ -80,7 +77,7 @@ def _finish(pupil: learner.Learner, data: Dataset, settings: FitSettings, model:
         images_per_second=logged(folder.timing),
         **data.corrupted(),
     )
-    with run_files.writing(folder.path, dict.fromkeys(("model.safetensors", "model.json"), run_files.Facts())):
+    with run_files.writing(folder.path, learner.files_of(pupil, folder, "model")):
         extra = {"accuracy": summary.accuracy_last, "data": data.identity().digest}
         learner.save(pupil, folder, "model", model, data, extra)
     write_summary(folder, summary)

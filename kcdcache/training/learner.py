@@ -1,7 +1,7 @@
 """A network in training: weights, loss, optimizer, values and counters, with everything a resumed run needs."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kcdcache.condensation import values
 from kcdcache.datasets.datasets import Dataset
 from kcdcache.errors import MismatchError, SettingsError
+from kcdcache.files import run_files
 from kcdcache.methods.losses import entropy
 from kcdcache.methods.run_loss import Loss
 from kcdcache.networks import registry, taps, weights
@@ -20,6 +21,7 @@ from kcdcache.runs.folder import RunFolder
 from kcdcache.runs.state import Checkpoint, MetricsRow
 from kcdcache.settings import MethodSettings, OptimizerSettings
 from kcdcache.teacher.fields import aggregated
+from kcdcache.training.optimizer import Average, flattened, make_optimizer, restore
 from kcdcache.training.processes import ALONE, Group
 
 logger = logging.getLogger(__name__)
@@ -108,6 +110,8 @@ class Learner:
     compiled: Callable[[Tensor], Tensor] | None = None
     """the network compiled by torch, with the same weights"""
     group: Group = ALONE
+    average: Average | None = None
+    """moving average of the weights, kept by the first process"""
 
     @property
     def taken(self) -> int:
@@ -137,6 +141,8 @@ class Learner:
         if self.record is not None:
             found |= {"record.visits": self.record.visits, "record.value": self.record.value}
             found |= _named("start.", self.record.start or {})
+        if self.average is not None:
+            found |= _named("average.", self.average.state_dict())
         return found | self._generators()
 
     def of_processes(self) -> dict[str, Tensor]:
@@ -157,6 +163,8 @@ class Learner:
         self.network.load_state_dict(_section(tensors, "network."))
         self.loss.load_state_dict(_section(tensors, "loss."))
         restore(self.optimizer, _section(tensors, "optimizer."), state.optimizer)
+        if self.average is not None:
+            self.average.load_state_dict(_section(tensors, "average."))
         self.sums = {name: self._own_sum(rows).to(self.device) for name, rows in _section(tensors, "sum.").items()}
         if (record := self.record) is not None:
             record.visits, record.value = (tensors[f"record.{name}"].to(self.device) for name in ("visits", "value"))
@@ -222,58 +230,25 @@ def new_learner(
         record=record,
         compiled=torch.compile(network, dynamic=False) if settings.compile else None,
         group=group,
+        average=None if settings.ema_decay is None or not group.first else Average(network, settings.ema_decay),
     )
-
-
-def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """Return SGD over the parameters, as in CRD/RepDistiller and the paper; fused on a GPU."""
-    trained = list(parameters)
-    return torch.optim.SGD(
-        trained,
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        nesterov=settings.nesterov,
-        fused=True if trained[0].is_cuda else None,
-    )
-
-
-def flattened(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors of an optimizer's `state_dict` by NUMBER.NAME of a parameter, and the rest as JSON values.
-
-    Equal states give equal results in the same order.
-    """
-    state = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    rest: dict[str, dict[str, Any]] = {}
-    for number, entries in sorted(state["state"].items()):
-        for name, value in sorted(entries.items()):
-            if isinstance(value, Tensor):
-                tensors[f"{number}.{name}"] = value
-            else:
-                rest.setdefault(str(number), {})[name] = value
-    return tensors, {"state": rest, "groups": state["param_groups"]}
-
-
-def restore(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    """Set the state of an optimizer over the same parameters from the results of `flattened`."""
-    state: dict[int, dict[str, Any]] = {int(number): dict(entries) for number, entries in rest["state"].items()}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for key, value in tensors.items():
-        number, _, name = key.partition(".")
-        parameter = parameters[int(number)]
-        if value.shape == parameter.shape:  # in the parameter's memory layout, so that steps round equally
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
 
 
 def save(learner: Learner, folder: RunFolder, name: str, model: str, data: Dataset, extra: dict[str, Any]) -> None:
-    """Write the network as NAME.safetensors and NAME.json into the run's folder."""
+    """Write the network as NAME.safetensors and NAME.json into the run's folder, averaged weights into `ema` there."""
     record = weights.NetworkRecord(
         **extra, architecture=model, classes=data.classes, channels=len(data.mean), transform=learner.transform
     )
     weights.save_network(folder.path, name, learner.network, record)
+    if learner.average is not None:
+        weights.save_network(folder.averaged, name, learner.average.network, record)
+
+
+def files_of(learner: Learner, folder: RunFolder, name: str) -> dict[str, run_files.Facts]:
+    """Return what `save` writes, as a run's record of its files has it."""
+    places = [folder.path] if learner.average is None else [folder.path, folder.averaged]
+    made = [place / f"{name}.{kind}" for place in places for kind in ("safetensors", "json")]
+    return {folder.name_of(path): run_files.Facts() for path in made}
 
 
 def _require_shareable(settings: OptimizerSettings, device: torch.device, loss: Loss, group: Group) -> None:

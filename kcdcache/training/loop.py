@@ -20,11 +20,12 @@ from kcdcache.networks.input_transform import enough_memory
 from kcdcache.progress import Progress, silent
 from kcdcache.runs.folder import RunFolder
 from kcdcache.runs.state import MetricsRow, add_timing, load_checkpoint, save_checkpoint, write_metrics
-from kcdcache.settings import OptimizerSettings, Precision
+from kcdcache.settings import Precision
 from kcdcache.training import evaluation
 from kcdcache.training.batches import HostBatches, Source
 from kcdcache.training.device_batches import DeviceBatches, hold, obstacle
 from kcdcache.training.learner import Learner
+from kcdcache.training.optimizer import clip, learning_rate
 from kcdcache.training.processes import ALONE, LEAST, Group
 from kcdcache.training.sampling import Sampler
 from kcdcache.views import prefetch, rules
@@ -128,7 +129,10 @@ class Loop:
         else:  # gradients are averaged over processes, not over samples
             share = 0.0 if batch.idle else learner.group.world / batch.shared
             (weighted.sum() * share).backward()
+        clip(learner.optimizer, self.settings.clip_norm)
         learner.optimizer.step()
+        if learner.average is not None:
+            learner.average.update()
         with torch.no_grad():
             if learner.record is not None and not batch.idle:
                 learner.record.observe(logits, loss, batch.index, batch.mixed)
@@ -208,8 +212,10 @@ class Loop:
         }
         due = learner.epoch + 1 == settings.epochs or (learner.epoch + 1) % settings.evaluate_every == 0
         if due and learner.group.first:  # batch statistics differ between processes; the first one's are kept
-            logits = evaluation.predict(learner.network, learner.transform, self._test_views())
-            found |= evaluation.measure(logits, self._test.labels)
+            found |= self._measured(learner.network)
+            if learner.average is not None:
+                averaged = self._measured(learner.average.network)
+                found |= {f"ema_{name}": value for name, value in averaged.items()}
         row = MetricsRow(
             epoch=learner.epoch,
             learning_rate=learner.optimizer.param_groups[0]["lr"],
@@ -222,6 +228,10 @@ class Loop:
         learner.rows.append(row)
         learner.epoch, learner.step, learner.sums = learner.epoch + 1, 0, {}
         return row
+
+    def _measured(self, network: nn.Module) -> dict[str, float]:
+        logits = evaluation.predict(network, self.learner.transform, self._test_views())
+        return evaluation.measure(logits, self._test.labels)
 
     def _require_finite(self) -> None:
         """Raise NonFiniteError if the network has diverged, with the samples of the first step without finite loss."""
@@ -388,20 +398,3 @@ def _line(row: MetricsRow) -> str:
     stage = "" if row.stage is None else f"stage {row.stage}, "
     measured = "" if row.test_accuracy is None else f", test accuracy {row.test_accuracy:.4f}"
     return f"{stage}loss {row.loss:.4f}{measured}, {row.samples:,} samples, {row.samples_so_far:,} in all"
-
-
-def learning_rate(settings: OptimizerSettings, position: float) -> float:
-    """Return the learning rate at a position in [0, epochs).
-
-    >>> settings = OptimizerSettings(epochs=240)
-    >>> [round(learning_rate(settings, epoch), 6) for epoch in (0, 149, 150, 180, 239)]
-    [0.05, 0.05, 0.005, 0.0005, 5e-05]
-    """
-    if position < settings.warmup_epochs:
-        return settings.learning_rate * (position + 1) / (settings.warmup_epochs + 1)
-    share = position / settings.epochs
-    if settings.decay == "cosine":
-        return settings.learning_rate * (1 + math.cos(math.pi * share)) / 2
-    # a milestone of 0.625 of 24 epochs is epoch 15 exactly; the slack absorbs the share's rounding
-    drops = sum(share >= milestone - 1e-9 for milestone in settings.milestones) if settings.decay == "milestones" else 0
-    return settings.learning_rate * settings.decay_factor**drops

@@ -150,7 +150,7 @@ def _write_results(run: Run, stage: schedule.Stage, pupil: learner.Learner, foun
     if pupil.epoch == stage.stop:
         tables.append(run.folder.stage_values(stage.number))
     facts = run_files.Facts(len(found.visits), values.fingerprint(found))
-    made = dict.fromkeys(("student.safetensors", "student.json"), run_files.Facts())
+    made = learner.files_of(pupil, run.folder, "student")
     with run_files.writing(run.folder.path, made | {run.folder.name_of(path): facts for path in tables}):
         learner.save(pupil, run.folder, "student", student, run.material.data, {"epoch": pupil.epoch})
         for path in tables:

@@ -27,7 +27,8 @@ from kcdcache.teacher import precompute, repair
 from kcdcache.teacher.fields import filter_quantiles
 from kcdcache.teacher.teacher import filter_profiles, freeze
 from kcdcache.training import distill
-from kcdcache.training.learner import Learner, make_optimizer
+from kcdcache.training.learner import Learner
+from kcdcache.training.optimizer import make_optimizer
 
 # quantiles of the norms of filters
 
