@@ -311,7 +311,7 @@ def outcome(rows: Sequence[MetricsRow], count: int, epochs: int) -> Outcome:
     measured = {row.test_accuracy: row.epoch for row in reversed(rows) if row.test_accuracy is not None}  # the first
     assert last.test_accuracy is not None
     assert last.test_calibration_error is not None
-    averaged = {} if last.ema_test_accuracy is None else {"accuracy_ema": last.ema_test_accuracy}
+    averaged: dict[str, Any] = {} if last.ema_test_accuracy is None else {"accuracy_ema": last.ema_test_accuracy}
     return Outcome(
         **averaged,
         accuracy_last=last.test_accuracy,

@@ -50,11 +50,8 @@ def decay_groups(parameters: Sequence[nn.Parameter], settings: OptimizerSettings
     """
     if settings.decay_norms:
         return [{"params": list(parameters)}]
-    flat = [parameter for parameter in parameters if parameter.ndim <= 1]
-    groups = [
-        {"params": [parameter for parameter in parameters if parameter.ndim > 1]},
-        {"params": flat, "weight_decay": 0.0},
-    ]
+    decayed, spared = ([p for p in parameters if (p.ndim > 1) == many] for many in (True, False))
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
