@@ -196,6 +196,9 @@ class OptimizerSettings(Settings):
     """seed of initial weights and sample order"""
     evaluate_every: int = Field(default=1, ge=1)
     """epochs between evaluations on the test split; the last epoch is always evaluated"""
+    log: tuple[Literal["csv", "tensorboard"], ...] = ()
+    """log every epoch for other tools into the run folder: csv (metrics.csv), tensorboard (extra `tensorboard`), or
+    both. Does not affect results"""
     checkpoint_seconds: float = Field(default=60, ge=0)
     """minimum seconds between checkpoints within an epoch. Does not affect results"""
     resident: Literal["auto", "on", "off"] = "auto"
@@ -366,7 +369,7 @@ class TrainSettings(OptimizerSettings, MethodSettings, ScheduleSettings, Condens
         return found
 
 
-NEUTRAL = {"checkpoint_seconds", "memory_gb", "resident", "graphs", "workers", "fidelity"}
+NEUTRAL = {"log", "checkpoint_seconds", "memory_gb", "resident", "graphs", "workers", "fidelity"}
 """settings that do not affect results and may change when a run continues"""
 OF_OPTIMIZER = {"sgd": {"momentum", "nesterov"}, "adamw": {"adam_betas", "adam_epsilon"}}
 """settings that do nothing with another optimizer"""

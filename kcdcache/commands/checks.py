@@ -1,6 +1,7 @@
 """Checks of settings without torch or data: unknown names, and settings that contradict each other."""
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from kcdcache import settings
@@ -112,7 +113,7 @@ def _require_importable(command: settings.PrecomputeCommand) -> None:
 
 
 def _optimizer(command: settings.FitCommand | settings.TrainCommand) -> None:
-    """Raise SettingsError for settings of another optimizer than the chosen one."""
+    """Raise SettingsError for settings of another optimizer than the chosen one, and for a log that cannot be kept."""
     chosen, given = command.training.optimizer, command.given
     for optimizer, names in settings.OF_OPTIMIZER.items():
         if optimizer != chosen and (idle := sorted(names & given)):
@@ -120,6 +121,10 @@ def _optimizer(command: settings.FitCommand | settings.TrainCommand) -> None:
             raise SettingsError(
                 f"{flag} does nothing with --optimizer {chosen}; leave it out, or give --optimizer {optimizer}"
             )
+    if "tensorboard" in command.training.log and find_spec("tensorboard") is None:
+        raise SettingsError(
+            '--log tensorboard needs the extra `tensorboard`: pip install "kcdcache[tensorboard]"; or give --log csv'
+        )
 
 
 def _train(command: settings.TrainCommand) -> None:

@@ -43,6 +43,10 @@ class Loss(nn.Module):
         """whether the terms read the teacher's parameters"""
         self.alone: str = " and ".join(name for name, term in terms.items() if term.remembers)
         """the methods that only one process can train"""
+        self.tells = False
+        """whether a forward pass leaves the terms in `parts`"""
+        self.parts: dict[str, Tensor] = {}
+        """term -> its part of the last loss per sample, which add up to it: hard and soft labels, then the methods'"""
         # tensors, so that a step recorded as a CUDA graph reads the epoch's
         constant(self, "_base", torch.ones(()))
         constant(self, "_shares", torch.ones(len(found)))
@@ -65,10 +69,21 @@ class Loss(nn.Module):
         total = basic(outputs["logits"][: len(batch.labels)], batch, self.weights)
         if self._terms:
             total = self._base * total
+        if self.tells:
+            self.parts = self._basic_parts(outputs["logits"][: len(batch.labels)], batch, total)
         for place, (name, term) in enumerate(zip(self._terms, self._of(), strict=True)):
             given = outputs if term.shows_images else _own_rows(outputs, term, len(batch.labels))
-            total = total + self.weights.parts[name] * self._shares[place] * term(given, batch)
+            own = self.weights.parts[name] * self._shares[place] * term(given, batch)
+            total = total + own
+            if self.tells:
+                self.parts[name] = own.detach()
         return total
+
+    @torch.no_grad()
+    def _basic_parts(self, logits: Tensor, batch: Batch, total: Tensor) -> dict[str, Tensor]:
+        hard = self.weights.gamma * hard_term(logits, batch, self.weights.mix_label, self.weights.smoothing)
+        hard = self._base * hard if self._terms else hard
+        return {"hard": hard} | ({"soft": total - hard} if self.weights.alpha > 0 else {})
 
     def _of(self) -> list[Term]:
         return list(self._terms.values())  # type: ignore[arg-type]

@@ -33,6 +33,10 @@ class RunFolder:
     averaged = _File("ema")
     """folder of the network with averaged weights, if the run averages them"""
     metrics = _File("metrics.jsonl")
+    table = _File("metrics.csv")
+    """what `--log csv` writes"""
+    events = _File("tensorboard")
+    """folder that `--log tensorboard` writes"""
     timing = _File("timing.jsonl")
     """clock times, one line per epoch trained"""
     checkpoints = _File("checkpoint")

@@ -98,6 +98,8 @@ class MetricsRow(Sparse):
     """of the averaged weights, like the next two; unset without --ema-decay"""
     ema_test_loss: float | None = None
     ema_test_calibration_error: float | None = None
+    terms: dict[str, float] | None = None
+    """mean of each term of the loss with its weight; unset without --log, and for the rest of an epoch that began so"""
     view: int
     stage: int | None = None
     """unset, like all below, in a `fit`"""

@@ -3,8 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
 from typing import Any, get_args
 
@@ -19,6 +19,7 @@ from kcdcache.methods.base import Batch
 from kcdcache.networks.input_transform import enough_memory
 from kcdcache.progress import Progress, silent
 from kcdcache.runs.folder import RunFolder
+from kcdcache.runs.logs import TERM, Logs
 from kcdcache.runs.state import MetricsRow, add_timing, load_checkpoint, save_checkpoint, write_metrics
 from kcdcache.settings import Precision
 from kcdcache.training import evaluation
@@ -75,8 +76,10 @@ class Loop:
         self.learner, self.settings, self.folder, self._source = learner, settings, folder, source
         if (found := load_checkpoint(folder)) is not None:
             learner.restore(*found)
-            if learner.group.first:
-                write_metrics(folder, learner.rows)
+        self._logs = Logs(folder, settings.log if learner.group.first else (), len(source.data.train))
+        if found is not None and learner.group.first:
+            write_metrics(folder, learner.rows)
+            self._logs.write(learner.rows)
         learner.group.wait()
         self.batches = batches_of(source, sampler, learner.device, learner.group)
         self._test, rule = source.data.test, rules.plain(source.rule)
@@ -105,7 +108,7 @@ class Loop:
         learner, size, first = self.learner, self.settings.batch_size, self.learner.epoch
         remedy = f"lower --batch-size ({size} now); {ELSEWHERE}"
         interrupt.begin()
-        with exact_arithmetic(), enough_memory(remedy), _enough_samples(size):
+        with closing(self._logs), exact_arithmetic(), enough_memory(remedy), _enough_samples(size):
             while learner.epoch < stop:
                 began = time.perf_counter()
                 timed = partial(self._timed, began, learner.epoch, learner.samples, learner.epoch == first)
@@ -136,7 +139,7 @@ class Loop:
         with torch.no_grad():
             if learner.record is not None and not batch.idle:
                 learner.record.observe(logits, loss, batch.index, batch.mixed)
-            self._totals.add(_counted(logits, loss, batch))
+            self._totals.add(_counted(logits, loss, batch, learner.loss.parts))
 
     def _epoch(self) -> MetricsRow:
         """Train to the end of the epoch; return its row of metrics."""
@@ -156,6 +159,7 @@ class Loop:
         if learner.group.first:
             save_checkpoint(self.folder, learner.tensors(), learner.state())
             write_metrics(self.folder, learner.rows)
+            self._logs.write(learner.rows)
         return row
 
     def _begin_epoch(self) -> None:
@@ -170,9 +174,19 @@ class Loop:
             # networks with dropout draw from torch's own generator
             high, low, *_ = rng.words(self.settings.seed, learner.epoch, rng.STEP, draw=learner.group.rank)
             torch.manual_seed((int(high) << 31) ^ int(low))
+        self._choose_terms()
         learner.network.train()
         learner.loss.begin(learner.epoch, self.settings.epochs)
         learner.sums = self._totals.begin(learner.sums, learner.step)
+
+    def _choose_terms(self) -> None:
+        """Sum the loss's terms if a log has them, but not over the rest of an epoch that began without."""
+        learner = self.learner
+        known = [name for name in learner.sums if name.startswith(TERM)]
+        learner.loss.tells = bool(self.settings.log) and (learner.step == 0 or bool(known))
+        if not learner.loss.tells:
+            learner.loss.parts = {}
+            learner.sums = {name: value for name, value in learner.sums.items() if name not in known}
 
     def _steps(self) -> Iterator[int]:
         """Take the epoch's remaining steps, replayed if possible; yield the number of samples of each."""
@@ -184,7 +198,7 @@ class Loop:
             return
         for size in batches.begin(learner.epoch, learner.taken):
             if size == self.settings.batch_size:
-                self._replay(learner.optimizer.param_groups[0]["lr"])
+                self._replay((learner.optimizer.param_groups[0]["lr"], learner.loss.tells))
             else:
                 self.step(batches.batch(size))
             yield size
@@ -210,6 +224,9 @@ class Loop:
         found: dict[str, Any] = {
             name: float(learner.group.total(learner.sums[name])) / count for name in sorted(learner.sums)
         }
+        terms = {name.removeprefix(TERM): found.pop(name) for name in [*found] if name.startswith(TERM)}
+        if terms:
+            found["terms"] = terms
         due = learner.epoch + 1 == settings.epochs or (learner.epoch + 1) % settings.evaluate_every == 0
         if due and learner.group.first:  # batch statistics differ between processes; the first one's are kept
             found |= self._measured(learner.network)
@@ -384,10 +401,11 @@ def forward_precision(device: torch.device, precision: str) -> AbstractContextMa
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
-def _counted(logits: Tensor, loss: Tensor, batch: Batch) -> dict[str, Tensor]:
+def _counted(logits: Tensor, loss: Tensor, batch: Batch, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what is summed over an epoch's samples; same names in all processes, zeros in an idle one."""
     rows, guess = slice(0 if batch.idle else None), logits.argmax(1)
     parts = {"loss": loss[rows].double().sum(), "train_accuracy": (guess == batch.labels)[rows].sum()}
+    parts |= {f"{TERM}{name}": value[rows].double().sum() for name, value in terms.items()}
     if batch.probabilities is not None:
         parts["agreement"] = (guess == batch.probabilities.argmax(1))[rows].sum()
     return parts

@@ -1,6 +1,7 @@
 """The loop: exact resume wherever it was stopped, metrics that are means, values that are those of what was seen."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -52,15 +53,11 @@ def pupil_of(world, chosen, student=STUDENT, device=CPU, **recording):
     return learner.new_learner(student, world.data, chosen, run_loss.Loss(KD, {}), device, record)
 
 
-def train(
-    world, path, chosen=None, stop=EPOCHS, *, stop_at=None, log=None, clock=None, source=None, adam=False, **more
-):
+def train(world, path, chosen=None, stop=EPOCHS, *, stop_at=None, log=None, clock=None, source=None, **more):
     """Distillation from the store; `stop_at` = (epoch, step) raises there, `log` collects what each step showed."""
     path.mkdir(exist_ok=True)
     chosen, source = chosen or settings_of(), source or world.source
     pupil = pupil_of(world, chosen, **more)
-    if adam:
-        pupil.optimizer = torch.optim.AdamW(pupil.network.parameters(), lr=chosen.learning_rate)
 
     def seen(loss, given, found):
         if (pupil.epoch, pupil.step) == stop_at:
@@ -97,6 +94,11 @@ def uninterrupted(world, tmp_path_factory):
 def test_the_clock_places_epochs_on_the_learning_rates_axis(world, tmp_path):
     train(world, tmp_path, clock=(0.0, 1.9, 2.7))
     assert [row["learning_rate"] for row in metrics(tmp_path)] == pytest.approx([0.02, 0.002, 0.00002])
+    train(world, tmp_path / "warm", settings_of(warmup_epochs=2, decay="cosine"), clock=(0.0, 1.5, 2.25))
+    falling = 0.02 * (1 + math.cos(math.pi * 0.75)) / 2  # at 2.25 of 3 epochs
+    assert [row["learning_rate"] for row in metrics(tmp_path / "warm")] == pytest.approx(
+        [0.02 / 3, 0.02 * 2.5 / 3, falling]
+    )
 
 
 def test_a_run_stopped_at_every_step_is_the_uninterrupted_one(world, uninterrupted, tmp_path):
@@ -109,13 +111,12 @@ def test_a_run_stopped_at_every_step_is_the_uninterrupted_one(world, uninterrupt
 
 
 def test_a_run_with_adamw_continues_exactly_too(world, tmp_path):
-    """Settings know SGD alone: no command's student learns by AdamW, so that it is stopped in this process."""
-    chosen = settings_of(checkpoint_seconds=0, learning_rate=0.003)
-    expected = train(world, tmp_path / "whole", chosen, adam=True)
+    chosen = settings_of(checkpoint_seconds=0, learning_rate=0.003, optimizer="adamw", clip_norm=1.0, ema_decay=0.95)
+    expected = train(world, tmp_path / "whole", chosen)
     for stop_at in ((0, 3), (1, 0), (1, 4)):
         with pytest.raises(StoppedError):
-            train(world, tmp_path / "cut", chosen, stop_at=stop_at, adam=True)
-    assert_same_run(tmp_path / "cut", train(world, tmp_path / "cut", chosen, adam=True), tmp_path / "whole", expected)
+            train(world, tmp_path / "cut", chosen, stop_at=stop_at)
+    assert_same_run(tmp_path / "cut", train(world, tmp_path / "cut", chosen), tmp_path / "whole", expected)
 
 
 def test_without_checkpoints_inside_it_an_epoch_is_repeated_exactly(world, uninterrupted, tmp_path):
@@ -251,9 +252,10 @@ def test_a_compiled_student_learns_what_an_eager_one_does(world, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here: CUDA graphs are exercised only on one")
-def test_a_gpu_replays_the_steps_it_would_take_one_by_one(world, tmp_path):
+@pytest.mark.parametrize("more", [{}, {"optimizer": "adamw", "clip_norm": 0.5, "ema_decay": 0.9, "log": ("csv",)}])
+def test_a_gpu_replays_the_steps_it_would_take_one_by_one(world, tmp_path, more):
     one, other = (
-        train(world, tmp_path / str(flag), settings_of(graphs=flag), device=torch.device("cuda")).tensors()
+        train(world, tmp_path / str(flag), settings_of(graphs=flag, **more), device=torch.device("cuda")).tensors()
         for flag in (True, False)
     )
     for name, value in other.items():

@@ -32,7 +32,8 @@ CPU = torch.device("cpu")
 CE = run_loss.Loss(run_loss.weights_of(MethodSettings(method="ce")), {})
 UNEVEN = 31
 """batch size that no number of processes divides; it leaves 14 samples of 200 to the last batch"""
-TRAIN = {"data": SPEC, "epochs": 4, "stages": 2, "batch_size": UNEVEN, "keep": 0.6, "threads": 1}
+TRAIN = {"data": SPEC, "epochs": 4, "stages": 2, "batch_size": UNEVEN, "keep": 0.6, "threads": 1, "ema_decay": 0.9,
+         "clip_norm": 1}  # fmt: skip
 FIT = {"data": SPEC, "epochs": 2, "batch_size": UNEVEN, "threads": 1, "augment": "crop", "padding": 2}
 FILL = {"data": SPEC, "augment": "crop", "padding": 2, "views": 3, "batch_size": 16, "min_accuracy": 0, "threads": 1}
 TINY = "lessons:TinyNet"
@@ -86,6 +87,10 @@ class Worlds:
         self.runs = {world: root / str(world) for world in (1, WORLD)}
         self.told = {world: done(start, words(place, run), world, f"{run}.log") for world, run in self.runs.items()}
         self.weights = {world: load_file(run / f"{weights}.safetensors") for world, run in self.runs.items()}
+        if stage == "train":
+            averages = {world: load_file(run / "ema" / f"{weights}.safetensors") for world, run in self.runs.items()}
+            for world, average in averages.items():
+                self.weights[world] |= {f"average of {name}": value for name, value in average.items()}
 
 
 @pytest.fixture(scope="module")
