@@ -25,9 +25,14 @@ NOT_IMPORTED = {
 
 def require_possible(command: settings.Settings) -> None:
     """Raise SettingsError if a network, method, data set, field or encoding is unknown, or settings contradict."""
+    if data := settings.values_of(command).get("data"):
+        spec.parse(data)
+    require_consistent(command)
+
+
+def require_consistent(command: settings.Settings) -> None:
+    """Raise SettingsError as `require_possible` does, but for the data, which may be loaded already."""
     values = settings.values_of(command)
-    if values.get("data"):
-        spec.parse(values["data"])
     for network in filter(None, map(values.get, ("model", "student", "peer"))):
         require_known_name(network)
     _require_known("encoding", [values.get("encoding", "float32")], ENCODINGS)

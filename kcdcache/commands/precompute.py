@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kcdcache.commands import Result
 from kcdcache.condensation import manifest
+from kcdcache.datasets.datasets import Dataset
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.export.condensed_set import load_data
 from kcdcache.methods import run_loss
@@ -14,9 +15,10 @@ from kcdcache.progress import Progress, silent
 from kcdcache.settings import MethodSettings, Mix, PrecomputeCommand, values_of
 from kcdcache.store import reader
 from kcdcache.store.identity import Knowledge
-from kcdcache.store.writer import shard_of
+from kcdcache.store.writer import WHOLE, Shard, shard_of
 from kcdcache.teacher import precompute
 from kcdcache.teacher import teacher as teachers
+from kcdcache.teacher.teacher import Teacher
 from kcdcache.training import requery
 from kcdcache.views import rules
 
@@ -30,8 +32,21 @@ def run(command: PrecomputeCommand, progress: Progress = silent, dry_run: bool =
     probabilities = bool(command.from_probabilities)
     if (file := command.imported) is not None:
         return precompute.import_logits(settings, data, file, command.store, progress, dry_run, probabilities)
-    settings = settings.model_copy(update=data.usual_views(command.given))
     teacher = teachers.load_named(command.teaching, data, settings.teacher_precision, machine, probabilities)
+    made = store_with(command, data, teacher, progress, dry_run, shard)
+    return made if made.get("finished", True) else made | {"unsealed": _remedy(command, made["parts_left"])}
+
+
+def store_with(
+    command: PrecomputeCommand,
+    data: Dataset,
+    teacher: Teacher,
+    progress: Progress = silent,
+    dry_run: bool = False,
+    shard: Shard = WHOLE,
+) -> Result:
+    """Store a teacher's outputs on loaded data; return the contents of the store, or with `dry_run` its plan."""
+    settings, machine = command.precompute.model_copy(update=data.usual_views(command.given)), command.machine
     if command.for_ is not None:
         rule = rules.rule_from(settings, data.train.image_size)
         planned = Knowledge(teacher=teacher.identity, data=data.identity(), views=rule)
@@ -49,8 +64,7 @@ def run(command: PrecomputeCommand, progress: Progress = silent, dry_run: bool =
         requery.write(path, mixes, knowledge, data, teacher, progress)
         return precompute.describe(path)
     more = machine.model_dump(exclude={"device"})
-    made = precompute.run(settings, data, teacher, command.store, progress, shard=shard, dry_run=dry_run, **more)
-    return made if made.get("finished", True) else made | {"unsealed": _remedy(command, made["parts_left"])}
+    return precompute.run(settings, data, teacher, command.store, progress, shard=shard, dry_run=dry_run, **more)
 
 
 def _remedy(command: PrecomputeCommand, left: int) -> str:

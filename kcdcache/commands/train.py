@@ -5,13 +5,15 @@ from pathlib import Path
 
 from kcdcache.commands import Result
 from kcdcache.condensation import manifest, schedule
+from kcdcache.condensation.manifest import Manifest
 from kcdcache.datasets.datasets import Dataset
 from kcdcache.export import condensed_set
 from kcdcache.export.condensed_set import load_data
 from kcdcache.methods import catalogue
 from kcdcache.progress import Progress, silent
 from kcdcache.report import show
-from kcdcache.settings import FitCommand, TrainCommand, TrainSettings
+from kcdcache.runs.state import Summary
+from kcdcache.settings import FitCommand, FitSettings, TrainCommand, TrainSettings
 from kcdcache.store import reader
 from kcdcache.teacher.teacher import Teacher, load_again
 from kcdcache.training import distill, evaluation, processes, requery
@@ -29,7 +31,7 @@ FEW_VIEWS = (
 def fit(command: FitCommand, progress: Progress = silent, dry_run: bool = False) -> Result:
     """Train a teacher or a baseline; return its summary, or with `dry_run` the plan."""
     data = load_data(command.data)
-    settings = command.training.model_copy(update=data.usual_views(command.given))
+    settings = fit_settings_of(command, data)
     if dry_run:
         return {
             "would": "fit",
@@ -39,9 +41,19 @@ def fit(command: FitCommand, progress: Progress = silent, dry_run: bool = False)
             "out": str(command.out),
             **data.corrupted(),
         }
+    return fit_on(command, data, progress).document()
+
+
+def fit_settings_of(command: FitCommand, data: Dataset) -> FitSettings:
+    """Return a run's settings; for digits, with their usual views."""
+    return command.training.model_copy(update=data.usual_views(command.given))
+
+
+def fit_on(command: FitCommand, data: Dataset, progress: Progress = silent) -> Summary:
+    """Train a network on loaded data; return its summary."""
     with processes.group_of() as group:
-        made = fitting.run(
-            settings,
+        return fitting.run(
+            fit_settings_of(command, data),
             data=data,
             model=command.model,
             out=command.out,
@@ -49,21 +61,27 @@ def fit(command: FitCommand, progress: Progress = silent, dry_run: bool = False)
             machine=command.machine,
             progress=progress,
         )
-    return made.document()
 
 
 def run(command: TrainCommand, progress: Progress = silent, dry_run: bool = False) -> Result:
     """Run Algorithm 1 or a part of it; return the summary, or with `dry_run` the stages and their expected cost."""
-    places = (command.store, command.manifest, command.condensed)
-    show.require_ids((path for path in places if path), command.expect_id)
+    data = load_data(command.data)
+    if dry_run:
+        settings = settings_of(command)
+        return _planned_stages(settings, _material(command, settings, data), command.out)
+    return train_on(command, data, progress).document()
+
+
+def train_on(
+    command: TrainCommand, data: Dataset, progress: Progress = silent, given: Manifest | None = None
+) -> Summary | distill.Stopped:
+    """Train a student on loaded data, starting from the condensed set `given` if it is not the command's."""
     settings = settings_of(command)
-    material = _material(command, settings)
+    material = _material(command, settings, data, given)
     if 3 * material.knowledge.views < settings.epochs and settings.method != "ce":
         logger.warning(FEW_VIEWS, material.knowledge.views, settings.epochs)
-    if dry_run:
-        return _planned_stages(settings, material, command.out)
     with processes.group_of() as group:
-        made = distill.run(
+        return distill.run(
             settings,
             material,
             out=command.out,
@@ -72,7 +90,6 @@ def run(command: TrainCommand, progress: Progress = silent, dry_run: bool = Fals
             machine=command.machine,
             progress=progress,
         )
-    return made.document()
 
 
 def settings_of(command: TrainCommand) -> TrainSettings:
@@ -87,10 +104,14 @@ def settings_of(command: TrainCommand) -> TrainSettings:
     return asked.model_copy(update=changed | stages)
 
 
-def _material(command: TrainCommand, settings: TrainSettings) -> distill.Material:
-    """Open data and knowledge: a store, with or without a manifest, or an exported set."""
-    data, given, mixes = load_data(command.data), None, None
+def _material(
+    command: TrainCommand, settings: TrainSettings, data: Dataset, given: Manifest | None = None
+) -> distill.Material:
+    """Open the knowledge for some data: a store, with or without a manifest, or an exported set."""
+    places = (command.store, command.manifest, command.condensed)
+    show.require_ids((path for path in places if path), command.expect_id)
     knowledge: reader.Store
+    mixes = None
     if command.condensed is not None:
         opened = condensed_set.open(command.condensed)
         knowledge, given, mixes = opened.knowledge, opened.manifest, opened.mixes
@@ -100,7 +121,8 @@ def _material(command: TrainCommand, settings: TrainSettings) -> distill.Materia
         assert command.store is not None
         knowledge = reader.open(command.store)
         if command.manifest is not None:
-            given = distill.accept(manifest.read(command.manifest, knowledge.count), knowledge, command.transfer)
+            given = manifest.read(command.manifest, knowledge.count)
+        given = None if given is None else distill.accept(given, knowledge, command.transfer)
     return distill.Material(
         data=data,
         knowledge=knowledge,

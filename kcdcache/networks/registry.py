@@ -1,7 +1,9 @@
-"""Networks by name: our zoo, torchvision, timm, or any importable factory."""
+"""Networks by name: our zoo, torchvision, timm, any importable factory, or one given as a Python object."""
 
 import hashlib
 import importlib
+import inspect
+import logging
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -13,6 +15,8 @@ from kcdcache.errors import SettingsError, nearest
 from kcdcache.networks import taps
 from kcdcache.networks.catalogue import NETWORKS, require_known_name
 
+logger = logging.getLogger(__name__)
+
 # without their training-only second outputs, and without a warning about initialisation
 TORCHVISION_OPTIONS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},
@@ -23,9 +27,10 @@ TORCHVISION_OPTIONS: dict[str, dict[str, Any]] = {
 def build(spec: str, classes: int, seed: int | None = None, channels: int = 3) -> nn.Module:
     """Return a network on the CPU whose initial weights depend on spec, shapes and `seed` alone.
 
-    `spec` is a name in `NETWORKS`, `torchvision:NAME`, `timm:NAME`, or `my.module:factory`, which is imported and
-    called with `num_classes=classes`. `seed` is in [0, 2^64), 0 if None. Torch's global generator is not changed.
-    Raises SettingsError if the name is unknown, its package is missing, or it does not take these channels.
+    `spec` is a name in `NETWORKS`, `torchvision:NAME`, `timm:NAME`, a name that `adopt` returned in this process, or
+    `my.module:factory`, which is imported and called, see `call`. `seed` is in [0, 2^64), 0 if None. Torch's global
+    generator is not changed. Raises SettingsError if the name is unknown, its package is missing, or it does not take
+    these channels.
     """
     make = _maker(spec, classes, channels)
     with torch.random.fork_rng(devices=[]):
@@ -40,12 +45,12 @@ def require_known(spec: str, classes: int, channels: int = 3) -> None:
 
 
 def runs_foreign_code(spec: str) -> bool:
-    """Return whether building `spec` imports the user's code.
+    """Return whether building `spec` runs the user's code, imported or given as an object.
 
     >>> runs_foreign_code("my.module:factory"), runs_foreign_code("timm:resnet18"), runs_foreign_code("wrn_16_2")
     (True, False, False)
     """
-    return ":" in spec and spec.partition(":")[0] not in PACKAGES
+    return ":" in spec and spec.partition(":")[0] not in ("torchvision", "timm")
 
 
 def _maker(spec: str, classes: int, channels: int) -> Callable[[], nn.Module]:
@@ -53,7 +58,7 @@ def _maker(spec: str, classes: int, channels: int) -> Callable[[], nn.Module]:
     if spec in NETWORKS:
         return partial(NETWORKS[spec], classes, channels)
     source, _, name = spec.partition(":")
-    return PACKAGES[source](name, classes, channels) if source in PACKAGES else _factory(source, name, classes)
+    return PACKAGES.get(source, partial(_factory, source))(name, classes, channels)
 
 
 def _torchvision(name: str, classes: int, channels: int) -> Callable[[], nn.Module]:
@@ -78,11 +83,105 @@ def _timm(name: str, classes: int, channels: int) -> Callable[[], nn.Module]:
     return partial(timm.create_model, name, pretrained=False, num_classes=classes, in_chans=channels)
 
 
-PACKAGES: dict[str, Callable[[str, int, int], Callable[[], nn.Module]]] = {"torchvision": _torchvision, "timm": _timm}
+Factory = Callable[..., nn.Module]
+OWN: dict[str, Factory] = {}
+"""factories given as Python objects in this process, by name without the prefix; see `adopt`"""
+CLASSES, CHANNELS = ("num_classes", "classes", "n_classes", "num_labels"), ("in_channels", "channels", "in_chans")
+"""names of parameters that take the number of classes, of channels"""
+LIBRARIES = {"torch", "torchvision", "timm"}
+"""packages whose versions are recorded, so that their sources need no digest"""
+
+
+def adopt(factory: Factory, classes: int, channels: int = 3) -> str:
+    """Make a factory known to this process and return its name for `build`: `python:CLASS@DIGEST`, see `name_of`.
+
+    The factory is called as by `call`, here and for every network that is built. Raises SettingsError if it does not
+    return an nn.Module.
+    """
+    with torch.random.fork_rng(devices=[]):
+        name = name_of(call(factory, classes, channels, repr(factory)))
+    OWN[name.removeprefix("python:")] = factory
+    return name
+
+
+def name_of(network: nn.Module) -> str:
+    """Return the name of a network that was given as an object, with 12 hex digits of the SHA-256 of its code.
+
+    The digest is over the network's structure (its `repr`) and the source of its classes, but for those of torch,
+    torchvision and timm. A class whose source cannot be read counts by its name, and a warning says so.
+    """
+    kinds = {type(module) for module in network.modules()}
+    own = sorted((kind for kind in kinds if kind.__module__.split(".")[0] not in LIBRARIES), key=_full_name)
+    state = hashlib.sha256(repr(network).encode())
+    for kind in own:
+        state.update(f"\0{_full_name(kind)}\0{_source(kind)}".encode())
+    return f"python:{type(network).__name__}@{state.hexdigest()[:12]}"
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        logger.warning("the source of %s cannot be read: a change of its code will not be noticed", kind.__qualname__)
+        return ""
+
+
+def call(factory: Factory, classes: int, channels: int, name: str) -> nn.Module:
+    """Return the network of a factory, which gets the number of classes and channels as far as it takes them.
+
+    By the first parameter of each kind in `CLASSES` and `CHANNELS`; where it names none, the classes go to the only
+    parameter without a default, or as `num_classes` to a factory that takes any keyword. Raises SettingsError, with
+    `name`, if it needs more than that or does not return an nn.Module.
+    """
+    given, parameters = dict[str, int](), inspect.signature(factory).parameters
+    for names, value in ((CLASSES, classes), (CHANNELS, channels)):
+        given |= dict.fromkeys([known for known in names if known in parameters][:1], value)
+    needed = [key for key, one in parameters.items() if one.default is one.empty and one.kind not in VARIABLE]
+    missing, any_keyword = [key for key in needed if key not in given], inspect.Parameter.VAR_KEYWORD
+    if not given.keys() & set(CLASSES):
+        if len(missing) == 1:
+            return _require_network(factory(classes, **given), name)
+        if any(one.kind is any_keyword for one in parameters.values()):
+            given["num_classes"], missing = classes, []
+    if missing:
+        raise SettingsError(
+            f"{name} needs {', '.join(missing)}, which are not known here; a factory gets the number of classes as "
+            f"{' or '.join(CLASSES[:2])} (or as its only parameter): wrap it, as in lambda num_classes: ..."
+        )
+    return _require_network(factory(**given), name)
+
+
+VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _require_network(made: object, name: str) -> nn.Module:
+    if not isinstance(made, nn.Module):
+        raise SettingsError(f"{name} should return a torch.nn.Module, it returned {type(made).__name__}")
+    return made
+
+
+def _adopted(name: str, classes: int, channels: int) -> Callable[[], nn.Module]:
+    if name not in OWN:
+        raise SettingsError(
+            f"the network python:{name} was given as a Python object and cannot be made by its name: give the object "
+            "again, from Python, or a factory that can be imported, as my.module:factory"
+        )
+    return partial(call, OWN[name], classes, channels, f"python:{name}")
+
+
+PACKAGES: dict[str, Callable[[str, int, int], Callable[[], nn.Module]]] = {
+    "torchvision": _torchvision,
+    "timm": _timm,
+    "python": _adopted,
+}
 """prefix of a spec -> function of (name, classes, channels) that returns a maker"""
 
 
-def _factory(module_name: str, name: str, classes: int) -> Callable[[], nn.Module]:
+def _factory(module_name: str, name: str, classes: int, channels: int) -> Callable[[], nn.Module]:
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
@@ -91,15 +190,7 @@ def _factory(module_name: str, name: str, classes: int) -> Callable[[], nn.Modul
     if not callable(factory):
         hint = nearest(name, [key for key in vars(module) if not key.startswith("_")])
         raise SettingsError(f"{module_name} has no function '{name}'; {hint}")
-
-    def make() -> nn.Module:
-        network = factory(num_classes=classes)
-        if not isinstance(network, nn.Module):
-            found = type(network).__name__
-            raise SettingsError(f"{module_name}:{name} should return a torch.nn.Module, it returned {found}")
-        return network
-
-    return make
+    return partial(call, factory, classes, channels, f"{module_name}:{name}")
 
 
 def torch_seed(seed: int) -> int:

@@ -223,7 +223,9 @@ def filter_profiles(network: nn.Module) -> dict[str, list[float]]:
 
 def _check_saved(record: NetworkRecord, path: Path, classes: tuple[str, ...], channels: int, spec: str | None) -> None:
     architecture = record.architecture
-    if spec is None and registry.runs_foreign_code(architecture):
+    if spec is None and architecture.startswith("python:"):
+        registry.require_known(architecture, len(classes), channels)
+    elif spec is None and registry.runs_foreign_code(architecture):
         raise UnsafeError(
             f"{path} asks to import '{architecture}', which could run any code, so only you may name it: give "
             f"'{architecture}' as the network and {path.parent} as its weights"
