@@ -186,6 +186,10 @@ class Manifest(Facts):
     def __len__(self) -> int:
         return len(self.index)
 
+    def __repr__(self) -> str:
+        mixed, kept = int(self.mixed.sum()), f"{len(self):,} of {self.count:,} samples"
+        return f"Manifest({kept}: {len(self) - mixed:,} in K_1H, {mixed:,} in K_Aug; digest {self.digest[:12]})"
+
     def columns(self) -> dict[str, np.ndarray]:
         """Return the arrays by name, each of shape (rows,)."""
         return {name: getattr(self, name) for name in ARRAYS}

@@ -79,6 +79,10 @@ class Dataset:
     """published mean and std; None to compute them from the training images"""
     corruption: Corruption = field(default_factory=Corruption)
 
+    def __repr__(self) -> str:
+        sizes = f"{len(self.train):,} training and {len(self.test):,} test images"
+        return f"Dataset({self.name!r}: {sizes}, {len(self.classes)} classes)"
+
     def usual_views(self, given: Collection[str]) -> dict[str, str | int]:
         """Return the default view settings for digits (no flips) that are not given; none if `augment` is given."""
         usual: dict[str, str | int] = {"augment": "crop", "padding": 2} if self.name.startswith("digits") else {}

@@ -71,6 +71,10 @@ class Store:
         """chunk key -> log entry"""
         self._lock = threading.Lock()
 
+    def __repr__(self) -> str:
+        rows, fields = f"{self.count:,} samples x {self.views} views", ", ".join(self.fields)
+        return f"Store({str(self.path)!r}: {rows} of {fields}; teacher {self.knowledge.teacher.architecture})"
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_lock"}
 
