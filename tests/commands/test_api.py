@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -268,7 +269,7 @@ def test_the_package_offers_its_functions_and_names_what_is_missing():
 
 def test_the_guides_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    page = {"__name__": "__main__"}
+    page: dict[str, Any] = {"__name__": "__main__"}
     for block in BLOCKS:
         exec(block, page)
     assert page["run"].summary.finished
