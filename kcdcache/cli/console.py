@@ -15,11 +15,13 @@ from kcdcache import errors
 from kcdcache.commands import TextTable
 from kcdcache.files import cloud
 from kcdcache.files.cloud import FULL
-from kcdcache.progress import Progress, silent
+from kcdcache.progress import EPOCH, Progress, silent
 
 SCHEMA_VERSION = 0
 LABELS = {"K_1H": "K_1H (kept as they are)", "K_Aug": "K_Aug (kept and enriched)", "K_0": "K_0 (dropped)"}
 EVERY_SECONDS = 10
+SPEED_SECONDS = 600
+"""period over which a bar's speed and time left are measured: an epoch may take minutes"""
 
 
 def printable(text: str) -> str:
@@ -74,7 +76,7 @@ def telling(quiet: bool) -> Iterator[Progress]:
 
 
 class PlainProgress:
-    """Progress lines on stderr: one every ten seconds, and the last one of each work."""
+    """Progress lines on stderr: one per epoch, of other work one every ten seconds and the last one."""
 
     def __init__(self) -> None:
         self._began: dict[str, tuple[float, int]] = {}
@@ -84,12 +86,17 @@ class PlainProgress:
         """Report the progress of one work."""
         now = time.monotonic()
         began, first = self._began.setdefault(what, (now, done))
-        if now - self._last < EVERY_SECONDS and done < total:
+        if what != EPOCH and now - self._last < EVERY_SECONDS and done < total:
             return
         self._last = now
         rate = (done - first) / (now - began) if now > began else 0
         left = f", {(total - done) / rate:,.0f} s left" if rate > 0 and done < total else ""
-        say(printable(f"{what}: {done:,} of {total:,} ({remark}{left})"))
+        line = (
+            f"{what} {done:,} of {total:,}: {remark}{left}"
+            if what == EPOCH
+            else (f"{what}: {done:,} of {total:,} ({remark}{left})")
+        )
+        say(printable(line))
         if done >= total:
             self._began.pop(what)
 
@@ -109,14 +116,21 @@ class LiveProgress:
 
     def __call__(self, what: str, done: int, total: int, remark: str) -> None:
         """Report the progress of one work."""
+        self._show(what, done, total, remark=printable(remark))
+        if done >= total:
+            self._bars.stop_task(self._tasks.pop(what))
+
+    def inside(self, what: str, done: float, total: int) -> None:
+        """Move a bar within a piece of its work, such as an epoch; see `progress.inside`."""
+        self._show(what, done, total)
+
+    def _show(self, what: str, done: float, total: int, **remark: str) -> None:
         if self._bars is None:
             self._bars = _bars()
             self._bars.start()
-        if what not in self._tasks:
-            self._tasks[what] = self._bars.add_task(printable(what), remark="")
-        self._bars.update(self._tasks[what], completed=done, total=total, remark=printable(remark))
-        if done >= total:
-            self._bars.stop_task(self._tasks.pop(what))
+        if what not in self._tasks:  # begun where the work is, so that a resumed one is not taken for fast
+            self._tasks[what] = self._bars.add_task(printable(what), completed=done, total=total, remark="")
+        self._bars.update(self._tasks[what], completed=done, total=total, **remark)
 
     def line(self, text: str) -> None:
         """Print a line above the bars, if there are any."""
@@ -132,11 +146,29 @@ class LiveProgress:
 
 def _bars() -> Any:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.progress import TimeRemainingColumn as Left
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(paced(task.speed))
 
     what, remark = (TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[remark]"))
-    columns = (what, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), remark)
-    return Progress(*columns, console=Console(stderr=True, force_terminal=True))
+    columns = (what, BarColumn(), MofNCompleteColumn(), Speed(), Left(), remark)
+    console = Console(stderr=True, force_terminal=True)
+    return Progress(*columns, console=console, speed_estimate_period=SPEED_SECONDS)
+
+
+def paced(speed: float | None) -> str:
+    """Return a bar's speed, per second or as seconds for one piece.
+
+    >>> paced(1234.5), paced(2.5), paced(0.05), paced(None)
+    ('1,234/s', '2.5/s', '20.0 s each', '')
+    """
+    if not speed:
+        return ""
+    return f"{speed:,.{0 if speed >= 10 else 1}f}/s" if speed >= 1 else f"{1 / speed:,.1f} s each"
 
 
 class _Lines(logging.Handler):

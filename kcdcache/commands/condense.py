@@ -55,7 +55,7 @@ def run(
         )  # fmt: skip
         if dry_run:
             return {"would": "condense", **_plan(command, samples, source).draft(source).summary(), **note, **sizes}
-        return {**_made(command, samples, source), **note}
+        return {**_made(command, samples, source, progress), **note}
 
 
 def estimate(command: CondenseCommand, count: int) -> Result:
@@ -88,7 +88,7 @@ def _plan(command: CondenseCommand, samples: Samples, source: Source) -> ranking
     return summary.plan(source, command.rules, samples, stage=stage, keep=command.keep, previous=previous)
 
 
-def _made(command: CondenseCommand, samples: Samples, source: Source) -> Result:
+def _made(command: CondenseCommand, samples: Samples, source: Source, progress: Progress) -> Result:
     """Plan and write a manifest, or accept an existing one if it is the same.
 
     Parts under construction and spilled data are in a folder next to it.
@@ -98,6 +98,7 @@ def _made(command: CondenseCommand, samples: Samples, source: Source) -> Result:
     with atomic.beside(out) if beyond or several else nullcontext(out) as place:
         large_plan = _large_plan(command, samples, source, place / "spill")
         with large_plan if beyond else nullcontext(_plan(command, samples, source)) as plan:
+            progress("condense", 1, 3, "ranked")
             draft = plan.draft(source)
             there = (out / parquet.SEAL if out.is_dir() else out).exists()
             if not there:
@@ -105,7 +106,9 @@ def _made(command: CondenseCommand, samples: Samples, source: Source) -> Result:
                     draft.write(out, command.partition_rows, place)
                 except LockedError:  # another process was first, perhaps with the same manifest
                     there = True
+            progress("condense", 2, 3, "written")
             made = draft.summary()
+            progress("condense", 3, 3, f"{samples.count:,} samples")
     atomic.remove_orphans(out)
     if there and manifest.read_head(out, samples.count).digest != made["digest"]:
         raise LockedError(f"{out} holds another manifest; manifests are never overwritten: give another --out")

@@ -48,7 +48,7 @@ def run(command: VerifyCommand, progress: Progress = silent) -> Result:
     if command.repair:
         return _repaired(command, progress)
     kind = show.kind_of(path)
-    result = {"kind": kind, "path": str(path), "id": show.id_of(path), **CHECKS[kind](command)}
+    result = {"kind": kind, "path": str(path), "id": show.id_of(path), **CHECKS[kind](command, progress)}
     if not taught and command.data is None:
         return result
     if kind != "store" or command.data is None:
@@ -56,7 +56,7 @@ def run(command: VerifyCommand, progress: Progress = silent) -> Result:
     knowledge, data = reader.open(path), load_data(command.data)
     store_check.check_data(knowledge, data)
     result["data"] = "the store's"
-    return result | {"recomputed": _recompute(command, knowledge, data)._asdict()} if taught else result
+    return result | {"recomputed": _recompute(command, knowledge, data, progress)._asdict()} if taught else result
 
 
 def verify(path: Path, **given: Any) -> Result:
@@ -75,7 +75,7 @@ def _repaired(command: VerifyCommand, progress: Progress) -> Result:
         means = repair.Means(data=data, network=_teacher(command, data, repair.knowledge_of(path)))
     replaced = repair.repair(path, means, progress)
     whole = command.model_copy(update={"read_data": True})
-    return {"kind": kind, "path": str(path), "repaired": replaced, **_store(whole)}
+    return {"kind": kind, "path": str(path), "repaired": replaced, **_store(whole, progress)}
 
 
 REMEDIES: Mapping[str, str] = {
@@ -101,9 +101,9 @@ def _teacher(command: VerifyCommand, data: Dataset, knowledge: Knowledge) -> Tea
     return load_again(command.teaching, data, knowledge, command.path, MachineSettings(device=command.device))
 
 
-def _recompute(command: VerifyCommand, knowledge: reader.Store, data: Dataset) -> Recheck:
+def _recompute(command: VerifyCommand, knowledge: reader.Store, data: Dataset, progress: Progress) -> Recheck:
     network = _teacher(command, data, knowledge.knowledge)
-    found = recheck(knowledge, data, network, points=command.points, seed=command.sample_seed)
+    found = recheck(knowledge, data, network, points=command.points, seed=command.sample_seed, progress=progress)
     if found.largest > TOLERANCE:
         raise CorruptionError(
             f"the teacher no longer gives what {knowledge.path} holds: {found.differing} of {found.points} points "
@@ -116,7 +116,15 @@ def _recompute(command: VerifyCommand, knowledge: reader.Store, data: Dataset) -
     return found
 
 
-def recheck(knowledge: reader.Store, data: Dataset, network: Teacher, *, points: int, seed: int = 0) -> Recheck:
+def recheck(
+    knowledge: reader.Store,
+    data: Dataset,
+    network: Teacher,
+    *,
+    points: int,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Recheck:
     """Run the teacher again on random batches and compare with the store; raises MismatchError for another teacher."""
     if knowledge.knowledge.mixes is not None:
         raise SettingsError(
@@ -136,6 +144,7 @@ def recheck(knowledge: reader.Store, data: Dataset, network: Teacher, *, points:
             break
         more = _compared(knowledge, data, network, *batches[number])
         found = Recheck(found.points + more.points, found.differing + more.differing, max(found.largest, more.largest))
+        progress("recompute", min(found.points, points), points, f"{found.differing} differ")
     return found
 
 
@@ -159,9 +168,9 @@ def _compared(
     return Recheck(len(index), int(differing.sum()), largest)
 
 
-def _store(command: VerifyCommand) -> Result:
+def _store(command: VerifyCommand, progress: Progress) -> Result:
     path = command.path
-    found = store_check.verify(path, share=_share(command), seed=command.sample_seed)
+    found = store_check.verify(path, share=_share(command), seed=command.sample_seed, progress=progress)
     _require_none(path, found.problems)
     result: Result = {"files": found.files, "files_read": found.read, "bytes_read": found.bytes, "problems": 0}
     if not found.read:
@@ -171,21 +180,21 @@ def _store(command: VerifyCommand) -> Result:
     return result
 
 
-def _run(command: VerifyCommand) -> Result:
+def _run(command: VerifyCommand, progress: Progress) -> Result:
     found = runs_check.check(command.path)
     _require_none(command.path, found.problems)
     cut = {"cut_short": list(found.unfinished)} if found.unfinished else {}
     return found.counts | {"finished": found.finished, "problems": 0} | cut
 
 
-def _condensed(command: VerifyCommand) -> Result:
+def _condensed(command: VerifyCommand, progress: Progress) -> Result:
     path = command.path
     _require_none(path, condensed_set.problems(path, share=_share(command), seed=command.sample_seed))
     opened = condensed_set.open(path)
     return {"rows": opened.knowledge.plan.count, "kept": len(opened.manifest), "problems": 0}
 
 
-def _network(command: VerifyCommand) -> Result:
+def _network(command: VerifyCommand, progress: Progress) -> Result:
     weights.load_network(command.path.with_suffix(".json"))
     return {"problems": 0}
 
@@ -201,11 +210,11 @@ def _require_none(path: Path, problems: Sequence[str]) -> None:
         raise CorruptionError(f"{path}: {len(problems)} problems\n  {shown}")
 
 
-CHECKS: Mapping[str, Callable[[VerifyCommand], Result]] = {
+CHECKS: Mapping[str, Callable[[VerifyCommand, Progress], Result]] = {
     "condensed": _condensed,
     "store": _store,
     "run": _run,
-    "manifest": lambda command: {"rows": len(manifest.read(command.path)), "problems": 0},
-    "values": lambda command: {"rows": show.inspect(command.path)["samples"], "problems": 0},
+    "manifest": lambda command, progress: {"rows": len(manifest.read(command.path)), "problems": 0},
+    "values": lambda command, progress: {"rows": show.inspect(command.path)["samples"], "problems": 0},
     "network": _network,
 }

@@ -11,6 +11,7 @@ from kcdcache.datasets.datasets import Dataset
 from kcdcache.datasets.images import sample_digest
 from kcdcache.errors import CorruptionError, MismatchError, attempt, require_same
 from kcdcache.files.atomic import sha256_file
+from kcdcache.progress import Progress, silent
 from kcdcache.store import identity, log
 from kcdcache.store.reader import Store, check
 
@@ -28,7 +29,7 @@ class Verification(NamedTuple):
     """one line per damage, with file and samples; empty for a sound store"""
 
 
-def verify(path: Path | str, *, share: float = 1.0, seed: int = 0) -> Verification:
+def verify(path: Path | str, *, share: float = 1.0, seed: int = 0, progress: Progress = silent) -> Verification:
     """Check records against commits, array documents against the plan, and chunk files against their sizes and SHA-256.
 
     All damage is collected. A `share` in [0, 1] of the chunk files, chosen by `seed`, is hashed: at least one, unless
@@ -50,9 +51,10 @@ def verify(path: Path | str, *, share: float = 1.0, seed: int = 0) -> Verificati
     sound = check(store, report)
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(sound))
     read = [sound[place] for place in sorted(order[: math.ceil(share * len(sound))].tolist())]
-    for chunk in read:
+    for done, chunk in enumerate(read, 1):
         if sha256_file(root / chunk.key) != store.files[chunk.key].sha256:
             report(f"{root}/{chunk} is not what was written: its SHA-256 differs from the log")
+        progress("verify", done, len(read), "chunk files")
     size = sum(store.files[chunk.key].bytes for chunk in read)
     return Verification(len(store.files), len(read), size, tuple(problems))
 

@@ -17,7 +17,7 @@ from kcdcache.errors import InterruptedRunError, NonFiniteError, SettingsError, 
 from kcdcache.files.records import Rate
 from kcdcache.methods.base import Batch
 from kcdcache.networks.input_transform import enough_memory
-from kcdcache.progress import Progress, silent
+from kcdcache.progress import EPOCH, Progress, inside, silent
 from kcdcache.runs.folder import RunFolder
 from kcdcache.runs.logs import TERM, Logs
 from kcdcache.runs.state import MetricsRow, add_timing, load_checkpoint, save_checkpoint, write_metrics
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 SAVE, STOP = 1, 2
 """what processes agree on after a step: the largest wins"""
 ELSEWHERE = "other settings need another --out once the run has a checkpoint"
+EVERY_SECONDS = 0.2
+"""between reports inside an epoch: counts of this process, which wait for no device"""
 WARM_UP = 3
 """steps before the first recording, in which libraries and optimizers allocate lasting memory"""
 
@@ -85,7 +87,7 @@ class Loop:
         self._test, rule = source.data.test, rules.plain(source.rule)
         held = hold(self._test, rule, learner.device) if isinstance(self.batches, DeviceBatches) else None
         self._test_views = partial(evaluation.first_views, self._test, rule, learner.device, settings.workers, held)
-        self._details, self._clock, self._progress = details, clock, progress
+        self._details, self._clock, self._progress, self._inside = details, clock, progress, inside(progress)
         self._totals = _Totals(learner.device)
         self._forward: Callable[[Batch], tuple[Tensor, Tensor]] = _Forward(learner, settings.precision)
         if learner.group.world > 1:
@@ -95,7 +97,7 @@ class Loop:
         if isinstance(self.batches, DeviceBatches) and settings.graphs:
             batch = partial(self.batches.batch, settings.batch_size)
             self._replay = Replay(lambda: self.step(batch()), learner.device)
-        self._saved = time.monotonic()
+        self._saved = self._told = time.monotonic()
 
     def run(self, stop: int) -> None:
         """Train until `stop` epochs are finished, writing checkpoints and metrics.
@@ -119,7 +121,7 @@ class Loop:
                     raise
                 rate = timed()
                 if learner.group.first:
-                    self._progress("train", learner.epoch, self.settings.epochs, f"{_line(row)}, {rate} images/s")
+                    self._progress(EPOCH, learner.epoch, self.settings.epochs, f"{_line(row)}, {rate} images/s")
 
     def step(self, batch: Batch) -> None:
         """Take one step: forward pass, loss, gradient, update, and the record of each sample's value."""
@@ -148,7 +150,12 @@ class Loop:
         for count in self._steps():
             learner.step += 1
             learner.samples += count
-            due = time.monotonic() - self._saved >= self.settings.checkpoint_seconds
+            now = time.monotonic()
+            if self._inside is not None and now - self._told >= EVERY_SECONDS:
+                self._told = now
+                share = min(learner.taken / len(self._source.manifest), 1.0)  # a sampling may take fewer
+                self._inside(EPOCH, learner.epoch + share, self.settings.epochs)
+            due = now - self._saved >= self.settings.checkpoint_seconds
             wish = learner.group.most(STOP if interrupt.requested() else SAVE if due else 0)
             if wish:
                 self._save_inside()
@@ -241,7 +248,8 @@ class Loop:
             view=self._source.view_of(learner.epoch),
             **found | self._details(learner.epoch),
         )
-        logger.info("epoch %d of %d: %s", learner.epoch + 1, settings.epochs, _line(row))
+        if self._progress is silent:  # else the line is the progress function's
+            logger.info("epoch %d of %d: %s", learner.epoch + 1, settings.epochs, _line(row))
         learner.rows.append(row)
         learner.epoch, learner.step, learner.sums = learner.epoch + 1, 0, {}
         return row

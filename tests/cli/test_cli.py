@@ -24,7 +24,7 @@ from stores import content
 from test_config import REQUIRED
 
 import kcdcache
-from kcdcache import settings
+from kcdcache import progress, settings
 from kcdcache.cli import console, main
 from kcdcache.cli.options import shown
 
@@ -232,8 +232,7 @@ def test_a_wrong_value_or_name_is_told_before_anything_heavy_is_loaded(asked, nu
 def test_a_run_loads_only_what_it_needs_and_tells_its_progress_on_stderr_unless_quiet(asked, start, tmp_path):
     code, out, err, loaded = asked[1][-1]
     assert (code, json.loads(out)["kind"], loaded) == (0, "fit", ["torch"])  # neither torchvision nor scipy nor sklearn
-    assert "epoch 1 of 1: loss " in err
-    assert "train: 1 of 1 (" in err
+    assert [line.startswith("epoch 1 of 1: loss ") for line in err.splitlines() if "loss" in line] == [True]
     assert finished(start, [*words(tmp_path, "fit"), "--json", "--quiet"], tmp_path / "log") == 0
     assert json.loads((tmp_path / "log").read_text())["kind"] == "fit"
 
@@ -355,8 +354,9 @@ from kcdcache.cli import console
 from kcdcache.commands import TextTable
 with console.telling(quiet=False) as progress:
     for done in (1, 2, 3):
-        logging.getLogger("kcdcache").info("epoch %d\\x1b[2J", done)
-        progress("train", done, 3, "loss 1\\x1b[2J")
+        logging.getLogger("kcdcache").info("stage %d\\x1b[2J", done)
+        progress("epoch", done, 3, "loss 1\\x1b[2J")
+        progress("precompute", done, 3, "view 0")
 table = TextTable(["name", "n"], [["a\\x1b[31m[red]", "1"]], left=1, above=["above"])
 console.show({"table": table, "note": "the end"})
 """
@@ -379,19 +379,33 @@ def talked(terminal):
 
 
 def test_off_a_terminal_progress_logs_and_tables_are_plain_lines():
-    assert talked(terminal=False).splitlines() == [
-        "epoch 1\\x1b[2J", "train: 1 of 3 (loss 1\\x1b[2J)", "epoch 2\\x1b[2J", "epoch 3\\x1b[2J",
-        "train: 3 of 3 (loss 1\\x1b[2J)", "above", "name         n", "a\\x1b[31m[red]  1", "", "the end",
+    told = [re.sub(r", \d+ s left", "", line) for line in talked(terminal=False).splitlines()]
+    assert told == [
+        "stage 1\\x1b[2J", "epoch 1 of 3: loss 1\\x1b[2J", "stage 2\\x1b[2J", "epoch 2 of 3: loss 1\\x1b[2J",
+        "stage 3\\x1b[2J", "epoch 3 of 3: loss 1\\x1b[2J", "precompute: 3 of 3 (view 0)", "above", "name         n",
+        "a\\x1b[31m[red]  1", "", "the end",
     ]  # fmt: skip
 
 
 def test_on_a_terminal_there_are_bars_and_a_fitted_table_and_no_plain_lines():
     found = talked(terminal=True)
-    assert "train: " not in found
+    assert not re.search(r"epoch \d of|precompute: ", found)
     assert "name         n" not in found
-    assert re.search(r"train .*━.*3/3.*loss 1\\x1b\[2J", found)
-    assert all(text in found for text in ("epoch 2\\x1b[2J", "above", "a\\x1b[31m[red]", "the end"))
+    assert re.search(r"epoch .*━.*3/3.*/s.*0:00:00.*loss 1\\x1b\[2J", found)
+    assert all(text in found for text in ("stage 2\\x1b[2J", "above", "a\\x1b[31m[red]", "the end"))
     assert "\x1b[2J" not in found
+
+
+def test_a_bar_moves_within_an_epoch_and_tells_its_speed_and_a_resumed_ones_is_that_of_now(capsys):
+    bars = console.LiveProgress()
+    for done in (7.0, 7.25, 7.5):
+        progress.inside(bars)("epoch", done, 10)
+    bars("epoch", 8, 10, "loss 1")
+    (task,) = bars._bars.tasks
+    assert (task.completed, task.total, task.fields["remark"]) == (8, 10, "loss 1")
+    assert sum(sample.completed for sample in task._progress) == 1  # not the 7 of before
+    bars.stop()
+    assert progress.inside(console.PlainProgress()) is progress.inside(progress.silent) is None
 
 
 def test_in_another_process_bars_are_lines():
