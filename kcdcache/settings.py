@@ -572,6 +572,33 @@ class InspectCommand(Settings):
     """a store, manifest, values file, run, exported set or network"""
 
 
+class EvaluatedSettings(TeacherSettings):
+    """Network."""
+
+    teacher: str = _by_place("NETWORK")
+    """folder written by `fit` or `train`, a saved network (.json), or the name of a network, with --weights"""
+
+
+class EvaluateCommand(Composed):
+    """Settings of `evaluate`."""
+
+    data: str
+    """data spec, as for fit"""
+    store: Path | None = None
+    """store of this data: also compare with the teacher's outputs on view 0 of the training samples"""
+    splits: tuple[Literal["test", "train"], ...] = Field(default=("test", "train"), min_length=1)
+    """splits to evaluate, without augmentation"""
+    size: int | None = Field(default=None, ge=1, le=4096)
+    """side of the square views in pixels; by default that of the network's training views, or of the images"""
+    batch_size: int = Field(default=512, ge=1)
+    """images per forward pass; affects the last bits of the outputs"""
+    device: Device = "auto"
+    """device; auto uses a GPU if there is one"""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads; all cores if unset. Affects the last bits of the outputs"""
+    network: EvaluatedSettings
+
+
 class DiffCommand(Settings):
     """Settings of `diff`."""
 

@@ -28,6 +28,11 @@ EXAMPLES = {
         "kcdcache train --store runs/store --data cifar100 --student resnet8x4 --out runs/reuse \\\n"
         "      --manifest runs/kcd/stages/6/manifest.parquet --stages 1",
     ),
+    "evaluate": (
+        "kcdcache evaluate runs/kcd --data cifar100",
+        "kcdcache evaluate runs/kcd --data cifar100 --store runs/store",
+        "kcdcache evaluate resnet56 --weights resnet56.pth --data cifar100",
+    ),
     "methods": ("kcdcache methods", "kcdcache methods --teacher resnet32x4 --student ShuffleV2 --encoding top:16"),
     "condense": (
         "kcdcache condense --values runs/kcd/values.parquet --store runs/store --keep 0.5 --out half.parquet",

@@ -72,12 +72,13 @@ class Command:
         return result
 
 
-READ_ONLY = {"methods", "diff", "report", "seal", "inspect", "verify"}
+READ_ONLY = {"methods", "evaluate", "diff", "report", "seal", "inspect", "verify"}
 """commands without --dry-run"""
 _TABLE = {
     "fit": ("train:fit", "Train a teacher or a plain baseline on hard labels."),
     "precompute": ("precompute:run", "Run the teacher once and store its outputs."),
     "train": ("train:run", "Train a student from a store, condensing between stages (Algorithm 1)."),
+    "evaluate": ("evaluate:run", "Measure a network: accuracy, loss, calibration, agreement with a store."),
     "methods": ("methods:run", "List the distillation methods: fields they read, bytes per sample, source."),
     "condense": ("condense:run", "Turn values into the next condensed set (a manifest)."),
     "export": ("artifacts:export", "Write a condensed set and its knowledge into one folder, to train elsewhere."),

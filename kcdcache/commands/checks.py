@@ -50,8 +50,8 @@ def require_consistent(command: settings.Settings) -> None:
 
 def require_present(command: settings.Settings) -> None:
     """Raise NotFoundError, UnfinishedError or SettingsError if the saved teacher of a command is missing."""
-    if isinstance(command, settings.PrecomputeCommand | settings.VerifyCommand):
-        named = command.teaching
+    if isinstance(command, settings.PrecomputeCommand | settings.VerifyCommand | settings.EvaluateCommand):
+        named = command.network if isinstance(command, settings.EvaluateCommand) else command.teaching
         if named.teacher is not None and named.weights is None:
             saved_network(named.teacher)
 

@@ -1,18 +1,22 @@
 """Accuracy, calibration, agreement with the teacher, and how a student fits wrong labels (fidelity)."""
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Int64
+from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kcdcache.condensation import compare, manifest, value_files
 from kcdcache.datasets.datasets import Dataset
 from kcdcache.datasets.images import Split
 from kcdcache.datasets.label_noise import frequent
+from kcdcache.errors import MismatchError, NonFiniteError
 from kcdcache.methods.losses import cross_entropy
 from kcdcache.networks import registry
 from kcdcache.networks.input_transform import InputTransform
@@ -25,6 +29,10 @@ from kcdcache.teacher.teacher import Teacher
 from kcdcache.views import prefetch, rules
 
 BATCH = 512
+BINS = 15
+"""equal-width bins of the expected calibration error"""
+TOP = 5
+"""of top-5 accuracy, which needs more classes than that"""
 
 Labels = Int64[np.ndarray, " n"]
 Marks = Bool[np.ndarray, " n"]
@@ -32,7 +40,7 @@ Marks = Bool[np.ndarray, " n"]
 
 def first_views(
     split: Split, rule: rules.ViewRule, device: torch.device, workers: int | None = None,
-    held: rules.HeldImages | None = None,
+    held: rules.HeldImages | None = None, batch_size: int | None = None,
 ) -> Iterator[Float[Tensor, "batch c h w"]]:  # fmt: skip
     """Return view 0 of every sample of a split, batch by batch, on the device (`workers`: see `prefetch.shown`).
 
@@ -41,7 +49,8 @@ def first_views(
     if held is not None:
         every = held.parameters(0)
         return (held.views(block, every) for block in torch.arange(len(held), device=every.device).split(BATCH))
-    blocks = (np.arange(low, min(low + BATCH, len(split))) for low in range(0, len(split), BATCH))
+    size = batch_size or BATCH
+    blocks = (np.arange(low, min(low + size, len(split))) for low in range(0, len(split), size))
     asked = (prefetch.Asked(block, rules.parameters(rule, block, 0)) for block in blocks)
     return prefetch.shown(split, rule, asked, device, workers)
 
@@ -71,13 +80,16 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
         network.train(was_training)
 
 
-def calibration_error(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"], bins: int = 15) -> float:
+def calibration_error(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"], bins: int = BINS) -> float:
     """Return the expected calibration error, with equal-width bins. Source: Guo et al. 2017, Eq. 3."""
     confidence, guess = logits.double().cpu().softmax(1).max(1)  # on a GPU index_add_ has no fixed order
-    right = (guess == labels.cpu()).double()
+    return _calibration_error(confidence, (guess == labels.cpu()).double(), bins)
+
+
+def _calibration_error(confidence: Float64[Tensor, " n"], right: Float64[Tensor, " n"], bins: int) -> float:
     which = (confidence * bins).long().clamp_max(bins - 1)
     gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, confidence - right)
-    return float(gaps.abs().sum() / len(labels))
+    return float(gaps.abs().sum() / len(right))
 
 
 def measure(logits: Float[Tensor, "n classes"], labels: Int64[np.ndarray, " n"]) -> dict[str, float]:
@@ -88,6 +100,110 @@ def measure(logits: Float[Tensor, "n classes"], labels: Int64[np.ndarray, " n"])
         "test_loss": float(cross_entropy(logits, known).double().mean()),
         "test_calibration_error": calibration_error(logits, known),
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """A network's predictions on the images of one split, without augmentation; accuracies in [0, 1]."""
+
+    images: int
+    top1: float
+    """accuracy: the class with the largest logit is the label"""
+    top5: float | None
+    """the label is among the five largest logits; None with at most five classes"""
+    loss: float
+    """mean cross-entropy in nats"""
+    calibration_error: float
+    """expected calibration error in [0, 1]: 15 equal-width bins of the largest probability (Guo et al. 2017, Eq. 3)"""
+    class_accuracy: tuple[float | None, ...]
+    """accuracy per class, in label order; None for a class without images"""
+    images_per_second: float
+    """including reading and decoding"""
+
+
+def score(
+    network: nn.Module,
+    transform: InputTransform,
+    views: Iterable[Float[Tensor, "batch c h w"]],
+    labels: Int64[np.ndarray, " n"],
+    classes: int,
+    told: Callable[[int], None] = lambda done: None,
+) -> Scores:
+    """Return a network's scores on some views, batch by batch; `told` is called with the number of images done.
+
+    Raises MismatchError if the network does not give one logit per class, NonFiniteError if a logit is not finite.
+    """
+    began, parts, done = time.perf_counter(), list[Tensor](), 0
+    for pixels in views:
+        logits = predict(network, transform, [pixels])
+        _require_logits(logits, len(pixels), classes, done)
+        parts.append(_judged(logits, torch.from_numpy(labels[done : done + len(pixels)])))
+        done += len(pixels)
+        told(done)
+    right, among, loss, confidence = torch.cat(parts).unbind(1)
+    return Scores(
+        images=done,
+        top1=float(right.mean()),
+        top5=float(among.mean()) if classes > TOP else None,
+        loss=float(loss.mean()),
+        calibration_error=_calibration_error(confidence, right, BINS),
+        class_accuracy=tuple(_share(right.numpy()[labels == label]) for label in range(classes)),
+        images_per_second=done / (time.perf_counter() - began),
+    )
+
+
+def _judged(logits: Float[Tensor, "batch classes"], labels: Int64[Tensor, " batch"]) -> Float64[Tensor, "batch 4"]:
+    """Return for each sample whether the label is the first and among the first five, loss, and confidence."""
+    known = labels.to(logits.device)
+    among = (logits.topk(min(TOP, logits.shape[1])).indices == known[:, None]).any(1)
+    columns = (logits.argmax(1) == known, among, cross_entropy(logits, known), logits.double().softmax(1).amax(1))
+    return torch.stack([column.double().cpu() for column in columns], 1)
+
+
+def _require_logits(logits: Tensor, images: int, classes: int, first: int) -> None:
+    if logits.shape != (images, classes):
+        raise MismatchError(
+            f"the network gives outputs of shape {tuple(logits.shape)} for {images} images of {classes} classes; "
+            f"expected is one logit per class: ({images}, {classes})"
+        )
+    if len(bad := (~logits.isfinite().all(1)).nonzero()):
+        raise NonFiniteError(f"the network's outputs for image {first + int(bad[0])} are not finite (NaN or infinity)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """A network's agreement with the teacher's stored outputs on view 0 of the training samples."""
+
+    images: int
+    """samples with stored outputs"""
+    top1: float
+    """fraction with the same predicted class, in [0, 1]"""
+    kl: float
+    """mean KL(teacher || network) at temperature 1, in nats"""
+
+
+def agreement(
+    network: nn.Module,
+    transform: InputTransform,
+    views: Iterable[Float[Tensor, "batch c h w"]],
+    knowledge: Store,
+    told: Callable[[int], None] = lambda done: None,
+) -> Agreement:
+    """Return the agreement with a store's logits; `views` are view 0 of all its samples, in order."""
+    done, same, divergence = 0, list[Tensor](), list[Tensor]()
+    for pixels in views:
+        index = np.arange(done, done + len(pixels))
+        usable = ~np.isin(index, knowledge.skipped)
+        logits = predict(network, transform, [pixels])[torch.from_numpy(usable)].double().cpu()
+        theirs = torch.from_numpy(knowledge.read("logits", 0, index[usable])).double()
+        same.append(logits.argmax(1) == theirs.argmax(1))
+        divergence.append(
+            functional.kl_div(*(z.log_softmax(1) for z in (logits, theirs)), reduction="none", log_target=True).sum(1)
+        )
+        done += len(pixels)
+        told(done)
+    agreed = torch.cat(same).double()
+    return Agreement(images=len(agreed), top1=float(agreed.mean()), kl=float(torch.cat(divergence).mean()))
 
 
 def fidelity_wanted(settings: TrainSettings, data: Dataset, knowledge: Store) -> bool:

@@ -78,6 +78,8 @@ def _finish(pupil: learner.Learner, data: Dataset, settings: FitSettings, model:
         **data.corrupted(),
     )
     with run_files.writing(folder.path, learner.files_of(pupil, folder, "model")):
-        extra = {"accuracy": summary.accuracy_last, "data": data.identity().digest}
+        rule = rules.rule_from(settings, data.train.image_size)
+        known = {"accuracy": summary.accuracy_last, "data": data.identity().digest}
+        extra = known | learner.size_of_views(rule, data.train)
         learner.save(pupil, folder, "model", model, data, extra)
     write_summary(folder, summary)

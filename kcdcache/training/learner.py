@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kcdcache.condensation import values
 from kcdcache.datasets.datasets import Dataset
+from kcdcache.datasets.images import Split
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.files import run_files
 from kcdcache.methods.losses import entropy
@@ -19,7 +20,7 @@ from kcdcache.networks import registry, taps, weights
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.runs.folder import RunFolder
 from kcdcache.runs.state import Checkpoint, MetricsRow
-from kcdcache.settings import MethodSettings, OptimizerSettings
+from kcdcache.settings import MethodSettings, OptimizerSettings, ViewRule
 from kcdcache.teacher.fields import aggregated
 from kcdcache.training.optimizer import Average, flattened, make_optimizer, restore
 from kcdcache.training.processes import ALONE, Group
@@ -242,6 +243,11 @@ def save(learner: Learner, folder: RunFolder, name: str, model: str, data: Datas
     weights.save_network(folder.path, name, learner.network, record)
     if learner.average is not None:
         weights.save_network(folder.averaged, name, learner.average.network, record)
+
+
+def size_of_views(rule: ViewRule, split: Split) -> dict[str, list[int]]:
+    """Return the entry of a network's record for views of another size than the images; empty otherwise."""
+    return {} if rule.size == split.image_size else {"view_size": list(rule.size)}
 
 
 def files_of(learner: Learner, folder: RunFolder, name: str) -> dict[str, run_files.Facts]:

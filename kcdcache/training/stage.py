@@ -151,7 +151,8 @@ def _write_results(run: Run, stage: schedule.Stage, pupil: learner.Learner, foun
         tables.append(run.folder.stage_values(stage.number))
     facts = run_files.Facts(len(found.visits), values.fingerprint(found))
     made = learner.files_of(pupil, run.folder, "student")
+    extra = {"epoch": pupil.epoch, **learner.size_of_views(knowledge.knowledge.views, run.material.data.train)}
     with run_files.writing(run.folder.path, made | {run.folder.name_of(path): facts for path in tables}):
-        learner.save(pupil, run.folder, "student", student, run.material.data, {"epoch": pupil.epoch})
+        learner.save(pupil, run.folder, "student", student, run.material.data, extra)
         for path in tables:
             value_files.write(path, found, run.material.data.train.labels, document)

@@ -165,7 +165,7 @@ def test_defaults_are_shown_as_they_are_typed():
     ("words", "message"),
     [
         (["trian"], "no command 'trian'; did you mean 'train'?"),
-        (["zzz"], "no command 'zzz'; known: condense, diff, export"),
+        (["zzz"], "no command 'zzz'; known: condense, diff, evaluate, export"),
         (["train", "--kep", "1"], r"No such option '--kep'. (Did you mean one of"),
         (["condense", "--values", "v"], "Missing option '--store'"),
         (["fit", "--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
