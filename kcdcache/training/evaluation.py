@@ -197,9 +197,8 @@ def agreement(
         logits = predict(network, transform, [pixels])[torch.from_numpy(usable)].double().cpu()
         theirs = torch.from_numpy(knowledge.read("logits", 0, index[usable])).double()
         same.append(logits.argmax(1) == theirs.argmax(1))
-        divergence.append(
-            functional.kl_div(*(z.log_softmax(1) for z in (logits, theirs)), reduction="none", log_target=True).sum(1)
-        )
+        ours, target = (z.log_softmax(1) for z in (logits, theirs))
+        divergence.append(functional.kl_div(ours, target, reduction="none", log_target=True).sum(1))
         done += len(pixels)
         told(done)
     agreed = torch.cat(same).double()
