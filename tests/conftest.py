@@ -10,8 +10,8 @@ from jaxtyping import install_import_hook
 from killing import confined, nursery
 
 NUMERIC = (
-    "methods", "networks", "views", "condense.ranking", "condense.summary", "condense.values", "store.encoding",
-    "training.sampling", "rng",
+    "methods", "networks", "views", "condensation.ranking", "condensation.summary", "condensation.values",
+    "store.encoding", "training.sampling", "rng",
 )  # fmt: skip
 """where numbers are made; everywhere, the check would take more than half of the suite's time"""
 install_import_hook([f"kcdcache.{name}" for name in NUMERIC], "typechecking.check")

@@ -40,6 +40,17 @@ def pyarrow(path):
     return library.read_table(path).to_pydict()
 
 
+def pyspark(path):
+    from pyspark.sql import SparkSession
+
+    alone = {"spark.ui.enabled": "false", "spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1"}
+    session = SparkSession.builder.master("local[1]").config(map=alone).getOrCreate()
+    found = session.read.parquet(str(path))
+    rows = found.collect()
+    session.stop()
+    return {name: [row[name] for row in rows] for name in found.columns}
+
+
 def xarray(path):
     """Digests of the arrays of a store, by name."""
     import xarray as library

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,12 +89,10 @@ def test_xarray_opens_a_store(tmp_path, compression):
     assert readers.xarray(root) == digests(root)
 
 
-@pytest.fixture(scope="module")
-def other(tmp_path_factory):
-    """Runs Python in an environment of its own, with DuckDB 1 and readers that kcdcache does not bring."""
-    python = tmp_path_factory.mktemp("other") / "env" / "bin" / "python"
+def environment(root, wanted):
+    """Return a function that runs Python in an environment of its own, with readers that kcdcache does not bring."""
+    python = root / "env" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
-    wanted = ["duckdb>=1,<2", "fastparquet", "pandas", "xarray", "zarr>=3"]
     done = subprocess.run(
         [str(python), "-m", "pip", "install", "-q", "--retries", "0", *wanted],
         capture_output=True,
@@ -110,15 +109,28 @@ def other(tmp_path_factory):
     return start
 
 
-@pytest.mark.slow
-def test_duckdb_1_fastparquet_and_xarray_read_what_we_wrote(run, other, tmp_path):
-    version = other("-c", "import duckdb; print(duckdb.__version__)").stdout
-    assert version.startswith("1.")
-    for library in ("duckdb", "fastparquet"):
+def assert_read(other, run, libraries):
+    """These libraries of another environment read every column, with the numbers that we wrote."""
+    for library in libraries:
         for file, columns in written(run).items():
             done = other(readers.__file__, library, run / file)
             assert done.returncode == 0, done.stderr
             assert_same(json.loads(done.stdout), columns)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("java") is None, reason="Spark needs Java")
+def test_spark_reads_what_we_wrote(run, tmp_path):
+    other = environment(tmp_path, ["pyspark==3.5.*"])
+    assert_read(other, run, ["pyspark"])
+
+
+@pytest.mark.slow
+def test_duckdb_1_fastparquet_pandas_and_xarray_read_what_we_wrote(run, tmp_path):
+    other = environment(tmp_path, ["duckdb>=1,<2", "fastparquet", "pandas", "pyarrow", "xarray", "zarr>=3"])
+    version = other("-c", "import duckdb; print(duckdb.__version__)").stdout
+    assert version.startswith("1.")
+    assert_read(other, run, ["duckdb", "fastparquet", "pandas"])
     assert other(EXAMPLE, run).returncode == 0
     for compression in ("none", "zstd"):
         root = make(tmp_path / compression, small_parts(150, 2, 64, 32, "top:3", compression))

@@ -18,6 +18,8 @@ from kcdcache.store.identity import Knowledge
 from kcdcache.store.log import PlanRecord
 
 RECORD, CARD, MANIFEST, SAMPLES = "condensed.json", "README.md", "manifest.parquet", "samples.parquet"
+LOCK = ".lock"
+"""held while the folder is written, gone when it is finished"""
 STORE, MIXES, IMAGES = "store", "mixes", "data"
 SEALS = {part: f"{part}/_kcd/commit.0.json" for part in (STORE, MIXES)}
 """store inside -> its commit, which lists all files of the store by SHA-256"""

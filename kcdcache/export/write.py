@@ -27,8 +27,17 @@ from kcdcache.environment import LIBRARIES
 from kcdcache.errors import MismatchError, SettingsError
 from kcdcache.export import condensed_set, record
 from kcdcache.export.record import Baked, Content, Images
-from kcdcache.files import parquet
-from kcdcache.files.atomic import create_exclusive, read_bytes, remove, remove_leftovers, require_no_links, write_atomic
+from kcdcache.files import cloud, parquet
+from kcdcache.files.atomic import (
+    TEMPORARY_MARK,
+    create_exclusive,
+    locked,
+    read_bytes,
+    remove,
+    remove_leftovers,
+    require_no_links,
+    write_atomic,
+)
 from kcdcache.files.records import canonical_json
 from kcdcache.progress import Progress, silent
 from kcdcache.runs import state
@@ -85,6 +94,7 @@ def run(command: ExportCommand, progress: Progress = silent, dry_run: bool = Fal
     Raises:
         MismatchError: set, store and data do not belong together.
         SettingsError: settings contradict each other, or the folder has other contents.
+        LockedError: another process exports into the folder.
     """
     plan, out = _planned(command), command.out
     figures = _figures(plan)
@@ -93,11 +103,9 @@ def run(command: ExportCommand, progress: Progress = silent, dry_run: bool = Fal
     if dry_run:
         return {"would": "export", **figures, "out": str(out)}
     found = _finished(plan)
-    if found is None:
-        _require_place(plan)
-    else:
+    if found is not None:
         logger.info("export: %s is finished already", out)
-    name = _write(plan, progress) if found is None else found.id
+    name = _write_alone(plan, progress) if found is None else found.id
     figures["bytes"] = sum(log.stored_bytes(out / part) for part in plan.stores)  # after compression
     figures["bytes_on_disk"] = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return {"kind": "condensed", "id": name, **figures, "out": str(out)} | ({} if found is None else {"already": True})
@@ -224,18 +232,32 @@ def _finished(plan: _Plan) -> record.Record | None:
 
 
 def _require_place(plan: _Plan) -> None:
-    """Raise SettingsError if the folder has anything but the files of an interrupted export like this."""
+    """Raise SettingsError if the folder has anything but the files of an unfinished export like this."""
     out, own = plan.command.out, [record.CARD, record.MANIFEST, record.SAMPLES, *plan.stores]
+    own += [record.LOCK, f"{record.LOCK}.holder"]
     own += [record.IMAGES] * plan.command.with_images
     if out.is_file():
         raise SettingsError(f"{out} is a file; give a new folder as --out")
     if out.is_dir():
         require_no_links(out)
-        remove_leftovers(out)
-        if others := sorted(path.name for path in out.iterdir() if path.name not in own):
+        names = sorted(path.name for path in out.iterdir() if TEMPORARY_MARK not in path.name)
+        if others := [name for name in names if name not in own]:
             raise SettingsError(
                 f"{out} holds {others[0]}, which this export does not write; give a new folder as --out"
             )
+
+
+def _write_alone(plan: _Plan, progress: Progress) -> str:
+    """Write the export while no other process writes into its folder; return its id."""
+    out = plan.command.out
+    _require_place(plan)
+    with locked(out / record.LOCK):
+        if (found := _finished(plan)) is not None:  # by another process, meanwhile
+            return found.id
+        remove_leftovers(out)
+        name = _write(plan, progress)
+        cloud.lock_file(out / record.LOCK).unlink(missing_ok=True)  # nobody writes into what is finished
+        return name
 
 
 def _write(plan: _Plan, progress: Progress) -> str:

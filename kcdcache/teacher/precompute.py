@@ -47,6 +47,13 @@ STEADY, STEADY_ALONE = 1e-3, 0.05
 """largest change of its logits, as a share of their range: in the same batch, and in a smaller one (other rounding)"""
 MOST_PROBABLE = 0.99
 """share of a part's rows that are probabilities above which none of them are taken for logits"""
+FEWEST_CLASSES = 3
+"""classes from which outputs that all lie in [0, 1] are warned of"""
+SIGMOID = (
+    "precompute: all the teacher's outputs on samples 0 to %d in view 0 lie in [0, 1], as a sigmoid's do and logits "
+    "hardly ever; a softmax of them is almost uniform, and students learn little from it. If the teacher ends in a "
+    "sigmoid, let it return what goes into it, or give log(p / (1 - p)) of its outputs p to --from-logits"
+)
 
 Outputs = Callable[[int, int, int], dict[str, Tensor]]
 """(view, first row, last row + 1) -> field -> float32 outputs of those rows"""
@@ -469,11 +476,12 @@ def compute(part: Part, plan: StorePlan, job: Job) -> Computed:
     arrays = [spec for field in part.fields for spec in plan.encodings[field].arrays]
     stored = {spec.name: np.empty((_points([part]), *spec.row_shape), spec.dtype) for spec in arrays}
     statistics: dict[str, log.Numbers] = {}
-    correct, probable, skipped = 0.0, 0, list[int]()
+    correct, probable, bounded, skipped = 0.0, 0, 0, list[int]()
     for first, outputs in _blocks(part, plan, job):
         if (logits := outputs.get("logits")) is not None:
             correct += _correct(logits, first, job)
             probable += int(teacher.probability_rows(logits).sum())
+            bounded += int(((logits >= 0) & (logits <= 1)).all(1).sum()) if logits.shape[1] >= FEWEST_CLASSES else 0
         values = {field: outputs[field] for field in part.fields}
         mask = _unusable(part.view, first, values, plan) if job.may_skip else None
         skipped += [] if mask is None else (first + mask.nonzero().flatten()).tolist()
@@ -482,7 +490,7 @@ def compute(part: Part, plan: StorePlan, job: Job) -> Computed:
         for field, rows in values.items():
             found = encoding.statistics(rows)
             statistics[field] = encoding.merged(statistics[field], found) if field in statistics else found
-    _require_logits(part, probable, job)
+    _require_logits(part, probable, bounded, job)
     return Computed(stored, statistics, {"correct": correct}, tuple(skipped))
 
 
@@ -535,14 +543,21 @@ def _unusable(view: int, first: int, values: Mapping[str, Tensor], plan: StorePl
     return mask if mask.any() else None
 
 
-def _require_logits(part: Part, probable: int, job: Job) -> None:
-    """Raise MismatchError if nearly all rows of a part are probabilities, whose softmax is almost uniform."""
-    if job.if_probabilities is not None and probable > MOST_PROBABLE * (rows := _points([part])):
+def _require_logits(part: Part, probable: int, bounded: int, job: Job) -> None:
+    """Raise MismatchError if nearly all rows of a part are probabilities, whose softmax is almost uniform.
+
+    If instead all `bounded` rows of the first part lie in [0, 1], warn: a head of cosines may do so too.
+    """
+    if job.if_probabilities is None:
+        return
+    if probable > MOST_PROBABLE * (rows := _points([part])):
         raise MismatchError(
             f"the outputs are probabilities, not logits: {probable:,} of the rows of samples {part.start} to "
             f"{part.stop - 1} in view {part.view} ({rows:,}) have no negative number and the sum 1 (or 100), and "
             f"students would learn from a second, almost uniform softmax of them; {job.if_probabilities}"
         )
+    if part.view == part.start == 0 and bounded == rows:
+        logger.warning(SIGMOID, part.stop - 1)
 
 
 def _require_steady(job: Job, plan: StorePlan, pending: Sequence[Part]) -> None:

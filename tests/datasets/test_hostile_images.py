@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -53,6 +54,44 @@ def test_an_image_whose_size_alone_is_asked_for_is_held_to_the_bound(tmp_path):
     file.write_bytes(saved(Image.new("1", (8_000, 8_001))))
     with pytest.raises(UnsafeError, match=r"-\.png has 8000 x 8001 pixels, expected at most 64000000 in all"):
         datasets.load(f"folder:{tmp_path}/d")
+
+
+def claiming(kind, width, height):
+    """A small picture whose header claims another size; sources as for `images._deep`: ispe of AVIF; ihdr, SIZ."""
+    content = saved(Image.new("RGB", (8, 9)), format=kind)
+    pairs = [(b"ispe\0\0\0\0", (8, 9)), (b"ihdr", (9, 8)), (b"\xff\x51\0\x2f\0\0", (8, 9))]
+    for mark, size in pairs:
+        other = (height, width) if mark == b"ihdr" else (width, height)
+        before, after = (b"".join(number.to_bytes(4) for number in numbers) for numbers in (size, other))
+        content = content.replace(mark + before, mark + after)
+    return content
+
+
+# AVIF's decoder refuses above 2^28 pixels and 32768 a side by itself, JPEG 2000's has no bound but 32 bits a side
+@pytest.mark.parametrize(
+    ("kind", "width", "height", "code", "said"),
+    [
+        ("AVIF", 8, 9, 0, "samples: 3"),
+        ("AVIF", 8_000, 8_001, 8, "1.png has 8000 x 8001 pixels, expected at most 64000000 in all"),
+        ("AVIF", 2**31, 2**31, 3, "1.png is not a readable image"),
+        ("JPEG2000", 8, 9, 0, "samples: 3"),
+        ("JPEG2000", 8_000, 8_001, 8, "1.png has 8000 x 8001 pixels, expected at most 64000000 in all"),
+        ("JPEG2000", 2**31 - 1, 2**31 - 1, 8, "1.png "),
+        ("JPEG2000", 2**32 - 1, 2**32 - 1, 8, "1.png "),
+    ],
+)
+def test_a_size_that_a_header_claims_is_refused_before_room_is_made_for_it(
+    run, tmp_path, kind, width, height, code, said
+):
+    class_folders(tmp_path / "d").write_bytes(claiming(kind, width, height))
+    require_told(run, f"folder:{tmp_path}/d", tmp_path, code, said)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "JPEG2000"])
+@pytest.mark.parametrize(("width", "height"), [(7_000, 9_000), (1, 1), (8, 0)])
+def test_a_size_within_the_bound_that_the_pixels_do_not_have_is_refused_or_harmless(kind, width, height):
+    with suppress(CorruptionError):
+        assert images.rgb(claiming(kind, width, height), "1.png").shape == (height, width, 3)
 
 
 @pytest.mark.parametrize("what", ["fifo", "/dev/zero", "link to a fifo"])

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import signal
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets_on_disk import make_pixels, write_npz
 from exports import FIELDS, ONE_STAGE, exporting, narrowed, prepared, trained
-from killing import finished, succeeds
+from killing import POLL, finished, succeeds
 from lessons import CPU, precomputed, teacher_of
 from lessons import condensed as halved
 from PIL import Image
@@ -21,7 +22,7 @@ from stores import content
 from kcdcache.commands import verify
 from kcdcache.condensation import manifest
 from kcdcache.datasets import datasets
-from kcdcache.errors import MismatchError, NotFoundError, SettingsError, UnfinishedError
+from kcdcache.errors import LockedError, MismatchError, NotFoundError, SettingsError, UnfinishedError
 from kcdcache.export import condensed_set, write
 from kcdcache.export import record as records
 from kcdcache.files.atomic import sha256_file
@@ -322,6 +323,28 @@ def test_a_killed_export_is_accepted_by_nobody_and_ends_in_the_same_bytes(place,
         succeeds(start, words(place, out), tmp_path / "log")
         assert content(out) == whole, step
     assert died
+
+
+def test_a_second_export_into_a_folder_that_is_being_written_is_refused_and_harms_nothing(place, start, tmp_path):
+    exporting(place, tmp_path / "whole", data=SPEC, with_images=True, bake=True, temperature=4.0)
+    out, log = tmp_path / "out", tmp_path / "log"
+    first = start(words(place, out), tmp_path / "first")
+    while not (out / records.SAMPLES).exists():
+        assert not first.ended(POLL), (tmp_path / "first").read_text()
+    first.signal(signal.SIGSTOP)
+    try:
+        left = out / "manifest.parquet.tmp-1-1"  # as if the first one were in the middle of this file
+        left.write_bytes(b"half")
+        assert finished(start, words(place, out), log) == LockedError("").exit_code
+        assert re.search("out is being written by process [0-9]+ on .*; wait for it or stop it", log.read_text())
+        assert left.read_bytes() == b"half"
+        left.unlink()
+    finally:
+        first.signal(signal.SIGCONT)
+    assert first.ended(300)
+    assert first.code == 0
+    assert content(out) == content(tmp_path / "whole")
+    assert exporting(place, out, data=SPEC, with_images=True, bake=True, temperature=4.0)["already"]
 
 
 # what is shown of it

@@ -326,6 +326,27 @@ def test_what_only_looks_like_probabilities_in_some_rows_or_views_is_told_apart(
     assert outcome(capsys, *words(tmp_path / "log", "--from-logits", tmp_path / "logarithm.npy"))[0] == 0
 
 
+BETWEEN = {
+    "a sigmoid": (lambda logits: 1 / (1 + np.exp(-logits)), True),
+    "a sigmoid in half precision": (lambda logits: (1 / (1 + np.exp(-logits))).astype(np.float16), True),
+    "labels of several classes": (lambda logits: (logits > np.sort(logits)[:, -3:-2]).astype(np.float32), True),
+    "all but one row": (lambda logits: np.where(np.arange(TRAIN)[:, None], 1 / (1 + np.exp(-logits)), logits), False),
+    "cosines": (lambda logits: logits / np.linalg.norm(logits, axis=1, keepdims=True), False),
+    "logits": (lambda logits: logits, False),
+}
+"""outputs made of logits -> whether they are taken for those of a sigmoid"""
+
+
+@pytest.mark.parametrize("kind", BETWEEN)
+def test_outputs_that_all_lie_between_0_and_1_are_warned_of_once_and_stored(place, tmp_path, capsys, caplog, kind):
+    make, warned = BETWEEN[kind]
+    given = make(place.knowledge.read("logits", 0, np.arange(TRAIN)))
+    np.save(tmp_path / "p.npy", np.stack([given, given]))
+    crops = ["crop" if word == "none" else word for word in words(tmp_path / "store")]
+    assert outcome(capsys, *crops, "--from-logits", tmp_path / "p.npy")[0] == 0
+    assert caplog.text.count("outputs on samples 0 to 199 in view 0 lie in [0, 1], as a sigmoid's do") == warned
+
+
 def ends(module, path):
     """A file of weights, and the words that name them with the network of this module that they are for."""
     torch.manual_seed(0)
