@@ -570,6 +570,8 @@ class InspectCommand(Settings):
 
     path: Path = _by_place("PATH")
     """a store, manifest, values file, run, exported set or network"""
+    toml: bool = False
+    """print the settings of a run as a file for --config"""
 
 
 class EvaluatedSettings(TeacherSettings):
@@ -692,12 +694,12 @@ def make(model: type[S], values: Mapping[str, Any], source: str = "the command l
         return model.model_validate(dict(values))
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, what: str = "recipe") -> dict[str, Any]:
     """Return the content of a TOML file; raises NotFoundError if it is missing, SettingsError if it is not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise NotFoundError(f"no recipe at {path}") from None
+        raise NotFoundError(f"no {what} at {path}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} is not valid TOML: {error}") from None
 

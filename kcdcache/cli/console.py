@@ -42,6 +42,8 @@ def show(result: Mapping[str, Any], as_json: bool = False) -> None:
     """Print a result on stdout as one JSON object or as readable text."""
     if as_json:
         click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **result}))
+    elif "toml" in result:
+        click.echo(result["toml"])
     elif isinstance(table := result.get("table"), TextTable) and _is_terminal(sys.stdout):
         _show_table(table, _closing(result))
     else:

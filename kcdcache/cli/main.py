@@ -12,10 +12,11 @@ from io import TextIOWrapper
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from kcdcache import __version__, commands, interrupt
 from kcdcache.cli.console import printable, say, show, telling
-from kcdcache.cli.options import Sectioned, help_of, option, sections_of
+from kcdcache.cli.options import Sectioned, config_option, help_of, option, sections_of, source_of
 from kcdcache.commands import Command
 from kcdcache.environment import torchrun_place
 from kcdcache.errors import KcdcacheError, NoSpaceError, nearest, reason
@@ -42,6 +43,10 @@ class Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the commands."""
         return list(COMMANDS)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return the commands that begin so, without building them."""
+        return [CompletionItem(name, help=COMMANDS[name].summary) for name in COMMANDS if name.startswith(incomplete)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return the command of this name; if unknown, fail with the nearest known name."""
@@ -162,6 +167,7 @@ def build(name: str) -> click.Command:
     if command.writes:
         options.append(click.Option(["--dry-run"], is_flag=True, help="print what would be done, without doing it"))
     options += [
+        config_option(),
         click.Option(["--json", "as_json"], is_flag=True, help="print the result as one JSON object"),
         click.Option(["--debug"], is_flag=True, help="print the traceback of an error"),
         click.Option(["-q", "--quiet"], is_flag=True, help="do not print progress"),
@@ -172,7 +178,9 @@ def build(name: str) -> click.Command:
         with telling(quiet or follower) as progress, interrupt.listening() if name in LONG else nullcontext():
             given = {key: value for key, value in values.items() if value is not None}
             here = {key: cloud.opened(value, fresh=name == "verify") for key, value in given.items()}
-            result = cloud.shown(command(make(command.takes, here), progress, dry_run))
+            result = cloud.shown(
+                command(make(command.takes, here, source_of(click.get_current_context())), progress, dry_run)
+            )
         if follower:
             return
         show(result, as_json)

@@ -2,14 +2,17 @@
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from pkgutil import resolve_name
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import click
+from click.shell_completion import CompletionItem
 
 from kcdcache.commands import Command
+from kcdcache.errors import SettingsError, nearest
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -48,15 +51,23 @@ EXAMPLES = {
         "kcdcache report runs/kd runs/kcd --out both.html --data cifar100 --json-file both.json --csv both",
     ),
     "seal": ("kcdcache seal runs/store",),
-    "inspect": ("kcdcache inspect runs/store",),
+    "inspect": ("kcdcache inspect runs/store", "kcdcache inspect runs/kcd --toml > again.toml"),
     "verify": (
         "kcdcache verify runs/store --read-data",
         "kcdcache verify runs/store --teacher runs/teacher --data cifar100",
         "kcdcache verify runs/store --repair --teacher runs/teacher --data cifar100",
     ),
 }
+CONFIG = "kcdcache.config"
+"""place of the settings file's path in click's context"""
 INPUTS, OTHERS = "Input and output", "Options"
 ARTICLES = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
+WORDS: Mapping[str, str] = {
+    "model": "networks.catalogue:NETWORKS", "student": "networks.catalogue:NETWORKS",
+    "teacher": "networks.catalogue:NETWORKS", "peer": "networks.catalogue:NETWORKS",
+    "method": "methods.catalogue:METHODS", "for_": "methods.catalogue:METHODS", "data": "datasets.spec:FORMS",
+}  # fmt: skip
+"""setting -> where the names are that a shell offers for it"""
 
 
 class Sectioned(click.Command):
@@ -106,7 +117,13 @@ def option(name: str, field: "FieldInfo") -> click.Parameter:
     several = any(get_origin(kind) is tuple for kind in kinds)
     if isinstance(field.json_schema_extra, dict):
         metavar = str(field.json_schema_extra["argument"])
-        return click.Argument([name], required=field.is_required(), nargs=-1 if several else 1, metavar=metavar)
+        return click.Argument(
+            [name],
+            required=field.is_required(),
+            nargs=-1 if several else 1,
+            metavar=metavar,
+            shell_complete=offered(name, field),
+        )
     flag = f"--{name.rstrip('_').replace('_', '-')}"
     default = "" if field.is_required() or field.default in (None, "") else f"  [default: {shown(field.default)}]"
     text = re.sub(r"\s*\n\s*", " ", field.description or "") + default
@@ -114,7 +131,15 @@ def option(name: str, field: "FieldInfo") -> click.Parameter:
         return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)
     if bool in kinds:  # alone or with a value
         kind = click.UNPROCESSED
-        return click.Option([flag, name], is_flag=False, flag_value=True, type=kind, metavar="[PATH]", help=text)
+        return click.Option(
+            [flag, name],
+            is_flag=False,
+            flag_value=True,
+            type=kind,
+            metavar="[PATH]",
+            help=text,
+            shell_complete=offered(name, field),
+        )
     choices = get_args(kinds[0]) if len(kinds) == 1 and get_origin(kinds[0]) is Literal else None
     word = "A,B,..." if several else next((ARTICLES[kind] for kind in kinds if kind in ARTICLES), "TEXT")
     return click.Option(
@@ -124,7 +149,86 @@ def option(name: str, field: "FieldInfo") -> click.Parameter:
         metavar=None if choices else word,
         required=field.is_required(),
         callback=_split if several else None,
+        shell_complete=None if choices else offered(name, field),
     )
+
+
+Offer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+
+
+def offered(name: str, field: "FieldInfo") -> Offer:
+    """Return what a shell offers for a setting: names that begin so, the words of a list, or paths."""
+    kinds = _kinds(field.annotation)
+    listed = [word for kind in kinds if get_origin(kind) is tuple for word in get_args(get_args(kind)[0])]
+    paths = Path in kinds or any(Path in get_args(kind) for kind in kinds)
+
+    def offer(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        known = listed or (resolve_name(f"kcdcache.{WORDS[name]}") if name in WORDS else ())
+        # of a sum of methods or a list of words, the last one is completed
+        begun = incomplete.removesuffix(re.split("[+,]", incomplete)[-1]) if name not in ("data", "teacher") else ""
+        found = [CompletionItem(begun + word) for word in known if (begun + word).startswith(incomplete)]
+        files = paths or (name == "teacher" and not found)
+        return [CompletionItem(incomplete, type="file")] if files else found
+
+    return offer
+
+
+def config_option() -> click.Option:
+    """Return the option `--config`, which is read before the others and gives what they do not."""
+    return click.Option(
+        ["--config"],
+        metavar="FILE.toml",
+        is_eager=True,
+        expose_value=False,
+        callback=_read_config,
+        help="TOML file of settings by the names of these options; options given here take precedence",
+        shell_complete=lambda ctx, parameter, incomplete: [CompletionItem(incomplete, type="file")],
+    )
+
+
+def _read_config(ctx: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    """Take the settings of a file as defaults of the command.
+
+    Raises NotFoundError or SettingsError for a file that is missing or no TOML, an unknown key, or a wrong word.
+    """
+    if value is None or ctx.resilient_parsing:
+        return
+    from kcdcache.settings import read_toml
+
+    named = {key: one for one in ctx.command.params if one is not parameter for key in _keys(one)}
+    found: dict[str, Any] = {}
+    for key, given in read_toml(Path(value), "settings file").items():
+        if (one := named.get(key.replace("_", "-"))) is None:
+            raise SettingsError(f"unknown setting '{key}' in {value}; {nearest(key.replace('_', '-'), named)}")
+        found[str(one.name)] = _as_flag(ctx, one, key, given, value)
+    ctx.default_map, ctx.meta[CONFIG] = found, value
+
+
+def source_of(ctx: click.Context) -> str:
+    """Return where a command's settings are from, for messages."""
+    return f"{ctx.meta[CONFIG]} or the command line" if CONFIG in ctx.meta else "the command line"
+
+
+def _keys(parameter: click.Parameter) -> list[str]:
+    """Return a parameter's names in a settings file: its long flags without dashes, or an argument's own name."""
+    if isinstance(parameter, click.Argument):
+        return [str(parameter.name)]
+    return [flag.removeprefix("--") for flag in parameter.opts if flag.startswith("--")]
+
+
+def _as_flag(ctx: click.Context, parameter: click.Parameter, key: str, given: Any, path: str) -> Any:
+    """Return a value of a settings file as the command line would have it."""
+    if isinstance(given, dict):
+        raise SettingsError(f"setting '{key}' in {path} is a table: give `name = value` lines without [headings]")
+    several = isinstance(given, list)
+    if several and parameter.nargs != 1:
+        return [str(one) for one in given]
+    text = ",".join(map(str, given)) if several else given
+    try:
+        parameter.type_cast_value(ctx, [text] if parameter.nargs != 1 else text)
+    except click.BadParameter as error:
+        raise SettingsError(f"setting '{key}' in {path}: {error.message}") from None
+    return text
 
 
 def shown(default: Any) -> str:

@@ -26,7 +26,9 @@ TERMS = (
 
 
 def inspect(command: InspectCommand, progress: Progress = silent) -> Result:
-    """Show the contents of a path; see `report.show.inspect`."""
+    """Show the contents of a path; see `report.show.inspect`. With `toml`, the settings of a run as a file."""
+    if command.toml:
+        return {"toml": show.settings_file(command.path)}
     return show.inspect(command.path)
 
 

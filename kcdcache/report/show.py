@@ -1,5 +1,6 @@
 """Contents and id of a store, manifest, values file, run, exported set or network."""
 
+import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -73,6 +74,20 @@ def inspect(path: Path) -> dict[str, Any]:
     """Return the contents of a path as JSON values, `kind` first; raises the errors of `kind_of`."""
     kind = kind_of(path)
     return {"kind": kind, "path": str(path), "id": KINDS[kind].id(path), **KINDS[kind].contents(path)}
+
+
+def settings_file(path: Path) -> str:
+    """Return a run's settings as TOML for `--config`; paths and machine are left to the command line.
+
+    Raises MismatchError if there is something else.
+    """
+    if (kind := kind_of(path)) != "run":
+        raise MismatchError(f"{path} is a {kind}; --toml prints the settings of a run: give the folder of one")
+    found = read_object(RunFolder(path=path).settings, "settings", "inputs")["settings"]
+    command, places = ("fit", "--data and --out") if "model" in found else ("train", "--data, --store and --out")
+    # JSON of numbers, texts and lists is TOML, but for one character
+    lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in found.items() if value is not None]
+    return "\n".join([f"# kcdcache {command} --config FILE.toml, with {places}", *lines]).replace("\x7f", "\\u007f")
 
 
 def id_of(path: Path) -> str | None:
