@@ -21,7 +21,7 @@ from kcdcache.store import check as store_check
 from kcdcache.store import reader
 
 T = TypeVar("T")
-NETWORKS = ("student", "model")
+NETWORKS = ("student", "model", "ema/student", "ema/model")
 SUMS = ("rows_read", "bytes_read")
 """entries of a summary that are sums over the epochs"""
 

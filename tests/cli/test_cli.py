@@ -143,7 +143,7 @@ def test_options_are_the_fields_of_the_settings_and_help_gives_text_default_and_
     assert f"Examples:\n    kcdcache {command}" in out
     fields = settings.fields(main.COMMANDS[command].takes)
     parameters = {parameter.name: parameter for parameter in main.build(command).params}
-    assert parameters.keys() - {"as_json", "debug", "quiet", "dry_run"} == fields.keys()
+    assert parameters.keys() - {"as_json", "config", "debug", "quiet", "dry_run"} == fields.keys()
     for name, field in fields.items():
         if isinstance(parameters[name], click.Option):
             assert " ".join(parameters[name].help.split()).startswith(" ".join(field.description.split()))
@@ -184,6 +184,11 @@ def sample_of(annotation):
     kinds = [annotation, *get_args(annotation)]
     if annotation is bool:
         return [True, False]
+    inner = [get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple]
+    if words := [word for kind in inner if get_origin(kind) is Literal for word in get_args(kind)]:
+        return [words, words[:1], []]
+    if get_origin(annotation) is tuple and Ellipsis not in get_args(annotation):
+        return [[0.25, 0.5]]
     if any(get_origin(kind) is tuple for kind in kinds):
         return [["a", "b"], ["a"], []] if "str" in str(annotation) else [[0.25, 0.5], [0.5], []]
     choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
