@@ -162,7 +162,7 @@ def _planned_stages(settings: TrainSettings, material: distill.Material, out: Pa
         "stages": [
             {
                 "stage": stage.number,
-                "epochs": f"{stage.start}-{stage.stop - 1}",
+                "epochs": f"{stage.start + 1}-{stage.stop}",
                 "keep": stage.keep,  # unrounded: `condense --keep` with it gives the run's own bytes
                 "samples": min(schedule.kept_count(stage.keep, count), usable),
                 "source": stage.source,

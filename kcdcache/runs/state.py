@@ -130,6 +130,7 @@ class Outcome(Sparse):
     accuracy_last: float
     accuracy_best: float
     best_epoch: int
+    """from 0, as in metrics.jsonl"""
     accuracy_ema: float | None = None
     """of the averaged weights after the last epoch; unset without --ema-decay"""
     calibration_error: float

@@ -123,11 +123,11 @@ def _all_stages(run: Run, until: int) -> state.Summary | Stopped:
         if stage.stop > done or not run.folder.is_complete(run.folder.stage_values(stage.number)):
             chosen = _by_first(run, partial(_manifest_for, run, stage))
             mixes = _by_first(run, partial(_outputs_on_mixes, run, stage, chosen))
-            first, last = stage.start, stage.stop - 1
+            first, last = stage.start + 1, stage.stop  # counted from 1, as everywhere that people look
             logger.info("stage %d: epochs %d to %d on %d samples", stage.number, first, last, len(chosen))
             done = run_stage(run, stage, chosen, mixes, until)
     if done < run.settings.epochs:
-        logger.info("train: stopped at epoch %d of %d; the same command continues", done, run.settings.epochs)
+        logger.info("train: stopped after epoch %d of %d; the same command resumes", done, run.settings.epochs)
         return Stopped(
             finished=False,
             epochs_done=done,
@@ -356,14 +356,14 @@ def _place(run: Run, chosen: Manifest) -> None:
     starts = {stage.start: stage.number for stage in run.stages}
     if done not in starts:
         raise SettingsError(
-            f"the run stands at epoch {done}, inside a stage; a manifest can be given only where a stage begins: "
-            f"{', '.join(map(str, starts))}"
+            f"--manifest: the run has finished {done} epochs, inside a stage; a manifest can be given only where a stage "
+            f"begins, after {', '.join(map(str, starts))} epochs"
         )
     number = starts[done]
     if chosen.stage != number:
         raise SettingsError(
-            f"the run stands at the start of stage {number}, the given manifest is for stage {chosen.stage}; condense "
-            f"with --stage {number}, or with the manifest of stage {number - 1} as --previous"
+            f"--manifest: the run is at the start of stage {number}, the manifest is for stage {chosen.stage}; condense "
+            f"again with --stage {number}, or with the manifest of stage {number - 1} as --previous"
         )
     path = folder.manifest(number)
     if path in standing:

@@ -160,7 +160,7 @@ class Loop:
             if wish:
                 self._save_inside()
             if wish == STOP:
-                interrupt.stop(f"epoch {learner.epoch}, step {learner.step} is in the checkpoint of {self.folder.path}")
+                interrupt.stop(f"epoch {learner.epoch + 1}, step {learner.step} is in the checkpoint of {self.folder.path}")
         row = self._end_epoch()
         self._saved = time.monotonic()
         if learner.group.first:
@@ -261,7 +261,7 @@ class Loop:
     def _require_finite(self) -> None:
         """Raise NonFiniteError if the network has diverged, with the samples of the first step without finite loss."""
         learner, group = self.learner, self.learner.group
-        loss, where = float(group.total(learner.sums["loss"])), f"in epoch {learner.epoch}, step {learner.step}"
+        loss, where = float(group.total(learner.sums["loss"])), f"in epoch {learner.epoch + 1}, step {learner.step}"
         remedy = f"lower --learning-rate, or look for bad images; {ELSEWHERE} (the last is from before that)"
         if not math.isfinite(loss):
             step = -group.most(-self._totals.finite_steps())

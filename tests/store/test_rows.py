@@ -129,7 +129,7 @@ def test_a_set_of_values_that_are_no_numbers_cannot_be_made():
 def test_a_diverged_run_names_epoch_step_and_the_samples_of_its_first_bad_batch(place, tmp_path):
     wild = {"learning_rate": 1e30, "warmup_epochs": 0, "student": "resnet8", "checkpoint_seconds": 60}
     with pytest.raises(
-        NonFiniteError, match=r"in epoch 0, step 7; .*the first such loss was that of step \d"
+        NonFiniteError, match=r"in epoch 1, step 7; .*the first such loss was that of step \d"
     ) as caught:
         distilled(place, tmp_path / "run", **wild)
     told = str(caught.value)

@@ -108,7 +108,7 @@ def test_a_run_stopped_at_any_step_before_a_joined_batch_or_after_it_goes_on_to_
     fitted(tmp_path / "whole", "lessons:Pooled", **ONE_OVER)
     for step in (5, 6, 7):
         folder, BELL[:] = tmp_path / str(step), [step]
-        with interrupt.listening(), pytest.raises(InterruptedRunError, match=f"epoch 0, step {step} is in the check"):
+        with interrupt.listening(), pytest.raises(InterruptedRunError, match=f"epoch 1, step {step} is in the check"):
             fitted(folder, "test_fit:Ringing", **ONE_OVER)
         with interrupt.listening():
             fitted(folder, "test_fit:Ringing", **ONE_OVER)

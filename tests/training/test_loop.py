@@ -176,7 +176,7 @@ def test_a_diverged_loss_stops_the_run_names_the_batch_and_keeps_the_last_good_c
 ):
     told = []
     message = (
-        rf"loss is (nan|inf) in epoch 0, step {steps}; lower --learning-rate, or look for bad images; .*first such "
+        rf"loss is (nan|inf) in epoch 1, step {steps}; lower --learning-rate, or look for bad images; .*first such "
         r"loss was that of step 1 .*, of these 14 samples: \d+, \d+"
     )
     for way in ("on", "off"):

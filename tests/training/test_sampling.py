@@ -250,7 +250,7 @@ def test_a_run_stopped_inside_an_epoch_goes_on_with_the_same_points_also_on_the_
     BELL[:] = [23]  # inside the fourth epoch: its points depend on values that have changed since it began
     with (
         interrupt.listening(),
-        pytest.raises(InterruptedRunError, match=r"epoch [345], step [1-4] is in the checkpoint of"),
+        pytest.raises(InterruptedRunError, match=r"epoch [456], step [1-4] is in the checkpoint of"),
     ):
         distilled(place, tmp_path / "run", **chosen(name))
     with interrupt.listening():
