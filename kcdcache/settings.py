@@ -482,7 +482,7 @@ class TrainCommand(Composed):
     transfer: bool = False
     """accept a manifest made for another teacher's store of the same data"""
     until: int | None = Field(default=None, ge=1)
-    """stop after this many epochs; the same command continues"""
+    """stop after this many epochs; the same command resumes"""
     expect_id: tuple[str, ...] | None = None
     """required ids of store and condensed set (see inspect)"""
     machine: MachineSettings

@@ -52,7 +52,7 @@ def store_with(
         planned = Knowledge(teacher=teacher.identity, data=data.identity(), views=rule)
         fields = run_loss.reads(MethodSettings(method=command.for_), command.student, planned, data)
         if not fields:
-            raise SettingsError(f"--for {command.for_}: this method reads nothing of the teacher")
+            raise SettingsError(f"--for {command.for_}: this method uses no teacher outputs")
         logger.info("precompute: %s with %s reads %s", command.for_, command.student, ", ".join(fields))
         settings = settings.model_copy(update={"fields": fields})
     if command.manifest is not None:
@@ -76,7 +76,7 @@ def _remedy(command: PrecomputeCommand, left: int) -> str:
             shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
             flags += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", shown]
     return (
-        f"{left} parts are left to the other shards, the last of which seals the store; one process ends it by "
+        f"{left} parts are left for the other shards, the last of which seals the store; one process finishes it with "
         f"`{shlex.join(['kcdcache', 'precompute', *flags])}`"
     )
 
@@ -86,5 +86,5 @@ def _mixes_of(file: Path, knowledge: reader.Store, fields: Sequence[str], mix: M
     chosen = manifest.read(file, knowledge.count)
     manifest.require_knowledge(chosen, knowledge.knowledge_id)
     if not chosen.mixed.any():
-        raise MismatchError(f"{file} has no mixed points (K_Aug is empty): there is nothing to ask the teacher again")
+        raise MismatchError(f"{file} has no mixed points (K_Aug is empty): there is nothing to run the teacher on")
     return requery.Mixes(manifest=chosen, fields=fields, views=range(knowledge.views), mix=mix)

@@ -141,7 +141,7 @@ def _asked_teacher(
     if command.teaching.teacher is None:
         return None
     if settings.mix_target != "requery" and not compared:
-        logger.info("train: --teacher is not used; it serves --mix-target requery and --fidelity on")
+        logger.info("train: --teacher is not used; only --mix-target requery and --fidelity on need it")
         return None
     found = load_again(command.teaching, data, knowledge.knowledge, knowledge.path, command.machine)
     if compared:

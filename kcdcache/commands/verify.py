@@ -106,7 +106,7 @@ def _recompute(command: VerifyCommand, knowledge: reader.Store, data: Dataset, p
     found = recheck(knowledge, data, network, points=command.points, seed=command.sample_seed, progress=progress)
     if found.largest > TOLERANCE:
         raise CorruptionError(
-            f"the teacher no longer gives what {knowledge.path} holds: {found.differing} of {found.points} points "
+            f"the teacher's outputs differ from those in {knowledge.path}: {found.differing} of {found.points} points "
             f"differ, up to {found.largest:.3g} (relative; other hardware or versions explain at most {TOLERANCE})"
         )
     if identity.PARAMETERS in knowledge.kept:

@@ -221,6 +221,6 @@ def _warn_starved(counts: tuple[int, ...], whole: tuple[int, ...], keep: float) 
 def log_sizes(kept: int, dropped: int, settings: CondenseSettings) -> None:
     """Log that K_0 is larger than K_1, or empty for a reason that is not obvious."""
     if settings.augment_kept and dropped > kept:
-        logger.info("K_0 has %d points, K_1 only %d: the best %d of K_0 serve", dropped, kept, kept)
+        logger.info("K_0 has %d points, K_1 only %d: the best %d of K_0 are mixed in", dropped, kept, kept)
     if settings.augment_kept and not dropped and settings.k0 == "stage_slice":
-        logger.info("nothing was cut since the manifest before, so k0 = stage_slice has nothing to mix in")
+        logger.info("no sample was dropped since the previous manifest, so k0 = stage_slice has nothing to mix in")

@@ -46,7 +46,7 @@ SYSTEM_FOLDERS = {
 }  # fmt: skip
 """folders, in lower case, that systems put among images"""
 HIDDEN, OTHERS, AGAIN, OUTSIDE = (
-    "hidden or system files and folders", "files that are no images", "links to folders that are read already",
+    "hidden or system files and folders", "files that are not images", "links to folders already read",
     "files outside the class folders",
 )  # fmt: skip
 """kinds of what is left out of class folders"""
@@ -176,7 +176,7 @@ def _limited(split: Split, limit: int | None, order: str, what: str) -> Split:
         unread = isinstance(split.source, tables.ParquetImages)
         return Split(split.labels, split.source.taken(np.arange(len(split)))) if unread else split
     if limit > len(split):
-        raise SettingsError(f"the {what} has {len(split)} images; {limit} were asked for")
+        raise SettingsError(f"the {what} has {len(split)} images; {limit} were requested")
     rows = np.arange(limit) if order == "stored" else label_noise.balanced(split.labels, limit)
     return Split(split.labels[rows], split.source.taken(rows))
 
@@ -195,7 +195,7 @@ def _corrupted(split: Split, classes: int, asked: Corruption, spec: str) -> Spli
 def _require_texts(classes: Sequence[str], spec: str) -> None:
     """Raise MismatchError for a class name that cannot be recorded: half of a character, as of a name not in UTF-8."""
     if odd := [name for name in classes if any("\ud800" <= letter <= "\udfff" for letter in name)]:
-        raise MismatchError(f"the class name {odd[0]!a} in '{spec}' is no text in UTF-8; rename it")
+        raise MismatchError(f"the class name {odd[0]!a} in '{spec}' is not valid UTF-8; rename it")
 
 
 def _require_in_range(split: Split, count: int) -> None:
@@ -330,7 +330,7 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        raise KcdcacheError(f"the folder {folder} cannot be read ({error.strerror}); see to its permissions") from None
+        raise KcdcacheError(f"the folder {folder} cannot be read ({error.strerror}); check its permissions") from None
 
 
 def _hidden(name: str) -> bool:

@@ -468,5 +468,5 @@ def reading(place: str) -> Iterator[None]:
         raise UnsafeError(f"{place} is refused: {error}") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the system's; what Pillow cannot decode has none
-            raise KcdcacheError(f"{place} cannot be read ({error.strerror}); see to the file or its disk") from None
+            raise KcdcacheError(f"{place} cannot be read ({error.strerror}); check the file or its disk") from None
         raise CorruptionError(f"{place} is not a readable image ({error}); replace or remove it") from None

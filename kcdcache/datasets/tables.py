@@ -209,7 +209,7 @@ def _read(opened: pq.ParquetFile, file: Path, column: str, group: int | None = N
 def _trouble(error: Exception, told: str, file: Path) -> KcdcacheError:
     """Return what an error means: the system's, too little memory, or damage."""
     if number := getattr(error, "errno", None):
-        return KcdcacheError(f"{file} cannot be read ({os.strerror(number)}); see to its permissions or its disk")
+        return KcdcacheError(f"{file} cannot be read ({os.strerror(number)}); check its permissions or its disk")
     if isinstance(error, MemoryError):
         return UnsafeError(f"{file} asks for more memory than there is: {error}; it is not read")
     return CorruptionError(f"{told}: {error}")

@@ -68,7 +68,7 @@ class PartialImages(images.EncodedImages):
         if len(missing := index[rows < 0]):
             raise MismatchError(
                 f"sample {missing[0]} is not among the {int((self.row >= 0).sum())} of {len(self)} images that the "
-                "exported set holds: it serves `kcdcache train --condensed` with the same set; for anything else give "
+                "exported set holds: it is only for `kcdcache train --condensed` with the same set; otherwise give "
                 "the whole data set"
             )
         return rows
@@ -203,7 +203,7 @@ def require_served(opened: Condensed, settings: TrainSettings, weights: Weights)
         if wanted != made:
             raise SettingsError(
                 f"the targets in {opened.record.path} are baked for --{name} {made}, the run asks for {wanted}; give "
-                f"--{name} {made}, or a set exported without --bake, which serves any"
+                f"--{name} {made}, or a set exported without --bake, which fits any"
             )
     if weights.terms:
         raise SettingsError(

@@ -104,7 +104,7 @@ def run(command: ExportCommand, progress: Progress = silent, dry_run: bool = Fal
         return {"would": "export", **figures, "out": str(out)}
     found = _finished(plan)
     if found is not None:
-        logger.info("export: %s is finished already", out)
+        logger.info("export: %s is already finished", out)
     name = _write_alone(plan, progress) if found is None else found.id
     figures["bytes"] = sum(log.stored_bytes(out / part) for part in plan.stores)  # after compression
     figures["bytes_on_disk"] = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())

@@ -208,7 +208,7 @@ def bring_again(path: Path) -> bool:
     """Fetch a mirrored file again; return False if the path is not mirrored."""
     if (bucket := _bucket(path)) is None:
         return False
-    logger.info("%s: its copy in the cache is damaged or old, fetched again", named(str(path)))
+    logger.info("%s: the cached copy is damaged or outdated; fetched again", named(str(path)))
     bucket.fetch(path, _stamp(path))
     return True
 

@@ -115,7 +115,7 @@ def require(path: Path, facts: Facts) -> None:
     if (entry.rows, entry.digest) != facts:
         raise MismatchError(
             f"{path} holds {facts.digest} with {facts.rows} rows, the run wrote {entry.digest} with {entry.rows} rows: "
-            "another file was put in its place; put the run's own back, or start the run anew"
+            "another file was put in its place; put the run's own back, or start a new run"
         )
     if trouble := _differs(path, entry):
         raise CorruptionError(f"{path} {trouble}")
@@ -143,7 +143,7 @@ def problems(run: Path, record: RunFiles) -> dict[Path, str]:
 
 _UNKNOWN = (
     f"is not in {FILE}, the record of what the run wrote: an older kcdcache made it, or it was put there by hand; "
-    "start the run anew, and give a set made by hand with --manifest"
+    "start a new run, and give a set made by hand with --manifest"
 )
 
 
@@ -163,11 +163,11 @@ def _differs(path: Path, entry: Entry) -> str | None:
     if entry.sha256 is None:
         return None
     if (size := path.stat().st_size) != entry.bytes:
-        return f"has {size} bytes, the run wrote {entry.bytes}; put the run's own file back, or start the run anew"
+        return f"has {size} bytes, the run wrote {entry.bytes}; put the run's own file back, or start a new run"
     if (found := sha256_file(path, MOST_FILE_BYTES)) != entry.sha256:
         return (
             f"is not what the run wrote: its SHA-256 is {found}, recorded was {entry.sha256}; put the run's own file "
-            "back, or start the run anew"
+            "back, or start a new run"
         )
     return None
 

@@ -55,7 +55,7 @@ def saved_network(spec: str) -> Path:
     for record in records:
         if record.exists() or record.with_suffix(".safetensors").exists():
             if (path / "run.json").exists() and not (path / "summary.json").exists():
-                raise UnfinishedError(f"the run in {path} is not finished; run its command again before it teaches")
+                raise UnfinishedError(f"the run in {path} is not finished; run its command again to finish it")
             return record
     if path.is_dir():
         raise NotFoundError(f"no saved network in {path} (neither {records[0].name} nor {records[1].name})")

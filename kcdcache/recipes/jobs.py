@@ -71,7 +71,7 @@ def execute(
         if outcome.result is None:
             logger.error("%s failed: %s", name, outcome.error)
         else:
-            logger.info("%s is done, %d of %d", name, len(found), len(order))
+            logger.info("%s finished, %d of %d", name, len(found), len(order))
 
     while sorter.is_active():
         ready = sorted([*ready, *sorter.get_ready()], key=order.index)
@@ -81,7 +81,7 @@ def execute(
                 break
             ready.remove(name)
             if failed:
-                settle(name, Outcome(error=f"not begun: it needs '{failed[0]}', which failed", exit_code=9))
+                settle(name, Outcome(error=f"skipped: step '{failed[0]}' failed", exit_code=9))
             elif processes is None:
                 settle(name, _attempted(lambda one: work(prepare(one)), name))
                 break  # jobs that need it may come before the others
@@ -131,7 +131,7 @@ class _Processes:
         process.start()
         there.close()
         self._running[name] = process, here
-        logger.info("%s begun, process %d", name, process.pid)
+        logger.info("%s started as process %d", name, process.pid)
 
     def ended(self) -> Iterator[tuple[str, Outcome]]:
         """Wait a moment, forward a request to stop once, and yield the jobs that have ended."""

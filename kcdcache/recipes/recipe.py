@@ -355,7 +355,7 @@ def _filled(value: Any, pair: Entry, source: str) -> Any:
 
     def entry(match: re.Match[str]) -> str:
         if match[1] not in pair:
-            raise SettingsError(f"{source}: {match[0]} is no entry of every [[pair]]; {nearest(match[1], list(pair))}")
+            raise SettingsError(f"{source}: {match[0]} is not a key of every [[pair]]; {nearest(match[1], list(pair))}")
         return str(pair[match[1]])
 
     if isinstance(value, str):
@@ -392,7 +392,7 @@ def _require_order(recipe: Recipe, path: Path) -> None:
 def _require_reference(text: str, step: Step, known: Mapping[str, Step], place: str) -> None:
     match = REFERENCE.fullmatch(text)
     if match is None:
-        raise SettingsError(f"{place}: '{text}' is no reference; write @name, @name:condensed or @name:values")
+        raise SettingsError(f"{place}: '{text}' is not a reference; write @name, @name:condensed or @name:values")
     name, of_run = match[1], match[2]
     if name not in known:
         raise SettingsError(f"{place}: @{name} names no earlier step; {nearest(name, known)}")

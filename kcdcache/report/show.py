@@ -106,8 +106,7 @@ def require_ids(paths: Iterable[Path], expected: Collection[str] | None) -> None
     for path in paths:
         if (found := id_of(path)) not in expected:
             raise MismatchError(
-                f"{path} has the id {found}, expected {' or '.join(expected)}: it is not what was promised; "
-                "get it again, or leave --expect-id out"
+                f"{path} has the id {found}, expected {' or '.join(expected)}; get it again, or leave --expect-id out"
             )
 
 
@@ -132,7 +131,7 @@ def kind_of(path: Path) -> str:
         )
     if is_store(path / record.STORE):
         record.read(path)  # raises that the export was interrupted
-    raise MismatchError(f"{path} is no store, manifest, values file, run or network of kcdcache")
+    raise MismatchError(f"{path} is not a store, manifest, values file, run or network written by kcdcache")
 
 
 def is_store(path: Path) -> bool:

@@ -92,7 +92,7 @@ def _progress(look: _Look) -> list[MetricsRow]:
     found = look.at(state.load_checkpoint, folder)
     if found is None:
         if folder.metrics.exists() and not folder.pointer.exists():
-            look.add(f"{folder.pointer} is missing, but {folder.metrics.name} has finished epochs; start the run anew")
+            look.add(f"{folder.pointer} is missing, but {folder.metrics.name} has finished epochs; start a new run")
         return []
     rows = found[1].rows
     written = read_bytes(folder.metrics, MOST_RECORD_BYTES) if folder.metrics.exists() else b""
@@ -100,7 +100,7 @@ def _progress(look: _Look) -> list[MetricsRow]:
     if written != (expected := state.metrics_lines(rows)) and not behind:  # a kill leaves metrics an epoch behind
         pairs = zip_longest(written.splitlines(keepends=True), expected.splitlines(keepends=True))
         line = next(number for number, (ours, theirs) in enumerate(pairs, 1) if ours != theirs)
-        remedy = "run the run's command again, which writes it anew"
+        remedy = "run the run's command again, which writes it again"
         look.add(f"{folder.metrics}, line {line}: not what the checkpoint has for that epoch; {remedy}")
     return rows
 

@@ -272,13 +272,13 @@ def start(folder: RunFolder, settings: Mapping[str, Any], inputs: Inputs) -> Run
     record = read_record(folder)
     asked = to_jsonable_python(settings), inputs.document()
     if (record.settings, record.inputs.document()) != asked and not has_begun(folder):
-        logger.info("%s holds another run, which ended before its first checkpoint: it is begun anew", folder.path)
+        logger.info("%s holds another run, which ended before its first checkpoint: it is started again", folder.path)
         _forget(folder)
         return None
     if difference := errors.first_difference(record.settings, asked[0]):
         name, was, now = difference
         raise errors.SettingsError(
-            f"{folder.path} holds a run with {name} = {was!r}, asked for now: {now!r}; "
+            f"{folder.path} holds a run with {name} = {was!r}, requested now: {now!r}; "
             "give the same settings to continue it, or another --out"
         )
     names = (f"the run in {folder.path}", "what was given now")
@@ -375,7 +375,7 @@ def load_checkpoint(folder: RunFolder) -> tuple[dict[str, Tensor], Checkpoint] |
     data = atomic.read_bytes(path) if path.exists() else b""
     if atomic.sha256_bytes(data) != pointer.sha256:
         raise errors.CorruptionError(
-            f"checkpoint {path} is damaged: its SHA-256 is not the one in {folder.pointer}; start the run anew"
+            f"checkpoint {path} is damaged: its SHA-256 is not the one in {folder.pointer}; start a new run"
         )
     tensors, record = _parse_checkpoint(data, path)
     if record.run != (own := run_files.run_id(folder.path)):
@@ -450,7 +450,7 @@ def _parse_checkpoint(data: bytes, path: Path) -> tuple[dict[str, Tensor], Check
         record = records.parse(Checkpoint, header["__metadata__"][RECORD_KEY].encode(), path)
         return safetensors.torch.load(data), record
     except (KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise errors.CorruptionError(f"checkpoint {path} is damaged: {error}; start the run anew") from None
+        raise errors.CorruptionError(f"checkpoint {path} is damaged: {error}; start a new run") from None
 
 
 def _remove_other_checkpoints(folder: RunFolder) -> None:

@@ -414,7 +414,7 @@ def _forget(root: Path, growth: int, before: StorePlan | None) -> None:
     Its log goes first, so that a kill leaves nothing that counts, and its plan, which names the files, last.
     """
     if growth == 0 and _logged(root, 0):
-        logger.info("the store at %s was refused for its teacher's accuracy: it is begun anew", root)
+        logger.info("the store at %s was refused for its teacher's accuracy: it is started again", root)
     for path in record_path(root, growth, "").parent.glob("*.json"):
         atomic.remove(path)
     planned = log.plan_path(root, growth)
@@ -442,12 +442,12 @@ def _files_of(root: Path, plan: StorePlan, before: StorePlan | None) -> Iterator
 
 def _require_same_knowledge(root: Path, knowledge: Knowledge) -> None:
     found = read_store_identity(root).document()
-    require_same(found, knowledge.document(), (f"the store at {root}", "what is asked for"), REMEDY)
+    require_same(found, knowledge.document(), (f"the store at {root}", "the request"), REMEDY)
 
 
 def _plan_or_compare(root: Path, growth: int, plan: StorePlan, name: str) -> None:
     if log.plan_path(root, growth).exists():
-        require_same(log.read_plan(root, growth).document(), plan.document(), (name, "what is asked for"), REMEDY)
+        require_same(log.read_plan(root, growth).document(), plan.document(), (name, "the request"), REMEDY)
     else:
         write_atomic(log.plan_path(root, growth), sealed_json(plan.document()))
 

@@ -142,7 +142,7 @@ def run(
             identity.write_parameters(path, profiles, knowledge)
 
     if left := fill(path, knowledge, plan, job, progress, describe_source):
-        logger.info("precompute: shard %s is written; %d parts are left to the other shards", shard, left)
+        logger.info("precompute: shard %s is written; %d parts are left for the other shards", shard, left)
         return {"kind": "store", "store": str(path), "finished": False, "shard": str(shard), "parts_left": left}
     return describe(path)
 
@@ -342,7 +342,7 @@ def expected_cost(path: Path, knowledge: Knowledge, plan: StorePlan, job: Job) -
     rate = measured(job, plan, mine)
     to_do, free = _to_do(plan, everything, rate), _free_bytes(path)
     if to_do["bytes"] > free:
-        logger.warning(f"precompute: {to_do['bytes']:,} bytes are still to be written, but {free:,} are free")
+        logger.warning(f"precompute: {to_do['bytes']:,} bytes are still to be written, but only {free:,} are free")
     found = {"images_per_second": rate and rate.document(), "to_do": to_do}
     return found if job.shard == WHOLE else found | {f"shard {job.shard}": _to_do(plan, mine, rate)}
 

@@ -137,7 +137,7 @@ def _commit_again(root: Path, growth: int) -> bytes:
     except KcdcacheError as error:
         raise CorruptionError(
             f"{log.commit_path(root, growth)} is damaged, and so is what it could be made from ({error}); "
-            "restore one of them from a backup, or make the store anew"
+            "restore one of them from a backup, or precompute a new store"
         ) from None
 
 
@@ -185,7 +185,7 @@ def _make_again(root: Path, piece: _Piece, means: Means | None) -> list[str]:
         raise MismatchError(
             f"{piece.name} of {root} computed here is not what was written: other versions, device or threads give "
             f"other last bits ({root / log.FOLDER / 'environment.json'} says where it was made); nothing of it was "
-            "changed: repair there, or make the store anew"
+            "changed: repair there, or precompute a new store"
         )
     bad = [file.path for file in _bad_files(root, made)]
     for key in bad:

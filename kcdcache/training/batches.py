@@ -144,7 +144,7 @@ def _targets_of_mixes(
 ) -> StoredTargets:
     """Return the targets of the mixed points: row j of the store is the j-th K_Aug point by index."""
     held = mixes.knowledge.mixes or {}
-    names = (f"the mixes of the store at {mixes.path}", "those asked for")
+    names = (f"the mixes of the store at {mixes.path}", "those requested")
     remedy = "make them with `kcdcache precompute --manifest` for this manifest and mix"
     asked = {"manifest": manifest.digest, "mix": mix}
     require_same({key: held.get(key) for key in asked}, asked, names, remedy)

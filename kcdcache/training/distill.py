@@ -70,7 +70,7 @@ def run(
     stages = planned(settings, material, group.world)
     with session(folder, *record, machine, group) as where:
         if where is None:
-            logger.info("train: %s is finished already", out)
+            logger.info("train: %s is already finished", out)
             return _measured_later(settings, material, folder, machine) if group.first else state.read_summary(out)
         going = Run(
             settings=_within_given(settings, material),
@@ -284,7 +284,7 @@ def _within_given(settings: TrainSettings, material: Material) -> TrainSettings:
     """Return the settings for a reused set, of which only its own samples are candidates."""
     if material.given is None or settings.stages == 1:
         return settings
-    logger.info("reuse: the candidates are the %d samples of the given set", len(material.given))
+    logger.info("reuse: only the %d samples of the given set are candidates", len(material.given))
     return settings.model_copy(update={"candidates": "current"})
 
 
@@ -351,19 +351,20 @@ def _place(run: Run, chosen: Manifest) -> None:
     manifest.require_knowledge(chosen, run.material.knowledge.knowledge_id)
     standing = [path for stage in run.stages if folder.is_complete(path := folder.manifest(stage.number))]
     if any(manifest.read(path).digest == chosen.digest for path in standing):
-        logger.info("train: the given set is that of a stage already")  # the same command is run again, to resume
+        # the same command is run again, to resume
+        logger.info("train: a stage of this run already trains on the given set")
         return
     starts = {stage.start: stage.number for stage in run.stages}
     if done not in starts:
         raise SettingsError(
-            f"--manifest: the run has finished {done} epochs, inside a stage; a manifest can be given only where a stage "
-            f"begins, after {', '.join(map(str, starts))} epochs"
+            f"--manifest: the run has finished {done} epochs, inside a stage; a manifest can be given only where a "
+            f"stage begins, after {', '.join(map(str, starts))} epochs"
         )
     number = starts[done]
     if chosen.stage != number:
         raise SettingsError(
-            f"--manifest: the run is at the start of stage {number}, the manifest is for stage {chosen.stage}; condense "
-            f"again with --stage {number}, or with the manifest of stage {number - 1} as --previous"
+            f"--manifest: the run is at the start of stage {number}, the manifest is for stage {chosen.stage}; "
+            f"condense again with --stage {number}, or with the manifest of stage {number - 1} as --previous"
         )
     path = folder.manifest(number)
     if path in standing:

@@ -46,7 +46,7 @@ def run(
     inputs = Inputs(data=data.identity().digest, test=data.test.digest())
     with session(folder, document, inputs, machine, group) as where:
         if where is None:
-            logger.info("fit: %s is finished already", out)
+            logger.info("fit: %s is already finished", out)
             return read_summary(out)
         group.wait()
         weights = run_loss.weights_of(MethodSettings(method="ce"), settings.label_smoothing)

@@ -160,7 +160,9 @@ class Loop:
             if wish:
                 self._save_inside()
             if wish == STOP:
-                interrupt.stop(f"epoch {learner.epoch + 1}, step {learner.step} is in the checkpoint of {self.folder.path}")
+                interrupt.stop(
+                    f"epoch {learner.epoch + 1}, step {learner.step} is in the checkpoint of {self.folder.path}"
+                )
         row = self._end_epoch()
         self._saved = time.monotonic()
         if learner.group.first:

@@ -156,7 +156,7 @@ def session(
     machine: MachineSettings,
     group: Group,
 ) -> Iterator[torch.device | None]:
-    """Open a run's folder while a group trains there; yield the device, or None if the run is finished already.
+    """Open a run's folder while a group trains there; yield the device, or None if the run is already finished.
 
     The first process locks the folder and begins or continues its record; see `state.session`.
     """
@@ -196,7 +196,7 @@ def group_of(variables: Mapping[str, str] = os.environ) -> Iterator[Group]:
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(variables.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    logger.info("process %d of %d waits for the others at %s", rank, world, where)
+    logger.info("process %d of %d is waiting for the others at %s", rank, world, where)
     with _others_there(rank, where):
         dist.init_process_group(backend, timeout=PATIENCE)
         try:
@@ -221,6 +221,6 @@ def _others_there(rank: int, where: str) -> Iterator[None]:
                 f"must run on that machine, and the port be free there; nothing was begun ({first})"
             ) from error
         raise UnfinishedError(
-            f"process {rank} lost another one of this run, whose own message, if it had time for one, says why; the "
+            f"process {rank} lost another process of this run; see its own message, if it wrote one; the "
             f"same command resumes ({first})"
         ) from error

@@ -81,7 +81,7 @@ def require_own(network: teacher.Teacher, knowledge: reader.Store) -> None:
     """Raise MismatchError, with the first difference, unless the teacher is the store's."""
     names = (f"the teacher of {knowledge.path}", "--teacher")
     known, given = (asdict(one) for one in (knowledge.knowledge.teacher, network.identity))
-    require_same(known, given, names, "give the store's own teacher, or none where no mixes are asked for")
+    require_same(known, given, names, "give the store's own teacher, or none where no mixes are requested")
 
 
 def path_for(file: Path) -> Path:

@@ -306,7 +306,7 @@ def unsealed(place):
 
 FAILURES = [
     (1, untouched, lambda p: words(p, "condense", out=p / "set.parquet/m.parquet"), r"set\.parquet"),
-    (2, untouched, lambda p: words(p, "train", learning_rate=0.2), r"learning_rate = 0.05, asked for now: 0.2; give"),
+    (2, untouched, lambda p: words(p, "train", learning_rate=0.2), r"learning_rate = 0.05, requested now: 0.2; give"),
     (4, with_another_store, lambda p: words(p, "condense", store=p / "other", out=p / "m"),
      r"error: the values in .* were measured on knowledge \w{64}, the store at .* holds \w{64}"),
     (5, without_numbers, lambda p: words(p, "condense", values=p / "theirs.parquet"), "row 1: 'value' is nan"),

@@ -70,7 +70,7 @@ def test_files_that_are_no_samples_are_counted_and_named_once(root, caplog):
     assert (classes, pixels) == (CLASSES, PLAIN)
     assert said == [
         f"left out of {root}: hidden or system files and folders: 3 (train/ant/.DS_Store, train/ant/._0.png, "
-        "val/.DS_Store); files that are no images: 2 (train/bee/boxes.txt, train/bee/photo.heic); files outside the "
+        "val/.DS_Store); files that are not images: 2 (train/bee/boxes.txt, train/bee/photo.heic); files outside the "
         "class folders: 2 (train/labels.csv, val/7.png)"
     ]
 
@@ -79,7 +79,7 @@ def test_many_names_are_shortened(root, caplog):
     for number in range(14):
         (root / f"train/ant/{number:02d}.txt").touch()
     said = found(root, caplog)[2][0]
-    assert "files that are no images: 14 (train/ant/00.txt, " in said
+    assert "files that are not images: 14 (train/ant/00.txt, " in said
     assert said.endswith("train/ant/09.txt, ...)")
 
 
@@ -108,7 +108,7 @@ def test_a_link_to_what_is_read_already_leads_nowhere_and_is_named(root, caplog,
     (root / "train/ant/again").symlink_to(target)
     _, pixels, said = found(root, caplog)
     assert pixels == PLAIN
-    assert said == [f"left out of {root}: links to folders that are read already: 1 (train/ant/again)"]
+    assert said == [f"left out of {root}: links to folders already read: 1 (train/ant/again)"]
 
 
 def test_a_folder_is_read_once_however_many_links_lead_there(root, caplog):
@@ -118,7 +118,7 @@ def test_a_folder_is_read_once_however_many_links_lead_there(root, caplog):
         (root / "train/ant" / name).symlink_to(root.parent / "more")
     _, pixels, said = found(root, caplog)
     assert pixels["train"] == sorted([*PLAIN["train"], (0, 7)])
-    assert "links to folders that are read already: 2 (train/ant/a/back, train/ant/b)" in said[0]
+    assert "links to folders already read: 2 (train/ant/a/back, train/ant/b)" in said[0]
 
 
 def test_both_splits_may_lead_to_the_same_folder(root, caplog):
@@ -136,7 +136,7 @@ def test_a_link_to_itself_is_left_out_or_refused_by_name(root, caplog, name):
         with pytest.raises(KcdcacheError, match=r"train/ant/loop\.png cannot be read \("):
             found(root, caplog)
     else:
-        assert "files that are no images: 1 (train/ant/loop)" in found(root, caplog)[2][0]
+        assert "files that are not images: 1 (train/ant/loop)" in found(root, caplog)[2][0]
 
 
 def test_a_pipe_in_a_hidden_folder_is_no_trouble_one_among_images_is(root, caplog):

@@ -88,7 +88,7 @@ def test_image_files_that_are_not_utf_8_are_read(tmp_path):
 
 def test_half_a_character_in_an_archive_is_a_named_error(tmp_path):
     spec = write_npz(tmp_path / "a.npz", classes=np.array(["a", "b", "caf\udce9"]))
-    with pytest.raises(MismatchError, match=r"the class name 'caf\\udce9' in 'arrays:.*is no text in UTF-8; rename"):
+    with pytest.raises(MismatchError, match=r"the class name 'caf\\udce9' in 'arrays:.*is not valid UTF-8; rename"):
         datasets.load(spec)
 
 

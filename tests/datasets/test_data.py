@@ -298,7 +298,7 @@ REFUSED = [
      "lacks the column label that the first file has"),
     (torn, CorruptionError, r"train-00001-of-00002.parquet is not a readable parquet file"),
     (lambda folder: f"{write_hub(folder)}?train=7", SettingsError,
-     r"training split of .* has 6 images; 7 were asked for"),
+     r"training split of .* has 6 images; 7 were requested"),
     (two_columns, SettingsError, r"fine, coarse; choose one: write parquet:.*#COLUMN"),
     (lambda folder: f"{two_columns(folder)}#label", SettingsError, r"fine, coarse; 'label' is none of them"),
     (without_images, SettingsError, r"image columns of .*: none \(of text \(string\), label \(int64\)\); images are"),

@@ -126,7 +126,7 @@ def test_finished_work_is_passed_over_and_every_command_tells_urls(chain):
     assert [chain.run([*line, "--json"]) for line in told] == [0] * 8 + [10], chain.log.read_text()
     assert there(chain) == before
     log = chain.log.read_text()
-    for said in ("{}/precompute is finished already", "{}/train is finished already", "error: nothing at {}/nothing"):
+    for said in ("{}/precompute is already finished", "{}/train is already finished", "error: nothing at {}/nothing"):
         assert said.format(root) in log
     assert str(chain.cache) not in log
 

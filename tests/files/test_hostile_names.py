@@ -82,7 +82,7 @@ def test_class_names_are_shown_escaped_in_logs_and_errors(run, tmp_path):
     words = ["fit", "--data", f"folder:{tmp_path}/d", "--model", "resnet8", "--out", tmp_path / "out", "--dry-run"]
     logged = run(*words)
     assert logged.code == 0
-    assert "files that are no images: 2" in logged.output
+    assert "files that are not images: 2" in logged.output
     assert harmless(logged)
     (tmp_path / "d/val" / f"{NAME}2").mkdir()
     refused = run(*words)

@@ -94,7 +94,7 @@ def test_every_recipe_of_the_project_can_be_planned(tmp_path, path):
         (HEAD + TEACHER + TEACHER, r"two steps are called 'teacher'"),
         (HEAD + STORE + TEACHER, r"step 'store': @teacher names no earlier step"),
         (HEAD + TEACHER + STORE.replace("@teacher", "@techer"), r"@techer names no .*; did you mean 'teacher'"),
-        (HEAD + TEACHER + STORE.replace("@teacher", "@tea/cher"), r"'@tea/cher' is no reference; write @name, "),
+        (HEAD + TEACHER + STORE.replace("@teacher", "@tea/cher"), r"'@tea/cher' is not a reference; write @name, "),
         (
             HEAD + TEACHER + STORE + KCD.replace('"@store"', '"@store:condensed"'),
             r"@store:condensed asks for what only a 'train' step has; 'store' runs precompute",
@@ -285,7 +285,10 @@ def test_pairs_and_variants_are_spelled_out_each_once(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (GRID.replace("{student}:", "{studnt}"), r"{studnt} is no entry of every \[\[pair\]\]; did you mean 'student'"),
+        (
+            GRID.replace("{student}:", "{studnt}"),
+            r"{studnt} is not a key of every \[\[pair\]\]; did you mean 'student'",
+        ),
         (
             GRID.replace('name = "{student}"', 'name = "same"'),
             "two steps are called 'same-kd'; names differ by {...} of a pair",
@@ -312,7 +315,7 @@ def test_a_failing_step_stops_none_but_those_that_need_it(tmp_path):
     assert set(failed) == {f"{name}-seed{seed}" for name in ("kcd", "smaller", "reuse") for seed in (0, 1)}
     assert failed["kcd-seed0"]["exit_code"] == 5
     assert "the training loss is nan in epoch" in failed["kcd-seed0"]["error"]
-    assert failed["smaller-seed1"]["error"] == "not begun: it needs 'kcd-seed1', which failed"
+    assert failed["smaller-seed1"]["error"] == "skipped: step 'kcd-seed1' failed"
     counts = {row["step"]: row["n"] for row in results["rows"] if row["step"] != "store"}
     assert counts == {"teacher": 1, "kcd": 0, "reuse": 0, "other": 1}
     assert "failed: kcd-seed0: the training loss is nan" in recipe.table(results)
@@ -366,4 +369,4 @@ def test_a_step_that_leaves_its_store_unsealed_fails_with_the_command_that_ends_
         f"one process ends it by `kcdcache precompute --data 'digits?train=100&test=50' --store {tmp_path}/out/store "
         in failed["store"]["error"]
     )
-    assert failed["kcd-seed0"]["error"] == "not begun: it needs 'store', which failed"
+    assert failed["kcd-seed0"]["error"] == "skipped: step 'store' failed"

@@ -125,7 +125,7 @@ def test_other_files_are_refused(tmp_path):
         show.inspect(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("hello")
     for path in (tmp_path / "notes.txt", tmp_path):
-        with pytest.raises(MismatchError, match=f"{path.name} is no store, manifest, values file, run or network"):
+        with pytest.raises(MismatchError, match=f"{path.name} is not a store, manifest, values file, run or network"):
             show.inspect(path)
     (tmp_path / "v.parquet").write_bytes(np.random.default_rng(0).bytes(500))
     with pytest.raises(CorruptionError, match=r"v.parquet is not an undamaged parquet file"):

@@ -193,7 +193,7 @@ def test_all_damage_is_told_at_once(place):
 @pytest.mark.parametrize(
     ("name", "error", "said"),
     [
-        ("run.json", MismatchError, "is no store, manifest, values file, run or network"),
+        ("run.json", MismatchError, "is not a store, manifest, values file, run or network"),
         ("files.json", CorruptionError, "is not in files.json"),
         ("checkpoint", CorruptionError, "checkpoint/latest.json is missing"),
     ],

@@ -34,7 +34,7 @@ def begun(place):
 def test_another_setting_is_refused_by_name(place, begun, name):
     before = everything(begun)
     was, now = getattr(settings(), name), CHANGES[name]
-    said = rf"holds a run with {name} = {was!r}, asked for now: {now!r}; give the same settings to continue it, or"
+    said = rf"holds a run with {name} = {was!r}, requested now: {now!r}; give the same settings to continue it, or"
     with pytest.raises(SettingsError, match=said):
         distilled(place, begun, **{name: now})
     assert unlocked(everything(begun)) == unlocked(before)
@@ -236,5 +236,5 @@ def test_a_run_with_a_checkpoint_inside_its_first_epoch_is_never_discarded(here,
     assert not (path / "metrics.jsonl").exists()
     before = unlocked(everything(path))
     assert finished(here.start, words(here.root, "fit", path, **slow, learning_rate=0.01), log) == 2
-    assert "holds a run with learning_rate = 0.05, asked for now: 0.01" in log.read_text()
+    assert "holds a run with learning_rate = 0.05, requested now: 0.01" in log.read_text()
     assert unlocked(everything(path)) == before

@@ -87,7 +87,7 @@ def test_growing_writes_only_what_is_new():
 
 
 def test_stores_do_not_shrink_or_change_encodings():
-    with pytest.raises(SettingsError, match="holds 2 views, 1 were asked for"):
+    with pytest.raises(SettingsError, match="holds 2 views, 1 were requested"):
         grow_plan(planned(), 1)
     with pytest.raises(SettingsError, match=r"'logits' is stored as float16 \(100,\), not float32"):
         grow_plan(planned(), 2, [encoding.parse("float32", "logits", (100,))])

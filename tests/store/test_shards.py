@@ -79,7 +79,7 @@ def test_killed_shards_run_again_in_any_split_make_the_same_bytes(start, place, 
 def test_a_shard_that_dies_leaves_its_parts_to_one_process(start, place, tmp_path):
     given, log = precompute(place, tmp_path / "store", shard="1/2"), tmp_path / "log"
     assert finished(start, given, log) == 0
-    assert "6 parts are left to the other shards" in log.read_text()
+    assert "6 parts are left for the other shards" in log.read_text()
     with pytest.raises(UnfinishedError, match="no commit record"):
         reader.open(tmp_path / "store")
     succeeds(start, precompute(place, tmp_path / "store"), log)
@@ -230,9 +230,9 @@ def test_the_last_line_of_a_shard_names_the_command_that_ends_the_store(start, p
     assert finished(start, given, log, **variables or {}) == 0
     last = log.read_text().splitlines()[-1]
     assert last.startswith(
-        "unsealed: 6 parts are left to the other shards, the last of which seals the store; one proc"
+        "unsealed: 6 parts are left for the other shards, the last of which seals the store; one proc"
     )
-    command = shlex.split(re.search(r"one process ends it by `(.*)`$", last)[1])
+    command = shlex.split(re.search(r"one process finishes it with `(.*)`$", last)[1])
     assert command[:2] == ["kcdcache", "precompute"]
     succeeds(start, command[1:], log)
     assert is_whole(place, path)

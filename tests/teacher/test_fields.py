@@ -202,7 +202,7 @@ def test_for_a_method_and_a_student_the_fields_are_worked_out(place, caplog):
         ({"for_": "kd"}, "--for METHOD and --student NETWORK go together"),
         ({"student": "resnet8"}, "--for METHOD and --student NETWORK go together"),
         ({"for_": "kd", "student": "resnet8", "fields": ("logits",)}, "--for works out the fields; leave --fields out"),
-        ({"for_": "ce", "student": "resnet8"}, "this method reads nothing of the teacher"),
+        ({"for_": "ce", "student": "resnet8"}, "this method uses no teacher outputs"),
         ({"for_": "att", "student": "resnet8"}, "unknown method 'att'; did you mean 'at'"),
     ):
         with pytest.raises(SettingsError, match=message):

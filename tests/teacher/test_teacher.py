@@ -118,7 +118,7 @@ REFUSED = [
     (lambda folder: None, {}, NotFoundError, r"no saved network at .*there"),
     (lambda folder: folder.mkdir(), {}, NotFoundError,
      r"no saved network in .*neither model\.json nor student\.json"),
-    (unfinished, {}, UnfinishedError, "is not finished; run its command again before it teaches"),
+    (unfinished, {}, UnfinishedError, "is not finished; run its command again to finish it"),
 ]  # fmt: skip
 
 

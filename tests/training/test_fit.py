@@ -64,10 +64,10 @@ def test_a_finished_fit_says_what_was_forwarded_changes_no_byte_and_is_no_run_of
     assert fitted(tmp_path / "run", evaluate_every=3) == first
     assert everything(tmp_path / "run") == before
     with pytest.raises(
-        SettingsError, match=r"holds a run with learning_rate = 0.05, asked for now: 0.1; .* another --out"
+        SettingsError, match=r"holds a run with learning_rate = 0.05, requested now: 0.1; .* another --out"
     ):
         fitted(tmp_path / "run", learning_rate=0.1, evaluate_every=3)
-    with pytest.raises(SettingsError, match="holds a run with model = 'lessons:TinyNet', asked for now: 'resnet8'"):
+    with pytest.raises(SettingsError, match="holds a run with model = 'lessons:TinyNet', requested now: 'resnet8'"):
         fitted(tmp_path / "run", model="resnet8", evaluate_every=3)
 
 

@@ -136,7 +136,7 @@ def test_a_run_may_change_between_batches_of_host_and_device_inside_an_epoch(wor
 
 def test_a_checkpoint_without_the_optimizers_state_is_refused(world):
     pupil = pupil_of(world, settings_of())
-    with pytest.raises(MismatchError, match="of an older kcdcache; start anew with another --out"):
+    with pytest.raises(MismatchError, match="of an older kcdcache; start a new run with another --out"):
         pupil.restore(pupil.tensors(), pupil.state().model_copy(update={"optimizer": None}))
 
 

@@ -160,7 +160,7 @@ def test_stopped_or_one_killed_the_rest_ends_and_the_same_command_makes_the_same
     running = Forked(start, words, 2, tmp_path / "log")
     running.signal_once(lambda: len(rows_of(run)) >= 2, int(number == signal.SIGKILL), number)
     assert running.codes() == codes
-    expected = "lost another one of this run" if number == signal.SIGKILL else "the same command resumes"
+    expected = "lost another process of this run" if number == signal.SIGKILL else "the same command resumes"
     assert expected in running.told()[0]
     assert len(rows_of(run)) < LONG["epochs"]
     done(start, words, 2, tmp_path / "log")
