@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -246,3 +249,15 @@ def test_another_datas_store_and_missing_networks_are_refused(place, zoo, tmp_pa
     assert (code, "no saved network in" in told) == (10, True)
     code, told = failure(capsys, "evaluate", "resnet8", "--data", "digits")
     assert (code, "needs its weights" in told) == (2, True)
+
+
+def test_the_guides_commands_and_code_run(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).resolve().parents[2] / "docs/pages/guides/evaluate.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.S)
+    commands = [shlex.split(line)[1:] for block in blocks for line in block.splitlines()]
+    assert [words[0] for words in commands].count("evaluate") == 3
+    for words in commands:
+        done(capsys, *words, "--quiet")
+    exec(re.search(r"```python\n(.*?)```", page, re.S)[1], {})
+    assert "lowest accuracy per class on test" in capsys.readouterr().out
