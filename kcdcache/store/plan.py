@@ -176,7 +176,7 @@ def grow_plan(plan: StorePlan, views: int, fields: Sequence[Encoding] = ()) -> S
     Raises SettingsError if there would be fewer views or too many, or if a field's encoding would change.
     """
     if views < plan.views:
-        raise SettingsError(f"a store only grows: it holds {plan.views} views, {views} were asked for")
+        raise SettingsError(f"a store only grows: it holds {plan.views} views, {views} were requested")
     for form in fields:
         if (found := plan.encodings.get(form.field, form)) != form:
             raise SettingsError(f"field '{form.field}' is stored as {found.name} {found.row_shape}, not {form.name}")

@@ -84,7 +84,7 @@ def by_hand(place, run, target, stages, **more):
     """Algorithm 1 as a person runs it: train a stage, condense, train on what came out."""
     given = {}
     for number, stage in enumerate(stages):
-        options = SCHOOL | {"mix_target": target, "until": int(stage["epochs"].split("-")[1]) + 1} | given | more
+        options = SCHOOL | {"mix_target": target, "until": int(stage["epochs"].split("-")[1])} | given | more
         told = command(place, "train", out=run, **options)
         if number + 1 < len(stages):
             assert told["finished"] is False
@@ -351,7 +351,7 @@ def test_a_reused_set_is_condensed_inside_itself_and_cannot_grow(place, small_se
         distilled(place, tmp_path / "run", given=small_set, keep=0.8)
     with caplog.at_level(logging.INFO, "kcdcache"):
         summary = distilled(place, tmp_path / "run", given=small_set, keep=0.3)
-    assert "reuse: the candidates are the 120 samples of the given set" in caplog.text
+    assert "reuse: only the 120 samples of the given set are candidates" in caplog.text
     before = set(small_set.index.tolist())
     for number in (1, 2, 3):
         found = set_of(tmp_path / "run", number)
