@@ -366,7 +366,7 @@ def test_a_step_that_leaves_its_store_unsealed_fails_with_the_command_that_ends_
     failed = {one["run"]: one for one in results["failed"]}
     assert failed["store"]["exit_code"] == 9
     assert (
-        f"one process finishes it with `kcdcache precompute --data 'digits?train=100&test=50' --store {tmp_path}/out/store "
-        in failed["store"]["error"]
+        "one process finishes it with `kcdcache precompute "
+        f"--data 'digits?train=100&test=50' --store {tmp_path}/out/store " in failed["store"]["error"]
     )
     assert failed["kcd-seed0"]["error"] == "skipped: step 'store' failed"
