@@ -32,7 +32,7 @@ INPUT = "input"
 
 
 class ValueRecord:
-    """The values of all samples while a student learns, on its device; see `condense.values`."""
+    """The values of all samples while a student learns, on its device; see `condensation.values`."""
 
     def __init__(self, count: int, settings: MethodSettings, device: torch.device, *, starts: bool = False) -> None:
         """Start without visits; with `starts`, keep the values at each epoch's start, for schemes that need them."""

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 
@@ -112,6 +113,25 @@ def test_classes_and_digests_are_the_same_in_every_locale(tmp_path):
     told = {process("-c", CODE, spec, **variables).stdout for variables in LOCALES.values()}
     assert len(told) == 1
     assert ascii(("ant", NFC, "łódź", "日本")).encode() in told.pop()
+
+
+@pytest.mark.skipif(shutil.which("localedef") is None, reason="no localedef to make a locale with")
+def test_a_real_latin_1_locale_gives_the_same_classes_and_digests(tmp_path):
+    made = tmp_path / "locales" / "en_US.ISO-8859-1"
+    made.parent.mkdir()
+    # -c: warnings are no failure
+    done = subprocess.run(
+        ["localedef", "-c", "-i", "en_US", "-f", "ISO-8859-1", made], capture_output=True, check=False
+    )
+    if not made.exists():
+        pytest.skip(f"localedef cannot make it: {done.stderr!r}")
+    latin = {"LOCPATH": str(made.parent), "LC_ALL": made.name, "PYTHONUTF8": "0"}
+    spoken = process("-c", "import sys; print(sys.getfilesystemencoding())", **latin).stdout
+    assert spoken.strip() == b"iso8859-1"
+    spec = write(tmp_path / "d", train=["ant", NFC, "łódź", "日本"], val=["日本", NFD, "ant"])
+    told = process("-c", CODE, spec, **latin)
+    assert ascii(("ant", NFC, "łódź", "日本")).encode() in told.stdout, told.stderr
+    assert told.stdout == process("-c", CODE, spec, **LOCALES["utf-8"]).stdout
 
 
 TINY = ["--model", "lessons:TinyNet", "--augment", "none", "--batch-size", "4", "--epochs", "1", "--threads", "1"]
