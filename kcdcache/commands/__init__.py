@@ -14,6 +14,10 @@ Result = dict[str, Any]
 """result of a command: JSON values by name"""
 
 
+MOST_COLUMNS = 100
+"""characters per line of a table of results"""
+
+
 class TextTable(str):
     """A table as text with aligned columns; it keeps its cells for display on a terminal."""
 
@@ -42,6 +46,19 @@ class TextTable(str):
         made = super().__new__(cls, "\n".join([*above, *lines, *below]))
         made.head, made.rows, made.left = tuple(head), tuple(map(tuple, rows)), left
         made.above, made.below = tuple(above), tuple(below)
+        return made
+
+    def fitted(self, expendable: Sequence[str], width: int = MOST_COLUMNS) -> "TextTable":
+        """Return the table without the first of the `expendable` columns that make it wider than `width`."""
+        made = self
+        for name in expendable:
+            if max(map(len, made.split("\n")[len(made.above) :][: len(made.rows) + 1])) <= width:
+                break
+            kept = [place for place, title in enumerate(made.head) if title != name]
+            rows = [[row[place] for place in kept] for row in made.rows]
+            left = sum(place < made.left for place in kept)
+            head = [made.head[place] for place in kept]
+            made = TextTable(head, rows, left=left, above=made.above, below=made.below, rule=True)
         return made
 
 

@@ -19,6 +19,8 @@ RESULTS = {
     "accuracy_best": "percent", "relative_cost": "share", "student_samples": "count", "seconds": "seconds",
 }  # fmt: skip
 """kinds of the columns of the table of `report`"""
+EXPENDABLE = ("accuracy_best", "seconds", "relative_cost", "model")
+"""its columns that are left out, in this order, if it is too wide"""
 TERMS = (
     "(jaccard: share of what either keeps that both keep; hamming: share of all samples that only one of them keeps;",
     "rank_correlation: Spearman's, over what both keep; parts_moved: kept by both, but enriched in one only)",
@@ -62,11 +64,12 @@ def report(command: ReportCommand, progress: Progress = silent) -> Result:
         left=2,
         above=(printable(written["title"]), ""),
         below=[
+            *(["", *map(printable, written["verdict"]), ""] if written["verdict"] else []),
             *(printable(f"not included: {row['path']} is {row['state']} ({row['error']})") for row in left_out["rows"]),
             *(printable(f"note: {note}") for note in written["notes"]),
         ],
         rule=True,
-    )
+    ).fitted([results["columns"][name] for name in EXPENDABLE])
     return {"report": str(out), "table": table, "files": str(out), **written}
 
 

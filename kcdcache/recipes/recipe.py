@@ -35,6 +35,7 @@ PERCENTS = ("accuracy_last", "accuracy_best")
 NUMBERS = {"relative_cost": ".3f", "student_samples": ",.0f", "teacher_forwards": ",.0f", "seconds": ".1f"}
 """entries of summaries that the table averages: those shown in percent, and the formats of the others"""
 HEAD = ("", "network", "n", "accuracy %", "best %", "relative cost", "student samples", "teacher forwards", "seconds")
+EXPENDABLE = ("teacher forwards", "best %", "seconds", "relative cost", "network")
 Entry = Mapping[str, Any]
 
 
@@ -114,12 +115,13 @@ def command(given: RunCommand, progress: Progress, dry_run: bool = False) -> Res
     from kcdcache.report import page
 
     report: str | None = str(out / "report.html")
+    verdict: list[str] = []
     try:
-        page.write([out], out / "report.html")
+        verdict = page.write([out], out / "report.html")["verdict"]
     except KcdcacheError as error:
         logger.warning("no report: %s", error)
         report = None
-    return {"table": table(results), "files": str(out), "report": report, **results}
+    return {"table": table(results, verdict), "files": str(out), "report": report, "verdict": verdict, **results}
 
 
 def load(path: Path) -> Recipe:
@@ -239,17 +241,20 @@ def resolved(piece: Piece, recipe: Recipe, out: Path) -> dict[str, Any]:
     return filled
 
 
-def table(results: Mapping[str, Any]) -> TextTable:
-    """Return the rows of a recipe as a table: accuracy in percent, cost relative to full training."""
+def table(results: Mapping[str, Any], verdict: Sequence[str] = ()) -> TextTable:
+    """Return the rows of a recipe as a table: accuracy in percent, cost relative to full training.
+
+    It ends with the `verdict` of the report. Columns of EXPENDABLE are left out, in this order, as its width demands.
+    """
     failures = [f"failed: {failure['run']}: {failure['error']}" for failure in results.get("failed", [])]
     return TextTable(
         HEAD,
         [_cells(row) for row in results["rows"]],
         left=2,
         above=(results["title"], ""),
-        below=("", *failures) if failures else (),
+        below=[line for some in (verdict, failures) if some for line in ("", *some)],
         rule=True,
-    )
+    ).fitted(EXPENDABLE)
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The figures of a report as PNG, in colours that can be distinguished with any colour vision."""
+"""The figures of a report as WebP, in colours that can be distinguished with any colour vision."""
 
 import io
 import textwrap
@@ -14,15 +14,21 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from PIL import Image
 
 from kcdcache.errors import printable
 from kcdcache.report.tables import Row, texts
+from kcdcache.report.verdict import Verdict
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
 AS_IS, ENRICHED, LEFT_OUT = "#0072B2", "#56B4E9", "#D9D9D9"
+LEFT_OUT_LINE = "#666666"
+"""colour of rows that are not condensed"""
 WIDTH = 9.5
 DOTS = 120
+SHADES = 128
+"""colours of a figure: fewer make the file smaller, and its colours less exact"""
 LONGEST = 34
 """most characters of a name in a figure"""
 LABELLED = (
@@ -46,7 +52,8 @@ class Picture(NamedTuple):
     key: str
     title: str
     caption: str
-    png: bytes
+    content: bytes
+    """lossless WebP of at most SHADES colours"""
 
 
 @contextmanager
@@ -67,11 +74,19 @@ def drawn(key: str, height: float, draw: Callable[[Figure], None], **values: Any
     text = texts()["figures"][key]
     with styled():
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        FigureCanvasAgg(figure)
         draw(figure)
-        stream = io.BytesIO()
-        figure.savefig(stream, format="png", dpi=DOTS, metadata={"Software": None})
-    return Picture(key, text["title"].format(**values), text["caption"].format(**values), stream.getvalue())
+        figure.set_dpi(DOTS)
+        content = _rendered(figure)
+    return Picture(key, text["title"].format(**values), text["caption"].format(**values), content)
+
+
+def _rendered(figure: Figure) -> bytes:
+    """Return a figure as a lossless WebP in few colours."""
+    canvas, stream = FigureCanvasAgg(figure), io.BytesIO()
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    image.quantize(SHADES, dither=Image.Dither.NONE).convert("RGB").save(stream, "WEBP", lossless=True, quality=100)
+    return stream.getvalue()
 
 
 def short(name: str, most: int = LONGEST) -> str:
@@ -149,26 +164,32 @@ def plot(axes: Axes, found: Sequence[Line], order: Sequence[str], xscale: float 
 
 
 def accuracy(rows: Sequence[Row]) -> Picture:
-    """Return test accuracy against student samples consumed, and against wall time."""
+    """Return test error against student samples consumed, and against wall time."""
     order = list(dict.fromkeys(row["row"] for row in rows))
+    errors = [{**row, "error": 1 - row["test_accuracy"]} for row in rows if row.get("test_accuracy") is not None]
+    log = all(row["error"] > 0 for row in errors)
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
         most = max((row["samples_so_far"] for row in rows), default=0)
         unit, scale = ("thousands", 1e-3) if most < 2e6 else ("millions", 1e-6)
-        by_samples = lines(rows, "samples_so_far", "test_accuracy", 100)
-        plot(left, by_samples, order, scale)
-        left.set(xlabel=f"student samples consumed ({unit})", ylabel="test accuracy (%)")
-        plot(right, lines(rows, "seconds_so_far", "test_accuracy", 100), order)
+        plot(left, lines(errors, "samples_so_far", "error", 100), order, scale)
+        left.set(xlabel=f"student samples consumed ({unit})", ylabel="test error (%)")
+        plot(right, lines(errors, "seconds_so_far", "error", 100), order)
         right.set(xlabel="training time (s)")
-        # the axis starts at the lowest mean of the second half, so that the ends can be distinguished
-        low = min((line.y[len(line.y) // 2 :].min() for line in by_samples), default=0.0)
-        high = max((line.high.max() for line in by_samples), default=0.0)
-        if high > low:
-            left.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+        if log and errors:
+            log_axis(left)
         legend_below(figure, [left])
 
-    return drawn("accuracy", 4.2 + below(order), draw)
+    return drawn("accuracy", 4.2 + below(order), draw, axis="logarithmic" if log else "linear")
+
+
+def log_axis(axes: Axes) -> None:
+    """Make the y axis logarithmic, with plain numbers as labels."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def training(rows: Sequence[Row]) -> Picture:
@@ -185,10 +206,7 @@ def training(rows: Sequence[Row]) -> Picture:
             axes.set(ylabel=label)
             low, high = axes.dataLim.intervaly
             if name.endswith("loss") and 0 < 10 * low < high:
-                axes.set_yscale("log")
-                axes.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=20))
-                axes.yaxis.set_major_formatter("{x:g}")
-                axes.yaxis.set_minor_formatter(NullFormatter())
+                log_axis(axes)
         for axes in figure.axes[2:]:
             axes.set(xlabel="epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -197,24 +215,35 @@ def training(rows: Sequence[Row]) -> Picture:
     return drawn("training", 6.2 + below(order), draw)
 
 
-def forest(rows: Sequence[Row]) -> Picture | None:
+def forest(found: Sequence[Verdict]) -> Picture | None:
     """Return the paired differences in accuracy with their intervals, or None if there are none."""
-    chosen = [row for row in rows if row["measure"] == "accuracy last"]
-    if not chosen:
+    if not found:
         return None
+    rows = [one._asdict() for one in found]
+    references = list(dict.fromkeys(one.reference for one in found))
+    called = short_names(references) if len(references) > 1 else dict.fromkeys(references, "")
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for place, row in enumerate(chosen):
-            if row["low"] is not None:
-                axes.plot([row["low"], row["high"]], [place, place], color=COLOURS[0], linewidth=2)
-            axes.plot([row["mean"]], [place], "o", color=COLOURS[0], markersize=7)
+        for place, one in enumerate(found):
+            colour = COLOURS[0] if one.condensed else LEFT_OUT_LINE
+            if one.low is not None and one.high is not None:
+                axes.plot([one.low, one.high], [place, place], color=colour, linewidth=2)
+            axes.plot([one.mean], [place], "o", color=colour, markersize=7)
         axes.axvline(0, color="#444444", linewidth=1)
-        axes.set(ylim=(-0.6, len(chosen) - 0.4), xlabel="accuracy minus the reference's (percentage points)")
-        name_bars(axes, chosen, " (n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{n})")
+        axes.set(ylim=(-0.6, len(found) - 0.4), xlabel="test accuracy minus the other row's (percentage points)")
+        name_bars(axes, [row | {"against": called[row["reference"]]} for row in rows], ending)
 
-    references = ", ".join(dict.fromkeys(f"'{row['reference']}'" for row in chosen))
-    return drawn("differences", 1.3 + 0.55 * len(chosen), draw, references=references)
+    ending = (" against {against}" if len(references) > 1 else "") + " (n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{n})"
+    named = ", ".join(f"'{name}'" for name in references)
+    return drawn("differences", 1.3 + 0.6 * len(found), draw, references=named, bare=_bare(found))
+
+
+def _bare(found: Sequence[Verdict]) -> str:
+    """Return what a caption says of the points without a bar, empty if all have one."""
+    single, equal = any(one.low is None for one in found), any(one.low == one.high == one.mean for one in found)
+    kinds = ["is a single pair of runs"] * single + ["has the same difference in every pair"] * equal
+    return f" A point without a bar {' or '.join(kinds)}." if kinds else ""
 
 
 def costs(rows: Sequence[Row]) -> Picture | None:

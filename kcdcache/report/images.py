@@ -108,7 +108,7 @@ def strips(run: Run, data: Dataset) -> list[Strip]:
 def _group(data: Dataset, stage: Stage, index: Int64[np.ndarray, " few"], title: str, text: str) -> Strip:
     assert stage.values is not None
     shots = [
-        (Shot(png(pixels), (*_labels(data, sample), f"#{sample}", f"V = {stage.values.value[sample]:.2f}")),)
+        (Shot(uri(pixels), (*_labels(data, sample), f"#{sample}", f"V = {stage.values.value[sample]:.2f}")),)
         for sample, pixels in zip(index.tolist(), _pixels(data, index), strict=True)
     ]
     return Strip(title, text, tuple(shots))
@@ -127,9 +127,9 @@ def _mixes(run: Run, data: Dataset) -> Strip | None:
     mixed = mixing.mix_pixels(kept, dropped, torch.from_numpy(epsilon.copy()), run.record.settings["mix"])
     shots = [
         (
-            Shot(png(kept[row]), ("kept", *_labels(data, one), f"#{one}")),
-            Shot(png(dropped[row]), ("dropped", *_labels(data, other), f"#{other}")),
-            Shot(png(mixed[row]), ("mix", f"{100 * share:.0f} % of the", "dropped one")),
+            Shot(uri(kept[row]), ("kept", *_labels(data, one), f"#{one}")),
+            Shot(uri(dropped[row]), ("dropped", *_labels(data, other), f"#{other}")),
+            Shot(uri(mixed[row]), ("mix", f"{100 * share:.0f} % of the", "dropped one")),
         )
         for row, (one, other, share) in enumerate(zip(*(a.tolist() for a in (index, partner, epsilon)), strict=True))
     ]
@@ -149,17 +149,17 @@ def _pixels(data: Dataset, index: Int64[np.ndarray, " few"]) -> Float32[Tensor, 
     return rules.show(rule, data.train.source.images(index), parameters, torch.device("cpu"))
 
 
-def png(pixels: Float32[Tensor, "c h w"]) -> str:
-    """Return pixels in [0, 1] as the data URI of a PNG."""
+def uri(pixels: Float32[Tensor, "c h w"]) -> str:
+    """Return pixels in [0, 1] as the data URI of a lossless WebP."""
     levels = (pixels.permute(1, 2, 0) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
     stream = io.BytesIO()
-    Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else levels).save(stream, format="PNG")
+    Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else levels).save(stream, format="WEBP", lossless=True)
     return data_uri(stream.getvalue())
 
 
 def data_uri(content: bytes) -> str:
-    """Return the bytes of a PNG as a data URI."""
-    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    """Return the bytes of a WebP as a data URI."""
+    return f"data:image/webp;base64,{base64.b64encode(content).decode()}"
 
 
 def _labels(data: Dataset, sample: int) -> tuple[str, ...]:

@@ -12,9 +12,10 @@ from kcdcache import __version__
 from kcdcache.errors import MismatchError, SettingsError, printable
 from kcdcache.files.atomic import read_bytes, write_atomic
 from kcdcache.files.records import readable_json
-from kcdcache.report import figures, images, load, stage_figures, tables
+from kcdcache.report import figures, images, load, stage_figures, tables, verdict
 from kcdcache.report.load import Loaded, Run
 from kcdcache.report.tables import Table
+from kcdcache.report.verdict import Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +66,10 @@ def write(
     """
     _require_free(out, json_file, csv)
     loaded = load.read(paths)
-    made = tables.every(loaded, reference, across)
-    sections = sections_of(loaded, made, data)
+    made, verdicts = tables.every(loaded, reference, across), verdict.every(loaded, reference, across)
+    sections = sections_of(loaded, made, verdicts, data)
     notes = [*tables.unlike_rows(loaded), *tables.pairing(loaded, reference, across)]
-    document = _document(loaded, made, sections, notes)
+    document = _document(loaded, made, sections, notes) | {"verdict": [one.text for one in verdict.chosen(verdicts)]}
     files = {out: _html(document, made, sections).encode()}
     if json_file is not None:
         files[json_file] = readable_json(document)
@@ -96,14 +97,17 @@ def _require_free(out: Path, json_file: Path | None, csv: Path | None) -> None:
             raise MismatchError(f"--csv {csv} holds {others[0]}; give a new folder, or one with CSV files only")
 
 
-def sections_of(loaded: Loaded, made: dict[str, Table], data: str | None = None) -> list[Section]:
+def sections_of(
+    loaded: Loaded, made: dict[str, Table], verdicts: Sequence[Verdict], data: str | None = None
+) -> list[Section]:
     """Return the chapters that are not empty."""
-    curves, compared, fidelity = (made[key].rows for key in ("curves", "differences", "fidelity"))
+    curves, fidelity = (made[key].rows for key in ("curves", "fidelity"))
     marked = ("precision", "kept_rare")  # wrong labels, rare classes
     screening = [row for row in made["screening"].rows if any(row.get(name) is not None for name in marked)]
     sections = [
+        Section("verdict", pictures=[figures.forest(verdicts)], notes=[one.text for one in verdict.chosen(verdicts)]),
+        Section("results", [made["results"], made["differences"]]),
         Section("method", pictures=[stage_figures.chain(loaded)]),
-        Section("results", [made["results"], made["differences"]], [figures.forest(compared)]),
         Section("learning", pictures=[figures.accuracy(curves), figures.training(curves)] if curves else []),
         *_condensation(loaded, made, data),
         Section(

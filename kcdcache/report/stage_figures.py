@@ -1,8 +1,9 @@
 """Figures of condensing runs: the chain from teacher to set, what each stage keeps, and how values change."""
 
 import itertools
+import statistics
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -36,16 +37,19 @@ def chain(loaded: Loaded) -> Picture | None:
     students = tables.condensing(loaded)
     if not students or not loaded.stores:
         return None
-    run = students[0][1]
+    row, run = students[0]
+    runs = [one for name, one in students if name == row]
     known = run.record.inputs.knowledge_id
     store = next((store for store in loaded.stores if store.knowledge_id == known), loaded.stores[0])
     last, teacher = run.sets[-1], store.knowledge.teacher.architecture
+    lasts = [one.sets[-1] for one in runs]
+    mixed = [int(chosen.mixed.sum()) for chosen in lasts]
     boxes = (
         ("teacher", teacher, _accuracy(loaded, teacher)),
         ("views", f"{store.samples:,} images", f"x {store.views} views each"),
         ("store", f"{store.points:,} points", f"{store.bytes / 2**20:,.1f} MiB, read by all"),
-        ("student", run.summary.model, f"{100 * run.summary.accuracy_last:.1f} % accuracy"),
-        ("condensed set", f"{len(last):,} of {last.count:,}", f"{int(last.mixed.sum()):,} of them enriched"),
+        ("student", run.summary.model, f"{100 * (tables.mean(runs, 'accuracy_last') or 0):.1f} % accuracy"),
+        ("condensed set", f"{_mean(map(len, lasts)):,.0f} of {last.count:,}", f"{_mean(mixed):,.0f} of them enriched"),
     )
 
     def draw(figure: Figure) -> None:
@@ -66,7 +70,11 @@ def chain(loaded: Loaded) -> Picture | None:
         axes.text(ACROSS[1], 0.15, "paid once, for any number of students", ha="center", size=9)
         axes.text(below, 0.84, "value of each sample to the student", ha="center", size=9)
 
-    return drawn("chain", 2.9, draw)
+    return drawn("chain", 2.9, draw, row=row, n=len(runs))
+
+
+def _mean(numbers: Iterable[int]) -> float:
+    return statistics.fmean(numbers)
 
 
 def _accuracy(loaded: Loaded, teacher: str) -> str:

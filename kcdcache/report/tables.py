@@ -257,11 +257,13 @@ def differences(loaded: Loaded, asked: str | None = None, across: bool = False) 
     return [
         {"row": names[key], "reference": names[reference], **found}
         for key, reference in references(loaded, asked, across).items()
-        for found in _compared(runs[key], runs[reference], across)
+        for found in compared(runs[key], runs[reference], across)
     ]
 
 
-def _compared(ours: Sequence[Run], theirs: Sequence[Run], across: bool) -> Iterator[dict[str, Any]]:
+def compared(ours: Sequence[Run], theirs: Sequence[Run], across: bool) -> Iterator[dict[str, Any]]:
+    """Yield the mean difference of two rows over paired seeds, with its interval, for each measure of COMPARED."""
+
     def pair(run: Run) -> tuple[Any, ...]:  # same task, same seed from the same source
         return () if across else tuple(task(run).values()), run.seed, run.seeded
 

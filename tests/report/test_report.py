@@ -33,10 +33,12 @@ from kcdcache.training import distill
 T_ONE = math.tan(math.pi * (0.975 - 0.5))
 """97.5 % point of Student's t with 1 degree of freedom, which is Cauchy's distribution"""
 FIGURES = [
-    "chain", "differences", "accuracy", "training", "sizes", "values", "classes", "turnover", "pattern-kcd-seed0",
+    "differences", "chain", "accuracy", "training", "sizes", "values", "classes", "turnover", "pattern-kcd-seed0",
     "distances", "cost",
 ]  # fmt: skip
-SECTIONS = ["method", "results", "learning", "condensation", "samples", "images", "agreement", "cost", "provenance"]
+SECTIONS = [
+    "verdict", "results", "method", "learning", "condensation", "samples", "images", "agreement", "cost", "provenance",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +300,7 @@ def test_the_page_loads_nothing_and_runs_nothing(made, page):
         for name in ("src", "href", "action", "data", "srcset", "background", "style"):
             if (target := attributes.get(name)) is not None:
                 assert (name, tag) in {("src", "img"), ("href", "a")}
-                assert target.startswith("data:image/png;base64," if tag == "img" else "#")
+                assert target.startswith("data:image/webp;base64," if tag == "img" else "#")
     links = [attributes["href"][1:] for tag, attributes in page.elements if tag == "a"]
     assert links == [attributes["id"] for tag, attributes in page.elements if tag == "h2"] == SECTIONS
     text = re.sub(r"base64,[A-Za-z0-9+/=]+", "", (made[0] / "r.html").read_text())

@@ -103,8 +103,9 @@ def test_a_legend_stays_inside_its_figure(length):
     assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
 
 
-def test_a_picture_is_a_png_of_its_size():
+def test_a_picture_is_a_webp_of_its_size():
     picture = figures.drawn("cost", 2.0, lambda figure: figure.subplots().plot([1, 2]))
-    image = Image.open(io.BytesIO(picture.png))
+    image = Image.open(io.BytesIO(picture.content))
+    assert image.format == "WEBP"
     assert image.size == (figures.WIDTH * figures.DOTS, 2.0 * figures.DOTS)
     assert np.asarray(image.convert("L")).min() < 128
