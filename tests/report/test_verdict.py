@@ -63,7 +63,7 @@ def test_a_random_control_of_as_many_samples_is_compared_with_too(place):
             control = run.record.model_copy(update={"settings": {**run.record.settings, "ranking": "random"}})
             path = run.path.with_name(f"control-seed{run.seed}")
             runs.append(dataclasses.replace(run, step="control", path=path, record=control))
-    found = verdict.every(dataclasses.replace(known, runs=runs))
+    found = verdict.every(known._replace(runs=tuple(runs)))
     pairs = {(one.row, one.reference): one for one in found}
     control = pairs[ROWS["kcd"], "control"]
     assert (control.mean, control.share, control.outcome) == (0.0, 1.0, "equal in every pair")
