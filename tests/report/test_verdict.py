@@ -60,9 +60,9 @@ def test_a_random_control_of_as_many_samples_is_compared_with_too(place):
     for run in known.runs:
         runs.append(run)
         if run.step == "kcd":
-            control = run.record.model_copy(update={"settings": {**run.record.settings, "ranking": "random"}})
+            record = run.record.model_copy(update={"settings": {**run.record.settings, "ranking": "random"}})
             path = run.path.with_name(f"control-seed{run.seed}")
-            runs.append(dataclasses.replace(run, step="control", path=path, record=control))
+            runs.append(dataclasses.replace(run, step="control", path=path, record=record))
     found = verdict.every(known._replace(runs=tuple(runs)))
     pairs = {(one.row, one.reference): one for one in found}
     control = pairs[ROWS["kcd"], "control"]
