@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from kcdcache.errors import NotFoundError, SettingsError, nearest
@@ -399,6 +399,50 @@ class MachineSettings(Settings):
     """continue a run on another device, thread count or version; recorded in run.json"""
 
 
+STATISTICS: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "pytorch-cifar": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "mnist": ((0.1307,), (0.3081,)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "half": ((0.5,), (0.5,)),
+    "unit": ((0.0,), (1.0,)),
+}
+"""name -> mean and std per channel of pixels in [0, 1]; a single number counts for every channel.
+
+Sources: imagenet as in torchvision's presets; cifar10 and cifar100 are the pixel statistics of their training splits
+(cifar100 as in RepDistiller); pytorch-cifar has the std of kuangliu/pytorch-cifar, a mean of each image's own, which
+chenyaofo/pytorch-cifar-models takes for CIFAR-10, too; mnist as in torch's examples; clip as in openai/CLIP; half is
+that of inception, and of many vision transformers in timm; unit leaves pixels in [0, 1].
+"""
+
+
+def statistics_by_name(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `teacher_mean` and `teacher_std` as numbers where they are known names; std follows mean unless given.
+
+    >>> statistics_by_name({"teacher_mean": "half"})
+    {'teacher_mean': (0.5,), 'teacher_std': (0.5,)}
+    """
+    names = {key: _named(values.get(key)) for key in ("teacher_mean", "teacher_std")}
+    if names["teacher_std"] is None and values.get("teacher_std") is None:
+        names["teacher_std"] = names["teacher_mean"]
+    known = [(key, place, name) for place, (key, name) in enumerate(names.items()) if name in STATISTICS]
+    return {key: STATISTICS[name][place] for key, place, name in known if name is not None}
+
+
+def _named(value: Any) -> str | None:
+    """Return the name in a setting that is one, and None for numbers."""
+    one = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
+    try:
+        float(one)
+    except ValueError:
+        return str(one)
+    except TypeError:
+        pass
+    return None
+
+
 class TeacherSettings(Settings):
     """Teacher."""
 
@@ -409,11 +453,26 @@ class TeacherSettings(Settings):
     weights_key: str | None = None
     """which weights to take of a file that has several, such as model_ema, or the prefix of their names"""
     teacher_mean: tuple[float, ...] | None = None
-    """input mean per channel of a named teacher; that of the data if unset"""
+    """input mean per channel of a named teacher: numbers, or a name (imagenet, cifar10, cifar100, pytorch-cifar, mnist,
+    clip, half, unit); that of the data if unset"""
     teacher_std: tuple[float, ...] | None = None
-    """input standard deviation per channel of a named teacher; that of the data if unset"""
+    """input standard deviation per channel of a named teacher, as the mean; unset, that of the name given as
+    --teacher-mean, or else of the data"""
     teacher_size: int | None = Field(default=None, ge=1)
     """input size of a named teacher in pixels; views are resized to it"""
+
+    @field_validator("teacher_mean", "teacher_std", mode="before")
+    @classmethod
+    def _require_statistics(cls, value: Any) -> Any:
+        if (name := _named(value)) is not None:
+            known = nearest(name, STATISTICS)
+            raise ValueError(f"No statistics of this name; {known} (or numbers, one per channel: 0.485,0.456,0.406)")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _statistics_by_name(cls, values: Any) -> Any:
+        return {**values, **statistics_by_name(values)} if isinstance(values, Mapping) else values
 
 
 PART_ROWS = 2**24
@@ -726,4 +785,5 @@ def _explained(model: type[Settings], item: Any, source: str) -> str:
     key = ".".join(map(str, names)) or "settings"
     if item["type"] == "extra_forbidden":
         return f"unknown setting '{key}' in {source}; {nearest(key, keys(model))}"
-    return f"setting '{key}' in {source}: {item['msg'].partition(' for <')[0]}; found {item['input']!r}"
+    said = item["msg"].removeprefix("Value error, ").partition(" for <")[0]
+    return f"setting '{key}' in {source}: {said}; found {item['input']!r}"

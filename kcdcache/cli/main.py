@@ -22,6 +22,7 @@ from kcdcache.environment import torchrun_place
 from kcdcache.errors import KcdcacheError, NoSpaceError, nearest, reason
 from kcdcache.files import cloud
 from kcdcache.files.atomic import FULL
+from kcdcache.networks.catalogue import typed
 
 COMMANDS: Mapping[str, Command] = {
     "run": Command("run", "Run all steps of a recipe; without one, the embedded example.", "recipes.recipe:command"),
@@ -33,6 +34,8 @@ MOST_SHOWN = 4000
 """maximum length of an error message: names from files may have any length"""
 TOGETHER = {"fit", "train"}
 """commands that several processes run together under torchrun"""
+NAMING = ("teacher", "student", "model", "peer")
+"""settings that name a network"""
 LONG = {"run", "fit", "precompute", "train"}
 """commands that a signal stops at a safe point, from which they resume"""
 
@@ -178,6 +181,7 @@ def build(name: str) -> click.Command:
         with telling(quiet or follower) as progress, interrupt.listening() if name in LONG else nullcontext():
             given = {key: value for key, value in values.items() if value is not None}
             here = {key: cloud.opened(value, fresh=name == "verify") for key, value in given.items()}
+            typed(here[key] for key in NAMING if isinstance(here.get(key), str))
             result = cloud.shown(
                 command(make(command.takes, here, source_of(click.get_current_context())), progress, dry_run)
             )

@@ -20,6 +20,7 @@ from kcdcache.teacher import precompute
 from kcdcache.teacher import teacher as teachers
 from kcdcache.teacher.teacher import Teacher
 from kcdcache.training import requery
+from kcdcache.training.processes import take_own_gpu
 from kcdcache.views import rules
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 def run(command: PrecomputeCommand, progress: Progress = silent, dry_run: bool = False) -> Result:
     """Run the teacher and store its outputs; return the contents of the store, or with `dry_run` its plan."""
+    take_own_gpu()
     shard = shard_of(command.shard)
     data, settings, machine = load_data(command.data), command.precompute, command.machine
     probabilities = bool(command.from_probabilities)

@@ -32,6 +32,7 @@ from kcdcache.errors import (
 )
 from kcdcache.files.atomic import naming, open_plain, sha256_bytes
 from kcdcache.files.records import canonical_json
+from kcdcache.settings import STATISTICS
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +53,7 @@ HIDDEN, OTHERS, AGAIN, OUTSIDE = (
 """kinds of what is left out of class folders"""
 CHANNELS = (1, 3, 4)
 """numbers of channels that need not be stated"""
-_CIFAR = {
-    "cifar10": Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": Statistics((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-}
+_CIFAR = {name: Statistics(*STATISTICS[name]) for name in ("cifar10", "cifar100")}
 MOST_BYTES = 64 * 2**30
 """maximum size of all arrays of an archive"""
 FREE_BYTES, MOST_RATIO = 256 * 2**20, 64

@@ -19,6 +19,7 @@ from PIL.Image import Transpose
 
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError, UnsafeError
 from kcdcache.files.atomic import open_plain, sha256_bytes
+from kcdcache.settings import STATISTICS
 
 MOST_PIXELS = 64 * 10**6
 """maximum size of a decoded image, at 3 bytes per pixel"""
@@ -59,7 +60,7 @@ class Statistics(NamedTuple):
     std: tuple[float, ...]
 
 
-IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET = Statistics(*STATISTICS["imagenet"])
 
 
 class Origins(NamedTuple):

@@ -1,6 +1,6 @@
 """Names of networks and paths of saved networks, without torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -33,6 +33,17 @@ NETWORKS: dict[str, Callable[..., Any]] = {
 """name -> network made from (classes, channels)"""
 SAVED_NAMES = ("model", "student")
 """names of the networks that `fit` and `train` save"""
+
+TYPED: set[str] = set()
+"""specs that were typed in this very command: their modules may lie in the current folder"""
+
+
+def typed(specs: Iterable[str]) -> None:
+    """Let these specs, typed by the user in this command, be imported from the current folder, too.
+
+    Names that were read from a file never come here.
+    """
+    TYPED.update(spec for spec in specs if ":" in spec)
 
 
 def require_known_name(spec: str) -> None:

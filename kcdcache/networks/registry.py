@@ -4,7 +4,10 @@ import hashlib
 import importlib
 import inspect
 import logging
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch import nn
 
 from kcdcache.errors import SettingsError, nearest
 from kcdcache.networks import taps
-from kcdcache.networks.catalogue import NETWORKS, require_known_name
+from kcdcache.networks.catalogue import NETWORKS, TYPED, require_known_name
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +140,10 @@ def call(factory: Factory, classes: int, channels: int, name: str) -> nn.Module:
     parameter without a default, or as `num_classes` to a factory that takes any keyword. Raises SettingsError, with
     `name`, if it needs more than that or does not return an nn.Module.
     """
-    given, parameters = dict[str, int](), inspect.signature(factory).parameters
+    try:
+        given, parameters = dict[str, int](), inspect.signature(factory).parameters
+    except ValueError:  # of a built-in
+        return _require_network(factory(), name)
     for names, value in ((CLASSES, classes), (CHANNELS, channels)):
         given |= dict.fromkeys([known for known in names if known in parameters][:1], value)
     needed = [key for key, one in parameters.items() if one.default is one.empty and one.kind not in VARIABLE]
@@ -182,15 +188,32 @@ PACKAGES: dict[str, Callable[[str, int, int], Callable[[], nn.Module]]] = {
 
 
 def _factory(module_name: str, name: str, classes: int, channels: int) -> Callable[[], nn.Module]:
+    here = f"{module_name}:{name}" in TYPED
     try:
-        module = importlib.import_module(module_name)
+        with _current_folder() if here else nullcontext():
+            module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
-        raise SettingsError(f"'{module_name}:{name}': {error}; is its folder on PYTHONPATH?") from None
+        places = "the current folder or on PYTHONPATH" if here else "a folder on PYTHONPATH"
+        raise SettingsError(f"'{module_name}:{name}': {error}; is its file in {places}?") from None
     factory = getattr(module, name, None)
     if not callable(factory):
         hint = nearest(name, [key for key in vars(module) if not key.startswith("_")])
         raise SettingsError(f"{module_name} has no function '{name}'; {hint}")
     return partial(call, factory, classes, channels, f"{module_name}:{name}")
+
+
+@contextmanager
+def _current_folder() -> Iterator[None]:
+    """Let modules be imported from the current folder, after all other places: it can replace no installed package."""
+    folder = os.getcwd()
+    sys.path.append(folder)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.reverse()
+        sys.path.remove(folder)  # the last one, which may be there twice
+        sys.path.reverse()
 
 
 def torch_seed(seed: int) -> int:

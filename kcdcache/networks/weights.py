@@ -27,6 +27,7 @@ from kcdcache.errors import (
 )
 from kcdcache.files.atomic import naming, read_bytes, sha256_bytes, write_atomic
 from kcdcache.files.records import Sealed, canonical_json, read_sealed, readable_json, sealed_json
+from kcdcache.networks.catalogue import NETWORKS
 from kcdcache.networks.input_transform import InputTransform
 
 logger = logging.getLogger(__name__)
@@ -173,12 +174,77 @@ def digest_weights(state: Mapping[str, Tensor]) -> str:
 def load_into(module: nn.Module, state: Weights, where: str) -> None:
     """Copy weights into a network; raises MismatchError unless names (but for batch counters) and shapes agree.
 
-    What training adds to the names or beside the weights is left out and said, see `PREFIXES` and `AUXILIARY`.
+    What training adds to the names or beside the weights is left out and said, see `PREFIXES` and `AUXILIARY`. Weights
+    of another code base, whose names differ but whose kinds and shapes are the same in the same order, are taken, with
+    a warning.
     """
     fitted = _fitted(module, state, where)
     if reason := _difference(module, fitted):
-        raise MismatchError(f"the weights in {where} do not fit {type(module).__name__}: {reason}")
+        renamed = _in_our_order(module, fitted)
+        if renamed is None:
+            reason = _other_classes(module, fitted) or f"{reason}{_fitting(fitted) if 'another' in reason else ''}"
+            raise MismatchError(f"the weights in {where} do not fit {type(module).__name__}: {reason}")
+        logger.warning("weights: %s has the names of another code base: %s", where, _renaming(renamed, fitted))
+        fitted = renamed
     module.load_state_dict(fitted)
+
+
+def _fitting(state: Weights) -> str:
+    """Return which network of `NETWORKS` weights fit by kinds, shapes and order, by any names, for a message."""
+    body = _body(state)
+    for name, make in NETWORKS.items():
+        with torch.device("meta"):
+            if body and _body(make(1, _channels(state)).state_dict()) == body:
+                return f"; they fit '{name}'"
+    return ""
+
+
+def _body(state: Weights) -> list[tuple[str, tuple[int, ...]]]:
+    """Return the signature without the classifier, which is the last layer."""
+    return [*_signature(state)][:-2]
+
+
+def _other_classes(module: nn.Module, state: Weights) -> str | None:
+    """Return that weights are for another number of classes, if that is all, by shapes and order, or else None."""
+    own = module.state_dict()
+    if not (body := _body(own)) or body != _body(state):
+        return None
+    theirs, ours = (max(next(reversed(weights.values())).shape[:1], default=0) for weights in (state, own))
+    return f"they are for {theirs} classes, the network here has {ours}" if theirs != ours else None
+
+
+def _channels(state: Weights) -> int:
+    """Return the channels of the first convolution, 3 if there is none."""
+    return next((int(value.shape[1]) for value in state.values() if value.ndim == 4), 3)
+
+
+def _signature(state: Weights) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield kind (`weight`, `bias`, `running_mean`, ...) and shape of each tensor in order, but for batch counters."""
+    for name in _counted_out(state):
+        yield name.rpartition(".")[2], tuple(state[name].shape)
+
+
+def _counted_out(state: Weights) -> list[str]:
+    return [name for name in state if not name.endswith("num_batches_tracked")]
+
+
+def _in_our_order(module: nn.Module, state: Weights) -> dict[str, Tensor] | None:
+    """Return weights by the network's own names if they have its kinds and shapes in its order, or else None."""
+    own = module.state_dict()
+    if [*_signature(own)] != [*_signature(state)]:
+        return None
+    counters = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
+    return counters | {ours: state[theirs] for ours, theirs in zip(_counted_out(own), _counted_out(state), strict=True)}
+
+
+def _renaming(renamed: Weights, state: Weights) -> str:
+    """Return the first tensor whose name changed, in words."""
+    pairs = zip(_counted_out(renamed), _counted_out(state), strict=True)
+    ours, theirs = next((pair for pair in pairs if pair[0] != pair[1]), ("", ""))
+    return (
+        f"kinds and shapes agree in their order, so '{theirs}' is taken as '{ours}', and so on; `kcdcache evaluate` "
+        "shows whether its accuracy is the published one"
+    )
 
 
 def _fitted(module: nn.Module, state: Weights, where: str) -> Weights:

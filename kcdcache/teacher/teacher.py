@@ -96,8 +96,8 @@ def load_named(
         named.teacher,
         weights_path=named.weights,
         classes=data.classes,
-        mean=named.teacher_mean or data.mean,
-        std=named.teacher_std or data.std,
+        mean=_per_channel(named.teacher_mean, data.mean),
+        std=_per_channel(named.teacher_std, data.std),
         size=named.teacher_size,
         device=resolve_device(machine.device),
         precision=precision,
@@ -105,6 +105,13 @@ def load_named(
         weights_key=named.weights_key,
         probabilities=probabilities,
     )
+
+
+def _per_channel(given: tuple[float, ...] | None, usual: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the numbers given, one of them for every channel; those of the data for None."""
+    if given is None:
+        return usual
+    return given * len(usual) if len(given) == 1 else given
 
 
 def load_again(

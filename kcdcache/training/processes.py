@@ -174,6 +174,12 @@ def session(
         yield resolve_device(machine.device)
 
 
+def take_own_gpu(variables: Mapping[str, str] = os.environ) -> None:
+    """Make the GPU that torchrun meant for this process the current one: number LOCAL_RANK, modulo the GPUs here."""
+    if torch.cuda.is_available() and environment.torchrun_place(variables).total > 1:
+        torch.cuda.set_device(int(variables["LOCAL_RANK"]) % torch.cuda.device_count())
+
+
 @contextmanager
 def group_of(variables: Mapping[str, str] = os.environ) -> Iterator[Group]:
     """Yield the group in which torchrun started this process, with gloo for CPU tensors and NCCL for CUDA ones.
@@ -195,7 +201,7 @@ def group_of(variables: Mapping[str, str] = os.environ) -> Iterator[Group]:
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(int(variables.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        take_own_gpu(variables)
     logger.info("process %d of %d is waiting for the others at %s", rank, world, where)
     with _others_there(rank, where):
         dist.init_process_group(backend, timeout=PATIENCE)

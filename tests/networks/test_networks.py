@@ -365,7 +365,7 @@ def test_users_own_factory_is_imported_and_called():
         ("builtins:dict", r"builtins:dict should return a torch\.nn\.Module.* dict"),
         ("wrn_40_3", "unknown network 'wrn_40_3'; did you mean 'wrn_40_"),
         ("torchvision:resnet19", "did you mean 'resnet1"),
-        ("no_such_module_here:net", "No module named 'no_such_module_here'; is its folder on PYTHONPATH"),
+        ("no_such_module_here:net", "No module named 'no_such_module_here'; is its file in a folder on PYTHONPATH"),
     ],
 )
 def test_unknown_network_gets_a_hint(name, message):

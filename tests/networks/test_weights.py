@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import sys
 import zipfile
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import nn
 from kcdcache.errors import CorruptionError, MismatchError, NotFoundError, SettingsError, UnfinishedError, UnsafeError
 from kcdcache.files.atomic import sha256_file
 from kcdcache.files.records import readable_json, sealed_json
-from kcdcache.networks import registry, weights
+from kcdcache.networks import catalogue, registry, weights
 from kcdcache.networks.input_transform import InputTransform
 from kcdcache.store.identity import read_store_identity
 
@@ -140,8 +141,8 @@ def test_a_prefix_of_the_networks_own_is_kept(caplog):
     assert (digest(other), caplog.text) == (digest(own), "")
     weights.load_into(other, prefixed("module.", own.state_dict()), "own")
     assert digest(other) == digest(own)
-    with pytest.raises(MismatchError, match=r"do not fit ResNet: .*unexpected, first 'other\."):
-        weights.load_into(built(1), prefixed("other.", built(1).state_dict()), "net.pth")
+    weights.load_into(other := built(2), prefixed("other.", built(1).state_dict()), "net.pth")
+    assert (digest(other), "'other.conv1.weight' is taken as 'conv1.weight'" in caplog.text) == (digest(built(1)), True)
 
 
 class Headed(nn.Module):
@@ -305,6 +306,42 @@ def test_a_saved_network_with_hostile_entries_is_refused(tmp_path, key):
             loaded(folder, data)
 
 
+# other code bases
+
+
+def renamed(state):
+    """As kuangliu's ResNets name their layers, saved from DataParallel."""
+    return {"module." + name.replace("downsample", "shortcut").replace("fc.", "linear."): state[name] for name in state}
+
+
+def test_names_of_another_code_base_are_matched_by_kind_shape_and_order_and_said(caplog):
+    source, target = registry.build("resnet14", CLASSES, seed=1), registry.build("resnet14", CLASSES, seed=2)
+    weights.load_into(target, renamed(source.state_dict()), "w.pth")
+    assert digest(target) == digest(source)
+    assert "'layer2.0.shortcut.0.weight' is taken as 'layer2.0.downsample.0.weight'" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["order", "kind"])
+def test_other_order_or_kinds_are_not_matched(change):
+    names = renamed(built().state_dict())
+    pairs = list(names.items())
+    if change == "order":
+        pairs = [*pairs[6:], *pairs[:6]]
+    else:
+        pairs = [(name.replace("running_mean", "average"), value) for name, value in pairs]
+    with pytest.raises(MismatchError, match="tensors are missing"):
+        weights.load_into(built(), dict(pairs), "w.pth")
+
+
+@pytest.mark.parametrize("rename", [dict, renamed])
+def test_weights_of_another_architecture_or_number_of_classes_say_which(rename):
+    state = rename(registry.build("resnet14", 7).state_dict())
+    with pytest.raises(MismatchError, match=r"another architecture; .*; they fit 'resnet14'$"):
+        weights.load_into(built(), state, "w.pth")
+    with pytest.raises(MismatchError, match=r"they are for 7 classes, the network here has 5$"):
+        weights.load_into(registry.build("resnet14", 5), state, "w.pth")
+
+
 # files that would run code, or take what they only claim
 
 
@@ -405,6 +442,29 @@ def test_a_saved_network_cannot_name_a_module_to_import(run, tmp_path, canary):
     resealed(folder, architecture="trap:Net")
     done = run("precompute", "--data", SPEC, "--teacher", folder, "--store", "s", folder=tmp_path)
     assert (done.code, "which could run any code, so only you may name it" in done.output) == (8, True), done.output
+
+
+def test_only_a_name_that_was_typed_is_imported_from_the_current_folder(run, tmp_path, monkeypatch):
+    (tmp_path / "typed_here.py").write_text(
+        "from torch import nn\n\ndef net(classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(768, classes))\n"
+    )
+    torch.save({"0.weight": torch.zeros(10, 768), "0.bias": torch.zeros(10)}, tmp_path / "w.pt")
+    given = ("precompute", "--data", SPEC, "--weights", "w.pt", "--min-accuracy", 0, "--views", 1, "--store", "s")
+    done = run(*given, "--teacher", "typed_here:net", folder=tmp_path)
+    assert done.code == 0, done.output
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError, match=r"No module named 'typed_here'; is its file in a folder on PYTHONPATH\?"):
+        registry.build("typed_here:net", 10)
+    catalogue.typed(["typed_here:net"])
+    before = list(sys.path)
+    try:
+        assert isinstance(registry.build("typed_here:net", 10), nn.Sequential)
+    finally:
+        catalogue.TYPED.clear()
+        sys.modules.pop("typed_here", None)
+    assert sys.path == before
+    with pytest.raises(SettingsError, match="No module named 'typed_here'"):
+        registry.build("typed_here:net", 10)
 
 
 def safetensors_file(path, header, data=b"", length=None):

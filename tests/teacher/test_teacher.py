@@ -1,10 +1,12 @@
 import pytest
 import torch
+from lessons import digits
 from torch import nn
 
 from kcdcache.errors import MismatchError, NotFoundError, SettingsError, UnfinishedError
 from kcdcache.networks import registry, weights
 from kcdcache.networks.input_transform import InputTransform
+from kcdcache.settings import MachineSettings, TeacherSettings
 from kcdcache.teacher import teacher as teacher_
 from kcdcache.teacher.teacher import freeze, outputs
 
@@ -169,3 +171,24 @@ def test_gpu_gives_the_outputs_of_the_cpu():
     for field, expected in outputs(frozen(network), pixels(4), FIELDS).items():
         torch.testing.assert_close(found[field].cpu(), expected, rtol=1e-4, atol=1e-4)
     assert on_gpu.identity == frozen(network).identity
+
+
+def test_statistics_by_name_are_the_published_numbers_and_std_follows_the_mean():
+    found = TeacherSettings(teacher="resnet8", teacher_mean=("imagenet",))
+    assert found == TeacherSettings(
+        teacher="resnet8", teacher_mean=(0.485, 0.456, 0.406), teacher_std=(0.229, 0.224, 0.225)
+    )
+    assert TeacherSettings(teacher_mean="cifar100", teacher_std=(0.1, 0.2, 0.3)).teacher_std == (0.1, 0.2, 0.3)
+    assert TeacherSettings(teacher_mean="cifar10", teacher_std="half").teacher_std == (0.5,)
+    with pytest.raises(
+        SettingsError, match=r"setting 'teacher_std' in .*: No statistics of this name; did you mean 'imagenet'"
+    ):
+        TeacherSettings(teacher_std="imagnet")
+
+
+def test_one_number_is_for_every_channel(tmp_path):
+    dataset = digits(20, 5)
+    torch.save(registry.build("resnet8", len(dataset.classes)).state_dict(), tmp_path / "w.pt")
+    named = TeacherSettings(teacher="resnet8", weights=tmp_path / "w.pt", teacher_mean="half")
+    found = teacher_.load_named(named, dataset, "float32", MachineSettings(device="cpu", threads=1))
+    assert found.transform == InputTransform((0.5,) * 3, (0.5,) * 3)
