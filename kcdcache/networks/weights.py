@@ -209,7 +209,7 @@ def _other_classes(module: nn.Module, state: Weights) -> str | None:
     own = module.state_dict()
     if not (body := _body(own)) or body != _body(state):
         return None
-    theirs, ours = (max(next(reversed(weights.values())).shape[:1], default=0) for weights in (state, own))
+    theirs, ours = (max(weights[_counted_out(weights)[-1]].shape[:1], default=0) for weights in (state, own))
     return f"they are for {theirs} classes, the network here has {ours}" if theirs != ours else None
 
 
