@@ -64,7 +64,8 @@ def report(command: ReportCommand, progress: Progress = silent) -> Result:
         left=2,
         above=(printable(written["title"]), ""),
         below=[
-            *(["", *map(printable, written["verdict"]), ""] if written["verdict"] else []),
+            *(["", *map(printable, written["verdict"])] if written["verdict"] else []),
+            *([""] if left_out["rows"] or written["notes"] else []),
             *(printable(f"not included: {row['path']} is {row['state']} ({row['error']})") for row in left_out["rows"]),
             *(printable(f"note: {note}") for note in written["notes"]),
         ],

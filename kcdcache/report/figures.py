@@ -27,6 +27,8 @@ LEFT_OUT_LINE = "#666666"
 """colour of rows that are not condensed"""
 WIDTH = 9.5
 DOTS = 120
+TALLEST = 16_000
+"""most pixels of a figure's height: WebP allows 16,383"""
 SHADES = 128
 """colours of a figure: fewer make the file smaller, and its colours less exact"""
 LONGEST = 34
@@ -75,7 +77,7 @@ def drawn(key: str, height: float, draw: Callable[[Figure], None], **values: Any
     with styled():
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         draw(figure)
-        figure.set_dpi(DOTS)
+        figure.set_dpi(min(DOTS, TALLEST / height))
         content = _rendered(figure)
     return Picture(key, text["title"].format(**values), text["caption"].format(**values), content)
 

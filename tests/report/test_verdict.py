@@ -1,12 +1,14 @@
 """The verdict: its words, the rows it compares, and the same sentences on the page and on the terminal."""
 
 import dataclasses
+import io
 import re
 import shlex
 import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from reporting import ROWS, Page, grid
 
 from kcdcache.cli import main
@@ -103,6 +105,12 @@ def test_one_pair_has_no_interval_and_one_run_no_verdict(place, tmp_path):
 )  # fmt: skip
 def test_the_caption_explains_a_missing_bar_only_if_there_is_one(changed, said):
     assert figures.forest([ONE._replace(**changed)]).caption.endswith(f"others grey.{said}")
+
+
+def test_four_hundred_rows_with_long_names_fit_one_figure():
+    rows = [ONE._replace(row=f"row {number} {'of a long name ' * 6}{number}") for number in range(400)]
+    image = Image.open(io.BytesIO(figures.forest(rows).content))
+    assert image.height <= figures.TALLEST
 
 
 def test_a_wide_table_loses_columns_in_order_until_it_fits():
