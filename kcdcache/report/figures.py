@@ -87,7 +87,7 @@ def _rendered(figure: Figure) -> bytes:
     canvas, stream = FigureCanvasAgg(figure), io.BytesIO()
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    image.quantize(SHADES, dither=Image.Dither.NONE).convert("RGB").save(stream, "WEBP", lossless=True, quality=100)
+    image.quantize(SHADES, dither=Image.Dither.NONE).convert("RGB").save(stream, "WEBP", lossless=True, quality=80)
     return stream.getvalue()
 
 
