@@ -274,7 +274,7 @@ class ScheduleSettings(Settings):
     keep: float = Field(default=0.7, gt=0, le=1)
     """keep ratio rho: fraction of all samples in the final condensed set"""
     stages: int = Field(default=6, ge=1)
-    """number of stages; must divide epochs"""
+    """number of stages; must divide epochs. If unset, the divisor of epochs that is nearest to 6"""
     schedule: Literal["end_of_stage", "alg1_shift", "paper_stage", "reference_linear", "poster"] = "end_of_stage"
     """when and how fast the condensed set shrinks"""
 
@@ -530,8 +530,8 @@ class TrainCommand(Composed):
 
     store: Path | None = None
     """store folder; required unless --condensed is given"""
-    data: str
-    """data spec, as for precompute; condensed:DIR for the images of an exported set"""
+    data: str | None = None
+    """data spec, as for precompute; with --condensed, the images of the exported set if unset"""
     out: Path
     """run folder"""
     manifest: Path | None = None
@@ -552,8 +552,10 @@ class TrainCommand(Composed):
 class CondenseCommand(Composed):
     """Settings of `condense`."""
 
-    values: Path
+    values: Path | None = None
     """values: a run's values.parquet, any parquet file with columns index and value, or a folder or pattern of them"""
+    run: Path | None = None
+    """run folder, instead of --values, --previous and --stage: its last values, and the set they were updated on"""
     store: Path
     """store folder of the values"""
     keep: float = Field(gt=0, le=1)

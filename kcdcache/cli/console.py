@@ -202,6 +202,8 @@ def _show_table(table: TextTable, closing: str) -> None:
 
 
 def _closing(result: Mapping[str, Any]) -> str:
+    if "next" in result:
+        return f"next: {result['next']}"
     last = f"files: {result['files']}" if "files" in result else str(result["note"])
     report = result.get("report")
     return last if report in (None, result.get("files")) else f"{last}; report: {report}"

@@ -16,7 +16,7 @@ from click.shell_completion import CompletionItem
 
 from kcdcache import __version__, commands, interrupt
 from kcdcache.cli.console import printable, say, show, telling
-from kcdcache.cli.options import Sectioned, config_option, help_of, option, sections_of, source_of
+from kcdcache.cli.options import BASIC, Sectioned, config_option, help_of, option, sections_of, source_of
 from kcdcache.commands import Command
 from kcdcache.environment import torchrun_place
 from kcdcache.errors import KcdcacheError, NoSpaceError, nearest, reason
@@ -163,6 +163,7 @@ def _failed(message: str, exit_code: int, arguments: Sequence[str]) -> int:
 
 def build(name: str) -> click.Command:
     """Build the click command of a name; its options are the fields of its settings."""
+    from kcdcache.commands.present import presented
     from kcdcache.settings import fields, make
 
     command = COMMANDS[name]
@@ -182,9 +183,9 @@ def build(name: str) -> click.Command:
             given = {key: value for key, value in values.items() if value is not None}
             here = {key: cloud.opened(value, fresh=name == "verify") for key, value in given.items()}
             typed(here[key] for key in NAMING if isinstance(here.get(key), str))
-            result = cloud.shown(
-                command(make(command.takes, here, source_of(click.get_current_context())), progress, dry_run)
-            )
+            asked = make(command.takes, here, source_of(click.get_current_context()))
+            made = command(asked, progress, dry_run)
+            result = cloud.shown(made if as_json else presented(asked, made))
         if follower:
             return
         show(result, as_json)
@@ -193,4 +194,7 @@ def build(name: str) -> click.Command:
 
     made = Sectioned(name, params=options, callback=callback, help=help_of(name, command))
     made.sections = sections_of(command.takes)
+    if name in BASIC:
+        made.basic = BASIC[name]
+        made.params.append(made.help_all())
     return made

@@ -61,6 +61,31 @@ EXAMPLES = {
 CONFIG = "kcdcache.config"
 """place of the settings file's path in click's context"""
 INPUTS, OTHERS = "Input and output", "Options"
+BASIC: Mapping[str, tuple[str, ...]] = {
+    "fit": ("data", "model", "out", "epochs", "batch_size", "learning_rate", "optimizer", "augment", "seed", "device"),
+    "precompute": (
+        "data", "teacher", "weights", "teacher_mean", "teacher_std", "store", "views", "augment", "for_", "student",
+        "encoding", "batch_size", "device",
+    ),
+    "train": (
+        "data", "store", "student", "out", "condensed", "manifest", "keep", "epochs", "stages", "method", "preset",
+        "stratify", "batch_size", "learning_rate", "seed", "device",
+    ),
+}  # fmt: skip
+"""command -> the settings that its --help shows; --help-all shows all"""
+DATA_HELP = """\b
+Data:
+  digits, cifar10, cifar100          embedded, or downloaded by torchvision
+  photos, or folder:photos           class folders: photos/train/CLASS/IMAGE,
+                                     photos/val/CLASS/IMAGE (or test)
+  images, or parquet:images#label    parquet files of the Hugging Face hub
+  file.npz, or arrays:file.npz       arrays train_images, train_labels, ...
+  cifar100?train=4000&test=1000      a balanced subset of any of them"""
+NETWORK_HELP = """\b
+Networks:
+  resnet8 14 20 32 44 56 110 8x4 32x4, wrn_16_1 16_2 28_2 40_1 40_2 10_2,
+  vgg8 11 13 16 19, MobileNetV2, ShuffleV1, ShuffleV2, ResNet50,
+  torchvision:NAME, timm:NAME, my.module:factory"""
 ARTICLES = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 WORDS: Mapping[str, str] = {
     "model": "networks.catalogue:NETWORKS", "student": "networks.catalogue:NETWORKS",
@@ -70,21 +95,44 @@ WORDS: Mapping[str, str] = {
 """setting -> where the names are that a shell offers for it"""
 
 
+ALL = "kcdcache.help_all"
+"""key of the context's notes: show all options"""
+
+
 class Sectioned(click.Command):
     """A command whose help groups its options under headings; options without a heading come last."""
 
     sections: Mapping[str, str] = {}
     """name of a parameter -> its heading"""
+    basic: tuple[str, ...] = ()
+    """parameters that --help shows; all if empty"""
+
+    def help_all(self) -> click.Option:
+        """Return the option that shows the help with all parameters."""
+
+        def show(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+            if wanted:
+                ctx.meta[ALL] = True
+                click.echo(ctx.get_help(), color=ctx.color)
+                ctx.exit()
+
+        return click.Option(
+            ["--help-all"], is_flag=True, is_eager=True, expose_value=False, callback=show,
+            help="show this help with all options",
+        )  # fmt: skip
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, section by section."""
         found: dict[str, list[tuple[str, str]]] = {}
+        hidden = self.sections.keys() - self.basic if self.basic and not ctx.meta.get(ALL) else frozenset()
         for parameter in self.get_params(ctx):
-            if (record := parameter.get_help_record(ctx)) is not None and record[1]:  # arguments have no help here
+            if parameter.name not in hidden and (record := parameter.get_help_record(ctx)) is not None and record[1]:  # arguments have no help here
                 found.setdefault(self.sections.get(str(parameter.name), OTHERS), []).append(record)
         for heading in sorted(found, key=lambda heading: heading == OTHERS):
             with formatter.section(heading):
                 formatter.write_dl(found[heading])
+        if hidden:
+            formatter.write(f"\n{len(hidden)} more options: {ctx.command_path} --help-all\n")
 
 
 def help_of(name: str, command: Command) -> str:
@@ -96,7 +144,8 @@ def help_of(name: str, command: Command) -> str:
         for field in fields(command.takes).values()
         if isinstance(field.json_schema_extra, dict)
     ]
-    return "\n\n".join([command.summary, *arguments, "\b\nExamples:\n  " + "\n  ".join(EXAMPLES[name])])
+    more = [DATA_HELP, NETWORK_HELP] if name in BASIC else []
+    return "\n\n".join([command.summary, *arguments, "\b\nExamples:\n  " + "\n  ".join(EXAMPLES[name]), *more])
 
 
 def sections_of(model: "type[Settings]") -> dict[str, str]:

@@ -41,8 +41,8 @@ class TextTable(str):
         """Align the cells; with `rule`, a line of dashes follows the head."""
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         sides = [str.ljust if place < left else str.rjust for place in range(len(widths))]
-        lines = ["  ".join(map(lambda side, *cell: side(*cell), sides, row, widths)) for row in (head, *rows)]
-        lines[1:1] = ["-" * len(lines[0])] if rule else []
+        lines = ["  ".join(map(lambda side, *cell: side(*cell), sides, row, widths)).rstrip() for row in (head, *rows)]
+        lines[1:1] = ["-" * max(map(len, lines))] if rule else []
         made = super().__new__(cls, "\n".join([*above, *lines, *below]))
         made.head, made.rows, made.left = tuple(head), tuple(map(tuple, rows)), left
         made.above, made.below = tuple(above), tuple(below)

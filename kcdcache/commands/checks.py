@@ -146,7 +146,12 @@ def _train(command: settings.TrainCommand) -> None:
         raise SettingsError(
             "train needs knowledge: --store with the folder of a store, or --condensed with that of an exported set"
         )
-    schedule.require_whole_stages(training.epochs, training.stages)
+    if command.data is None:
+        raise SettingsError("--data is missing: name the images of the store, for example --data folder:photos")
+    if "stages" in command.given:
+        schedule.require_whole_stages(training.epochs, training.stages)
+    else:
+        schedule.fitting_stages(training.epochs)
 
 
 def _alone(name: str, remedy: str = "") -> Callable[[settings.Settings], None]:
@@ -162,6 +167,14 @@ def _alone(name: str, remedy: str = "") -> Callable[[settings.Settings], None]:
     return check
 
 
+def _condense(command: settings.CondenseCommand) -> None:
+    _alone("condense", "; what takes more memory than --memory-gb is sorted with files on the disk")(command)
+    if command.run is None and command.values is None:
+        raise SettingsError("--run with a run folder is missing, or --values with a file of values")
+    if command.run is not None and (beside := command.given & {"values", "previous", "stage"}):
+        raise SettingsError(f"--{min(beside)} does nothing beside --run, which brings its own; leave one of them out")
+
+
 def _verify(command: settings.VerifyCommand) -> None:
     if command.sample is not None:
         parse_share(command.sample)
@@ -171,9 +184,7 @@ CHECKS: Mapping[type[settings.Settings], Callable[[Any], None]] = {
     settings.PrecomputeCommand: _precompute,
     settings.FitCommand: _optimizer,
     settings.TrainCommand: _train,
-    settings.CondenseCommand: _alone(
-        "condense", "; what takes more memory than --memory-gb is sorted with files on the disk"
-    ),
+    settings.CondenseCommand: _condense,
     settings.RunCommand: _alone("run", "; --jobs N does several of its steps at once"),
     settings.ExportCommand: _alone("export"),
     settings.ReportCommand: _alone("report"),

@@ -1,5 +1,6 @@
 """`condense`: from values to a manifest; reads only the small records of the store."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -9,12 +10,15 @@ from kcdcache.condensation import large, manifest, ranking, summary, value_files
 from kcdcache.condensation.manifest import Samples
 from kcdcache.condensation.schedule import kept_count
 from kcdcache.condensation.value_files import Source
-from kcdcache.errors import LockedError, MismatchError
+from kcdcache.errors import LockedError, MismatchError, NotFoundError
 from kcdcache.files import atomic, parquet
 from kcdcache.progress import Progress, silent
 from kcdcache.report import show
+from kcdcache.runs.folder import RunFolder
 from kcdcache.settings import CondenseCommand
 from kcdcache.store import identity, log
+
+logger = logging.getLogger(__name__)
 
 BASE_BYTES, BYTES_A_ROW, SECONDS_A_MILLION, SECONDS_A_MILLION_BEYOND = 400 * 2**20, 11.5, 0.6, 1.4
 """estimates of a dry run: constant memory, bytes per row of a manifest, and time on two cores of 2026"""
@@ -34,9 +38,11 @@ def run(
         MismatchError: the values or the previous manifest are of other knowledge than the store.
         LockedError: --out holds another manifest.
     """
+    command = _of_run(command)
     show.require_ids((path for path in (command.store, command.values, command.previous) if path), command.expect_id)
     knowledge = identity.read_store_identity(command.store)
     count, values = knowledge.data.count, command.values
+    assert values is not None
     beyond, sizes = _is_large(command, count), {**estimate(command, count), "out": str(command.out)}
     if dry_run and beyond:
         return {"would": "condense", **sizes}
@@ -56,6 +62,23 @@ def run(
         if dry_run:
             return {"would": "condense", **_plan(command, samples, source).draft(source).summary(), **note, **sizes}
         return {**_made(command, samples, source, progress), **note}
+
+
+def _of_run(command: CondenseCommand) -> CondenseCommand:
+    """Return the command with the values of its run, and the set and stage that they were updated on."""
+    if command.run is None:
+        return command
+    folder = RunFolder(path=command.run)
+    if not folder.values.exists():
+        found = "a run without values" if folder.settings.exists() else "no run"
+        raise NotFoundError(f"--run {command.run}: {found}; give a folder in which `train` has finished a stage")
+    last = max((path for path in folder.all_stage_values()), key=lambda path: int(path.parent.name), default=None)
+    if last is None:
+        raise NotFoundError(f"--run {command.run} has finished no stage; run its command again, which resumes")
+    stage = int(last.parent.name)
+    logger.info("condense: the values of %s, last updated in stage %d", last, stage)
+    found_set = folder.manifest(stage)
+    return command.model_copy(update={"run": None, "values": last, "previous": found_set})
 
 
 def estimate(command: CondenseCommand, count: int) -> Result:

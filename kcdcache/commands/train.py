@@ -65,7 +65,7 @@ def fit_on(command: FitCommand, data: Dataset, progress: Progress = silent) -> S
 
 def run(command: TrainCommand, progress: Progress = silent, dry_run: bool = False) -> Result:
     """Run Algorithm 1 or a part of it; return the summary, or with `dry_run` the stages and their expected cost."""
-    data = load_data(command.data)
+    data = load_data(command.data or f"condensed:{command.condensed}")
     if dry_run:
         settings = settings_of(command)
         return _planned_stages(settings, _material(command, settings, data), command.out)
@@ -100,8 +100,12 @@ def settings_of(command: TrainCommand) -> TrainSettings:
     if changed:
         listed = ", ".join(f"{key} {value}" for key, value in changed.items())
         logger.info("train: the authors' settings of %s for %s: %s", asked.method, asked.student, listed)
-    stages = {"stages": 1} if command.condensed is not None and "stages" not in given else {}
-    return asked.model_copy(update=changed | stages)
+    if "stages" in given:
+        return asked.model_copy(update=changed)
+    stages = 1 if command.condensed is not None else schedule.fitting_stages(asked.epochs)
+    if command.condensed is None and stages != type(asked).model_fields["stages"].default:
+        logger.info("train: %d stages, which divide %d epochs (--stages)", stages, asked.epochs)
+    return asked.model_copy(update=changed | {"stages": stages})
 
 
 def _material(

@@ -79,7 +79,29 @@ def export_keep(stages: int, keep: float, base: float = 1.0) -> float | None:
 def require_whole_stages(epochs: int, stages: int) -> None:
     """Raise SettingsError unless epochs divide evenly into stages."""
     if stages < 1 or epochs < 1 or epochs % stages:
-        raise SettingsError(f"epochs must be a multiple of stages; found {epochs} epochs in {stages} stages")
+        raise SettingsError(
+            f"epochs must be a multiple of stages; found {epochs} epochs in {stages} stages: give --epochs "
+            f"{max(1, round(epochs / max(1, stages))) * max(1, stages)}, or leave --stages out"
+        )
+
+
+def fitting_stages(epochs: int, usual: int = 6) -> int:
+    """Return the divisor of `epochs` in [2, 2 usual] that is nearest to the usual number of stages; 1 for one epoch.
+
+    Raises SettingsError, with the nearest numbers of epochs that have one, if there is none.
+
+    >>> [fitting_stages(epochs) for epochs in (240, 10, 7, 4, 1)]
+    [6, 5, 7, 4, 1]
+    """
+    if epochs == 1:
+        return 1
+    found = [stages for stages in range(2, 2 * usual + 1) if epochs % stages == 0]
+    if not found:
+        raise SettingsError(
+            f"{epochs} epochs do not divide into 2 to {2 * usual} stages of equal length: give --epochs {epochs - 1} "
+            f"or {epochs + 1}, or --stages 1"
+        )
+    return min(found, key=lambda stages: abs(stages - usual))
 
 
 def expected_cost(stages: Sequence[Stage], count: int, epochs: int) -> float:

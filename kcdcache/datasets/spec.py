@@ -81,6 +81,33 @@ class DataSpec(NamedTuple):
         return at_home(self.location)
 
 
+def _kind_at(body: str, spec: str) -> str:
+    """Return the kind of the data at a bare path; raises SettingsError where there are none, or two kinds."""
+    path = at_home(body.partition("#")[0])
+    if not path.exists():
+        raise SettingsError(
+            f"unknown data '{spec}': nothing is at that path, and it begins with no kind of data; "
+            f"{nearest(body.partition(':')[0], FORMS)} (forms: {', '.join(FORMS.values())}, or a path)"
+        )
+    if path.is_file():
+        found = ["arrays"] if path.suffix == ".npz" else []
+    elif (path / "condensed.json").is_file():
+        found = ["condensed"]
+    else:
+        tables = next((name for name in path.rglob("*.parquet")), None)
+        found = [*["folder"] * (path / "train").is_dir(), *["parquet"] * (tables is not None)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise SettingsError(f"{body} holds class folders and parquet files: give folder:{body} or parquet:{body}")
+    held = (
+        "has no class folders in train/, no parquet files and no exported set" if path.is_dir() else "is no .npz file"
+    )
+    raise SettingsError(
+        f"{body} is no data: it {held}; class folders are DIR/train/CLASS/IMAGE, with DIR/val or DIR/test for testing"
+    )
+
+
 def at_home(location: str | Path) -> Path:
     """Return a path with the home folder in place of `~`; raises SettingsError if this user has none."""
     try:
@@ -95,13 +122,15 @@ def at_home(location: str | Path) -> Path:
 def parse(spec: str) -> DataSpec:
     """Parse a spec KIND[:LOCATION[#COLUMN]][?OPTION=VALUE[&OPTION=VALUE...]]; raises SettingsError if it is wrong.
 
+    Without KIND, a path is read as what is there: class folders, parquet files, an .npz file or an exported set.
+
     >>> parse("parquet:/d#fine_label?train=500").column, parse("digits?noise=0.4&redraw=false").options.corruption.noise
     ('fine_label', 0.4)
     """
     body, _, query = spec.partition("?")
     kind, _, location = body.partition(":")
     if kind not in FORMS:
-        raise SettingsError(f"unknown data '{kind}' in '{spec}'; {nearest(kind, FORMS)}")
+        kind, location = _kind_at(body, spec), body
     column = ""
     if kind == "parquet":
         location, _, column = location.partition("#")
