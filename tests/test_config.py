@@ -31,13 +31,15 @@ RECORDED = "e1a78a2d648fdf24cce8ee050e212d42d25d3b1fc74dcd65e7bd3fc6b85df0a2"
 REQUIRED = {
     settings.FitCommand: {"data": "digits", "model": "resnet8", "out": "run"},
     settings.PrecomputeCommand: {"data": "digits", "store": "store"},
-    settings.TrainCommand: {"data": "digits", "out": "run"},
-    settings.CondenseCommand: {"values": "v", "store": "store", "keep": 0.5, "out": "m"},
+    settings.TrainCommand: {"out": "run"},
+    settings.CondenseCommand: {"store": "store", "keep": 0.5, "out": "m"},
     settings.ExportCommand: {"manifest": "m", "store": "store", "out": "set"},
     settings.InspectCommand: {"path": "p"},
     settings.SealCommand: {"path": "p"},
     settings.DiffCommand: {"a": "a", "b": "b"},
     settings.ReportCommand: {"paths": ["a"]},
+    settings.EvaluateCommand: {"data": "digits", "teacher": "n"},
+    settings.EvaluatedSettings: {"teacher": "n"},
     settings.VerifyCommand: {"path": "p"},
 }
 

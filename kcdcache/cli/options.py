@@ -60,7 +60,7 @@ EXAMPLES = {
 }
 CONFIG = "kcdcache.config"
 """place of the settings file's path in click's context"""
-INPUTS, OTHERS = "Input and output", "Options"
+INPUTS, MAIN, OTHERS = "Input and output", "Main options", "Other options"
 BASIC: Mapping[str, tuple[str, ...]] = {
     "fit": ("data", "model", "out", "epochs", "batch_size", "learning_rate", "optimizer", "augment", "seed", "device"),
     "precompute": (
@@ -122,17 +122,22 @@ class Sectioned(click.Command):
         )  # fmt: skip
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options, section by section."""
-        found: dict[str, list[tuple[str, str]]] = {}
-        hidden = self.sections.keys() - self.basic if self.basic and not ctx.meta.get(ALL) else frozenset()
+        """Write the options, section by section; the basic ones alone in one section, in their own order."""
+        short = bool(self.basic) and not ctx.meta.get(ALL)
+        found: dict[str, dict[str, tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
-            if parameter.name not in hidden and (record := parameter.get_help_record(ctx)) is not None and record[1]:  # arguments have no help here
-                found.setdefault(self.sections.get(str(parameter.name), OTHERS), []).append(record)
+            record, name = parameter.get_help_record(ctx), str(parameter.name)
+            if record is not None and record[1]:  # arguments have no help here
+                heading = MAIN if short and name in self.basic else self.sections.get(name, OTHERS)
+                found.setdefault(heading, {})[name] = record
+        if short:
+            left = sum(len(records) for heading, records in found.items() if heading not in (MAIN, OTHERS))
+            found = {MAIN: {name: found[MAIN][name] for name in self.basic}, OTHERS: found[OTHERS]}
         for heading in sorted(found, key=lambda heading: heading == OTHERS):
             with formatter.section(heading):
-                formatter.write_dl(found[heading])
-        if hidden:
-            formatter.write(f"\n{len(hidden)} more options: {ctx.command_path} --help-all\n")
+                formatter.write_dl(list(found[heading].values()))
+        if short:
+            formatter.write(f"\n{left} more options: {ctx.command_path} --help-all\n")
 
 
 def help_of(name: str, command: Command) -> str:

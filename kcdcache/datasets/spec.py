@@ -86,8 +86,8 @@ def _kind_at(body: str, spec: str) -> str:
     path = at_home(body.partition("#")[0])
     if not path.exists():
         raise SettingsError(
-            f"unknown data '{spec}': nothing is at that path, and it begins with no kind of data; "
-            f"{nearest(body.partition(':')[0], FORMS)} (forms: {', '.join(FORMS.values())}, or a path)"
+            f"unknown data '{body.partition(':')[0]}' in '{spec}'; {nearest(body.partition(':')[0], FORMS)} (or the path "
+            f"of class folders, parquet files or an .npz file; nothing is at {path})"
         )
     if path.is_file():
         found = ["arrays"] if path.suffix == ".npz" else []

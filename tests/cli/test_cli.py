@@ -26,7 +26,7 @@ from test_config import REQUIRED
 import kcdcache
 from kcdcache import progress, settings
 from kcdcache.cli import console, main
-from kcdcache.cli.options import shown
+from kcdcache.cli.options import BASIC, shown
 
 DATA = "digits?train=200&test=100"
 CROPS = {"augment": "crop", "padding": 2}
@@ -124,11 +124,23 @@ def test_help_answers_without_the_heavy_libraries(asked):
 
 
 def test_help_of_train_stands_in_sections_and_offers_choices(capsys):
-    out = " ".join(outcome(capsys, "train", "--help")[1].split())
+    out = " ".join(outcome(capsys, "train", "--help-all")[1].split())
     headings = ["Input and output: --store", "Sampling of the condensed set in each epoch: --sampling"]
     assert [heading in out for heading in headings] == [True, True]
     assert "--preset [paper|release]" in out
-    assert out.index("Options: --dry-run") > max(map(out.index, headings))  # what is not of the method comes last
+    assert out.index("Other options: --dry-run") > max(map(out.index, headings))  # what is not of the method comes last
+
+
+@pytest.mark.parametrize("command", BASIC)
+def test_the_short_help_shows_a_first_use_and_says_how_many_options_there_are_more(capsys, command):
+    out, fields = outcome(capsys, command, "--help")[1], settings.fields(main.COMMANDS[command].takes)
+    places = [out.index(f"  --{name.rstrip('_').replace('_', '-')}") for name in BASIC[command]]
+    assert places == sorted(places)
+    assert f"{len(fields) - len(BASIC[command])} more options: {command} --help-all" in out.replace("kcdcache ", "")
+    assert all(told in out for told in ("photos/train/CLASS/IMAGE", "?train=4000", "wrn_16_1", "timm:NAME"))
+    assert len(out.split("Main options:")[1].splitlines()) < 50
+    complete = outcome(capsys, command, "--help-all")[1]
+    assert all(f"--{name.rstrip('_').replace('_', '-')}" in complete for name in fields)
 
 
 def test_without_a_command_the_help_is_shown_and_the_version_is_the_packages(capsys):
@@ -446,7 +458,7 @@ def test_closed_streams_and_no_home_are_no_obstacle(whole, start, tmp_path, clos
         more = {"store" if name == "precompute" else "out": tmp_path / result}
         assert finished(start, without(closed, [*words(whole, name, **more), "--threads", 1]), tmp_path / "log") == 0
     assert not re.search("internal error|Traceback|Errno", (tmp_path / "log").read_text())
-    assert ("accuracy_last:" in (tmp_path / "log").read_text()) == (1 not in closed)
+    assert ("test accuracy" in (tmp_path / "log").read_text()) == (1 not in closed)
     assert main._outcome(["verify", str(tmp_path / "store"), "--read-data"]) == 0
     assert main._outcome(["verify", str(tmp_path / "run")]) == 0
 
