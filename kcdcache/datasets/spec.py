@@ -86,7 +86,7 @@ def _kind_at(body: str, spec: str) -> str:
     path = at_home(body.partition("#")[0])
     if not path.exists():
         raise SettingsError(
-            f"unknown data '{body.partition(':')[0]}' in '{spec}'; {nearest(body.partition(':')[0], FORMS)} (or the path "
+            f"unknown data '{body.partition(':')[0]}' in '{spec}'; {nearest(body.partition(':')[0], FORMS)} (or a path "
             f"of class folders, parquet files or an .npz file; nothing is at {path})"
         )
     if path.is_file():
