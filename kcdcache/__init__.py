@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         Run,
         condense,
         data,
+        evaluate,
         fit,
         loader,
         open_condensed,
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0.dev0"
 __all__ = [
-    "Run", "condense", "data", "fit", "loader", "open_condensed", "open_run", "open_store", "points", "precompute",
-    "train",
+    "Run", "condense", "data", "evaluate", "fit", "loader", "open_condensed", "open_run", "open_store", "points",
+    "precompute", "train",
 ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The Python API: the functions behind the commands, for data, networks and sets that are Python objects.
 
-`import kcdcache as kc` gives them as `kc.data`, `kc.fit`, `kc.precompute`, `kc.train`, `kc.condense`, `kc.loader` and
-`kc.points`. Settings are keyword arguments with the names of the flags.
+`import kcdcache as kc` gives them as `kc.data`, `kc.fit`, `kc.precompute`, `kc.train`, `kc.condense`, `kc.evaluate`,
+`kc.loader` and `kc.points`. Settings are keyword arguments with the names of the flags.
 """
 
 import weakref
@@ -17,6 +17,8 @@ from torch import nn
 from kcdcache.commands import checks
 from kcdcache.commands import precompute as precomputing
 from kcdcache.commands import train as training
+from kcdcache.commands.evaluate import Evaluation
+from kcdcache.commands.evaluate import evaluate as measured
 from kcdcache.condensation import manifest, summary, value_files
 from kcdcache.condensation.manifest import Manifest, Samples
 from kcdcache.datasets import torch_datasets
@@ -219,6 +221,30 @@ def train(
     command = _command(TrainCommand, "kc.train(...)", {**names, **settings})
     training.train_on(command, known, progress, given)
     return Run(command.out)
+
+
+def evaluate(
+    network: nn.Module | Run | Place,
+    data: Dataset | str,
+    *,
+    store: Store | Place | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """Return a network's accuracy, loss and calibration on test and training images, without augmentation.
+
+    `network` is an nn.Module that gives logits (`mean` and `std` as for `precompute`), a run, its folder, or a
+    network's name with `weights=FILE`. With a `store` of this data, also its agreement with the teacher's stored
+    outputs. Further settings as for `kcdcache.commands.evaluate.evaluate`, whose errors it raises.
+    """
+    known, knowledge = _data(data), None if store is None else _store(store)
+    if isinstance(network, nn.Module):
+        shown = _transform(network, known, mean, std, None)
+        return measured(network, known, store=knowledge, mean=shown.mean, std=shown.std, **settings)
+    given: dict[str, Any] = {} if mean is None or std is None else {"mean": tuple(mean), "std": tuple(std)}
+    place = network.folder if isinstance(network, Run) else str(cloud.opened(str(network)))
+    return measured(place, known, store=knowledge, **given, **settings)
 
 
 def condense(

@@ -185,6 +185,10 @@ def test_a_run_shows_what_it_made_and_gives_its_student(made):
     with torch.no_grad():
         right = student((images - mean) / std).argmax(1).numpy() == data.test.labels
     assert right.mean() == run.accuracy
+    for given in (run, student, run.folder):
+        found = kc.evaluate(given, data, store=store)
+        assert found.splits["test"].top1 == run.accuracy
+        assert 0 <= found.agreement.top1 <= 1
     assert "accuracy" in repr(run)
     assert f"{run.accuracy:.2%}" in run._repr_html_()
     assert repr(store).startswith(f"Store('{store.path}': 48 samples x ")

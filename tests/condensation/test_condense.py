@@ -158,7 +158,7 @@ def test_manifest_records_where_it_comes_from() -> None:
 def test_more_dropped_than_kept_points_are_logged_and_only_the_best_serve(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, summary.__name__):
         made = run(distinct(10), 0.3)
-    assert "K_0 has 7 points, K_1 only 3: the best 3 of K_0 serve" in caplog.text
+    assert "K_0 has 7 points, K_1 only 3: the best 3 of K_0 are mixed in" in caplog.text
     assert (made.mixed.all(), sorted(made.partner.tolist()), made.dropped) == (True, [4, 5, 6], 7)
 
 
