@@ -135,7 +135,7 @@ def test_help_of_train_stands_in_sections_and_offers_choices(capsys):
 def test_the_short_help_shows_a_first_use_and_says_how_many_options_there_are_more(capsys, command):
     out, fields = outcome(capsys, command, "--help")[1], settings.fields(main.COMMANDS[command].takes)
     places = [
-        out.split("Main options:")[1].index(f"  --{name.rstrip('_').replace('_', '-')}") for name in BASIC[command]
+        out.split("Main options:")[1].index(f"\n  --{name.rstrip('_').replace('_', '-')}") for name in BASIC[command]
     ]
     assert places == sorted(places)
     assert f"{len(fields) - len(BASIC[command])} more options: {command} --help-all" in out.replace("kcdcache ", "")
@@ -266,7 +266,7 @@ def test_a_finished_command_run_again_says_so_in_one_object_and_changes_nothing(
     code, out, _ = outcome(capsys, *words(chain, command), "--json")
     assert (code, out.count("\n")) == (0, 1)
     assert json.loads(out)["schema_version"] == console.SCHEMA_VERSION
-    assert "finished already" in caplog.text or json.loads(out)["already"]
+    assert "already finished" in caplog.text or json.loads(out)["already"]
     assert content(chain) == before
 
 
