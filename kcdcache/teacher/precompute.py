@@ -421,7 +421,7 @@ def fill(
             _require_steady(job, opened.plan, pending)
             _write_parts(opened, pending, job, progress)
         else:
-            logger.info("precompute: %s is %s already", path, "finished" if opened.sealed else "complete")
+            logger.info("precompute: %s is already %s", path, "finished" if opened.sealed else "complete")
         finish()
         return opened.seal_last()
 
