@@ -157,14 +157,14 @@ def precompute(
     *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    size: int | None = None,
+    teacher_size: int | None = None,
     progress: Progress = silent,
     **settings: Any,
 ) -> Store:
     """Run a teacher once over the views of all training images into a store, or continue; return the store.
 
     `teacher` is an nn.Module that gives logits, a run of `fit` or `train`, its folder, or a network's name with
-    `weights=FILE`. `mean`, `std` (per channel, of pixels in [0, 1]) and `size` (pixels) are its input's; those that
+    `weights=FILE`. `mean`, `std` (per channel, of pixels in [0, 1]) and `teacher_size` (pixels) are its input's; those that
     the module has as attributes `mean` and `std`, or in timm's `pretrained_cfg`, if unset, and else the data's. The
     store knows a module by its weights and by its class and code (see `registry.name_of`): the same module continues
     it. Settings are those of `kcdcache precompute`.
@@ -177,7 +177,7 @@ def precompute(
         )
     known, own = _data(data), isinstance(teacher, nn.Module)
     name = registry.name_of(teacher) if isinstance(teacher, nn.Module) else _teacher_name(teacher)
-    inputs = {} if own else {"teacher_mean": mean, "teacher_std": std, "teacher_size": size}
+    inputs = {} if own else {"teacher_mean": mean, "teacher_std": std, "teacher_size": teacher_size}
     given = {key: value for key, value in inputs.items() if value is not None} | settings
     command = _command(
         PrecomputeCommand, "kc.precompute(...)", {"data": known.name, "teacher": name, "store": store, **given}
@@ -185,7 +185,7 @@ def precompute(
     probabilities, precision = bool(command.from_probabilities), command.precompute.teacher_precision
     if isinstance(teacher, nn.Module):
         use_threads(command.machine.threads)
-        transform = _transform(teacher, known, mean, std, size)
+        transform = _transform(teacher, known, mean, std, teacher_size)
         device = resolve_device(command.machine.device)
         frozen = teachers.freeze(teacher, transform, name, known.classes, device, precision, probabilities)
     else:
