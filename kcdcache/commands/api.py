@@ -166,7 +166,7 @@ def precompute(
     `teacher` is an nn.Module that gives logits, a run of `fit` or `train`, its folder, or a network's name with
     `weights=FILE`. `mean`, `std` (per channel, of pixels in [0, 1]) and `teacher_size` (pixels) are its input's; those
     that the module has as attributes `mean` and `std`, or in timm's `pretrained_cfg`, if unset, and else the data's.
-    The store knows a module by its weights and by its class and code (see `registry.name_of`): the same module continues
+    The store knows a module by its weights and by its class and code (see `registry.name_of`): the same one continues
     it. Settings are those of `kcdcache precompute`.
 
     Raises MismatchError if the store is of another teacher, of other data or views.
