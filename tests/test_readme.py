@@ -242,7 +242,7 @@ def test_blocks_are_run_or_say_why_not():
 
 def test_exit_codes_are_those_of_the_errors():
     rows = re.findall(r"^\| (\d+)[^|]* \| `(\w+)` \|", page("reference/exit-codes"), re.M)
-    kinds = [errors.KcdcacheError, *errors.KcdcacheError.__subclasses__()]
+    kinds: list[type[errors.KcdcacheError]] = [errors.KcdcacheError, *errors.KcdcacheError.__subclasses__()]
     assert {(int(code), name) for code, name in rows} == {(kind.exit_code, kind.__name__) for kind in kinds}
 
 
