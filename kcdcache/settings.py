@@ -535,7 +535,7 @@ class TrainCommand(Composed):
     out: Path
     """run folder"""
     manifest: Path | None = None
-    """manifest of the condensed set to start from"""
+    """condensed set to start from: a manifest, or the folder of a finished run for its last one"""
     condensed: Path | None = None
     """exported set to train on, instead of --store and --manifest; not condensed further unless --stages is given"""
     transfer: bool = False

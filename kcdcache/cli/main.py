@@ -138,6 +138,8 @@ def _outcome(arguments: list[str]) -> int:
 def _remedy(error: OSError) -> str:
     if error.errno in FULL:
         return "; free some space and run the same command again to resume"
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return "; a file is there where a folder is needed: give another path"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "; give a path that this user may read and write, or change its permissions"
     return ""

@@ -12,6 +12,7 @@ from kcdcache.export.condensed_set import load_data
 from kcdcache.methods import catalogue
 from kcdcache.progress import Progress, silent
 from kcdcache.report import show
+from kcdcache.runs import state
 from kcdcache.runs.state import Summary
 from kcdcache.settings import FitCommand, FitSettings, TrainCommand, TrainSettings
 from kcdcache.store import reader
@@ -125,16 +126,21 @@ def _material(
         assert command.store is not None
         knowledge = reader.open(command.store)
         if command.manifest is not None:
-            given = manifest.read(command.manifest, knowledge.count)
+            given = manifest.read(_file_of(command.manifest), knowledge.count)
         given = None if given is None else distill.accept(given, knowledge, command.transfer)
     return distill.Material(
         data=data,
         knowledge=knowledge,
         given=given,
         teacher=_asked_teacher(command, settings, data, knowledge),
-        requeried=(requery.path_for(command.manifest),) if command.manifest else (),
+        requeried=(requery.path_for(_file_of(command.manifest)),) if command.manifest else (),
         baked=mixes,
     )
+
+
+def _file_of(chosen: Path) -> Path:
+    """Return a manifest's file: the final one of a run for its folder."""
+    return state.condensed_set(chosen) if (chosen / "run.json").exists() else chosen
 
 
 def _asked_teacher(

@@ -41,8 +41,32 @@ def open_plain(path: Path) -> BufferedReader:
         return open(descriptor, "rb")
     os.close(descriptor)
     if stat.S_ISDIR(mode):
-        raise NotFoundError(f"no file at {path}: a folder is there")
+        raise NotFoundError(f"no file at {path}: a folder is there ({found_at(Path(path))}); give a file in it")
     raise UnsafeError(f"{path} is a pipe or a device, expected a plain file; it is not read")
+
+
+MARKS = {
+    "_kcd/identity.json": "a store",
+    "condensed.json": "an exported set",
+    "run.json": "a run",
+    "model.json": "a network",
+    "student.json": "a network",
+}
+"""files by which our folders are known"""
+
+
+def found_at(path: Path) -> str:
+    """Return what is at a path, as messages say it.
+
+    >>> found_at(Path("/nowhere"))
+    'found nothing there'
+    """
+    if not path.exists():
+        return "found nothing there"
+    if path.is_dir():
+        known = (what for mark, what in MARKS.items() if (path / mark).exists())
+        return f"found {next(known, 'a folder of other files')}"
+    return f"found a file{' of parquet' * (path.suffix == '.parquet')}"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from kcdcache.errors import NotFoundError, SettingsError, UnfinishedError, nearest
+from kcdcache.files.atomic import found_at
 
 
 def _made(where: str, *arguments: Any) -> Any:
@@ -69,7 +70,10 @@ def saved_network(spec: str) -> Path:
                 raise UnfinishedError(f"the run in {path} is not finished; run its command again to finish it")
             return record
     if path.is_dir():
-        raise NotFoundError(f"no saved network in {path} (neither {records[0].name} nor {records[1].name})")
+        raise NotFoundError(
+            f"no saved network in {path} ({found_at(path)}); give the folder of a finished `kcdcache fit` or `train`, "
+            "or a network's name with --weights"
+        )
     if spec in NETWORKS or ":" in spec:
         raise SettingsError(f"the teacher '{spec}' needs its weights: a safetensors or torch file, or a `fit` folder")
     hint = nearest(spec, NETWORKS)

@@ -333,8 +333,8 @@ def _refusal(data: bytes, path: Path, error: Exception) -> Exception:
             "with safetensors.torch.save_file, and give the .safetensors file here"
         )
     # torch's message for refused files advises to switch the protection off
-    reason = "" if refused else f": {type(error).__name__}: {str(error)[:200]}"
-    return CorruptionError(f"{path} is not a whole torch file{reason}")
+    reason = "" if refused or isinstance(error, KeyError) else f": {str(error)[:200]}"
+    return CorruptionError(f"{path} is not a whole torch file{reason}; give weights that torch or safetensors saved")
 
 
 def _is_pickle(data: bytes) -> bool:

@@ -12,7 +12,7 @@ from pydantic_core import to_jsonable_python
 from kcdcache.datasets.spec import DataIdentity
 from kcdcache.errors import CorruptionError, KcdcacheError, MismatchError, NotFoundError
 from kcdcache.files import records
-from kcdcache.files.atomic import write_atomic
+from kcdcache.files.atomic import found_at, write_atomic
 from kcdcache.files.records import Record, Sealed, digest_of, read_sealed, sealed_json
 from kcdcache.settings import ViewRule
 
@@ -98,7 +98,10 @@ def read_store_identity(store: Path) -> Knowledge:
     if not path.exists():
         if any(path.parent.glob("commit.*.json")):
             raise CorruptionError(f"{path} is missing; `kcdcache verify {store} --repair` makes it again")
-        raise NotFoundError(f"no knowledge store at {store} (no {IDENTITY_FILE} in it); make one with `precompute`")
+        raise NotFoundError(
+            f"no knowledge store at {store} ({found_at(Path(store))}); give the folder of a store, which "
+            "`kcdcache precompute` makes"
+        )
     found = records.read_object(path, "format_version")
     records.require_format(found, FORMAT_VERSION, path)
     record = records.parse(IdentityRecord, records.canonical_json(found), path)
