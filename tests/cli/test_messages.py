@@ -1,10 +1,12 @@
 """One form of message for wrong settings and wrong paths: what was given, what is allowed, and what to type."""
 
 import re
+import shlex
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
-from test_readme_runs import tiny
 
 from kcdcache.cli import main
 
@@ -13,6 +15,17 @@ NEVER = re.compile(r"pydantic|Errno|KeyError|Traceback|internal error|0x[0-9a-f]
 CODES = (1, 2, 3, 4, 8, 10)
 DATA = ("--data", "images.npz?channels=3")
 VIEWS = ("--augment", "none")
+
+
+def tiny(file):
+    """Write images of 3 classes, each brighter in a channel of its own."""
+    random, arrays = np.random.default_rng(0), {}
+    for split, count in (("train", 48), ("test", 12)):
+        labels = np.arange(count) % 3
+        images = random.integers(0, 128, (count, 8, 8, 3), np.uint8)
+        images[np.arange(count), :, :, labels] += 100
+        arrays |= {f"{split}_images": images, f"{split}_labels": labels}
+    np.savez(file, **arrays)
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +128,22 @@ def test_the_folder_of_a_run_is_its_condensed_set(made, monkeypatch):
     line = [*TRAIN, "--manifest", "run", "--epochs", "2", "--stages", "1", "--out", "reuse", "-q"]
     assert main._outcome(line) == 0
     assert (made / "reuse/given.parquet").read_bytes() == (made / "run/stages/2/manifest.parquet").read_bytes()
+
+
+PAGE = (Path(__file__).parents[2] / "docs/pages/guides/command-line.md").read_text(encoding="utf-8")
+LINES = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
+
+
+def test_the_guides_commands_run_and_end_with_the_next_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny("images.npz")
+    shown = []
+    for line in LINES:
+        assert main._outcome(shlex.split(line, comments=True)[1:]) == 0, line
+        shown.append(capsys.readouterr().out)
+    followed = [text.rstrip().splitlines()[-1] for text in shown if "next: " in text]
+    assert [line.split()[:3] for line in followed] == [
+        ["next:", "kcdcache", name] for name in ("precompute", "train", "train", "train", "train")
+    ]
+    assert "--teacher runs/teacher" in followed[0]
+    assert "--manifest half.parquet" in followed[3]
