@@ -4,6 +4,7 @@
 `kc.loader` and `kc.points`. Settings are keyword arguments with the names of the flags.
 """
 
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -48,6 +49,8 @@ from kcdcache.store import reader
 from kcdcache.store.reader import Store
 from kcdcache.teacher import teacher as teachers
 from kcdcache.training import batches
+
+logger = logging.getLogger(__name__)
 
 S = TypeVar("S", bound=Settings)
 Place = str | Path
@@ -394,6 +397,11 @@ def _transform(
     timms = getattr(module, "pretrained_cfg", None) or {}
     own = (getattr(module, "mean", timms.get("mean")), getattr(module, "std", timms.get("std")))
     chosen = (mean, std) if mean is not None else own if None not in own else (known.mean, known.std)
+    if mean is None and None in own:
+        logger.warning(
+            "no mean and std are known of %s: its images are normalised by the data's; give mean= and std=",
+            type(module).__name__,
+        )
     means, stds = (tuple(float(value) for value in numbers) for numbers in chosen)  # type: ignore[union-attr]
     return InputTransform(means, stds, size if size is not None else getattr(module, "size", None))
 
