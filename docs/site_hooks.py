@@ -58,5 +58,10 @@ def _sections(command: click.Command, context: click.Context) -> dict[str, list[
 
 def _row(option: click.Option, context: click.Context) -> str:
     flags = ", ".join(f"`{flag}`" for flag in [*option.opts, *option.secondary_opts])
-    taken = "" if option.is_flag or option.count else f" `{option.make_metavar(context)}`"
-    return f"| {flags}{taken} | {option.help} |".replace("[", "\\[").replace("|`", "`")
+    if isinstance(option.type, click.Choice):
+        taken = " " + ", ".join(f"`{choice}`" for choice in option.type.choices)
+    else:
+        taken = "" if option.is_flag or option.count else f" `{option.make_metavar(context)}`"
+    required = " (required)" if option.required else ""
+    text = (option.help or "").replace("[", "\\[").replace("|", "\\|")
+    return f"| {flags}{taken} | {text}{required} |"

@@ -280,7 +280,7 @@ class ScheduleSettings(Settings):
 
 
 class CondenseSettings(Settings):
-    """Condensation; each choice is a reading of the paper (facts.md 1.4)."""
+    """Condensation; each choice is a reading of the paper."""
 
     k0: Literal["complement", "stage_slice"] = "complement"
     """dropped samples used for mixing: all, or only those ranked just below the cut"""

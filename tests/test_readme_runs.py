@@ -19,6 +19,7 @@ from kcdcache.store import reader
 
 ELSEWHERE = {
     "guides/training": "tests/test_training_guide.py", "guides/evaluate": "tests/commands/test_evaluate.py",
+    "guides/own-teacher": "tests/test_own_teacher_guide.py",
     "guides/report": "tests/report/test_verdict.py", "guides/python": "tests/commands/test_api.py",
 }  # fmt: skip
 """page -> the test that runs it"""
@@ -32,9 +33,9 @@ for block in RUN:
     if block.page.removeprefix("docs/pages/").removesuffix(".md") not in ELSEWHERE and CHECKOUT not in block.text:
         PAGES.setdefault(block.page, []).append(block)
 SMALL = {
-    "fit": ["--epochs", "1"], "train": ["--epochs", "6", "--threads", "1"], "precompute": ["--min-accuracy", "0"],
+    "fit": ["--epochs", "1"], "train": ["--epochs", "2", "--threads", "1"], "precompute": ["--min-accuracy", "0"],
 }  # fmt: skip
-"""command -> flags that make it small, where they are not given; an epoch count given is that of stages"""
+"""command -> flags that make it small, where they are not given; as many epochs as stages"""
 NAMES = {
     "cifar100": "arrays:tiny.npz", "wrn_40_2": "resnet14", "wrn_16_2": "resnet8", "resnet8x4": "resnet8",
     "resnet20": "resnet14",
@@ -83,7 +84,7 @@ def as_here(line):
     name, *words = [smaller(word) for word in shlex.split(line, comments=True)[1:]]
     given = dict(itertools.pairwise(words))
     if "--epochs" in given and name in SMALL:
-        words[words.index("--epochs") + 1] = given.get("--stages", "6" if name == "train" else "1")
+        words[words.index("--epochs") + 1] = given.get("--stages", "2" if name == "train" else "1")
     if "--views" in given and given["--views"] != "all":
         words[words.index("--views") + 1] = "2"
     small = zip(SMALL.get(name, [])[::2], SMALL.get(name, [])[1::2], strict=True)
@@ -94,7 +95,7 @@ def as_here(line):
 
 def code_as_here(code):
     """Return Python with sizes of here."""
-    return re.sub(r"views=\d+", "views=2", re.sub(r"epochs=\d+", "epochs=6", code)).replace(
+    return re.sub(r"views=\d+", "views=2", re.sub(r"epochs=\d+", "epochs=2", code)).replace(
         "views=2)", "views=2, min_accuracy=0)"
     )
 
@@ -129,7 +130,7 @@ def test_a_pages_blocks_run_in_order(name, folder):
 
 
 def readme_holds(folder):
-    reused = manifest.read(folder / "runs/kcd/stages/6/manifest.parquet")
+    reused = manifest.read(folder / "runs/kcd/stages/2/manifest.parquet")
     assert len(reused) == 33  # of 48 with keep 0.7
     assert {row.kept for row in read_metrics(folder / "runs/reuse")} == {33}
     assert (folder / "runs/set/data/train-00000-of-00001.parquet").is_file()
@@ -141,7 +142,7 @@ def methods_hold(folder):
     attention = [f"attention:stage{stage}:{side}x{side}" for stage, side in ((1, 8), (2, 4), (3, 2))]
     assert sorted(store.fields) == sorted(["logits", "penultimate", *attention])
     assert all(np.isfinite(values).all() for values in store.load(1, np.arange(48), list(store.fields)).values())
-    assert [np.isfinite(row.loss) for row in read_metrics(folder / "runs/crd")] == [True] * 6
+    assert [np.isfinite(row.loss) for row in read_metrics(folder / "runs/crd")] == [True] * 2
 
 
 HOLDS = {"README.md": readme_holds, "docs/pages/reference/methods.md": methods_hold}
