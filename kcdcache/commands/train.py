@@ -68,8 +68,8 @@ def run(command: TrainCommand, progress: Progress = silent, dry_run: bool = Fals
     """Run Algorithm 1 or a part of it; return the summary, or with `dry_run` the stages and their expected cost."""
     data = load_data(command.data or f"condensed:{command.condensed}")
     if dry_run:
-        settings = settings_of(command)
-        return _planned_stages(settings, _material(command, settings, data), command.out)
+        settings, material = _prepared(command, data)
+        return _planned_stages(settings, material, command.out)
     return train_on(command, data, progress).document()
 
 
@@ -77,10 +77,7 @@ def train_on(
     command: TrainCommand, data: Dataset, progress: Progress = silent, given: Manifest | None = None
 ) -> Summary | distill.Stopped:
     """Train a student on loaded data, starting from the condensed set `given` if it is not the command's."""
-    settings = settings_of(command)
-    material = _material(command, settings, data, given)
-    if 3 * material.knowledge.views < settings.epochs and settings.method != "ce":
-        logger.warning(FEW_VIEWS, material.knowledge.views, settings.epochs)
+    settings, material = _prepared(command, data, given)
     with processes.group_of() as group:
         return distill.run(
             settings,
@@ -91,6 +88,17 @@ def train_on(
             machine=command.machine,
             progress=progress,
         )
+
+
+def _prepared(
+    command: TrainCommand, data: Dataset, given: Manifest | None = None
+) -> tuple[TrainSettings, distill.Material]:
+    """Return a run's settings and what the student learns from; note few views."""
+    settings = settings_of(command)
+    material = _material(command, settings, data, given)
+    if 3 * material.knowledge.views < settings.epochs and settings.method != "ce":
+        logger.warning(FEW_VIEWS, material.knowledge.views, settings.epochs)
+    return settings, material
 
 
 def settings_of(command: TrainCommand) -> TrainSettings:

@@ -34,7 +34,7 @@ def test_a_dry_train_lists_the_stages_of_the_schedule(place, tmp_path):
     found = command(place, "train", out=tmp_path / "out", dry_run=True, **SCHOOL)
     stages = schedule.plan("end_of_stage", 6, 3, 0.6)
     assert [(stage["epochs"], stage["keep"], stage["source"]) for stage in found["stages"]] == [
-        (f"{stage.start}-{stage.stop - 1}", stage.keep, stage.source) for stage in stages
+        (f"{stage.start + 1}-{stage.stop}", stage.keep, stage.source) for stage in stages
     ]
     assert found["relative_cost"] == schedule.expected_cost(stages, 200, 6)
     assert list(tmp_path.iterdir()) == []
