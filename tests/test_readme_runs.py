@@ -19,7 +19,7 @@ from kcdcache.store import reader
 
 ELSEWHERE = {
     "guides/training": "tests/test_training_guide.py", "guides/evaluate": "tests/commands/test_evaluate.py",
-    "guides/own-teacher": "tests/test_own_teacher_guide.py",
+    "guides/own-teacher": "tests/test_own_teacher_guide.py", "guides/command-line": "tests/cli/test_messages.py",
     "guides/report": "tests/report/test_verdict.py", "guides/python": "tests/commands/test_api.py",
 }  # fmt: skip
 """page -> the test that runs it"""
