@@ -113,7 +113,7 @@ def test_four_processes_train_the_same_float64_network_as_one_and_one_tells_of_i
     record, summary = (json.loads((found.runs[WORLD] / name).read_text()) for name in ("run.json", "summary.json"))
     assert record["environment"]["processes"] == WORLD
     assert {"mean", "std", "n", "warm_up"} == summary["images_per_second"].keys()
-    assert "accuracy_last:" in found.told[WORLD][0]
+    assert "test accuracy" in found.told[WORLD][0]
     assert not any("accuracy_last" in text or "epoch" in text for text in found.told[WORLD][1:])
 
 
@@ -413,7 +413,7 @@ def test_a_follower_of_nobody_says_what_it_has_done(start, place, tmp_path):
     """RANK alone, left by something else: the command trains, and prints its result."""
     process = start(fitting(place, tmp_path / "run", epochs=1), tmp_path / "log", RANK="1")
     assert process.ended(120)
-    assert (process.code, "accuracy_last:" in (tmp_path / "log").read_text()) == (0, True)
+    assert (process.code, "test accuracy" in (tmp_path / "log").read_text()) == (0, True)
 
 
 # waits for others that do not come
@@ -436,7 +436,7 @@ def test_one_signal_ends_a_process_whose_peers_never_come(start, place, tmp_path
         process = start(words, log, **TORCHRUN | {"RANK": rank, "MASTER_PORT": str(port)})
         if rank == "1":
             connected.enter_context(other.accept()[0])
-        while rank == "0" and "waits for the others" not in log.read_text():
+        while rank == "0" and "waiting for the others" not in log.read_text():
             assert not process.ended(0.01), log.read_text()
         process.signal(number)
         assert process.ended(20)
