@@ -388,7 +388,7 @@ def test_inspect_shows_it_and_its_id_can_be_expected(place):
 
 
 def test_an_expected_id_is_compared_before_training(place, tmp_path):
-    with pytest.raises(MismatchError, match=r"plain has the id \w{64}, expected 00: it is not what was promised"):
+    with pytest.raises(MismatchError, match=r"plain has the id \w{64}, expected 00; get it again"):
         trained(tmp_path / "run", condensed=place.root / "plain", expect_id=("00",))
     assert not (tmp_path / "run").exists()
 

@@ -94,7 +94,7 @@ def test_a_disk_with_too_little_room_is_told(place, tmp_path, monkeypatch, caplo
     monkeypatch.setattr(precompute.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     told = planned(place, tmp_path / "store")
     assert told["free_bytes"] == 1000
-    assert f"{told['to_do']['bytes']:,} bytes are still to be written, but 1,000 are free" in caplog.text
+    assert f"{told['to_do']['bytes']:,} bytes are still to be written, but only 1,000 are free" in caplog.text
 
 
 def test_the_first_batches_are_not_timed(place, monkeypatch):

@@ -119,7 +119,7 @@ REFUSED = [
     (saved, {"source": "resnet8"}, SettingsError, "the teacher 'resnet8' needs its weights"),
     (lambda folder: None, {}, NotFoundError, r"no saved network at .*there"),
     (lambda folder: folder.mkdir(), {}, NotFoundError,
-     r"no saved network in .*neither model\.json nor student\.json"),
+     r"no saved network in .*give the folder of a finished"),
     (unfinished, {}, UnfinishedError, "is not finished; run its command again to finish it"),
 ]  # fmt: skip
 
