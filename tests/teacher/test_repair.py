@@ -147,8 +147,8 @@ OTHERS = {
         data=place.data, network=loaded(saved_teacher(folder / "other", place.data, seed=3), place.data)
     ),
     "differ in data": lambda place, folder: repair.Means(data=digits(COUNT - 1, 60), network=place.network),
-    r"computed here is not what was written.*repair there, or precompute a new store": lambda place, folder: repair.Means(
-        data=place.data, network=lying(place)
+    r"computed here is not what was written.*repair there, or precompute a new store": lambda place, folder: (
+        repair.Means(data=place.data, network=lying(place))
     ),
 }
 
