@@ -52,6 +52,8 @@ _TEXTS = "issue 15: the texts of the report"
 _REPORT_TEXTS = ("tables.*.title", "tables.*.note", "tables.*.columns.*", "figures*.title", "figures*.caption")
 _SAMPLES = "issue 16: absolute samples beside the relative cost"
 _FORWARDS = "issue 16: the forwards of a store in a row of its own, and none in the rows of its runs"
+_VERDICT = "issue 17: the verdict of a report in words"
+_VIEWS = "issue 17: the size of a network's training views, where images differ from it, for `evaluate`"
 ALLOWED: tuple[Allowed, ...] = (
     Allowed("*/zarr.json", "dimension_names", "added", "issue 15: arrays carry dimension_names, which xarray needs"),
     Allowed("export/told/*.json", "bytes_on_disk", "changed", "issue 15: array documents carry dimension_names"),
@@ -70,6 +72,8 @@ ALLOWED: tuple[Allowed, ...] = (
     *(Allowed("report/*.json", "tables.results.*.student_samples", kind, _SAMPLES) for kind in ("added", "changed")),
     *(Allowed("report/*.json", "tables.cost.rows*", kind, _FORWARDS) for kind in ("added", "removed")),
     *(Allowed("report/*.json", key, "changed", _TEXTS) for key in _REPORT_TEXTS),
+    *(Allowed(place, "verdict", "added", _VERDICT) for place in ("*/told/run.json", "report/*.json")),
+    *(Allowed(f"*/{name}.json", "view_size", "added", _VIEWS) for name in ("model", "student")),
 )
 TENSOR_NAMES = (r"^head\.", "loss.")
 """(pattern, replacement): what tensors of the base's checkpoints are called now; others are found by their bytes"""
