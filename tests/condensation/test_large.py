@@ -106,9 +106,13 @@ def test_ctrl_c_stops_it_while_duckdb_works(tmp_path):
     common = {"samples": Samples("k", COUNT), "stage": 1, "keep": 0.5, "folder": tmp_path / "spill", "memory_bytes": 1}
     planned = large.planned(value_files.Held(some_values()), CondenseSettings(), **common)
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever ran in this process before
     timer.start()
-    with pytest.raises(KeyboardInterrupt), planned as plan:
-        work(plan.connection)
+    try:
+        with pytest.raises(KeyboardInterrupt), planned as plan:
+            work(plan.connection)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def work(connection):
