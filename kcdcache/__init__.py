@@ -1,26 +1,11 @@
 """kcdcache: run the teacher once, keep what matters, teach any student.
 
 `import kcdcache as kc` takes no time: torch is imported with the first function that is used.
+Its types are in `__init__.pyi`, so that nothing here imports the rooms, which import this.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from kcdcache.commands.api import (
-        Run,
-        condense,
-        data,
-        evaluate,
-        fit,
-        loader,
-        open_condensed,
-        open_run,
-        open_store,
-        points,
-        precompute,
-        train,
-    )
+from typing import Any
 
 __version__ = "0.1.0.dev0"
 __all__ = [

@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import Field
 from torch import nn
 
 from kcdcache.commands import checks
@@ -395,7 +396,9 @@ def _transform(
     if (mean is None) != (std is None):
         raise SettingsError("mean and std belong together: give both, one number a channel, or neither")
     timms = getattr(module, "pretrained_cfg", None) or {}
-    own = (getattr(module, "mean", timms.get("mean")), getattr(module, "std", timms.get("std")))
+    own = tuple(getattr(module, name, timms.get(name)) for name in ("mean", "std"))
+    if not all(isinstance(numbers, tuple | list) for numbers in own):  # a tensor is the network's own first layer
+        own = (None, None)
     chosen = (mean, std) if mean is not None else own if None not in own else (known.mean, known.std)
     if mean is None and None in own:
         logger.warning(
@@ -403,7 +406,8 @@ def _transform(
             type(module).__name__,
         )
     means, stds = (tuple(float(value) for value in numbers) for numbers in chosen)  # type: ignore[union-attr]
-    return InputTransform(means, stds, size if size is not None else getattr(module, "size", None))
+    known_size = getattr(module, "size", None)
+    return InputTransform(means, stds, size or (known_size if isinstance(known_size, int) else None))
 
 
 def _loaded(folder: Path, name: str) -> nn.Module:
@@ -463,7 +467,7 @@ class LoaderSettings(batches.Mixing):
 
     fields: tuple[str, ...] = ("logits",)
     """teacher's outputs to read"""
-    cached_views: int | None = None
+    cached_views: int | None = Field(default=None, ge=1)
     """number of views used; all if unset"""
-    memory_gb: float = 8
+    memory_gb: float = Field(default=8, gt=0)
     """memory for the teacher's outputs in GB"""

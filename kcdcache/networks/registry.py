@@ -5,6 +5,7 @@ import importlib
 import inspect
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -115,7 +116,7 @@ def name_of(network: nn.Module) -> str:
     """
     kinds = {type(module) for module in network.modules()}
     own = sorted((kind for kind in kinds if kind.__module__.split(".")[0] not in LIBRARIES), key=_full_name)
-    state = hashlib.sha256(repr(network).encode())
+    state = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", repr(network)).encode())  # addresses differ from run to run
     for kind in own:
         state.update(f"\0{_full_name(kind)}\0{_source(kind)}".encode())
     return f"python:{type(network).__name__}@{state.hexdigest()[:12]}"

@@ -225,6 +225,19 @@ def test_a_network_given_as_an_object_cannot_be_made_by_name_elsewhere(made):
     assert "was given as a Python object and cannot be made by its name" in done.stderr
 
 
+def test_a_networks_name_has_no_address_and_its_own_normalising_layer_is_no_statement_of_statistics(made, caplog):
+    class Shown(Net):
+        def extra_repr(self):
+            return repr(object())
+
+    assert registry.name_of(Shown(3)) == registry.name_of(Shown(3))
+    network = Net(3)
+    network.register_buffer("mean", torch.zeros(1, 3, 1, 1))
+    network.register_buffer("std", torch.ones(1, 3, 1, 1))
+    kc.evaluate(network, made[0])
+    assert "no mean and std are known of Net" in caplog.text
+
+
 def test_factories_get_what_they_take():
     takers = [
         lambda num_classes: Net(num_classes),
